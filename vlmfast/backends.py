@@ -1,0 +1,93 @@
+"""How each backend is found. A loader returns the backend of one op, or a sentence that says why there is none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op."""
+
+    name: str
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None]  # why this call cannot run here, or None
+
+
+def contiguous(output: Any) -> Any:
+    """Every op returns fresh contiguous tensors, whatever the layout of its inputs."""
+    if isinstance(output, tuple):
+        return tuple(contiguous(o) for o in output)
+    return output.contiguous()
+
+
+def load_extension() -> str | None:
+    """Load the compiled extension; the reason why it is not usable, or None."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return "the extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the extension {found[0].name} does not load: {error}"
+    return None
+
+
+def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any]) -> Backend | str:
+    """A backend made of the compiled ops of one torch library namespace."""
+    packet = getattr(getattr(torch.ops, namespace), op, None)
+    if packet is None:
+        return f"the extension has no {op}"
+    overload = packet.default
+    torch.library.register_fake(f"{namespace}::{op}", lambda *args, **kwargs: contiguous(fake(*args, **kwargs)))
+    devices = frozenset(
+        key.lower() for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key)
+    )
+
+    def unsupported(*args: Any, **kwargs: Any) -> str | None:
+        dtype = None
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if dtype is None:
+                    dtype = value.dtype
+                    if value.device.type not in devices:
+                        return f"the extension has no {op} for device {value.device.type}"
+                elif value.dtype is not dtype:
+                    return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
+        return None
+
+    return Backend(name, overload, unsupported)
+
+
+def _native(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
+    return load_extension() or compiled_backend("native", "vlmfast_native", op, reference)
+
+
+def _triton(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
+    try:
+        module = importlib.import_module(f"vlmfast.kernels.{stem}")
+    except ModuleNotFoundError as error:
+        return f"there is no module {error.name}"
+    if not hasattr(module, op):
+        return f"kernels/{stem}.py has no {op}"
+    return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"))
+
+
+def _torch(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
+    return Backend("torch", lambda *args, **kwargs: contiguous(reference(*args, **kwargs)), lambda *args, **kwargs: None)
+
+
+LOADERS: dict[str, Callable[[str, str, Callable[..., Any]], Backend | str]] = {
+    "native": _native,
+    "triton": _triton,
+    "torch": _torch,
+}

@@ -1,0 +1,44 @@
+"""Refusals shared by the ops: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def float_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a float32, float16 or bfloat16 tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors have one shape."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+
+
+def epsilon(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,228 @@
+"""The op registry and the one place where a backend is chosen.
+
+An op is a plain-PyTorch function under ``@op``. Its body is the definition, the reference of the tests and
+the fallback. A backend is a function of the same name and signature, found by name:
+
+    native   csrc/<stem>.{cpp,cu}     vlmfast_native::<op>, from the compiled extension
+    triton   kernels/<stem>.py        <op>(...), imported on the first call
+    torch    vlmfast/ops/<stem>.py    the body itself
+
+The first backend whose ``unsupported(...)`` returns None runs the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast import backends
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """A call that must be refused: the arguments, the error's type and a piece of its message."""
+
+    args: tuple[Any, ...]
+    error: type[Exception]
+    message: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """All that is known of one op; tests, benchmarks and docs are generated from it."""
+
+    name: str
+    stem: str  # the file stem shared by vlmfast/ops/, kernels/, csrc/
+    reference: Callable[..., Any]
+    check: Callable[..., None]  # raises ValueError or TypeError on a bad call
+    upstream: Callable[..., Any] | None  # the Hugging Face code that the op replaces, with the op's signature
+    samples: Callable[[str, torch.dtype], Iterable[tuple[Any, ...]]]  # (device, dtype) -> calls for the tests
+    bad_calls: Callable[[], Iterable[BadCall]]
+    workloads: Callable[[str, torch.dtype], Iterable[tuple[str, tuple[Any, ...]]]]  # real shapes to time
+    bytes: Callable[..., int]  # the least memory traffic of a call
+    setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
+    backward: Callable[..., Any] | None = None
+    _loaded: dict[str, backends.Backend | str] = field(default_factory=dict, repr=False)
+
+    def backend(self, name: str) -> backends.Backend | str:
+        """The backend of that name, or the reason why it is absent."""
+        if name not in self._loaded:
+            self._loaded[name] = backends.LOADERS[name](self.name, self.stem, self.reference)
+        return self._loaded[name]
+
+    def refusals(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, backends.Backend | None, str | None]]:
+        """(name, backend, why it cannot run this call) for each backend in order of preference."""
+        pinned = _pinned.get()
+        no_backward = self.backward is None and _needs_grad(args, kwargs)
+        for name in backends.LOADERS if pinned is None else (pinned,):
+            backend = self.backend(name)
+            if isinstance(backend, str):
+                yield name, None, backend
+            elif no_backward and name != "torch":
+                yield name, None, "a gradient is needed, and only the definition of this op has one"
+            else:
+                yield name, backend, backend.unsupported(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a checked call on the first backend that can, without recording a gradient."""
+        for _, backend, reason in self.refusals(*args, **kwargs):
+            if reason is None and backend is not None:
+                return backend.run(*args, **kwargs)
+        reasons = "; ".join(f"{name}: {reason}" for name, _, reason in self.refusals(*args, **kwargs))
+        raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
+
+
+OPS: dict[str, Op] = {}
+
+
+def _environment_backend() -> str | None:
+    name = os.environ.get("VLMFAST_BACKEND") or None
+    if name is not None and name not in backends.LOADERS:
+        raise ValueError(f"VLMFAST_BACKEND must be one of {', '.join(backends.LOADERS)}, got {name!r}")
+    return name
+
+
+_pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_environment_backend())
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op inside the block on one backend; a call that it cannot run raises its reason.
+
+    Args:
+        backend: "native", "triton" or "torch".
+
+    Raises:
+        ValueError: for a backend of another name.
+    """
+    if backend not in backends.LOADERS:
+        raise ValueError(f"backend must be one of {', '.join(backends.LOADERS)}, got {backend!r}")
+    token = _pinned.set(backend)
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Say which backend would run ``function(*args, **kwargs)``, and why the preferred ones would not.
+
+    Args:
+        function: an op of this package, such as ``vlmfast.rms_norm``.
+        args, kwargs: the call's arguments; nothing is computed.
+
+    Returns:
+        One line per backend, in order of preference, up to the one that would run.
+
+    Raises:
+        TypeError: if ``function`` is not an op. ValueError or TypeError: if the call itself is a bad one.
+    """
+    entry = getattr(function, "op", None)
+    if not isinstance(entry, Op):
+        raise TypeError(f"function must be one of vlmfast's ops ({', '.join(OPS)}), got {function!r}")
+    entry.check(*args, **kwargs)
+    lines = []
+    for name, _, reason in entry.refusals(*args, **kwargs):
+        if reason is None:
+            return "\n".join([*lines, f"{name}: runs"])
+        lines.append(f"{name}: no, {reason}")
+    return "\n".join([*lines, "no backend can run this call"])
+
+
+def op(
+    *,
+    check: Callable[..., None],
+    samples: Callable[[str, torch.dtype], Iterable[tuple[Any, ...]]],
+    bad_calls: Callable[[], Iterable[BadCall]],
+    workloads: Callable[[str, torch.dtype], Iterable[tuple[str, tuple[Any, ...]]]],
+    bytes: Callable[..., int],
+    upstream: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as an op; its body becomes the definition. See `Op` for the arguments."""
+
+    def register(reference: Callable[..., Any]) -> Callable[..., Any]:
+        name, stem = reference.__name__, reference.__module__.rpartition(".")[2]
+        entry = Op(name, stem, reference, check, upstream, samples, bad_calls, workloads, bytes, setup_context, backward)
+        OPS[name] = entry
+        overload = _register_with_torch(entry)
+        differentiable = _autograd_function(entry)
+
+        @functools.wraps(reference)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
+            # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+                return overload(*args, **kwargs)
+            check(*args, **kwargs)
+            if differentiable is not None and _needs_grad(args, kwargs):
+                return differentiable.apply(*_positional(reference, args, kwargs))
+            return entry.run(*args, **kwargs)
+
+        call.op = entry  # type: ignore[attr-defined]
+        return call
+
+    return register
+
+
+def _needs_grad(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
+
+
+def _positional(reference: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    bound = inspect.signature(reference).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
+
+
+def _register_with_torch(entry: Op) -> Callable[..., Any]:
+    """Define ``torch.ops.vlmfast.<name>``, the op as tracers see it."""
+    qualified = f"vlmfast::{entry.name}"
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        entry.check(*args, **kwargs)
+        return backends.contiguous(entry.reference(*args, **kwargs))
+
+    # The dispatcher drops arguments equal to their schema default before it calls `entry.run`: the defaults of
+    # every backend must therefore equal the definition's (tests/test_static.py).
+    torch.library.define(qualified, torch.library.infer_schema(entry.reference, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", entry.run)
+    torch.library.register_fake(qualified, fake)
+    if entry.backward is not None:
+        torch.library.register_autograd(qualified, entry.backward, setup_context=entry.setup_context)
+    overload: Callable[..., Any] = getattr(torch.ops.vlmfast, entry.name).default
+    return overload
+
+
+def _autograd_function(entry: Op) -> Any:
+    """The eager twin of ``torch.library.register_autograd``, from the same two functions."""
+    if entry.backward is None or entry.setup_context is None:
+        return None
+    setup_context, formula = entry.setup_context, entry.backward
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = entry.run(*inputs)
+        setup_context(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+        ctx.backend = _pinned.get()  # the engine's device threads do not inherit context variables
+        return output
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        token = _pinned.set(ctx.backend)
+        try:
+            return formula(ctx, *grads)
+        finally:
+            _pinned.reset(token)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{entry.name}_autograd", (torch.autograd.Function,), members)
