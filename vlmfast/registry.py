@@ -15,10 +15,12 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +38,10 @@ class BadCall:
     message: str
 
 
+# Takes the op's arguments, builds what the call needs (a module, a graph), and returns the call itself.
+Preparation = Callable[..., Callable[[], Any]]
+
+
 @dataclass(frozen=True)
 class Op:
     """All that is known of one op; tests, benchmarks and docs are generated from it."""
@@ -44,7 +50,8 @@ class Op:
     stem: str  # the file stem shared by vlmfast/ops/, kernels/, csrc/
     reference: Callable[..., Any]
     check: Callable[..., None]  # raises ValueError or TypeError on a bad call
-    upstream: Callable[..., Any] | None  # the Hugging Face code that the op replaces, with the op's signature
+    upstream: Preparation | None  # the Hugging Face code that the op replaces
+    peers: Mapping[str, Preparation]  # other ways to compute the same, to time against
     samples: Callable[[str, torch.dtype], Iterable[tuple[Any, ...]]]  # (device, dtype) -> calls for the tests
     bad_calls: Callable[[], Iterable[BadCall]]
     workloads: Callable[[str, torch.dtype], Iterable[tuple[str, tuple[Any, ...]]]]  # real shapes to time
@@ -52,6 +59,12 @@ class Op:
     setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
     backward: Callable[..., Any] | None = None
     _loaded: dict[str, backends.Backend | str] = field(default_factory=dict, repr=False)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function that a user calls."""
+        function: Callable[..., Any] = getattr(sys.modules[self.reference.__module__], self.name)
+        return function
 
     def backend(self, name: str) -> backends.Backend | str:
         """The backend of that name, or the reason why it is absent."""
@@ -145,7 +158,8 @@ def op(
     bad_calls: Callable[[], Iterable[BadCall]],
     workloads: Callable[[str, torch.dtype], Iterable[tuple[str, tuple[Any, ...]]]],
     bytes: Callable[..., int],
-    upstream: Callable[..., Any] | None = None,
+    upstream: Preparation | None = None,
+    peers: Mapping[str, Preparation] = MappingProxyType({}),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -153,7 +167,9 @@ def op(
 
     def register(reference: Callable[..., Any]) -> Callable[..., Any]:
         name, stem = reference.__name__, reference.__module__.rpartition(".")[2]
-        entry = Op(name, stem, reference, check, upstream, samples, bad_calls, workloads, bytes, setup_context, backward)
+        entry = Op(
+            name, stem, reference, check, upstream, peers, samples, bad_calls, workloads, bytes, setup_context, backward
+        )
         OPS[name] = entry
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,26 +67,49 @@ def _check_backward(
 # ---- the Hugging Face code that the ops replace ----
 
 
-def _upstream(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Tensor:
+def _norm_module(weight: Tensor, eps: float, variant: str) -> torch.nn.Module:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    module = (Qwen2RMSNorm if variant == "llama" else GemmaRMSNorm)(weight.shape[0], eps)
-    module.weight = torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
-    output: Tensor = module(x)
-    return output
+    module: torch.nn.Module = (Qwen2RMSNorm if variant == "llama" else GemmaRMSNorm)(weight.shape[0], eps)
+    del module.weight  # a parameter would be cut off from the weight's own graph
+    module.weight = weight
+    return module
+
+
+def _upstream(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+    module = _norm_module(weight, eps, variant)
+    return lambda: module(x)
 
 
 def _upstream_add(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
-) -> tuple[Tensor, Tensor]:
-    hidden_states = residual + x
-    return _upstream(hidden_states, weight, eps, variant), hidden_states
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    module = _norm_module(weight, eps, variant)
+
+    def run() -> tuple[Tensor, Tensor]:
+        hidden_states = residual + x
+        return module(hidden_states), hidden_states
+
+    return run
+
+
+def _upstream_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama", *_: Any
+) -> Callable[[], tuple[Tensor, ...]]:
+    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.enable_grad():
+        output = _norm_module(leaves[1], eps, variant)(leaves[0])
+    return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+
+def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+    return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
 # ---- calls to test, to refuse and to time ----
 
-_SHAPES = [(1, 64), (7, 96), (3, 5, 128), (2, 3, 4, 72), (33, 128), (5, 1000), (2, 2048), (3, 3584), (0, 64), (4, 1), (3, 7)]
+_SHAPES = [(1, 64), (7, 96), (3, 5, 128), (2, 3, 4, 72), (33, 128), (5, 1000), (2, 2048), (3, 3584), (0, 64), (4, 1), (3, 7), (2, 8192), (1, 16384)]
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -95,6 +118,9 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         weight = torch.randn(shape[-1], device=device, dtype=dtype)
         yield x, weight, (1e-6, 1e-5)[index % 2], VARIANTS[index // 2 % 2]
     yield torch.randn(4, 64, device=device, dtype=dtype), torch.randn(64, device=device, dtype=dtype)
+    for variant in VARIANTS:  # norms kept in float32 by mixed-precision training
+        x, weight = torch.randn(2, 3, 128, device=device, dtype=dtype), torch.randn(128, device=device)
+        yield x, weight, 1e-6, variant
 
 
 def _add_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -105,7 +131,8 @@ def _add_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 def _backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for index, (x, weight, *rest) in enumerate(_samples(device, dtype)):
         tail = (None, True) if index % 3 == 0 else (torch.randn_like(x), index % 3 == 1)
-        yield torch.randn_like(x), x, weight, *(rest or (1e-6, "llama")), *tail
+        grad_output = torch.randn_like(rms_norm.op.reference(x, weight, *rest))
+        yield grad_output, x, weight, *(rest or (1e-6, "llama")), *tail
 
 
 def _bad_calls() -> Iterator[BadCall]:
@@ -194,6 +221,7 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 @op(
     check=_check,
     upstream=_upstream,
+    peers={"F.rms_norm": _torch_functional},
     samples=_samples,
     bad_calls=_bad_calls,
     workloads=_workloads,
@@ -272,6 +300,7 @@ def add_rms_norm(
 
 @op(
     check=_check_backward,
+    peers={"transformers": _upstream_backward},
     samples=_backward_samples,
     bad_calls=_backward_bad_calls,
     workloads=_backward_workloads,

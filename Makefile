@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv. Plain `torch` would download several GB: the pin has a CPU build.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: demo test test-matrix check bench gpu-report docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
+	$(BIN)/python -m vlmfast demo
+
+test: $(VENV)/built          ## every test that this machine can run
+	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch $(BIN)/python -m pytest
+
+test-matrix: $(VENV)/built   ## the patches under every supported transformers
+	$(BIN)/nox
+
+check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources through nvcc
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+	$(BIN)/python scripts/make_docs.py --check
+	$(BIN)/python scripts/compile_cuda.py
+
+bench: $(VENV)/built         ## time every op against its peers and the limit of this machine
+	$(BIN)/python -m benchmarks
+
+gpu-report: $(VENV)/built    ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
+	$(BIN)/python -m benchmarks.gpu_report
+
+docs: $(VENV)/built          ## regenerate docs/ops.md
+	$(BIN)/python scripts/make_docs.py
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest accelerate ruff mypy clang-format==20.1.8 nox
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	VLMFAST_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info vlmfast/_C*.so $(VENV)/built gpu-report

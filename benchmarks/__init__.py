@@ -1,0 +1,1 @@
+"""Benchmarks made from the op registry: ``python -m benchmarks``."""

@@ -1,0 +1,89 @@
+"""How time is taken: interleaved rounds, so that a slow spell of the machine hits every contender alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+ROUNDS = 25
+ROUND_SECONDS = 0.02  # of one contender: long beside the clock, short beside a slow spell
+L2_BYTES = 256 << 20  # more than any GPU's second-level cache
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call of one contender, one number per round; on a GPU both kinds of time."""
+
+    wall: list[float]  # a call among calls, Python included: what eager code waits for
+    device: list[float] | None = None  # the kernels alone, from a cold second-level cache
+
+    @property
+    def best_known(self) -> list[float]:
+        """Device time where there is one."""
+        return self.device or self.wall
+
+    @property
+    def median(self) -> float:
+        """The median of `best_known`."""
+        return statistics.median(self.best_known)
+
+    def over(self, other: Times) -> float:
+        """How many times as long as ``other``: the median of the rounds' ratios."""
+        return statistics.median(a / b for a, b in zip(self.best_known, other.best_known, strict=True))
+
+
+def _batch(call: Call) -> int:
+    """How many calls fill a round."""
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, min(20000, int(ROUND_SECONDS / max(time.perf_counter() - start, 1e-7))))
+
+
+def _wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def measure(contenders: Mapping[str, Call], device: str, rounds: int = ROUNDS) -> dict[str, Times]:
+    """Time every contender in every round, in turn."""
+    if device == "cpu":
+        return _measure_wall(contenders, rounds, lambda: None)
+    walls = _measure_wall(contenders, rounds, torch.cuda.synchronize)
+    devices = _measure_device(contenders, rounds)
+    return {name: Times(walls[name].wall, devices[name]) for name in contenders}
+
+
+def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call) -> dict[str, Times]:
+    batches = {name: _batch(call) for name, call in contenders.items()}
+    walls: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            walls[name].append(_wall_seconds(call, batches[name], synchronize))
+    return {name: Times(wall) for name, wall in walls.items()}
+
+
+def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Events around single calls; the cache is flushed before each, and the flush hides the launch's host time."""
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    events = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            flush.zero_()
+            start.record()
+            call()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}

@@ -1,0 +1,47 @@
+"""What every Triton launcher needs: a view of rows, the right device, and the reason why it cannot run."""
+
+import contextlib
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Triton 3.10 changes the default. Contracting a multiplication and an addition only drops a rounding, and no
+# rounding that Hugging Face makes stands between a multiplication and an addition of ours.
+FP_FUSION = {"enable_fp_fusion": True}
+
+
+def device_unsupported(x: Tensor) -> str | None:
+    """Why Triton cannot run on the device of ``x``, or None."""
+    if x.is_cuda or (INTERPRETED and x.is_cpu):
+        return None
+    return f"the device is {x.device.type}, not a GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as (rows, hidden) with contiguous rows, copied only if its leading strides are not those of rows."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """The device of ``x`` as the current one; free where it already is."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the device of ``x``; a small number in the interpreter, so that loops loop."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+next_power_of_two = triton.next_power_of_2

@@ -1,0 +1,126 @@
+"""What the generated tests are made of: every op, backend, device and dtype, and calls in awkward layouts."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmfast
+from vlmfast.registry import OPS, Op
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLACES = [("cpu", name) for name in ("native", "triton", "emulated", "torch")]
+PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
+REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",")  # backends whose absence is a failure, not a skip
+
+
+def _parameters(*axes: Any) -> list:
+    """One pytest parameter per combination; those on a GPU carry its mark."""
+    found = []
+    for values in itertools.product(*axes):
+        device, backend = next(v for v in values if isinstance(v, tuple))
+        marks = [pytest.mark.gpu] if device == "cuda" else []
+        names = [v.name if isinstance(v, Op) else str(v).removeprefix("torch.") for v in values if not isinstance(v, tuple)]
+        found.append(pytest.param(*values, marks=marks, id="-".join([*names, device, backend])))
+    return found
+
+
+OP_PLACE_DTYPE = _parameters(OPS.values(), PLACES, DTYPES)
+OP_PLACE = _parameters(OPS.values(), PLACES)
+EACH_OP = [pytest.param(op, id=op.name) for op in OPS.values()]
+
+
+def require(op: Op, backend: str) -> None:
+    """Skip, with the reason, where the backend is absent; fail where the run was told that it must be there."""
+    found = op.backend(backend)
+    if isinstance(found, str):
+        assert backend not in REQUIRED, f"{backend} must be there: {found}"
+        pytest.skip(found)
+
+
+def can_run(op: Op, backend: str) -> Callable[[tuple[Any, ...]], bool]:
+    """A filter that drops the calls that this backend refuses, such as tensors of several dtypes."""
+    return lambda args: op.backend(backend).unsupported(*args) is None
+
+
+def run(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The outputs of the op's function on one backend."""
+    with vlmfast.use(backend):
+        return outputs(op.function(*args))
+
+
+def outputs(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call in float64: what the definition says without rounding."""
+    return tuple(a.double() if is_float(a) else a for a in args)
+
+
+# ---- layouts: each takes a tensor and gives an equal one that lies in memory in its own way ----
+
+
+def _in_nan(x: Tensor, size: int, stride: tuple[int, ...], offset: int) -> Tensor:
+    """``x`` copied into a view of a buffer that is NaN everywhere else."""
+    buffer = torch.full((size + 64,), float("nan"), dtype=x.dtype, device=x.device)
+    return buffer.as_strided(x.shape, stride, offset).copy_(x)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x
+
+
+def offset(x: Tensor) -> Tensor:
+    """One element behind an aligned address."""
+    return _in_nan(x, x.numel() + 1, x.contiguous().stride(), 1)
+
+
+def padded(x: Tensor, by: int = 16) -> Tensor:
+    """Rows with NaN between them, as a slice of a wider tensor has."""
+    if x.dim() < 2:
+        return offset(x)
+    wide = x.shape[-1] + by
+    stride = torch.empty(*x.shape[:-1], wide, device="meta").stride()
+    return _in_nan(x, x.numel() // max(x.shape[-1], 1) * wide, stride, 0)
+
+
+def oddly_padded(x: Tensor) -> Tensor:
+    """Rows whose starts are not aligned for vector loads."""
+    return padded(x, 3)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Leading dimensions that no single row stride describes, as heads before tokens."""
+    if x.dim() < 3:
+        return padded(x)
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """A last dimension of stride two."""
+    return torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2]
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first row, repeated with a stride of zero."""
+    return x[:1].expand(x.shape) if x.dim() > 1 else x
+
+
+LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, expanded)
+
+
+def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Every sample of the op in every layout."""
+    for sample, layout in itertools.product(op.samples(device, dtype), LAYOUTS):
+        yield tuple(layout(a) if is_float(a) else a for a in sample)

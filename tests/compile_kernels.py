@@ -1,0 +1,121 @@
+"""Compile every Triton launch of every op for GPUs that this machine does not have, and count their registers.
+
+    python tests/compile_kernels.py sm_90 gfx942 > static.json
+
+A list of one record per kernel, target and specialisation: registers, spills and the widths of its global accesses.
+It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+
+import vlmfast  # noqa: F401  (registers the ops)
+from vlmfast.registry import OPS, Op
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def launches(op: Op) -> list[tuple[JITFunction, dict, dict]]:
+    """The (kernel, arguments, options) of every launch of the op's samples and workloads; none is executed."""
+    seen, backend = [], op.backend("triton")
+    sys.modules[backend.run.__module__].device_unsupported = lambda x: None  # as if the meta device were a GPU
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
+        seen.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for args in (*op.samples("meta", dtype), *(args for _, args in op.workloads("meta", dtype))):
+                if backend.unsupported(*args) is None:
+                    backend.run(*args)
+    finally:
+        JITFunction.run = original
+    return seen
+
+
+def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """The specialisation that the JIT would make of these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
+            attributes[(index,)] = [["tt.divisibility", 16]]  # torch's allocations are; row views of 16 bytes too
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) -> dict:
+    """Compile one specialisation for one target."""
+    assembly = triton.compile(source, target=TARGETS[name], options=options).asm
+    if name.startswith("gfx"):
+        text = assembly["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        widths = re.findall(r"(?:buffer|global)_(?:load|store)_(\w+)", text)
+    else:
+        text = assembly["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(assembly["cubin"])
+            file.flush()
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; nothing else of a Triton kernel lives on the stack
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        widths = re.findall(r"(?:ld|st)\.global[.\w:]*?((?:\.v\d)?\.b\d+)", text)
+    constants = {p.name: source.constants[(i,)] for i, p in enumerate(kernel.params) if (i,) in source.constants}
+    return {
+        "kernel": kernel.__name__,
+        "target": name,
+        "types": sorted({t for t in source.signature.values() if t.startswith("*")}),
+        "constants": constants,
+        "options": options,
+        "registers": registers,
+        "spills": spills,
+        "accesses": sorted({w.lstrip(".") for w in widths}),
+    }
+
+
+def main(targets: list[str]) -> None:
+    records, done = [], set()
+    for op in OPS.values():
+        if isinstance(op.backend("triton"), str):
+            continue
+        for kernel, arguments, options in launches(op):
+            source = source_of(kernel, arguments)
+            key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
+            if key in done:
+                continue
+            done.add(key)
+            records += [{"op": op.name, **measure(kernel, source, options, name)} for name in targets]
+    json.dump(records, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(TARGETS))

@@ -1,0 +1,37 @@
+"""The ground under every test: kernels run without a GPU, and memory nobody wrote is NaN."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any kernel is
+
+from tests import interpreter  # noqa: E402
+from tests.emulation.backend import loader as emulated  # noqa: E402
+from vlmfast import backends  # noqa: E402
+
+if not GPU:
+    interpreter.repair()
+backends.LOADERS["emulated"] = emulated  # csrc/*.cu, compiled for the CPU; last, so that only `use` chooses it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="needs a GPU, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill every tensor of torch.empty with NaN (integers with their maximum), so that an unwritten element shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,190 @@
+"""Every op on every backend against its definition. Nothing here names an op."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests.cases import (
+    DTYPES,
+    EACH_OP,
+    OP_PLACE,
+    OP_PLACE_DTYPE,
+    calls,
+    can_run,
+    is_float,
+    outputs,
+    require,
+    run,
+    widened,
+)
+from vlmfast.registry import Op
+
+Tensors = Sequence[torch.Tensor]
+
+
+def largest(t: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row."""
+    return t.abs().amax(-1, keepdim=True) if t.dim() else t.abs()
+
+
+def assert_within(got: Tensors, reference: Tensors, exact: Tensors) -> None:
+    """Each row's error is at most that of the reference in this dtype and 5 %, and one rounding of the output.
+
+    Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
+    largest number of all outputs, is allowed too.
+    """
+    noise = torch.finfo(torch.float32).eps * max((float(e.abs().max()) for e in exact if e.numel()), default=0.0)
+    for g, r, e in zip(got, reference, exact, strict=True):
+        assert g.dtype == r.dtype
+        assert g.shape == r.shape
+        assert g.is_contiguous()
+        assert not g.isnan().any()
+        if g.numel():
+            budget = 1.05 * largest(r.double() - e) + torch.finfo(g.dtype).eps * largest(e) + noise
+            excess = (g.double() - e).abs() - budget
+            assert excess.max() <= 0, f"error {excess.max():.3g} over the budget"
+
+
+@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+def test_error_is_no_larger_than_the_definitions(op: Op, place: tuple[str, str], dtype: torch.dtype):
+    device, backend = place
+    require(op, backend)
+    for args in filter(can_run(op, backend), calls(op, device, dtype)):
+        before = [a.clone() for a in args if is_float(a)]
+        got = run(op, backend, args)
+        assert_within(got, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))
+        for kept, value in zip(before, (a for a in args if is_float(a)), strict=True):
+            assert torch.equal(kept, value), "an input was written to"
+
+
+@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+def test_rounds_in_the_order_of_hugging_face(op: Op, place: tuple[str, str], dtype: torch.dtype):
+    """A sum taken in another order flips the last bit of few elements; a rounding left out flips many."""
+    device, backend = place
+    require(op, backend)
+    if op.upstream is None:
+        pytest.skip("the op replaces no module of its own")
+    exact_order = device == "cpu" and backend in ("native", "torch") and platform.machine() == "x86_64"
+    differ = total = 0
+    for args in filter(can_run(op, backend), calls(op, device, dtype)):
+        for g, u in zip(run(op, backend, args), outputs(op.upstream(*args)()), strict=True):
+            assert g.dtype == u.dtype
+            differ += int((g != u).sum())
+            total += g.numel()
+    if exact_order:
+        assert differ == 0, f"{differ} of {total} elements differ"
+    elif dtype != torch.float32:  # in float32 every sum is its own rounding
+        assert differ <= total // 500, f"{differ} of {total} elements differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", EACH_OP)
+def test_definition_equals_hugging_face(op: Op, dtype: torch.dtype):
+    if op.upstream is None:
+        pytest.skip("the op replaces no module of its own")
+    for args in calls(op, "cpu", dtype):
+        for r, u in zip(outputs(op.reference(*args)), outputs(op.upstream(*args)()), strict=True):
+            assert r.dtype == u.dtype
+            assert torch.equal(r, u)
+
+
+def replaced(op: Op):
+    """The Hugging Face code that the op replaces, as a function; the definition where there is none."""
+    return op.reference if op.upstream is None else lambda *args: op.upstream(*args)()
+
+
+def gradients(function, args, grads):
+    """The gradients of the floating inputs for given gradients of the outputs (None: that output is not used)."""
+    leaves = [a.detach().clone().requires_grad_() if is_float(a) else a for a in args]
+    used = [(o, g) for o, g in zip(outputs(function(*leaves)), grads, strict=True) if g is not None]
+    inputs = [leaf for leaf in leaves if is_float(leaf)]
+    found = torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], materialize_grads=True)
+    return [grad.contiguous() for grad in found]
+
+
+@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
+    device, backend = place
+    require(op, backend)
+    if op.backward is None:
+        pytest.skip("the op has no gradient formula")
+    for args in filter(can_run(op, backend), op.samples(device, dtype)):
+        shapes = outputs(op.reference(*args))
+        everything = [torch.randn_like(o) for o in shapes]
+        only_one = [[g if i == j else None for j, g in enumerate(everything)] for i in range(len(shapes))]
+        for grads in [everything, *(only_one if len(shapes) > 1 else [])]:
+            got = gradients(lambda *a: run(op, backend, a), args, grads)  # noqa: B023
+            reference = gradients(replaced(op), args, grads)
+            exact = gradients(op.reference, widened(args), [g if g is None else g.double() for g in grads])
+            assert_within(got, reference, exact)
+
+
+@pytest.mark.parametrize(("op", "place"), OP_PLACE)
+def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
+    """Inputs that need no gradient get none, and change nothing for the others."""
+    device, backend = place
+    require(op, backend)
+    if op.backward is None:
+        pytest.skip("the op has no gradient formula")
+    args = next(iter(op.samples(device, torch.float32)))
+    floats = [i for i, a in enumerate(args) if is_float(a)]
+    everything = gradients(lambda *a: run(op, backend, a), args, [torch.ones_like(o) for o in outputs(op.reference(*args))])
+    for wanted in floats:
+        leaves = [a.clone().requires_grad_(i == wanted) if is_float(a) else a for i, a in enumerate(args)]
+        sum(o.sum() for o in run(op, backend, tuple(leaves))).backward()
+        for i in floats:
+            assert (leaves[i].grad is not None) == (i == wanted)
+        torch.testing.assert_close(leaves[wanted].grad, everything[floats.index(wanted)], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_second_gradient(op: Op):
+    """The gradient's own gradient comes from the definition: never wrong, never silently missing."""
+    if op.backward is None:
+        pytest.skip("the op has no gradient formula")
+    args = [a.double() if is_float(a) else a for a in next(iter(op.samples("cpu", torch.float32)))]
+
+    def first(function, dtype):
+        leaves = [a.to(dtype).requires_grad_() if is_float(a) else a for a in args]
+        inputs = [leaf for leaf in leaves if is_float(leaf)]
+        loss = sum(o.pow(2).sum() for o in outputs(function(*leaves)))
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), inputs)
+
+    for g, e in zip(first(op.function, torch.float32), first(op.reference, torch.float64), strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_opcheck(op: Op):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for args in op.samples("cpu", torch.float32):
+        torch.library.opcheck(getattr(torch.ops.vlmfast, op.name).default, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("op", EACH_OP)
+def test_compiles_into_one_graph(op: Op, dynamic: bool):
+    """torch.compile sees one op, breaks no graph, and gives the same results and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for args in list(op.samples("cpu", torch.float32))[:4]:
+        for got, want in zip(outputs(compiled(*args)), outputs(op.function(*args)), strict=True):
+            assert torch.equal(got, want)
+        if op.backward is not None:
+            grads = [torch.ones_like(o) for o in outputs(op.reference(*args))]
+            for got, want in zip(gradients(compiled, args, grads), gradients(op.function, args, grads), strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_bad_calls_are_refused(op: Op):
+    bad = list(op.bad_calls())
+    assert bad
+    for call in bad:
+        with pytest.raises(call.error, match=call.message):
+            op.function(*call.args)

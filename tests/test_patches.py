@@ -1,0 +1,306 @@
+"""Every family on its tiny random model. Nothing here names a family's sites."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import vlmfast
+from tests.patches_models import (
+    BACKENDS,
+    DTYPES,
+    EACH_FAMILY,
+    assert_same,
+    logits,
+    patched,
+    require,
+    rms_norms,
+    state,
+    tiny,
+)
+from vlmfast.patches import Family, families, language
+from vlmfast.patches.lock import merged
+from vlmfast.patches.swap import patched_class
+from vlmfast.patches.upstream import Site, lock, mismatch
+
+SITES = {site: function for family in families().values() for site, function in family.replace.items()}
+
+
+# ---- the tables ----
+
+
+def test_lock_holds_the_bodies_of_this_transformers():
+    assert merged(transformers.__version__) == lock(), (
+        "read what changed upstream, then run python -m vlmfast.patches.lock"
+    )
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_site_is_known(site: str):
+    assert lock()[site], "no supported transformers has this site"
+    cls = Site.parse(site).find()
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {site}")
+    assert mismatch(Site.parse(site), cls, SITES[site]) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("site", [site for site in SITES if "RMSNorm" in site])
+def test_norm_rounds_as_upstream(site: str, backend: str):
+    require(backend)
+    cls = Site.parse(site).find()
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {site}")
+    number = len(inspect.signature(SITES[site]).parameters) - 1
+    half, full = torch.bfloat16, torch.float32
+    for x_dtype, weight_dtype in [
+        (full, full),
+        (half, half),
+        (torch.float16, torch.float16),
+        (half, full),
+        (full, half),
+    ]:
+        module = cls(48, eps=1e-2)
+        nn.init.normal_(module.weight).data = module.weight.data.to(weight_dtype)
+        for width in (48, 96):  # 96: rows with a gap between them, as the queries of Qwen3.5
+            inputs = [torch.randn(2, 5, 3, width, dtype=x_dtype)[..., :48] * 0.1 for _ in range(number)]
+            module.__class__ = cls
+            want = module(*inputs)
+            module.__class__ = patched_class(cls, {Site.parse(site).method: SITES[site]})
+            with vlmfast.use(backend):
+                assert_same(module(*inputs), want, backend)
+
+
+# ---- one model, patched and undone ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_outputs_are_those_of_upstream(family: Family, backend: str, dtype: torch.dtype):
+    require(backend)
+    model, inputs = tiny(family, dtype)
+    want = logits(model, inputs)
+    with vlmfast.patch(model), vlmfast.use(backend):
+        assert_same(logits(model, inputs), want, backend)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_tiny_model_uses_what_it_is_given(family: Family):
+    """Otherwise the comparisons above would compare little."""
+    model, inputs = tiny(family)
+    want = logits(model, inputs)
+    assert want.isfinite().all()
+    assert not torch.equal(want[0], want[1])
+    if "pixel_values" in inputs:
+        assert not torch.equal(logits(model, {**inputs, "pixel_values": -inputs["pixel_values"]}), want)
+    for module in rms_norms(model):
+        with torch.no_grad():
+            module.weight.mul_(1.5)
+        assert not torch.equal(logits(model, inputs), want)
+        with torch.no_grad():
+            module.weight.div_(1.5)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_every_rms_norm_is_replaced_and_only_those(family: Family):
+    model, _ = tiny(family)
+    norms = rms_norms(model)
+    patch = vlmfast.patch(model)
+    assert norms
+    assert patched(model) == norms
+    assert sum(patch.replaced.values()) == len(norms)
+    assert patch.replaced.keys() | patch.skipped.keys() == family.replace.keys()
+
+
+@pytest.mark.parametrize("model_type", language.FAMILY.model_types)
+def test_every_language_model(model_type: str):
+    extra = {"sliding_window": 64} if "gemma" in model_type else {}
+    model, inputs = language.tiny.language_model(model_type, **extra)
+    want = logits(model, inputs)
+    with vlmfast.patch(model):
+        assert patched(model) == rms_norms(model) != []
+        assert_same(logits(model, inputs), want)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_undo_restores_the_model(family: Family):
+    model, inputs = tiny(family)
+    want = logits(model, inputs)
+    before, text, keys = state(model), repr(model), list(model.state_dict())
+    patch = vlmfast.patch(model)
+    assert state(model) != before
+    assert repr(model) == text
+    assert list(model.state_dict()) == keys
+    for name, module in model.named_modules():
+        assert isinstance(module, before[name][0])
+        assert (type(module).__name__, type(module).__module__) == (
+            before[name][0].__name__,
+            before[name][0].__module__,
+        )
+    patch.undo()
+    assert state(model) == before
+    assert torch.equal(logits(model, inputs), want)
+    patch.undo()  # nothing left to do
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_other_instances_are_left_alone(family: Family):
+    model, _ = tiny(family)
+    other, _ = tiny(family)
+    before, methods = state(other), {type(m): dict(vars(type(m))) for m in other.modules()}
+    vlmfast.patch(model)
+    assert not patched(other)
+    assert state(other) == before
+    assert {cls: dict(vars(cls)) for cls in methods} == methods
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_copy_is_patched_and_stands_alone(family: Family):
+    model, inputs = tiny(family)
+    want = logits(model, inputs)
+    patch = vlmfast.patch(model)
+    twin = copy.deepcopy(model)
+    assert len(patched(twin)) == len(patched(model))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    patch.undo()
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the copy calls the original"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same(logits(twin, inputs), want)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_saved_model_holds_the_original_classes(family: Family):
+    model, inputs = tiny(family)
+    classes = [type(module) for module in model.modules()]
+    for protocol in (2, 4):
+        with vlmfast.patch(model):
+            file = io.BytesIO()
+            torch.save(model, file, pickle_protocol=protocol)
+        assert b"vlmfast" not in file.getvalue()
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert [type(module) for module in loaded.modules()] == classes
+        assert torch.equal(logits(loaded, inputs), logits(tiny(family)[0], inputs))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_generates_the_same_ids(family: Family):
+    model, inputs = tiny(family)
+    want = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    vlmfast.patch(model)
+    calls = []
+    patched(model)[-1].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), want)
+    assert len(calls) >= 4
+
+
+# ---- training ----
+
+
+def training_step(model: nn.Module, inputs: dict, checkpointing: bool) -> tuple[int, torch.Tensor]:
+    """How often the norms ran, and every gradient in one vector."""
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    calls: list[int] = []
+    handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in rms_norms(model)]
+    output = model(**inputs, use_cache=False).logits
+    output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
+    for handle in handles:
+        handle.remove()
+    grads = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return len(calls), torch.cat(grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_gradients_are_no_worse_and_checkpointing_stays_on(family: Family, dtype: torch.dtype, monkeypatch):
+    model, inputs = tiny(family, dtype)
+    calls, upstream = training_step(copy.deepcopy(model), inputs, False)
+    more_calls, _ = training_step(copy.deepcopy(model), inputs, True)
+    assert more_calls > calls, "upstream itself does not compute anything twice"
+
+    vlmfast.patch(model)
+    assert training_step(copy.deepcopy(model), inputs, False)[0] == calls
+    count, got = training_step(copy.deepcopy(model), inputs, True)
+    assert count == more_calls
+
+    for function in set(family.replace.values()):  # the definition takes float64, the ops do not
+        monkeypatch.setitem(function.__globals__, "rms_norm", vlmfast.rms_norm.op.reference)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    _, exact = training_step(model.double(), wide, False)
+    budget = 1.05 * (upstream - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+    assert (got - exact).norm() <= budget
+
+
+# ---- torch.compile ----
+
+
+class Recorder:
+    """A backend for torch.compile that runs graphs as they are, and notes how many of our ops each run had."""
+
+    def __init__(self) -> None:
+        self.ran: list[int] = []
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: list):
+        ours = sum("vlmfast" in str(node.target) for node in module.graph.nodes)
+
+        def run(*args):
+            self.ran.append(ours)
+            return module.forward(*args)
+
+        return run
+
+
+@pytest.fixture
+def recorder():
+    torch._dynamo.reset()
+    yield Recorder()
+    torch._dynamo.reset()
+
+
+def without_image(inputs: dict) -> dict:
+    ids = inputs["input_ids"]
+    return {"input_ids": ids.where(ids > 9, 10), "attention_mask": inputs["attention_mask"]}
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_compiles_into_one_graph(family: Family, recorder: Recorder):
+    model, inputs = tiny(family)
+    inputs = without_image(inputs)  # upstream's own vision code breaks the graph of half of the families
+    want = logits(model, inputs)
+    vlmfast.patch(model)
+    calls = []
+    for module in patched(model):
+        module.register_forward_hook(lambda *_: calls.append(1))
+    logits(model, inputs)
+    for module in patched(model):
+        module._forward_hooks.clear()
+    assert_same(logits(torch.compile(model, backend=recorder, fullgraph=True), inputs), want)
+    assert recorder.ran == [len(calls)]
+
+
+def test_compiled_model_is_compiled_anew_after_patch_and_undo(recorder: Recorder):
+    model, inputs = tiny("llava")
+    compiled = torch.compile(model, backend=recorder)
+    want = logits(compiled, inputs)
+    assert sum(recorder.ran) == 0
+    with vlmfast.patch(compiled):
+        assert_same(logits(compiled, inputs), want)
+        assert sum(recorder.ran) == len(patched(model)) > 0
+        recorder.ran.clear()
+    assert_same(logits(compiled, inputs), want)
+    assert recorder.ran
+    assert sum(recorder.ran) == 0

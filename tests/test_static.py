@@ -1,0 +1,118 @@
+"""Rules that every file and op keeps, and every Triton kernel compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmfast
+from tests.cases import EACH_OP, require
+from vlmfast.registry import OPS, Op
+
+ROOT = Path(vlmfast.__file__).parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("vlmfast", "kernels", "csrc", "tests", "benchmarks", "scripts")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"} and "kernels" not in path.relative_to(ROOT).parts[1:-1]
+)
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+PYTHON = [path for path in SOURCES if path.suffix == ".py"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parameters(function) -> list:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_triton_launcher_has_the_signature_of_the_definition(op: Op):
+    require(op, "triton")
+    backend = op.backend("triton")
+    assert parameters(backend.run) == parameters(backend.unsupported) == parameters(op.reference)
+
+
+@pytest.mark.parametrize("backend", ["native", "emulated"])
+@pytest.mark.parametrize("op", EACH_OP)
+def test_compiled_op_has_the_schema_of_the_definition(op: Op, backend: str):
+    require(op, backend)
+    schema = str(op.backend(backend).run._schema).partition("::")[2].partition(".")[0]
+    want = torch.library.infer_schema(op.reference, mutates_args=(), op_name=f"vlmfast::{op.name}").partition("::")[2]
+    got = str(op.backend(backend).run._schema).partition("::")[2]
+    defined = str(getattr(torch.ops.vlmfast, op.name).default._schema).partition("::")[2]
+    assert got == defined, (schema, want)
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_op_is_documented(op: Op):
+    for part in ("Args:", "Returns:", "Raises:", "Source:", *inspect.signature(op.reference).parameters):
+        assert part in op.reference.__doc__, part
+
+
+def test_public_names_are_documented():
+    for name in vlmfast.__all__:
+        assert getattr(vlmfast, name).__doc__, name
+
+
+def test_kernels_is_not_an_importable_package():
+    """kernels/__init__.py would shadow the Hugging Face package of that name from the repository's root."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "vlmfast" / "kernels").resolve() == ROOT / "kernels"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_file_length(path: Path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_function_length(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            prose = first.end_lineno - first.lineno if isinstance(first, ast.Expr) else 0  # the docstring is free
+            assert node.end_lineno - node.lineno - prose < 80, node.name
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if p.is_relative_to(ROOT / "vlmfast")], ids=name_of)
+def test_users_meet_no_assert(path: Path):
+    """An assert vanishes under python -O and says nothing to a user."""
+    assert not [n.lineno for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels() -> list[dict]:
+    if isinstance(next(iter(OPS.values())).backend("triton"), str):
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = [sys.executable, str(ROOT / "tests" / "compile_kernels.py")]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*script, target], env=environment, **pipe) for target in TARGETS]
+    records = []
+    for process in processes:
+        stdout, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+        records += json.loads(stdout)
+    return records
+
+
+def test_triton_kernels_compile_for_every_target(compiled_kernels: list[dict]):
+    for op in OPS.values():
+        if not isinstance(op.backend("triton"), str):
+            assert {r["target"] for r in compiled_kernels if r["op"] == op.name} == set(TARGETS), op.name
+
+
+def test_triton_kernels_spill_no_register(compiled_kernels: list[dict]):
+    assert not [r for r in compiled_kernels if r["spills"]]
