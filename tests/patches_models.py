@@ -19,22 +19,24 @@ DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = ("native", "torch")  # on x86 both add in the order of torch's own sums
 
 
-def in_this_transformers(model_type: str) -> tuple:
-    missing = model_type not in CONFIG_MAPPING
-    return (pytest.mark.skipif(missing, reason=f"transformers {transformers.__version__} has no {model_type}"),)
+EACH_FAMILY = [pytest.param(family, id=family.model_types[0]) for family in dict.fromkeys(families().values())]
 
 
-EACH_FAMILY = [
-    pytest.param(family, id=family.model_types[0], marks=in_this_transformers(family.model_types[0]))
-    for family in dict.fromkeys(families().values())
-]
+def skip_unless_known(model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
 
 
 def tiny(family: Family | str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = (families()[family] if isinstance(family, str) else family).tiny()
-    return model.to(dtype), {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
-    }
+    if isinstance(family, str):
+        family = families()[family]
+    skip_unless_known(family.model_types[0])
+    model, inputs = family.tiny()
+    return model.to(dtype), {name: cast(value, dtype) for name, value in inputs.items()}
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 @torch.no_grad()
@@ -51,9 +53,12 @@ def patched(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, PatchedModule)]
 
 
-def state(model: nn.Module) -> dict[str, tuple[type, dict[str, Any]]]:
+def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
     """The class and the attributes of every module."""
-    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules()}
+    return {
+        name: (type(module), {key: id(value) for key, value in vars(module).items()})
+        for name, module in model.named_modules()
+    }
 
 
 def require(backend: str) -> None:

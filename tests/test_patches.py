@@ -17,6 +17,7 @@ from tests.patches_models import (
     DTYPES,
     EACH_FAMILY,
     assert_same,
+    cast,
     logits,
     patched,
     require,
@@ -32,7 +33,21 @@ from vlmfast.patches.upstream import Site, lock, mismatch
 SITES = {site: function for family in families().values() for site, function in family.replace.items()}
 
 
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    """The backend of every test that does not ask for another: an interpreted Triton kernel sums in its own order."""
+    with vlmfast.use("torch"):
+        yield
+
+
 # ---- the tables ----
+
+
+def find(site: str) -> type:
+    cls = Site.parse(site).find()
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {site}")
+    return cls
 
 
 def test_lock_holds_the_bodies_of_this_transformers():
@@ -44,37 +59,23 @@ def test_lock_holds_the_bodies_of_this_transformers():
 @pytest.mark.parametrize("site", SITES)
 def test_site_is_known(site: str):
     assert lock()[site], "no supported transformers has this site"
-    cls = Site.parse(site).find()
-    if cls is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {site}")
-    assert mismatch(Site.parse(site), cls, SITES[site]) is None
+    assert mismatch(Site.parse(site), find(site), SITES[site]) is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("site", [site for site in SITES if "RMSNorm" in site])
-def test_norm_rounds_as_upstream(site: str, backend: str):
-    require(backend)
-    cls = Site.parse(site).find()
-    if cls is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {site}")
+def test_norm_rounds_as_upstream(site: str, dtype: torch.dtype, weight_dtype: torch.dtype):
+    cls, method = find(site), Site.parse(site).method
+    module = cls(48, eps=1e-2).to(weight_dtype)
+    nn.init.normal_(module.weight)
     number = len(inspect.signature(SITES[site]).parameters) - 1
-    half, full = torch.bfloat16, torch.float32
-    for x_dtype, weight_dtype in [
-        (full, full),
-        (half, half),
-        (torch.float16, torch.float16),
-        (half, full),
-        (full, half),
-    ]:
-        module = cls(48, eps=1e-2)
-        nn.init.normal_(module.weight).data = module.weight.data.to(weight_dtype)
-        for width in (48, 96):  # 96: rows with a gap between them, as the queries of Qwen3.5
-            inputs = [torch.randn(2, 5, 3, width, dtype=x_dtype)[..., :48] * 0.1 for _ in range(number)]
-            module.__class__ = cls
-            want = module(*inputs)
-            module.__class__ = patched_class(cls, {Site.parse(site).method: SITES[site]})
-            with vlmfast.use(backend):
-                assert_same(module(*inputs), want, backend)
+    for width in (48, 96):  # 96: rows with a gap between them, as the queries of Qwen3.5
+        inputs = [(0.1 * torch.randn(2, 5, 3, width, dtype=dtype))[..., :48] for _ in range(number)]
+        want = module(*inputs)
+        module.__class__ = patched_class(cls, {method: SITES[site]})
+        assert_same(module(*inputs), want)
+        module.__class__ = cls
 
 
 # ---- one model, patched and undone ----
@@ -144,11 +145,10 @@ def test_undo_restores_the_model(family: Family):
             before[name][0].__name__,
             before[name][0].__module__,
         )
-    patch.undo()
-    assert state(model) == before
+    for _ in range(2):  # the second time there is nothing left to do
+        patch.undo()
+        assert state(model) == before
     assert torch.equal(logits(model, inputs), want)
-    patch.undo()  # nothing left to do
-    assert state(model) == before
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
@@ -212,7 +212,7 @@ def training_step(model: nn.Module, inputs: dict, checkpointing: bool) -> tuple[
     """How often the norms ran, and every gradient in one vector."""
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls: list[int] = []
     handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in rms_norms(model)]
     output = model(**inputs, use_cache=False).logits
@@ -239,7 +239,8 @@ def test_gradients_are_no_worse_and_checkpointing_stays_on(family: Family, dtype
 
     for function in set(family.replace.values()):  # the definition takes float64, the ops do not
         monkeypatch.setitem(function.__globals__, "rms_norm", vlmfast.rms_norm.op.reference)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    wide = {name: cast(value, torch.float64) for name, value in inputs.items()}
+    getattr(model, "set_experts_implementation", lambda name: None)("eager")  # the other one takes no float64
     _, exact = training_step(model.double(), wide, False)
     budget = 1.05 * (upstream - exact).norm() + torch.finfo(dtype).eps * exact.norm()
     assert (got - exact).norm() <= budget
@@ -271,29 +272,23 @@ def recorder():
     torch._dynamo.reset()
 
 
-def without_image(inputs: dict) -> dict:
-    ids = inputs["input_ids"]
-    return {"input_ids": ids.where(ids > 9, 10), "attention_mask": inputs["attention_mask"]}
-
-
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_compiles_into_one_graph(family: Family, recorder: Recorder):
-    model, inputs = tiny(family)
-    inputs = without_image(inputs)  # upstream's own vision code breaks the graph of half of the families
-    want = logits(model, inputs)
-    vlmfast.patch(model)
-    calls = []
-    for module in patched(model):
-        module.register_forward_hook(lambda *_: calls.append(1))
-    logits(model, inputs)
-    for module in patched(model):
-        module._forward_hooks.clear()
-    assert_same(logits(torch.compile(model, backend=recorder, fullgraph=True), inputs), want)
-    assert recorder.ran == [len(calls)]
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "llava", "llama4", "internvl"])
+def test_compiles_into_one_graph(model_type: str, recorder: Recorder):
+    """On parts that upstream compiles into one graph: placing an image in a prompt breaks it in some versions."""
+    model, inputs = tiny(model_type)
+    if model_type == "internvl":  # the one with our op in a vision tower
+        model, inputs = model.model.vision_tower, {"pixel_values": inputs["pixel_values"]}
+    else:
+        inputs = {"input_ids": inputs["input_ids"].clamp(min=10)}
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        vlmfast.patch(model)
+        assert_same(torch.compile(model, backend=recorder, fullgraph=True)(**inputs)[0], want)
+    assert recorder.ran == [len(patched(model))]
 
 
 def test_compiled_model_is_compiled_anew_after_patch_and_undo(recorder: Recorder):
-    model, inputs = tiny("llava")
+    model, inputs = tiny("llama")
     compiled = torch.compile(model, backend=recorder)
     want = logits(compiled, inputs)
     assert sum(recorder.ran) == 0

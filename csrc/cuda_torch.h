@@ -1,0 +1,113 @@
+// What the launchers of the CUDA kernels need of torch: device, stream, pointers, registration. Stable ABI only.
+#pragma once
+
+#if !defined(VLMFAST_EMULATED) && !defined(USE_CUDA)
+#define USE_CUDA  // torch's C shim declares its CUDA part only then; a CPU-only torch will do to compile it
+#endif
+
+#include "common.h"
+#include "cuda_compat.h"
+
+namespace vlmfast {
+
+constexpr int kVectorBytes = 16;  // the widest load or store
+
+// Rows as a kernel takes them.
+template <typename scalar_t>
+struct RowPointer {
+  const scalar_t* data = nullptr;
+  int64_t stride = 0;  // in elements
+
+  // May each row be read in vectors of kVectorBytes?
+  bool takes_vectors() const {
+    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * sizeof(scalar_t) % kVectorBytes == 0;
+  }
+};
+
+}  // namespace vlmfast
+
+#ifdef VLMFAST_EMULATED
+#include "torch_host.h"
+#else
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <vector>
+
+#define VLMFAST_CUDA_LIBRARY vlmfast_native
+#define VLMFAST_CUDA_KEY CUDA
+
+namespace vlmfast {
+
+// Makes the device of a tensor the current one. All pointers of a launch come from here.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {}
+
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    static const std::vector<int> counts = [] {  // asked once: a query costs as much as a launch
+      int devices = 0;
+      cudaGetDeviceCount(&devices);
+      std::vector<int> counts(devices);
+      for (int i = 0; i < devices; ++i) cudaDeviceGetAttribute(&counts[i], cudaDevAttrMultiProcessorCount, i);
+      return counts;
+    }();
+    return counts.at(device_);
+  }
+
+  template <typename scalar_t>
+  RowPointer<scalar_t> input(const Rows& rows) const {
+    return {static_cast<const scalar_t*>(rows.tensor.const_data_ptr()), rows.row_stride};
+  }
+
+  template <typename scalar_t>
+  scalar_t* output(const Tensor& tensor) const {
+    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace vlmfast
+#endif
+
+namespace vlmfast {
+
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
+
+// function(scalar_t()) for the storage type of a dtype.
+template <typename Function>
+void with_dtype(Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return function(float());
+    case Dtype::kFloat16:
+      return function(__half());
+    case Dtype::kBFloat16:
+      return function(__nv_bfloat16());
+  }
+}
+
+// A float32 buffer of kernels on the current stream.
+inline Tensor float_buffer(int64_t count, const Tensor& like) {
+  const int64_t stride = 1;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(), device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+}  // namespace vlmfast

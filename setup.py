@@ -1,0 +1,172 @@
+"""Builds vlmfast/_C.so: the CPU kernels always, the CUDA kernels where nvcc and a CUDA build of torch are.
+
+The library has no Python in it and needs only torch's stable ABI: one wheel serves every Python and torch >= 2.10. Where
+it cannot be built the package installs without it and works on its Triton and PyTorch backends; with
+VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
+
+CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+
+# 2.10: the first release whose stable ABI has parallel_for and strings.
+COMMON_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
+# The kernels copy torch's arithmetic to the bit: no fused multiply-add where torch has none.
+KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
+CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+# What csrc/*_kernels.cpp are compiled for, and chosen from at run time (csrc/cpu.h).
+CPU_LEVELS = {"baseline": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
+
+
+class BuildError(Exception):
+    """Why the extension, or its CUDA part, cannot be built."""
+
+
+def import_torch() -> ModuleType:
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except ImportError as error:
+        raise BuildError(f"torch is not installed in the build's environment ({error}); pip needs --no-build-isolation")
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        raise BuildError(f"torch >= 2.10 is needed, got {torch.__version__}")
+    return torch
+
+
+def find_program(variable: str, names: list[str]) -> list[str]:
+    """The command line of a compiler: of the environment variable, or the first of the names on PATH."""
+    command = shlex.split(os.environ.get(variable, "")) or next(([name] for name in names if shutil.which(name)), [])
+    if not command or not shutil.which(command[0]):
+        raise BuildError(f"there is no compiler ({' or '.join(names)} on PATH, or {variable})")
+    return command
+
+
+def architecture_flags(architectures: str) -> list[str]:
+    """nvcc's flags for a list such as "8.0;9.0+PTX"."""
+    flags = []
+    for name in architectures.replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise BuildError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+
+
+def cpu_commands(objects: Path, include: list[str]) -> dict[Path, list[str]]:
+    """The compilation of each object file of the CPU part."""
+    compiler = find_program("CXX", ["c++", "g++", "clang++"])
+    levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+    commands = {}
+    for source in sorted(CSRC.glob("*.cpp")):
+        if not source.stem.endswith("_kernels"):
+            commands[objects / f"{source.stem}.o"] = [*compiler, *CXX_FLAGS, *include, "-c", str(source)]
+            continue
+        for level, flag in levels.items():
+            flags = [*CXX_FLAGS, *KERNEL_FLAGS, *flag.split(), f"-DVLMFAST_ISA={level}"]
+            commands[objects / f"{source.stem}.{level}.o"] = [*compiler, *flags, "-c", str(source)]
+    return commands
+
+
+def cuda_commands(torch: ModuleType, objects: Path) -> dict[Path, list[str]]:
+    """The compilation of each object file of the CUDA part; none without CUDA sources or a CUDA torch."""
+    sources = sorted(CSRC.glob("*.cu"))
+    if not sources or torch.version.cuda is None:
+        return {}
+    home = torch.utils.cpp_extension.CUDA_HOME
+    names = [str(Path(home) / "bin" / "nvcc"), "nvcc"] if home else ["nvcc"]
+    compiler = find_program("NVCC", names)
+    include = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cuda")]
+    architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    return {
+        objects / f"{source.stem}.cuda.o": [*compiler, *CUDA_FLAGS, *architectures, *include, "-c", str(source)]
+        for source in sources
+    }
+
+
+def compile_all(commands: dict[Path, list[str]]) -> None:
+    """Run the compilations side by side, but for the objects that are newer than all of csrc and this file."""
+    newest = max(path.stat().st_mtime for path in [*CSRC.iterdir(), Path(__file__)])
+    stale = [path for path in commands if not path.exists() or path.stat().st_mtime < newest]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda path: run([*commands[path], "-o", str(path)]), stale))
+
+
+def build(output: Path, objects: Path) -> None:
+    """Compile and link the extension, without its CUDA part if that fails."""
+    torch = import_torch()
+    cpp = torch.utils.cpp_extension
+    objects.mkdir(parents=True, exist_ok=True)
+    commands = cpu_commands(objects, [f"-I{path}" for path in cpp.include_paths("cpu")])
+    compile_all(commands)
+    try:
+        cuda = cuda_commands(torch, objects)
+        compile_all(cuda)
+    except BuildError as error:
+        skip(f"the extension is built without its CUDA kernels: {error}")
+        cuda = {}
+    libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda", "-lc10_cuda", "-lcudart"] if cuda else [])]
+    paths = [f"-L{path}" for path in cpp.library_paths("cuda" if cuda else "cpu")]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    linker = find_program("CXX", ["c++", "g++", "clang++"])
+    run([*linker, "-shared", *map(str, [*commands, *cuda]), *paths, *libraries, "-s", "-o", str(output)])
+
+
+def skip(message: str) -> None:
+    """Go on without something, and say so; or stop, where the environment requires all of it."""
+    if os.environ.get("VLMFAST_REQUIRE_EXTENSION") == "1":
+        raise SystemExit(f"vlmfast: {message}")
+    print(f"vlmfast: {message}", file=sys.stderr)
+
+
+class BuildLibrary(build_ext):
+    """Builds a plain shared library, where setuptools would build a Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            build(Path(self.get_ext_fullpath(ext.name)).absolute(), Path(self.build_temp).absolute())
+        except BuildError as error:
+            skip(f"the package is installed without its compiled kernels: {error}")
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for every Python 3, on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("vlmfast._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,95 @@
+"""Compile csrc/*.cu and the emulation's runtime with g++ into one shared library."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+TORCH = Path(torch.__file__).parent
+CXX = os.environ.get("CXX", "g++")
+
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+COMMON += ["-fno-gnu-unique"]  # statics of templates stay a library's own where several builds are loaded
+COMMON += ["-DVLMFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+UNDEFINED = "alignment,bounds,float-cast-overflow,integer-divide-by-zero,return,shift,signed-integer-overflow"
+CHECK = ["-O0", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # hooks on every access
+CHECK += [f"-fsanitize={UNDEFINED}", "-ftrivial-auto-var-init=pattern"]  # registers start as garbage, not as zero
+MODES = {"plain": ["-O1"], "check": CHECK}
+RUNTIME = ("scheduler.cpp", "warp.cpp", "memory.cpp")
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if shutil.which(CXX) is None:
+        return f"there is no compiler {CXX}"
+    return None
+
+
+@functools.cache
+def _cache() -> Path:
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfast" / "emulation"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        directory = Path(tempfile.mkdtemp(prefix="vlmfast-emulation-"))
+    return directory
+
+
+def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str) -> Path:
+    """The output of a compiler command, from the cache where the command and its inputs are unchanged."""
+    key = hashlib.sha256(repr([CXX, *map(str, command), torch.__version__]).encode())
+    for path in sorted(inputs):
+        key.update(path.read_bytes())
+    output = _cache() / (key.hexdigest()[:32] + suffix)
+    if not output.exists():
+        handle, partial = tempfile.mkstemp(suffix=suffix, dir=output.parent)
+        os.close(handle)
+        try:
+            result = subprocess.run([CXX, *command, "-o", partial], capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{CXX} failed:\n{result.stderr}")
+            os.replace(partial, output)  # whole or not at all: others may build the same
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    return output
+
+
+def _object(source: Path, flags: Sequence[str], headers: Iterable[Path]) -> Path:
+    language = ["-x", "c++", "-c", source]
+    return _run([*COMMON, *flags, *language], [source, *headers], ".o")
+
+
+def build(
+    mode: str = "plain", *, library: str = "vlmfast_emulated", csrc: Path = CSRC, sources: Iterable[Path] | None = None
+) -> Path:
+    """Compile the kernels for the CPU.
+
+    Args:
+        mode: "plain" runs them fast; "check" looks at every access.
+        library: the namespace under ``torch.ops`` of what is built; one process may load several.
+        csrc: where the sources and headers are.
+        sources: the .cu files; all of ``csrc`` by default.
+
+    Returns:
+        The shared library's path in a cache keyed by content.
+
+    Raises:
+        RuntimeError: if the compiler fails, with its message.
+    """
+    headers = [*HERE.glob("*.h"), *csrc.glob("*.h"), *csrc.glob("*.cuh")]
+    includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
+    flags = [*MODES[mode], *includes, f"-DVLMFAST_CUDA_LIBRARY={library}"]
+    objects = [_object(HERE / name, ["-O2"], HERE.glob("*.h")) for name in RUNTIME]
+    objects += [_object(source, flags, headers) for source in sorted(sources or csrc.glob("*.cu"))]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-ldl"]
+    return _run(["-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so")

@@ -1,0 +1,41 @@
+// The emulated half of csrc/cuda_torch.h: tensors of the CPU, one stream, and kernels that may only touch what their
+// launcher has asked a pointer for. The ops live in a namespace of their own, beside the compiled extension's.
+#pragma once
+
+#define VLMFAST_CUDA_KEY CPU
+#ifndef VLMFAST_CUDA_LIBRARY
+#define VLMFAST_CUDA_LIBRARY vlmfast_emulated
+#endif
+
+extern "C" void vlmfast_emulation_allow(void* begin, int64_t rows, int64_t row_bytes, int64_t row_pitch, int writable);
+extern "C" void vlmfast_emulation_forbid_all();
+
+namespace vlmfast {
+
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor&) { vlmfast_emulation_forbid_all(); }
+  ~DeviceScope() { vlmfast_emulation_forbid_all(); }
+
+  cudaStream_t stream() const { return nullptr; }
+  int multiprocessors() const { return 1; }  // few, so that persistent kernels have to loop
+
+  template <typename scalar_t>
+  RowPointer<scalar_t> input(const Rows& rows) const {
+    constexpr int64_t kSize = sizeof(scalar_t);
+    vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * kSize, rows.row_stride * kSize, 0);
+    return {static_cast<const scalar_t*>(rows.data()), rows.row_stride};
+  }
+
+  // Poisoned: an element that no kernel writes is NaN.
+  template <typename scalar_t>
+  scalar_t* output(const Tensor& tensor) const {
+    const int64_t bytes = tensor.numel() * static_cast<int64_t>(sizeof(scalar_t));
+    void* const data = tensor.mutable_data_ptr();
+    memset(data, 0xff, bytes);
+    vlmfast_emulation_allow(data, 1, bytes, bytes, 1);
+    return static_cast<scalar_t*>(data);
+  }
+};
+
+}  // namespace vlmfast

@@ -1,0 +1,225 @@
+"""The command line: what it prints, and above all its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vlmfast
+from vlmfast import demo
+from vlmfast.backends import LOADERS, Backend
+from vlmfast.cli import main
+from vlmfast.patches import families
+from vlmfast.registry import OPS, Op
+
+SHORT = ["--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The commands are under test, not the kernels: no interpreter for every norm, no emulation to compile."""
+    monkeypatch.delitem(LOADERS, "emulated")
+    with vlmfast.use("torch"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A LLaVA of random weights and its processor, saved as a checkpoint is."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<image>", "<unk>", "describe", "this"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    image_processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = transformers.LlavaProcessor(
+        image_processor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+            model_input_names=["input_ids", "attention_mask"],
+        ),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    path = tmp_path_factory.mktemp("llava")
+    families()["llava"].tiny()[0].save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def wrong_rms_norm(x, weight, eps=1e-6, variant="llama"):
+    return -OPS["rms_norm"].reference(x, weight, eps, variant)
+
+
+def plant(monkeypatch, op, backend, run):
+    monkeypatch.setitem(OPS[op]._loaded, backend, Backend(backend, run, lambda *args, **kwargs: None))
+
+
+# ---- demo ----
+
+
+def test_demo_of_the_random_model(capsys):
+    assert main(["demo", "--layers", "1", "--new-tokens", "3", "--repeats", "1", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "RANDOM weights" in output
+    assert "china.jpg, 640 x 427, 260 visual tokens" in output  # 26 x 40 patches, four to a token
+    assert "qwen3_vl.Qwen3VLTextRMSNorm.forward  5 modules" in output
+    assert "generated ids: EQUAL, all 3" in output
+    assert "largest logit difference: 0 " in output
+
+
+def test_demo_of_a_checkpoint(checkpoint, capsys):
+    assert main(["demo", "--model", str(checkpoint), "--prompt", "describe this", *SHORT]) == 0
+    output = capsys.readouterr().out
+    assert "(llava, " in output
+    assert "16 visual tokens" in output  # 4 x 4 patches
+    assert "'describe this', 18 tokens with the image" in output
+    assert "rms_norm   torch              15 " in output  # five norms, three tokens
+    assert "generated ids: EQUAL, all 3" in output
+    assert "each further token" in output
+
+
+def test_demo_uses_the_chat_template(checkpoint, capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    part = "{% if c.type == 'image' %}<image> {% else %}{{ c.text }}{% endif %}"
+    template = "{% for m in messages %}<s> {% for c in m.content %}" + part + "{% endfor %}{% endfor %}"
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    processor.chat_template = template
+    transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert main(["demo", "--model", str(tmp_path), "--prompt", "describe this", *SHORT]) == 0
+    assert "19 tokens with the image" in capsys.readouterr().out  # <s> as well
+
+
+def test_demo_fails_when_the_tokens_differ(checkpoint, capsys, monkeypatch):
+    plant(monkeypatch, "rms_norm", "torch", wrong_rms_norm)
+    assert main(["demo", "--model", str(checkpoint), *SHORT]) == 1
+    output = capsys.readouterr().out
+    assert "generated ids: DIFFERENT from token 1 on" in output
+    assert "EQUAL" not in output
+
+
+def test_demo_shows_a_difference_that_changes_no_token(checkpoint, capsys, monkeypatch):
+    plant(monkeypatch, "rms_norm", "torch", lambda *args: OPS["rms_norm"].reference(*args) * (1 + 1e-5))
+    assert main(["demo", "--model", str(checkpoint), *SHORT]) == 0
+    output = capsys.readouterr().out
+    assert "EQUAL" in output
+    assert "largest logit difference: " in output
+    assert "largest logit difference: 0 " not in output
+
+
+def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, monkeypatch):
+    def explode(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    run = Op.run
+    plant(monkeypatch, "rms_norm", "torch", explode)
+    with pytest.raises(RuntimeError, match="planted"):
+        main(["demo", "--model", str(checkpoint), *SHORT])
+    assert Op.run is run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "no/such.jpg"], "cannot read the image no/such.jpg: FileNotFoundError"),
+        (["--image", __file__], "UnidentifiedImageError"),
+        (["--model", "./no-such-model"], "there is no directory ./no-such-model"),
+        (["--model", "EMPTY"], "cannot load"),
+        (["--device", "tpu9"], "cannot use tpu9"),
+        (["--device", "meta"], "cannot use meta"),
+        pytest.param(
+            ["--device", "cuda"],
+            "cannot use cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line(arguments, message, capsys, tmp_path):
+    assert main(["demo", *(str(tmp_path) if argument == "EMPTY" else argument for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("vlmfast: error: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_demo_of_an_unknown_family(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("vlmfast.demo_model.families", dict)
+    assert main(["demo", "--model", str(checkpoint), *SHORT]) == 2
+    assert "is of type llava; known are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_counts_must_be_positive(number, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--new-tokens", number])
+    assert end.value.code == 2
+    assert "argument --new-tokens" in capsys.readouterr().err
+
+
+def test_speed_up_is_taken_pair_by_pair():
+    """The machine became ten times slower within the measurement; the patched model was twice as fast throughout."""
+    before, after, ratio = demo._compare([(0.2, 0.1), (2.0, 1.0), (2.0, 1.0)])
+    assert before == "2000.00 ms (200.00 to 2000.00)"
+    assert after == "1000.00 ms (100.00 to 1000.00)"
+    assert ratio == "2.00x (2.00 to 2.00)"
+
+
+# ---- info and explain ----
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    for name in (*OPS, *LOADERS, *families(), vlmfast.__version__, torch.__version__):
+        assert name in output
+    assert "broken" not in output
+
+
+def test_info_says_what_is_broken(capsys, monkeypatch):
+    def explode(*args, **kwargs):
+        raise RuntimeError("planted\nand more")
+
+    monkeypatch.setitem(OPS["rms_norm"]._loaded, "torch", Backend("torch", explode, explode))
+    monkeypatch.setattr("vlmfast.info.families", explode)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert "broken: RuntimeError: planted (1 ops)" in output
+    assert output.rstrip().endswith("broken: RuntimeError: planted")
+    assert "Traceback" not in output
+
+
+def test_explain(capsys):
+    assert main(["explain", "rms_norm", "--device", "cpu", "--dtype", "float16"]) == 0
+    output = capsys.readouterr().out
+    workloads = list(OPS["rms_norm"].workloads("cpu", torch.float16))
+    assert output.count("    torch: runs") == len(workloads)
+    assert "rms_norm(x: 600x2048 float16, weight: 2048 float16)" in output
+
+
+def test_explain_of_an_unknown_op(capsys):
+    assert main(["explain", "layer_norm"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no op 'layer_norm'" in error
+    assert "rms_norm" in error
+
+
+def test_without_a_command(capsys):
+    assert main([]) == 0
+    output = capsys.readouterr().out
+    assert all(command in output for command in ("demo", "info", "explain"))
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "vlmfast", "explain", "no_such_op"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("vlmfast: error: there is no op 'no_such_op'")
+    assert not result.stdout

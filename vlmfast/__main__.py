@@ -1,0 +1,7 @@
+"""``python -m vlmfast``."""
+
+import sys
+
+from vlmfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""What the commands share: where they print, and the error that is one line and no stack trace."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+class CommandError(Exception):
+    """Something that the user can put right; the command prints it and ends with exit code 2."""
+
+
+def console() -> Console:
+    """The terminal; in a pipe or a CI log, where nobody knows the width, plain lines of up to 120 columns."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def table(*columns: str) -> Table:
+    """An empty table in the style of all commands."""
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def facts() -> Table:
+    """An empty table of names and values."""
+    return Table(box=None, show_header=False, pad_edge=False)
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the CPU, {"avx2": True, "cpu_name": "...", ...}; empty where torch is too old to tell."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, or the one to use where none was named."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # is it there?
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device: cannot use {name}: {one_line(error)}") from error
+    return device

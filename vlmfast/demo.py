@@ -1,0 +1,268 @@
+"""``python -m vlmfast demo``: one image and one prompt, answered before and after `patch`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
+from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
+from vlmfast.patches import Patch, patch
+from vlmfast.registry import Op
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of the demo; see `vlmfast.cli` for what each means."""
+
+    model: str | None
+    image: Path
+    prompt: str
+    device: str | None
+    dtype: str | None
+    new_tokens: int
+    repeats: int
+    layers: int
+
+
+@dataclass
+class Clock:
+    """A streamer of ``generate`` that notes when the host had each new token."""
+
+    started: float = field(default_factory=time.perf_counter)
+    arrivals: list[float] = field(default_factory=list)
+    _prompt_seen: bool = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Called with the prompt first, then with each new token, already on the host."""
+        if self._prompt_seen:
+            self.arrivals.append(time.perf_counter())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one ``generate`` gave, and when."""
+
+    tokens: list[int]
+    logits: Tensor  # (new tokens, vocabulary) float32, on the CPU
+    first: float  # seconds from the call to the first token: vision tower, prefill, choice of the token
+    following: list[float]  # seconds from each token to the next
+
+
+def run(options: Options) -> int:
+    """Print the comparison; 0 if patched and original generate the same tokens, 1 if not."""
+    out = console()
+    device = usable_device(options.device)
+    subject = _load(options, device)
+    _describe(out, subject, options)
+    try:
+        with _patched(subject.model) as applied:
+            out.print(applied.report(), markup=False, soft_wrap=True)
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+
+    with out.status("comparing"):  # also the warm-up
+        original = _generate(subject, options.new_tokens)
+        with _patched(subject.model), _calls() as calls:
+            patched = _generate(subject, options.new_tokens)
+    _print_calls(out, calls)
+    same = _print_comparison(out, subject, original, patched)
+
+    with out.status("measuring"):
+        pairs = [_pair(subject, options.new_tokens, patched_first=bool(turn % 2)) for turn in range(options.repeats)]
+    _print_times(out, pairs)
+    return 0 if same else 1
+
+
+# ---- load ----
+
+
+def _load(options: Options, device: torch.device) -> Subject:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    image = open_image(options.image)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    if options.model is not None:
+        return checkpoint(options.model, image, options.prompt, device, dtype)
+    return random_qwen3_vl(image, options.prompt, device, dtype or _quick_dtype(device), options.layers)
+
+
+def _quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but not on CPUs that can only emulate it."""
+    emulated = device.type == "cpu" and not any(
+        present for name, present in cpu_capabilities().items() if name.endswith("bf16")
+    )
+    return torch.float32 if emulated else torch.bfloat16
+
+
+# ---- run ----
+
+
+@contextmanager
+def _patched(model: Any) -> Iterator[Patch]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a skipped site is in the report
+        applied = patch(model)
+    with applied:
+        yield applied
+
+
+@torch.inference_mode()
+def _generate(subject: Subject, new_tokens: int) -> Answer:
+    clock = Clock()
+    output = subject.model.generate(
+        **subject.inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        streamer=clock,
+    )
+    tokens = output.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
+    logits = torch.stack(output.logits)[:, 0].float().cpu()
+    following = [after - before for before, after in zip(clock.arrivals, clock.arrivals[1:], strict=False)]
+    return Answer(tokens, logits, clock.arrivals[0] - clock.started, following)
+
+
+def _pair(subject: Subject, new_tokens: int, patched_first: bool) -> tuple[Answer, Answer]:
+    """Original and patched, one right after the other; the order changes so that neither gains by its place."""
+    answers = {}
+    for with_patch in (True, False) if patched_first else (False, True):
+        with _patched(subject.model) if with_patch else nullcontext():
+            answers[with_patch] = _generate(subject, new_tokens)
+    return answers[False], answers[True]
+
+
+@dataclass
+class Calls:
+    """How often an op was called on one backend, and why the backends before it refused the first call."""
+
+    number: int
+    refusals: list[str]
+
+
+@contextmanager
+def _calls() -> Iterator[dict[tuple[str, str], Calls]]:
+    """Note each op call inside the block: (op, backend) -> `Calls`."""
+    noted: dict[tuple[str, str], Calls] = {}
+    run = Op.run
+
+    def noting(self: Op, *args: Any, **kwargs: Any) -> Any:
+        refusals: list[str] = []
+        for backend, _, reason in self.refusals(*args, **kwargs):
+            if reason is None:
+                noted.setdefault((self.name, backend), Calls(0, refusals)).number += 1
+                break
+            refusals.append(f"{backend}: {reason}")
+        return run(self, *args, **kwargs)
+
+    Op.run = noting  # type: ignore[method-assign]
+    try:
+        yield noted
+    finally:
+        Op.run = run  # type: ignore[method-assign]
+
+
+# ---- print ----
+
+
+def _describe(out: Console, subject: Subject, options: Options) -> None:
+    model, prompt_tokens = subject.model, subject.inputs["input_ids"].shape[1]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    image = f"{options.image.name}, {subject.image_size[0]} x {subject.image_size[1]}"
+    if subject.visual_tokens is not None:
+        image += f", {subject.visual_tokens} visual tokens"
+    rows = facts()
+    rows.add_row("model", f"{subject.title} ({model.config.model_type}, {parameters / 1e6:.0f} M parameters)")
+    rows.add_row("on", f"{_device_name(model.device)}, {str(model.dtype).removeprefix('torch.')}")
+    rows.add_row("image", image)
+    rows.add_row("prompt", f"{options.prompt!r}, {prompt_tokens} tokens with the image")
+    out.print(rows)
+    if options.model is None:
+        out.print("The weights are random: the text means nothing, only its equality and the times do.")
+    out.print()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} (threads: {torch.get_num_threads()})" if device.type == "cpu" else str(device)
+
+
+def _print_calls(out: Console, calls: dict[tuple[str, str], Calls]) -> None:
+    rows = table("op", "backend that ran", "calls", "passed over")
+    for (name, backend), noted in calls.items():
+        rows.add_row(name, backend, str(noted.number), "\n".join(noted.refusals))
+    out.print(rows)
+    if all(backend == "torch" for _, backend in calls):
+        out.print(
+            "Every call ran on its definition in plain PyTorch: expect no speed-up, only the noise of this machine."
+        )
+
+
+def _print_comparison(out: Console, subject: Subject, original: Answer, patched: Answer) -> bool:
+    for name, answer in (("original", original), ("patched", patched)):
+        out.print(f"{name:9}{subject.decode(answer.tokens)!r}", markup=False, soft_wrap=True)
+    same = original.tokens == patched.tokens
+    compared = _steps_on_equal_input(original, patched)
+    if same:
+        out.print(f"generated ids: EQUAL, all {compared}")
+    else:
+        best, second = original.logits[compared - 1].topk(2).values.tolist()
+        out.print(
+            f"generated ids: DIFFERENT from token {compared} on, where the original's best two logits are "
+            f"{best:.6g} and {second:.6g}"
+        )
+    difference = (original.logits[:compared] - patched.logits[:compared]).abs().max().item()
+    largest = original.logits[:compared].abs().max().item()
+    out.print(f"largest logit difference: {difference:.3g} (of logits up to {largest:.3g})")
+    return same
+
+
+def _steps_on_equal_input(original: Answer, patched: Answer) -> int:
+    """How many logit rows can be compared: up to the first different token, that one's included."""
+    for step, (one, other) in enumerate(zip(original.tokens, patched.tokens, strict=False), start=1):
+        if one != other:
+            return step
+    return min(len(original.tokens), len(patched.tokens))
+
+
+def _print_times(out: Console, pairs: list[tuple[Answer, Answer]]) -> None:
+    rows = table("median (range)", "original", "patched", "speed-up")
+    rows.add_row("first token", *_compare([(before.first, after.first) for before, after in pairs]))
+    if all(answer.following for pair in pairs for answer in pair):
+        each = [(statistics.median(before.following), statistics.median(after.following)) for before, after in pairs]
+        rows.add_row("each further token", *_compare(each))
+    out.print(rows)
+    out.print(
+        f"Pairs of generate() measured: {len(pairs)}, original and patched in turns after a warm-up; the speed-up is "
+        "taken pair by pair. The first token includes the vision tower and the prefill."
+    )
+
+
+def _compare(seconds: list[tuple[float, float]]) -> tuple[str, str, str]:
+    """Both columns of times and the ratio; pairs, because both runs of one met the machine in the same state."""
+
+    def spread(values: list[float], unit: str) -> str:
+        return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
+
+    before, after = ([1e3 * value for value in column] for column in zip(*seconds, strict=True))
+    ratios = [one / other for one, other in seconds]
+    return spread(before, " ms"), spread(after, " ms"), spread(ratios, "x")

@@ -1,0 +1,154 @@
+"""What the demo runs: a checkpoint, or a random Qwen3-VL for which nothing has to be downloaded; and its prompt."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmfast.console import CommandError, one_line
+from vlmfast.patches import families
+
+PHOTOGRAPH = Path(__file__).parent / "assets" / "china.jpg"
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+VOCABULARY = 16384
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with one prompt to answer."""
+
+    title: str
+    model: Any  # a PreTrainedModel: transformers has no types to check
+    inputs: Any  # the BatchFeature of one prompt, on the model's device
+    image_size: tuple[int, int]
+    decode: Callable[[list[int]], str]
+
+    @property
+    def visual_tokens(self) -> int | None:
+        """How many tokens of the prompt stand for the image, where the configuration tells."""
+        config = self.model.config
+        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        return None if token is None else int((self.inputs["input_ids"] == token).sum())
+
+
+def open_image(path: Path) -> Any:
+    """The image at ``path`` in RGB."""
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise CommandError(f"cannot read the image {path}: {one_line(error)}") from error
+
+
+def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: torch.dtype | None) -> Subject:
+    """Load a local directory or a repository of the Hugging Face hub."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise CommandError(f"--model: there is no directory {name}")
+    try:
+        model_type = AutoConfig.from_pretrained(name).model_type
+        if model_type not in families():  # say so before the weights are downloaded
+            raise CommandError(f"--model: {name} is of type {model_type}; known are {', '.join(sorted(families()))}")
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise CommandError(f"--model: cannot load {name}: {one_line(error)}") from error
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        text = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}"
+    inputs = processor(text=[text], images=[image], return_tensors="pt").to(device, model.dtype)
+    return Subject(name, model, inputs, image.size, lambda ids: processor.decode(ids, skip_special_tokens=True))
+
+
+def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.dtype, layers: int) -> Subject:
+    """A Qwen3-VL with random weights.
+
+    The language model has the widths of Qwen3-0.6B, the vision tower those of ViT-B; image processing, DeepStack and
+    generation are those of every Qwen3-VL.
+    """
+    import transformers
+    from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+
+    # without torchvision: a class of its own in transformers 5, the plain one before
+    processor_class = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+    image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
+    tokenizer = _tokenizer(prompt)
+    pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text_config = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rope_theta": 5e6,
+        "rope_scaling": rope,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": pad,
+        "bos_token_id": None,
+        "eos_token_id": None,  # generate as many tokens as asked for
+        "tie_word_embeddings": False,
+    }
+    vision_config = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "depth": 6,
+        "num_heads": 12,
+        "out_hidden_size": 1024,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "deepstack_visual_indexes": [1, 3, 5],
+    }
+    config = Qwen3VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=image_token,
+        video_token_id=video_token,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        # The logits of a random model are near ties, which any rounding decides; a trained model has clear
+        # favourites. Output rows of very different lengths give this one some.
+        model.lm_head.weight.mul_(torch.empty(VOCABULARY, 1).log_normal_(0.0, 1.0))
+    model.generation_config.pad_token_id = pad
+    inputs = image_processor(images=[image], return_tensors="pt")
+    visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
+    ids = [start, *[image_token] * visual, end, *tokenizer(prompt)["input_ids"]]
+    inputs["input_ids"] = torch.tensor([ids])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_token).int()
+    title = f"Qwen3-VL with RANDOM weights, {layers} layers of 1024 channels"
+    return Subject(title, model.to(device), inputs.to(device, dtype), image.size, tokenizer.decode)
+
+
+def _tokenizer(prompt: str) -> Any:
+    """Whole words: those of the prompt, and pseudo-words that nobody takes for an answer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    syllables = ["".join(pair) for pair in itertools.product("bdfghklmnprstvz", "aeiou")]
+    pseudo_words = ("".join(parts) for parts in itertools.product(syllables, repeat=3))
+    words = dict.fromkeys([*SPECIAL_TOKENS, *prompt.split()])
+    spread = itertools.islice(pseudo_words, 0, None, 23)  # not only those that begin with "ba"
+    words |= dict.fromkeys(itertools.islice(spread, VOCABULARY - len(words)))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")

@@ -1,0 +1,167 @@
+"""``python -m vlmfast info`` and ``explain``: what works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import platform
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+import vlmfast
+from vlmfast import backends
+from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device
+from vlmfast.patches import Family, families
+from vlmfast.patches.upstream import Site, mismatch
+from vlmfast.registry import OPS, Op
+
+Answer = TypeVar("Answer")
+INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
+
+
+def info() -> None:
+    """Print versions, devices, what each backend can do, and what can be patched.
+
+    What is broken is a line that says so.
+    """
+    out = console()
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    for section in (_machine, _backends, _ops):
+        out.print(_attempt(section, devices))
+    out.print(_attempt(_models))
+
+
+def explain(name: str, device_name: str | None, dtype: str) -> None:
+    """Print `vlmfast.explain` for each workload of an op."""
+    if name not in OPS:
+        raise CommandError(f"there is no op {name!r}; the ops are {', '.join(OPS)}")
+    device, op = usable_device(device_name), OPS[name]
+    function = getattr(importlib.import_module(op.reference.__module__), name)
+    names = inspect.signature(function).parameters
+    for _, args in op.workloads(str(device), getattr(torch, dtype)):
+        print(f"{name}({', '.join(map(_argument, names, args))})")
+        print(textwrap.indent(vlmfast.explain(function, *args), "    "))
+
+
+def _argument(name: str, value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{name}={value!r}"
+    return f"{name}: {'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _attempt(function: Callable[..., Answer], *args: Any) -> Answer | str:
+    try:
+        return function(*args)
+    except Exception as error:  # this command is for finding out what is broken
+        return f"broken: {one_line(error)}"
+
+
+# ---- versions and devices ----
+
+
+def _machine(devices: list[str]) -> Table:
+    rows = facts()
+    rows.add_row("vlmfast", vlmfast.__version__)
+    rows.add_row("Python", f"{platform.python_version()}, {platform.platform()}")
+    rows.add_row("torch", f"{torch.__version__}, {_toolkit()}")
+    for package in ("triton", "transformers"):
+        rows.add_row(package, _attempt(_version, package))
+    for device in devices:
+        rows.add_row(device, _attempt(_cpu) if device == "cpu" else _attempt(_gpu, device))
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _toolkit() -> str:
+    if torch.version.cuda is not None:
+        return f"built for CUDA {torch.version.cuda}"
+    return f"built for ROCm {torch.version.hip}" if torch.version.hip is not None else "built for CPUs only"
+
+
+def _cpu() -> str:
+    capabilities = cpu_capabilities()
+    sets = [name for name in INSTRUCTION_SETS if capabilities.get(name)]
+    known = f"{capabilities['cpu_name']}, {', '.join(sets)}; " if capabilities else ""
+    return f"{known}torch: {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+
+
+def _gpu(device: str) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"compute capability {properties.major}.{properties.minor}"
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
+
+
+# ---- backends ----
+
+
+def _backends(devices: list[str]) -> Table:
+    rows = table("backend", *devices)
+    for name in backends.LOADERS:
+        rows.add_row(name, *(_backend(name, device) for device in devices))
+    return rows
+
+
+def _ops(devices: list[str]) -> Table:
+    rows = table("op", *(f"runs on {device} by" for device in devices))
+    for op in OPS.values():
+        rows.add_row(op.name, *(_attempt(_first_backend, op, device) for device in devices))
+    return rows
+
+
+def _refusal(op: Op, backend: str, device: str) -> str | None:
+    """Why the backend cannot run a small bfloat16 call of the op, or None."""
+    with vlmfast.use(backend):
+        [(_, _, reason)] = op.refusals(*next(iter(op.samples(device, torch.bfloat16))))
+    return reason
+
+
+def _backend(name: str, device: str) -> str:
+    """How many ops the backend runs, and the reasons why it does not run the others."""
+    reasons = Counter(_attempt(_refusal, op, name, device) for op in OPS.values())
+    lines = [f"{reason} ({number} ops)" for reason, number in reasons.items() if reason is not None]
+    return "\n".join([f"{reasons[None]} of {len(OPS)} ops", *lines])
+
+
+def _first_backend(op: Op, device: str) -> str:
+    args = next(iter(op.samples(device, torch.bfloat16)))
+    return next((name for name, _, reason in op.refusals(*args) if reason is None), "none")
+
+
+# ---- models ----
+
+
+def _models() -> Table:
+    rows = table("models of type", "sites of this transformers")
+    for family in {family.model_types: family for family in families().values()}.values():
+        rows.add_row(", ".join(family.model_types), _attempt(_sites, family))
+    return rows
+
+
+def _sites(family: Family) -> str:
+    """How many of the family's sites can be replaced in the installed transformers."""
+    import transformers
+
+    if not any(model_type in transformers.CONFIG_MAPPING for model_type in family.model_types):
+        return "not in this transformers"
+    states = Counter(_site_state(Site.parse(text), function) for text, function in family.replace.items())
+    return ", ".join(f"{state}: {number}" for state, number in states.items())
+
+
+def _site_state(site: Site, function: Callable[..., Any]) -> str:
+    cls = site.find()
+    if cls is None:
+        return "absent"
+    return "replaced" if mismatch(site, cls, function) is None else "changed upstream, left alone"

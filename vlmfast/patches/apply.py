@@ -1,0 +1,212 @@
+"""`patch` and what it returns: the replacements of a family, put into one model instance and taken out again."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from vlmfast.patches.family import families
+from vlmfast.patches.swap import PatchedModule, patched_class, set_class
+from vlmfast.patches.upstream import Site, mismatch
+
+ABSENT = "no module of this class in the model"
+
+
+@dataclass(repr=False)
+class Patch:
+    """What `patch` did to a model. As a context manager, it undoes that at the end of the block.
+
+    Attributes:
+        model_type: the model's ``config.model_type``.
+        replaced: site -> how many modules got the replacement.
+        skipped: site -> why it was left as it was.
+    """
+
+    model_type: str
+    replaced: dict[str, int]
+    skipped: dict[str, str]
+    _modules: list[nn.Module] = field(default_factory=list)
+
+    def report(self) -> str:
+        """One line for each site: how many modules, or why not; sites of absent classes share the last one."""
+        rows = {site: _count(number, "module") for site, number in self.replaced.items()}
+        rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items() if reason != ABSENT}
+        width = max(map(len, rows), default=0)
+        lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
+        if absent := ", ".join(site for site, reason in self.skipped.items() if reason == ABSENT):
+            lines += textwrap.wrap(f"not in this model: {absent}", 100, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+    def undo(self) -> None:
+        """Give every module its own class back. A second call does nothing.
+
+        Raises:
+            RuntimeError: if the class of a module was changed again since; nothing is undone then.
+        """
+        changed = {type(m).__name__ for m in self._modules if "original_class" not in vars(type(m))}
+        if changed:
+            raise RuntimeError(
+                f"cannot undo: modules of {self.model_type} were given another class after the patch "
+                f"({', '.join(sorted(changed))}); undo that first"
+            )
+        while self._modules:
+            module = self._modules[-1]
+            set_class(module, vars(type(module))["original_class"])
+            self._modules.pop()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = _count(len(self._modules), "module") if self._modules else "undone"
+        return f"<Patch of {self.model_type}: {state}, {_count(len(self.replaced), 'site')}>"
+
+
+def patch(
+    model: nn.Module, *, only: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+) -> Patch:
+    """Replace the methods that the model's family lists, on this instance only.
+
+    Each module is given a subclass of its own class, of the same name; ``isinstance``, ``state_dict``, hooks, gradient
+    checkpointing and ``copy.deepcopy`` work as before, and a pickled model holds the original classes. A site is
+    replaced where transformers has it with the parameters and with a body that the replacement was written for. Any
+    other site in the model is skipped with a warning; `Patch.report` lists all of them.
+
+    Args:
+        model: a Hugging Face model or one of its sub-models; also inside PEFT, ``torch.compile``, accelerate or
+            DistributedDataParallel.
+        only: replace only the sites that match this pattern, or one of these, such as ``"*RMSNorm.forward"``.
+        exclude: leave out the sites that match.
+
+    Returns:
+        A `Patch`: ``report()``, ``undo()``, and a context manager.
+
+    Raises:
+        TypeError: if ``model`` is not a module. ValueError: for a model of an unknown family, or a pattern that matches
+            no site. RuntimeError: if the model is patched already, or nothing in it could be replaced.
+    """
+    host = _hugging_face_model(model)
+    model_type: str = host.config.model_type  # type: ignore[union-attr, assignment]
+    if model_type not in families():
+        raise ValueError(f"no patch for the model type {model_type!r}; known are {', '.join(sorted(families()))}")
+    if any(isinstance(module, PatchedModule) for module in host.modules()):
+        raise RuntimeError(
+            "model is patched already: undo that patch first (a copy of a patched model is patched as well)"
+        )
+    replace = families()[model_type].replace
+    chosen = _choose(model_type, replace, only, exclude)
+    methods, skipped = _plan(host, {site: replace[site] for site in chosen})
+    skipped |= {site: "left out by only or exclude" for site in replace if site not in chosen}
+    if not methods:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in skipped.items())
+        raise RuntimeError(f"nothing was replaced in this {model_type} model ({reasons})")
+    for site in chosen:
+        if skipped.get(site, ABSENT) != ABSENT:
+            warnings.warn(f"{site} is not patched: {skipped[site]}", stacklevel=2)
+    return _swap(host, model_type, methods, skipped)
+
+
+def _hugging_face_model(model: object) -> nn.Module:
+    """The one outermost module in ``model`` that has a ``config.model_type``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+    def outermost(module: nn.Module) -> list[nn.Module]:
+        if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
+            return [module]
+        return [found for child in module.children() for found in outermost(child)]
+
+    found = outermost(model)
+    if not found:
+        raise ValueError(f"model must be or hold a module with config.model_type, got {type(model).__name__}")
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module in found)
+        raise ValueError(f"model must hold one Hugging Face model, got {names}: patch each of them")
+    return found[0]
+
+
+def _choose(
+    model_type: str, sites: Iterable[str], only: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> list[str]:
+    def matching(name: str, patterns: str | Iterable[str]) -> set[str]:
+        matched: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name} must be a pattern or patterns of site names, got {pattern!r}")
+            hits = {site for site in sites if fnmatchcase(site, pattern)}
+            if not hits:
+                known = ", ".join(sites)
+                raise ValueError(f"{name}: {pattern!r} matches no site of {model_type}; its sites are {known}")
+            matched |= hits
+        return matched
+
+    kept = set(sites) if only is None else matching("only", only)
+    dropped = set() if exclude is None else matching("exclude", exclude)
+    return [site for site in sites if site in kept - dropped]
+
+
+Methods = dict[type, dict[str, tuple[str, Callable[..., Any]]]]  # class -> method -> (site, replacement)
+
+
+def _plan(host: nn.Module, replace: Mapping[str, Callable[..., Any]]) -> tuple[Methods, dict[str, str]]:
+    """What to replace, and what not and why. Changes nothing."""
+    modules_of: dict[type, list[nn.Module]] = {}
+    for module in host.modules():
+        modules_of.setdefault(type(module), []).append(module)
+    methods: Methods = {}
+    skipped = {}
+    for text, function in replace.items():
+        site = Site.parse(text)
+        classes = [cls for cls in modules_of if site.names(cls)]
+        reasons = [mismatch(site, cls, function) or _replaced(modules_of[cls], cls, site.method) for cls in classes]
+        if not classes:
+            derived = [cls.__name__ for cls in modules_of if any(site.names(base) for base in cls.__mro__)]
+            skipped[text] = f"its modules are of a subclass ({', '.join(derived)})" if derived else ABSENT
+        elif reason := next(filter(None, reasons), None):
+            skipped[text] = reason
+        else:
+            for cls in classes:
+                methods.setdefault(cls, {})[site.method] = text, function
+    return methods, skipped
+
+
+def _replaced(modules: list[nn.Module], cls: type, method: str) -> str | None:
+    """Whether somebody else replaced the method on instances (``kernelize`` does), where it would hide ours."""
+    taken = 0
+    for module in modules:
+        # accelerate's hooks call the method that they keep here
+        bound = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
+        taken += bound is not None and getattr(bound, "__func__", None) is not getattr(cls, method)
+    return f"{method} was already replaced on {taken} of {_count(len(modules), 'module')}" if taken else None
+
+
+def _swap(host: nn.Module, model_type: str, methods: Methods, skipped: dict[str, str]) -> Patch:
+    """Carry out the plan; what was done before a failure is undone."""
+    swapped = {
+        cls: patched_class(cls, {name: f for name, (_, f) in entries.items()}) for cls, entries in methods.items()
+    }
+    modules = [module for module in host.modules() if type(module) in swapped]
+    counts = Counter(site for module in modules for site, _ in methods[type(module)].values())
+    result = Patch(model_type, dict(counts), skipped)
+    try:
+        for module in modules:
+            set_class(module, swapped[type(module)])
+            result._modules.append(module)
+    except BaseException:
+        result.undo()
+        raise
+    return result
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

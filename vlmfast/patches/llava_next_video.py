@@ -1,0 +1,13 @@
+"""LLaVA-NeXT-Video."""
+
+from vlmfast.patches import tiny
+from vlmfast.patches.family import Family
+from vlmfast.patches.language import LANGUAGE_MODELS
+
+FAMILY = Family(
+    model_types=("llava_next_video",),
+    replace=LANGUAGE_MODELS,
+    tiny=lambda: tiny.llava_tiles(
+        "llava_next_video", language="gemma", video_token_index=tiny.VIDEO, vision_feature_layer=-2
+    ),
+)

@@ -1,0 +1,18 @@
+"""LLaVA-OneVision."""
+
+from vlmfast.patches import tiny
+from vlmfast.patches.family import Family
+from vlmfast.patches.language import LANGUAGE_MODELS
+
+FAMILY = Family(
+    model_types=("llava_onevision",),
+    replace=LANGUAGE_MODELS,
+    tiny=lambda: tiny.llava_tiles(
+        "llava_onevision",
+        language="qwen2",
+        tower="siglip_vision_model",
+        video_token_index=tiny.VIDEO,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    ),
+)

@@ -1,0 +1,166 @@
+"""Tiny random models and hand-built inputs: no download, no processor, a fraction of a second."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 64
+IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 5, 6  # token ids
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def text(**config: Any) -> dict[str, Any]:
+    """The configuration of a language model of two layers and four heads of 16 channels."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **config,
+    }
+
+
+def vision(**config: Any) -> dict[str, Any]:
+    """The configuration of a vision tower of two layers that turns an image of 28 x 28 into 4 x 4 patches."""
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+        **config,
+    }
+
+
+def mrope(sections: list[int], **config: Any) -> dict[str, Any]:
+    """Multimodal rotary embeddings, in the notation that every supported transformers reads."""
+    return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "mrope_section": sections, **config}}
+
+
+def model(model_type: str, **config: Any) -> nn.Module:
+    """A random model in evaluation mode, the same at each call.
+
+    One-dimensional parameters are moved off their initial ones and zeros, which would hide a weight that is not used,
+    and matrices are made larger, so that every layer leaves a trace in the output.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        result: nn.Module = auto.from_config(AutoConfig.for_model(model_type, **config)).eval()
+        for parameter in result.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    result.generation_config.pad_token_id = 0  # type: ignore[union-attr]
+    result.generation_config.eos_token_id = None  # type: ignore[union-attr]  # generate as many tokens as asked for
+    return result
+
+
+def prompts(image_tokens: int) -> dict[str, Tensor]:
+    """Two prompts of one image each, which differ in their text."""
+    before, image, after = [1, 10, VISION_START], [IMAGE] * image_tokens, [VISION_END, 11, 12, 13]
+    ids = torch.tensor([before + image + after, before + image + [VISION_END, 14, 15, 16]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def pixels(*shape: int) -> Tensor:
+    """Random pixels, the same at each call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def language_model(model_type: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A language model alone, with a prompt of text."""
+    inputs = prompts(image_tokens=4)
+    return model(model_type, **text(**config)), inputs
+
+
+def qwen(model_type: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A Qwen-VL model, which takes images as rows of patches: here 4 x 4 patches of 3 x 2 x 4 x 4 values."""
+    result = model(model_type, **config, **QWEN_TOKENS)
+    inputs = prompts(image_tokens=4)
+    inputs["pixel_values"] = pixels(2 * 16, 3 * 2 * 4 * 4)
+    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    if "mm_token_type_ids" in inspect.signature(result.forward).parameters:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    return result, inputs
+
+
+def qwen3_vision(**config: Any) -> dict[str, Any]:
+    """The vision tower of Qwen3-VL and Qwen3.5."""
+    return {
+        "depth": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        **config,
+    }
+
+
+def image_rows(model_type: str, image_tokens: int = 4, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model that takes one image of 28 x 28 for each prompt."""
+    return model(model_type, **config), {**prompts(image_tokens), "pixel_values": pixels(2, 3, 28, 28)}
+
+
+def llava(model_type: str, language: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A LLaVA on CLIP."""
+    return image_rows(
+        model_type,
+        image_tokens=16,
+        text_config=text(model_type=language),
+        vision_config=vision(model_type="clip_vision_model", projection_dim=32),
+        image_token_index=IMAGE,
+        **config,
+    )
+
+
+def llava_tiles(
+    model_type: str, language: str, tower: str = "clip_vision_model", **config: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A LLaVA that takes an image as a thumbnail and two tiles, with a learned row end after each row of patches."""
+    result = model(
+        model_type,
+        text_config=text(model_type=language),
+        vision_config=vision(model_type=tower, **({"vision_use_head": False} if "siglip" in tower else {})),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28]],
+        **config,
+    )
+    inputs = prompts(image_tokens=16 + 4 * (8 + 1))
+    inputs["pixel_values"] = pixels(2, 3, 3, 28, 28)
+    inputs["image_sizes"] = torch.tensor([[28, 56], [28, 56]])
+    return result, inputs
+
+
+def idefics(model_type: str, language: str) -> tuple[nn.Module, dict[str, Any]]:
+    """An Idefics3 or SmolVLM, which take a list of images for each prompt."""
+    result = model(
+        model_type,
+        text_config=text(model_type=language),
+        vision_config=vision(),
+        scale_factor=2,
+        image_token_id=IMAGE,
+        pad_token_id=0,
+    )
+    return result, {**prompts(image_tokens=4), "pixel_values": pixels(2, 1, 3, 28, 28)}
