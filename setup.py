@@ -1,7 +1,7 @@
 """Builds vlmfast/_C.so: the CPU kernels always, the CUDA kernels where nvcc and a CUDA build of torch are.
 
-The library has no Python in it and needs only torch's stable ABI: one wheel serves every Python and torch >= 2.10. Where
-it cannot be built the package installs without it and works on its Triton and PyTorch backends; with
+The library has no Python in it and needs only torch's stable ABI: one wheel serves every Python and torch >= 2.10.
+Where it cannot be built the package installs without it and works on its Triton and PyTorch backends; with
 VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
 
 CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Distribution, Extension, setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -33,13 +33,14 @@ CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
 KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
 # What csrc/*_kernels.cpp are compiled for, and chosen from at run time (csrc/cpu.h).
 CPU_LEVELS = {"baseline": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
 
 
 class BuildError(Exception):
-    """Why the extension, or its CUDA part, cannot be built."""
+    """Why a part of the extension cannot be built."""
 
 
 def import_torch() -> ModuleType:
@@ -47,7 +48,7 @@ def import_torch() -> ModuleType:
         import torch
         import torch.utils.cpp_extension
     except ImportError as error:
-        raise BuildError(f"torch is not installed in the build's environment ({error}); pip needs --no-build-isolation")
+        raise BuildError(f"no torch in the build's environment ({error}); pip needs --no-build-isolation") from error
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 10):
         raise BuildError(f"torch >= 2.10 is needed, got {torch.__version__}")
@@ -79,14 +80,18 @@ def run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
 
 
-def cpu_commands(objects: Path, include: list[str]) -> dict[Path, list[str]]:
+def include_flags(torch: ModuleType) -> list[str]:
+    return [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cpu")]
+
+
+def cpu_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
     """The compilation of each object file of the CPU part."""
-    compiler = find_program("CXX", ["c++", "g++", "clang++"])
     levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
     commands = {}
     for source in sorted(CSRC.glob("*.cpp")):
         if not source.stem.endswith("_kernels"):
-            commands[objects / f"{source.stem}.o"] = [*compiler, *CXX_FLAGS, *include, "-c", str(source)]
+            flags = [*CXX_FLAGS, *include_flags(torch)]
+            commands[objects / f"{source.stem}.o"] = [*compiler, *flags, "-c", str(source)]
             continue
         for level, flag in levels.items():
             flags = [*CXX_FLAGS, *KERNEL_FLAGS, *flag.split(), f"-DVLMFAST_ISA={level}"]
@@ -94,19 +99,13 @@ def cpu_commands(objects: Path, include: list[str]) -> dict[Path, list[str]]:
     return commands
 
 
-def cuda_commands(torch: ModuleType, objects: Path) -> dict[Path, list[str]]:
-    """The compilation of each object file of the CUDA part; none without CUDA sources or a CUDA torch."""
-    sources = sorted(CSRC.glob("*.cu"))
-    if not sources or torch.version.cuda is None:
-        return {}
-    home = torch.utils.cpp_extension.CUDA_HOME
-    names = [str(Path(home) / "bin" / "nvcc"), "nvcc"] if home else ["nvcc"]
-    compiler = find_program("NVCC", names)
-    include = [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cuda")]
+def cuda_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
+    """The compilation of each object file of the CUDA part."""
     architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    flags = [*CUDA_FLAGS, *architectures, *include_flags(torch)]
     return {
-        objects / f"{source.stem}.cuda.o": [*compiler, *CUDA_FLAGS, *architectures, *include, "-c", str(source)]
-        for source in sources
+        objects / f"{source.stem}.cuda.o": [*compiler, *flags, "-c", str(source)]
+        for source in sorted(CSRC.glob("*.cu"))
     }
 
 
@@ -119,31 +118,44 @@ def compile_all(commands: dict[Path, list[str]]) -> None:
         list(pool.map(lambda path: run([*commands[path], "-o", str(path)]), stale))
 
 
-def build(output: Path, objects: Path) -> None:
-    """Compile and link the extension, without its CUDA part if that fails."""
-    torch = import_torch()
-    cpp = torch.utils.cpp_extension
-    objects.mkdir(parents=True, exist_ok=True)
-    commands = cpu_commands(objects, [f"-I{path}" for path in cpp.include_paths("cpu")])
-    compile_all(commands)
-    try:
-        cuda = cuda_commands(torch, objects)
-        compile_all(cuda)
-    except BuildError as error:
-        skip(f"the extension is built without its CUDA kernels: {error}")
-        cuda = {}
-    libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-ltorch_cuda", "-lc10_cuda", "-lcudart"] if cuda else [])]
-    paths = [f"-L{path}" for path in cpp.library_paths("cuda" if cuda else "cpu")]
+def link(torch: ModuleType, linker: list[str], output: Path, objects: list[Path], libraries: list[str]) -> None:
+    """Link the library against torch."""
+    flags = ["-shared", "-Xlinker", "-s", *(f"-L{path}" for path in torch.utils.cpp_extension.library_paths("cpu"))]
     output.parent.mkdir(parents=True, exist_ok=True)
-    linker = find_program("CXX", ["c++", "g++", "clang++"])
-    run([*linker, "-shared", *map(str, [*commands, *cuda]), *paths, *libraries, "-s", "-o", str(output)])
+    run([*linker, *flags, *map(str, objects), *libraries, "-o", str(output)])
 
 
-def skip(message: str) -> None:
-    """Go on without something, and say so; or stop, where the environment requires all of it."""
+def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) -> None:
+    """Compile the CUDA part and link it with the objects of the CPU part, with the CUDA runtime that torch brings."""
+    home = torch.utils.cpp_extension.CUDA_HOME
+    nvcc = find_program("NVCC", [*([str(Path(home) / "bin" / "nvcc")] if home else []), "nvcc"])
+    cuda = cuda_commands(torch, nvcc, objects)
+    compile_all(cuda)
+    libraries = [*TORCH_LIBRARIES, "-ltorch_cuda", "-lc10_cuda"]
+    link(torch, [*nvcc, "-cudart", "shared"], output, [*cpu, *cuda], libraries)
+
+
+def build(output: Path, objects: Path) -> None:
+    """Compile and link the extension, without its CUDA kernels where they cannot be built."""
+    torch = import_torch()
+    compiler = find_program("CXX", ["c++", "g++", "clang++"])
+    objects.mkdir(parents=True, exist_ok=True)
+    cpu = cpu_commands(torch, compiler, objects)
+    compile_all(cpu)
+    if torch.version.cuda is not None and any(CSRC.glob("*.cu")):
+        try:
+            build_cuda(torch, output, objects, [*cpu])
+            return
+        except BuildError as error:
+            leave_out("the CUDA kernels", error)
+    link(torch, compiler, output, [*cpu], TORCH_LIBRARIES)
+
+
+def leave_out(part: str, reason: BuildError) -> None:
+    """Go on without a part, and say so; or stop, where the environment requires all of them."""
     if os.environ.get("VLMFAST_REQUIRE_EXTENSION") == "1":
-        raise SystemExit(f"vlmfast: {message}")
-    print(f"vlmfast: {message}", file=sys.stderr)
+        raise SystemExit(f"vlmfast: {part} cannot be built: {reason}")
+    print(f"vlmfast: {part} are left out: {reason}", file=sys.stderr)
 
 
 class BuildLibrary(build_ext):
@@ -156,7 +168,7 @@ class BuildLibrary(build_ext):
         try:
             build(Path(self.get_ext_fullpath(ext.name)).absolute(), Path(self.build_temp).absolute())
         except BuildError as error:
-            skip(f"the package is installed without its compiled kernels: {error}")
+            leave_out("the compiled kernels", error)
 
 
 class AnyPythonWheel(bdist_wheel):

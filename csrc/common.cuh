@@ -41,19 +41,6 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
 
   __device__ __forceinline__ static Vector load(const scalar_t* from) { return *reinterpret_cast<const Vector*>(from); }
   __device__ __forceinline__ void store(scalar_t* to) const { *reinterpret_cast<Vector*>(to) = *this; }
-  // Hides the values from the optimiser. It would keep the float32 it has converted them to for a later use, which
-  // takes twice the registers; what comes after this call converts them again.
-  __device__ __forceinline__ void keep_packed() {
-    if constexpr (sizeof(Vector) % sizeof(unsigned) == 0) {
-      constexpr int kWords = sizeof(Vector) / sizeof(unsigned);
-      unsigned words[kWords];
-      memcpy(words, values, sizeof words);
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words[i]));
-      memcpy(values, words, sizeof words);
-    }
-  }
-
   __device__ __forceinline__ float operator[](int i) const { return to_float(values[i]); }
   __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
 };

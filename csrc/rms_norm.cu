@@ -174,8 +174,6 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
       return grad * weighted_value<scalar_t>(variant, value * inverse_rms);
     };
     Policy::for_kept(end, [&](int k, int column) {
-      values[k].keep_packed();
-      grads[k].keep_packed();
       finish(values[k], grads[k], Vec::load(weight + column), column);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) grad_weight[k][i] += weight_term(values[k][i], grads[k][i]);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "common.cuh"
 #include "cuda_torch.h"
 
 namespace vlmfast {
@@ -14,7 +15,7 @@ struct RowPolicy {
   static constexpr int kVec = kVec_;
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kVectors = kVectors_;
-  static constexpr int kThreads = kThreadsPerRow < 128 ? 128 : kThreadsPerRow;
+  static constexpr int kThreads = kThreadsPerRow > kWarp ? kThreadsPerRow : 128;  // a warp's rows share a block
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   static constexpr int kStep = kThreadsPerRow * kVec;
   static constexpr int kColumns = kStep * kVectors;  // the longest row that registers hold
@@ -50,10 +51,12 @@ template <int kVec, typename Function>
 void with_row_policy_of(int64_t columns, Function&& function) {
   using HeadRow = RowPolicy<kVec, 8, 2, 5>;          // up to 128 elements in half precision
   using NarrowRow = RowPolicy<kVec, 32, 2, 5>;       // 512
-  using HiddenRow = RowPolicy<kVec, 256, 2, 3>;      // 4096
+  using MiddleRow = RowPolicy<kVec, 64, 2, 8>;       // 1024
+  using HiddenRow = RowPolicy<kVec, 256, 2, 2>;      // 4096
   using LongRow = RowPolicy<kVec, 512, 2, 1, true>;  // 8192 and more
   if (columns <= HeadRow::kColumns) return function(HeadRow());
   if (columns <= NarrowRow::kColumns) return function(NarrowRow());
+  if (columns <= MiddleRow::kColumns) return function(MiddleRow());
   if (columns <= HiddenRow::kColumns) return function(HiddenRow());
   return function(LongRow());
 }

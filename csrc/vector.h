@@ -230,6 +230,7 @@ VLMFAST_INLINE void each_block(int64_t size, const F& function) {
 template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;
+  if (size == 0) return;
   if (size == 128) {
     for (; begin + kNarrow <= end; begin += kNarrow) function(begin, kNarrow, 128);
   } else if (size == 64) {

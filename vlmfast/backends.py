@@ -49,20 +49,20 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
         return f"the extension has no {op}"
     overload = packet.default
     torch.library.register_fake(f"{namespace}::{op}", lambda *args, **kwargs: contiguous(fake(*args, **kwargs)))
-    devices = frozenset(
-        key.lower() for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key)
+    on_cpu, on_gpu = (
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key) for key in ("CPU", "CUDA")
     )
 
     def unsupported(*args: Any, **kwargs: Any) -> str | None:
         dtype = None
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                if dtype is None:
-                    dtype = value.dtype
-                    if value.device.type not in devices:
-                        return f"the extension has no {op} for device {value.device.type}"
-                elif value.dtype is not dtype:
-                    return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
+            if not isinstance(value, Tensor) or value.dtype is dtype or not value.dtype.is_floating_point:
+                continue
+            if dtype is not None:
+                return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
+            dtype = value.dtype
+            if not (value.is_cpu and on_cpu or value.is_cuda and on_gpu):  # value.device.type would cost 0.4 us
+                return f"the extension has no {op} for device {value.device.type}"
         return None
 
     return Backend(name, overload, unsupported)

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--new-tokens", metavar="N", type=_positive, default=16, help="default: %(default)s")
     command.add_argument("--repeats", metavar="N", type=_positive, default=5, help="timed runs; default: %(default)s")
     command.add_argument(
-        "--layers", metavar="N", type=_positive, default=12, help="of the random model; default: %(default)s"
+        "--layers", metavar="N", type=_positive, default=30, help="of the random model; default: %(default)s"
     )
 
     text = "say what is installed, which backends work here, and which models can be patched"

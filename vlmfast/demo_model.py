@@ -73,8 +73,8 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
 def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.dtype, layers: int) -> Subject:
     """A Qwen3-VL with random weights.
 
-    The language model has the widths of Qwen3-0.6B, the vision tower those of ViT-B; image processing, DeepStack and
-    generation are those of every Qwen3-VL.
+    It is as narrow as the smallest vision-language models are (SmolVLM-256M has this width and depth), with a vision
+    tower of the width of ViT-S; image processing, DeepStack and generation are those of every Qwen3-VL.
     """
     import transformers
     from transformers import AutoModelForImageTextToText, Qwen3VLConfig
@@ -84,14 +84,14 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
     tokenizer = _tokenizer(prompt)
     pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}
     text_config = {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
         "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
         "max_position_embeddings": 32768,
         "rope_theta": 5e6,
         "rope_scaling": rope,
@@ -102,11 +102,11 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
         "tie_word_embeddings": False,
     }
     vision_config = {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
         "depth": 6,
-        "num_heads": 12,
-        "out_hidden_size": 1024,
+        "num_heads": 6,
+        "out_hidden_size": 576,
         "patch_size": 16,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -122,11 +122,8 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-        # The logits of a random model are near ties, which any rounding decides; a trained model has clear
-        # favourites. Output rows of very different lengths give this one some.
-        model.lm_head.weight.mul_(torch.empty(VOCABULARY, 1).log_normal_(0.0, 1.0))
+        _initialise(model)
     model.generation_config.pad_token_id = pad
     inputs = image_processor(images=[image], return_tensors="pt")
     visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
@@ -135,8 +132,23 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_token).int()
-    title = f"Qwen3-VL with RANDOM weights, {layers} layers of 1024 channels"
+    title = f"Qwen3-VL with RANDOM weights, {layers} layers of 576 channels"
     return Subject(title, model.to(device), inputs.to(device, dtype), image.size, tokenizer.decode)
+
+
+def _initialise(model: Any, seed: int = 0) -> None:
+    """Random weights, the same in every transformers, for an answer of many tokens that no rounding chooses.
+
+    With the usual initialisation the answer repeats one or two tokens, because the last token hardly changes the state
+    of the model; large embeddings change that. And the logits are near ties, where a trained model has clear
+    favourites; output rows of different lengths make some.
+    """
+    torch.manual_seed(seed)
+    embedding, output = model.get_input_embeddings().weight, model.lm_head.weight
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 1.0 if parameter is embedding else 0.02)
+    output.mul_(torch.empty(len(output), 1).log_normal_(0.0, 0.5))
 
 
 def _tokenizer(prompt: str) -> Any:

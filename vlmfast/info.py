@@ -124,7 +124,7 @@ def _ops(devices: list[str]) -> Table:
 def _refusal(op: Op, backend: str, device: str) -> str | None:
     """Why the backend cannot run a small bfloat16 call of the op, or None."""
     with vlmfast.use(backend):
-        [(_, _, reason)] = op.refusals(*next(iter(op.samples(device, torch.bfloat16))))
+        [(_, reason)] = op.refusals(*next(iter(op.samples(device, torch.bfloat16))))
     return reason
 
 
@@ -137,7 +137,7 @@ def _backend(name: str, device: str) -> str:
 
 def _first_backend(op: Op, device: str) -> str:
     args = next(iter(op.samples(device, torch.bfloat16)))
-    return next((name for name, _, reason in op.refusals(*args) if reason is None), "none")
+    return next((name for name, reason in op.refusals(*args) if reason is None), "none")
 
 
 # ---- models ----

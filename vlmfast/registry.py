@@ -16,7 +16,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,29 +68,32 @@ class Op:
 
     def backend(self, name: str) -> backends.Backend | str:
         """The backend of that name, or the reason why it is absent."""
-        if name not in self._loaded:
-            self._loaded[name] = backends.LOADERS[name](self.name, self.stem, self.reference)
-        return self._loaded[name]
+        found = self._loaded.get(name)
+        if found is None:
+            found = self._loaded[name] = backends.LOADERS[name](self.name, self.stem, self.reference)
+        return found
 
-    def refusals(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, backends.Backend | None, str | None]]:
-        """(name, backend, why it cannot run this call) for each backend in order of preference."""
-        pinned = _pinned.get()
-        no_backward = self.backward is None and _needs_grad(args, kwargs)
-        for name in backends.LOADERS if pinned is None else (pinned,):
-            backend = self.backend(name)
-            if isinstance(backend, str):
-                yield name, None, backend
-            elif no_backward and name != "torch":
-                yield name, None, "a gradient is needed, and only the definition of this op has one"
-            else:
-                yield name, backend, backend.unsupported(*args, **kwargs)
+    def refusals(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, str | None]]:
+        """(backend, why it cannot run this call, or None) in order of preference; a pinned backend stands alone."""
+        for name in _order():
+            yield name, self._refusal(self.backend(name), args, kwargs)
+
+    def _refusal(
+        self, backend: backends.Backend | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        if isinstance(backend, str):
+            return backend
+        if self.backward is None and backend.name != "torch" and _needs_grad(args, kwargs):
+            return "a gradient is needed, and only the definition of this op has one"
+        return backend.unsupported(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run a checked call on the first backend that can, without recording a gradient."""
-        for _, backend, reason in self.refusals(*args, **kwargs):
-            if reason is None and backend is not None:
-                return backend.run(*args, **kwargs)
-        reasons = "; ".join(f"{name}: {reason}" for name, _, reason in self.refusals(*args, **kwargs))
+        for name in _order():
+            backend = self.backend(name)
+            if self._refusal(backend, args, kwargs) is None:
+                return backend.run(*args, **kwargs)  # type: ignore[union-attr]  # a reason refuses itself
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(*args, **kwargs))
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
 
 
@@ -105,6 +108,11 @@ def _environment_backend() -> str | None:
 
 
 _pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_environment_backend())
+
+
+def _order() -> Iterable[str]:
+    pinned = _pinned.get()
+    return backends.LOADERS if pinned is None else (pinned,)
 
 
 @contextmanager
@@ -144,7 +152,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         raise TypeError(f"function must be one of vlmfast's ops ({', '.join(OPS)}), got {function!r}")
     entry.check(*args, **kwargs)
     lines = []
-    for name, _, reason in entry.refusals(*args, **kwargs):
+    for name, reason in entry.refusals(*args, **kwargs):
         if reason is None:
             return "\n".join([*lines, f"{name}: runs"])
         lines.append(f"{name}: no, {reason}")
@@ -173,12 +181,13 @@ def op(
         OPS[name] = entry
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)
+        is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> Any:
             # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
             # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if is_compiling() or dispatch_modes():
                 return overload(*args, **kwargs)
             check(*args, **kwargs)
             if differentiable is not None and _needs_grad(args, kwargs):
@@ -191,8 +200,13 @@ def op(
     return register
 
 
-def _needs_grad(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
+def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    for value in (*args, *kwargs.values()) if kwargs else args:  # a loop: any() over a generator costs twice as much
+        if isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 def _positional(reference: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

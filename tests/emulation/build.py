@@ -37,7 +37,8 @@ def missing() -> str | None:
 
 @functools.cache
 def _cache() -> Path:
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmfast" / "emulation"
+    """The checkout's build folder, or a temporary one where that cannot be written."""
+    directory = CSRC.parent / "build" / "emulation"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -45,14 +46,14 @@ def _cache() -> Path:
     return directory
 
 
-def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str) -> Path:
+def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cache: Path) -> Path:
     """The output of a compiler command, from the cache where the command and its inputs are unchanged."""
     key = hashlib.sha256(repr([CXX, *map(str, command), torch.__version__]).encode())
     for path in sorted(inputs):
         key.update(path.read_bytes())
-    output = _cache() / (key.hexdigest()[:32] + suffix)
+    output = cache / (key.hexdigest()[:32] + suffix)
     if not output.exists():
-        handle, partial = tempfile.mkstemp(suffix=suffix, dir=output.parent)
+        handle, partial = tempfile.mkstemp(suffix=suffix, dir=cache)
         os.close(handle)
         try:
             result = subprocess.run([CXX, *command, "-o", partial], capture_output=True, text=True)
@@ -64,13 +65,13 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str) -> 
     return output
 
 
-def _object(source: Path, flags: Sequence[str], headers: Iterable[Path]) -> Path:
-    language = ["-x", "c++", "-c", source]
-    return _run([*COMMON, *flags, *language], [source, *headers], ".o")
-
-
 def build(
-    mode: str = "plain", *, library: str = "vlmfast_emulated", csrc: Path = CSRC, sources: Iterable[Path] | None = None
+    mode: str = "plain",
+    *,
+    library: str = "vlmfast_emulated",
+    csrc: Path = CSRC,
+    sources: Iterable[Path] | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Compile the kernels for the CPU.
 
@@ -79,17 +80,24 @@ def build(
         library: the namespace under ``torch.ops`` of what is built; one process may load several.
         csrc: where the sources and headers are.
         sources: the .cu files; all of ``csrc`` by default.
+        cache: where to put what is built of ``csrc``; by default, and for the runtime always, build/emulation.
 
     Returns:
-        The shared library's path in a cache keyed by content.
+        The shared library's path, its name a hash of the content.
 
     Raises:
         RuntimeError: if the compiler fails, with its message.
     """
-    headers = [*HERE.glob("*.h"), *csrc.glob("*.h"), *csrc.glob("*.cuh")]
-    includes = [f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
-    flags = [*MODES[mode], *includes, f"-DVLMFAST_CUDA_LIBRARY={library}"]
-    objects = [_object(HERE / name, ["-O2"], HERE.glob("*.h")) for name in RUNTIME]
-    objects += [_object(source, flags, headers) for source in sorted(sources or csrc.glob("*.cu"))]
+
+    def compile_source(source: Path, flags: Sequence[str], headers: Iterable[Path], cache: Path) -> Path:
+        return _run([*COMMON, *flags, "-x", "c++", "-c", source], [source, *headers], ".o", cache)
+
+    own_headers = list(HERE.glob("*.h"))
+    headers = [*own_headers, *csrc.glob("*.h"), *csrc.glob("*.cuh")]
+    flags = [*MODES[mode], f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
+    flags += [f"-DVLMFAST_CUDA_LIBRARY={library}"]
+    cache = cache or _cache()
+    objects = [compile_source(HERE / name, ["-O2"], own_headers, _cache()) for name in RUNTIME]
+    objects += [compile_source(source, flags, headers, cache) for source in sorted(sources or csrc.glob("*.cu"))]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-ldl"]
-    return _run(["-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so")
+    return _run(["-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so", cache)

@@ -167,11 +167,13 @@ def _plan(host: nn.Module, replace: Mapping[str, Callable[..., Any]]) -> tuple[M
     skipped = {}
     for text, function in replace.items():
         site = Site.parse(text)
-        classes = [cls for cls in modules_of if site.names(cls)]
-        reasons = [mismatch(site, cls, function) or _replaced(modules_of[cls], cls, site.method) for cls in classes]
+        classes = [cls for cls in modules_of if any(site.names(base) for base in cls.__mro__)]
+        derived = [cls.__name__ for cls in classes if not site.names(cls)]
+        reasons = (mismatch(site, cls, function) or _replaced(modules_of[cls], cls, site.method) for cls in classes)
         if not classes:
-            derived = [cls.__name__ for cls in modules_of if any(site.names(base) for base in cls.__mro__)]
-            skipped[text] = f"its modules are of a subclass ({', '.join(derived)})" if derived else ABSENT
+            skipped[text] = ABSENT
+        elif derived:
+            skipped[text] = f"modules are of a subclass ({', '.join(derived)})"
         elif reason := next(filter(None, reasons), None):
             skipped[text] = reason
         else:

@@ -37,7 +37,7 @@ class PatchedModule:
 
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
     """A subclass of ``cls`` that passes for it, with these methods."""
-    passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__}
     record = {"original_class": cls, "replacements": tuple(methods)}
     return type(cls.__name__, (PatchedModule, cls), {**passing, **record, **methods})
 

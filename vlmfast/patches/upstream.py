@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 LOCK_FILE = Path(__file__).with_name("lock.json")
@@ -60,6 +61,9 @@ def source(cls: type, method: str) -> str:
     Raises:
         OSError: where the source is not there to read.
     """
+    methods = {
+        name for name, value in vars(cls).items() if isinstance(value, (FunctionType, staticmethod, classmethod))
+    }
     texts: dict[str, str] = {}
     waiting = [method]
     while waiting:
@@ -67,10 +71,7 @@ def source(cls: type, method: str) -> str:
         function = inspect.unwrap(getattr(cls, name))
         lines = textwrap.dedent(inspect.getsource(function)).splitlines()
         texts[name] = "\n".join(line.rstrip() for line in lines).strip()
-        named = getattr(function, "__code__", None)
-        for other in named.co_names if named else ():
-            if other not in texts and inspect.isfunction(vars(cls).get(other)):
-                waiting.append(other)
+        waiting += [other for other in function.__code__.co_names if other in methods and other not in texts]
     return "\n".join(texts[name] for name in sorted(texts))
 
 
