@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest accelerate ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest accelerate peft ruff mypy clang-format==20.1.8 nox
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -14,7 +14,9 @@ TORCH = os.environ.get("TORCH", "torch==2.13.0")
 def matrix(session: nox.Session, transformers: str) -> None:
     """One transformers release: what depends on its internals."""
     session.install("--quiet", TORCH)
-    session.install("--quiet", f"transformers=={transformers}", "triton", "numpy", "pillow", "rich", "pytest", "setuptools")
+    session.install(
+        "--quiet", f"transformers=={transformers}", "triton", "numpy", "pillow", "rich", "pytest", "setuptools"
+    )
     session.install("--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
     session.run("python", "-m", "pytest", "tests/test_patches.py", "tests/test_cli.py", *session.posargs)
     session.run("python", "-m", "pytest", "tests/test_ops.py", "-k", "hugging_face and not triton and not emulated")

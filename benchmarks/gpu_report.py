@@ -41,7 +41,9 @@ def run(name: str, command: list[str], out: Path, seconds: float) -> dict[str, o
     with (out / f"{name}.log").open("w") as log:
         environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160"}
         try:
-            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=seconds).returncode
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=seconds
+            ).returncode
         except subprocess.TimeoutExpired:
             code = None
     taken = time.monotonic() - start

@@ -68,7 +68,9 @@ def benchmark(op: Op, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
         yield record(op, label, args, times, failures)
 
 
-def record(op: Op, label: str, args: tuple[Any, ...], times: dict[str, Times], failures: dict[str, str]) -> dict[str, Any]:
+def record(
+    op: Op, label: str, args: tuple[Any, ...], times: dict[str, Times], failures: dict[str, str]
+) -> dict[str, Any]:
     """What is written down of one workload; times in microseconds."""
     rows = {}
     for name, taken in times.items():
@@ -81,4 +83,10 @@ def record(op: Op, label: str, args: tuple[Any, ...], times: dict[str, Times], f
         if "transformers" in times:
             rows[name]["speedup"] = times["transformers"].over(taken)
         rows[name]["speedup_over_compile"] = times["torch.compile"].over(taken)
-    return {"op": op.name, "workload": label, "dtype": str(args[0].dtype).removeprefix("torch."), "times": rows, "failed": failures}
+    return {
+        "op": op.name,
+        "workload": label,
+        "dtype": str(args[0].dtype).removeprefix("torch."),
+        "times": rows,
+        "failed": failures,
+    }

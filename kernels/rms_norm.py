@@ -67,7 +67,7 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """y = weight * (h * rsqrt(mean(h^2) + eps)), with h = x, or h = residual + x stored as the new residual."""
+    """Y = weight * (h * rsqrt(mean(h^2) + eps)), with h = x, or h = residual + x stored as the new residual."""
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
@@ -123,9 +123,7 @@ def _backward_kernel(
         scaled = grad * weight
         grad_x = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 1, keep_dims=True) / hidden))
         if HAS_GRAD_RESIDUAL:
-            grad_residual = tl.load(
-                grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0
-            )
+            grad_residual = tl.load(grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0)
             grad_x += grad_residual.to(tl.float32)
         tl.store(grad_x_ptr + row * hidden + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if WEIGHT_GRAD:

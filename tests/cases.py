@@ -26,7 +26,9 @@ def _parameters(*axes: Any) -> list:
     for values in itertools.product(*axes):
         device, backend = next(v for v in values if isinstance(v, tuple))
         marks = [pytest.mark.gpu] if device == "cuda" else []
-        names = [v.name if isinstance(v, Op) else str(v).removeprefix("torch.") for v in values if not isinstance(v, tuple)]
+        names = [
+            v.name if isinstance(v, Op) else str(v).removeprefix("torch.") for v in values if not isinstance(v, tuple)
+        ]
         found.append(pytest.param(*values, marks=marks, id="-".join([*names, device, backend])))
     return found
 

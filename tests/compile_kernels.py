@@ -85,7 +85,9 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(assembly["cubin"])
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run(
+                [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; nothing else of a Triton kernel lives on the stack
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         widths = re.findall(r"(?:ld|st)\.global[.\w:]*?((?:\.v\d)?\.b\d+)", text)

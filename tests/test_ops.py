@@ -117,7 +117,7 @@ def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
         everything = [torch.randn_like(o) for o in shapes]
         only_one = [[g if i == j else None for j, g in enumerate(everything)] for i in range(len(shapes))]
         for grads in [everything, *(only_one if len(shapes) > 1 else [])]:
-            got = gradients(lambda *a: run(op, backend, a), args, grads)  # noqa: B023
+            got = gradients(lambda *a: run(op, backend, a), args, grads)
             reference = gradients(replaced(op), args, grads)
             exact = gradients(op.reference, widened(args), [g if g is None else g.double() for g in grads])
             assert_within(got, reference, exact)
@@ -132,7 +132,9 @@ def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
         pytest.skip("the op has no gradient formula")
     args = next(iter(op.samples(device, torch.float32)))
     floats = [i for i, a in enumerate(args) if is_float(a)]
-    everything = gradients(lambda *a: run(op, backend, a), args, [torch.ones_like(o) for o in outputs(op.reference(*args))])
+    everything = gradients(
+        lambda *a: run(op, backend, a), args, [torch.ones_like(o) for o in outputs(op.reference(*args))]
+    )
     for wanted in floats:
         leaves = [a.clone().requires_grad_(i == wanted) if is_float(a) else a for i, a in enumerate(args)]
         sum(o.sum() for o in run(op, backend, tuple(leaves))).backward()

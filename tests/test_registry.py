@@ -67,7 +67,10 @@ def test_use_ends_with_its_block_even_after_an_error(call, fake_backends):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend must be one of native, triton, torch.* got 'cuda'"), vlmfast.use("cuda"):
+    with (
+        pytest.raises(ValueError, match=r"backend must be one of native, triton, torch.* got 'cuda'"),
+        vlmfast.use("cuda"),
+    ):
         pass
 
 
@@ -99,7 +102,9 @@ def test_an_op_without_a_backward_runs_its_definition_where_a_gradient_is_needed
     x, weight = call
     x.requires_grad_()
     refused = dict(entry.refusals(x, x, weight))
-    assert all("only the definition" in reason or "not" in reason for name, reason in refused.items() if name != "torch")
+    assert all(
+        "only the definition" in reason or "not" in reason for name, reason in refused.items() if name != "torch"
+    )
     with torch.no_grad():
         assert "only the definition" not in str(list(entry.refusals(x, x, weight)))
 

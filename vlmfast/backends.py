@@ -36,7 +36,7 @@ def load_extension() -> str | None:
     if not found:
         return "the extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the extension {found[0].name} does not load: {error}"
     return None
@@ -61,7 +61,7 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
             if dtype is not None:
                 return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
             dtype = value.dtype
-            if not (value.is_cpu and on_cpu or value.is_cuda and on_gpu):  # value.device.type would cost 0.4 us
+            if not ((value.is_cpu and on_cpu) or (value.is_cuda and on_gpu)):  # value.device.type would cost 0.4 us
                 return f"the extension has no {op} for device {value.device.type}"
         return None
 
@@ -83,7 +83,9 @@ def _triton(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
 
 
 def _torch(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
-    return Backend("torch", lambda *args, **kwargs: contiguous(reference(*args, **kwargs)), lambda *args, **kwargs: None)
+    return Backend(
+        "torch", lambda *args, **kwargs: contiguous(reference(*args, **kwargs)), lambda *args, **kwargs: None
+    )
 
 
 LOADERS: dict[str, Callable[[str, str, Callable[..., Any]], Backend | str]] = {

@@ -136,14 +136,14 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     return Subject(title, model.to(device), inputs.to(device, dtype), image.size, tokenizer.decode)
 
 
-def _initialise(model: Any, seed: int = 0) -> None:
+def _initialise(model: Any) -> None:
     """Random weights, the same in every transformers, for an answer of many tokens that no rounding chooses.
 
     With the usual initialisation the answer repeats one or two tokens, because the last token hardly changes the state
     of the model; large embeddings change that. And the logits are near ties, where a trained model has clear
     favourites; output rows of different lengths make some.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(5)  # of 24 seeds the one whose tokens win by the widest margin: 6% of the logit or more
     embedding, output = model.get_input_embeddings().weight, model.lm_head.weight
     for _, parameter in sorted(model.named_parameters()):
         if parameter.dim() > 1:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,9 +78,7 @@ class Op:
         for name in _order():
             yield name, self._refusal(self.backend(name), args, kwargs)
 
-    def _refusal(
-        self, backend: backends.Backend | str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
+    def _refusal(self, backend: backends.Backend | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if isinstance(backend, str):
             return backend
         if self.backward is None and backend.name != "torch" and _needs_grad(args, kwargs):
@@ -97,6 +95,19 @@ class Op:
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
 
 
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+
+
+class OpFunction(Protocol[P, R]):
+    """The function that a user calls: typed as its definition, with its `Op` beside it."""
+
+    op: Op
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the op on the first backend that accepts the call."""
+
+
 OPS: dict[str, Op] = {}
 
 
@@ -107,7 +118,8 @@ def _environment_backend() -> str | None:
     return name
 
 
-_pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_environment_backend())
+_from_environment = _environment_backend()
+_pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_from_environment)
 
 
 def _order() -> Iterable[str]:
@@ -139,7 +151,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
     Args:
         function: an op of this package, such as ``vlmfast.rms_norm``.
-        args, kwargs: the call's arguments; nothing is computed.
+        *args: the call's arguments; nothing is computed.
+        **kwargs: likewise.
 
     Returns:
         One line per backend, in order of preference, up to the one that would run.
@@ -151,7 +164,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     if not isinstance(entry, Op):
         raise TypeError(f"function must be one of vlmfast's ops ({', '.join(OPS)}), got {function!r}")
     entry.check(*args, **kwargs)
-    lines = []
+    lines: list[str] = []
     for name, reason in entry.refusals(*args, **kwargs):
         if reason is None:
             return "\n".join([*lines, f"{name}: runs"])
@@ -170,10 +183,10 @@ def op(
     peers: Mapping[str, Preparation] = MappingProxyType({}),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
     """Register the decorated function as an op; its body becomes the definition. See `Op` for the arguments."""
 
-    def register(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def register(reference: Callable[P, R]) -> OpFunction[P, R]:
         name, stem = reference.__name__, reference.__module__.rpartition(".")[2]
         entry = Op(
             name, stem, reference, check, upstream, peers, samples, bad_calls, workloads, bytes, setup_context, backward
@@ -195,7 +208,7 @@ def op(
             return entry.run(*args, **kwargs)
 
         call.op = entry  # type: ignore[attr-defined]
-        return call
+        return cast("OpFunction[P, R]", call)
 
     return register
 

@@ -109,7 +109,21 @@ def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str
 
 # ---- calls to test, to refuse and to time ----
 
-_SHAPES = [(1, 64), (7, 96), (3, 5, 128), (2, 3, 4, 72), (33, 128), (5, 1000), (2, 2048), (3, 3584), (0, 64), (4, 1), (3, 7), (2, 8192), (1, 16384)]
+_SHAPES = [
+    (1, 64),
+    (7, 96),
+    (3, 5, 128),
+    (2, 3, 4, 72),
+    (33, 128),
+    (5, 1000),
+    (2, 2048),
+    (3, 3584),
+    (0, 64),
+    (4, 1),
+    (3, 7),
+    (2, 8192),
+    (1, 16384),
+]
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -155,7 +169,9 @@ def _add_bad_calls() -> Iterator[BadCall]:
         yield BadCall((call.args[0], torch.ones(2, 8), *call.args[1:]), call.error, call.message)
     x, weight = torch.ones(2, 8), torch.ones(8)
     yield BadCall((x, torch.ones(8), weight), ValueError, r"residual must have the shape of x, \(2, 8\), got \(8,\)")
-    yield BadCall((x, x.half(), weight), TypeError, "residual must have the dtype of x, torch.float32, got torch.float16")
+    yield BadCall(
+        (x, x.half(), weight), TypeError, "residual must have the dtype of x, torch.float32, got torch.float16"
+    )
 
 
 def _backward_bad_calls() -> Iterator[BadCall]:

@@ -11,17 +11,14 @@ from vlmfast.ops.rms_norm import rms_norm
 
 def llama_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """LlamaRMSNorm.forward and its many copies."""
-    normed: Tensor = rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    return normed
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Llama4TextRMSNorm.forward: as Llama's, under other names."""
-    normed: Tensor = rms_norm(x, self.weight, self.eps)
-    return normed
+    return rms_norm(x, self.weight, self.eps)
 
 
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
     """GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
-    normed: Tensor = rms_norm(x, self.weight, self.eps, "gemma")
-    return normed
+    return rms_norm(x, self.weight, self.eps, "gemma")
