@@ -268,7 +268,7 @@ FAULTS = [
     Fault("shuffle group too narrow", "common.cuh", "offset, kLanes)", "offset, kLanes / 2)", WRONG),
     Fault("last vector off by one", "row_policy.cuh", "if (column < end)", "if (column <= end)", BOUNDS),
     Fault("end of a long row left out", "row_policy.cuh", "column = first() + kColumns;", "column = end;", WRONG),
-    Fault("row stride of another tensor", "rms_norm.cu", "row * residual_stride", "row * x_stride", BOUNDS),
+    Fault("row stride of another tensor", "rms_norm.cu", "row * residual_stride", "row * x_stride", f"{BOUNDS}|{RACE}"),
     Fault("row mask missing", "rms_norm.cu", "row < rows ? hidden : 0", "hidden", BOUNDS),
     Fault(
         "idle threads leave", "rms_norm.cu", "row < rows ? hidden : 0;", "hidden; if (row >= rows) return;", "diverg"

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -65,7 +63,7 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
                 return f"the extension has no {op} for device {value.device.type}"
         return None
 
-    return Backend(name, overload, unsupported)
+    return Backend(name, overload._op, unsupported)  # what the overload would call: 0.2 us less
 
 
 def _native(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 def float_tensor(name: str, value: object) -> None:

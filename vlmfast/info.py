@@ -164,4 +164,4 @@ def _site_state(site: Site, function: Callable[..., Any]) -> str:
     cls = site.find()
     if cls is None:
         return "absent"
-    return "replaced" if mismatch(site, cls, function) is None else "changed upstream, left alone"
+    return "known" if mismatch(site, cls, function) is None else "changed upstream, left alone"

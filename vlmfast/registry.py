@@ -81,7 +81,8 @@ class Op:
     def _refusal(self, backend: backends.Backend | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if isinstance(backend, str):
             return backend
-        if self.backward is None and backend.name != "torch" and _needs_grad(args, kwargs):
+        no_gradient = self.backward is None and backend.name != "torch"
+        if no_gradient and torch.is_grad_enabled() and _requires_grad(args, kwargs):
             return "a gradient is needed, and only the definition of this op has one"
         return backend.unsupported(*args, **kwargs)
 
@@ -195,6 +196,7 @@ def op(
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)
         is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+        is_grad_enabled = torch.is_grad_enabled
 
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -203,7 +205,7 @@ def op(
             if is_compiling() or dispatch_modes():
                 return overload(*args, **kwargs)
             check(*args, **kwargs)
-            if differentiable is not None and _needs_grad(args, kwargs):
+            if differentiable is not None and is_grad_enabled() and _requires_grad(args, kwargs):
                 return differentiable.apply(*_positional(reference, args, kwargs))
             return entry.run(*args, **kwargs)
 
@@ -213,9 +215,7 @@ def op(
     return register
 
 
-def _needs_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+def _requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for value in (*args, *kwargs.values()) if kwargs else args:  # a loop: any() over a generator costs twice as much
         if isinstance(value, Tensor) and value.requires_grad:
             return True

@@ -27,7 +27,7 @@ def _check(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama")
     checks.float_tensor("weight", weight)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
-    if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+    if weight.dim() != 1 or weight.numel() != x.shape[-1]:
         raise ValueError(f"weight must have shape ({x.shape[-1]},), the last size of x, got {tuple(weight.shape)}")
     checks.same_device("weight", weight, "x", x)
     checks.epsilon("eps", eps)
@@ -368,4 +368,4 @@ def rms_norm_backward(
         return grad_x.to(x.dtype), weight.new_empty(0)
     if variant == "llama":
         normed = _wide(normed.to(x.dtype))
-    return grad_x.to(x.dtype), (grad32 * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return grad_x.to(x.dtype), (grad32 * normed).sum_to_size(weight.shape).to(weight.dtype)
