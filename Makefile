@@ -43,7 +43,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	VLMFAST_REQUIRE_EXTENSION=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	VLMFAST_REQUIRE_EXTENSION=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:

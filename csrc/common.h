@@ -88,6 +88,19 @@ struct Rows {
   }
 };
 
+// Refuse what a kernel would read or write out of bounds on. The definitions in vlmfast/ops check the rest, with better
+// messages.
+inline void check_twin(const char* name, const Rows& rows, const Rows& x) {
+  STD_TORCH_CHECK(rows.count == x.count && rows.size == x.size, name, " must have the shape of x");
+  STD_TORCH_CHECK(dtype_of(rows.tensor) == dtype_of(x.tensor), name, " must have the dtype of x");
+}
+
+inline void check_weight(const Rows& weight, const Rows& x) {
+  STD_TORCH_CHECK(weight.count == 1 && weight.size == x.size, "weight must have shape (", x.size,
+                  ",), the last size of x");
+  STD_TORCH_CHECK(dtype_of(weight.tensor) == dtype_of(x.tensor), "weight must have the dtype of x");
+}
+
 }  // namespace vlmfast
 
 // `variant` as an argument of a boxed function. The conversion to std::string of torch's headers (2.10 to 2.13) leaks

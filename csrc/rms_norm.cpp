@@ -17,19 +17,6 @@ const RmsNormKernels& kernels() {
   return table;
 }
 
-// What a kernel would read or write out of bounds on. vlmfast/ops/rms_norm.py checks the rest, with better messages.
-void check_twin(const char* name, const Rows& rows, const Rows& x) {
-  STD_TORCH_CHECK(rows.count == x.count && rows.size == x.size, name, " must have the shape of x");
-  STD_TORCH_CHECK(dtype_of(rows.tensor) == dtype_of(x.tensor), name, " must have the dtype of x");
-}
-
-Rows weight_row(const Tensor& weight, const Rows& x) {
-  Rows row(weight);
-  STD_TORCH_CHECK(row.count == 1 && row.size == x.size, "weight must have shape (", x.size, ",), the last size of x");
-  STD_TORCH_CHECK(dtype_of(weight) == dtype_of(x.tensor), "weight must have the dtype of x");
-  return row;
-}
-
 Tensor output_like(const Tensor& x) {
   Tensor output = allocate_like(x);
   prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
@@ -38,7 +25,8 @@ Tensor output_like(const Tensor& x) {
 
 Tensor forward(const Rows& x, const Rows* residual, const Tensor* new_residual, const Tensor& weight, double eps,
                Variant variant) {
-  const Rows w = weight_row(weight, x);
+  const Rows w(weight);
+  check_weight(w, x);
   Tensor y = output_like(x.tensor);
   const RmsNormForward args{dtype_of(x.tensor),
                             variant,
@@ -72,7 +60,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                              double eps, Variant variant, const std::optional<Tensor>& grad_residual,
                                              bool weight_grad) {
-  const Rows x_rows(x), grad_rows(grad_output), weight_rows = weight_row(weight, x_rows);
+  const Rows x_rows(x), grad_rows(grad_output), weight_rows(weight);
+  check_weight(weight_rows, x_rows);
   check_twin("grad_output", grad_rows, x_rows);
   std::optional<Rows> residual_rows;
   if (grad_residual.has_value()) check_twin("grad_residual", residual_rows.emplace(*grad_residual), x_rows);

@@ -221,24 +221,18 @@ __global__ void __launch_bounds__(kWarp* kSumWarps)
 
 // ---- launchers ----
 
-void check_weight(const Rows& x, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size && dtype_of(weight) == dtype_of(x.tensor),
-                  "weight must have shape (", x.size, ",), the last size of x, and the dtype of x");
+void check_size(const Rows& x) {  // columns are counted in 32 bits
   STD_TORCH_CHECK(x.size < int64_t{1} << 30, "the last size of x must be below 2^30, got ", x.size);
-}
-
-void check_twin(const char* name, const Rows& rows, const Rows& x) {
-  STD_TORCH_CHECK(rows.count == x.count && rows.size == x.size && dtype_of(rows.tensor) == dtype_of(x.tensor), name,
-                  " must have the shape and dtype of x");
 }
 
 // Writes y, and the new residual where there is a residual.
 void launch_forward(const Rows& x, const std::optional<Rows>& residual, const Tensor& weight, double eps,
                     Variant variant, const Tensor& y, const std::optional<Tensor>& new_residual) {
-  check_weight(x, weight);
+  const Rows weights(weight);
+  check_size(x);
+  check_weight(weights, x);
   if (residual) check_twin("residual", *residual, x);
   if (x.count * x.size == 0) return;
-  const Rows weights(weight);
   const DeviceScope scope(x.tensor);
   with_dtype(dtype_of(x.tensor), [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -274,7 +268,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, c
                                              const std::optional<Tensor>& grad_residual_tensor, bool weight_grad) {
   const Rows x(x_tensor), grad_output(grad_output_tensor), weights(weight);
   std::optional<Rows> grad_residual;
-  check_weight(x, weight);
+  check_size(x);
+  check_weight(weights, x);
   check_twin("grad_output", grad_output, x);
   if (grad_residual_tensor) {
     grad_residual.emplace(*grad_residual_tensor);
