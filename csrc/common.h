@@ -11,6 +11,10 @@
 
 #include "types.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace vlmfast {
 
 using torch::stable::Tensor;

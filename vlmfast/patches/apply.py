@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vlmfast.patches.family import families
-from vlmfast.patches.swap import PatchedModule, patched_class, set_class
+from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
 
 ABSENT = "no module of this class in the model"
@@ -60,6 +60,7 @@ class Patch:
             module = self._modules[-1]
             set_class(module, vars(type(module))["original_class"])
             self._modules.pop()
+        trace_anew()
 
     def __enter__(self) -> Patch:
         return self
@@ -80,7 +81,8 @@ def patch(
     Each module is given a subclass of its own class, of the same name; ``isinstance``, ``state_dict``, hooks, gradient
     checkpointing and ``copy.deepcopy`` work as before, and a pickled model holds the original classes. A site is
     replaced where transformers has it with the parameters and with a body that the replacement was written for. Any
-    other site in the model is skipped with a warning; `Patch.report` lists all of them.
+    other site in the model is skipped with a warning; `Patch.report` lists all of them. What ``torch.compile`` has
+    traced in this process is traced anew at its next call.
 
     Args:
         model: a Hugging Face model or one of its sub-models; also inside PEFT, ``torch.compile``, accelerate or
@@ -207,6 +209,7 @@ def _swap(host: nn.Module, model_type: str, methods: Methods, skipped: dict[str,
     except BaseException:
         result.undo()
         raise
+    trace_anew()
     return result
 
 

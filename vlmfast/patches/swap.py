@@ -8,6 +8,7 @@ class) and would still call the first model from a copy.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, ClassVar
@@ -51,3 +52,9 @@ def set_class(module: nn.Module, cls: type) -> None:
         for key in (name, f"_old_{name}"):
             if getattr(stored.get(key), "__func__", None) is getattr(old, name):
                 stored[key] = MethodType(getattr(cls, name), module)
+
+
+def trace_anew() -> None:
+    """Have torch.compile trace again what it has traced: torch 2.10 does not notice that a module changed its class."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
