@@ -16,7 +16,7 @@ test: $(VENV)/built          ## every test that this machine can run
 	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch $(BIN)/python -m pytest
 
 test-matrix: $(VENV)/built   ## the patches under every supported transformers
-	$(BIN)/nox
+	$(BIN)/nox $(if $(MATRIX),--keywords "$(MATRIX)")
 
 check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources through nvcc
 	$(BIN)/ruff format --check .
@@ -29,8 +29,8 @@ check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources thro
 bench: $(VENV)/built         ## time every op against its peers and the limit of this machine
 	$(BIN)/python -m benchmarks
 
-gpu-report: $(VENV)/built    ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
-	$(BIN)/python -m benchmarks.gpu_report
+gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
+	$(PYTHON) -m benchmarks.gpu_report  # the machine's own Python and CUDA torch: nothing is downloaded
 
 docs: $(VENV)/built          ## regenerate docs/ops.md
 	$(BIN)/python scripts/make_docs.py

@@ -33,7 +33,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("device cuda: torch sees no GPU")
     torch.set_num_threads(options.threads)
-    console, records = Console(), []
+    console, records = Console(width=None if sys.stdout.isatty() else 130), []
     for name in options.ops or OPS:
         before = len(records)
         for found in benchmark(OPS[name], options.device, getattr(torch, options.dtype)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Times, measure
-from vlmfast import backends, use
+from vlmfast import use
 from vlmfast.registry import Op
 
 LIMIT = "copy"
@@ -19,12 +19,14 @@ LIMIT = "copy"
 def contenders(op: Op, args: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
     """Name -> a call to time: our backends, the code they replace, their peers, and a copy of as many bytes."""
     found: dict[str, Callable[[], Any]] = {}
-    for name in ("native", "triton"):
-        backend = op.backend(name)
-        if isinstance(backend, backends.Backend) and backend.unsupported(*args) is None:
+    chosen = [name for name, reason in op.refusals(*args) if reason is None and name in ("native", "triton")]
+    for index, name in enumerate(chosen):
+        call = functools.partial(op.function, *args)
+        if index > 0:  # not the one that a user gets
             context = contextvars.copy_context()
             context.run(_pin, name)
-            found[f"vlmfast {name}"] = functools.partial(context.run, op.function, *args)
+            call = functools.partial(context.run, call)
+        found[f"vlmfast {name}"] = call
     for name, prepare in {"transformers": op.upstream, **op.peers}.items():
         if prepare is not None:
             found[name] = prepare(*args)

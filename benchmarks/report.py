@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import vlmfast
+
 
 def device_name(device: str) -> str:
     """The name of the GPU or the processor."""
@@ -27,7 +29,7 @@ def device_name(device: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Where and when: device, versions, date, and what changes a CPU's speed."""
-    packages = {name: _version(name) for name in ("vlmfast", "torch", "triton", "transformers")}
+    packages = {name: _version(name) for name in ("torch", "triton", "transformers")}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -35,6 +37,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "vlmfast": vlmfast.__version__,
         **packages,
     }
 
@@ -53,7 +56,7 @@ def write(path: Path, device: str, records: list[dict[str, Any]]) -> None:
 
 
 def show(console: Console, device: str, records: list[dict[str, Any]]) -> None:
-    """One table per op. Times are medians; every ratio is the median of its rounds' ratios."""
+    """One table per op, wide enough to read in a pipe. Times are medians; every ratio is the median of its rounds' ratios."""
     kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
     for op in dict.fromkeys(r["op"] for r in records):
         table = Table(title=f"{op}, {records[0]['dtype']}, {kind}", title_justify="left")

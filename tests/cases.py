@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,9 +33,21 @@ def _parameters(*axes: Any) -> list:
     return found
 
 
-OP_PLACE_DTYPE = _parameters(OPS.values(), PLACES, DTYPES)
-OP_PLACE = _parameters(OPS.values(), PLACES)
-EACH_OP = [pytest.param(op, id=op.name) for op in OPS.values()]
+DIFFERENTIABLE = [op for op in OPS.values() if op.backward is not None]
+REPLACING = [op for op in OPS.values() if op.upstream is not None]  # Hugging Face has a module for it
+
+
+def each(ops: Iterable[Op]) -> list:
+    """One pytest parameter per op."""
+    return [pytest.param(op, id=op.name) for op in ops]
+
+
+def each_place(ops: Iterable[Op], *axes: Any) -> list:
+    """One pytest parameter per op, device and backend, and per value of further axes."""
+    return _parameters(ops, PLACES, *axes)
+
+
+EACH_OP = each(OPS.values())
 
 
 def require(op: Op, backend: str) -> None:
@@ -46,9 +58,15 @@ def require(op: Op, backend: str) -> None:
         pytest.skip(found)
 
 
-def can_run(op: Op, backend: str) -> Callable[[tuple[Any, ...]], bool]:
-    """A filter that drops the calls that this backend refuses, such as tensors of several dtypes."""
-    return lambda args: op.backend(backend).unsupported(*args) is None
+def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The calls that the backend accepts: it may refuse some, such as tensors of several dtypes, but not all."""
+    require(op, backend)
+    reasons = [(op.backend(backend).unsupported(*args), args) for args in candidates]
+    accepted = [args for reason, args in reasons if reason is None]
+    if not accepted:
+        assert backend not in REQUIRED, reasons[0][0]
+        pytest.skip(reasons[0][0])
+    return accepted
 
 
 def run(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

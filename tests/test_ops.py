@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from tests.cases import (
+    DIFFERENTIABLE,
     DTYPES,
     EACH_OP,
-    OP_PLACE,
-    OP_PLACE_DTYPE,
+    REPLACING,
     calls,
-    can_run,
+    each,
+    each_place,
     is_float,
     outputs,
-    require,
     run,
+    runnable,
     widened,
 )
-from vlmfast.registry import Op
+from vlmfast.registry import OPS, Op
 
 Tensors = Sequence[torch.Tensor]
 
@@ -54,11 +55,10 @@ def replaced(op: Op):
     return op.reference if op.upstream is None else lambda *args: op.upstream(*args)()
 
 
-@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+@pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES))
 def test_error_is_no_larger_than_the_definitions(op: Op, place: tuple[str, str], dtype: torch.dtype):
     device, backend = place
-    require(op, backend)
-    for args in filter(can_run(op, backend), calls(op, device, dtype)):
+    for args in runnable(op, backend, calls(op, device, dtype)):
         before = [a.clone() for a in args if is_float(a)]
         got = run(op, backend, args)
         assert_within(got, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))
@@ -66,17 +66,16 @@ def test_error_is_no_larger_than_the_definitions(op: Op, place: tuple[str, str],
             assert torch.equal(kept, value), "an input was written to"
 
 
-@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+@pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES))
 def test_rounds_in_the_order_of_hugging_face(op: Op, place: tuple[str, str], dtype: torch.dtype):
     """A sum taken in another order flips the last bit of few elements; a rounding left out flips many.
 
     Where the op replaces no module of its own, the order is the definition's.
     """
     device, backend = place
-    require(op, backend)
     same_sums = device == "cpu" and backend in ("native", "torch") and platform.machine() == "x86_64"
     differ = total = 0
-    for args in filter(can_run(op, backend), calls(op, device, dtype)):
+    for args in runnable(op, backend, calls(op, device, dtype)):
         for g, u in zip(run(op, backend, args), outputs(replaced(op)(*args)), strict=True):
             assert g.dtype == u.dtype
             differ += int((g != u).sum())
@@ -88,10 +87,8 @@ def test_rounds_in_the_order_of_hugging_face(op: Op, place: tuple[str, str], dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each(REPLACING))
 def test_definition_equals_hugging_face(op: Op, dtype: torch.dtype):
-    if op.upstream is None:
-        pytest.skip("the op replaces no module of its own")
     for args in calls(op, "cpu", dtype):
         for r, u in zip(outputs(op.reference(*args)), outputs(op.upstream(*args)()), strict=True):
             assert r.dtype == u.dtype
@@ -107,13 +104,10 @@ def gradients(function, args, grads):
     return [grad.contiguous() for grad in found]
 
 
-@pytest.mark.parametrize(("op", "place", "dtype"), OP_PLACE_DTYPE)
+@pytest.mark.parametrize(("op", "place", "dtype"), each_place(DIFFERENTIABLE, DTYPES))
 def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
     device, backend = place
-    require(op, backend)
-    if op.backward is None:
-        pytest.skip("the op has no gradient formula")
-    for args in filter(can_run(op, backend), op.samples(device, dtype)):
+    for args in runnable(op, backend, op.samples(device, dtype)):
         shapes = outputs(op.reference(*args))
         everything = [torch.randn_like(o) for o in shapes]
         only_one = [[g if i == j else None for j, g in enumerate(everything)] for i in range(len(shapes))]
@@ -124,14 +118,11 @@ def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
             assert_within(got, reference, exact)
 
 
-@pytest.mark.parametrize(("op", "place"), OP_PLACE)
+@pytest.mark.parametrize(("op", "place"), each_place(DIFFERENTIABLE))
 def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
     """Inputs that need no gradient get none, and change nothing for the others."""
     device, backend = place
-    require(op, backend)
-    if op.backward is None:
-        pytest.skip("the op has no gradient formula")
-    args = next(iter(op.samples(device, torch.float32)))
+    args = runnable(op, backend, op.samples(device, torch.float32))[0]
     floats = [i for i, a in enumerate(args) if is_float(a)]
     everything = gradients(
         lambda *a: run(op, backend, a), args, [torch.ones_like(o) for o in outputs(op.reference(*args))]
@@ -144,11 +135,9 @@ def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
         torch.testing.assert_close(leaves[wanted].grad, everything[floats.index(wanted)], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_second_gradient(op: Op):
     """The gradient's own gradient comes from the definition: never wrong, never silently missing."""
-    if op.backward is None:
-        pytest.skip("the op has no gradient formula")
     args = [a.double() if is_float(a) else a for a in next(iter(op.samples("cpu", torch.float32)))]
 
     def first(function, dtype):

@@ -267,7 +267,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.
 
     Source:
-        Qwen2RMSNorm.forward, Qwen3VLTextRMSNorm.forward and GemmaRMSNorm.forward of transformers 5.23.
+        Qwen2RMSNorm.forward ("llama") and GemmaRMSNorm.forward ("gemma") of transformers 5.23.
     """
     x32 = _wide(x)
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
@@ -307,8 +307,7 @@ def add_rms_norm(
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.
 
     Source:
-        Qwen3VLTextDecoderLayer.forward of transformers 5.23: ``residual + hidden_states``, then
-        ``post_attention_layernorm``.
+        Qwen2DecoderLayer.forward of transformers 5.23: ``residual + hidden_states``, then ``post_attention_layernorm``.
     """
     new_residual = residual + x
     return rms_norm.op.reference(new_residual, weight, eps, variant), new_residual
