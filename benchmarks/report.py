@@ -56,7 +56,7 @@ def write(path: Path, device: str, records: list[dict[str, Any]]) -> None:
 
 
 def show(console: Console, device: str, records: list[dict[str, Any]]) -> None:
-    """One table per op, wide enough to read in a pipe. Times are medians; every ratio is the median of its rounds' ratios."""
+    """One table per op. Times are medians; every ratio is the median of its rounds' ratios."""
     kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
     for op in dict.fromkeys(r["op"] for r in records):
         table = Table(title=f"{op}, {records[0]['dtype']}, {kind}", title_justify="left")

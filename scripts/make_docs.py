@@ -1,15 +1,21 @@
-"""Write docs/ops.md from the docstrings of the ops, or with --check fail where it is stale."""
+"""Write docs/ops.md from the docstrings, and the README's figures from benchmarks/results; with --check fail if stale."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import sys
 from pathlib import Path
 
 import vlmfast
 from vlmfast.registry import OPS
 
-PAGE = Path(__file__).parents[1] / "docs" / "ops.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "ops.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 HEAD = """# Ops
 
 Made by `make docs` from the docstrings in `vlmfast/ops/`. Every op is a function of `vlmfast`, differentiable, one
@@ -34,14 +40,48 @@ def page() -> str:
     return "\n".join([HEAD, *sections])
 
 
+def figures() -> str:
+    """The table of one benchmark run, with where and when it was made."""
+    run = json.loads(RESULTS.read_text())
+    where = run["environment"]
+    lines = [
+        f"Measured on {where['date'][:10]}: {where['device']} ({where['cpu_capability']}), {where['threads']} thread, "
+        f"bfloat16, torch {where['torch']}, transformers {where['transformers']}, by `make bench`. Above 1 is faster than "
+        "the other; the last column is the time over that of a copy of as many bytes, the limit for data that is not in "
+        "a cache. No GPU result has been recorded yet.",
+        "",
+        "| op | rows x hidden | time | x transformers | x torch.compile | time / copy |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for record in run["records"]:
+        ours, theirs = (
+            record["times"]["vlmfast native"],
+            f"{record['times']['vlmfast native']['speedup_over_compile']:.1f}",
+        )
+        upstream = f"{ours['speedup']:.1f}" if "speedup" in ours else ""
+        row = [
+            f"`{record['op']}`",
+            record["workload"],
+            f"{ours['us']:.1f} us",
+            upstream,
+            theirs,
+            f"{ours['over_copy']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
-    text = page()
+    """Write the files, or compare them."""
+    readme = MARKED.sub(lambda match: f"{match[1]}{figures()}\n{match[2]}", README.read_text())
+    wanted = {PAGE: page(), README: readme}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
-        if not PAGE.exists() or PAGE.read_text() != text:
-            print(f"{PAGE.name} is stale: run `make docs`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text)
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path])
     return 0
 
 

@@ -1,0 +1,82 @@
+"""Edge cases of RMSNorm that the generated tests do not reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmfast
+from tests.cases import DTYPES, require
+from vlmfast.registry import OPS
+
+ROOT = Path(__file__).parents[1]
+BACKENDS = ("native", "triton", "emulated")
+DEFINITION = OPS["rms_norm"].reference
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest):
+    require(OPS["rms_norm"], request.param)
+    with vlmfast.use(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_element(backend: str, dtype: torch.dtype):
+    """Not among the samples: the gradient of such a row is zero but for eps, and what is left is noise."""
+    x, weight = torch.tensor([[-3.0], [-1.0], [0.5], [2.0], [4.0]]).to(dtype), torch.tensor([1.5]).to(dtype)
+    assert torch.equal(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
+    grad_x, grad_weight = OPS["rms_norm_backward"].function(torch.ones_like(x), x, weight)
+    assert grad_x.abs().max() < 1e-3
+    torch.testing.assert_close(grad_weight, torch.ones_like(weight), rtol=1e-2, atol=0.0)  # two -1, three 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(backend: str, dtype: torch.dtype, value: float):
+    x, weight = torch.randn(3, 96).to(dtype), torch.randn(96).to(dtype)
+    x[1, 50] = value
+    got, want = vlmfast.rms_norm(x, weight), DEFINITION(x, weight)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want[1].isnan().any()
+    assert not got[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_subnormal_and_huge_values(backend: str, dtype: torch.dtype):
+    """Subnormals are not flushed; a sum of squares that overflows gives zeros, as Hugging Face's does."""
+    x, weight = torch.randn(3, 128).to(dtype), torch.randn(128).to(dtype)
+    x[0] *= 1e-40
+    x[1] *= 1e30
+    weight[:4] = 1e-39
+    got, want = vlmfast.rms_norm(x, weight), DEFINITION(x, weight)
+    assert want[2, :4].abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_more_rows_than_threads_or_blocks(backend: str):
+    rows = 600 if backend != "native" else 70_000  # interpreters are slow; the native op splits from 32k elements on
+    x, weight = torch.randn(rows, 64), torch.randn(64)
+    torch.testing.assert_close(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
+    grads = OPS["rms_norm_backward"].function(x, x, weight)
+    exact = OPS["rms_norm_backward"].reference(x.double(), x.double(), weight.double())
+    for got, want in zip(grads, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
+@pytest.mark.parametrize("level", ["baseline", "v3"])
+def test_every_cpu_level_gives_the_same_bits(level: str):
+    """The level is chosen once per process: the generated tests run again under a lower one."""
+    require(OPS["rms_norm"], "native")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "cpu-native"]
+    environment = {**os.environ, "VLMFAST_CPU_LEVEL": level}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert " passed" in ran.stdout
