@@ -1,4 +1,5 @@
-# Every target sets up what it needs in .venv. Plain `torch` would download several GB: the pin has a CPU build.
+# Every target sets up what it needs in .venv. Plain `torch` may download several GB of CUDA: the pin takes the CPU build
+# where pip can find one (as with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0

@@ -9,8 +9,10 @@ CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -66,7 +68,7 @@ def find_program(variable: str, names: list[str]) -> list[str]:
 def architecture_flags(architectures: str) -> list[str]:
     """nvcc's flags for a list such as "8.0;9.0+PTX"."""
     flags = []
-    for name in architectures.replace(" ", ";").split(";"):
+    for name in re.findall(r"[^;, ]+", architectures):
         number = name.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if name.endswith("+PTX"):
@@ -74,55 +76,84 @@ def architecture_flags(architectures: str) -> list[str]:
     return flags
 
 
-def run(command: list[str]) -> None:
+def output_of(command: list[str]) -> str:
+    """Run a command; what it printed."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise BuildError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout
 
 
 def include_flags(torch: ModuleType) -> list[str]:
     return [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cpu")]
 
 
+def add(commands: dict[Path, list[str]], objects: Path, command: list[str]) -> None:
+    """Add a compilation; its object is named after all of the command, so that other flags make another object."""
+    digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
+    commands[objects / f"{Path(command[-1]).stem}.{digest}.o"] = command
+
+
 def cpu_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
     """The compilation of each object file of the CPU part."""
     levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-    commands = {}
+    commands: dict[Path, list[str]] = {}
     for source in sorted(CSRC.glob("*.cpp")):
         if not source.stem.endswith("_kernels"):
             flags = [*CXX_FLAGS, *include_flags(torch)]
-            commands[objects / f"{source.stem}.o"] = [*compiler, *flags, "-c", str(source)]
+            add(commands, objects, [*compiler, *flags, "-c", str(source)])
             continue
         for level, flag in levels.items():
             flags = [*CXX_FLAGS, *KERNEL_FLAGS, *flag.split(), f"-DVLMFAST_ISA={level}"]
-            commands[objects / f"{source.stem}.{level}.o"] = [*compiler, *flags, "-c", str(source)]
+            add(commands, objects, [*compiler, *flags, "-c", str(source)])
     return commands
+
+
+def default_architectures(compiler: list[str]) -> str:
+    """Those of CUDA_ARCHITECTURES that this nvcc knows: one that it does not know would cost all kernels."""
+    known = output_of([*compiler, "--list-gpu-arch"])
+    return ";".join(
+        name
+        for name in CUDA_ARCHITECTURES.split(";")
+        if f"compute_{name.removesuffix('+PTX').replace('.', '')}" in known.split()
+    )
+
+
+def check_cuda_version(torch: ModuleType, compiler: list[str]) -> None:
+    """Refuse an nvcc of another major version: its runtime is not the one that torch brings."""
+    release = re.search(r"release (\d+)\.", output_of([*compiler, "--version"]))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = "unknown" if release is None else release[1]
+        raise BuildError(f"torch is built for CUDA {torch.version.cuda}, and the major version of nvcc is {found}")
 
 
 def cuda_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
     """The compilation of each object file of the CUDA part."""
-    architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    check_cuda_version(torch, compiler)
+    architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(compiler))
     flags = [*CUDA_FLAGS, *architectures, *include_flags(torch)]
-    return {
-        objects / f"{source.stem}.cuda.o": [*compiler, *flags, "-c", str(source)]
-        for source in sorted(CSRC.glob("*.cu"))
-    }
+    commands: dict[Path, list[str]] = {}
+    for source in sorted(CSRC.glob("*.cu")):
+        add(commands, objects, [*compiler, *flags, "-c", str(source)])
+    return commands
 
 
 def compile_all(commands: dict[Path, list[str]]) -> None:
     """Run the compilations side by side, but for the objects that are newer than all of csrc and this file."""
+    if not commands:
+        raise BuildError(f"there are no sources in {CSRC}")
     newest = max(path.stat().st_mtime for path in [*CSRC.iterdir(), Path(__file__)])
     stale = [path for path in commands if not path.exists() or path.stat().st_mtime < newest]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda path: run([*commands[path], "-o", str(path)]), stale))
+        list(pool.map(lambda path: output_of([*commands[path], "-o", str(path)]), stale))
 
 
 def link(torch: ModuleType, linker: list[str], output: Path, objects: list[Path], libraries: list[str]) -> None:
     """Link the library against torch."""
     flags = ["-shared", "-Xlinker", "-s", *(f"-L{path}" for path in torch.utils.cpp_extension.library_paths("cpu"))]
     output.parent.mkdir(parents=True, exist_ok=True)
-    run([*linker, *flags, *map(str, objects), *libraries, "-o", str(output)])
+    output_of([*linker, *flags, *map(str, objects), *libraries, "-o", str(output)])
 
 
 def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) -> None:

@@ -30,6 +30,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.ops if name not in OPS]:
         parser.error(f"unknown op {', '.join(unknown)}; known: {', '.join(OPS)}")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("device cuda: torch sees no GPU")
     torch.set_num_threads(options.threads)

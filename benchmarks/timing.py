@@ -37,12 +37,11 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.best_known, other.best_known, strict=True))
 
 
-def _batch(call: Call) -> int:
+def _batch(call: Call, synchronize: Call) -> int:
     """How many calls fill a round."""
-    call()
-    start = time.perf_counter()
-    call()
-    return max(1, min(20000, int(ROUND_SECONDS / max(time.perf_counter() - start, 1e-7))))
+    call()  # compiles
+    seconds = _wall_seconds(call, 1, synchronize)
+    return max(1, min(20000, int(ROUND_SECONDS / max(seconds, 1e-7))))
 
 
 def _wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
@@ -64,7 +63,7 @@ def measure(contenders: Mapping[str, Call], device: str, rounds: int = ROUNDS) -
 
 
 def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call) -> dict[str, Times]:
-    batches = {name: _batch(call) for name, call in contenders.items()}
+    batches = {name: _batch(call, synchronize) for name, call in contenders.items()}
     walls: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():

@@ -20,6 +20,9 @@
 
 namespace vlmfast {
 
+// Clears the error that a failed launch leaves behind, or torch would report it again after its own next launch.
+inline void forget_error() { cudaGetLastError(); }
+
 // The largest grid that kernels ask for; they loop over what is beyond it.
 constexpr int64_t kMaxBlocks = 2147483647;
 

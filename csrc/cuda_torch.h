@@ -83,6 +83,7 @@ class DeviceScope {
 namespace vlmfast {
 
 inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) forget_error();
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 

@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from vlmfast.backends import PLAIN, subclass
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Triton 3.10 changes the default. Contracting a multiplication and an addition only drops a rounding, and no
@@ -16,6 +18,8 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 def device_unsupported(x: Tensor) -> str | None:
     """Why Triton cannot run on the device of ``x``, or None."""
+    if type(x) not in PLAIN:
+        return subclass(x)
     if x.is_cuda or (INTERPRETED and x.is_cpu):
         return None
     return f"the device is {x.device.type}, not a GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"

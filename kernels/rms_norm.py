@@ -68,7 +68,7 @@ def _forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Y = weight * (h * rsqrt(mean(h^2) + eps)), with h = x, or h = residual + x stored as the new residual."""
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
     h = tl.load(x_ptr + row * x_row_stride + column, mask=mask, other=0.0).to(tl.float32)

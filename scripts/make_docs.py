@@ -1,4 +1,4 @@
-"""Write docs/ops.md from the docstrings, and the README's figures from benchmarks/results; with --check fail if stale."""
+"""Write docs/ops.md from the docstrings and the README's figures from benchmarks/results; --check: fail if stale."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def figures() -> str:
     where = run["environment"]
     lines = [
         f"Measured on {where['date'][:10]}: {where['device']} ({where['cpu_capability']}), {where['threads']} thread, "
-        f"bfloat16, torch {where['torch']}, transformers {where['transformers']}, by `make bench`. Above 1 is faster than "
-        "the other; the last column is the time over that of a copy of as many bytes, the limit for data that is not in "
-        "a cache. No GPU result has been recorded yet.",
+        f"bfloat16, torch {where['torch']}, transformers {where['transformers']}, by `make bench`. Above 1 is faster",
+        "than the other; the last column is the time over that of a copy of as many bytes. There is no GPU result yet.",
         "",
         "| op | rows x hidden | time | x transformers | x torch.compile | time / copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vlmfast
-from tests.cases import EACH_OP, outputs
-from vlmfast.registry import Op
+from tests.cases import EACH_OP, outputs, require, runnable
+from vlmfast.registry import OPS, Op
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +21,7 @@ def poisoned_memory():
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("op", EACH_OP)
 def test_no_host_synchronisation(op: Op, backend: str):
-    for args in list(op.samples("cuda", torch.bfloat16))[:5]:
+    for args in runnable(op, backend, op.samples("cuda", torch.bfloat16))[:5]:
         with vlmfast.use(backend):
             op.run(*args)  # the first call compiles
             torch.cuda.set_sync_debug_mode("error")
@@ -35,7 +35,7 @@ def test_no_host_synchronisation(op: Op, backend: str):
 @pytest.mark.parametrize("op", EACH_OP)
 def test_cuda_graph(op: Op, backend: str):
     """A captured call replays with new contents of its inputs."""
-    args = next(iter(op.samples("cuda", torch.bfloat16)))
+    args = runnable(op, backend, op.samples("cuda", torch.bfloat16))[0]
     with vlmfast.use(backend):
         op.run(*args)
         torch.cuda.synchronize()
@@ -53,6 +53,7 @@ def test_cuda_graph(op: Op, backend: str):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_the_current_stream_is_used(backend: str):
     """On a stream behind a long copy, the op must wait for that copy."""
+    require(OPS["rms_norm"], backend)
     x, weight = torch.zeros(4096, 4096, device="cuda"), torch.ones(4096, device="cuda")
     source = torch.ones_like(x)
     with vlmfast.use(backend):
@@ -69,6 +70,7 @@ def test_the_current_stream_is_used(backend: str):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_a_device_that_is_not_the_current_one(backend: str):
+    require(OPS["rms_norm"], backend)
     x, weight = torch.randn(8, 512, device="cuda:1"), torch.randn(512, device="cuda:1")
     with vlmfast.use(backend), torch.cuda.device(0):
         y = vlmfast.rms_norm(x, weight)

@@ -59,8 +59,9 @@ def test_report():
         [VISION, "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["qwen3.Qwen3RMSNorm.forward", "9", "modules"],
     ]
-    assert rest[0].strip().startswith("not in this model: ")
-    assert LLAMA in "".join(rest)
+    absent = sum(reason == apply.ABSENT for reason in patch.skipped.values())
+    assert absent > 1
+    assert rest == [f"  {absent} other sites of this family: no module of this class in the model"]
     patch.undo()
     assert repr(patch) == "<Patch of internvl: undone, 1 site>"
 
@@ -113,6 +114,30 @@ def test_second_patch():
     patch.undo()
     vlmfast.patch(model.model.language_model).undo()
     assert not patched(model)
+
+
+def test_unpatch_reaches_a_copy():
+    model, _ = tiny("llama")
+    before = state(model)
+    patch = vlmfast.patch(model)
+    twin = copy.deepcopy(model)
+    assert vlmfast.unpatch(twin) == len(patched(model)) > 0
+    assert not patched(twin)
+    vlmfast.patch(twin).undo()
+    assert patched(model)
+    patch.undo()
+    assert state(model) == before
+    assert vlmfast.unpatch(model) == 0
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        vlmfast.unpatch("llama")
+
+
+def test_weights_that_the_ops_refuse_are_left_alone():
+    model, inputs = tiny("llama")
+    want = logits(model.double(), inputs)
+    with pytest.raises(RuntimeError, match=r"nothing was replaced.*its weights are torch\.float64"):
+        vlmfast.patch(model)
+    assert_same(logits(model, inputs), want)
 
 
 def test_unknown_bodies(monkeypatch):

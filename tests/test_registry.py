@@ -170,3 +170,73 @@ def test_importing_vlmfast_imports_neither_transformers_nor_triton():
     code = "import sys, vlmfast; print([m for m in ('transformers', 'triton') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_function_transforms(call):
+    """torch.func differentiates the definition; a pinned backend says that it cannot."""
+
+    def loss(function):
+        return lambda x, weight: function(x, weight).pow(2).sum()
+
+    got = torch.func.grad(loss(vlmfast.rms_norm), (0, 1))(*call)
+    want = torch.func.grad(loss(OPS["rms_norm"].reference), (0, 1))(*call)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+    with vlmfast.use("native"), pytest.raises(RuntimeError, match="only the definition has this derivative"):
+        torch.func.grad(loss(vlmfast.rms_norm))(*call)
+
+
+def test_a_missing_argument_is_one_of_the_op(call):
+    with pytest.raises(TypeError, match=r"^rms_norm\(\) missing 1 required positional argument: 'weight'"):
+        vlmfast.rms_norm(call[0])
+
+
+def test_forward_mode(call):
+    tangents = torch.randn(3, 64), torch.randn(64)
+    _, got = torch.func.jvp(vlmfast.rms_norm, call, tangents)
+    _, want = torch.func.jvp(OPS["rms_norm"].reference, call, tangents)
+    assert want.any()
+    assert torch.equal(got, want)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(call[0], tangents[0])
+        assert torch.autograd.forward_ad.unpack_dual(vlmfast.rms_norm(dual, call[1])).tangent is not None
+
+
+def test_second_gradient_under_a_dispatch_mode(call):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def second(function):
+        x = call[0].clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(x, call[1]).pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    with FlopCounterMode(display=False):
+        got = second(vlmfast.rms_norm)
+    torch.testing.assert_close(got, second(OPS["rms_norm"].reference), rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_without_a_gradient(call):
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = call[0].requires_grad_()
+    (NoGradient.apply(vlmfast.rms_norm(x, call[1])).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_subclasses_of_tensor_run_the_definition(call):
+    class Marked(torch.Tensor):
+        pass
+
+    x = call[0].as_subclass(Marked)
+    for name in ("native", "triton"):
+        backend = OPS["rms_norm"].backend(name)
+        if isinstance(backend, Backend):
+            assert backend.unsupported(x, call[1]) == "Marked is a subclass of Tensor"
+    assert torch.equal(vlmfast.rms_norm(x, call[1]), OPS["rms_norm"].reference(*call))

@@ -1,8 +1,8 @@
 """vlmfast: fused kernels for vision-language models, and drop-in patches for Hugging Face transformers."""
 
 from vlmfast.ops.rms_norm import add_rms_norm, rms_norm
-from vlmfast.patches import patch
+from vlmfast.patches import Patch, patch, unpatch
 from vlmfast.registry import explain, use
 
 __version__ = "0.1.0"
-__all__ = ["add_rms_norm", "explain", "patch", "rms_norm", "use"]
+__all__ = ["Patch", "add_rms_norm", "explain", "patch", "rms_norm", "unpatch", "use"]

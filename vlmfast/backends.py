@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,22 @@ class Backend:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # why this call cannot run here, or None
+
+
+# Subclasses of Tensor (DTensor, nested tensors, ...) have no memory of their own that a kernel could read.
+PLAIN = (Tensor, torch.nn.Parameter)
+OLDEST_GPU = (8, 0)  # what setup.py compiles csrc/*.cu for
+
+
+def subclass(value: Tensor) -> str:
+    """Why a kernel cannot take a tensor whose type is not one of `PLAIN`."""
+    return f"{type(value).__name__} is a subclass of Tensor"
+
+
+def _compute_capability() -> tuple[int, int]:
+    """That of the oldest GPU here; where there is none, nothing stands in the way."""
+    found = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    return min(found, default=OLDEST_GPU)
 
 
 def contiguous(output: Any) -> Any:
@@ -50,12 +67,15 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
     on_cpu, on_gpu = (
         torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key) for key in ("CPU", "CUDA")
     )
+    on_gpu = on_gpu and _compute_capability() >= OLDEST_GPU
 
     def unsupported(*args: Any, **kwargs: Any) -> str | None:
         dtype = None
         for value in (*args, *kwargs.values()) if kwargs else args:
             if not isinstance(value, Tensor) or value.dtype is dtype or not value.dtype.is_floating_point:
                 continue
+            if type(value) not in PLAIN:
+                return subclass(value)
             if dtype is not None:
                 return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
             dtype = value.dtype
@@ -72,9 +92,12 @@ def _native(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
 
 def _triton(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
     try:
-        module = importlib.import_module(f"vlmfast.kernels.{stem}")
-    except ModuleNotFoundError as error:
-        return f"there is no module {error.name}"
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if importlib.util.find_spec(f"vlmfast.kernels.{stem}") is None:
+        return f"there is no kernels/{stem}.py"
+    module = importlib.import_module(f"vlmfast.kernels.{stem}")
     if not hasattr(module, op):
         return f"kernels/{stem}.py has no {op}"
     return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"))

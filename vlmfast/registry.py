@@ -25,6 +25,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vlmfast import backends
 
@@ -81,15 +82,28 @@ class Op:
     def _refusal(self, backend: backends.Backend | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if isinstance(backend, str):
             return backend
-        no_gradient = self.backward is None and backend.name != "torch"
-        if no_gradient and torch.is_grad_enabled() and _requires_grad(args, kwargs):
+        if (
+            self.backward is None
+            and torch.is_grad_enabled()
+            and backend.name != "torch"
+            and _requires_grad(args, kwargs)
+        ):
             return "a gradient is needed, and only the definition of this op has one"
         return backend.unsupported(*args, **kwargs)
+
+    def run_definition(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the definition for a derivative that only it has: forward mode, torch.func, a gradient's gradient."""
+        pinned = _pinned.get()
+        if pinned not in (None, "torch"):
+            raise RuntimeError(
+                f"{self.name}: only the definition has this derivative, and the backend {pinned} is pinned"
+            )
+        return backends.contiguous(self.reference(*args, **kwargs))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run a checked call on the first backend that can, without recording a gradient."""
         for name in _order():
-            backend = self.backend(name)
+            backend = self._loaded.get(name) or self.backend(name)  # the call would cost another 0.1 us
             if self._refusal(backend, args, kwargs) is None:
                 return backend.run(*args, **kwargs)  # type: ignore[union-attr]  # a reason refuses itself
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(*args, **kwargs))
@@ -131,6 +145,9 @@ def _order() -> Iterable[str]:
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Run every op inside the block on one backend; a call that it cannot run raises its reason.
+
+    It holds for this thread, and for the backward of what ran inside. A compiled graph follows the pin of the moment in
+    which it runs, forward or backward.
 
     Args:
         backend: "native", "triton" or "torch".
@@ -193,20 +210,29 @@ def op(
             name, stem, reference, check, upstream, peers, samples, bad_calls, workloads, bytes, setup_context, backward
         )
         OPS[name] = entry
+        check.__qualname__ = name  # what Python calls it where an argument is missing
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)
+        signature = inspect.signature(reference)
+        defaults = tuple(parameter.default for parameter in signature.parameters.values())
         is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
-        is_grad_enabled = torch.is_grad_enabled
+        is_grad_enabled, function_transforms = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
 
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> Any:
+            recorded = is_grad_enabled() and _requires_grad(args, kwargs)
             # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
             # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
             if is_compiling() or dispatch_modes():
+                if recorded and differentiable is None:
+                    return entry.run_definition(*args, **kwargs)
                 return overload(*args, **kwargs)
             check(*args, **kwargs)
-            if differentiable is not None and is_grad_enabled() and _requires_grad(args, kwargs):
-                return differentiable.apply(*_positional(reference, args, kwargs))
+            if function_transforms() or forward_ad._current_level >= 0:
+                return entry.run_definition(*args, **kwargs)
+            if recorded and differentiable is not None:
+                bound = signature.bind(*args, **kwargs).args if kwargs else args
+                return differentiable.apply(*bound, *defaults[len(bound) :])
             return entry.run(*args, **kwargs)
 
         call.op = entry  # type: ignore[attr-defined]
@@ -220,12 +246,6 @@ def _requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if isinstance(value, Tensor) and value.requires_grad:
             return True
     return False
-
-
-def _positional(reference: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    bound = inspect.signature(reference).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return tuple(bound.arguments.values())
 
 
 def _register_with_torch(entry: Op) -> Callable[..., Any]:

@@ -209,7 +209,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)  # the inverse rms is cheaper to compute again than to store and load
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:  # what came after has no gradient for it
+        return None, None, None, None
     x, weight = ctx.saved_tensors
     weight_grad = ctx.needs_input_grad[1]
     grad_x, grad_weight = rms_norm_backward(grad_output, x, weight, ctx.eps, ctx.variant, None, weight_grad)

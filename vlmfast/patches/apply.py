@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmfast.checks import DTYPES
 from vlmfast.patches.family import families
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
@@ -35,13 +35,13 @@ class Patch:
     _modules: list[nn.Module] = field(default_factory=list)
 
     def report(self) -> str:
-        """One line for each site: how many modules, or why not; sites of absent classes share the last one."""
+        """One line for each site: how many modules, or why not; those without a module are counted in the last one."""
         rows = {site: _count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items() if reason != ABSENT}
         width = max(map(len, rows), default=0)
         lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
-        if absent := ", ".join(site for site, reason in self.skipped.items() if reason == ABSENT):
-            lines += textwrap.wrap(f"not in this model: {absent}", 100, initial_indent="  ", subsequent_indent="    ")
+        if absent := list(self.skipped.values()).count(ABSENT):
+            lines.append(f"  {_count(absent, 'other site')} of this family: {ABSENT}")
         return "\n".join(lines)
 
     def undo(self) -> None:
@@ -103,19 +103,41 @@ def patch(
         raise ValueError(f"no patch for the model type {model_type!r}; known are {', '.join(sorted(families()))}")
     if any(isinstance(module, PatchedModule) for module in host.modules()):
         raise RuntimeError(
-            "model is patched already: undo that patch first (a copy of a patched model is patched as well)"
+            "model is patched already (a copy of a patched model is as well): undo the patch, or vlmfast.unpatch(model)"
         )
     replace = families()[model_type].replace
     chosen = _choose(model_type, replace, only, exclude)
     methods, skipped = _plan(host, {site: replace[site] for site in chosen})
     skipped |= {site: "left out by only or exclude" for site in replace if site not in chosen}
     if not methods:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in skipped.items())
+        telling = {site: reason for site, reason in skipped.items() if reason != ABSENT} or skipped
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in telling.items())
         raise RuntimeError(f"nothing was replaced in this {model_type} model ({reasons})")
     for site in chosen:
         if skipped.get(site, ABSENT) != ABSENT:
             warnings.warn(f"{site} is not patched: {skipped[site]}", stacklevel=2)
     return _swap(host, model_type, methods, skipped)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Take the patch out of a model whose `Patch` is out of reach: a deep copy of a patched model, a lost return value.
+
+    Args:
+        model: any module; what is not patched in it is left as it is.
+
+    Returns:
+        The number of modules that got their own class back.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    patched = [module for module in model.modules() if "original_class" in vars(type(module))]
+    for module in patched:
+        set_class(module, vars(type(module))["original_class"])
+    trace_anew()
+    return len(patched)
 
 
 def _hugging_face_model(model: object) -> nn.Module:
@@ -142,6 +164,8 @@ def _choose(
 ) -> list[str]:
     def matching(name: str, patterns: str | Iterable[str]) -> set[str]:
         matched: set[str] = set()
+        if not isinstance(patterns, Iterable):
+            raise TypeError(f"{name} must be a pattern or patterns of site names, got {patterns!r}")
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if not isinstance(pattern, str):
                 raise TypeError(f"{name} must be a pattern or patterns of site names, got {pattern!r}")
@@ -171,7 +195,7 @@ def _plan(host: nn.Module, replace: Mapping[str, Callable[..., Any]]) -> tuple[M
         site = Site.parse(text)
         classes = [cls for cls in modules_of if any(site.names(base) for base in cls.__mro__)]
         derived = [cls.__name__ for cls in classes if not site.names(cls)]
-        reasons = (mismatch(site, cls, function) or _replaced(modules_of[cls], cls, site.method) for cls in classes)
+        reasons = (_obstacle(site, modules_of[cls], function) for cls in classes)
         if not classes:
             skipped[text] = ABSENT
         elif derived:
@@ -182,6 +206,15 @@ def _plan(host: nn.Module, replace: Mapping[str, Callable[..., Any]]) -> tuple[M
             for cls in classes:
                 methods.setdefault(cls, {})[site.method] = text, function
     return methods, skipped
+
+
+def _obstacle(site: Site, modules: list[nn.Module], function: Callable[..., Any]) -> str | None:
+    """Why the method of these modules, all of one class, must not be replaced, or None."""
+    cls = type(modules[0])
+    dtypes = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
+    if unsupported := ", ".join(str(dtype) for dtype in dtypes - DTYPES):
+        return f"its weights are {unsupported}, and the ops take float32, float16 and bfloat16"
+    return mismatch(site, cls, function) or _replaced(modules, cls, site.method)
 
 
 def _replaced(modules: list[nn.Module], cls: type, method: str) -> str | None:
