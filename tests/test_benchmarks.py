@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.ops import benchmark
+from benchmarks.ops import benchmark, contenders
 from tests.cases import require
 from vlmfast.backends import Backend
 from vlmfast.registry import OPS
@@ -37,6 +37,19 @@ def test_every_contender_is_timed(small):
     assert all(row["us"] > 0 for row in found["times"].values())
     assert found["times"]["transformers"]["speedup"] == 1.0
     assert not found["failed"]
+
+
+def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
+    ran = []
+    for name in ("native", "triton"):
+        recorder = Backend(name, lambda x, *_, name=name: ran.append(name) or x, lambda *_, **__: None)
+        monkeypatch.setitem(OPS["rms_norm"]._loaded, name, recorder)
+    ((_, args),) = small.workloads("cpu", torch.float32)
+    found = contenders(small, args)
+    for _ in range(2):
+        found["vlmfast triton"]()
+        found["vlmfast native"]()
+    assert ran == ["triton", "native"] * 2
 
 
 def test_a_wrong_result_has_no_speed(small, monkeypatch):

@@ -93,10 +93,9 @@ class Op:
 
     def run_definition(self, *args: Any, **kwargs: Any) -> Any:
         """Run the definition for a derivative that only it has: forward mode, torch.func, a gradient's gradient."""
-        pinned = _pinned.get()
-        if pinned not in (None, "torch"):
+        if (name := pinned.get()) not in (None, "torch"):
             raise RuntimeError(
-                f"{self.name}: only the definition has this derivative, and the backend {pinned} is pinned"
+                f"{self.name}: only the definition has this derivative, and the backend {name} is pinned"
             )
         return backends.contiguous(self.reference(*args, **kwargs))
 
@@ -134,12 +133,12 @@ def _environment_backend() -> str | None:
 
 
 _from_environment = _environment_backend()
-_pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_from_environment)
+pinned: ContextVar[str | None] = ContextVar("vlmfast_backend", default=_from_environment)
 
 
 def _order() -> Iterable[str]:
-    pinned = _pinned.get()
-    return backends.LOADERS if pinned is None else (pinned,)
+    name = pinned.get()
+    return backends.LOADERS if name is None else (name,)
 
 
 @contextmanager
@@ -157,11 +156,11 @@ def use(backend: str) -> Iterator[None]:
     """
     if backend not in backends.LOADERS:
         raise ValueError(f"backend must be one of {', '.join(backends.LOADERS)}, got {backend!r}")
-    token = _pinned.set(backend)
+    token = pinned.set(backend)
     try:
         yield
     finally:
-        _pinned.reset(token)
+        pinned.reset(token)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -277,15 +276,15 @@ def _autograd_function(entry: Op) -> Any:
         output = entry.run(*inputs)
         setup_context(ctx, inputs, output)
         ctx.set_materialize_grads(False)
-        ctx.backend = _pinned.get()  # the engine's device threads do not inherit context variables
+        ctx.backend = pinned.get()  # the engine's device threads do not inherit context variables
         return output
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        token = _pinned.set(ctx.backend)
+        token = pinned.set(ctx.backend)
         try:
             return formula(ctx, *grads)
         finally:
-            _pinned.reset(token)
+            pinned.reset(token)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"{entry.name}_autograd", (torch.autograd.Function,), members)
