@@ -37,7 +37,8 @@ class Tile:
 def _tile(hidden: int, elements: int, elements_per_thread: int) -> Tile:
     """Narrow rows share a program: with one head of 128 channels per program, seven eighths of it would idle."""
     columns = next_power_of_two(hidden)
-    return Tile(max(1, elements // columns), columns, warps=min(16, max(4, columns // (32 * elements_per_thread))))
+    rows = min(64, max(1, elements // columns))  # more would only spread very narrow rows over more registers
+    return Tile(rows, columns, warps=min(16, max(4, columns // (32 * elements_per_thread))))
 
 
 def forward_tile(hidden: int) -> Tile:
