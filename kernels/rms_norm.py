@@ -22,6 +22,7 @@ from vlmfast.kernels.launch import (
     processors,
 )
 
+MAX_ROWS = 2**31 - 64  # rows are counted in 32 bits, their offsets in 64
 MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
 
 
@@ -69,7 +70,7 @@ def _forward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Y = weight * (h * rsqrt(mean(h^2) + eps)), with h = x, or h = residual + x stored as the new residual."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
     h = tl.load(x_ptr + row * x_row_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -155,6 +156,8 @@ def _sum_partials_kernel(
 def rms_norm_unsupported(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> str | None:
     if x.shape[-1] > MAX_HIDDEN:
         return f"the last size of x is {x.shape[-1]}, more than {MAX_HIDDEN}"
+    if x.numel() >= MAX_ROWS * max(1, x.shape[-1]):
+        return f"x has {x.numel() // x.shape[-1]} rows, {MAX_ROWS} or more"
     return device_unsupported(x)
 
 
