@@ -73,15 +73,16 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
     def unsupported(*args: Any, **kwargs: Any) -> str | None:
         dtype = None
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if not isinstance(value, Tensor):
-                continue
             if type(value) not in PLAIN:
-                return subclass(value)
-            if value.dtype is dtype or not value.dtype.is_floating_point:
+                if isinstance(value, Tensor):
+                    return subclass(value)
+                continue
+            found = value.dtype  # read once: each attribute of a tensor costs 0.05 us and more
+            if found is dtype or not found.is_floating_point:
                 continue
             if dtype is not None:
-                return f"the tensors are of several dtypes ({dtype} and {value.dtype})"
-            dtype = value.dtype
+                return f"the tensors are of several dtypes ({dtype} and {found})"
+            dtype = found
             # not value.device.type, which costs 0.4 us
             if not ((value.is_cpu and on_cpu) or (value.is_cuda and on_gpu and _gpus_are_new_enough())):
                 return f"the extension has no {op} for device {value.device.type}"

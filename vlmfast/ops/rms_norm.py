@@ -72,8 +72,11 @@ def _norm_module(weight: Tensor, eps: float, variant: str) -> torch.nn.Module:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
     module: torch.nn.Module = (Qwen2RMSNorm if variant == "llama" else GemmaRMSNorm)(weight.shape[0], eps)
-    del module.weight  # a parameter would be cut off from the weight's own graph
-    module.weight = weight
+    if weight.requires_grad:
+        del module.weight  # a parameter would be cut off from the weight's own graph
+        module.weight = weight
+    else:
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
     return module
 
 
