@@ -142,6 +142,8 @@ LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, ex
 
 
 def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Every sample of the op in every layout."""
-    for sample, layout in itertools.product(op.samples(device, dtype), LAYOUTS):
-        yield tuple(layout(a) if is_float(a) else a for a in sample)
+    """Every sample of the op in every layout, and with different layouts for its arguments, to tell strides apart."""
+    for sample in op.samples(device, dtype):
+        for first, step in [*((layout, 0) for layout in range(len(LAYOUTS))), (1, 1), (2, 1)]:
+            layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
+            yield tuple(layout(a) if is_float(a) else a for a, layout in zip(sample, layouts, strict=True))
