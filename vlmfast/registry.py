@@ -216,7 +216,6 @@ def op(
         defaults = tuple(parameter.default for parameter in signature.parameters.values())
         is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
         is_grad_enabled, function_transforms = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
-        run = entry.run
 
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -233,7 +232,7 @@ def op(
             if recorded and differentiable is not None:
                 bound = signature.bind(*args, **kwargs).args if kwargs else args
                 return differentiable.apply(*bound, *defaults[len(bound) :])
-            return run(*args, **kwargs)
+            return entry.run(*args, **kwargs)
 
         call.op = entry  # type: ignore[attr-defined]
         return cast("OpFunction[P, R]", call)
