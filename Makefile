@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv. Plain `torch` may download several GB of CUDA: the pin takes the CPU build
-# where pip can find one (as with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu).
+# where pip is set up to find one (PIP_EXTRA_INDEX_URL and torch's own index of CPU builds, say).
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
