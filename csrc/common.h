@@ -34,22 +34,27 @@ inline Dtype dtype_of(const Tensor& tensor) {
   return Dtype::kFloat32;
 }
 
-// A fresh contiguous tensor of the dtype and device of `like`. The C shim allocates without the boxed call into the
-// dispatcher that torch::stable::empty_like makes.
-inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like) {
+// A fresh contiguous tensor on the device of `like`, of a dtype in the shim's numbers (aoti_torch_dtype_int64() ...).
+// The C shim allocates without the boxed call into the dispatcher that torch::stable::empty_like makes.
+inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like, int32_t dtype) {
   constexpr int64_t kMaxDims = 64;  // torch's own limit
   STD_TORCH_CHECK(dims <= kMaxDims, "tensors must have at most ", kMaxDims, " dimensions, got ", dims);
   int64_t strides[kMaxDims];
   int64_t stride = 1;
   for (int64_t dim = dims; dim-- > 0; stride *= sizes[dim] > 0 ? sizes[dim] : 1) strides[dim] = stride;
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return allocate(sizes, dims, like, dtype);
 }
 
 inline Tensor allocate_like(const Tensor& like) { return allocate(like.sizes().data(), like.dim(), like); }

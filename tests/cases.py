@@ -84,6 +84,10 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same call in float64: what the definition says without rounding."""
     return tuple(a.double() if is_float(a) else a for a in args)
@@ -92,9 +96,14 @@ def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
 # ---- layouts: each takes a tensor and gives an equal one that lies in memory in its own way ----
 
 
+def _filling(x: Tensor) -> float:
+    """What nobody may read: NaN; true in a mask, a large number in an index."""
+    return float("nan") if x.is_floating_point() else torch.iinfo(torch.int32).max
+
+
 def _in_nan(x: Tensor, size: int, stride: tuple[int, ...], offset: int) -> Tensor:
-    """``x`` copied into a view of a buffer that is NaN everywhere else."""
-    buffer = torch.full((size + 64,), float("nan"), dtype=x.dtype, device=x.device)
+    """``x`` copied into a view of a buffer that is `_filling` everywhere else."""
+    buffer = torch.full((size + 64,), _filling(x), dtype=x.dtype, device=x.device)
     return buffer.as_strided(x.shape, stride, offset).copy_(x)
 
 
@@ -123,19 +132,19 @@ def oddly_padded(x: Tensor) -> Tensor:
 
 def transposed(x: Tensor) -> Tensor:
     """Leading dimensions that no single row stride describes, as heads before tokens."""
-    if x.dim() < 3:
+    if x.dim() < 3 and x.is_floating_point():
         return padded(x)
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def every_other(x: Tensor) -> Tensor:
     """A last dimension of stride two."""
-    return torch.stack([x, torch.full_like(x, float("nan"))], -1).flatten(-2)[..., ::2]
+    return torch.stack([x, torch.full_like(x, _filling(x))], -1).flatten(-2)[..., ::2]
 
 
 def expanded(x: Tensor) -> Tensor:
-    """The first row, repeated with a stride of zero."""
-    return x[:1].expand(x.shape) if x.dim() > 1 else x
+    """The first row, repeated with a stride of zero; not of a mask or an index, which would then not fit the others."""
+    return x[:1].expand(x.shape) if x.dim() > 1 and x.is_floating_point() else x
 
 
 LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, expanded)
@@ -146,4 +155,4 @@ def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for sample in op.samples(device, dtype):
         for first, step in [*((layout, 0) for layout in range(len(LAYOUTS))), (1, 1), (2, 1)]:
             layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
-            yield tuple(layout(a) if is_float(a) else a for a, layout in zip(sample, layouts, strict=True))
+            yield tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))

@@ -44,3 +44,26 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def bool_matrix(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool tensor of two dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {value.dtype}")
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, T), got {tuple(value.shape)}")
+
+
+def integers(name: str, value: object, dtype: torch.dtype) -> None:
+    """Raise unless ``value`` is a tensor of that integer dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+
+
+def on_host(value: Tensor) -> bool:
+    """Whether the numbers in ``value`` can be read without waiting for a device: not those of a tracer or of vmap."""
+    return value.is_cpu and type(value) is Tensor and not torch._C._are_functorch_transforms_active()

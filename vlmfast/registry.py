@@ -59,6 +59,7 @@ class Op:
     bytes: Callable[..., int]  # the least memory traffic of a call
     setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
     backward: Callable[..., Any] | None = None
+    exact: bool = False  # nothing is summed: every backend gives the same bits
     _loaded: dict[str, backends.Backend | str] = field(default_factory=dict, repr=False)
 
     @property
@@ -200,13 +201,26 @@ def op(
     peers: Mapping[str, Preparation] = MappingProxyType({}),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    exact: bool = False,
 ) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
     """Register the decorated function as an op; its body becomes the definition. See `Op` for the arguments."""
 
     def register(reference: Callable[P, R]) -> OpFunction[P, R]:
         name, stem = reference.__name__, reference.__module__.rpartition(".")[2]
         entry = Op(
-            name, stem, reference, check, upstream, peers, samples, bad_calls, workloads, bytes, setup_context, backward
+            name,
+            stem,
+            reference,
+            check,
+            upstream,
+            peers,
+            samples,
+            bad_calls,
+            workloads,
+            bytes,
+            setup_context,
+            backward,
+            exact,
         )
         OPS[name] = entry
         check.__qualname__ = name  # what Python calls it where an argument is missing

@@ -1,0 +1,309 @@
+"""Rows chosen by a mask: added to (DeepStack), replaced (image embeddings) and packed (token compaction).
+
+Upstream finds the rows with ``nonzero`` and boolean indexing, which make the host wait for the device and give shapes
+that depend on data. Here each masked row knows its number, a prefix sum of the mask, and every shape is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.ops import masked_rows_calls as calls
+from vlmfast.registry import op
+
+
+def _expect(found: Tensor, expected: int, message: str) -> None:
+    """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
+    torch._assert_async(found == expected, message)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, T, D): at each masked position the row of its number; some row or zeros elsewhere."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(*index.shape, rows.shape[1])
+    return rows[index.clamp(0, rows.shape[0] - 1)]
+
+
+def _indexed(mask: Tensor, rows: int, index: Tensor | None) -> Tensor:
+    _expect(mask.sum(), rows, f"the mask must be true at as many positions as there are rows, {rows}")
+    return row_index.op.reference(mask) if index is None else index
+
+
+# ---- gradients ----
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask, embeds, index = inputs
+    ctx.rows, ctx.dtype = embeds.shape[0], embeds.dtype
+    ctx.save_for_backward(mask, index)
+
+
+def _add_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None or not ctx.needs_input_grad[2]:
+        return grad_output, None, None, None
+    mask, index = ctx.saved_tensors
+    grad_embeds, _ = split_rows(grad_output, mask, ctx.rows, index, rest=False)
+    return grad_output, None, grad_embeds.to(ctx.dtype), None
+
+
+def _place_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return None, None, None, None
+    mask, index = ctx.saved_tensors
+    inputs_grad = ctx.needs_input_grad[0]
+    if not ctx.needs_input_grad[2]:
+        return grad_output.masked_fill(mask[..., None], 0), None, None, None
+    grad_embeds, grad_inputs = split_rows(grad_output, mask, ctx.rows, index, rest=inputs_grad)
+    return grad_inputs if inputs_grad else None, None, grad_embeds.to(ctx.dtype), None
+
+
+def _compact_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, invalid, _, _, ctx.pad_left = inputs
+    ctx.save_for_backward(invalid)
+
+
+def _compact_backward(ctx: Any, grad_tokens: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_tokens is None:
+        return None, None, None, None, None
+    (invalid,) = ctx.saved_tensors
+    return compact_tokens_backward(grad_tokens, invalid, ctx.pad_left), None, None, None, None
+
+
+# ---- the definitions ----
+
+
+@op(
+    check=calls.check_row_index,
+    samples=calls.row_index_samples,
+    bad_calls=calls.row_index_bad_calls,
+    workloads=calls.row_index_workloads,
+    bytes=lambda mask: 5 * mask.numel(),
+    exact=True,
+)
+def row_index(mask: Tensor) -> Tensor:
+    """Number the rows of a mask, to be computed once and passed to every op that uses the same mask.
+
+    A position where the mask is true gets its rank among those, in row-major order over the whole batch. Any other
+    position gets the bitwise complement of the rank that the next one has: a negative number. The last entry thus
+    tells how many rows there are.
+
+    Args:
+        mask: (B, T) bool.
+
+    Returns:
+        (B, T) int32.
+
+    Raises:
+        TypeError: for a mask that is not bool. ValueError: for another shape, or 2**31 positions and more.
+
+    Source:
+        The order in which ``masked_scatter`` and boolean indexing take rows.
+    """
+    flat = mask.flatten().to(torch.int64)
+    rank = (flat.cumsum(0) - flat).view(mask.shape)
+    return torch.where(mask, rank, ~rank).int()
+
+
+@op(
+    check=calls.check_deepstack_add,
+    upstream=calls.deepstack_upstream,
+    peers={"hidden_states.clone()": lambda hidden_states, *_: hidden_states.clone},
+    samples=calls.deepstack_samples,
+    bad_calls=calls.deepstack_bad_calls,
+    workloads=calls.deepstack_workloads,
+    bytes=lambda hidden_states, mask, embeds, *_: 2 * hidden_states.nbytes + embeds.nbytes + mask.nbytes,
+    setup_context=_setup_context,
+    backward=_add_backward,
+    exact=True,
+)
+def deepstack_add(
+    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
+) -> Tensor:
+    """Add visual features to the rows of the hidden states that belong to visual tokens, out of place.
+
+    The i-th row where the mask is true, in row-major order over the batch, gets the i-th row of ``visual_embeds``,
+    rounded to the dtype of ``hidden_states`` before the addition.
+
+    Args:
+        hidden_states: (B, T, D) float32, float16 or bfloat16; any strides.
+        visual_pos_masks: (B, T) bool, true at V positions.
+        visual_embeds: (V, D) float32, float16 or bfloat16.
+        index: what `row_index` gives for ``visual_pos_masks``, if it is at hand; it must belong to this very mask.
+
+    Returns:
+        (B, T, D) contiguous, of the dtype of ``hidden_states``.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or on a CPU a mask
+            that is not true at V positions; on a GPU that trips a device-side assertion.
+
+    Source:
+        Qwen3VLTextModel._deepstack_process of transformers 5.23.
+    """
+    index = _indexed(visual_pos_masks, visual_embeds.shape[0], index)
+    added = hidden_states + _take(visual_embeds.to(hidden_states.dtype), index)
+    return torch.where(visual_pos_masks[..., None], added, hidden_states)
+
+
+@op(
+    check=calls.check_place_embeddings,
+    upstream=calls.place_upstream,
+    peers={"inputs_embeds.clone()": lambda inputs_embeds, *_: inputs_embeds.clone},
+    samples=calls.deepstack_samples,
+    bad_calls=calls.place_bad_calls,
+    workloads=calls.deepstack_workloads,
+    bytes=lambda inputs_embeds, mask, *_: 2 * inputs_embeds.nbytes + mask.nbytes,
+    setup_context=_setup_context,
+    backward=_place_backward,
+    exact=True,
+)
+def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None) -> Tensor:
+    """Put the image embeddings in the place of the placeholder tokens, out of place.
+
+    The i-th row where the mask is true, in row-major order over the batch, becomes the i-th row of ``image_embeds``,
+    rounded to the dtype of ``inputs_embeds``. What stood there before, a NaN included, leaves no trace.
+
+    Args:
+        inputs_embeds: (B, T, D) float32, float16 or bfloat16; any strides.
+        mask: (B, T) bool, true at V positions.
+        image_embeds: (V, D) float32, float16 or bfloat16.
+        index: what `row_index` gives for ``mask``, if it is at hand; it must belong to this very mask.
+
+    Returns:
+        (B, T, D) contiguous, of the dtype of ``inputs_embeds``.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or on a CPU a mask
+            that is not true at V positions; on a GPU that trips a device-side assertion.
+
+    Source:
+        ``inputs_embeds.masked_scatter(mask, image_embeds)`` in Qwen3VLModel.forward and others of transformers 5.23.
+    """
+    index = _indexed(mask, image_embeds.shape[0], index)
+    return torch.where(mask[..., None], _take(image_embeds.to(inputs_embeds.dtype), index), inputs_embeds)
+
+
+@op(
+    check=calls.check_split_rows,
+    samples=calls.split_samples,
+    bad_calls=calls.split_bad_calls,
+    workloads=calls.split_workloads,
+    bytes=calls.split_bytes,
+    exact=True,
+)
+def split_rows(
+    x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Take the masked rows out: the gradients of `deepstack_add` and `place_embeddings`.
+
+    Args:
+        x: (B, T, D) float32, float16 or bfloat16; any strides.
+        mask: (B, T) bool, true at ``rows`` positions.
+        rows: V, the number of masked rows.
+        index: what `row_index` gives for ``mask``, if it is at hand.
+        rest: False where the second output is not needed.
+
+    Returns:
+        ``(taken, rest)``: (V, D), the masked rows in row-major order, and (B, T, D), ``x`` with zeros in their place,
+        or (0,) where ``rest`` is False. Both contiguous.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or on a CPU a mask
+            that is not true at ``rows`` positions; on a GPU that trips a device-side assertion.
+
+    Source:
+        The derivative of ``masked_scatter``.
+    """
+    index = _indexed(mask, rows, index)
+    spare = torch.where(mask, index, rows)  # rows that are not taken go to one row behind the others
+    taken = x.new_zeros(rows + 1, x.shape[-1]).index_put((spare,), x)[:rows]
+    return taken, x.masked_fill(mask[..., None], 0) if rest else x.new_empty(0)
+
+
+@op(
+    check=calls.check_compact_tokens,
+    upstream=calls.compact_upstream,
+    peers={"tokens.clone()": lambda tokens, *_: tokens.clone},
+    samples=calls.compact_samples,
+    bad_calls=calls.compact_bad_calls,
+    workloads=calls.compact_workloads,
+    bytes=calls.compact_bytes,
+    setup_context=_compact_setup_context,
+    backward=_compact_backward,
+    exact=True,
+)
+def compact_tokens(
+    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack the valid tokens of each sequence together, in their order, and cut or pad each sequence to ``keep``.
+
+    If a sequence has more valid tokens than ``keep``, the last ones are dropped. If it has fewer, invalid ones follow
+    (``pad_left``: precede), in their order, and their rows are zeros.
+
+    Args:
+        tokens: (B, T, D) float32, float16 or bfloat16; any strides.
+        invalid: (B, T) bool, true where a token is masked out.
+        keep: the length of the result, 0 to T.
+        order: the third result of a call with the same ``invalid``, ``keep`` and ``pad_left``, if it is at hand.
+        pad_left: put what is invalid before the valid tokens.
+
+    Returns:
+        ``(tokens, invalid, order)``: (B, keep, D) and (B, keep) bool, both contiguous, and (B, keep) int64, the
+        position that each of them had.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or a ``keep`` that
+            is not within 0 to T.
+
+    Source:
+        FM.forward_mask_encoder of apple/ml-4m, whose float32 key is exact only below 1e6 tokens.
+    """
+    if order is not None:
+        order = order.clone()
+    else:
+        order = torch.argsort(invalid.byte(), dim=1, stable=True)[:, :keep]
+        if pad_left:
+            order = order.gather(1, torch.argsort(invalid.gather(1, order).byte(), dim=1, descending=True, stable=True))
+    kept_invalid = invalid.gather(1, order)
+    kept = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+    return kept.masked_fill(kept_invalid[..., None], 0), kept_invalid, order
+
+
+@op(
+    check=calls.check_compact_tokens_backward,
+    samples=calls.compact_backward_samples,
+    bad_calls=calls.compact_backward_bad_calls,
+    workloads=calls.compact_backward_workloads,
+    bytes=calls.compact_backward_bytes,
+    exact=True,
+)
+def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
+    """Bring the gradient of each packed token back to where the token came from: the gradient of `compact_tokens`.
+
+    Args:
+        grad_tokens: (B, keep, D) float32, float16 or bfloat16; any strides.
+        invalid: (B, T) bool, as in the forward; T >= keep.
+        pad_left: as in the forward.
+
+    Returns:
+        (B, T, D) contiguous; zero for tokens that were dropped or invalid.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit.
+
+    Source:
+        The derivative of `compact_tokens`.
+    """
+    keep, hidden = grad_tokens.shape[1:]
+    if keep == 0:
+        return grad_tokens.new_zeros(*invalid.shape, hidden)
+    valid = ~invalid
+    position = valid.cumsum(1) - 1
+    kept = valid & (position < keep)
+    if pad_left:
+        position = position + keep - kept.sum(1, keepdim=True)
+    position = position.clamp(0, keep - 1)[..., None].expand(-1, -1, hidden)
+    return grad_tokens.gather(1, position).masked_fill(~kept[..., None], 0)
