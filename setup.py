@@ -38,7 +38,12 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
 # What csrc/*_kernels.cpp are compiled for, and chosen from at run time (csrc/cpu.h).
-CPU_LEVELS = {"baseline": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
+CPU_LEVELS = {
+    "baseline": "-march=x86-64",
+    "v3": "-march=x86-64-v3",
+    "v4": "-march=x86-64-v4",
+    "v4_bf16": "-march=x86-64-v4 -mavx512bf16",
+}
 
 
 class BuildError(Exception):

@@ -3,10 +3,13 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -22,6 +25,7 @@ inline CpuLevel supported_cpu_level() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512bf16")) return CpuLevel::v4_bf16;
   return v4 ? CpuLevel::v4 : v3 ? CpuLevel::v3 : CpuLevel::baseline;
 #else
   return CpuLevel::baseline;
@@ -34,9 +38,11 @@ inline CpuLevel choose_cpu_level() {
   const char* value = std::getenv("VLMFAST_CPU_LEVEL");
   if (value == nullptr || *value == '\0') return supported;
   const std::string_view name = value;
-  STD_TORCH_CHECK(name == "baseline" || name == "v3" || name == "v4",
-                  "VLMFAST_CPU_LEVEL must be one of baseline, v3, v4, got ", name);
-  const CpuLevel level = name == "v4" ? CpuLevel::v4 : name == "v3" ? CpuLevel::v3 : CpuLevel::baseline;
+  constexpr std::pair<std::string_view, CpuLevel> kLevels[] = {
+      {"baseline", CpuLevel::baseline}, {"v3", CpuLevel::v3}, {"v4", CpuLevel::v4}, {"v4_bf16", CpuLevel::v4_bf16}};
+  const auto found = std::find_if(std::begin(kLevels), std::end(kLevels), [&](auto& it) { return it.first == name; });
+  STD_TORCH_CHECK(found != std::end(kLevels), "VLMFAST_CPU_LEVEL must be one of baseline, v3, v4, v4_bf16, got ", name);
+  const CpuLevel level = found->second;
   STD_TORCH_CHECK(level <= supported, "VLMFAST_CPU_LEVEL is ", name, ", which this processor does not have");
   return level;
 }
@@ -46,6 +52,7 @@ template <class Function>
 auto at_cpu_level(const Function& function) {
   static const CpuLevel level = choose_cpu_level();
 #if defined(__x86_64__)
+  if (level == CpuLevel::v4_bf16) return function(std::integral_constant<CpuLevel, CpuLevel::v4_bf16>{});
   if (level == CpuLevel::v4) return function(std::integral_constant<CpuLevel, CpuLevel::v4>{});
   if (level == CpuLevel::v3) return function(std::integral_constant<CpuLevel, CpuLevel::v3>{});
 #endif

@@ -3,6 +3,7 @@
 // The forward rounds where Hugging Face's module rounds and sums as torch does, and so equals it to the bit.
 #include "rms_norm_kernels.h"
 
+#include "quick_bfloat16.h"
 #include "vector.h"
 
 namespace vlmfast {
@@ -19,56 +20,126 @@ VLMFAST_INLINE int64_t rows_ahead(int64_t size) {
 // 1 / sqrt(mean + eps) of the sums of N rows.
 template <int N>
 VLMFAST_INLINE void inverse_roots(const float* sums, int64_t size, float eps, float (&result)[N]) {
+  VLMFAST_UNROLL
   for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(size) + eps);
 }
 
 // ---- forward ----
 
-template <class T, Variant variant>
-VLMFAST_INLINE Block normalise(const Block& x, float inverse_rms, const Block& weight) {
-  if constexpr (variant == Variant::kGemma) return x * inverse_rms * (1.0f + weight);
-  return weight * round_to<T>(x * inverse_rms);
+// The least magnitude of an input for which no rounding of a row meets a subnormal. `least_factor`: of a weight, or of
+// 1 + weight; zeros aside in both.
+template <bool add>
+VLMFAST_INLINE float least_quick(float inverse_rms, float least_factor) {
+  constexpr float kNormal = 0x1p-124f;  // four times the least normal number: twice for what roundings take away
+  constexpr float kCancelled = 256;     // a sum of bfloat16 that is not zero is at least 2^-8 of the lesser
+  const float least = kNormal / (inverse_rms * (least_factor < 1 ? least_factor : 1));
+  if (!add) return least;
+  return kCancelled * (least < kNormal ? kNormal : least);
 }
 
-template <class T, Variant variant, bool add, int N>
-VLMFAST_INLINE void forward_rows(const RmsNormForward& args, int64_t row, int64_t size) {
-  const T* x = static_cast<const T*>(args.x) + row * args.x_row_stride;
-  const T* residual = static_cast<const T*>(args.residual);
-  const T* weight = static_cast<const T*>(args.weight);
-  T* y = static_cast<T*>(args.y) + row * size;
-  T* new_residual = static_cast<T*>(args.new_residual);
-  if constexpr (add) {
-    residual += row * args.residual_row_stride;
-    new_residual += row * size;
-  }
+template <class T, Variant variant>
+float least_factor(const RmsNormForward& args) {
+  if (variant == Variant::kGemma) return 0x1p-9f;  // 1 + weight, for every bfloat16 but -1
+  typename Quick<T>::Least least;
+  each_block(args.size, [&](int64_t offset, auto count)
+                            VLMFAST_INLINE_LAMBDA { least.see(static_cast<const T*>(args.weight) + offset, count); });
+  return least.value();
+}
 
-  float sums[N], inverse_rms[N];
+// Where the rows of a call lie. A copy, because the compiler must take it that a store changes what is behind `args`.
+template <class T>
+struct ForwardRows {
+  const T *x, *residual, *weight;
+  T *y, *new_residual;
+  int64_t size, x_stride, residual_stride;
+
+  VLMFAST_INLINE ForwardRows(const RmsNormForward& args, int64_t row, int64_t row_size)
+      : x(static_cast<const T*>(args.x) + row * args.x_row_stride),
+        residual(static_cast<const T*>(args.residual) + row * args.residual_row_stride),
+        weight(static_cast<const T*>(args.weight)),
+        y(static_cast<T*>(args.y) + row * row_size),
+        new_residual(static_cast<T*>(args.new_residual) + row * row_size),
+        size(row_size),
+        x_stride(args.x_row_stride),
+        residual_stride(args.residual_row_stride) {}
+};
+
+template <int N>
+struct Scales {
+  float inverse_rms[N];
+  bool quick;  // whether the processor may round what they scale
+};
+
+// The first pass: adds, and sums the squares. With `quick` the processor rounds the sums; where it could have flushed
+// one the result is not quick either, and all is to be done again.
+template <class T, bool add, bool quick, int N>
+VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float factor) {
+  float sums[N];
+  typename Quick<T>::Least least[N];
   const auto squares = [&](int64_t offset, auto count, Block(&square)[N]) VLMFAST_INLINE_LAMBDA {
+    VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
-      Block value = load(x + n * args.x_row_stride + offset, count);
+      const T* x = rows.x + n * rows.x_stride + offset;
+      Block value = load(x, count);
+      if constexpr (quick) least[n].see(x, count);
       if constexpr (add) {
-        T* sum = new_residual + n * size + offset;
-        store(sum, load(residual + n * args.residual_row_stride + offset, count) + value, count);
+        const T* residual = rows.residual + n * rows.residual_stride + offset;
+        T* sum = rows.new_residual + n * rows.size + offset;
+        value = load(residual, count) + value;
+        if constexpr (quick) {
+          least[n].see(residual, count);
+          Quick<T>::template store<0>(sum, value, count);
+        } else {
+          store(sum, value, count);
+        }
         value = load(sum, count);
       }
       square[n] = value * value;
     }
   };
-  torch_sum<T>(size, squares, sums);
-  inverse_roots(sums, size, args.eps, inverse_rms);
-
-  const int64_t ahead = rows_ahead<N>(size);
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
-    const Block w = load(weight + offset, count);
+  torch_sum<T>(rows.size, squares, sums);
+  Scales<N> scales;
+  inverse_roots(sums, rows.size, eps, scales.inverse_rms);
+  scales.quick = quick;
+  if constexpr (quick) {
+    VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(x + (n + ahead) * args.x_row_stride + offset);
-      __builtin_prefetch(y + (n + ahead) * size + offset, 1);
+      scales.quick = scales.quick & !least[n].is_below(least_quick<add>(scales.inverse_rms[n], factor));
+    }
+  }
+  return scales;
+}
+
+// The second pass: scales.
+template <class T, Variant variant, bool add, bool quick, int N>
+VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)[N]) {
+  constexpr bool kGemma = variant == Variant::kGemma;
+  const int64_t ahead = rows_ahead<N>(rows.size);
+  each_block(rows.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    Block w;
+    if constexpr (quick && !kGemma) {
+      w = Quick<T>::load_rounded(rows.weight + offset, count);
+    } else {
+      w = load(rows.weight + offset, count);
+    }
+    VLMFAST_UNROLL
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(rows.x + (n + ahead) * rows.x_stride + offset);
+      __builtin_prefetch(rows.y + (n + ahead) * rows.size + offset, 1);
       if constexpr (add) {
-        __builtin_prefetch(residual + (n + ahead) * args.residual_row_stride + offset);
-        __builtin_prefetch(new_residual + (n + ahead) * size + offset, 1);
+        __builtin_prefetch(rows.residual + (n + ahead) * rows.residual_stride + offset);
+        __builtin_prefetch(rows.new_residual + (n + ahead) * rows.size + offset, 1);
       }
-      const Block value = load((add ? new_residual + n * size : x + n * args.x_row_stride) + offset, count);
-      store(y + n * size + offset, normalise<T, variant>(value, inverse_rms[n], w), count);
+      const T* from = add ? rows.new_residual + n * rows.size : rows.x + n * rows.x_stride;
+      T* to = rows.y + n * rows.size + offset;
+      const Block normed = load(from + offset, count) * inverse_rms[n];
+      if constexpr (quick && kGemma) {
+        Quick<T>::template store<0>(to, normed * (1.0f + w), count);
+      } else if constexpr (quick) {
+        Quick<T>::template store<1>(to, w * Quick<T>::round(normed), count);
+      } else {
+        store(to, kGemma ? normed * (1.0f + w) : w * round_to<T>(normed), count);
+      }
     }
   });
 }
@@ -77,8 +148,22 @@ template <class T, Variant variant, bool add>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   // With the addition four streams are read or written already; two rows of each evict one another from L1.
   constexpr int kTogether = add ? 1 : 2;
-  in_groups<kTogether>(begin, end, args.size, [&](int64_t row, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
-    forward_rows<T, variant, add, rows>(args, row, size);
+  constexpr bool kQuick = Quick<T>::kExists;
+  const float eps = args.eps;
+  float factor = 0;
+  if constexpr (kQuick) factor = least_factor<T, variant>(args);
+  in_groups<kTogether>(begin, end, args.size,
+                       [&](int64_t first, int64_t stop, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
+                         for (int64_t row = first; row < stop; row += rows) {
+      const ForwardRows<T> at(args, row, size);
+      Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
+      if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
+      if (kQuick && scales.quick) {
+        scale<T, variant, add, kQuick, rows>(at, scales.inverse_rms);
+      } else {
+        scale<T, variant, add, false, rows>(at, scales.inverse_rms);
+      }
+    }
   });
 }
 
@@ -99,6 +184,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   float sums[2 * N], inverse_rms[N], mean_product[N];  // mean_product: of the weighted gradient and the quotient
   const auto terms = [&](int64_t offset, auto count, Block(&term)[2 * N]) VLMFAST_INLINE_LAMBDA {
     const Block w = load(weight + offset, count);
+    VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       const Block value = load(x + n * args.x_row_stride + offset, count);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
@@ -108,12 +194,14 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   };
   torch_sum<T>(size, terms, sums);
   inverse_roots(sums, size, args.eps, inverse_rms);
+  VLMFAST_UNROLL
   for (int n = 0; n < N; ++n) mean_product[n] = sums[N + n] / static_cast<float>(size) * inverse_rms[n];
 
   const int64_t ahead = rows_ahead<N>(size);
   each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
     const Block w = load(weight + offset, count);
     Block weight_grad = partial != nullptr ? load(partial + offset) : Block{};
+    VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       __builtin_prefetch(x + (n + ahead) * args.x_row_stride + offset);
       __builtin_prefetch(grad_output + (n + ahead) * args.grad_output_row_stride + offset);
@@ -148,8 +236,8 @@ template <class T, Variant variant>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
     const int64_t stop = row + kRmsNormPartialStep < end ? row + kRmsNormPartialStep : end;
-    in_groups<2>(row, stop, args.size, [&](int64_t first, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
-      backward_rows<T, variant, rows>(args, first, size, partial);
+    in_groups<2>(row, stop, args.size, [&](int64_t first, int64_t last, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
+      for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, size, partial);
     });
     row = stop;
     if (partial != nullptr) carry(partial, args.size, row - begin);

@@ -9,8 +9,8 @@ enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 // The order of the arithmetic: "llama" rounds before the weight, "gemma" multiplies by 1 + weight and rounds once.
 enum class Variant { kLlama, kGemma };
 
-// The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI. Other processors have
-// the baseline alone.
-enum class CpuLevel { baseline, v3, v4 };
+// The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI, and the fourth with the
+// conversions to bfloat16. Other processors have the baseline alone.
+enum class CpuLevel { baseline, v3, v4, v4_bf16 };
 
 }  // namespace vlmfast

@@ -15,6 +15,8 @@
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
 #define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
+// For loops over arrays of blocks: GCC keeps an array in registers only where it unrolls such a loop early.
+#define VLMFAST_UNROLL _Pragma("GCC unroll 8")
 
 namespace vlmfast {
 namespace {
@@ -88,21 +90,20 @@ VLMFAST_INLINE void store(float* to, const Block& block) { std::memcpy(to, &bloc
 // ---- bfloat16: two elements to a 32-bit word, the even ones in one register and the odd ones in the next ----
 
 // Rounded to nearest even, in the upper half; the lower half is garbage. NaNs stay NaNs: those that came from bfloat16
-// and those that arithmetic makes have nothing in the lower half that could carry. The processor's own conversion is
-// not used because it flushes denormals.
+// and those that arithmetic makes have nothing in the lower half that could carry.
 VLMFAST_INLINE Bits bfloat16_bits(Float value) {
   const Bits bits = (Bits)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
+VLMFAST_INLINE void widen(Bits words, Float* parts) {
+  parts[0] = (Float)(words << 16);
+  parts[1] = (Float)(words & 0xffff0000u);
+}
 VLMFAST_INLINE Block load(const BFloat16* from) {
   Block block;
 #pragma GCC unroll 8
-  for (int i = 0; i < kParts; i += 2) {
-    const Bits words = load_unaligned<Bits>(from + i * kLanes);
-    block.part[i] = (Float)(words << 16);
-    block.part[i + 1] = (Float)(words & 0xffff0000u);
-  }
+  for (int i = 0; i < kParts; i += 2) widen(load_unaligned<Bits>(from + i * kLanes), &block.part[i]);
   return block;
 }
 VLMFAST_INLINE void store(BFloat16* to, const Block& block) {
@@ -225,20 +226,27 @@ VLMFAST_INLINE void each_block(int64_t size, const F& function) {
   if (offset < size) function(offset, static_cast<int>(size - offset));
 }
 
-// function(row, rows, size) on groups of rows: several narrow ones together, with their number and size known to the
-// compiler, since the latency of a sum is as long as the rest of their work; kWide at a time of all others.
+// function(begin, end, rows, size) on ranges of whole groups of rows: several narrow ones together, with their number
+// and size known to the compiler, since the latency of a sum is as long as the rest of their work; kWide at a time of
+// all others.
 template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;
+  constexpr std::integral_constant<int, 1> kSingle;
+  const auto groups = [&](auto rows, auto row_size) VLMFAST_INLINE_LAMBDA {
+    const int64_t stop = end - (end - begin) % rows;
+    if (begin < stop) function(begin, stop, rows, row_size);
+    begin = stop;
+  };
   if (size == 0) return;
   if (size == 128) {
-    for (; begin + kNarrow <= end; begin += kNarrow) function(begin, kNarrow, 128);
+    groups(kNarrow, 128);
   } else if (size == 64) {
-    for (; begin + kNarrow <= end; begin += kNarrow) function(begin, kNarrow, 64);
+    groups(kNarrow, 64);
   } else if (kWide > 1) {
-    for (; begin + kWide <= end; begin += kWide) function(begin, std::integral_constant<int, kWide>{}, size);
+    groups(std::integral_constant<int, kWide>{}, size);
   }
-  for (; begin < end; ++begin) function(begin, std::integral_constant<int, 1>{}, size);
+  groups(kSingle, size);
 }
 
 // ---- sums in torch's order ----
@@ -309,18 +317,22 @@ VLMFAST_INLINE void torch_sum(int64_t size, const Terms& terms, float (&sums)[N]
   int64_t block = 0;
   Block running[N] = {}, level[kLevels][N] = {}, next[N];
   const auto add_until = [&](int64_t end) VLMFAST_INLINE_LAMBDA {
+#pragma GCC unroll 1
     for (; block < end; ++block) {
       terms(block * kBlock, Whole{}, next);
+      VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) running[n] = running[n] + next[n];
     }
   };
   while (block + kStep <= blocks) {
     add_until(block + kStep);
+    VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       level[0][n] = level[0][n] + running[n];
       running[n] = {};
     }
     for (int64_t above = 1, full = kStep; above < kLevels && block / full % kStep == 0; ++above, full *= kStep) {
+      VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) {
         level[above][n] = level[above][n] + level[above - 1][n];
         level[above - 1][n] = {};
@@ -330,10 +342,12 @@ VLMFAST_INLINE void torch_sum(int64_t size, const Terms& terms, float (&sums)[N]
   add_until(blocks);
   if (blocks >= kStep) {
     for (int above = 0; above < kLevels; ++above) {
+      VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) running[n] = running[n] + level[above][n];
     }
   }
   if (size % kBlock > 0) terms(blocks * kBlock, static_cast<int>(size % kBlock), next);
+  VLMFAST_UNROLL
   for (int n = 0; n < N; ++n) sums[n] = torch_sum_of_lanes<T>(running[n], next[n], size);
 }
 

@@ -81,12 +81,44 @@ def test_more_rows_than_threads_or_blocks(backend: str):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
-@pytest.mark.parametrize("level", ["baseline", "v3"])
+@pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
 def test_every_cpu_level_gives_the_same_bits(level: str):
     """The level is chosen once per process: the generated tests run again under a lower one."""
     require(OPS["rms_norm"], "native")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "-k", "cpu-native"]
     environment = {**os.environ, "VLMFAST_CPU_LEVEL": level}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "which this processor does not have" in ran.stdout:
+        pytest.skip(f"this processor is older than {level}")
     assert ran.returncode == 0, ran.stdout[-3000:]
     assert " passed" in ran.stdout
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """The bit patterns; a NaN's own are of no account."""
+    return torch.where(values.isnan(), torch.full_like(values, float("nan")), values).view(torch.int16)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+@pytest.mark.parametrize("weight_exponent", [-133, -126, -60, 0, 100])
+@pytest.mark.parametrize("hidden", [64, 100, 128, 2048])
+def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, variant: str):
+    """The native op lets the processor round a row only where it cannot meet a subnormal, which it makes a zero."""
+    require(OPS["rms_norm"], "native")
+    generator = torch.Generator().manual_seed(hidden)
+    exponents = torch.arange(-133, 127).repeat_interleave(2)  # of one element of each row, among ordinary ones
+    x = torch.randn(len(exponents), hidden, generator=generator)
+    residual, weight = torch.randn(x.shape, generator=generator), torch.randn(hidden, generator=generator)
+    x[:, 7] = torch.tensor([1.5 * 2.0**exponent for exponent in exponents.tolist()])
+    residual[:, 7] = -1.25 * x[:, 7]
+    residual[::3] *= 2.0**-120
+    x[::5, 9], x[::7], residual[::7] = 0.0, x[::7] * 2.0**-125, 0.0
+    x[:4, 3] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38])
+    weight[7], weight[11] = 1.5 * 2.0**weight_exponent, 0.0
+    x, residual, weight = (values.to(torch.bfloat16) for values in (x, residual, weight))
+    for eps in (1e-6, 0.0, 1e30):
+        with vlmfast.use("native"):
+            got = vlmfast.rms_norm(x, weight, eps, variant), *vlmfast.add_rms_norm(x, residual, weight, eps, variant)
+        want = DEFINITION(x, weight, eps, variant), *OPS["add_rms_norm"].reference(x, residual, weight, eps, variant)
+        for name, ours, theirs in zip(("y", "y of the sum", "sum"), got, want, strict=True):
+            assert torch.equal(_bits(ours), _bits(theirs)), (name, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
+from vlmfast.backends import PLAIN
 from vlmfast.registry import BadCall, op
 
 VARIANTS = ("llama", "gemma")
@@ -23,6 +25,21 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> None:
+    # What nearly every call brings, without the calls below: they would cost 0.2 us of 3.6.
+    if (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and x.dtype in checks.DTYPES
+        and weight.dtype in checks.DTYPES
+        and x.is_cpu
+        and weight.is_cpu
+        and (shape := x.shape)  # x.size(-1) would cost twice as much
+        and weight.shape == (shape[-1],)
+        and type(eps) is float
+        and 0.0 <= eps < math.inf
+        and variant in VARIANTS
+    ):
+        return
     checks.float_tensor("x", x)
     checks.float_tensor("weight", weight)
     if x.dim() == 0:

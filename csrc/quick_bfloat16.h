@@ -1,0 +1,116 @@
+// Blocks of bfloat16 rounded by the processor, where it can: for csrc/*_kernels.cpp alone.
+//
+// One instruction rounds a block, where store() of vector.h takes eleven. It takes subnormals for zeros and makes zeros
+// of them, so it is for rows that have none: `Least` tells. It also packs the first register before the second, and so
+// moves the elements: rounding a block changes their order, storing it restores it.
+#pragma once
+
+#include "vector.h"
+
+namespace vlmfast {
+namespace {
+
+template <class T>
+struct Quick {
+  static constexpr bool kExists = false;
+  struct Least {};
+};
+
+#if defined(__AVX512BF16__)
+struct Order {
+  uint16_t from[kBlock];
+};
+// Which element comes to lie where by one packing (-1), and which to take to undo several.
+constexpr Order order(int packings) {
+  Order result{};
+  for (int i = 0; i < kBlock; ++i) {
+    int from = packings < 0 ? i % kLanes * 2 + i / kLanes : i;
+    for (int n = 0; n < packings; ++n) from = from % 2 * kLanes + from / 2;
+    result.from[i] = static_cast<uint16_t>(from);
+  }
+  return result;
+}
+
+template <>
+struct Quick<BFloat16> {
+  static constexpr bool kExists = true;
+
+  static VLMFAST_INLINE Block round(const Block& block) { return widen(pack(block)); }
+
+  // In the order of what round() returns.
+  template <class Count>
+  static VLMFAST_INLINE Block load_rounded(const BFloat16* from, Count count) {
+    return widen(reorder<-1>(load_words(from, count)));
+  }
+
+  // Of a block that was `rounded` times the result of round().
+  template <int rounded>
+  static VLMFAST_INLINE void store(BFloat16* to, const Block& block, Whole) {
+    const Bits words = reorder<rounded + 1>(pack(block));
+    std::memcpy(to, &words, sizeof(words));
+  }
+  template <int rounded>
+  static VLMFAST_INLINE void store(BFloat16* to, const Block& block, int count) {
+    BFloat16 padded[kBlock];
+    store<rounded>(padded, block, Whole{});
+    std::memcpy(to, padded, count * sizeof(BFloat16));
+  }
+
+  // The least magnitude among the elements seen that are not zero.
+  class Least {
+   public:
+    template <class Count>
+    VLMFAST_INLINE void see(const BFloat16* from, Count count) {
+      // The intrinsic, because the compiler would make a shift and a subtraction of the product: 3 % slower.
+      const __m512i words = (__m512i)load_words(from, count), minus_two = (__m512i)(Words{} - 2);
+      turned_ = _mm512_max_epu16(turned_, _mm512_maskz_mullo_epi16(kEach, words, minus_two));
+    }
+    VLMFAST_INLINE bool is_below(float bound) const {
+      uint32_t bits;
+      std::memcpy(&bits, &bound, sizeof(bits));
+      if (bits >= 0x7f800000u) return true;  // infinite, or not a number
+      const uint16_t limit = static_cast<uint16_t>(-2 * ((bits >> 16) + 1));
+      return _mm512_cmpgt_epu16_mask(turned_, (__m512i)(Words{} + limit)) != 0;
+    }
+    VLMFAST_INLINE float value() const {  // infinite if all were zero
+      const Words turned = (Words)turned_;
+      uint16_t most = 0;
+      for (int i = 0; i < kBlock; ++i) most = turned[i] > most ? turned[i] : most;
+      const uint32_t bits = most == 0 ? 0x7f800000u : (0x10000u - most) << 15;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    }
+
+   private:
+    __m512i turned_ = {};  // the largest -2 |x| modulo 2^16: the nearer |x| is to zero the larger, but zero's is zero
+  };
+
+ private:
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  static constexpr __mmask32 kEach = ~__mmask32{};  // see kAll in vector.h
+
+  static VLMFAST_INLINE Block widen(Bits words) {
+    Block block;
+    vlmfast::widen(words, block.part);
+    return block;
+  }
+  static VLMFAST_INLINE Bits pack(const Block& block) {
+    return (Bits)_mm512_cvtne2ps_pbh((__m512)block.part[1], (__m512)block.part[0]);
+  }
+  template <int packings>
+  static VLMFAST_INLINE Bits reorder(Bits words) {
+    static constexpr Order kOrder = order(packings);
+    return (Bits)_mm512_maskz_permutexvar_epi16(kEach, load_unaligned<__m512i>(kOrder.from), (__m512i)words);
+  }
+  static VLMFAST_INLINE Bits load_words(const BFloat16* from, Whole) { return load_unaligned<Bits>(from); }
+  static VLMFAST_INLINE Bits load_words(const BFloat16* from, int count) {
+    BFloat16 padded[kBlock] = {};
+    std::memcpy(padded, from, count * sizeof(BFloat16));
+    return load_words(padded, Whole{});
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace vlmfast
