@@ -125,7 +125,7 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       __builtin_prefetch(rows.x + (n + ahead) * rows.x_stride + offset);
-      __builtin_prefetch(rows.y + (n + ahead) * rows.size + offset, 1);
+
       if constexpr (add) {
         __builtin_prefetch(rows.residual + (n + ahead) * rows.residual_stride + offset);
         __builtin_prefetch(rows.new_residual + (n + ahead) * rows.size + offset, 1);
@@ -147,7 +147,7 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
 template <class T, Variant variant, bool add>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   // With the addition four streams are read or written already; two rows of each evict one another from L1.
-  constexpr int kTogether = add ? 1 : 2;
+  constexpr int kTogether = add ? 1 : 3;
   constexpr bool kQuick = Quick<T>::kExists;
   const float eps = args.eps;
   float factor = 0;
@@ -155,16 +155,16 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   in_groups<kTogether>(begin, end, args.size,
                        [&](int64_t first, int64_t stop, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
                          for (int64_t row = first; row < stop; row += rows) {
-      const ForwardRows<T> at(args, row, size);
-      Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
-      if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
-      if (kQuick && scales.quick) {
-        scale<T, variant, add, kQuick, rows>(at, scales.inverse_rms);
-      } else {
-        scale<T, variant, add, false, rows>(at, scales.inverse_rms);
-      }
-    }
-  });
+                           const ForwardRows<T> at(args, row, size);
+                           Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
+                           if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
+                           if (kQuick && scales.quick) {
+                             scale<T, variant, add, kQuick, rows>(at, scales.inverse_rms);
+                           } else {
+                             scale<T, variant, add, false, rows>(at, scales.inverse_rms);
+                           }
+                         }
+                       });
 }
 
 // ---- backward ----
