@@ -97,4 +97,11 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// A fresh contiguous tensor of the dtype of `like` that a kernel is about to fill.
+inline Tensor allocate_output(const int64_t* sizes, int64_t dims, const Tensor& like) {
+  Tensor output = allocate(sizes, dims, like);
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+  return output;
+}
+
 }  // namespace vlmfast

@@ -17,11 +17,7 @@ const RmsNormKernels& kernels() {
   return table;
 }
 
-Tensor output_like(const Tensor& x) {
-  Tensor output = allocate_like(x);
-  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
-  return output;
-}
+Tensor output_like(const Tensor& x) { return allocate_output(x.sizes().data(), x.dim(), x); }
 
 Tensor forward(const Rows& x, const Rows* residual, const Tensor* new_residual, const Tensor& weight, double eps,
                Variant variant) {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -47,6 +47,24 @@ VLMFAST_INLINE V load_unaligned(const T* from) {
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
+}
+
+// A store past the caches, to a multiple of kVectorBytes; other threads see it after finish_streams().
+VLMFAST_INLINE void stream(void* to, Bits value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
+#else
+  std::memcpy(to, &value, sizeof(value));
+#endif
+}
+VLMFAST_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // ---- blocks ----

@@ -1,0 +1,27 @@
+// The CPU kernel of the ops on masked rows, as masked_rows.cpp calls it.
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace vlmfast {
+
+// Rows to be written one after the other: each is a copy of one row, or zeros, plus another row where there is one.
+struct RowSums {
+  Dtype dtype;
+  int64_t size;               // D
+  const char* const* copied;  // (rows,): null for zeros
+  const char* const* added;   // (rows,): null for nothing, then `copied` is not; or null, if no row has one
+  char* y;                    // (rows, D) contiguous
+  bool past_caches;           // then the rows of y begin at multiples of 64 bytes
+};
+
+struct MaskedRowsKernels {
+  void (*write_rows)(const RowSums& args, int64_t begin, int64_t end);
+};
+
+template <CpuLevel level>
+MaskedRowsKernels masked_rows_kernels();
+
+}  // namespace vlmfast
