@@ -1,7 +1,8 @@
-"""What every Triton launcher needs: a view of rows, the right device, and the reason why it cannot run."""
+"""What every Triton launcher needs: a view of rows, a tile of them, the right device, the reason why it cannot run."""
 
 import contextlib
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,6 +17,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FP_FUSION = {"enable_fp_fusion": True}
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds in registers: ``rows`` rows of ``columns`` (a power of two), and the warps it has."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
 def device_unsupported(x: Tensor) -> str | None:
     """Why Triton cannot run on the device of ``x``, or None."""
     if type(x) not in PLAIN:
@@ -27,8 +37,12 @@ def device_unsupported(x: Tensor) -> str | None:
 
 def as_rows(x: Tensor) -> Tensor:
     """``x`` as (rows, hidden) with contiguous rows, copied only if its leading strides are not those of rows."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return with_contiguous_rows(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1]))
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """``x``, copied only if its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

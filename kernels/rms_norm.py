@@ -5,8 +5,6 @@ the gradient of a residual, plus a float32 row of weight gradient per program, o
 multiprocessor. A row stays in registers between its two uses, so nothing is read twice.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from vlmfast.kernels.launch import (
     FP_FUSION,
+    Tile,
     as_rows,
     ceil_div,
     device_unsupported,
@@ -24,15 +23,6 @@ from vlmfast.kernels.launch import (
 
 MAX_ROWS = 2**31 - 64  # rows are counted in 32 bits, their offsets in 64
 MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program holds in registers: ``rows`` rows of ``columns`` (a power of two), and the warps it has."""
-
-    rows: int
-    columns: int
-    warps: int
 
 
 def _tile(hidden: int, elements: int, elements_per_thread: int) -> Tile:

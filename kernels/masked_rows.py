@@ -1,0 +1,360 @@
+"""Triton kernels of vlmfast/ops/masked_rows.py.
+
+Bytes (N = B T positions, V masked rows, K = B keep, s = element size), apart from one byte of mask and four of index
+per position: `deepstack_add` moves (2 N + V) D s, `place_embeddings` 2 N D s (no placeholder row is read),
+`split_rows` (2 N + V) D s, or 2 V D s without the rest, `compact_tokens` at most 2 K D s (no invalid row is read) and
+`compact_tokens_backward` at most (K + N) D s. The mask before a chunk is counted again by each program of a scan: N
+bytes at most, out of the L2 cache. Nothing waits for the device, and no shape depends on data.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmfast.kernels.launch import (
+    FP_FUSION,
+    Tile,
+    ceil_div,
+    device_unsupported,
+    next_power_of_two,
+    on_device,
+    with_contiguous_rows,
+)
+from vlmfast.kernels.mask_scan import index_of, index_total, order_of
+
+MAX_EXTENT = 2**31 - 2**14  # positions and columns are counted in 32 bits, beyond the end by a block; offsets in 64
+
+# Triton compiles an assertion only in debug mode, which would also check every 32-bit operation for overflow.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+def row_tile(hidden: int) -> Tile:
+    """16 elements per thread: two 16-byte loads in flight for bfloat16. Narrow rows share a program."""
+    columns = min(4096, next_power_of_two(max(hidden, 1)))
+    return Tile(rows=min(64, max(1, 2048 // columns)), columns=columns, warps=8 if columns > 2048 else 4)
+
+
+@triton.jit
+def _assert_total(index_ptr, positions, rows):
+    """Trip a device-side assertion unless the index numbers just as many rows as there are."""
+    if tl.program_id(0) == 0:
+        total = index_total(tl.load(index_ptr + positions - 1))
+        tl.device_assert(total == rows, "the mask must be true at as many positions as there are rows")
+
+
+@triton.jit
+def _offsets(row, tokens, batch_stride, token_stride):
+    """Where each row of a (B, T, D) tensor begins."""
+    batch = row // tokens
+    return batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
+
+
+@triton.jit
+def _merge_kernel(
+    x_ptr,
+    embeds_ptr,
+    index_ptr,
+    y_ptr,
+    x_batch_stride,
+    x_token_stride,
+    embeds_row_stride,
+    positions,
+    tokens,
+    hidden,
+    embeds_rows,
+    ADD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Y = x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
+    _assert_total(index_ptr, positions, embeds_rows)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
+    masked = rank >= 0
+    x_ptr += _offsets(row, tokens, x_batch_stride, x_token_stride)
+    embeds_ptr += rank.to(tl.int64) * embeds_row_stride
+    y_ptr += row.to(tl.int64) * hidden
+    x_read = row < positions if ADD else (row < positions) & (rank < 0)
+    for start in range(0, hidden, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        inside = column < hidden
+        x = tl.load(x_ptr + column, mask=x_read & inside, other=0.0)
+        embeds = tl.load(embeds_ptr + column, mask=masked & (rank < embeds_rows) & inside, other=0.0)
+        merged = embeds.to(tl.float32).to(x.dtype)
+        if ADD:
+            merged = (x.to(tl.float32) + merged.to(tl.float32)).to(x.dtype)
+        tl.store(y_ptr + column, tl.where(masked, merged, x), mask=(row < positions) & inside)
+
+
+@triton.jit
+def _split_kernel(
+    x_ptr,
+    index_ptr,
+    taken_ptr,
+    rest_ptr,
+    x_batch_stride,
+    x_token_stride,
+    positions,
+    tokens,
+    hidden,
+    rows,
+    REST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Taken = the masked rows of x; rest = x with zeros in their place."""
+    _assert_total(index_ptr, positions, rows)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
+    masked = rank >= 0
+    x_ptr += _offsets(row, tokens, x_batch_stride, x_token_stride)
+    taken_ptr += rank.to(tl.int64) * hidden
+    rest_ptr += row.to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        inside = column < hidden
+        x = tl.load(x_ptr + column, mask=((row < positions) if REST else masked) & inside, other=0.0)
+        tl.store(taken_ptr + column, x, mask=masked & (rank < rows) & inside)
+        if REST:
+            tl.store(rest_ptr + column, tl.where(masked, 0.0, x), mask=(row < positions) & inside)
+
+
+@triton.jit
+def _pack_kernel(
+    tokens_ptr,
+    invalid_ptr,
+    order_ptr,
+    packed_ptr,
+    packed_invalid_ptr,
+    batch_stride,
+    token_stride,
+    rows,
+    tokens,
+    keep,
+    hidden,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Packed = the tokens in ``order``, zeros where they are invalid."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    batch = (row // keep).to(tl.int64)
+    position = tl.load(order_ptr + row, mask=row < rows, other=-1)
+    exists = (position >= 0) & (position < tokens)
+    invalid = tl.load(invalid_ptr + batch * tokens + position, mask=exists, other=True)
+    tl.store(packed_invalid_ptr + row, invalid, mask=row < rows)
+    tokens_ptr += batch * batch_stride + position * token_stride
+    packed_ptr += row.to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        inside = column < hidden
+        packed = tl.load(tokens_ptr + column, mask=(invalid == 0) & inside, other=0.0)
+        tl.store(packed_ptr + column, packed, mask=(row < rows) & inside)
+
+
+@triton.jit
+def _unpack_kernel(
+    grad_packed_ptr,
+    index_ptr,
+    grad_ptr,
+    batch_stride,
+    token_stride,
+    positions,
+    tokens,
+    keep,
+    hidden,
+    PAD_LEFT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Grad = the gradient of the slot that a valid token was packed into, zeros where it got none."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    batch = (row // tokens).to(tl.int64)
+    slot = tl.load(index_ptr + row, mask=row < positions, other=-1)
+    packed = (slot >= 0) & (slot < keep)
+    if PAD_LEFT:
+        total = index_total(tl.load(index_ptr + (batch + 1) * tokens - 1, mask=row < positions, other=0))
+        slot += keep - tl.minimum(total, keep)
+    grad_packed_ptr += batch * batch_stride + slot.to(tl.int64) * token_stride
+    grad_ptr += row.to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        inside = column < hidden
+        grad = tl.load(grad_packed_ptr + column, mask=packed & inside, other=0.0)
+        tl.store(grad_ptr + column, grad, mask=(row < positions) & inside)
+
+
+# ---- launchers ----
+
+
+def _unsupported(x: Tensor, mask: Tensor) -> str | None:
+    if (extent := max(mask.numel(), x.shape[-1])) > MAX_EXTENT:
+        return f"the mask has {mask.numel()} positions and a row {x.shape[-1]} elements: {extent} is over {MAX_EXTENT}"
+    return device_unsupported(x)
+
+
+def row_index_unsupported(mask: Tensor) -> str | None:
+    return _unsupported(mask, mask)
+
+
+def row_index(mask: Tensor) -> Tensor:
+    return index_of(mask.reshape(1, -1), True).view(mask.shape)
+
+
+def deepstack_add_unsupported(
+    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
+) -> str | None:
+    return _unsupported(hidden_states, visual_pos_masks)
+
+
+def deepstack_add(
+    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
+) -> Tensor:
+    return _merge(hidden_states, visual_pos_masks, visual_embeds, index, add=True)
+
+
+def place_embeddings_unsupported(
+    inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
+) -> str | None:
+    return _unsupported(inputs_embeds, mask)
+
+
+def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None) -> Tensor:
+    return _merge(inputs_embeds, mask, image_embeds, index, add=False)
+
+
+def _merge(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None, add: bool) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    index = row_index(mask) if index is None else index.contiguous()
+    x, embeds = with_contiguous_rows(x), with_contiguous_rows(embeds)
+    hidden, tile = x.shape[2], row_tile(x.shape[2])
+    with on_device(x):
+        _merge_kernel[(ceil_div(mask.numel(), tile.rows),)](
+            x,
+            embeds,
+            index,
+            y,
+            x.stride(0),
+            x.stride(1),
+            embeds.stride(0),
+            mask.numel(),
+            mask.shape[1],
+            hidden,
+            embeds.shape[0],
+            ADD=add,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            **FP_FUSION,
+            **ASSERTING,
+        )
+    return y
+
+
+def split_rows_unsupported(
+    x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
+) -> str | None:
+    return _unsupported(x, mask)
+
+
+def split_rows(
+    x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
+) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[2]
+    taken = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
+    remaining = torch.empty(x.shape if rest else 0, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return taken, remaining
+    index = row_index(mask) if index is None else index.contiguous()
+    x, tile = with_contiguous_rows(x), row_tile(hidden)
+    with on_device(x):
+        _split_kernel[(ceil_div(mask.numel(), tile.rows),)](
+            x,
+            index,
+            taken,
+            remaining,
+            x.stride(0),
+            x.stride(1),
+            mask.numel(),
+            mask.shape[1],
+            hidden,
+            rows,
+            REST=rest,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            **FP_FUSION,
+            **ASSERTING,
+        )
+    return taken, remaining
+
+
+def compact_tokens_unsupported(
+    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
+) -> str | None:
+    return _unsupported(tokens, invalid)
+
+
+def compact_tokens(
+    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, hidden = tokens.shape
+    packed = torch.empty((batch, keep, hidden), dtype=tokens.dtype, device=tokens.device)
+    packed_invalid = torch.empty((batch, keep), dtype=torch.bool, device=tokens.device)
+    invalid = invalid.contiguous()
+    order = order_of(invalid, keep, pad_left) if order is None else order.clone(memory_format=torch.contiguous_format)
+    if order.numel() == 0:
+        return packed, packed_invalid, order
+    tokens, tile = with_contiguous_rows(tokens), row_tile(hidden)
+    with on_device(tokens):
+        _pack_kernel[(ceil_div(batch * keep, tile.rows),)](
+            tokens,
+            invalid,
+            order,
+            packed,
+            packed_invalid,
+            tokens.stride(0),
+            tokens.stride(1),
+            batch * keep,
+            length,
+            keep,
+            hidden,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            **FP_FUSION,
+        )
+    return packed, packed_invalid, order
+
+
+def compact_tokens_backward_unsupported(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> str | None:
+    return _unsupported(grad_tokens, invalid)
+
+
+def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
+    keep, hidden = grad_tokens.shape[1:]
+    grad = torch.empty((*invalid.shape, hidden), dtype=grad_tokens.dtype, device=grad_tokens.device)
+    if grad.numel() == 0:
+        return grad
+    index = index_of(invalid, False)
+    grad_tokens, tile = with_contiguous_rows(grad_tokens), row_tile(hidden)
+    with on_device(grad):
+        _unpack_kernel[(ceil_div(invalid.numel(), tile.rows),)](
+            grad_tokens,
+            index,
+            grad,
+            grad_tokens.stride(0),
+            grad_tokens.stride(1),
+            invalid.numel(),
+            invalid.shape[1],
+            keep,
+            hidden,
+            PAD_LEFT=pad_left,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            **FP_FUSION,
+        )
+    return grad
