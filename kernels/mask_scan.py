@@ -25,7 +25,7 @@ class Scan:
 
 def scan_of(positions: int) -> Scan:
     """About a hundred programs for long masks; the positions before a chunk are counted 16 bytes per thread."""
-    chunk = min(8192, max(256, next_power_of_two(ceil_div(positions, 128))))
+    chunk = min(8192, max(512, next_power_of_two(ceil_div(positions, 128))))
     return Scan(chunk, block=4096, warps=8)
 
 

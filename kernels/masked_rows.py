@@ -32,7 +32,7 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 def row_tile(hidden: int) -> Tile:
     """16 elements per thread: two 16-byte loads in flight for bfloat16. Narrow rows share a program."""
     columns = min(4096, next_power_of_two(max(hidden, 1)))
-    return Tile(rows=min(64, max(1, 2048 // columns)), columns=columns, warps=8 if columns > 2048 else 4)
+    return Tile(rows=min(256, 4096 // columns), columns=columns, warps=8)
 
 
 @triton.jit
@@ -141,6 +141,7 @@ def _pack_kernel(
     batch = (row // keep).to(tl.int64)
     position = tl.load(order_ptr + row, mask=row < rows, other=-1)
     exists = (position >= 0) & (position < tokens)
+    tl.device_assert(exists | (row >= rows), "order must be within the tokens of a sequence")
     invalid = tl.load(invalid_ptr + batch * tokens + position, mask=exists, other=True)
     tl.store(packed_invalid_ptr + row, invalid, mask=row < rows)
     tokens_ptr += batch * batch_stride + position * token_stride
@@ -188,8 +189,10 @@ def _unpack_kernel(
 
 
 def _unsupported(x: Tensor, mask: Tensor) -> str | None:
-    if (extent := max(mask.numel(), x.shape[-1])) > MAX_EXTENT:
-        return f"the mask has {mask.numel()} positions and a row {x.shape[-1]} elements: {extent} is over {MAX_EXTENT}"
+    if mask.numel() > MAX_EXTENT:
+        return f"the mask has {mask.numel()} positions, more than {MAX_EXTENT}"
+    if x.shape[-1] > MAX_EXTENT:
+        return f"a row has {x.shape[-1]} elements, more than {MAX_EXTENT}"
     return device_unsupported(x)
 
 
@@ -325,6 +328,7 @@ def compact_tokens(
             BLOCK_COLUMNS=tile.columns,
             num_warps=tile.warps,
             **FP_FUSION,
+            **ASSERTING,
         )
     return packed, packed_invalid, order
 

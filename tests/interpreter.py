@@ -1,9 +1,12 @@
-"""A repair of Triton's interpreter: it truncates float32 to bfloat16, where every GPU rounds to nearest even.
+"""Repairs of Triton's interpreter, without which a kernel that is right on a GPU fails here, or a wrong one passes.
 
-Without it a bfloat16 kernel that is right on a GPU fails here, and one that is wrong there might pass.
+It truncates float32 to bfloat16, where every GPU rounds to nearest even, and it drops device-side assertions, also
+where a launch asks for them.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -16,9 +19,21 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Make the interpreter's conversions between float32 and bfloat16 exact, in this process."""
+    """Make conversions between float32 and bfloat16 exact, and heed the debug mode of a launch, in this process."""
     import triton.language as tl
     from triton.runtime import interpreter
+
+    execute, options = interpreter.GridExecutor.__call__, interpreter.interpreter_builder.options
+
+    def with_options(self, *args, **kwargs):
+        asked = {name: kwargs[name] for name in ("debug", "sanitize_overflow") if name in kwargs}
+        interpreter.interpreter_builder.options = dataclasses.replace(options, **asked)
+        try:
+            return execute(self, *args, **kwargs)
+        except interpreter.InterpreterError as error:
+            raise RuntimeError(str(error)) from error  # what torch raises where an assertion on a device fails
+
+    interpreter.GridExecutor.__call__ = with_options
 
     convert = interpreter._convert_float
 

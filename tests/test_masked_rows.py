@@ -105,6 +105,15 @@ def test_compaction_is_stable(backend: str):
         assert packed.flatten().tolist() == [0.0 if p in (0, 2, 5) else p + 1.0 for p in order]
 
 
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_sequences_longer_than_a_kernel_counts_at_a_time(backend: str, pad_left: bool):
+    invalid = torch.rand(2, 9001) < 0.5
+    assert torch.equal(vlmfast.row_index(invalid), vlmfast.row_index.op.reference(invalid))
+    args = torch.randn(2, 9001, 1), invalid, 6000, None, pad_left
+    for got, want in zip(vlmfast.compact_tokens(*args), vlmfast.compact_tokens.op.reference(*args), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("backend", ["native", "torch"])  # the others walk over a million tokens one by one
 def test_compaction_of_more_than_a_million_tokens(backend: str):
     """4M's float32 key, mask + position * 1e-6, mixes valid and invalid tokens from 1e6 on."""
@@ -120,9 +129,10 @@ def test_compaction_of_more_than_a_million_tokens(backend: str):
     assert packed[0, len(valid) :].eq(0).all()
 
 
-def test_an_order_out_of_range_is_refused():
-    require(OPS["compact_tokens"], "native")
-    with vlmfast.use("native"):
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_an_order_out_of_range_is_refused(backend: str):
+    require(OPS["compact_tokens"], backend)
+    with vlmfast.use(backend):
         for wrong in (3, -1):
             with pytest.raises(RuntimeError, match="order"):
                 vlmfast.compact_tokens(
