@@ -1,0 +1,107 @@
+"""Small models with the methods of projects outside transformers, as far as patches replace or call them.
+
+The methods do what upstream's do, in upstream's way where it matters: sorting by a float32 key, boolean indexing.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+WIDTH = 8
+PLACEHOLDER = 3
+
+
+class FourM(nn.Module):
+    def __init__(self, registers: int = 0, causal: bool = False, separate: bool = True):
+        super().__init__()
+        self.modality_info = {"rgb": {"id": 7}, "depth": {"id": 2}, "caption": {"id": 300}}
+        self.num_register_tokens = registers
+        self.decoder_causal_mask, self.decoder_sep_mask = causal, separate
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, WIDTH)) if registers else None
+
+    def cat_encoder_tensors(self, mod_dict: dict) -> tuple[Tensor, ...]:
+        return self._join(mod_dict, ["x", "emb", "input_mask"])
+
+    def cat_decoder_tensors(self, mod_dict: dict) -> tuple[Tensor, ...]:
+        names = random.sample(sorted(mod_dict), len(mod_dict))
+        keys = ["x", "emb", "target_mask", "ids", "decoder_attention_mask"]
+        return self._join({name: mod_dict[name] for name in names}, keys)
+
+    def _join(self, mod_dict: dict, keys: list[str]) -> tuple[Tensor, ...]:
+        modality = [
+            torch.full_like(values["ids"], self.modality_info[name]["id"], dtype=torch.int16)
+            for name, values in mod_dict.items()
+        ]
+        joined = [torch.cat([values[key] for values in mod_dict.values()], 1) for key in keys]
+        return (*joined, torch.cat(modality, 1))
+
+    def _first(self, mask: Tensor, number: int) -> Tensor:
+        return torch.argsort(mask + torch.arange(mask.shape[1], device=mask.device) * 1e-6, dim=1)[:, :number]
+
+    def forward_mask_encoder(self, mod_dict: dict, num_encoder_tokens: int) -> tuple[Tensor, ...]:
+        tokens, emb, mask, modality = self.cat_encoder_tensors(mod_dict)
+        order = self._first(mask, num_encoder_tokens)
+        tokens, emb, mask, modality = (rows(value, order) for value in (tokens, emb, mask, modality))
+        if self.num_register_tokens:
+            registers = self.register_tokens.repeat(len(mask), 1, 1)
+            shape = registers.shape[:2]
+            tokens, emb = torch.cat([registers, tokens], 1), torch.cat([torch.zeros_like(registers), emb], 1)
+            mask = torch.cat([torch.zeros(shape, dtype=torch.bool), mask], 1)
+            modality = torch.cat([torch.full(shape, -1, dtype=torch.int16), modality], 1)
+        tokens[mask] = 0.0
+        emb[mask] = 0.0
+        modality[mask] = -1
+        return tokens, emb, mask.unsqueeze(1), modality
+
+    def forward_mask_decoder(self, mod_dict: dict, num_decoder_tokens: int) -> tuple[Tensor, ...]:
+        joined = self.cat_decoder_tensors(mod_dict)
+        order = self._first(joined[2], num_decoder_tokens)
+        tokens, emb, mask, ids, attention, modality = (rows(value, order) for value in joined)
+        tokens[mask] = 0.0
+        emb[mask] = 0.0
+        ids[mask] = 0
+        attention = self.adapt_decoder_attention_mask(attention, modality)
+        modality[mask] = -1
+        return tokens, emb, mask.unsqueeze(1), ids, attention, modality
+
+    def adapt_decoder_attention_mask(self, decoder_attention_mask: Tensor, mod_mask: Tensor) -> Tensor:
+        batch, number = decoder_attention_mask.shape
+        column = torch.arange(number, device=mod_mask.device)
+        limit = column + 1 if self.decoder_causal_mask else decoder_attention_mask.cumsum(1)
+        blocked = column >= limit[..., None]
+        blocked = blocked.expand(batch, number, number)
+        return blocked | (mod_mask[:, None] != mod_mask[..., None]) if self.decoder_sep_mask else blocked
+
+
+class ExactFourM(FourM):
+    """Sorted by a key that holds for any number of tokens."""
+
+    def _first(self, mask: Tensor, number: int) -> Tensor:
+        return torch.argsort(mask.long(), dim=1, stable=True)[:, :number]
+
+
+def rows(values: Tensor, order: Tensor) -> Tensor:
+    return values.gather(1, order if values.dim() == 2 else order[..., None].expand(-1, -1, values.shape[2]))
+
+
+class FM(FourM):
+    """What ml-4m loads from the hub."""
+
+
+class VisionLanguageModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(64, WIDTH)
+        self.tokenizer = SimpleNamespace(image_token_id=PLACEHOLDER)
+
+    def forward(self, input_ids: Tensor, image_embd: Tensor) -> Tensor:
+        return self._replace_img_tokens_with_embd(input_ids, self.token_embedding(input_ids), image_embd)
+
+    def _replace_img_tokens_with_embd(self, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
+        placed = token_embd.clone()
+        placed[input_ids == self.tokenizer.image_token_id] = image_embd.flatten(0, -2).to(placed.dtype)
+        return placed

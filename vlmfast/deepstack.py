@@ -1,0 +1,219 @@
+"""DeepStack: the patches of a high-resolution image, added to the visual tokens of successive layers.
+
+DeepStack-L adds them in the language model and DeepStack-V in the vision tower: `deepstack` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vlmfast import checks
+from vlmfast.ops.masked_rows import deepstack_add, row_index
+from vlmfast.patches.swap import trace_anew
+
+
+def deepstack_levels(features: Tensor, grid: tuple[int, int], side: int, pad_to: int | None = None) -> Tensor:
+    """Sample the features of a high-resolution image into levels, each of which covers the whole image.
+
+    The crops are laid out as one map of ``gh * side`` rows and ``gw * side`` columns. Level ``k = i * gw + j`` holds
+    what stands at ``map[i::gh, j::gw]``, in row-major order. Levels of several images are joined along the second
+    dimension, in the order of the images' placeholders: ``torch.cat([...], dim=1)``.
+
+    Args:
+        features: (gh * gw, side * side, C) float32, float16 or bfloat16: the crops in row-major order (the first row of
+            crops from left to right, then the second), each with its patches in row-major order.
+        grid: ``(gh, gw)``, how many crops there are in height and in width. DeepStack's ``bestgrid`` is the other way
+            round, ``(gw, gh)``.
+        side: patches in the height and in the width of a crop.
+        pad_to: the number of levels to return; zeros follow where there are fewer, as DeepStack's ``num_crops``.
+
+    Returns:
+        (gh * gw or ``pad_to``, side * side, C) contiguous, of the dtype of ``features``; differentiable.
+
+    Raises:
+        TypeError: for an argument of another type. ValueError: for a shape that does not fit ``grid`` and ``side``, or
+            a ``pad_to`` below the number of crops.
+
+    Source:
+        process_plain_deepstack of MengLcool/DeepStack-VL, sampling "2d".
+    """
+    checks.float_tensor("features", features)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"grid must be a pair (height, width), got {grid!r}")
+    height, width = (_count(f"grid[{axis}]", size, least=1) for axis, size in enumerate(grid))
+    _count("side", side, least=1)
+    crops = height * width
+    if features.dim() != 3 or features.shape[:2] != (crops, side * side):
+        raise ValueError(
+            f"features must have shape ({crops}, {side * side}, C), for a grid of {height} x {width} crops of "
+            f"{side} x {side} patches, got {tuple(features.shape)}"
+        )
+    rows_by_columns = features.reshape(height, width, side, side, -1).transpose(1, 2)  # gh, side, gw, side, C
+    phases = rows_by_columns.reshape(side, height, side, width, features.shape[2])  # map row = y * gh + i
+    levels = phases.permute(1, 3, 0, 2, 4).reshape(features.shape).contiguous()
+    if pad_to is None:
+        return levels
+    missing = _count("pad_to", pad_to, least=crops) - crops
+    return torch.cat([levels, levels.new_zeros(missing, *levels.shape[1:])])
+
+
+class DeepStack:
+    """The hooks of one `deepstack` call. As a context manager, it removes them at the end of the block."""
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Take the hooks out of the layers. A second call does nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        trace_anew()
+
+    def __enter__(self) -> DeepStack:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<DeepStack: {len(self._hooks)} layers>" if self._hooks else "<DeepStack: removed>"
+
+
+def deepstack(
+    layers: Sequence[nn.Module] | nn.ModuleList,
+    levels: Tensor | Sequence[Tensor],
+    positions: Tensor,
+    start: int = 1,
+    interval: int = 1,
+) -> DeepStack:
+    """Add one level of visual features before each of several layers, at the visual tokens.
+
+    Level ``k`` is added to the hidden states that enter layer ``start + k * interval``, by `vlmfast.deepstack_add`: its
+    i-th row goes to the i-th true position, in row-major order over the batch. Gradients reach the levels. With
+    gradient checkpointing, run the backward in the block as well: it may call the layers again. What ``torch.compile``
+    has traced in this process is traced anew in the block and after it.
+
+    The levels belong to one prompt, so leave the block before the next one. They are added in passes over as many
+    tokens as ``positions`` has: the prefill. Shorter passes, the steps of ``generate`` with a cache, are left alone; so
+    is a prefill in chunks, which therefore must not be used. A longer pass raises: ``generate(use_cache=False)`` would
+    lose the features after its first step.
+
+        with vlmfast.deepstack(model.model.layers, levels, input_ids == image_token_id):
+            model.generate(inputs_embeds=..., attention_mask=...)
+
+    DeepStack-V adds to the patches of a vision tower, half way through, and leaves its CLS token alone:
+
+        positions = torch.ones(images, 1 + patches, dtype=torch.bool)
+        positions[:, 0] = False
+        with vlmfast.deepstack(tower.encoder.layers, levels, positions, start=len(tower.encoder.layers) // 2):
+            tower(pixel_values)
+
+    Args:
+        layers: the layers of a decoder or of a vision tower, in order; they take hidden states (B, T, D) as their first
+            argument or as ``hidden_states``.
+        levels: (K, V, D), or K tensors (V, D); float32, float16 or bfloat16, on the device of the hidden states, to
+            whose dtype they are rounded.
+        positions: (B, T) bool, true at the V visual tokens; on the device of ``levels``.
+        start: the layer that gets the first level, counted from 0.
+        interval: how many layers it is from one level to the next.
+
+    Returns:
+        A `DeepStack`: ``remove()``, and a context manager.
+
+    Raises:
+        TypeError: for an argument of another type. ValueError: for levels of several shapes, on a CPU levels that have
+            not as many rows as ``positions`` is true at (on a GPU that trips a device-side assertion), more levels than
+            layers to add them to, or a bad ``start`` or ``interval``; and in a pass of the model for hidden states of
+            another batch size, width or device, or of more tokens. Nothing is hooked after an error of this call.
+
+    Source:
+        CustomLlamaModel.forward of MengLcool/DeepStack-VL, with exact positions; CLIPVisionTower of the same.
+    """
+    layers, levels = _modules(layers), _levels(levels, positions)
+    _count("start", start, least=0)
+    _count("interval", interval, least=1)
+    last = start + (len(levels) - 1) * interval
+    if last >= len(layers):
+        raise ValueError(
+            f"levels must fit into layers: the last of {len(levels)} would go to layer {last} (start {start}, "
+            f"interval {interval}), and there are {len(layers)} layers"
+        )
+    # one prefix sum for all levels; to check an index costs a CPU as much as to count anew
+    index = None if positions.is_cpu else row_index(positions)
+    handle = DeepStack()
+    try:
+        for layer, level in zip(layers[start : last + 1 : interval], levels, strict=True):
+            hook = _adding(level, positions, index)
+            handle._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    except BaseException:
+        handle.remove()
+        raise
+    trace_anew()
+    return handle
+
+
+def _adding(level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
+    """The hook of one layer. It keeps no state: gradient checkpointing may run it twice."""
+
+    def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        hidden_states = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
+            raise TypeError(
+                f"layers must be called with hidden states (B, T, D), first or as hidden_states, and "
+                f"{type(layer).__name__} was not"
+            )
+        batch, tokens, width = hidden_states.shape
+        if tokens < positions.shape[1]:
+            return None
+        if (batch, tokens) != positions.shape:
+            raise ValueError(
+                f"positions must be those of the pass, ({batch}, {tokens}), got {tuple(positions.shape)}; remove what "
+                f"vlmfast.deepstack returned before the model runs on anything else"
+            )
+        if width != level.shape[1]:
+            raise ValueError(f"levels must have the width of the hidden states, {width}, got {level.shape[1]}")
+        added = deepstack_add(hidden_states, positions, level, index)
+        return ((added, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": added})
+
+    return add
+
+
+def _modules(layers: object) -> list[nn.Module]:
+    if not isinstance(layers, (nn.ModuleList, Sequence)) or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise TypeError(f"layers must be a sequence of torch.nn.Module, got {type(layers).__name__}")
+    return list(layers)
+
+
+def _levels(levels: object, positions: Tensor) -> list[Tensor]:
+    if not isinstance(levels, (Tensor, Sequence)):
+        raise TypeError(
+            f"levels must be a tensor (K, V, D) or a sequence of tensors (V, D), got {type(levels).__name__}"
+        )
+    checks.bool_matrix("positions", positions)
+    found = list(levels)
+    if not found:
+        raise ValueError("levels must hold one level or more, got none")
+    for number, level in enumerate(found):
+        name = f"levels[{number}]"
+        checks.float_tensor(name, level)
+        if level.dim() != 2:
+            raise ValueError(f"{name} must have shape (V, D), got {tuple(level.shape)}")
+        checks.same_shape(name, level, "levels[0]", found[0])
+        checks.same_device(name, level, "positions", positions)
+    rows = found[0].shape[0]
+    if checks.on_host(positions) and (true := int(positions.count_nonzero())) != rows:
+        raise ValueError(f"positions must be true at as many places as a level has rows, {rows}, got {true}")
+    return found
+
+
+def _count(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
