@@ -66,4 +66,6 @@ def integers(name: str, value: object, dtype: torch.dtype) -> None:
 
 def on_host(value: Tensor) -> bool:
     """Whether the numbers in ``value`` can be read without waiting for a device: not those of a tracer or of vmap."""
-    return value.is_cpu and type(value) is Tensor and not torch._C._are_functorch_transforms_active()
+    if not value.is_cpu or type(value) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()

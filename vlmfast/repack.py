@@ -82,19 +82,15 @@ def _valid(attention_mask: Tensor) -> Tensor:
     if attention_mask.dtype != torch.bool:
         binary = (attention_mask == valid).all()
         message = "attention_mask must hold 0 and 1 only"
-        if not _readable(attention_mask):
+        if not checks.on_host(attention_mask):
             torch._assert_async(binary, message)
         elif not binary:
             raise ValueError(f"{message}, got {attention_mask[attention_mask != valid][0].item()}")
     return valid
 
 
-def _readable(value: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and checks.on_host(value)
-
-
 def _require_room(counts: Tensor, keep: int) -> None:
-    if not _readable(counts):
+    if not checks.on_host(counts):
         torch._assert_async((counts <= keep).all(), "keep must be at least the number of valid tokens of each sequence")
     elif counts.numel() and (most := int(counts.max())) > keep:
         raise ValueError(f"keep must be at least {most}, the most valid tokens that a sequence has, got {keep}")

@@ -174,7 +174,7 @@ def deepstack_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ..
         embeds = torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype)
         index = (row_index.op.reference(mask),) if position % 2 else ()
         yield x, mask, embeds, *index
-    yield x, mask, embeds.float()  # features of a tower kept in float32
+    yield x, mask, torch.randn(embeds.shape, device=device)  # features of a tower kept in float32
 
 
 def split_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -189,7 +189,7 @@ def compact_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]
         tokens = x.shape[1]
         keep = (tokens, tokens // 2, (tokens + 3) // 4)[position % 3]
         pad_left = position % 4 > 1
-        order = compact_tokens.op.reference(x, mask, keep, None, pad_left)[2] if position % 5 == 1 else None
+        order = compact_tokens.op.reference(x, mask, keep, None, pad_left)[2] if position % 5 == 3 else None
         yield x, mask, keep, order, pad_left
 
 
