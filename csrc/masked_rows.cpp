@@ -85,8 +85,9 @@ class RowBytes {
   int64_t stride_;
 };
 
-// From here on an output is written past the caches: what the next op reads of it would no longer be there. Below, its
-// reader loses what the writer gains.
+// From here on an output is written past the caches, which spares reading it first: 4096 x 2048 bfloat16 then take 0.44
+// ms instead of 0.65 (EPYC, 32 MB of L3, one thread). A smaller one would still be in the cache when the next op reads
+// it, and that loses more than the writer gains: at 8 MB the two together take 1.5 times as long.
 constexpr int64_t kPastCaches = int64_t{12} << 20;
 
 // A fresh tensor of (..., D), of the dtype of `like`, whose rows are what `RowSums` says.

@@ -25,28 +25,36 @@ VLMFAST_INLINE void write(T* to, const T* block, int count) {
   std::memcpy(to, block, count * sizeof(T));
 }
 
+// Rows are fetched two ahead: the processor's own prefetcher stops at the end of a 4 kB page. Of 4096 x 2048 bfloat16,
+// written past the caches, that takes 620 us instead of 720 (EPYC, one thread); one row ahead gains nothing.
+constexpr int64_t kAhead = 2;
+
 template <class T, bool past_caches>
 void write_rows(const RowSums& args, int64_t begin, int64_t end) {
   const T zeros[kBlock] = {};
   for (int64_t row = begin; row < end; ++row) {
-    const auto at = [&](const char* const* sources) {
-      return sources == nullptr ? nullptr : reinterpret_cast<const T*>(sources[row]);
+    const int64_t later = row + kAhead < end ? row + kAhead : row;
+    const auto at = [&](const char* const* sources, int64_t index) {
+      return sources == nullptr ? nullptr : reinterpret_cast<const T*>(sources[index]);
     };
-    const T *copied = at(args.copied), *added = at(args.added);
+    const T *copied = at(args.copied, row), *later_copied = at(args.copied, later);
+    const T *added = at(args.added, row), *later_added = at(args.added, later);
     T* y = reinterpret_cast<T*>(args.y) + row * args.size;
-    if (added != nullptr) {
-      each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    const auto fetch = [&](int64_t offset) VLMFAST_INLINE_LAMBDA {
+      if (later_copied != nullptr) __builtin_prefetch(later_copied + offset);
+      if (later_added != nullptr) __builtin_prefetch(later_added + offset);
+      if (!past_caches) __builtin_prefetch(y + kAhead * args.size + offset, 1);
+    };
+    each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      fetch(offset);
+      if (added != nullptr) {
         T sum[kBlock];
         store(sum, load(copied + offset, count) + load(added + offset, count));
         write<T, past_caches>(y + offset, sum, count);
-      });
-    } else if (copied != nullptr) {
-      each_block(args.size, [&](int64_t offset, auto count)
-                                VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, copied + offset, count); });
-    } else {
-      each_block(args.size, [&](int64_t offset, auto count)
-                                VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, zeros, count); });
-    }
+      } else {
+        write<T, past_caches>(y + offset, copied != nullptr ? copied + offset : zeros, count);
+      }
+    });
   }
   if (past_caches) finish_streams();
 }
