@@ -18,6 +18,11 @@
   extern __shared__ __align__(16) unsigned char vlmfast_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(vlmfast_dynamic_shared)
 
+// Ends all kernels with cudaErrorAssert, whatever NDEBUG says: how the rows of a call that only the device can check
+// are refused without waiting for it.
+#define VLMFAST_DEVICE_ASSERT(condition, message) \
+  ((condition) ? static_cast<void>(0) : __assert_fail(message, __FILE__, __LINE__, __func__))
+
 namespace vlmfast {
 
 // Clears the error that a failed launch leaves behind, or torch would report it again after its own next launch.

@@ -5,6 +5,8 @@
 #define USE_CUDA  // torch's C shim declares its CUDA part only then; a CPU-only torch will do to compile it
 #endif
 
+#include <initializer_list>
+
 #include "common.h"
 #include "cuda_compat.h"
 
@@ -18,11 +20,26 @@ struct RowPointer {
   const scalar_t* data = nullptr;
   int64_t stride = 0;  // in elements
 
-  // May each row be read in vectors of kVectorBytes?
-  bool takes_vectors() const {
-    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && stride * sizeof(scalar_t) % kVectorBytes == 0;
+  __device__ __forceinline__ const scalar_t* operator[](int64_t row) const { return data + row * stride; }
+
+  // Does each row start at a multiple of so many bytes?
+  bool aligned_to(int64_t bytes) const {
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride * sizeof(scalar_t) % bytes == 0;
   }
 };
+
+// May rows of `columns` elements be moved in vectors of so many bytes?
+template <typename scalar_t>
+bool vectors_fit(int64_t bytes, int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands) {
+  bool fit = columns * sizeof(scalar_t) % bytes == 0;
+  for (const auto& operand : operands) fit = fit && operand.aligned_to(bytes);
+  return fit;
+}
+
+template <typename scalar_t>
+int64_t stride_of(const Rows& rows) {
+  return rows.row_stride * static_cast<int64_t>(rows.tensor.element_size() / sizeof(scalar_t));
+}
 
 }  // namespace vlmfast
 
@@ -62,9 +79,10 @@ class DeviceScope {
     return counts.at(device_);
   }
 
+  // The stride counts elements of scalar_t, which may be narrower than those of the tensor.
   template <typename scalar_t>
   RowPointer<scalar_t> input(const Rows& rows) const {
-    return {static_cast<const scalar_t*>(rows.tensor.const_data_ptr()), rows.row_stride};
+    return {static_cast<const scalar_t*>(rows.data()), stride_of<scalar_t>(rows)};
   }
 
   template <typename scalar_t>

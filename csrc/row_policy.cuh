@@ -64,10 +64,8 @@ void with_row_policy_of(int64_t columns, Function&& function) {
 // function(policy) for rows of `columns` elements: in vectors of 16 bytes where all operands allow it, else one by one.
 template <typename scalar_t, typename Function>
 void with_row_policy(int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands, Function&& function) {
-  constexpr int kVec = kVectorBytes / sizeof(scalar_t);
-  bool vectors = columns % kVec == 0;
-  for (const auto& operand : operands) vectors = vectors && operand.takes_vectors();
-  return vectors ? with_row_policy_of<kVec>(columns, function) : with_row_policy_of<1>(columns, function);
+  if (!vectors_fit(kVectorBytes, columns, operands)) return with_row_policy_of<1>(columns, function);
+  return with_row_policy_of<kVectorBytes / sizeof(scalar_t)>(columns, function);
 }
 
 // Blocks for that many rows, at most so many.

@@ -25,6 +25,9 @@
 #define VLMFAST_DYNAMIC_SHARED(T, name) \
   T* name = reinterpret_cast<T*>(vlmfast::emulation::dynamic_shared_memory(alignof(T)))
 
+#define VLMFAST_DEVICE_ASSERT(condition, message) \
+  ((condition) ? static_cast<void>(0) : vlmfast::emulation::fail("device-side assertion: %s", message))
+
 #define EMULATION_API extern "C" __attribute__((visibility("default")))
 
 // ---- vector types ----

@@ -22,15 +22,15 @@ class DeviceScope {
 
   template <typename scalar_t>
   RowPointer<scalar_t> input(const Rows& rows) const {
-    constexpr int64_t kSize = sizeof(scalar_t);
-    vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * kSize, rows.row_stride * kSize, 0);
-    return {static_cast<const scalar_t*>(rows.data()), rows.row_stride};
+    const auto size = static_cast<int64_t>(rows.tensor.element_size());
+    vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * size, rows.row_stride * size, 0);
+    return {static_cast<const scalar_t*>(rows.data()), stride_of<scalar_t>(rows)};
   }
 
   // Poisoned: an element that no kernel writes is NaN.
   template <typename scalar_t>
   scalar_t* output(const Tensor& tensor) const {
-    const int64_t bytes = tensor.numel() * static_cast<int64_t>(sizeof(scalar_t));
+    const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
     void* const data = tensor.mutable_data_ptr();
     memset(data, 0xff, bytes);
     vlmfast_emulation_allow(data, 1, bytes, bytes, 1);

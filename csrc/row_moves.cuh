@@ -1,0 +1,90 @@
+// Moves whole rows: each is read from one place, or two that are added, and written to one.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "common.cuh"
+#include "cuda_torch.h"
+
+namespace vlmfast {
+
+// Where a row comes from and goes to; null where there is nothing to read, to add or to write.
+template <typename scalar_t>
+struct Route {
+  const scalar_t* from = nullptr;
+  scalar_t* to = nullptr;
+  const scalar_t* addend = nullptr;
+  scalar_t* zeros = nullptr;  // a row to clear
+};
+
+// Threads along a row, each with up to kVectors vectors in flight, and as many rows in a block as there is room for. No
+// thread waits for another, so one kernel serves every length.
+struct MovePolicy {
+  static constexpr int kThreads = 256, kVectors = 4;
+  static constexpr int64_t kSegment = 8;  // threads of one 128-byte line
+  int64_t along, rows;
+
+  explicit MovePolicy(int64_t vectors) {
+    const int64_t threads = (vectors + kVectors - 1) / kVectors;
+    along = std::clamp<int64_t>((threads + kSegment - 1) / kSegment * kSegment, kSegment, kThreads);
+    rows = kThreads / along;
+  }
+};
+
+// Sends each row where move(row) says.
+template <typename scalar_t, int kVec, typename Move>
+__global__ void __launch_bounds__(MovePolicy::kThreads) move_rows_kernel(Move move, int64_t rows, int64_t hidden) {
+  using Vec = Vector<scalar_t, kVec>;
+  const int64_t step = int64_t{blockDim.x} * kVec, row_step = int64_t{gridDim.x} * blockDim.y;
+  for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < rows; row += row_step) {
+    const Route<scalar_t> route = move(row);
+    for (int64_t first = int64_t{threadIdx.x} * kVec; first < hidden; first += step * MovePolicy::kVectors) {
+      const auto for_columns = [&](auto function) {
+#pragma unroll
+        for (int k = 0; k < MovePolicy::kVectors; ++k) {
+          const int64_t column = first + k * step;
+          if (column < hidden) function(k, column);
+        }
+      };
+      if (route.from != nullptr) {
+        Vec values[MovePolicy::kVectors];
+        for_columns([&](int k, int64_t column) { values[k] = Vec::load(route.from + column); });
+        if constexpr (Move::kAdds) {
+          if (route.addend != nullptr) {
+            for_columns([&](int k, int64_t column) {
+              const Vec addends = Vec::load(route.addend + column);
+#pragma unroll
+              for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] + addends[i]);
+            });
+          }
+        }
+        for_columns([&](int k, int64_t column) { values[k].store(route.to + column); });
+      }
+      if (route.zeros != nullptr) {
+        for_columns([&](int, int64_t column) { Vec{}.store(route.zeros + column); });
+      }
+    }
+  }
+}
+
+// Moves `rows` rows in vectors of 16 bytes, of 4, or element by element: in the widest that `operands`, all that is
+// read, allow. What is written is contiguous and begins where torch allocates.
+template <typename scalar_t, typename Move>
+void launch_move(const DeviceScope& scope, int64_t rows, int64_t hidden,
+                 std::initializer_list<RowPointer<scalar_t>> operands, const Move& move) {
+  if (rows == 0) return;
+  const auto in_vectors = [&](auto bytes) {
+    constexpr int kVec = decltype(bytes)::value / sizeof(scalar_t);
+    const MovePolicy policy(hidden / kVec);
+    const int64_t blocks = std::min((rows + policy.rows - 1) / policy.rows, kMaxBlocks);
+    check_cuda(launch(move_rows_kernel<scalar_t, kVec, Move>, dim3(blocks), dim3(policy.along, policy.rows), 0,
+                      scope.stream(), move, rows, hidden));
+  };
+  if (vectors_fit(kVectorBytes, hidden, operands)) return in_vectors(std::integral_constant<int, kVectorBytes>());
+  if (vectors_fit(4, hidden, operands)) return in_vectors(std::integral_constant<int, 4>());
+  in_vectors(std::integral_constant<int, sizeof(scalar_t)>());
+}
+
+}  // namespace vlmfast
