@@ -1,5 +1,8 @@
 // Shared by the CUDA kernels: conversions, vectors, sums over threads; and what their launchers need of torch.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "cuda_compat.h"
 
 namespace vlmfast {
@@ -37,10 +40,18 @@ __device__ __forceinline__ float round_to(float value) {
 // kSize neighbouring elements, moved by one load or store and kept in their storage type.
 template <typename scalar_t, int kSize>
 struct alignas(sizeof(scalar_t) * kSize) Vector {
+  static constexpr size_t kBytes = sizeof(scalar_t) * kSize;
+  using Raw = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 4, unsigned, unsigned short>>;
+  static_assert(sizeof(Raw) == kBytes, "a vector has 2, 4 or 16 bytes");
   scalar_t values[kSize];
 
   __device__ __forceinline__ static Vector load(const scalar_t* from) { return *reinterpret_cast<const Vector*>(from); }
-  __device__ __forceinline__ void store(scalar_t* to) const { *reinterpret_cast<Vector*>(to) = *this; }
+  // By way of a type of the machine: nvcc may store a struct of small elements one by one.
+  __device__ __forceinline__ void store(scalar_t* to) const {
+    Raw raw;
+    memcpy(&raw, values, sizeof raw);
+    *reinterpret_cast<Raw*>(to) = raw;
+  }
   __device__ __forceinline__ float operator[](int i) const { return to_float(values[i]); }
   __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
 };

@@ -135,7 +135,7 @@ struct SplitRows {
     const int number = numbers[row];
     Word* const rest_row = rest == nullptr ? nullptr : rest + row * hidden;
     if (number >= 0) return {x[row], taken + number * hidden, nullptr, rest_row};
-    return {rest == nullptr ? nullptr : x[row], rest_row};
+    return {x[row], rest_row};
   }
 };
 
@@ -158,9 +158,7 @@ struct PackRows {
       packed_invalid[row] = masked;
       if (packed_order != nullptr) packed_order[row] = position;
     }
-    Word* const to = packed + row * hidden;
-    if (masked) return {nullptr, nullptr, nullptr, to};
-    return {x[source], to};
+    return {masked ? nullptr : x[source], packed + row * hidden};
   }
 };
 
@@ -173,22 +171,23 @@ struct UnpackRows {
 
   __device__ __forceinline__ Route<Word> operator()(int64_t row) const {
     const int64_t place = places[row];
-    Word* const to = unpacked + row * hidden;
-    if (place < 0) return {nullptr, nullptr, nullptr, to};
-    return {grad[place], to};
+    return {place < 0 ? nullptr : grad[place], unpacked + row * hidden};
   }
 };
 
 // ---- launchers ----
 
-// A mask, an index or an order: two sizes, and no gaps.
-Rows matrix(const char* name, const Tensor& tensor, int32_t dtype, int64_t samples, int64_t tokens) {
+// A mask, an index or an order as one row, without gaps.
+Rows flat(const char* name, const Tensor& tensor, int32_t dtype, int64_t samples, int64_t tokens) {
   int32_t found;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &found));
   STD_TORCH_CHECK(found == dtype, name, " is of the wrong dtype");
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.sizes()[0] == samples && tensor.sizes()[1] == tokens, name,
                   " must have shape (", samples, ", ", tokens, ")");
-  return Rows(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  Rows row(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  row.size = row.row_stride = samples * tokens;
+  row.count = 1;
+  return row;
 }
 
 void check_positions(int64_t positions) {  // ranks are counted in 32 bits
@@ -218,12 +217,11 @@ struct NumberedRows {
 };
 
 NumberedRows number_rows(const DeviceScope& scope, const Rows& mask, int64_t rows) {
-  const int64_t positions = mask.count * mask.size;
-  check_positions(positions);
+  check_positions(mask.size);
   Tensor index = allocate(mask.tensor.sizes().data(), 2, mask.tensor, aoti_torch_dtype_int32());
   int32_t* const data = scope.output<int32_t>(index);
-  if (positions > 0) launch_rank(scope, scope.input<uint8_t>(mask).data, 1, positions, WriteIndex{data});
-  return {std::move(index), {data, positions, rows}};
+  if (mask.size > 0) launch_rank(scope, scope.input<uint8_t>(mask).data, 1, mask.size, WriteIndex{data});
+  return {std::move(index), {data, mask.size, rows}};
 }
 
 // Of the rows of a (B, T, D) tensor, `rows` masked ones: by the index that is given, or by a new one.
@@ -231,15 +229,15 @@ NumberedRows number_rows(const DeviceScope& scope, const Tensor& x, const Tensor
                          const std::optional<Tensor>& given, int64_t rows) {
   const int64_t samples = x.sizes()[0], tokens = x.sizes()[1], positions = samples * tokens;
   STD_TORCH_CHECK(positions > 0 || rows == 0, "the mask must be true at as many positions as there are rows, ", rows);
-  if (!given) return number_rows(scope, matrix("mask", mask, aoti_torch_dtype_bool(), samples, tokens), rows);
-  const Rows index = matrix("index", *given, aoti_torch_dtype_int32(), samples, tokens);
+  if (!given) return number_rows(scope, flat("mask", mask, aoti_torch_dtype_bool(), samples, tokens), rows);
+  const Rows index = flat("index", *given, aoti_torch_dtype_int32(), samples, tokens);
   return {index.tensor, {scope.input<int32_t>(index).data, positions, rows}};
 }
 
 Tensor row_index(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 2, "mask must have two dimensions, got ", mask.dim());
   const DeviceScope scope(mask);
-  return number_rows(scope, matrix("mask", mask, aoti_torch_dtype_bool(), mask.sizes()[0], mask.sizes()[1]), 0).index;
+  return number_rows(scope, flat("mask", mask, aoti_torch_dtype_bool(), mask.sizes()[0], mask.sizes()[1]), 0).index;
 }
 
 Tensor deepstack_add(const Tensor& hidden_states, const Tensor& visual_pos_masks, const Tensor& visual_embeds,
@@ -288,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens_tensor, c
                                                   const std::optional<Tensor>& given_order, bool pad_left) {
   const Rows x = token_rows(tokens_tensor);
   const int64_t samples = tokens_tensor.sizes()[0], tokens = tokens_tensor.sizes()[1];
-  const Rows mask = matrix("invalid", invalid, aoti_torch_dtype_bool(), samples, tokens);
+  const Rows mask = flat("invalid", invalid, aoti_torch_dtype_bool(), samples, tokens);
   STD_TORCH_CHECK(keep >= 0 && keep <= tokens, "keep must be within 0 and ", tokens, ", got ", keep);
   check_positions(tokens);
   const int64_t sizes[] = {samples, keep, x.size};
@@ -308,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens_tensor, c
                 words_of(x)};
   std::optional<Rows> given;
   if (given_order) {
-    given.emplace(matrix("order", *given_order, aoti_torch_dtype_int64(), samples, keep));
+    given.emplace(flat("order", *given_order, aoti_torch_dtype_int64(), samples, keep));
     move.order = scope.input<int64_t>(*given).data;
     move.packed_order = order_data;
   } else if (samples * keep > 0) {
@@ -323,7 +321,7 @@ Tensor compact_tokens_backward(const Tensor& grad_tokens, const Tensor& invalid,
   const int64_t samples = grad_tokens.sizes()[0], keep = grad_tokens.sizes()[1];
   STD_TORCH_CHECK(invalid.dim() == 2, "invalid must have two dimensions, got ", invalid.dim());
   const int64_t tokens = invalid.sizes()[1];
-  const Rows mask = matrix("invalid", invalid, aoti_torch_dtype_bool(), samples, tokens);
+  const Rows mask = flat("invalid", invalid, aoti_torch_dtype_bool(), samples, tokens);
   STD_TORCH_CHECK(keep <= tokens, "grad_tokens must have at most ", tokens, " tokens, got ", keep);
   check_positions(tokens);
   const int64_t sizes[] = {samples, tokens, grad.size};

@@ -10,19 +10,19 @@
 
 namespace vlmfast {
 
-// Where a row comes from and goes to; null where there is nothing to read, to add or to write.
+// What becomes of a row.
 template <typename scalar_t>
 struct Route {
-  const scalar_t* from = nullptr;
-  scalar_t* to = nullptr;
-  const scalar_t* addend = nullptr;
-  scalar_t* zeros = nullptr;  // a row to clear
+  const scalar_t* from = nullptr;    // null for zeros
+  scalar_t* to = nullptr;            // null where nobody wants it
+  const scalar_t* addend = nullptr;  // or null
+  scalar_t* cleared = nullptr;       // another row, to fill with zeros, or null
 };
 
 // Threads along a row, each with up to kVectors vectors in flight, and as many rows in a block as there is room for. No
 // thread waits for another, so one kernel serves every length.
 struct MovePolicy {
-  static constexpr int kThreads = 256, kVectors = 4;
+  static constexpr int kThreads = 256, kVectors = 4, kBlocksPerMultiprocessor = 4;
   static constexpr int64_t kSegment = 8;  // threads of one 128-byte line
   int64_t along, rows;
 
@@ -35,36 +35,35 @@ struct MovePolicy {
 
 // Sends each row where move(row) says.
 template <typename scalar_t, int kVec, typename Move>
-__global__ void __launch_bounds__(MovePolicy::kThreads) move_rows_kernel(Move move, int64_t rows, int64_t hidden) {
+__global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMultiprocessor)
+    move_rows_kernel(Move move, int64_t rows, int64_t hidden) {
   using Vec = Vector<scalar_t, kVec>;
-  const int64_t step = int64_t{blockDim.x} * kVec, row_step = int64_t{gridDim.x} * blockDim.y;
+  const int step = blockDim.x * kVec;
+  const int64_t row_step = int64_t{gridDim.x} * blockDim.y;
   for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < rows; row += row_step) {
     const Route<scalar_t> route = move(row);
-    for (int64_t first = int64_t{threadIdx.x} * kVec; first < hidden; first += step * MovePolicy::kVectors) {
-      const auto for_columns = [&](auto function) {
+    for (int64_t column = threadIdx.x * kVec; column < hidden; column += step * MovePolicy::kVectors) {
+      const auto for_vectors = [&](auto function) {
 #pragma unroll
         for (int k = 0; k < MovePolicy::kVectors; ++k) {
-          const int64_t column = first + k * step;
-          if (column < hidden) function(k, column);
+          if (k * step < hidden - column) function(k, column + k * step);
         }
       };
-      if (route.from != nullptr) {
-        Vec values[MovePolicy::kVectors];
-        for_columns([&](int k, int64_t column) { values[k] = Vec::load(route.from + column); });
+      if (route.to != nullptr) {
+        Vec values[MovePolicy::kVectors] = {};
+        if (route.from != nullptr) for_vectors([&](int k, int64_t at) { values[k] = Vec::load(route.from + at); });
         if constexpr (Move::kAdds) {
           if (route.addend != nullptr) {
-            for_columns([&](int k, int64_t column) {
-              const Vec addends = Vec::load(route.addend + column);
+            for_vectors([&](int k, int64_t at) {
+              const Vec addends = Vec::load(route.addend + at);
 #pragma unroll
               for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] + addends[i]);
             });
           }
         }
-        for_columns([&](int k, int64_t column) { values[k].store(route.to + column); });
+        for_vectors([&](int k, int64_t at) { values[k].store(route.to + at); });
       }
-      if (route.zeros != nullptr) {
-        for_columns([&](int, int64_t column) { Vec{}.store(route.zeros + column); });
-      }
+      if (route.cleared != nullptr) for_vectors([&](int, int64_t at) { Vec{}.store(route.cleared + at); });
     }
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
 import re
@@ -35,6 +36,13 @@ def open_library(path: Path) -> ctypes.CDLL:
     library.vlmfast_emulation_error.restype = ctypes.c_char_p
     library.vlmfast_emulation_allow.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]
     return library
+
+
+def load(library: str, stem: str) -> ctypes.CDLL:
+    """The kernels of one family in check mode, as torch.ops.<library>."""
+    path = build.build("check", library=library, sources=[build.CSRC / f"{stem}.cu"])
+    torch.ops.load_library(str(path))
+    return open_library(path)
 
 
 # ---- the emulation against the programming guide ----
@@ -213,9 +221,7 @@ def examine(library: str, dtypes: Iterable[torch.dtype]) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    path = build.build("check", library="vlmfast_checked")
-    torch.ops.load_library(str(path))
-    return open_library(path)
+    return load("vlmfast_checked", "rms_norm")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
@@ -224,18 +230,20 @@ def test_rms_norm(checked: ctypes.CDLL, dtype: torch.dtype, schedule: int) -> No
     examine("vlmfast_checked", [dtype])
 
 
+def traffic_of(library: ctypes.CDLL, ops: Ops, name: str, *args: Any) -> tuple[int, int, int]:
+    """What a call launches, loads and stores."""
+    before, after = (ctypes.c_uint64 * 4)(), (ctypes.c_uint64 * 4)()
+    library.vlmfast_emulation_counters(before)
+    getattr(ops, name)(*args)
+    library.vlmfast_emulation_counters(after)
+    launches, _, loaded, stored = (b - a for a, b in zip(before, after, strict=True))
+    return launches, loaded, stored
+
+
 def test_bytes_moved(checked: ctypes.CDLL) -> None:
     """The memory traffic that the header of csrc/rms_norm.cu promises, and the number of launches."""
     x, weight = torch.randn(7, 1032).bfloat16(), torch.randn(1032).bfloat16()
-
-    def traffic(name: str, *args: Any) -> tuple[int, int, int]:
-        before, after = (ctypes.c_uint64 * 4)(), (ctypes.c_uint64 * 4)()
-        checked.vlmfast_emulation_counters(before)
-        getattr(torch.ops.vlmfast_checked, name)(*args)
-        checked.vlmfast_emulation_counters(after)
-        launches, _, loaded, stored = (b - a for a, b in zip(before, after, strict=True))
-        return launches, loaded, stored
-
+    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked)
     assert traffic("rms_norm", x, weight) == (1, x.nbytes + 7 * weight.nbytes, x.nbytes)
     assert traffic("add_rms_norm", x, x, weight) == (1, 2 * x.nbytes + 7 * weight.nbytes, 2 * x.nbytes)
     frozen = traffic("rms_norm_backward", x, x, weight, 1e-6, "llama", None, False)
@@ -284,9 +292,9 @@ FAULTS = [
 ]
 
 
-def plant(fault: Fault, into: Path) -> Path:
-    """A copy of csrc/ with the fault in it, and with bfloat16 kernels alone: they compile in a third of the time."""
-    for source in [*build.CSRC.glob("*.h"), *build.CSRC.glob("*.cuh"), build.CSRC / "rms_norm.cu"]:
+def plant(fault: Fault, stem: str, into: Path) -> Path:
+    """A copy of one family with the fault in it, and with bfloat16 kernels alone: a third of the time to compile."""
+    for source in [*build.CSRC.glob("*.h"), *build.CSRC.glob("*.cuh"), build.CSRC / f"{stem}.cu"]:
         text = source.read_text()
         if source.name == fault.file:
             assert fault.old in text, f"{fault.file} has changed: nowhere to plant the fault"
@@ -300,7 +308,7 @@ def plant(fault: Fault, into: Path) -> Path:
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
 def test_planted_fault_is_noticed(tmp_path: Path, index: int) -> None:
     library = f"vlmfast_fault_{index}"
-    planted = plant(FAULTS[index], tmp_path)
+    planted = plant(FAULTS[index], "rms_norm", tmp_path)
     torch.ops.load_library(str(build.build("check", library=library, csrc=planted, cache=tmp_path)))
     with pytest.raises((AssertionError, RuntimeError), match=FAULTS[index].notice):
         examine(library, [torch.bfloat16])
