@@ -16,7 +16,7 @@ from vlmfast.patches.family import families
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
 
-ABSENT = "no module of this class in the model"
+ABSENT = "no module with this method in the model"
 
 
 @dataclass(repr=False)
@@ -193,7 +193,7 @@ def _plan(host: nn.Module, replace: Mapping[str, Callable[..., Any]]) -> tuple[M
     skipped = {}
     for text, function in replace.items():
         site = Site.parse(text)
-        classes = [cls for cls in modules_of if any(site.names(base) for base in cls.__mro__)]
+        classes = [c for c in modules_of if any(site.names(b) for b in c.__mro__) and hasattr(c, site.method)]
         derived = [cls.__name__ for cls in classes if not site.names(cls)]
         reasons = (_obstacle(site, modules_of[cls], function) for cls in classes)
         if not classes:

@@ -3,11 +3,16 @@
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
+from vlmfast.patches.masked_rows import image_mask
 from vlmfast.patches.rms_norm import llama_rms_norm
 
 FAMILY = Family(
     model_types=("internvl", "internvl_vision"),
-    replace={"internvl.InternVLVisionRMSNorm.forward": llama_rms_norm, **LANGUAGE_MODELS},
+    replace={
+        "internvl.InternVLModel.get_placeholder_mask": image_mask,
+        "internvl.InternVLVisionRMSNorm.forward": llama_rms_norm,
+        **LANGUAGE_MODELS,
+    },
     tiny=lambda: tiny.image_rows(
         "internvl",
         text_config=tiny.text(model_type="qwen3", head_dim=16),

@@ -2,6 +2,7 @@
 
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
+from vlmfast.patches.masked_rows import image_mask
 from vlmfast.patches.rms_norm import llama4_rms_norm
 
 TEXT = {
@@ -23,7 +24,10 @@ VISION = {
 
 FAMILY = Family(
     model_types=("llama4", "llama4_text", "llama4_vision_model"),
-    replace={"llama4.Llama4TextRMSNorm.forward": llama4_rms_norm},
+    replace={
+        "llama4.Llama4ForConditionalGeneration.get_placeholder_mask": image_mask,
+        "llama4.Llama4TextRMSNorm.forward": llama4_rms_norm,
+    },
     tiny=lambda: tiny.image_rows(
         "llama4", text_config=tiny.text(**TEXT), vision_config=tiny.vision(**VISION), image_token_index=tiny.IMAGE
     ),

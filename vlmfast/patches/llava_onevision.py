@@ -3,10 +3,11 @@
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
+from vlmfast.patches.masked_rows import image_and_video_masks
 
 FAMILY = Family(
     model_types=("llava_onevision",),
-    replace=LANGUAGE_MODELS,
+    replace={"llava_onevision.LlavaOnevisionModel.get_placeholder_mask": image_and_video_masks, **LANGUAGE_MODELS},
     tiny=lambda: tiny.llava_tiles(
         "llava_onevision",
         language="qwen2",

@@ -2,6 +2,7 @@
 
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
+from vlmfast.patches.masked_rows import image_and_video_masks
 from vlmfast.patches.rms_norm import llama_rms_norm
 
 VISION = {
@@ -18,6 +19,7 @@ VISION = {
 FAMILY = Family(
     model_types=("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl_vision"),
     replace={
+        "qwen2_5_vl.Qwen2_5_VLModel.get_placeholder_mask": image_and_video_masks,
         "qwen2_5_vl.Qwen2_5_VLRMSNorm.forward": llama_rms_norm,
         "qwen2.Qwen2RMSNorm.forward": llama_rms_norm,
     },

@@ -3,9 +3,14 @@
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
+from vlmfast.patches.masked_rows import image_mask, merge_inputs
 
 FAMILY = Family(
     model_types=("smolvlm", "smolvlm_vision"),
-    replace=LANGUAGE_MODELS,
+    replace={
+        "smolvlm.SmolVLMModel.inputs_merger": merge_inputs,  # up to transformers 5.17
+        "smolvlm.SmolVLMModel.get_placeholder_mask": image_mask,
+        **LANGUAGE_MODELS,
+    },
     tiny=lambda: tiny.idefics("smolvlm", language="llama"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,17 +55,22 @@ def mrope(sections: list[int], **config: Any) -> dict[str, Any]:
 
 
 def model(model_type: str, **config: Any) -> nn.Module:
-    """A random model in evaluation mode, the same at each call.
+    """A random model of that type."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    return randomised(lambda: auto.from_config(AutoConfig.for_model(model_type, **config)))
+
+
+def randomised(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model in evaluation mode, the same at each call.
 
     One-dimensional parameters are moved off their initial ones and zeros, which would hide a weight that is not used,
     and matrices are made larger, so that every layer leaves a trace in the output.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        result: nn.Module = auto.from_config(AutoConfig.for_model(model_type, **config)).eval()
+        result = build().eval()
         for parameter in result.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3.0)
@@ -94,8 +100,12 @@ def language_model(model_type: str, **config: Any) -> tuple[nn.Module, dict[str,
 
 
 def qwen(model_type: str, **config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A Qwen-VL model, which takes images as rows of patches: here 4 x 4 patches of 3 x 2 x 4 x 4 values."""
-    result = model(model_type, **config, **QWEN_TOKENS)
+    """A Qwen-VL model with its inputs."""
+    return with_qwen_inputs(model(model_type, **config, **QWEN_TOKENS))
+
+
+def with_qwen_inputs(result: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and images as rows of patches: here 4 x 4 patches of 3 x 2 x 4 x 4 values."""
     inputs = prompts(image_tokens=4)
     inputs["pixel_values"] = pixels(2 * 16, 3 * 2 * 4 * 4)
     inputs["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])

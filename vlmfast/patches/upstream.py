@@ -89,10 +89,7 @@ def lock() -> dict[str, dict[str, list[str]]]:
 
 def mismatch(site: Site, cls: type, function: Callable[..., Any]) -> str | None:
     """Why ``function`` must not replace the method of ``cls`` at the site, or None."""
-    original = getattr(cls, site.method, None)
-    if original is None:
-        return f"{cls.__name__} has no {site.method} in this transformers"
-    expected, got = _parameters(function), _parameters(original)
+    expected, got = _parameters(function), _parameters(getattr(cls, site.method))
     if expected != got:
         return f"its parameters are ({', '.join(got)}), expected ({', '.join(expected)})"
     try:
