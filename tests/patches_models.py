@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
+from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.rms_norm import rms_norm
 from vlmfast.patches import Family, families
 from vlmfast.patches.swap import PatchedModule
@@ -49,6 +50,12 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if "RMSNorm" in type(module).__name__]
 
 
+def replaceable(model: nn.Module) -> list[nn.Module]:
+    """Every module with a method that the tables are about; told by names as well."""
+    norms, methods = rms_norms(model), ("_deepstack_process", "get_placeholder_mask", "inputs_merger")
+    return [m for m in model.modules() if m in norms or any(hasattr(type(m), method) for method in methods)]
+
+
 def patched(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, PatchedModule)]
 
@@ -62,9 +69,10 @@ def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
 
 
 def require(backend: str) -> None:
-    found = rms_norm.op.backend(backend)
-    if isinstance(found, str):
-        pytest.skip(found)
+    for function in (rms_norm, deepstack_add, place_embeddings):
+        found = function.op.backend(backend)
+        if isinstance(found, str):
+            pytest.skip(found)
 
 
 def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:

@@ -22,7 +22,7 @@ def _expect(found: Tensor, expected: int, message: str) -> None:
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """(B, T, D): at each masked position the row of its number; some row or zeros elsewhere."""
-    if rows.shape[0] == 0:
+    if isinstance(rows.shape[0], int) and rows.shape[0] == 0:  # a tracer may not know the number (Idefics3)
         return rows.new_zeros(*index.shape, rows.shape[1])
     return rows[index.clamp(0, rows.shape[0] - 1)]
 

@@ -33,7 +33,9 @@ def _shared_row_index(mask: Tensor) -> Tensor | None:
     mask would go unnoticed: inference tensors do not count their versions, and a traced or captured graph runs again
     without this code.
     """
-    if mask.is_cpu or mask.is_inference() or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if mask.is_cpu or mask.is_inference() or torch.compiler.is_compiling():
+        return None
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     version, index = getattr(mask, "_row_index", (None, None))
     if version != mask._version:
