@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
-from tests.patches_models import DTYPES, EACH_FAMILY, logits, tiny
+from tests.patches_models import DTYPES, EACH_FAMILY, cast, logits, tiny
 from vlmfast.ops.masked_rows import row_index
 from vlmfast.patches import Family, families, masked_rows
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
@@ -82,10 +82,6 @@ def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str,
     yield "video before image", batch(inputs, [[1, *video, 10, *image, 11]], **first)
 
 
-def cast_floats(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-
-
 # ---- the same outputs ----
 
 
@@ -95,7 +91,7 @@ def test_each_prompt_gives_the_logits_of_upstream(family: Family, dtype: torch.d
     model, inputs = tiny(family, dtype)
     seen = []
     for name, prompts in each_prompt(model, inputs):
-        prompts = cast_floats(prompts, dtype)
+        prompts = {key: cast(value, dtype) for key, value in prompts.items()}
         want = logits(model, prompts)
         with vlmfast.patch(model, exclude=NORMS):
             got = logits(model, prompts)
