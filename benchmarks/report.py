@@ -60,8 +60,8 @@ def show(console: Console, device: str, records: list[dict[str, Any]]) -> None:
     kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
     for op in dict.fromkeys(r["op"] for r in records):
         table = Table(title=f"{op}, {records[0]['dtype']}, {kind}", title_justify="left")
-        for name in ("rows x hidden", "", "us", "wall us", "GB/s", "x transformers", "x torch.compile", "time / copy"):
-            table.add_column(name, justify="left" if name in ("rows x hidden", "") else "right")
+        for name in ("shape", "", "us", "wall us", "GB/s", "x transformers", "x torch.compile", "time / copy"):
+            table.add_column(name, justify="left" if name in ("shape", "") else "right")
         for record in (r for r in records if r["op"] == op):
             for index, (name, row) in enumerate(record["times"].items()):
                 cells = [f"{row['us']:.2f}", f"{row['wall_us']:.2f}", f"{row['gb_per_s']:.1f}"]

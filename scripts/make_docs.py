@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import vlmfast
+import vlmfast.compat
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -18,14 +21,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 HEAD = """# Ops
 
-Made by `make docs` from the docstrings in `vlmfast/ops/`. Every op is a function of `vlmfast`, differentiable, one
-node under `torch.compile`, and returns new contiguous tensors.
+Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable, one node under
+`torch.compile`, and returns new contiguous tensors.
 """
+AROUND = "# Around the ops\n"
 
 
-def signature(name: str) -> str:
+def signature(name: str, function: Callable[..., Any]) -> str:
     """The function's head as one would write it."""
-    found = inspect.signature(getattr(vlmfast, name))
+    found = inspect.signature(function)
     defaults = {p.name: "" if p.default is p.empty else f" = {p.default!r}" for p in found.parameters.values()}
     arguments = [f"{p.name}: {p.annotation}{defaults[p.name]}" for p in found.parameters.values()]
     return f"{name}({', '.join(arguments)}) -> {found.return_annotation}"
@@ -33,11 +37,17 @@ def signature(name: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    sections = []
-    for name in (n for n in OPS if n in vlmfast.__all__):
-        text = inspect.getdoc(getattr(vlmfast, name))
-        sections.append(f"## `{name}`\n\n```python\n{signature(name)}\n```\n\n```text\n{text}\n```\n")
-    return "\n".join([HEAD, *sections])
+    around = [name for name in vlmfast.__all__ if name not in OPS and inspect.isfunction(getattr(vlmfast, name))]
+    compat = [f"compat.{project}.patch" for project in vlmfast.compat.__all__]
+    ops = [name for name in OPS if name in vlmfast.__all__]
+    return "\n".join([HEAD, *map(section, ops), AROUND, *map(section, [*around, *compat])])
+
+
+def section(name: str) -> str:
+    """What the documentation says of one public function."""
+    function = operator.attrgetter(name)(vlmfast)
+    text = inspect.getdoc(function)
+    return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n"
 
 
 def figures() -> str:
@@ -49,7 +59,7 @@ def figures() -> str:
         f"bfloat16, torch {where['torch']}, transformers {where['transformers']}, by `make bench`. Above 1 is faster",
         "than the other; the last column is the time over that of a copy of as many bytes. There is no GPU result yet.",
         "",
-        "| op | rows x hidden | time | x transformers | x torch.compile | time / copy |",
+        "| op | shape | time | x transformers | x torch.compile | time / copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for record in run["records"]:

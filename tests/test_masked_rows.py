@@ -140,6 +140,29 @@ def test_an_order_out_of_range_is_refused(backend: str):
                 )
 
 
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("hidden", [1600, 1601], ids=["whole cache lines", "odd rows"])
+def test_outputs_larger_than_the_caches(hidden: int):
+    """The native ops write those past the caches, and each thread has to know how many masked rows come before it."""
+    for op in FAMILY:
+        require(op, "native")
+    x = torch.randn(2, 2050, hidden).bfloat16()
+    mask = torch.rand(2, 2050) < 0.7
+    embeds = torch.randn(int(mask.sum()), hidden).bfloat16()
+    for args in (
+        ("deepstack_add", x, mask, embeds),
+        ("place_embeddings", x, mask, embeds),
+        ("split_rows", x, mask, len(embeds)),
+        ("compact_tokens", x, mask, 2050, None, True),
+        ("compact_tokens_backward", x, mask),
+    ):
+        op = OPS[args[0]]
+        with vlmfast.use("native"):
+            got = outputs(op.function(*args[1:]))
+        for g, want in zip(got, outputs(op.reference(*args[1:])), strict=True):
+            assert torch.equal(g, want), op.name
+
+
 class Recorder(TorchDispatchMode):
     """The names of the operators that run."""
 

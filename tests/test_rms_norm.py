@@ -60,15 +60,6 @@ def test_subnormal_and_huge_values(backend: str, dtype: torch.dtype):
     torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
 
-@pytest.fixture
-def four_threads():
-    """More than some machines have cores: what each of them does must be right all the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("four_threads")
 def test_more_rows_than_threads_or_blocks(backend: str):
     rows = 600 if backend != "native" else 70_000  # interpreters are slow; the native op splits from 32k elements on

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlmfast.patches import Patch
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
-from vlmfast.patches.upstream import _parameters
+from vlmfast.patches.upstream import parameters
 
 
 def patch_instance(model: nn.Module, class_name: str, methods: Mapping[str, Callable[..., Any]], absent: str) -> Patch:
@@ -39,7 +39,7 @@ def patch_instance(model: nn.Module, class_name: str, methods: Mapping[str, Call
             raise ValueError(f"{cls.__name__} has no {name}: {absent}")
         if owner.__name__ != class_name:
             raise ValueError(f"{name} must be that of {class_name}, got one that {owner.__name__} defines")
-        expected, got = _parameters(function), _parameters(getattr(cls, name))
+        expected, got = parameters(function), parameters(getattr(cls, name))
         if expected != got:
             raise ValueError(f"{class_name}.{name} must take ({', '.join(expected)}), got ({', '.join(got)})")
         if name in vars(module):

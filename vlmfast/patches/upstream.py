@@ -89,7 +89,7 @@ def lock() -> dict[str, dict[str, list[str]]]:
 
 def mismatch(site: Site, cls: type, function: Callable[..., Any]) -> str | None:
     """Why ``function`` must not replace the method of ``cls`` at the site, or None."""
-    expected, got = _parameters(function), _parameters(getattr(cls, site.method))
+    expected, got = parameters(function), parameters(getattr(cls, site.method))
     if expected != got:
         return f"its parameters are ({', '.join(got)}), expected ({', '.join(expected)})"
     try:
@@ -101,7 +101,7 @@ def mismatch(site: Site, cls: type, function: Callable[..., Any]) -> str | None:
     return None
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def parameters(function: Callable[..., Any]) -> list[str]:
     """Names, kinds and defaults; annotations do not matter."""
-    parameters = inspect.signature(function).parameters.values()
-    return [str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in parameters]
+    found = inspect.signature(function).parameters.values()
+    return [str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in found]
