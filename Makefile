@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
+JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
@@ -13,8 +14,8 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
 	$(BIN)/python -m vlmfast demo
 
-test: $(VENV)/built          ## every test that this machine can run
-	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch $(BIN)/python -m pytest
+test: $(VENV)/built          ## every test that this machine can run; JOBS of them at a time, each on one thread
+	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-matrix: $(VENV)/built   ## the patches under every supported transformers
 	$(BIN)/nox
@@ -40,7 +41,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest accelerate peft ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest pytest-xdist accelerate peft ruff mypy clang-format==20.1.8 nox
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -108,11 +108,13 @@ def compiled_kernels() -> list[dict]:
     return records
 
 
+@pytest.mark.xdist_group("compiled kernels")
 def test_triton_kernels_compile_for_every_target(compiled_kernels: list[dict]):
     for op in OPS.values():
         if not isinstance(op.backend("triton"), str):
             assert {r["target"] for r in compiled_kernels if r["op"] == op.name} == set(TARGETS), op.name
 
 
+@pytest.mark.xdist_group("compiled kernels")
 def test_triton_kernels_spill_no_register(compiled_kernels: list[dict]):
     assert not [r for r in compiled_kernels if r["spills"]]
