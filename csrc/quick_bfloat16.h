@@ -1,8 +1,8 @@
 // Blocks of bfloat16 rounded by the processor, where it can: for csrc/*_kernels.cpp alone.
 //
 // One instruction rounds a block, where store() of vector.h takes eleven. It takes subnormals for zeros and makes zeros
-// of them, so it is for rows that have none: `Least` tells. It also packs the first register before the second, and so
-// moves the elements: rounding a block changes their order, storing it restores it.
+// of them, so it is for rows that have none: `Least` tells. It packs one register after the other, while load() keeps
+// the even elements in one and the odd ones in the other: what was rounded so is to be put in order again.
 #pragma once
 
 #include "vector.h"
@@ -17,17 +17,14 @@ struct Quick {
 };
 
 #if defined(__AVX512BF16__)
+// Which word of a register to take for each word of another.
 struct Order {
   uint16_t from[kBlock];
 };
-// Which element comes to lie where by one packing (-1), and which to take to undo several.
-constexpr Order order(int packings) {
+template <class F>
+constexpr Order order(const F& from) {
   Order result{};
-  for (int i = 0; i < kBlock; ++i) {
-    int from = packings < 0 ? i % kLanes * 2 + i / kLanes : i;
-    for (int n = 0; n < packings; ++n) from = from % 2 * kLanes + from / 2;
-    result.from[i] = static_cast<uint16_t>(from);
-  }
+  for (int i = 0; i < kBlock; ++i) result.from[i] = static_cast<uint16_t>(from(i));
   return result;
 }
 
@@ -35,24 +32,31 @@ template <>
 struct Quick<BFloat16> {
   static constexpr bool kExists = true;
 
-  static VLMFAST_INLINE Block round(const Block& block) { return widen(pack(block)); }
-
-  // In the order of what round() returns.
-  template <class Count>
-  static VLMFAST_INLINE Block load_rounded(const BFloat16* from, Count count) {
-    return widen(reorder<-1>(load_words(from, count)));
+  // sum + block * block, the product being exact, as that of bfloat16 is from kExactSquare on.
+  static constexpr float kExactSquare = 0x1p-67f;
+  static VLMFAST_INLINE Block add_square(const Block& sum, const Block& block) {
+    return each_part([&](int i) {
+      const __m512 value = (__m512)block.part[i];
+      return (Float)_mm512_fmadd_ps(value, value, (__m512)sum.part[i]);
+    });
   }
 
-  // Of a block that was `rounded` times the result of round().
-  template <int rounded>
+  // Both in the elements' own order.
+  static VLMFAST_INLINE Block round(const Block& block) { return widen<true>(pack(block)); }
+  template <class Count>
+  static VLMFAST_INLINE Block load_in_order(const BFloat16* from, Count count) {
+    return widen<false>(load_words(from, count));
+  }
+
+  template <bool in_order>
   static VLMFAST_INLINE void store(BFloat16* to, const Block& block, Whole) {
-    const Bits words = reorder<rounded + 1>(pack(block));
+    const Bits words = in_order ? pack(block) : unpacked(pack(block));
     std::memcpy(to, &words, sizeof(words));
   }
-  template <int rounded>
+  template <bool in_order>
   static VLMFAST_INLINE void store(BFloat16* to, const Block& block, int count) {
     BFloat16 padded[kBlock];
-    store<rounded>(padded, block, Whole{});
+    store<in_order>(padded, block, Whole{});
     std::memcpy(to, padded, count * sizeof(BFloat16));
   }
 
@@ -90,18 +94,27 @@ struct Quick<BFloat16> {
   typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
   static constexpr __mmask32 kEach = ~__mmask32{};  // see kAll in vector.h
 
-  static VLMFAST_INLINE Block widen(Bits words) {
-    Block block;
-    vlmfast::widen(words, block.part);
-    return block;
-  }
   static VLMFAST_INLINE Bits pack(const Block& block) {
     return (Bits)_mm512_cvtne2ps_pbh((__m512)block.part[1], (__m512)block.part[0]);
   }
-  template <int packings>
-  static VLMFAST_INLINE Bits reorder(Bits words) {
-    static constexpr Order kOrder = order(packings);
+  // Undoes what packing a block of load() does to the order.
+  static VLMFAST_INLINE Bits unpacked(Bits words) {
+    static constexpr Order kOrder = order(place<BFloat16>);
     return (Bits)_mm512_maskz_permutexvar_epi16(kEach, load_unaligned<__m512i>(kOrder.from), (__m512i)words);
+  }
+  // The first half of the elements into one register, the second into the next: each word into an upper half.
+  template <bool packed>
+  static VLMFAST_INLINE Block widen(Bits words) {
+    static constexpr Order kOrder[kParts] = {order(word_for<packed, 0>), order(word_for<packed, 1>)};
+    constexpr __mmask32 kUpper = 0xaaaaaaaa;
+    return each_part([&](int i) {
+      return (Float)_mm512_maskz_permutexvar_epi16(kUpper, load_unaligned<__m512i>(kOrder[i].from), (__m512i)words);
+    });
+  }
+  template <bool packed, int part>
+  static constexpr int word_for(int i) {
+    const int element = part * kLanes + i / 2;
+    return packed ? place<BFloat16>(element) : element;
   }
   static VLMFAST_INLINE Bits load_words(const BFloat16* from, Whole) { return load_unaligned<Bits>(from); }
   static VLMFAST_INLINE Bits load_words(const BFloat16* from, int count) {

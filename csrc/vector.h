@@ -324,23 +324,19 @@ VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, 
   return sum;
 }
 
-// Sums over a row the N blocks that terms(offset, count, blocks) gives, to the bit as torch.sum of float32 does on
+// N sums over a row of the blocks that add_terms(offset, count, sums) adds, to the bit as torch.sum of float32 does on
 // x86-64 (aten/src/ATen/native/cpu/SumKernel.cpp, with vectors of 8 lanes on every machine): four chains of vectors;
 // each chain 16 additions at a time, 16 of such sums at a time, and so on; the rest of fewer than four vectors into the
 // first chain; the elements that fill no vector one after the other; then the chains, then the lanes.
-template <class T, int N, class Terms>
-VLMFAST_INLINE void torch_sum(int64_t size, const Terms& terms, float (&sums)[N]) {
+template <class T, int N, class AddTerms>
+VLMFAST_INLINE void torch_sum(int64_t size, const AddTerms& add_terms, float (&sums)[N]) {
   constexpr int kLevels = 3, kStep = 16;
   const int64_t blocks = size / kBlock;
   int64_t block = 0;
-  Block running[N] = {}, level[kLevels][N] = {}, next[N];
+  Block running[N] = {}, level[kLevels][N] = {}, last[N] = {};
   const auto add_until = [&](int64_t end) VLMFAST_INLINE_LAMBDA {
 #pragma GCC unroll 1
-    for (; block < end; ++block) {
-      terms(block * kBlock, Whole{}, next);
-      VLMFAST_UNROLL
-      for (int n = 0; n < N; ++n) running[n] = running[n] + next[n];
-    }
+    for (; block < end; ++block) add_terms(block * kBlock, Whole{}, running);
   };
   while (block + kStep <= blocks) {
     add_until(block + kStep);
@@ -364,9 +360,9 @@ VLMFAST_INLINE void torch_sum(int64_t size, const Terms& terms, float (&sums)[N]
       for (int n = 0; n < N; ++n) running[n] = running[n] + level[above][n];
     }
   }
-  if (size % kBlock > 0) terms(blocks * kBlock, static_cast<int>(size % kBlock), next);
+  if (size % kBlock > 0) add_terms(blocks * kBlock, static_cast<int>(size % kBlock), last);
   VLMFAST_UNROLL
-  for (int n = 0; n < N; ++n) sums[n] = torch_sum_of_lanes<T>(running[n], next[n], size);
+  for (int n = 0; n < N; ++n) sums[n] = torch_sum_of_lanes<T>(running[n], last[n], size);
 }
 
 }  // namespace

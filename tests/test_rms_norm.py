@@ -104,6 +104,7 @@ def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, varia
     residual[:, 7] = -1.25 * x[:, 7]
     residual[::3] *= 2.0**-120
     x[::5, 9], x[::7], residual[::7] = 0.0, x[::7] * 2.0**-125, 0.0
+    x[1::7] *= 2.0**-70  # their squares are subnormal, and rounded before they are added
     x[:4, 3] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38])
     weight[7], weight[11] = 1.5 * 2.0**weight_exponent, 0.0
     x, residual, weight = (values.to(torch.bfloat16) for values in (x, residual, weight))
