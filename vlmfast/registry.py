@@ -226,8 +226,8 @@ def op(
         check.__qualname__ = name  # what Python calls it where an argument is missing
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)
-        parameters = [(name, parameter.default) for name, parameter in inspect.signature(reference).parameters.items()]
-        defaults = tuple(default for _, default in parameters)
+        parameters = {name: parameter.default for name, parameter in inspect.signature(reference).parameters.items()}
+        names, defaults = tuple(parameters), tuple(parameters.values())
         is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
         is_grad_enabled, function_transforms = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
 
@@ -243,8 +243,8 @@ def op(
             check(*args, **kwargs)
             if function_transforms() or forward_ad._current_level >= 0:
                 return entry.run_definition(*args, **kwargs)
-            if kwargs:  # three quarters of what they would cost on the way down
-                args = _by_position(parameters, args, kwargs)
+            if kwargs:  # which every call on the way down would pay for
+                args = _by_position(names, defaults, args, kwargs)
             if recorded and differentiable is not None:
                 return differentiable.apply(*args, *defaults[len(args) :])
             return entry.run(*args)
@@ -255,18 +255,15 @@ def op(
     return register
 
 
-def _by_position(parameters: list[tuple[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _by_position(
+    names: tuple[str, ...], defaults: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
     """The arguments of a checked call, up to the last that was given; by hand, because `Signature.bind` costs 2 us."""
-    values, missing = list(args), len(kwargs)
-    for name, default in parameters[len(args) :]:
-        if name in kwargs:
-            values.append(kwargs[name])
-            missing -= 1
-            if not missing:
-                break
-        else:
-            values.append(default)
-    return tuple(values)
+    first = len(args)
+    if names[first : first + len(kwargs)] == tuple(kwargs):  # none left out: 0.2 us less
+        return (*args, *kwargs.values())
+    last = max(map(names.index, kwargs))
+    return (*args, *map(kwargs.get, names[first : last + 1], defaults[first : last + 1]))
 
 
 def _requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
