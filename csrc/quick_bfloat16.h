@@ -1,6 +1,6 @@
 // Blocks of bfloat16 rounded by the processor, where it can: for csrc/*_kernels.cpp alone.
 //
-// One instruction rounds a block, where store() of vector.h takes eleven. It takes subnormals for zeros and makes zeros
+// One instruction rounds a block, where store() of vector.h takes many. It takes subnormals for zeros and makes zeros
 // of them, so it is for rows that have none: `Least` tells. It packs one register after the other, while load() keeps
 // the even elements in one and the odd ones in the other: what was rounded so is to be put in order again.
 #pragma once

@@ -260,7 +260,7 @@ def _by_position(
 ) -> tuple[Any, ...]:
     """The arguments of a checked call, up to the last that was given; by hand, because `Signature.bind` costs 2 us."""
     first = len(args)
-    if names[first : first + len(kwargs)] == tuple(kwargs):  # none left out: 0.2 us less
+    if names[first : first + len(kwargs)] == tuple(kwargs):  # none left out
         return (*args, *kwargs.values())
     last = max(map(names.index, kwargs))
     return (*args, *map(kwargs.get, names[first : last + 1], defaults[first : last + 1]))

@@ -25,7 +25,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> None:
-    # What nearly every call brings, without the calls below: they would cost 0.2 us of 3.6.
+    # What nearly every call brings, without the calls below.
     if (
         type(x) in PLAIN
         and type(weight) in PLAIN
