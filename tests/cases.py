@@ -34,7 +34,8 @@ def _parameters(*axes: Any) -> list:
     return found
 
 
-DIFFERENTIABLE = [op for op in OPS.values() if op.backward is not None]
+DIFFERENTIABLE = [op for op in OPS.values() if op.backward is not None or op.compose is not None]
+PRIMITIVE = [op for op in OPS.values() if op.compose is None]  # not made of others
 REPLACING = [op for op in OPS.values() if op.upstream is not None]  # Hugging Face has a module for it
 
 

@@ -109,7 +109,7 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 def main(targets: list[str]) -> None:
     records, done = [], set()
     for op in OPS.values():
-        if isinstance(op.backend("triton"), str):
+        if op.compose is not None or isinstance(op.backend("triton"), str):
             continue
         for kernel, arguments, options in launches(op):
             source = source_of(kernel, arguments)

@@ -13,6 +13,7 @@ from tests.cases import (
     DIFFERENTIABLE,
     DTYPES,
     EACH_OP,
+    PRIMITIVE,
     REPLACING,
     calls,
     each,
@@ -163,12 +164,18 @@ def test_second_gradient(op: Op):
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
 
 
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_opcheck(op: Op):
     """torch's own checks of a custom op; on inputs that need a gradient where there is one."""
     for args in list(op.samples("cpu", torch.float32))[:6]:
         leaves = tuple(a.requires_grad_(op in DIFFERENTIABLE) if is_float(a) else a for a in args)
         torch.library.opcheck(getattr(torch.ops.vlmfast, op.name).default, leaves)
+
+
+def assert_traced_alike(op: Op, got: Tensors, want: Tensors) -> None:
+    """The same bits; tracers take torch's part of a composed op apart and sum in another order."""
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w) if op.compose is None else torch.allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -178,12 +185,10 @@ def test_compiles_into_one_graph(op: Op, dynamic: bool):
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for args in list(op.samples("cpu", torch.float32))[:4]:
-        for got, want in zip(outputs(compiled(*args)), outputs(op.function(*args)), strict=True):
-            assert torch.equal(got, want)
+        assert_traced_alike(op, outputs(compiled(*args)), outputs(op.function(*args)))
         if op in DIFFERENTIABLE:
             grads = ones(op, args)
-            for got, want in zip(gradients(compiled, args, grads), gradients(op.function, args, grads), strict=True):
-                assert torch.equal(got, want)
+            assert_traced_alike(op, gradients(compiled, args, grads), gradients(op.function, args, grads))
 
 
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
@@ -201,8 +206,7 @@ def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
             return [leaves[index].grad for index in needed]
 
         compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-        for got, want in zip(grads(compiled), grads(op.function), strict=True):
-            assert torch.equal(got, want)
+        assert_traced_alike(op, grads(compiled), grads(op.function))
 
 
 @pytest.mark.parametrize("op", EACH_OP)

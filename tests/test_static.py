@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vlmfast
-from tests.cases import EACH_OP, require
+from tests.cases import EACH_OP, PRIMITIVE, each, require
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(vlmfast.__file__).parents[1]
@@ -36,7 +36,7 @@ def parameters(function) -> list:
     return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_triton_launcher_has_the_signature_of_the_definition(op: Op):
     require(op, "triton")
     backend = op.backend("triton")
@@ -44,7 +44,7 @@ def test_triton_launcher_has_the_signature_of_the_definition(op: Op):
 
 
 @pytest.mark.parametrize("backend", ["native", "emulated"])
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_compiled_op_has_the_schema_of_the_definition(op: Op, backend: str):
     require(op, backend)
     compiled, defined = (
@@ -110,7 +110,7 @@ def compiled_kernels() -> list[dict]:
 
 @pytest.mark.xdist_group("compiled kernels")
 def test_triton_kernels_compile_for_every_target(compiled_kernels: list[dict]):
-    for op in OPS.values():
+    for op in PRIMITIVE:
         if not isinstance(op.backend("triton"), str):
             assert {r["target"] for r in compiled_kernels if r["op"] == op.name} == set(TARGETS), op.name
 

@@ -2,6 +2,7 @@
 
 from vlmfast.deepstack import deepstack, deepstack_levels
 from vlmfast.ops.masked_rows import compact_tokens, deepstack_add, place_embeddings, row_index
+from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
 from vlmfast.ops.rms_norm import add_rms_norm, rms_norm
 from vlmfast.patches import Patch, patch, unpatch
 from vlmfast.registry import explain, use
@@ -17,6 +18,8 @@ __all__ = [
     "deepstack_levels",
     "explain",
     "patch",
+    "pixel_shuffle",
+    "pixel_shuffle_linear",
     "place_embeddings",
     "repack",
     "rms_norm",

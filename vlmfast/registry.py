@@ -60,6 +60,10 @@ class Op:
     setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
     backward: Callable[..., Any] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
+    # An op made of other ops: what runs in place of the definition, and the ops in it that backends provide. It is
+    # traced through and differentiated through.
+    compose: Callable[..., Any] | None = None
+    parts: tuple[str, ...] = ()
     _loaded: dict[str, backends.Backend | str] = field(default_factory=dict, repr=False)
 
     @property
@@ -72,8 +76,17 @@ class Op:
         """The backend of that name, or the reason why it is absent."""
         found = self._loaded.get(name)
         if found is None:
-            found = self._loaded[name] = backends.LOADERS[name](self.name, self.stem, self.reference)
+            composed = self.compose is not None and name != "torch"
+            found = self._composed(name) if composed else backends.LOADERS[name](self.name, self.stem, self.reference)
+            self._loaded[name] = found
         return found
+
+    def _composed(self, name: str) -> backends.Backend | str:
+        for part in self.parts:
+            found = OPS[part].backend(name)
+            if isinstance(found, str):
+                return f"{part}: {found}"
+        return backends.Backend(name, cast("Callable[..., Any]", self.compose), lambda *args, **kwargs: None)
 
     def refusals(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, str | None]]:
         """(backend, why it cannot run this call, or None) in order of preference; a pinned backend stands alone."""
@@ -85,6 +98,7 @@ class Op:
             return backend
         if (
             self.backward is None
+            and self.compose is None
             and torch.is_grad_enabled()
             and backend.name != "torch"
             and _requires_grad(args, kwargs)
@@ -202,6 +216,8 @@ def op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     exact: bool = False,
+    compose: Callable[..., Any] | None = None,
+    parts: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
     """Register the decorated function as an op; its body becomes the definition. See `Op` for the arguments."""
 
@@ -221,9 +237,13 @@ def op(
             setup_context,
             backward,
             exact,
+            compose,
+            parts,
         )
         OPS[name] = entry
         check.__qualname__ = name  # what Python calls it where an argument is missing
+        if compose is not None:
+            return cast("OpFunction[P, R]", _composed_function(entry))
         overload = _register_with_torch(entry)
         differentiable = _autograd_function(entry)
         parameters = {name: parameter.default for name, parameter in inspect.signature(reference).parameters.items()}
@@ -264,6 +284,21 @@ def _by_position(
         return (*args, *kwargs.values())
     last = max(map(names.index, kwargs))
     return (*args, *map(kwargs.get, names[first : last + 1], defaults[first : last + 1]))
+
+
+def _composed_function(entry: Op) -> Callable[..., Any]:
+    """The function that a user calls, of an op made of others: those are what tracers see and what has gradients."""
+    is_compiling, compose = torch.compiler.is_compiling, cast("Callable[..., Any]", entry.compose)
+
+    @functools.wraps(entry.reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        entry.check(*args, **kwargs)
+        if is_compiling():  # a tracer cannot read a context variable
+            return compose(*args, **kwargs)
+        return entry.run(*args, **kwargs)
+
+    call.op = entry  # type: ignore[attr-defined]
+    return call
 
 
 def _requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

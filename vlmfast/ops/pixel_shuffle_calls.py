@@ -1,0 +1,397 @@
+"""The calls of pixel_shuffle.py's ops: what a good one looks like, which to test, to refuse and to time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import GELU, Identity
+
+from vlmfast import checks
+from vlmfast.registry import BadCall
+
+ORDERS = ("row", "column")
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # -> torch's name of the approximation
+
+# ---- what a call must look like ----
+
+
+def square(x: Tensor) -> tuple[int, int]:
+    """The grid of a square of patches."""
+    side = math.isqrt(x.shape[1])
+    if side * side != x.shape[1]:
+        raise ValueError(f"grid must be given: the {x.shape[1]} patches of x are no square")
+    return side, side
+
+
+def _check_layout(grid: Sequence[int], scale: int, order: str, input_scale: float) -> None:
+    if not isinstance(scale, (int, torch.SymInt)) or isinstance(scale, bool) or scale < 1:
+        raise ValueError(f"scale must be an int of at least 1, got {scale!r}")
+    sides = tuple(grid) if isinstance(grid, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in sides):
+        raise ValueError(f"grid must be (height, width), got {grid!r}")
+    if min(sides) < 0 or any(side % scale for side in sides):
+        raise ValueError(f"grid must be divisible by scale, {scale}, got {sides}")
+    checks.one_of("order", order, ORDERS)
+    number = isinstance(input_scale, (int, float)) and not isinstance(input_scale, bool)
+    if not (number and abs(input_scale) < math.inf):  # not math.isfinite, which torch.compile cannot trace
+        raise ValueError(f"input_scale must be a finite number, got {input_scale!r}")
+
+
+def _check_tokens(name: str, x: Tensor, tokens: int, grid: Sequence[int]) -> None:
+    checks.float_tensor(name, x)
+    if x.dim() != 3 or x.shape[1] != tokens:
+        raise ValueError(f"{name} must have shape (B, {tokens}, C) for a grid of {tuple(grid)}, got {tuple(x.shape)}")
+
+
+def check_pixel_shuffle(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> None:
+    _check_layout(grid, scale, order, input_scale)
+    _check_tokens("x", x, grid[0] * grid[1], grid)
+
+
+def check_pixel_unshuffle(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> None:
+    _check_layout(grid, scale, order, input_scale)
+    _check_tokens("x", x, grid[0] * grid[1] // scale**2, grid)
+    if x.shape[2] % scale**2:
+        raise ValueError(f"x must have a multiple of scale**2 = {scale**2} channels, got {x.shape[2]}")
+
+
+def _check_norm_vector(name: str, value: Tensor, x: Tensor, scale: int) -> None:
+    checks.float_tensor(name, value)
+    channels = x.shape[2]
+    if value.dim() != 1 or value.shape[0] not in (channels, scale**2 * channels):
+        raise ValueError(
+            f"{name} must have shape ({scale**2 * channels},), the channels of a token, or ({channels},), those of a "
+            f"patch, got {tuple(value.shape)}"
+        )
+    checks.same_device(name, value, "x", x)
+
+
+def check_norm(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: Sequence[int],
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> None:
+    check_pixel_shuffle(x, grid, scale, order, input_scale)
+    _check_norm_vector("norm_weight", norm_weight, x, scale)
+    checks.float_tensor("norm_bias", norm_bias)
+    checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
+    checks.same_device("norm_bias", norm_bias, "x", x)
+    checks.epsilon("norm_eps", norm_eps)
+
+
+def check_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    grid: Sequence[int],
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> None:
+    check_norm(x, norm_weight, norm_weight, grid, scale, order, input_scale, norm_eps)
+    checks.float_tensor("grad_output", grad_output)
+    expected = (x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2)
+    if grad_output.shape != expected:
+        raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
+    checks.same_device("grad_output", grad_output, "x", x)
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str | None = None,
+) -> None:
+    checks.float_tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (B, height * width, C), got {tuple(x.shape)}")
+    check_pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale)
+    checks.float_tensor("weight", weight)
+    channels = scale**2 * x.shape[2]
+    if weight.dim() != 2 or weight.shape[1] != channels:
+        raise ValueError(f"weight must have shape (out, {channels}), got {tuple(weight.shape)}")
+    checks.same_device("weight", weight, "x", x)
+    if bias is not None:
+        checks.float_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}")
+    if norm_weight is not None:
+        _check_norm_vector("norm_weight", norm_weight, x, scale)
+    if norm_bias is not None:
+        if norm_weight is None:
+            raise ValueError("norm_bias must be None where norm_weight is, got a tensor")
+        checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
+    checks.epsilon("norm_eps", norm_eps)
+    if activation is not None:
+        checks.one_of("activation", activation, tuple(ACTIVATIONS))
+
+
+# ---- the code that the ops replace ----
+
+
+def shuffle_upstream(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> Callable[[], Tensor]:
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    idefics: Any = Idefics3Connector.pixel_shuffle
+    internvl: Any = InternVLModel.pixel_shuffle
+
+    def run() -> Tensor:
+        patches = (x if input_scale == 1.0 else x * input_scale).contiguous()  # both view their argument
+        if grid[0] == grid[1]:
+            tokens: Tensor = idefics(None, patches, scale)  # squares alone, any scale
+            tokens = tokens.view(x.shape[0], grid[0] // scale, grid[1] // scale, tokens.shape[2])
+        else:
+            tokens = internvl(None, patches.view(x.shape[0], *grid, x.shape[2]), 1 / scale)  # a power of two
+        return (tokens.transpose(1, 2) if order == "column" else tokens).flatten(1, 2)
+
+    return run
+
+
+def norm_upstream(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: Sequence[int],
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> Callable[[], Tensor]:
+    def norm(rows: Tensor) -> Tensor:
+        return F.layer_norm(rows, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+
+    def run() -> Tensor:
+        if norm_weight.shape[0] == x.shape[2]:
+            return shuffle_upstream(norm(x if input_scale == 1.0 else x * input_scale), grid, scale, order)()
+        return norm(shuffle_upstream(x, grid, scale, order, input_scale)())
+
+    return run
+
+
+def linear_upstream(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str | None = None,
+) -> Callable[[], Tensor]:
+    layout = square(x) if grid is None else grid, scale, order, input_scale
+    if norm_weight is None:
+        tokens = shuffle_upstream(x, *layout)
+    else:
+        tokens = norm_upstream(
+            x, norm_weight, torch.zeros_like(norm_weight) if norm_bias is None else norm_bias, *layout, norm_eps
+        )
+    act = Identity() if activation is None else GELU(ACTIVATIONS[activation])
+    return lambda: act(F.linear(tokens(), weight, bias))
+
+
+def bare_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Callable[[], Tensor]:
+    """The product alone, of rows that are shuffled already: the limit."""
+    rows = torch.randn(x.numel() // weight.shape[1], weight.shape[1], device=x.device).to(x.dtype)
+    return lambda: F.linear(rows, weight, bias)
+
+
+# ---- calls to test, to refuse and to time ----
+
+# (B, C), the grid, the scale
+_MAPS = [
+    ((1, 64), (4, 4), 2),
+    ((2, 24), (2, 6), 2),
+    ((3, 7), (6, 4), 2),
+    ((1, 32), (9, 9), 3),
+    ((2, 16), (8, 4), 4),
+    ((1, 1000), (2, 2), 2),
+    ((0, 16), (4, 4), 2),
+    ((2, 16), (0, 4), 2),
+    ((2, 0), (4, 4), 2),
+    ((2, 5), (3, 2), 1),
+]
+
+
+def shuffle_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for position, ((batch, channels), grid, scale) in enumerate(_MAPS):
+        x = torch.randn(batch, grid[0] * grid[1] + 1, channels, device=device, dtype=dtype)[:, 1:]  # behind a CLS token
+        yield x, grid, scale, ORDERS[position % 2], (1.0, 0.5, 0.3)[position % 3]
+
+
+def unshuffle_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, grid, scale, order, input_scale in shuffle_samples(device, dtype):
+        tokens = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
+        yield tokens, grid, scale, order, input_scale
+
+
+def norm_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for position, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
+        if x.shape[2] == 0:
+            continue  # the mean of nothing
+        size = x.shape[2] * (1 if position % 3 == 0 else scale**2)
+        weight, bias = torch.randn(2, size, device=device, dtype=dtype)
+        offset = 10.0 * (position % 2)  # ViT features have rows whose mean is far from zero
+        yield x + offset, weight, bias, grid, scale, order, input_scale, (1e-5, 1e-6)[position % 2]
+
+
+def norm_backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for x, weight, _, grid, scale, order, input_scale, eps in norm_samples(device, dtype):
+        grad = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
+        yield grad, x, weight, grid, scale, order, input_scale, eps
+
+
+def linear_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for position, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
+        channels = x.shape[2] * scale**2
+        if channels == 0:
+            continue
+        weight, bias = (torch.randn(size, device=device, dtype=dtype) for size in ((24, channels), (24,)))
+        normalised = (None, channels, x.shape[2])[position % 3]
+        norm = [None, None] if normalised is None else list(torch.randn(2, normalised, device=device, dtype=dtype))
+        activation = (None, "gelu", "gelu_tanh")[position % 3]
+        layout = x, weight, (None, bias)[position % 2], grid, scale, order, input_scale
+        yield *layout, *norm, 1e-6, activation
+
+
+def _layout_bad_calls() -> Iterator[tuple[tuple[Any, ...], type[Exception], str]]:
+    yield ((4, 3),), ValueError, r"grid must be divisible by scale, 2, got \(4, 3\)"
+    yield ((4, 4), 3), ValueError, r"grid must be divisible by scale, 3, got \(4, 4\)"
+    yield ((4,),), ValueError, r"grid must be \(height, width\), got \(4,\)"
+    yield ((4, 4), 0), ValueError, "scale must be an int of at least 1, got 0"
+    yield ((4, 4), 2, "diagonal"), ValueError, "order must be one of 'row', 'column', got 'diagonal'"
+    yield ((4, 4), 2, "row", float("inf")), ValueError, "input_scale must be a finite number, got inf"
+
+
+def shuffle_bad_calls() -> Iterator[BadCall]:
+    x = torch.ones(1, 16, 8)
+    yield BadCall(([1.0], (4, 4)), TypeError, "x must be a torch.Tensor, got list")
+    yield BadCall((x.double(), (4, 4)), TypeError, "x must be float32, float16 or bfloat16, got torch.float64")
+    yield BadCall((x[0], (4, 4)), ValueError, r"x must have shape \(B, 16, C\) .* got \(16, 8\)")
+    yield BadCall((x, (4, 6)), ValueError, r"x must have shape \(B, 24, C\) for a grid of \(4, 6\), got \(1, 16, 8\)")
+    for layout, error, message in _layout_bad_calls():
+        yield BadCall((x, *layout), error, message)
+
+
+def unshuffle_bad_calls() -> Iterator[BadCall]:
+    x = torch.ones(1, 4, 32)
+    yield BadCall((x.double(), (4, 4)), TypeError, "x must be float32, float16 or bfloat16, got torch.float64")
+    yield BadCall((x, (4, 6)), ValueError, r"x must have shape \(B, 6, C\) for a grid of \(4, 6\), got \(1, 4, 32\)")
+    yield BadCall((x[..., :30], (4, 4)), ValueError, r"x must have a multiple of scale\*\*2 = 4 channels, got 30")
+    for layout, error, message in _layout_bad_calls():
+        yield BadCall((x, *layout), error, message)
+
+
+def norm_bad_calls() -> Iterator[BadCall]:
+    x, weight = torch.ones(1, 16, 8), torch.ones(32)
+    for layout, error, message in _layout_bad_calls():
+        yield BadCall((x, weight, weight, *layout), error, message)
+    message = r"norm_weight must have shape \(32,\).* or \(8,\).* got \(16,\)"
+    yield BadCall((x, torch.ones(16), weight, (4, 4)), ValueError, message)
+    yield BadCall((x, weight, torch.ones(8), (4, 4)), ValueError, "norm_bias must have the shape of norm_weight")
+    yield BadCall((x, weight.double(), weight, (4, 4)), TypeError, "norm_weight must be float32, float16 or bfloat16")
+    nan = (x, weight, weight, (4, 4), 2, "row", 1.0, float("nan"))
+    yield BadCall(nan, ValueError, "norm_eps must be finite and not negative, got nan")
+
+
+def norm_backward_bad_calls() -> Iterator[BadCall]:
+    x, weight = torch.ones(1, 16, 8), torch.ones(32)
+    for layout, error, message in _layout_bad_calls():
+        yield BadCall((torch.ones(1, 4, 32), x, weight, *layout), error, message)
+    yield BadCall((x, x, weight, (4, 4)), ValueError, r"grad_output must have shape \(1, 4, 32\), got \(1, 16, 8\)")
+
+
+def linear_bad_calls() -> Iterator[BadCall]:
+    x, weight = torch.ones(1, 16, 8), torch.ones(5, 32)
+    for layout, error, message in _layout_bad_calls():
+        yield BadCall((x, weight, None, *layout), error, message)
+    yield BadCall((x[0], weight), ValueError, r"x must have shape \(B, height \* width, C\), got \(16, 8\)")
+    yield BadCall((x[:, :15], weight), ValueError, "grid must be given: the 15 patches of x are no square")
+    yield BadCall((x, weight[:, :31]), ValueError, r"weight must have shape \(out, 32\), got \(5, 31\)")
+    yield BadCall((x, weight, torch.ones(6)), ValueError, r"bias must have shape \(5,\), .* got \(6,\)")
+    rest = (4, 4), 2, "row", 1.0
+    yield BadCall((x, weight, None, *rest, torch.ones(31)), ValueError, r"norm_weight must have shape \(32,\)")
+    yield BadCall(
+        (x, weight, None, *rest, None, torch.ones(32)), ValueError, "norm_bias must be None where norm_weight"
+    )
+    relu = (x, weight, None, *rest, None, None, 1e-5, "relu")
+    yield BadCall(relu, ValueError, "activation must be one of 'gelu', 'gelu_tanh', got 'relu'")
+
+
+# Images, patches, channels, scale, width of the language model, LayerNorm, activation
+_CONNECTORS = {
+    "InternViT-300M to 896": (32, 1024, 2, 896, True, "gelu"),
+    "InternViT-300M to 3584": (32, 1024, 2, 3584, True, "gelu"),
+    "nanoVLM": (32, 768, 4, 960, False, None),
+    "Idefics3": (26, 1152, 2, 4096, False, None),
+}
+
+
+def _connectors(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
+    for images in (1,) if device == "cpu" else (1, 16, 64):
+        for label, (side, channels, *rest) in _CONNECTORS.items():
+            x = torch.randn(images, side * side, channels, device=device, dtype=dtype)
+            yield f"{images} x {label}", x, ((side, side), *rest)
+
+
+def shuffle_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, x, (grid, scale, *_) in _connectors(device, dtype):
+        if "896" not in label:  # the width behind the product does not matter here
+            yield label.split(" to ")[0], (x, grid, scale)
+
+
+def unshuffle_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (x, grid, scale) in shuffle_workloads(device, dtype):
+        yield label, (x.view(x.shape[0], -1, x.shape[2] * scale**2), grid, scale)
+
+
+def norm_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (x, grid, scale) in shuffle_workloads(device, dtype):
+        if "InternViT" in label:
+            weight, bias = torch.randn(2, x.shape[2] * scale**2, device=device, dtype=dtype)
+            yield label, (x, weight, bias, grid, scale)
+
+
+def norm_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (x, weight, _, grid, scale) in norm_workloads(device, dtype):
+        yield label, (torch.randn_like(x).view(x.shape[0], -1, weight.shape[0]), x, weight, grid, scale)
+
+
+def linear_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, x, (grid, scale, out, norm, activation) in _connectors(device, dtype):
+        channels = x.shape[2] * scale**2
+        weight = torch.randn(out, channels, device=device, dtype=dtype) * channels**-0.5
+        bias, *vectors = (torch.randn(size, device=device, dtype=dtype) for size in (out, channels, channels))
+        layout = (x, weight, bias if norm else None, grid, scale, "row", 1.0)
+        yield label, (*layout, *(vectors if norm else (None, None)), 1e-5, activation)
+
+
+def linear_output_bytes(x: Tensor, weight: Tensor) -> int:
+    return x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
