@@ -20,6 +20,7 @@ from vlmfast.kernels.launch import (
     on_device,
     processors,
 )
+from vlmfast.kernels.partial_sums import sum_partials
 
 MAX_ROWS = 2**31 - 64  # rows are counted in 32 bits, their offsets in 64
 MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
@@ -127,22 +128,6 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * hidden + column, partial, mask=column < hidden)
 
 
-@triton.jit
-def _sum_partials_kernel(
-    partial_ptr, grad_weight_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """grad_weight = the sum of the float32 rows that the programs of the backward left."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, partials, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        total += tl.load(
-            partial_ptr + row.to(tl.int64) * hidden + column, mask=(row < partials) & (column < hidden), other=0.0
-        )
-    grad_weight = tl.sum(total, 0, keep_dims=True).to(grad_weight_ptr.dtype.element_ty)
-    tl.store(grad_weight_ptr + column, grad_weight, mask=column < hidden)
-
-
 def rms_norm_unsupported(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> str | None:
     if x.shape[-1] > MAX_HIDDEN:
         return f"the last size of x is {x.shape[-1]}, more than {MAX_HIDDEN}"
@@ -232,7 +217,6 @@ def rms_norm_backward(
     tile = backward_tile(hidden)
     programs = min(ceil_div(rows, tile.rows), 2 * processors(x))
     partials = torch.empty((programs if weight_grad else 0, hidden), dtype=torch.float32, device=x.device)
-    grad_weight = torch.empty(hidden if weight_grad else 0, dtype=weight.dtype, device=x.device)
     with on_device(x):
         _backward_kernel[(programs,)](
             grad_rows,
@@ -255,8 +239,4 @@ def rms_norm_backward(
             num_warps=tile.warps,
             **FP_FUSION,
         )
-        if weight_grad:
-            _sum_partials_kernel[(ceil_div(hidden, 32),)](
-                partials, grad_weight, programs, hidden, BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4, **FP_FUSION
-            )
-    return grad_x, grad_weight
+    return grad_x, sum_partials(partials, weight.dtype) if weight_grad else weight.new_empty(0)

@@ -1,0 +1,35 @@
+"""The second half of a weight's gradient, for every norm: the sum of the float32 rows that the programs left.
+
+A bounded number of rows added up in a fixed order, where atomics would give other bits on every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmfast.kernels.launch import FP_FUSION, ceil_div, on_device
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Sum = the sum of the rows of ``partial``."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, partials, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        total += tl.load(
+            partial_ptr + row.to(tl.int64) * hidden + column, mask=(row < partials) & (column < hidden), other=0.0
+        )
+    tl.store(sum_ptr + column, tl.sum(total, 0, keep_dims=True).to(sum_ptr.dtype.element_ty), mask=column < hidden)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the rows of ``partials``, contiguous and float32, rounded once."""
+    rows, hidden = partials.shape
+    total = torch.empty(hidden, dtype=dtype, device=partials.device)
+    with on_device(partials):
+        _sum_partials_kernel[(ceil_div(hidden, 32),)](
+            partials, total, rows, hidden, BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4, **FP_FUSION
+        )
+    return total
