@@ -273,7 +273,9 @@ def linear_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
         channels = x.shape[2] * scale**2
         if channels == 0:
             continue
-        weight, bias = (torch.randn(size, device=device, dtype=dtype) for size in ((24, channels), (24,)))
+        # The variance of a trained layer: larger products would show the activation's curvature, not the op's error.
+        weight = torch.randn(24, channels, device=device, dtype=dtype) * channels**-0.5
+        bias = torch.randn(24, device=device, dtype=dtype)
         normalised = (None, channels, x.shape[2])[position % 3]
         norm = [None, None] if normalised is None else list(torch.randn(2, normalised, device=device, dtype=dtype))
         activation = (None, "gelu", "gelu_tanh")[position % 3]
