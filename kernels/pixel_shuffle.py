@@ -205,8 +205,8 @@ def _norm_backward_kernel(
         grad_x = inverse * (weighted - _row_sum(weighted) / size - normed * (_row_sum(weighted * normed) / size))
         if SCALED:
             grad_x *= scale
-        grad_x_offset = offset_of(image, position, SCALE * SCALE * height * width * channels, channels)
-        tl.store(grad_x_ptr + grad_x_offset + channel, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_x_row = (image * (SCALE * SCALE * height * width) + position).to(tl.int64) * channels
+        tl.store(grad_x_ptr + grad_x_row + channel, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         grad_weight += grad * normed
         grad_bias += grad
     partial = tl.program_id(0).to(tl.int64) * size + part * channels + channel
