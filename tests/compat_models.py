@@ -105,3 +105,124 @@ class VisionLanguageModel(nn.Module):
         placed = token_embd.clone()
         placed[input_ids == self.tokenizer.image_token_id] = image_embd.flatten(0, -2).to(placed.dtype)
         return placed
+
+
+class Tower(nn.Module):
+    """A vision tower whose patches are pixels, behind a CLS row; its last state is not the last of its layers."""
+
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.embedding = nn.Linear(3, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
+    ) -> SimpleNamespace:
+        patches = self.embedding(pixel_values.flatten(2).transpose(1, 2))
+        states = [torch.cat([patches.sum(1, keepdim=True), patches], 1)]
+        for layer in self.layers:
+            states.append(states[-1] + layer(states[-1]))
+        return SimpleNamespace(
+            last_hidden_state=self.norm(states[-1]), hidden_states=tuple(states) if output_hidden_states else None
+        )
+
+
+class InternVLChatModel(nn.Module):
+    def __init__(self, ps_version: str = "v2", select_layer: int = -1, out: int = 12):
+        super().__init__()
+        self.vision_model = Tower()
+        self.ps_version, self.select_layer, self.downsample_ratio = ps_version, select_layer, 0.5
+        self.mlp1 = nn.Sequential(nn.LayerNorm(4 * WIDTH), nn.Linear(4 * WIDTH, out), nn.GELU(), nn.Linear(out, out))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.extract_feature(pixel_values)
+
+    def pixel_shuffle(self, x: Tensor, scale_factor: float = 0.5) -> Tensor:
+        batch, rows, columns, channels = x.size()
+        scale = int(1 / scale_factor)
+        squares = x.contiguous().view(batch, rows // scale, scale, columns // scale, scale, channels)
+        squares = squares.permute(0, 3, 1, 2, 4, 5) if self.ps_version == "v1" else squares.permute(0, 1, 3, 2, 4, 5)
+        return squares.contiguous().view(*squares.size()[:3], scale**2 * channels)
+
+    def extract_feature(self, pixel_values: Tensor) -> Tensor:
+        final = self.select_layer == -1
+        outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=not final, return_dict=True)
+        patches = (outputs.last_hidden_state if final else outputs.hidden_states[self.select_layer])[:, 1:]
+        side = int(patches.shape[1] ** 0.5)
+        square = patches.reshape(patches.shape[0], side, side, patches.shape[2])
+        tokens = self.pixel_shuffle(square, scale_factor=self.downsample_ratio)
+        return self.mlp1(tokens.reshape(tokens.shape[0], -1, tokens.shape[3]))
+
+
+class InternViTVisionTower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = Tower()
+        self.select_layer, self.scale_pix_shuffle = -1, 0.5
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    def feature_select(self, image_forward_outs: SimpleNamespace) -> Tensor:
+        return image_forward_outs.hidden_states[self.select_layer][:, 1:]
+
+    def pixel_shuffle(self, x: Tensor, scale_factor: float = 0.5) -> Tensor:
+        batch, rows, columns, channels = x.size()
+        scale = int(1 / scale_factor)
+        squares = x.contiguous().view(batch, rows // scale, scale, columns // scale, scale, channels)
+        return squares.permute(0, 1, 3, 2, 4, 5).contiguous().view(batch, rows // scale, columns // scale, -1)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if type(images) is list:
+            features = []
+            for image in images:
+                features.append(self.feature_select(self.vision_tower(image.unsqueeze(0), output_hidden_states=True)))
+        else:
+            pixels = images.to(device=self.device, dtype=self.dtype)
+            features = self.feature_select(self.vision_tower(pixels, output_hidden_states=True)).to(images.dtype)
+        side = int(features.shape[1] ** 0.5)
+        square = features.reshape(features.shape[0], side, side, features.shape[2])
+        tokens = self.pixel_shuffle(square * self.scale_pix_shuffle)
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[3])
+
+
+class ModalityProjector(nn.Module):
+    def __init__(self, scale: int = 2, out: int = 12):
+        super().__init__()
+        self.scale_factor = scale
+        self.proj = nn.Linear(scale**2 * WIDTH, out, bias=False)
+
+    def pixel_shuffle(self, x: Tensor) -> Tensor:
+        batch, patches, channels = x.size()
+        side, scale = int(patches**0.5), self.scale_factor
+        squares = x.reshape(batch, side // scale, scale, side // scale, scale, channels)
+        return squares.permute(0, 1, 3, 2, 4, 5).contiguous().view(batch, -1, scale**2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.pixel_shuffle(x))
+
+
+class OlderVisionLanguageModel(nn.Module):
+    """From before placeholders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.MP = ModalityProjector()
+
+
+OlderVisionLanguageModel.__name__ = "VisionLanguageModel"

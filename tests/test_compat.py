@@ -170,7 +170,8 @@ def test_patch_and_undo(patch, cls: type, names: tuple[str, ...]):
         assert type(model).__name__ == cls.__name__
         assert list(model.state_dict()) == state
         assert all(getattr(type(model), name) is not vars(owner)[name] for name in names)
-        assert handle.report().splitlines()[1:] == [f"  {owner.__name__}.{name}  1 module" for name in names]
+        replaced = [f"  {owner.__name__}.{name}  1 module" for name in names]
+        assert handle.report().splitlines()[1 : len(names) + 1] == replaced
         twin = copy.deepcopy(model)
         with pytest.raises(RuntimeError, match="is patched already"):
             patch(model)
@@ -228,7 +229,12 @@ def test_wrapped(patch, cls: type, names: tuple[str, ...]):
     [
         (fourm.patch, None, TypeError, "model must be a torch.nn.Module, got NoneType"),
         (fourm.patch, VisionLanguageModel(), ValueError, "model must be or hold one FourM, got a VisionL.* with none"),
-        (nanovlm.patch, FourM(), ValueError, "model must be or hold one VisionLanguageModel, got a FourM with none"),
+        (
+            nanovlm.patch,
+            FourM(),
+            ValueError,
+            "VisionLanguageModel or ModalityProjector, got a FourM with none",
+        ),
         (
             fourm.patch,
             type("FourM", (nn.Module,), {})(),

@@ -1,5 +1,5 @@
 """Patches for projects outside transformers, one module each: ``vlmfast.compat.<project>.patch(model)``."""
 
-from vlmfast.compat import fourm, nanovlm
+from vlmfast.compat import fourm, internvl, nanovlm, vita
 
-__all__ = ["fourm", "nanovlm"]
+__all__ = ["fourm", "internvl", "nanovlm", "vita"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.compat.instance import patch_instance
+from vlmfast.compat.instance import Replacements, patch_instance
 from vlmfast.ops.masked_rows import compact_tokens
 from vlmfast.patches import Patch
 
@@ -35,8 +35,11 @@ def patch(model: nn.Module) -> Patch:
     Source:
         FourM.forward_mask_encoder and FourM.forward_mask_decoder of apple/ml-4m, fourm/models/fm.py.
     """
-    methods = {"forward_mask_encoder": forward_mask_encoder, "forward_mask_decoder": forward_mask_decoder}
-    return patch_instance(model, "FourM", methods, "it is not the FourM of apple/ml-4m")
+    replace: Replacements = {
+        "FourM.forward_mask_encoder": forward_mask_encoder,
+        "FourM.forward_mask_decoder": forward_mask_decoder,
+    }
+    return patch_instance(model, "4M", replace, "it is not the FourM of apple/ml-4m")
 
 
 def forward_mask_encoder(
