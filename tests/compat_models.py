@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 WIDTH = 8
 PLACEHOLDER = 3
@@ -126,12 +127,12 @@ class Tower(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
-    ) -> SimpleNamespace:
+    ) -> BaseModelOutput:
         patches = self.embedding(pixel_values.flatten(2).transpose(1, 2))
         states = [torch.cat([patches.sum(1, keepdim=True), patches], 1)]
         for layer in self.layers:
             states.append(states[-1] + layer(states[-1]))
-        return SimpleNamespace(
+        return BaseModelOutput(
             last_hidden_state=self.norm(states[-1]), hidden_states=tuple(states) if output_hidden_states else None
         )
 
@@ -177,7 +178,7 @@ class InternViTVisionTower(nn.Module):
     def device(self) -> torch.device:
         return self.vision_tower.device
 
-    def feature_select(self, image_forward_outs: SimpleNamespace) -> Tensor:
+    def feature_select(self, image_forward_outs: BaseModelOutput) -> Tensor:
         return image_forward_outs.hidden_states[self.select_layer][:, 1:]
 
     def pixel_shuffle(self, x: Tensor, scale_factor: float = 0.5) -> Tensor:

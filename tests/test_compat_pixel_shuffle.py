@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -23,31 +24,32 @@ from vlmfast.compat import internvl, nanovlm, vita
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROJECTOR_SITES = ["ModalityProjector.forward", "ModalityProjector.pixel_shuffle"]
-EACH = [
-    pytest.param(
-        patch,
-        build,
-        [f"{cls.__name__}.{name}" for name in names],
-        id="-".join([cls.__name__, *map(str, options.values())]),
-    )
-    for patch, cls, options, names in [
-        (internvl.patch, InternVLChatModel, {"ps_version": "v2"}, ("extract_feature", "pixel_shuffle")),
-        (internvl.patch, InternVLChatModel, {"ps_version": "v1"}, ("extract_feature", "pixel_shuffle")),
-        (internvl.patch, InternVLChatModel, {"select_layer": -2}, ("extract_feature", "pixel_shuffle")),
-        (vita.patch, InternViTVisionTower, {}, ("forward", "pixel_shuffle")),
-        (nanovlm.patch, ModalityProjector, {}, ("forward", "pixel_shuffle")),
-        (nanovlm.patch, ModalityProjector, {"scale": 4}, ("forward", "pixel_shuffle")),
-    ]
-    for build in [lambda cls=cls, options=options: uneven(cls(**options))]
-]
 
 
-def uneven(model: nn.Module) -> nn.Module:
-    """Weights that are not those of a fresh LayerNorm."""
+def uneven(cls: type, **options: object) -> nn.Module:
+    """A model whose weights are not those of a fresh LayerNorm."""
+    model = cls(**options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) / 4
     return model
+
+
+def case(patch, cls: type, *names: str, **options: object):
+    sites = [f"{cls.__name__}.{name}" for name in names]
+    return pytest.param(
+        patch, partial(uneven, cls, **options), sites, id="-".join([cls.__name__, *map(str, options.values())])
+    )
+
+
+EACH = [
+    case(internvl.patch, InternVLChatModel, "extract_feature", "pixel_shuffle", ps_version="v2"),
+    case(internvl.patch, InternVLChatModel, "extract_feature", "pixel_shuffle", ps_version="v1"),
+    case(internvl.patch, InternVLChatModel, "extract_feature", "pixel_shuffle", select_layer=-2),
+    case(vita.patch, InternViTVisionTower, "forward", "pixel_shuffle"),
+    case(nanovlm.patch, ModalityProjector, "forward", "pixel_shuffle"),
+    case(nanovlm.patch, ModalityProjector, "forward", "pixel_shuffle", scale=4),
+]
 
 
 def inputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,7 +137,7 @@ def test_one_op_reads_the_features_where_they_lie(patch, build, sites: list[str]
 
 
 def test_attributes_hold_at_each_call():
-    model = uneven(InternVLChatModel("v2"))
+    model = uneven(InternVLChatModel, ps_version="v2")
     x = inputs(model)
     with internvl.patch(model):
         row = model(x)
@@ -151,7 +153,7 @@ def test_attributes_hold_at_each_call():
 
 @pytest.mark.parametrize("part", [None, 0, 1, 2, 3])
 def test_hooks_of_the_projector_run(part: int | None):
-    model, calls = uneven(InternVLChatModel()), []
+    model, calls = uneven(InternVLChatModel), []
     x = inputs(model)
     hooked = model.mlp1 if part is None else model.mlp1[part]
     hooked.register_forward_hook(lambda module, args, output: calls.append(output) or output * 2)
@@ -159,6 +161,15 @@ def test_hooks_of_the_projector_run(part: int | None):
     with internvl.patch(model):
         torch.testing.assert_close(model(x), want)
     assert len(calls) == 2
+
+
+def test_compiles_into_one_graph():
+    model = uneven(InternVLChatModel)
+    x = inputs(model)
+    want = model(x)
+    with internvl.patch(model):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
 
 
 # ---- forks and other versions ----
@@ -181,7 +192,7 @@ Fork.__name__ = "InternVLChatModel"
 
 
 def test_a_fork_keeps_what_it_changed():
-    model = uneven(Fork())
+    model = uneven(Fork)
     x = inputs(model)
     want = model(x)
     message = r"extract_feature is not patched: its body .* \(without .*select_layer, with bias, flatten\)"
@@ -291,16 +302,17 @@ def test_refusals(patch, model: object, error: type[Exception], message: str):
 
 
 @pytest.mark.parametrize(("patch", "build", "sites"), EACH)
-@pytest.mark.parametrize(
-    ("patches", "message"), [(36, "grid must be divisible by scale, 4"), (35, "are no square"), (9, "grid must be div")]
-)
-def test_grids_that_do_not_fit(patch, build, sites: list[str], patches: int, message: str):
+def test_grids_that_do_not_fit(patch, build, sites: list[str]):
     model = build()
-    if patches == 36 and getattr(model, "scale_factor", 2) != 4:
-        pytest.skip("6 x 6 fit")
-    shape = (1, patches, WIDTH) if isinstance(model, ModalityProjector) else (1, 3, patches, 1)
-    with patch(model), pytest.raises(ValueError, match=message):
-        model(torch.randn(shape))
+    scale = getattr(model, "scale_factor", 2)
+    odd = (2 * scale + 1) ** 2
+    for patches, message in (
+        (odd, f"grid must be divisible by scale, {scale}, got"),
+        (35, "35 patches of x are no square"),
+    ):
+        shape = (1, patches, WIDTH) if isinstance(model, ModalityProjector) else (1, 3, patches, 1)
+        with patch(model), pytest.raises(ValueError, match=message):
+            model(torch.randn(shape))
 
 
 def test_what_methods_refuse():

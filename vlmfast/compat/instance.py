@@ -58,7 +58,7 @@ def patch_instance(
         module = modules.get(class_name)
         if module is None:
             skipped[site] = ABSENT
-        elif not hasattr(module, name):
+        elif not hasattr(type(module), name):
             skipped[site] = f"{type(module).__name__} has no {name}: {absent}"
         else:
             _check_method(module, class_name, name, function)
