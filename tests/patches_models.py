@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
+from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
 from vlmfast.patches import Family, families
 from vlmfast.patches.swap import PatchedModule
 
 DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("RMSNorm", "PixelShuffle")  # parts of the names of classes whose ``forward`` is replaced
 BACKENDS = ("native", "torch")  # on x86 both add in the order of torch's own sums
 
 
@@ -52,8 +54,12 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 
 def replaceable(model: nn.Module) -> list[nn.Module]:
     """Every module with a method that the tables are about; told by names as well."""
-    norms, methods = rms_norms(model), ("_deepstack_process", "get_placeholder_mask", "inputs_merger")
-    return [m for m in model.modules() if m in norms or any(hasattr(type(m), method) for method in methods)]
+    methods = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
+
+    def known(cls: type) -> bool:
+        return any(name in cls.__name__ for name in NAMES) or any(hasattr(cls, method) for method in methods)
+
+    return [module for module in model.modules() if known(type(module))]
 
 
 def patched(model: nn.Module) -> list[nn.Module]:
@@ -69,7 +75,7 @@ def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
 
 
 def require(backend: str) -> None:
-    for function in (rms_norm, deepstack_add, place_embeddings):
+    for function in (rms_norm, deepstack_add, place_embeddings, pixel_shuffle):
         found = function.op.backend(backend)
         if isinstance(found, str):
             pytest.skip(found)

@@ -57,6 +57,7 @@ def test_report():
     assert first == "<Patch of internvl: 9 modules, 1 site>:"
     assert sorted(map(str.split, sites)) == [
         ["internvl.InternVLModel.get_placeholder_mask", "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["internvl.InternVLModel.pixel_shuffle", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         [VISION, "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["qwen3.Qwen3RMSNorm.forward", "9", "modules"],
     ]
@@ -162,23 +163,29 @@ def test_unknown_bodies(monkeypatch):
 
 
 NORM = """
+def scaled(x):
+    return {scaled}
+
 class Norm:
     def _norm(self, x):
-        return {body}
+        return {normed}
 
     def forward(self, x):
         return self._norm(x)
 """
 
 
-def test_body_includes_the_methods_it_calls(tmp_path, monkeypatch):
+def test_body_includes_the_methods_and_functions_it_calls(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    digests = []
-    for name, body in {"norm_plain": "x", "norm_negated": "-x", "norm_with_blanks": "x  "}.items():
-        (tmp_path / f"{name}.py").write_text(NORM.format(body=body))
-        digests.append(digest(importlib.import_module(name).Norm, "forward"))
-    assert digests[0] != digests[1]
-    assert digests[0] == digests[2]
+    bodies = {"plain": "x", "negated": "-x", "with_blanks": "x  ", "through": "scaled(x)"}
+    cases = {name: {"scaled": "x", "normed": body} for name, body in bodies.items()}
+    cases["twice"] = {"scaled": "2 * x", "normed": "scaled(x)"}
+    digests = {}
+    for name, texts in cases.items():
+        (tmp_path / f"norm_{name}.py").write_text(NORM.format(**texts))
+        digests[name] = digest(importlib.import_module(f"norm_{name}").Norm, "forward")
+    assert digests["plain"] == digests["with_blanks"]
+    assert len(set(digests.values())) == 4
 
 
 def test_changed_upstream():
@@ -198,7 +205,7 @@ def test_replaced_by_somebody_else():
     theirs.forward = MethodType(lambda self, hidden_states: hidden_states, theirs)  # as kernels.kernelize does
     with pytest.warns(UserWarning, match="forward was already replaced on 1 of 8 modules"):
         patch = vlmfast.patch(model)
-    assert patch.replaced == {"internvl.InternVLModel.get_placeholder_mask": 1, "qwen3.Qwen3RMSNorm.forward": 9}
+    assert VISION not in patch.replaced
     assert not patched(model.model.vision_tower)
     logits(model, inputs)
 

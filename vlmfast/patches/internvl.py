@@ -4,12 +4,14 @@ from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
 from vlmfast.patches.masked_rows import image_mask
+from vlmfast.patches.pixel_shuffle import shuffle_map
 from vlmfast.patches.rms_norm import llama_rms_norm
 
 FAMILY = Family(
     model_types=("internvl", "internvl_vision"),
     replace={
         "internvl.InternVLModel.get_placeholder_mask": image_mask,
+        "internvl.InternVLModel.pixel_shuffle": shuffle_map,
         "internvl.InternVLVisionRMSNorm.forward": llama_rms_norm,
         **LANGUAGE_MODELS,
     },

@@ -3,6 +3,7 @@
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_mask
+from vlmfast.patches.pixel_shuffle import shuffle_mlp
 from vlmfast.patches.rms_norm import llama4_rms_norm
 
 TEXT = {
@@ -26,6 +27,7 @@ FAMILY = Family(
     model_types=("llama4", "llama4_text", "llama4_vision_model"),
     replace={
         "llama4.Llama4ForConditionalGeneration.get_placeholder_mask": image_mask,
+        "llama4.Llama4VisionPixelShuffleMLP.forward": shuffle_mlp,
         "llama4.Llama4TextRMSNorm.forward": llama4_rms_norm,
     },
     tiny=lambda: tiny.image_rows(

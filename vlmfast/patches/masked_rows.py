@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.checks import DTYPES
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings, row_index
-from vlmfast.registry import OpFunction
+from vlmfast.patches.dtypes import accepting
 
 # ---- DeepStack ----
 
@@ -23,7 +22,7 @@ def deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor
     """
     mask = visual_pos_masks.to(hidden_states.device)
     embeds = visual_embeds.to(hidden_states.device, hidden_states.dtype)
-    return _accepting(deepstack_add, hidden_states)(hidden_states, mask, embeds, _shared_row_index(mask))
+    return accepting(deepstack_add, hidden_states)(hidden_states, mask, embeds, _shared_row_index(mask))
 
 
 def _shared_row_index(mask: Tensor) -> Tensor | None:
@@ -63,7 +62,7 @@ class PlaceholderMask(Tensor):
         if func is Tensor.masked_scatter and isinstance(args[1], cls):
             inputs_embeds, mask, features = args
             rows = features.reshape(-1, inputs_embeds.shape[-1])
-            return _accepting(place_embeddings, inputs_embeds)(inputs_embeds, mask[..., 0], rows)
+            return accepting(place_embeddings, inputs_embeds)(inputs_embeds, mask[..., 0], rows)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -105,8 +104,3 @@ def placeholder_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor,
         ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
         mask = (inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True)
     return mask.as_subclass(PlaceholderMask)
-
-
-def _accepting(function: OpFunction[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
-    """The op, or for a dtype that it does not take, its definition."""
-    return function if x.dtype in DTYPES else function.op.reference

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ class Site:
 
 
 def source(cls: type, method: str) -> str:
-    """The text of a method, and of the methods of the same class that it names, directly or through another.
+    """The text of a method, and of what it names, directly or through another: methods of the same class, and
+    functions of the same module.
 
     The text, because an ``ast.dump`` differs between versions of Python.
 
@@ -64,14 +66,20 @@ def source(cls: type, method: str) -> str:
     methods = {
         name for name, value in vars(cls).items() if isinstance(value, (FunctionType, staticmethod, classmethod))
     }
+    beside = {
+        name: value
+        for name, value in vars(sys.modules[cls.__module__]).items()
+        if isinstance(value, FunctionType) and value.__module__ == cls.__module__
+    }
     texts: dict[str, str] = {}
     waiting = [method]
     while waiting:
         name = waiting.pop()
-        function = inspect.unwrap(getattr(cls, name))
+        function = inspect.unwrap(getattr(cls, name) if name in methods or name == method else beside[name])
         lines = textwrap.dedent(inspect.getsource(function)).splitlines()
         texts[name] = "\n".join(line.rstrip() for line in lines).strip()
-        waiting += [other for other in function.__code__.co_names if other in methods and other not in texts]
+        named = [other for other in function.__code__.co_names if other in methods or other in beside]
+        waiting += [other for other in named if other not in texts]
     return "\n".join(texts[name] for name in sorted(texts))
 
 
