@@ -34,7 +34,7 @@ def on_the_definition():
     ("arguments", "classes"),
     [
         ({"only": VISION}, {"InternVLVisionRMSNorm"}),
-        ({"only": ["internvl.*", "qwen3.*"]}, {"InternVLModel", "InternVLVisionRMSNorm", "Qwen3RMSNorm"}),
+        ({"only": ["internvl.*Model.*", "qwen3.*"]}, {"InternVLModel", "Qwen3RMSNorm"}),
         ({"exclude": "internvl.*"}, {"Qwen3RMSNorm"}),
         ({"only": "*RMSNorm.forward", "exclude": iter(["qwen*", "internvl.*Vision*"])}, None),
     ],
@@ -58,6 +58,7 @@ def test_report():
     assert sorted(map(str.split, sites)) == [
         ["internvl.InternVLModel.get_placeholder_mask", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["internvl.InternVLModel.pixel_shuffle", "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["internvl.InternVLMultiModalProjector.forward", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         [VISION, "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["qwen3.Qwen3RMSNorm.forward", "9", "modules"],
     ]
@@ -151,7 +152,8 @@ def test_unknown_bodies(monkeypatch):
     with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
         patch = vlmfast.patch(model)
     assert caught[0].filename == __file__
-    assert {type(module).__name__ for module in patched(model)} == {"Qwen3_5Model", "Qwen3_5RMSNorm"}
+    names = {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
+    assert {type(module).__name__ for module in patched(model)} == names
     assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
     patch.undo()
     monkeypatch.setattr(upstream, "lock", dict)
@@ -292,7 +294,7 @@ def test_sub_model(family: str, path: str):
         assert patched(model) == patched(part) == replaceable(part) != []
         assert_same(logits(model, inputs), want)
     with pytest.raises(RuntimeError, match="nothing was replaced"):
-        vlmfast.patch(tiny("qwen3_vl")[0].model.visual)
+        vlmfast.patch(tiny("llama4")[0].vision_model.model)
 
 
 class Wrapper(nn.Module):

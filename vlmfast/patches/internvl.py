@@ -4,6 +4,7 @@ from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
 from vlmfast.patches.masked_rows import image_mask
+from vlmfast.patches.merger import project_tokens
 from vlmfast.patches.pixel_shuffle import shuffle_map
 from vlmfast.patches.rms_norm import llama_rms_norm
 
@@ -12,6 +13,7 @@ FAMILY = Family(
     replace={
         "internvl.InternVLModel.get_placeholder_mask": image_mask,
         "internvl.InternVLModel.pixel_shuffle": shuffle_map,
+        "internvl.InternVLMultiModalProjector.forward": project_tokens,
         "internvl.InternVLVisionRMSNorm.forward": llama_rms_norm,
         **LANGUAGE_MODELS,
     },

@@ -3,6 +3,7 @@
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_and_video_masks
+from vlmfast.patches.merger import qwen2_5_merge_patches
 from vlmfast.patches.rms_norm import llama_rms_norm
 
 VISION = {
@@ -20,6 +21,7 @@ FAMILY = Family(
     model_types=("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl_vision"),
     replace={
         "qwen2_5_vl.Qwen2_5_VLModel.get_placeholder_mask": image_and_video_masks,
+        "qwen2_5_vl.Qwen2_5_VLPatchMerger.forward": qwen2_5_merge_patches,
         "qwen2_5_vl.Qwen2_5_VLRMSNorm.forward": llama_rms_norm,
         "qwen2.Qwen2RMSNorm.forward": llama_rms_norm,
     },

@@ -12,6 +12,7 @@ from vlmfast.ops.rms_norm import rms_norm
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_and_video_masks
+from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.rms_norm import gemma_rms_norm
 
 
@@ -44,6 +45,7 @@ FAMILY = Family(
     model_types=("qwen3_5", "qwen3_5_text", "qwen3_5_vision"),
     replace={
         "qwen3_5.Qwen3_5Model.get_placeholder_mask": image_and_video_masks,
+        "qwen3_5.Qwen3_5VisionPatchMerger.forward": merge_patches,
         "qwen3_5.Qwen3_5RMSNorm.forward": gemma_rms_norm,
         "qwen3_5.Qwen3_5RMSNormGated.forward": gated_rms_norm,
     },

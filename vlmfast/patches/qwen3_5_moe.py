@@ -2,6 +2,7 @@
 
 from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_and_video_masks
+from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.qwen3_5 import gated_rms_norm, tiny_hybrid
 from vlmfast.patches.rms_norm import gemma_rms_norm
 
@@ -11,6 +12,7 @@ FAMILY = Family(
     model_types=("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_moe_vision"),
     replace={
         "qwen3_5_moe.Qwen3_5MoeModel.get_placeholder_mask": image_and_video_masks,
+        "qwen3_5_moe.Qwen3_5MoeVisionPatchMerger.forward": merge_patches,
         "qwen3_5_moe.Qwen3_5MoeRMSNorm.forward": gemma_rms_norm,
         "qwen3_5_moe.Qwen3_5MoeRMSNormGated.forward": gated_rms_norm,
     },

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import deepstack_process, placeholder_mask
+from vlmfast.patches.merger import omni_merge_patches
 from vlmfast.patches.qwen3_vl_moe import EXPERTS
 from vlmfast.patches.rms_norm import llama_rms_norm
 
@@ -76,6 +77,7 @@ FAMILY = Family(
         "qwen3_omni_moe.Qwen3OmniMoeThinkerForConditionalGeneration.get_placeholder_mask": image_video_and_audio_masks,
         "qwen3_omni_moe.Qwen3OmniMoeThinkerTextModel._deepstack_process": thinker_deepstack_process,
         "qwen3_omni_moe.Qwen3OmniMoeTalkerModel._deepstack_process": deepstack_process,
+        "qwen3_omni_moe.Qwen3OmniMoeVisionPatchMerger.forward": omni_merge_patches,
         "qwen3_omni_moe.Qwen3OmniMoeThinkerTextRMSNorm.forward": llama_rms_norm,
         "qwen3_omni_moe.Qwen3OmniMoeTextRMSNorm.forward": llama_rms_norm,
         "qwen3_omni_moe.Qwen3OmniMoeRMSNorm.forward": llama_rms_norm,
