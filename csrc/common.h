@@ -24,6 +24,11 @@ inline Variant parse_variant(std::string_view name) {
   return name == "llama" ? Variant::kLlama : Variant::kGemma;
 }
 
+inline TokenOrder parse_order(std::string_view name) {
+  STD_TORCH_CHECK(name == "row" || name == "column", "order must be one of 'row', 'column', got '", name, "'");
+  return name == "row" ? TokenOrder::kRow : TokenOrder::kColumn;
+}
+
 // Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
 inline Dtype dtype_of(const Tensor& tensor) {
   int32_t dtype;
@@ -110,21 +115,26 @@ inline void check_weight(const Rows& weight, const Rows& x) {
   STD_TORCH_CHECK(dtype_of(weight.tensor) == dtype_of(x.tensor), "weight must have the dtype of x");
 }
 
-}  // namespace vlmfast
-
-// `variant` as an argument of a boxed function. The conversion to std::string of torch's headers (2.10 to 2.13) leaks
-// the string that it makes.
-template <>
-struct torch::stable::detail::ToImpl<vlmfast::Variant> {
-  static vlmfast::Variant call(StableIValue value, uint64_t, bool) {
+// A word as an argument of a boxed function. The conversion to std::string of torch's headers (2.10 to 2.13) leaks the
+// string that it makes.
+template <auto parse>
+struct WordArgument {
+  static auto call(StableIValue value, uint64_t, bool) {
     const struct Owner {
       StringHandle handle;
       ~Owner() { torch_delete_string(handle); }
-    } owner{to<StringHandle>(value)};
+    } owner{torch::stable::detail::to<StringHandle>(value)};
     const char* data;
     size_t length;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(owner.handle, &data));
     STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(owner.handle, &length));
-    return vlmfast::parse_variant({data, length});
+    return parse({data, length});
   }
 };
+
+}  // namespace vlmfast
+
+template <>
+struct torch::stable::detail::ToImpl<vlmfast::Variant> : vlmfast::WordArgument<vlmfast::parse_variant> {};
+template <>
+struct torch::stable::detail::ToImpl<vlmfast::TokenOrder> : vlmfast::WordArgument<vlmfast::parse_order> {};

@@ -1,23 +1,16 @@
 // The ops on masked rows on the CPU: arguments, outputs, threads, and the rows that are only moved.
 #include "masked_rows.h"
 
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common.h"
-#include "cpu.h"
-#include "masked_rows_kernels.h"
+#include "row_moves.h"
 
 namespace vlmfast {
 namespace {
-
-const MaskedRowsKernels& kernels() {
-  static const MaskedRowsKernels table = at_cpu_level([](auto level) { return masked_rows_kernels<level>(); });
-  return table;
-}
 
 // A (B, T) bool tensor, copied once where it is not contiguous: it is small beside the rows.
 class Mask {
@@ -85,27 +78,6 @@ class RowBytes {
   int64_t stride_;
 };
 
-// From here on an output is written past the caches, which spares reading it first: 4096 x 2048 bfloat16 then take 0.44
-// ms instead of 0.65 (EPYC, 32 MB of L3, one thread). A smaller one would still be in the cache when the next op reads
-// it, and that loses more than the writer gains: at 8 MB the two together take 1.5 times as long.
-constexpr int64_t kPastCaches = int64_t{12} << 20;
-
-// A fresh tensor of (..., D), of the dtype of `like`, whose rows are what `RowSums` says.
-Tensor written_rows(const int64_t* sizes, int64_t dims, const Rows& like, const char* const* copied,
-                    const char* const* added = nullptr) {
-  constexpr int64_t kLine = 64;
-  Tensor output = allocate_output(sizes, dims, like.tensor);
-  char* const y = static_cast<char*>(output.mutable_data_ptr());
-  const int64_t elements = output.numel(), width = output.element_size();
-  if (elements == 0) return output;
-  const int64_t rows = elements / like.size;
-  const bool aligned = reinterpret_cast<uintptr_t>(y) % kLine == 0 && like.size * width % kLine == 0;
-  const RowSums args{dtype_of(output), like.size, copied, added, y, aligned && elements * width >= kPastCaches};
-  parallel_rows(rows, row_ranges(rows, like.size),
-                [&](int64_t begin, int64_t end, int64_t) { kernels().write_rows(args, begin, end); });
-  return output;
-}
-
 // function(token, slot, invalid) for each token that compact_tokens keeps: both are counted over the whole batch.
 template <class Function>
 void each_kept(const Mask& invalid, int64_t keep, bool pad_left, const Function& function) {
@@ -157,7 +129,7 @@ Tensor deepstack_add(const Tensor& hidden_states, const Tensor& visual_pos_masks
     added[row] = mask[row] ? visual[number] : nullptr;
     number += mask[row];
   }
-  return written_rows(hidden_states.sizes().data(), 3, x, copied.data(), added.data());
+  return written_rows(hidden_states.sizes().data(), 3, x.tensor, x.size, copied.data(), added.data());
 }
 
 Tensor place_embeddings(const Tensor& inputs_embeds, const Tensor& mask, const Tensor& image_embeds,
@@ -171,7 +143,7 @@ Tensor place_embeddings(const Tensor& inputs_embeds, const Tensor& mask, const T
     copied[row] = positions[row] ? image[number] : text[row];
     number += positions[row];
   }
-  return written_rows(inputs_embeds.sizes().data(), 3, x, copied.data());
+  return written_rows(inputs_embeds.sizes().data(), 3, x.tensor, x.size, copied.data());
 }
 
 std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& mask, int64_t rows,
@@ -190,8 +162,9 @@ std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& mask, int64
     }
   }
   const int64_t taken_sizes[] = {rows, all.size}, nothing = 0;
-  Tensor taken = written_rows(taken_sizes, 2, all, masked.data());
-  return {std::move(taken), rest ? written_rows(x.sizes().data(), 3, all, others.data()) : allocate(&nothing, 1, x)};
+  Tensor taken = written_rows(taken_sizes, 2, x, all.size, masked.data());
+  return {std::move(taken),
+          rest ? written_rows(x.sizes().data(), 3, x, all.size, others.data()) : allocate(&nothing, 1, x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens, const Tensor& invalid, int64_t keep,
@@ -231,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens, const Te
       if (!slot_invalid[slot]) sources[slot] = from[sequence * mask.tokens() + slot_token[slot]];
     }
   }
-  Tensor packed = written_rows(sizes, 3, all, sources.data());
+  Tensor packed = written_rows(sizes, 3, tokens, all.size, sources.data());
   return {std::move(packed), std::move(kept_invalid), std::move(kept_order)};
 }
 
@@ -246,7 +219,7 @@ Tensor compact_tokens_backward(const Tensor& grad_tokens, const Tensor& invalid,
     if (!masked) sources[token] = from[slot];
   });
   const int64_t sizes[] = {mask.batch(), mask.tokens(), grads.size};
-  return written_rows(sizes, 3, grads, sources.data());
+  return written_rows(sizes, 3, grad_tokens, grads.size, sources.data());
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
                              residual_rows ? residual_rows->row_stride : 0};
 
   const int64_t ranges = row_ranges(x_rows.count, x_rows.size);
-  const int64_t partial_size = weight_grad ? rms_norm_partial_size(x_rows.size) : 0;
+  const int64_t partial_size = weight_grad ? vlmfast::partial_size(x_rows.size) : 0;
   const std::unique_ptr<float[]> partials(new float[ranges * partial_size]());
   parallel_rows(x_rows.count, ranges, [&](int64_t begin, int64_t end, int64_t range) {
     kernels().backward(args, begin, end, weight_grad ? &partials[range * partial_size] : nullptr);

@@ -3,6 +3,7 @@
 // The forward rounds where Hugging Face's module rounds and sums as torch does, and so equals it to the bit.
 #include "rms_norm_kernels.h"
 
+#include "column_sums.h"
 #include "quick_bfloat16.h"
 #include "vector.h"
 
@@ -225,39 +226,16 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   });
 }
 
-// Adds up the weight's gradient as torch_sum adds up a chain: 16 rows, 16 such sums, the rest.
-VLMFAST_INLINE void carry(float* partial, int64_t size, int64_t rows) {
-  const int64_t stride = rms_norm_partial_size(size) / kRmsNormPartialLevels;
-  for (int level = 1; level < kRmsNormPartialLevels && rows % kRmsNormPartialStep == 0; ++level) {
-    float* from = partial + (level - 1) * stride;
-    for (int64_t offset = 0; offset < stride; offset += kBlock) {
-      store(from + stride + offset, load(from + stride + offset) + load(from + offset));
-      store(from + offset, Block{});
-    }
-    rows /= kRmsNormPartialStep;
-  }
-}
-
 template <class T, Variant variant>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
-    const int64_t stop = row + kRmsNormPartialStep < end ? row + kRmsNormPartialStep : end;
+    const int64_t stop = row + kPartialStep < end ? row + kPartialStep : end;
     in_groups<2>(row, stop, args.size, [&](int64_t first, int64_t last, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
       for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, size, partial);
     });
     row = stop;
     if (partial != nullptr) carry(partial, args.size, row - begin);
   }
-}
-
-template <class T>
-void sum_partials(int64_t size, const float* partials, int64_t count, T* grad_weight) {
-  const int64_t stride = rms_norm_partial_size(size) / kRmsNormPartialLevels;
-  each_block(size, [&](int64_t offset, auto elements) {
-    Block sum = load(partials + offset);
-    for (int64_t i = 1; i < count * kRmsNormPartialLevels; ++i) sum = sum + load(partials + i * stride + offset);
-    store(grad_weight + offset, sum, elements);
-  });
 }
 
 // ---- by dtype and variant ----
@@ -283,18 +261,11 @@ void any_backward(const RmsNormBackward& args, int64_t begin, int64_t end, float
   });
 }
 
-void any_sum_partials(Dtype dtype, int64_t size, const float* partials, int64_t count, void* grad_weight) {
-  for_dtype(dtype, [&](auto element) {
-    using T = typename decltype(element)::type;
-    sum_partials(size, partials, count, static_cast<T*>(grad_weight));
-  });
-}
-
 }  // namespace
 
 template <>
 RmsNormKernels rms_norm_kernels<CpuLevel::VLMFAST_ISA>() {
-  return {any_forward, any_backward, any_sum_partials};
+  return {any_forward, any_backward, sum_partials};
 }
 
 }  // namespace vlmfast

@@ -36,15 +36,9 @@ struct RmsNormBackward {
   int64_t grad_residual_row_stride;
 };
 
-// What a thread has summed of the weight's gradient: float32, zero at first, in the order of the kernel's registers.
-// Each level holds sums of 16 of the level below, so that the error grows with the logarithm of the rows.
-constexpr int kRmsNormPartialLevels = 3;
-constexpr int kRmsNormPartialStep = 16;
-constexpr int64_t rms_norm_partial_size(int64_t size) { return (size + 31) / 32 * 32 * kRmsNormPartialLevels; }
-
 struct RmsNormKernels {
   void (*forward)(const RmsNormForward& args, int64_t begin, int64_t end);
-  void (*backward)(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial);  // partial may be null
+  void (*backward)(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial);  // partial: see types.h; or null
   void (*sum_partials)(Dtype dtype, int64_t size, const float* partials, int64_t count, void* grad_weight);
 };
 

@@ -1,6 +1,5 @@
-// The rows of the ops on masked rows on the CPU, compiled once per instruction set (see types.h); every one gives the
-// same bits.
-#include "masked_rows_kernels.h"
+// Moves of rows on the CPU, compiled once per instruction set (see types.h); every one gives the same bits.
+#include "row_moves_kernels.h"
 
 #include <cstring>
 
@@ -32,6 +31,7 @@ constexpr int64_t kAhead = 2;
 template <class T, bool past_caches>
 void write_rows(const RowSums& args, int64_t begin, int64_t end) {
   const T zeros[kBlock] = {};
+  const float factor = args.factor;  // a copy: see ForwardRows of rms_norm_kernels.cpp
   for (int64_t row = begin; row < end; ++row) {
     const int64_t later = row + kAhead < end ? row + kAhead : row;
     const auto at = [&](const char* const* sources, int64_t index) {
@@ -45,12 +45,20 @@ void write_rows(const RowSums& args, int64_t begin, int64_t end) {
       if (later_added != nullptr) __builtin_prefetch(later_added + offset);
       if (!past_caches) __builtin_prefetch(y + kAhead * args.size + offset, 1);
     };
+    if (!past_caches && added == nullptr && copied != nullptr && factor == 1) {
+      std::memcpy(y, copied, args.size * sizeof(T));
+      continue;
+    }
     each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
       fetch(offset);
       if (added != nullptr) {
         T sum[kBlock];
         store(sum, load(copied + offset, count) + load(added + offset, count));
         write<T, past_caches>(y + offset, sum, count);
+      } else if (factor != 1 && copied != nullptr) {
+        T product[kBlock];
+        store(product, load(copied + offset, count) * factor);
+        write<T, past_caches>(y + offset, product, count);
       } else {
         write<T, past_caches>(y + offset, copied != nullptr ? copied + offset : zeros, count);
       }
@@ -69,7 +77,7 @@ void any_write_rows(const RowSums& args, int64_t begin, int64_t end) {
 }  // namespace
 
 template <>
-MaskedRowsKernels masked_rows_kernels<CpuLevel::VLMFAST_ISA>() {
+RowMovesKernels row_moves_kernels<CpuLevel::VLMFAST_ISA>() {
   return {any_write_rows};
 }
 
