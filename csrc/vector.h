@@ -335,7 +335,7 @@ VLMFAST_INLINE void torch_sum(int64_t size, const AddTerms& add_terms, float (&s
   int64_t block = 0;
   Block running[N] = {}, level[kLevels][N] = {}, last[N] = {};
   const auto add_until = [&](int64_t end) VLMFAST_INLINE_LAMBDA {
-#pragma GCC unroll 1
+#pragma GCC unroll 2
     for (; block < end; ++block) add_terms(block * kBlock, Whole{}, running);
   };
   while (block + kStep <= blocks) {
