@@ -226,9 +226,16 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
     return _merge(inputs_embeds, mask, image_embeds, index, add=False)
 
 
+def _is_empty(mask: Tensor, rows: int) -> bool:
+    """Whether there is no position, and so no program that could check the number of rows."""
+    if mask.numel() == 0 and rows > 0:
+        raise ValueError(f"the mask must be true at as many positions as there are rows, {rows}, got none")
+    return mask.numel() == 0
+
+
 def _merge(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None, add: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    if _is_empty(mask, embeds.shape[0]):
         return y
     index = row_index(mask) if index is None else index.contiguous()
     x, embeds = with_contiguous_rows(x), with_contiguous_rows(embeds)
@@ -268,7 +275,7 @@ def split_rows(
     hidden = x.shape[2]
     taken = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
     remaining = torch.empty(x.shape if rest else 0, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+    if _is_empty(mask, rows):
         return taken, remaining
     index = row_index(mask) if index is None else index.contiguous()
     x, tile = with_contiguous_rows(x), row_tile(hidden)

@@ -73,6 +73,34 @@ def test_a_kernel_refuses_a_wrong_number_of_rows(backend: str, rows: int, given:
         OPS["split_rows"].run(x, mask, rows, index)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 3, 8), (2, 3, 0)], ids=str)
+def test_a_kernel_refuses_rows_where_there_is_no_place_for_them(backend: str, shape: tuple[int, ...]):
+    x, mask, embeds = torch.ones(shape), torch.zeros(shape[:2], dtype=torch.bool), torch.ones(3, shape[2])
+    for args in [("deepstack_add", x, mask, embeds), ("place_embeddings", x, mask, embeds), ("split_rows", x, mask, 3)]:
+        with pytest.raises((RuntimeError, ValueError)):
+            OPS[args[0]].run(*args[1:])
+
+
+def test_vmap_over_a_mask():
+    """It runs the definition, which then cannot count the mask."""
+    x, mask, embeds = (torch.stack(values) for values in zip(*(prompt() for _ in range(3)), strict=True))
+    got = torch.vmap(vlmfast.place_embeddings)(x, mask, embeds)
+    for g, *args in zip(got, x, mask, embeds, strict=True):
+        assert torch.equal(g, vlmfast.place_embeddings(*args))
+
+
+def test_an_order_of_the_callers_own_has_a_gradient(backend: str):
+    """Also with a token taken twice."""
+    invalid = torch.tensor([[False, False, True, False]])
+    tokens = torch.randn(1, 4, 8, requires_grad=True)
+    packed, _, _ = vlmfast.compact_tokens(tokens, invalid, 3, torch.tensor([[3, 2, 3]]))
+    grad = torch.randn(1, 3, 8)
+    (got,) = torch.autograd.grad(packed, tokens, grad)
+    want = torch.zeros_like(got)
+    want[0, 3] = grad[0, 0] + grad[0, 2]
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_are_rounded_before_they_are_added(dtype: torch.dtype):
     """A tower in float32 under a language model in bfloat16: transformers casts first."""

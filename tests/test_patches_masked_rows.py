@@ -24,7 +24,6 @@ from vlmfast.patches.upstream import Site, source
 
 NORMS = "*RMSNorm*.forward"
 WITH_IMAGES = [p for p in EACH_FAMILY if any("RMSNorm" not in site for site in p.values[0].replace)]
-DEEPSTACK = [s for p in EACH_FAMILY for s in p.values[0].replace if s.endswith("_deepstack_process")]
 METHODS = {Site.parse(site).method for f in families().values() for site in f.replace} - {"forward"}
 VISUAL = ("pixel_values", "image_grid_thw", "image_sizes")
 

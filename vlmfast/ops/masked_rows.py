@@ -15,9 +15,10 @@ from vlmfast.ops import masked_rows_calls as calls
 from vlmfast.registry import op
 
 
-def _expect(found: Tensor, expected: int, message: str) -> None:
+def _expect(condition: Tensor, message: str) -> None:
     """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
-    torch._assert_async(found == expected, message)
+    if not torch._C._are_functorch_transforms_active():  # vmap has no rule for it
+        torch._assert_async(condition, message)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _indexed(mask: Tensor, rows: int, index: Tensor | None) -> Tensor:
-    _expect(mask.sum(), rows, f"the mask must be true at as many positions as there are rows, {rows}")
+    _expect(mask.sum() == rows, f"the mask must be true at as many positions as there are rows, {rows}")
     return row_index.op.reference(mask) if index is None else index
 
 
@@ -61,15 +62,21 @@ def _place_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
 
 
 def _compact_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, invalid, _, _, ctx.pad_left = inputs
-    ctx.save_for_backward(invalid)
+    _, invalid, _, order, ctx.pad_left = inputs
+    ctx.save_for_backward(invalid, order)
 
 
 def _compact_backward(ctx: Any, grad_tokens: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad_tokens is None:
         return None, None, None, None, None
-    (invalid,) = ctx.saved_tensors
-    return compact_tokens_backward(grad_tokens, invalid, ctx.pad_left), None, None, None, None
+    invalid, order = ctx.saved_tensors
+    if order is None:
+        return compact_tokens_backward(grad_tokens, invalid, ctx.pad_left), None, None, None, None
+    # any order is one, also with a token taken twice
+    hidden = grad_tokens.shape[2]
+    kept = grad_tokens.masked_fill(invalid.gather(1, order)[..., None], 0)
+    grad = grad_tokens.new_zeros(*invalid.shape, hidden).scatter_add_(1, order[..., None].expand(-1, -1, hidden), kept)
+    return grad, None, None, None, None
 
 
 # ---- the definitions ----

@@ -34,6 +34,8 @@ def _check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tenso
         checks.integers("index", index, torch.int32)
         checks.same_shape("index", index, mask_name, mask)
         checks.same_device("index", index, name, x)
+        if checks.on_host(mask) and checks.on_host(index) and not torch.equal(index >= 0, mask):
+            raise ValueError(f"index must be what row_index gives for {mask_name}, got that of another mask")
 
 
 def _check_count(mask_name: str, mask: Tensor, rows_name: str, rows: int) -> None:
@@ -229,6 +231,7 @@ def _embeds_bad_calls(name: str, mask_name: str, embeds_name: str) -> Iterator[B
         yield BadCall((x, mask, torch.ones(rows, 8)), ValueError, message)
     yield BadCall((x, mask, embeds, mask.long()), TypeError, "index must be int32, got torch.int64")
     yield BadCall((x, mask, embeds, torch.ones(2, 2).int()), ValueError, f"index must have the shape of {mask_name}")
+    yield BadCall((x, mask, embeds, torch.ones(2, 3).int()), ValueError, f"index must be what .* for {mask_name}")
 
 
 def deepstack_bad_calls() -> Iterator[BadCall]:

@@ -59,12 +59,22 @@ class PlaceholderMask(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run ``masked_scatter`` as `place_embeddings`, and anything else as it is."""
-        if func is Tensor.masked_scatter and isinstance(args[1], cls):
-            inputs_embeds, mask, features = args
-            rows = features.reshape(-1, inputs_embeds.shape[-1])
-            return accepting(place_embeddings, inputs_embeds)(inputs_embeds, mask[..., 0], rows)
+        if func in (Tensor.masked_scatter, torch.masked_scatter):
+            return _place(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.masked_scatter_:
+                return args[0].copy_(_place(*args, **(kwargs or {})))
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlaceholderMask:
+        """Tensor's own would need a constructor."""
+        return self.as_subclass(Tensor).clone().as_subclass(PlaceholderMask)
+
+
+def _place(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """``masked_scatter``, under the names that torch gives its arguments."""
+    positions = mask.as_subclass(Tensor)[..., 0]
+    return accepting(place_embeddings, input)(input, positions, source.reshape(-1, input.shape[-1]))
 
 
 def image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
@@ -91,7 +101,14 @@ def image_and_video_masks(
 
 
 def merge_inputs(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:
-    """Idefics3Model.inputs_merger, and up to transformers 5.17 that of SmolVLMModel, which goes block by block."""
+    """Idefics3Model.inputs_merger, and up to transformers 5.17 that of SmolVLMModel, which goes block by block.
+
+    Up to 5.17 ``generate(image_hidden_states=...)`` passes them along with every further token, where they have no
+    place: such a call, with more rows than positions, is left to upstream, which ignores them.
+    """
+    if image_hidden_states.numel() > inputs_embeds.numel():
+        merged: Tensor = type(self).original_class.inputs_merger(self, input_ids, inputs_embeds, image_hidden_states)
+        return merged
     mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
     return inputs_embeds.masked_scatter(mask, image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype))
 
@@ -103,4 +120,5 @@ def placeholder_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor,
     else:
         ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
         mask = (inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True)
-    return mask.as_subclass(PlaceholderMask)
+    # a tracer's tensor stays one: for it masked_scatter is an operator like any other
+    return mask.as_subclass(PlaceholderMask) if type(mask) is Tensor else mask
