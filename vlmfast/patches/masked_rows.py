@@ -73,8 +73,7 @@ class PlaceholderMask(Tensor):
 
 def _place(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """``masked_scatter``, under the names that torch gives its arguments."""
-    positions = mask.as_subclass(Tensor)[..., 0]
-    return accepting(place_embeddings, input)(input, positions, source.reshape(-1, input.shape[-1]))
+    return accepting(place_embeddings, input)(input, mask[..., 0], source.reshape(-1, input.shape[-1]))
 
 
 def image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
