@@ -38,7 +38,8 @@ struct RmsNormBackward {
 
 struct RmsNormKernels {
   void (*forward)(const RmsNormForward& args, int64_t begin, int64_t end);
-  void (*backward)(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial);  // partial: see types.h; or null
+  void (*backward)(const RmsNormBackward& args, int64_t begin, int64_t end,
+                   float* partial);  // partial: see types.h; or null
   void (*sum_partials)(Dtype dtype, int64_t size, const float* partials, int64_t count, void* grad_weight);
 };
 
