@@ -102,6 +102,25 @@ struct Rows {
   }
 };
 
+// A (B, N, C) tensor as images of N rows of C adjacent elements: read in place, whatever the strides of the images and
+// of the rows; copied once where elements are not adjacent.
+struct Images {
+  Tensor tensor;  // owns the data
+  int64_t count, rows, size;
+  int64_t image_stride = 0, row_stride = 0;  // in elements
+
+  explicit Images(Tensor from) : tensor(std::move(from)) {
+    STD_TORCH_CHECK(tensor.dim() == 3, "x must have shape (B, N, C), got ", tensor.dim(), " dimensions");
+    const int64_t* sizes = tensor.sizes().data();
+    count = sizes[0], rows = sizes[1], size = sizes[2];
+    if (size > 1 && tensor.strides()[2] != 1) tensor = torch::stable::contiguous(tensor);
+    if (count > 1) image_stride = tensor.strides()[0];  // 0 where no kernel takes a step
+    if (rows > 1) row_stride = tensor.strides()[1];
+  }
+
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
 // Refuse what a kernel would read or write out of bounds on. The definitions in vlmfast/ops check the rest, with better
 // messages.
 inline void check_twin(const char* name, const Rows& rows, const Rows& x) {

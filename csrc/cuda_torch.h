@@ -28,6 +28,19 @@ struct RowPointer {
   }
 };
 
+// Images of rows, as a kernel takes them.
+template <typename scalar_t>
+struct ImagePointer {
+  const scalar_t* data;
+  int64_t image_stride, row_stride;  // in elements
+
+  __device__ __forceinline__ const scalar_t* at(int64_t image, int64_t row) const {
+    return data + image * image_stride + row * row_stride;
+  }
+  RowPointer<scalar_t> rows() const { return {data, row_stride}; }
+  RowPointer<scalar_t> images() const { return {data, image_stride}; }
+};
+
 // May rows of `columns` elements be moved in vectors of so many bytes?
 template <typename scalar_t>
 bool vectors_fit(int64_t bytes, int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands) {
@@ -36,9 +49,10 @@ bool vectors_fit(int64_t bytes, int64_t columns, std::initializer_list<RowPointe
   return fit;
 }
 
+// So many elements of a tensor, counted in scalar_t, which may be narrower.
 template <typename scalar_t>
-int64_t stride_of(const Rows& rows) {
-  return rows.row_stride * static_cast<int64_t>(rows.tensor.element_size() / sizeof(scalar_t));
+int64_t count_in(const Tensor& tensor, int64_t elements) {
+  return elements * static_cast<int64_t>(tensor.element_size() / sizeof(scalar_t));
 }
 
 }  // namespace vlmfast
@@ -79,10 +93,16 @@ class DeviceScope {
     return counts.at(device_);
   }
 
-  // The stride counts elements of scalar_t, which may be narrower than those of the tensor.
+  // The strides count elements of scalar_t, which may be narrower than those of the tensor.
   template <typename scalar_t>
   RowPointer<scalar_t> input(const Rows& rows) const {
-    return {static_cast<const scalar_t*>(rows.data()), stride_of<scalar_t>(rows)};
+    return {static_cast<const scalar_t*>(rows.data()), count_in<scalar_t>(rows.tensor, rows.row_stride)};
+  }
+
+  template <typename scalar_t>
+  ImagePointer<scalar_t> input(const Images& images) const {
+    return {static_cast<const scalar_t*>(images.data()), count_in<scalar_t>(images.tensor, images.image_stride),
+            count_in<scalar_t>(images.tensor, images.row_stride)};
   }
 
   template <typename scalar_t>

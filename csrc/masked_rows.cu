@@ -96,7 +96,7 @@ struct RowNumbers {
 
 template <typename scalar_t>
 struct AddRows {
-  static constexpr bool kAdds = true;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kAdd;
   RowNumbers numbers;
   RowPointer<scalar_t> x, embeds;
   scalar_t* sums;
@@ -108,11 +108,8 @@ struct AddRows {
   }
 };
 
-// A row that is only moved has no dtype: it is made of these.
-using Word = uint16_t;
-
 struct PlaceRows {
-  static constexpr bool kAdds = false;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kNone;
   RowNumbers numbers;
   RowPointer<Word> x, embeds;
   Word* placed;
@@ -125,7 +122,7 @@ struct PlaceRows {
 };
 
 struct SplitRows {
-  static constexpr bool kAdds = false;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kNone;
   RowNumbers numbers;
   RowPointer<Word> x;
   Word *taken, *rest;  // rest may be null
@@ -140,7 +137,7 @@ struct SplitRows {
 };
 
 struct PackRows {
-  static constexpr bool kAdds = false;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kNone;
   RowPointer<Word> x;      // (samples, tokens, hidden)
   const uint8_t* invalid;  // (samples, tokens)
   const int64_t* order;    // (samples, keep)
@@ -163,7 +160,7 @@ struct PackRows {
 };
 
 struct UnpackRows {
-  static constexpr bool kAdds = false;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kNone;
   RowPointer<Word> grad;  // (samples * keep, hidden)
   const int64_t* places;  // (samples * tokens,)
   Word* unpacked;
@@ -206,9 +203,7 @@ Rows embedding_rows(const Tensor& tensor, const Rows& x) {
   return rows;
 }
 
-int64_t words_of(const Rows& rows) {
-  return rows.size * static_cast<int64_t>(rows.tensor.element_size() / sizeof(Word));
-}
+int64_t words_of(const Rows& rows) { return count_in<Word>(rows.tensor, rows.size); }
 
 // The tensor owns what the numbers point to.
 struct NumberedRows {

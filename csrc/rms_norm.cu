@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "column_sums.cuh"
 #include "common.cuh"
 #include "cuda_torch.h"
 #include "rms_norm.h"
@@ -84,31 +85,6 @@ __global__ void __launch_bounds__(Policy::kThreads)
     };
     Policy::for_kept(end, [&](int k, int column) { normalise(kept[k], column); });
     Policy::for_rest(end, [&](int column) { normalise(load(column), column); });
-  }
-}
-
-// Stores what the threads of a block have summed up of the weight's gradient, added over the rows that share the block.
-template <typename Policy>
-__device__ __forceinline__ void store_partial(const float (&grad_weight)[Policy::kVectors][Policy::kVec],
-                                              float* __restrict__ partial, int hidden) {
-  if constexpr (Policy::kRowsPerBlock == 1) {
-    Policy::for_kept(hidden, [&](int k, int column) {
-#pragma unroll
-      for (int i = 0; i < Policy::kVec; ++i) partial[column + i] = grad_weight[k][i];
-    });
-  } else {
-    __shared__ float group_partials[Policy::kRowsPerBlock][Policy::kColumns];
-    Policy::for_kept(hidden, [&](int k, int column) {
-#pragma unroll
-      for (int i = 0; i < Policy::kVec; ++i) group_partials[Policy::group()][column + i] = grad_weight[k][i];
-    });
-    __syncthreads();
-    for (int column = threadIdx.x; column < hidden; column += Policy::kThreads) {
-      float sum = 0.f;
-#pragma unroll
-      for (int group = 0; group < Policy::kRowsPerBlock; ++group) sum += group_partials[group][column];
-      partial[column] = sum;
-    }
   }
 }
 
@@ -194,31 +170,6 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   if (partial != nullptr) store_partial<Policy>(grad_weight, partial, hidden);
 }
 
-constexpr int kSumWarps = 32;
-
-// Adds up the rows of the partial sums: a block for kWarp columns, in it a warp for every kSumWarps-th row.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kWarp* kSumWarps)
-    sum_partials_kernel(const float* __restrict__ partials,  // (blocks, hidden)
-                        scalar_t* __restrict__ grad_weight,  // (hidden,)
-                        int blocks, int hidden) {
-  __shared__ float warp_sums[kSumWarps][kWarp];
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  const int column = blockIdx.x * kWarp + lane;
-  float sum = 0.f;
-  if (column < hidden) {
-    for (int block = warp; block < blocks; block += kSumWarps) sum += partials[int64_t{block} * hidden + column];
-  }
-  warp_sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && column < hidden) {
-    sum = 0.f;
-#pragma unroll
-    for (int other = 0; other < kSumWarps; ++other) sum += warp_sums[other][lane];
-    grad_weight[column] = from_float<scalar_t>(sum);
-  }
-}
-
 // ---- launchers ----
 
 void check_size(const Rows& x) {  // columns are counted in 32 bits
@@ -299,8 +250,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, c
                           x_rows.stride, residual_rows.stride, eps, variant));
       }
       if (weight_grad) {
-        check_cuda(launch(sum_partials_kernel<scalar_t>, dim3((x.size + kWarp - 1) / kWarp), dim3(kWarp, kSumWarps), 0,
-                          scope.stream(), partials_data, scope.output<scalar_t>(grad_weight), blocks, x.size));
+        launch_sum_partials(scope, partials_data, blocks, x.size, scope.output<scalar_t>(grad_weight));
       }
     });
   });

@@ -1,4 +1,4 @@
-// Moves whole rows: each is read from one place, or two that are added, and written to one.
+// Moves whole rows: each is read from one place, or two that are added, and written to one, times a factor if need be.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,11 @@
 #include "cuda_torch.h"
 
 namespace vlmfast {
+
+// A row that is only moved has no dtype: it is made of these.
+using Word = uint16_t;
+
+enum class Arithmetic { kNone, kAdd, kMultiply };
 
 // What becomes of a row.
 template <typename scalar_t>
@@ -52,7 +57,7 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
       if (route.to != nullptr) {
         Vec values[MovePolicy::kVectors] = {};
         if (route.from != nullptr) for_vectors([&](int k, int64_t at) { values[k] = Vec::load(route.from + at); });
-        if constexpr (Move::kAdds) {
+        if constexpr (Move::kArithmetic == Arithmetic::kAdd) {
           if (route.addend != nullptr) {
             for_vectors([&](int k, int64_t at) {
               const Vec addends = Vec::load(route.addend + at);
@@ -60,6 +65,12 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
               for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] + addends[i]);
             });
           }
+        }
+        if constexpr (Move::kArithmetic == Arithmetic::kMultiply) {
+          for_vectors([&](int k, int64_t) {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] * move.factor);
+          });
         }
         for_vectors([&](int k, int64_t at) { values[k].store(route.to + at); });
       }

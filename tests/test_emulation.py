@@ -271,7 +271,7 @@ WRONG = "over the budget|isnan|in another order"
 FAULTS = [
     Fault("barrier missing", "common.cuh", "      __syncthreads();\n", "", "nobody has written"),
     Fault("one buffer for two barriers", "common.cuh", "warp_sums[turn % 2]", "warp_sums[0]", RACE),
-    Fault("barrier missing in the partial sums", "rms_norm.cu", "    __syncthreads();\n", "", "nobody has written"),
+    Fault("barrier missing in the partial sums", "column_sums.cuh", "    __syncthreads();\n", "", "nobody has written"),
     Fault("reduction step missing", "common.cuh", "offset > 0;", "offset > 1;", WRONG),
     Fault("shuffle group too narrow", "common.cuh", "offset, kLanes)", "offset, kLanes / 2)", WRONG),
     Fault("last vector off by one", "row_policy.cuh", "if (column < end)", "if (column <= end)", BOUNDS),

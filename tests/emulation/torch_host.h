@@ -24,7 +24,19 @@ class DeviceScope {
   RowPointer<scalar_t> input(const Rows& rows) const {
     const auto size = static_cast<int64_t>(rows.tensor.element_size());
     vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * size, rows.row_stride * size, 0);
-    return {static_cast<const scalar_t*>(rows.data()), stride_of<scalar_t>(rows)};
+    return {static_cast<const scalar_t*>(rows.data()), count_in<scalar_t>(rows.tensor, rows.row_stride)};
+  }
+
+  template <typename scalar_t>
+  ImagePointer<scalar_t> input(const Images& images) const {
+    const auto size = static_cast<int64_t>(images.tensor.element_size());
+    char* const data = static_cast<char*>(const_cast<void*>(images.data()));
+    for (int64_t image = 0; image < images.count; ++image) {
+      vlmfast_emulation_allow(data + image * images.image_stride * size, images.rows, images.size * size,
+                              images.row_stride * size, 0);
+    }
+    return {static_cast<const scalar_t*>(images.data()), count_in<scalar_t>(images.tensor, images.image_stride),
+            count_in<scalar_t>(images.tensor, images.row_stride)};
   }
 
   // Poisoned: an element that no kernel writes is NaN.
