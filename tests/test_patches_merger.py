@@ -250,7 +250,8 @@ def test_weights_that_accelerate_brings_for_each_call(family: Family, fused: lis
     accelerate = pytest.importorskip("accelerate")
     model, inputs = tiny(family)
     want = logits(model, inputs)
-    accelerate.cpu_offload(model, execution_device="cpu")
+    for module in mergers(model, family):  # not the whole model: upstream reads other weights past their modules
+        accelerate.cpu_offload(module, execution_device="cpu")
     with vlmfast.patch(model, only=sites(family)):
         assert torch.equal(logits(model, inputs), want)
     assert fused

@@ -152,8 +152,7 @@ def test_unknown_bodies(monkeypatch):
     with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
         patch = vlmfast.patch(model)
     assert caught[0].filename == __file__
-    names = {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
-    assert {type(module).__name__ for module in patched(model)} == names
+    assert {type(m).__name__ for m in patched(model)} == {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
     assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
     patch.undo()
     monkeypatch.setattr(upstream, "lock", dict)
@@ -181,8 +180,7 @@ def test_body_includes_the_methods_and_functions_it_calls(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     bodies = {"plain": "x", "negated": "-x", "with_blanks": "x  ", "through": "scaled(x)"}
     cases = {name: {"scaled": "x", "normed": body} for name, body in bodies.items()}
-    cases["twice"] = {"scaled": "2 * x", "normed": "scaled(x)"}
-    digests = {}
+    cases["twice"], digests = {"scaled": "2 * x", "normed": "scaled(x)"}, {}
     for name, texts in cases.items():
         (tmp_path / f"norm_{name}.py").write_text(NORM.format(**texts))
         digests[name] = digest(importlib.import_module(f"norm_{name}").Norm, "forward")
