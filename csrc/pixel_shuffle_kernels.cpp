@@ -102,7 +102,8 @@ VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output,
   float mean[1], variance[1], means[2];
   torch_sum<T, 1>(
       size,
-      [&](int64_t offset, auto count, Block(&term)[1]) VLMFAST_INLINE_LAMBDA { term[0] = load(row + offset, count); },
+      [&](int64_t offset, auto count, Block(&term)[1])
+          VLMFAST_INLINE_LAMBDA { term[0] = term[0] + load(row + offset, count); },
       mean);
   const Block centre = broadcast(mean[0] / elements);
   const auto centred = [&](int64_t offset, auto count)
@@ -110,7 +111,7 @@ VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output,
   torch_sum<T, 1>(
       size,
       [&](int64_t offset, auto count, Block(&term)[1])
-          VLMFAST_INLINE_LAMBDA { term[0] = centred(offset, count) * centred(offset, count); },
+          VLMFAST_INLINE_LAMBDA { term[0] = term[0] + centred(offset, count) * centred(offset, count); },
       variance);
   const float inverse = 1.0f / __builtin_sqrtf(variance[0] / elements + norm.eps);
   const auto weighted = [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
@@ -119,8 +120,9 @@ VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output,
   torch_sum<T, 2>(
       size,
       [&](int64_t offset, auto count, Block(&terms)[2]) VLMFAST_INLINE_LAMBDA {
-        terms[0] = weighted(offset, count);
-        terms[1] = terms[0] * (centred(offset, count) * inverse);
+        const Block grad = weighted(offset, count);
+        terms[0] = terms[0] + grad;
+        terms[1] = terms[1] + grad * (centred(offset, count) * inverse);
       },
       means);
   const Block mean_grad = broadcast(means[0] / elements);

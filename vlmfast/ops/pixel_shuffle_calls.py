@@ -227,7 +227,7 @@ def bare_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) 
 
 # (B, C), the grid, the scale
 _MAPS = [
-    ((1, 64), (4, 4), 2),
+    ((1, 64), (8, 12), 2),
     ((2, 24), (2, 6), 2),
     ((3, 7), (6, 4), 2),
     ((1, 32), (9, 9), 3),
