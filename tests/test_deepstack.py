@@ -1,12 +1,15 @@
-"""DeepStack's sampling against a loop, and its additions against hooks that index with the mask."""
+"""DeepStack's additions against hooks that index with the mask."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vlmfast
 from vlmfast.patches import tiny
@@ -14,70 +17,6 @@ from vlmfast.patches import tiny
 WIDTH = 64  # of tiny.text
 PROMPT = torch.tensor([[1, 3, 3, 9, 3, 8], [0, 0, 3, 7, 3, 3]])  # the second prompt is padded on the left
 POSITIONS = PROMPT == tiny.IMAGE
-
-
-# ---- deepstack_levels ----
-
-
-def naive_levels(features: Tensor, height: int, width: int, side: int) -> Tensor:
-    pixels = {
-        (row * side + y, column * side + x): features[row * width + column, y * side + x]
-        for row in range(height)
-        for column in range(width)
-        for y in range(side)
-        for x in range(side)
-    }
-    return torch.stack(
-        [
-            torch.stack([pixels[y, x] for y in range(i, height * side, height) for x in range(j, width * side, width)])
-            for i in range(height)
-            for j in range(width)
-        ]
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("height", "width", "side"), [(2, 2, 4), (1, 3, 2), (3, 2, 5), (1, 1, 3), (4, 1, 1)])
-def test_levels(height: int, width: int, side: int, dtype: torch.dtype):
-    features = torch.randn(height * width, side * side, 10, dtype=dtype)[..., 3:]
-    levels = vlmfast.deepstack_levels(features, (height, width), side)
-    want = naive_levels(features, height, width, side)
-    assert levels.dtype == dtype
-    assert levels.is_contiguous()
-    assert torch.equal(levels, want)
-    padded = vlmfast.deepstack_levels(features, (height, width), side, pad_to=7)
-    assert torch.equal(padded, torch.cat([want, want.new_zeros(7 - height * width, side * side, 7)]))
-    assert torch.equal(vlmfast.deepstack_levels(features, (height, width), side, pad_to=height * width), want)
-
-
-def test_gradient_of_levels():
-    features = torch.randn(6, 4, 3, requires_grad=True)
-    weight = torch.randn(8, 4, 3)
-    (got,) = torch.autograd.grad(vlmfast.deepstack_levels(features, (3, 2), 2, pad_to=8), features, weight)
-    (want,) = torch.autograd.grad(naive_levels(features, 3, 2, 2), features, weight[:6])
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((None, (2, 3), 2), TypeError, "features must be a torch.Tensor, got NoneType"),
-        ((torch.ones(6, 4, 3).double(), (2, 3), 2), TypeError, "features must be float32, float16 or bfloat16"),
-        ((torch.ones(6, 4, 3), 6, 2), TypeError, r"grid must be a pair \(height, width\), got 6"),
-        ((torch.ones(6, 4, 3), (2, 3, 1), 2), TypeError, "grid must be a pair"),
-        ((torch.ones(6, 4, 3), (2, 3.0), 2), TypeError, r"grid\[1\] must be an int, got float"),
-        ((torch.ones(6, 4, 3), (0, 3), 2), ValueError, r"grid\[0\] must be at least 1, got 0"),
-        ((torch.ones(6, 4, 3), (2, 3), True), TypeError, "side must be an int, got bool"),
-        ((torch.ones(6, 4, 3), (2, 3), 0), ValueError, "side must be at least 1, got 0"),
-        ((torch.ones(6, 4, 3), (2, 2), 2), ValueError, r"features must have shape \(4, 4, C\), .* got \(6, 4, 3\)"),
-        ((torch.ones(6, 4, 3), (2, 3), 3), ValueError, r"features must have shape \(6, 9, C\), .* got \(6, 4, 3\)"),
-        ((torch.ones(6, 4), (2, 3), 2), ValueError, r"features must have shape \(6, 4, C\), .* got \(6, 4\)"),
-        ((torch.ones(6, 4, 3), (2, 3), 2, 5), ValueError, "pad_to must be at least 6, got 5"),
-    ],
-)
-def test_bad_levels(arguments: tuple, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        vlmfast.deepstack_levels(*arguments)
 
 
 # ---- deepstack, in a language model ----
@@ -192,6 +131,28 @@ def test_compiled_model():
     assert torch.equal(compiled(hidden), plain)
 
 
+class Checkpointed(nn.Sequential):
+    """Its layers run under torch.utils.checkpoint, their hooks included."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        for layer in self:
+            hidden_states = checkpoint(layer.__call__, hidden_states, use_reentrant=False)
+        return hidden_states
+
+
+@pytest.mark.filterwarnings("error:vlmfast.deepstack")
+def test_compiled_and_checkpointed_model():
+    model, hidden, levels = Checkpointed(nn.Linear(WIDTH, WIDTH)), torch.randn(2, 6, WIDTH), random_levels(1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for run, context in ((model, naive), (compiled, vlmfast.deepstack)):
+        leaf = levels.clone().requires_grad_()
+        with context(list(model), leaf, POSITIONS, start=0):
+            run(hidden).square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
 class Layer(nn.Module):
     """A layer that is called with hidden states by keyword."""
 
@@ -210,6 +171,81 @@ def test_keyword_and_layouts():
         with vlmfast.deepstack([layer], levels, POSITIONS, start=0):
             assert torch.equal(layer(hidden_states=hidden, scale=2.0), 2 * want)
     assert torch.equal(hidden, before)
+
+
+def test_cached_step_is_left_alone():
+    layer, (level,), positions = Layer(), random_levels(1), torch.tensor([[True]])
+    step = torch.randn(2, 1, WIDTH)
+    with vlmfast.deepstack([layer], [level], POSITIONS, start=0):
+        layer(hidden_states=torch.zeros(2, 6, WIDTH))
+        assert torch.equal(layer(hidden_states=step), step)
+    with vlmfast.deepstack([layer], [level[:1]], positions, start=0):
+        assert torch.equal(layer(hidden_states=step[:1]), step[:1] + level[0])
+
+
+def test_positions_are_copied():
+    layer, levels, positions = Layer(), random_levels(1), POSITIONS.clone()
+    want = torch.zeros(2, 6, WIDTH)
+    want[POSITIONS] = levels[0]
+    with vlmfast.deepstack([layer], levels, positions, start=0):
+        positions.copy_(positions.flip(1))
+        assert torch.equal(layer(hidden_states=torch.zeros_like(want)), want)
+
+
+def test_remove_twice(monkeypatch: pytest.MonkeyPatch):
+    """What torch.compile has traced is lost once for the hooks and once for their removal."""
+    traced = Mock()
+    monkeypatch.setattr("vlmfast.deepstack_hooks.trace_anew", traced)
+    layer = Layer()
+    handle = vlmfast.deepstack([layer], random_levels(1), POSITIONS, start=0)
+    layer(hidden_states=torch.zeros(2, 6, WIDTH))
+    assert traced.call_count == 1
+    handle.remove()
+    handle.remove()
+    assert traced.call_count == 2
+
+
+def test_warns_if_nothing_was_added():
+    layer, levels = Layer(), random_levels(1)
+    warns = pytest.warns(UserWarning, match="vlmfast.deepstack added nothing")
+    with warns as caught, vlmfast.deepstack([layer], levels, POSITIONS, start=0):
+        layer(hidden_states=torch.zeros(2, 1, WIDTH))
+    assert caught[0].filename == __file__
+    handle = vlmfast.deepstack([layer], levels, POSITIONS, start=0)
+    with warns as caught:
+        handle.remove()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError), vlmfast.deepstack([layer], levels, POSITIONS, start=0):
+            raise KeyError
+        with vlmfast.deepstack([layer], levels, POSITIONS, start=0):
+            layer(hidden_states=torch.zeros(2, 6, WIDTH))
+
+
+def test_row_index_is_computed_once(monkeypatch: pytest.MonkeyPatch):
+    """Where to check it costs less than to compute it: on any device but a CPU."""
+    computed, layers = Mock(wraps=vlmfast.row_index), [Layer() for _ in range(3)]
+    added = Mock(wraps=vlmfast.deepstack_add)
+    monkeypatch.setattr("vlmfast.deepstack_hooks.row_index", computed)
+    monkeypatch.setattr("vlmfast.deepstack_hooks.deepstack_add", added)
+    with vlmfast.deepstack(layers, random_levels(3).to("meta"), POSITIONS.to("meta"), start=0):
+        for layer in layers:
+            layer(hidden_states=torch.zeros(2, 6, WIDTH, device="meta"))
+    assert computed.call_count == 1
+    indices = [call.args[3] for call in added.call_args_list]
+    assert [index.dtype for index in indices] == [torch.int32] * 3
+    assert indices[0] is indices[1] is indices[2]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model, levels, positions = language_model().cuda(), random_levels(3).cuda(), POSITIONS.cuda()
+    with naive(model.model.layers, levels, positions):
+        want = model(PROMPT.cuda()).logits
+    with vlmfast.deepstack(model.model.layers, levels, positions):
+        positions.zero_()
+        assert torch.equal(model(PROMPT.cuda()).logits, want)
 
 
 # ---- deepstack, in a vision tower ----
@@ -233,9 +269,10 @@ def test_vision_tower(model_type: str):
         recorder.remove()
         crops = entered[0][:, has_cls:]
         plain = tower(pixels[:1]).last_hidden_state
-        with naive(layers, naive_levels(crops, 2, 2, 4), positions, start=half):
+        levels = vlmfast.deepstack_levels(crops, (2, 2), 4)
+        with naive(layers, levels, positions, start=half):
             want = tower(pixels[:1]).last_hidden_state
-        with vlmfast.deepstack(layers, vlmfast.deepstack_levels(crops, (2, 2), 4), positions, start=half):
+        with vlmfast.deepstack(layers, levels, positions, start=half):
             got = tower(pixels[:1]).last_hidden_state
     assert torch.equal(got, want)
     assert not torch.equal(got, plain)
@@ -279,6 +316,7 @@ def test_bad_calls(arguments: dict, error: type[Exception], message: str):
     ("hidden", "error", "message"),
     [
         (torch.ones(1, 6, WIDTH), ValueError, r"positions must be those of the pass, \(1, 6\), got \(2, 6\)"),
+        (torch.ones(2, 5, WIDTH), ValueError, r"positions must .* \(2, 5\), got \(2, 6\): run the prefill in one"),
         (torch.ones(2, 7, WIDTH), ValueError, r"positions must be those of the pass, \(2, 7\), got \(2, 6\)"),
         (torch.ones(2, 6, 8), ValueError, "levels must have the width of the hidden states, 8, got 64"),
         (torch.ones(2, 6, WIDTH).double(), TypeError, "hidden_states must be float32, float16 or bfloat16"),
@@ -302,13 +340,3 @@ def test_failure_half_way_leaves_no_hook():
     with pytest.raises(RuntimeError, match="no hooks here"):
         vlmfast.deepstack(layers, random_levels(3), POSITIONS, start=0)
     assert hooks(layers) == [0, 0, 0]
-
-
-@pytest.mark.gpu
-def test_row_index_is_computed_once(monkeypatch: pytest.MonkeyPatch):
-    model, levels = language_model().cuda(), random_levels(3).cuda()
-    with naive(model.model.layers, levels, POSITIONS.cuda()):
-        want = model(PROMPT.cuda()).logits
-    with vlmfast.deepstack(model.model.layers, levels, POSITIONS.cuda()):
-        monkeypatch.setattr("vlmfast.deepstack.row_index", None)
-        assert torch.equal(model(PROMPT.cuda()).logits, want)

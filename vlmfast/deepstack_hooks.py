@@ -5,6 +5,7 @@ DeepStack-L adds them in the language model and DeepStack-V in the vision tower:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,18 +68,26 @@ class DeepStack:
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
+        self._added = False
 
     def remove(self) -> None:
-        """Take the hooks out of the layers. A second call does nothing."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        trace_anew()
+        """Take the hooks out of the layers, and warn if nothing was ever added. A second call does nothing."""
+        self._end(warn=True)
 
     def __enter__(self) -> DeepStack:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._end(warn=error is None)
+
+    def _end(self, warn: bool) -> None:
+        if not self._hooks:
+            return
+        while self._hooks:
+            self._hooks.pop().remove()
+        trace_anew()
+        if warn and not self._added:
+            warnings.warn("vlmfast.deepstack added nothing: no pass with its positions was run", stacklevel=3)
 
     def __repr__(self) -> str:
         return f"<DeepStack: {len(self._hooks)} layers>" if self._hooks else "<DeepStack: removed>"
@@ -99,9 +108,9 @@ def deepstack(
     has traced in this process is traced anew in the block and after it.
 
     The levels belong to one prompt, so leave the block before the next one. They are added in passes over as many
-    tokens as ``positions`` has: the prefill. Shorter passes, the steps of ``generate`` with a cache, are left alone; so
-    is a prefill in chunks, which therefore must not be used. A longer pass raises: ``generate(use_cache=False)`` would
-    lose the features after its first step.
+    tokens as ``positions`` has: the prefill. A pass over one token, a step of ``generate`` with a cache, is left alone,
+    unless ``positions`` has only one itself. Any other pass raises: of a prefill in chunks, of another prompt, of
+    ``generate(use_cache=False)``, of assisted decoding. Leaving the block warns if nothing was ever added in it.
 
         with vlmfast.deepstack(model.model.layers, levels, input_ids == image_token_id):
             model.generate(inputs_embeds=..., attention_mask=...)
@@ -118,7 +127,7 @@ def deepstack(
             argument or as ``hidden_states``.
         levels: (K, V, D), or K tensors (V, D); float32, float16 or bfloat16, on the device of the hidden states, to
             whose dtype they are rounded.
-        positions: (B, T) bool, true at the V visual tokens; on the device of ``levels``.
+        positions: (B, T) bool, true at the V visual tokens; on the device of ``levels``. A copy is kept.
         start: the layer that gets the first level, counted from 0.
         interval: how many layers it is from one level to the next.
 
@@ -129,7 +138,8 @@ def deepstack(
         TypeError: for an argument of another type. ValueError: for levels of several shapes, on a CPU levels that have
             not as many rows as ``positions`` is true at (on a GPU that trips a device-side assertion), more levels than
             layers to add them to, or a bad ``start`` or ``interval``; and in a pass of the model for hidden states of
-            another batch size, width or device, or of more tokens. Nothing is hooked after an error of this call.
+            another batch size, width or device, or of another number of tokens than T and 1. Nothing is hooked after an
+            error of this call.
 
     Source:
         CustomLlamaModel.forward of MengLcool/DeepStack-VL, with exact positions; CLIPVisionTower of the same.
@@ -143,22 +153,29 @@ def deepstack(
             f"levels must fit into layers: the last of {len(levels)} would go to layer {last} (start {start}, "
             f"interval {interval}), and there are {len(layers)} layers"
         )
+    positions = positions.clone()  # a later change in place must not part it from the index
     # one prefix sum for all levels; to check an index costs a CPU as much as to count anew
     index = None if positions.is_cpu else row_index(positions)
     handle = DeepStack()
     try:
         for layer, level in zip(layers[start : last + 1 : interval], levels, strict=True):
-            hook = _adding(level, positions, index)
+            hook = _adding(handle, level, positions, index)
             handle._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     except BaseException:
-        handle.remove()
+        handle._end(warn=False)
         raise
     trace_anew()
     return handle
 
 
-def _adding(level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
-    """The hook of one layer. It keeps no state: gradient checkpointing may run it twice."""
+def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
+    """The hook of one layer. It counts nothing: gradient checkpointing may run it twice."""
+
+    def note() -> None:
+        handle._added = True
+
+    # torch.compile calls it while tracing: the graph of a checkpointed layer must have no side effects
+    torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
 
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         hidden_states = args[0] if args else kwargs.get("hidden_states")
@@ -168,16 +185,18 @@ def _adding(level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
                 f"{type(layer).__name__} was not"
             )
         batch, tokens, width = hidden_states.shape
-        if tokens < positions.shape[1]:
+        if tokens == 1 != positions.shape[1]:
             return None
         if (batch, tokens) != positions.shape:
             raise ValueError(
-                f"positions must be those of the pass, ({batch}, {tokens}), got {tuple(positions.shape)}; remove what "
-                f"vlmfast.deepstack returned before the model runs on anything else"
+                f"positions must be those of the pass, ({batch}, {tokens}), got {tuple(positions.shape)}: run the "
+                f"prefill in one piece, and remove what vlmfast.deepstack returned before the model runs on anything "
+                f"else"
             )
         if width != level.shape[1]:
             raise ValueError(f"levels must have the width of the hidden states, {width}, got {level.shape[1]}")
         added = deepstack_add(hidden_states, positions, level, index)
+        note()
         return ((added, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": added})
 
     return add
