@@ -71,15 +71,8 @@ def test_gradient(side: str):
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)], ids=str)
 def test_empty(shape: tuple[int, ...]):
-    got = (
-        vlmfast.repack(torch.randn(shape), torch.ones(shape[:2]), keep=shape[1])
-        if False
-        else vlmfast.repack(
-            torch.randn(shape),
-            torch.ones(shape[:2], dtype=torch.int64),
-            labels=torch.ones(shape[:2], dtype=torch.int64),
-        )
-    )
+    ones = torch.ones(shape[:2], dtype=torch.int64)
+    got = vlmfast.repack(torch.randn(shape), ones, labels=ones)
     assert got.inputs_embeds.shape == shape
     assert got.labels.shape == shape[:2]
 
@@ -108,21 +101,27 @@ EMBEDS, MASK = torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.int64)
     ("arguments", "error", "message"),
     [
         ({"side": "middle"}, ValueError, "side must be one of 'right', 'left', got 'middle'"),
-        ({"inputs_embeds": EMBEDS.double()}, TypeError, "tokens must be float32, float16 or bfloat16"),
+        ({"inputs_embeds": EMBEDS.double()}, TypeError, "^inputs_embeds must be float32, float16 or bfloat16"),
+        ({"inputs_embeds": [1.0]}, TypeError, "^inputs_embeds must be a torch.Tensor, got list"),
+        ({"inputs_embeds": EMBEDS[0]}, ValueError, r"^inputs_embeds must have shape \(B, T, D\), got \(3, 8\)"),
         ({"attention_mask": None}, TypeError, "attention_mask must be a torch.Tensor, got NoneType"),
         ({"attention_mask": MASK.float()}, TypeError, "attention_mask must be bool or integers, got torch.float32"),
         ({"attention_mask": MASK[0]}, ValueError, r"attention_mask must have shape \(B, T\), got \(3,\)"),
+        ({"attention_mask": MASK[:, 1:]}, ValueError, r"^attention_mask must have shape \(2, 3\), .* got \(2, 2\)"),
+        ({"attention_mask": MASK.to("meta")}, ValueError, "^attention_mask must be on the device of inputs_embeds"),
         ({"attention_mask": 2 * MASK}, ValueError, "attention_mask must hold 0 and 1 only, got 2"),
         ({"attention_mask": -MASK}, ValueError, "attention_mask must hold 0 and 1 only, got -1"),
         ({"position_ids": 5}, TypeError, "position_ids must be a torch.Tensor, got int"),
         ({"position_ids": MASK[:1]}, ValueError, r"position_ids must have shape \(2, 3\), .*, got \(1, 3\)"),
         ({"position_ids": MASK[None, None]}, ValueError, r"position_ids must have shape .* got \(1, 1, 2, 3\)"),
+        ({"position_ids": MASK.expand(7, 2, 3)}, ValueError, r"position_ids must have shape .* got \(7, 2, 3\)"),
         ({"position_ids": MASK.to("meta")}, ValueError, "position_ids must be on the device of attention_mask, cpu"),
         ({"labels": 5}, TypeError, "labels must be a torch.Tensor, got int"),
         ({"labels": MASK.float()}, TypeError, "labels must be int64, int32 or int16, got torch.float32"),
         ({"labels": MASK[:, :2]}, ValueError, r"labels must have the shape of attention_mask, \(2, 3\), got \(2, 2\)"),
         ({"keep": 2}, ValueError, "keep must be at least 3, the most valid tokens that a sequence has, got 2"),
         ({"keep": 4}, ValueError, "keep must be within 0 and 3"),
+        ({"keep": -1}, ValueError, "keep must be within 0 and 3"),
         ({"keep": 2.0}, TypeError, "keep must be an int, got float"),
     ],
 )

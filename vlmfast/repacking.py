@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.ops.masked_rows import compact_tokens
+from vlmfast.ops.masked_rows_calls import check_rows
 
 IGNORED = -100  # the label that cross entropy leaves out
 
@@ -58,7 +59,7 @@ def repack(
         in front of padded text.
     """
     checks.one_of("side", side, ("right", "left"))
-    valid = _valid(attention_mask)
+    valid = _valid(inputs_embeds, attention_mask)
     length = valid.shape[1] if keep is None else keep
     tokens, invalid, order = compact_tokens(inputs_embeds, ~valid, length, None, side == "left")
     if length < valid.shape[1]:
@@ -71,14 +72,13 @@ def repack(
     )
 
 
-def _valid(attention_mask: Tensor) -> Tensor:
+def _valid(inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
     if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a torch.Tensor, got {type(attention_mask).__name__}")
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask must be bool or integers, got {attention_mask.dtype}")
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must have shape (B, T), got {tuple(attention_mask.shape)}")
     valid = attention_mask != 0
+    check_rows("inputs_embeds", inputs_embeds, "attention_mask", valid, None)
     if attention_mask.dtype != torch.bool:
         binary = (attention_mask == valid).all()
         message = "attention_mask must hold 0 and 1 only"
@@ -99,7 +99,7 @@ def _require_room(counts: Tensor, keep: int) -> None:
 def _repack_positions(position_ids: Tensor, valid: Tensor, order: Tensor, invalid: Tensor) -> Tensor:
     if not isinstance(position_ids, Tensor):
         raise TypeError(f"position_ids must be a torch.Tensor, got {type(position_ids).__name__}")
-    if position_ids.dim() not in (2, 3) or position_ids.shape[-2:] != valid.shape:
+    if position_ids.shape[:-2] not in ((), (3,), (4,)) or position_ids.shape[-2:] != valid.shape:
         batch, tokens = valid.shape
         raise ValueError(
             f"position_ids must have shape ({batch}, {tokens}), or (3, {batch}, {tokens}) or (4, {batch}, {tokens}), "

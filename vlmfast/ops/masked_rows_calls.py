@@ -20,7 +20,7 @@ def check_row_index(mask: Tensor) -> None:
         raise ValueError(f"mask must have fewer than 2**31 positions, got {mask.numel()}")
 
 
-def _check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
+def check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
     checks.float_tensor(name, x)
     if x.dim() != 3:
         raise ValueError(f"{name} must have shape (B, T, D), got {tuple(x.shape)}")
@@ -56,26 +56,26 @@ def _check_embeds(name: str, x: Tensor, mask_name: str, mask: Tensor, embeds_nam
 def check_deepstack_add(
     hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
 ) -> None:
-    _check_rows("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, index)
+    check_rows("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, index)
     _check_embeds("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, "visual_embeds", visual_embeds)
 
 
 def check_place_embeddings(
     inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
 ) -> None:
-    _check_rows("inputs_embeds", inputs_embeds, "mask", mask, index)
+    check_rows("inputs_embeds", inputs_embeds, "mask", mask, index)
     _check_embeds("inputs_embeds", inputs_embeds, "mask", mask, "image_embeds", image_embeds)
 
 
 def check_split_rows(x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True) -> None:
-    _check_rows("x", x, "mask", mask, index)
+    check_rows("x", x, "mask", mask, index)
     _check_count("mask", mask, "rows says", rows)
 
 
 def check_compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> None:
-    _check_rows("tokens", tokens, "invalid", invalid, None)
+    check_rows("tokens", tokens, "invalid", invalid, None)
     if isinstance(keep, bool) or not isinstance(keep, (int, torch.SymInt)):
         raise TypeError(f"keep must be an int, got {type(keep).__name__}")
     if not 0 <= keep <= invalid.shape[1]:
