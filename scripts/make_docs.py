@@ -21,18 +21,23 @@ RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
 MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 HEAD = """# Ops
 
-Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable, one node under
-`torch.compile`, and returns new contiguous tensors.
+Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable in its floating-point
+tensors, one node under `torch.compile`, and returns new contiguous tensors.
 """
 AROUND = "# Around the ops\n"
+
+
+class Bare(str):
+    """An annotation that `inspect` does not put into quotes."""
+
+    __repr__ = str.__str__
 
 
 def signature(name: str, function: Callable[..., Any]) -> str:
     """The function's head as one would write it."""
     found = inspect.signature(function)
-    defaults = {p.name: "" if p.default is p.empty else f" = {p.default!r}" for p in found.parameters.values()}
-    arguments = [f"{p.name}: {p.annotation}{defaults[p.name]}" for p in found.parameters.values()]
-    return f"{name}({', '.join(arguments)}) -> {found.return_annotation}"
+    parameters = [p.replace(annotation=Bare(p.annotation)) for p in found.parameters.values()]
+    return f"{name}{found.replace(parameters=parameters, return_annotation=Bare(found.return_annotation))}"
 
 
 def page() -> str:

@@ -6,12 +6,15 @@ import ast
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import vlmfast
 from tests.cases import EACH_OP, PRIMITIVE, each, require
@@ -63,6 +66,15 @@ def test_op_is_documented(op: Op):
 def test_public_names_are_documented():
     for name in vlmfast.__all__:
         assert getattr(vlmfast, name).__doc__, name
+
+
+def test_docs_show_the_kinds_of_parameters():
+    def function(a: Tensor, /, b: int | None = None, *args: Any, c: str = "x", **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    signature = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["signature"]
+    want = "f(a: Tensor, /, b: int | None = None, *args: Any, c: str = 'x', **kwargs: Any) -> Tensor"
+    assert signature("f", function) == want
 
 
 def test_kernels_is_not_an_importable_package():
