@@ -95,7 +95,8 @@ def test_rounds_in_the_order_of_hugging_face(op: Op, place: tuple[str, str], dty
     if op.exact or (same_sums and op.upstream is not None):
         assert differ == 0, f"{differ} of {total} elements differ"
     elif dtype != torch.float32:  # in float32 every sum is its own rounding
-        assert differ <= total // 500, f"{differ} of {total} elements differ"
+        share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so that a float32 sum shows more often
+        assert differ <= total // share, f"{differ} of {total} elements differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
