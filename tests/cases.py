@@ -133,7 +133,7 @@ def oddly_padded(x: Tensor) -> Tensor:
 
 def transposed(x: Tensor) -> Tensor:
     """Leading dimensions that no single row stride describes, as heads before tokens."""
-    if x.dim() < 3 and x.is_floating_point():
+    if x.dim() < 2 or (x.dim() < 3 and x.is_floating_point()):
         return padded(x)
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 

@@ -90,8 +90,9 @@ def test_rounds_in_the_order_of_hugging_face(op: Op, place: tuple[str, str], dty
     for args in runnable(op, backend, calls(op, device, dtype)):
         for g, u in zip(run(op, backend, args), outputs(replaced(op)(*args)), strict=True):
             assert g.dtype == u.dtype
-            differ += int((g != u).sum())
-            total += g.numel()
+            if g.dtype != torch.float32 or op.exact or same_sums:
+                differ += int((g != u).sum())
+                total += g.numel()
     if op.exact or (same_sums and op.upstream is not None):
         assert differ == 0, f"{differ} of {total} elements differ"
     elif dtype != torch.float32:  # in float32 every sum is its own rounding
@@ -115,6 +116,16 @@ def gradients(function, args, grads):
     inputs = [leaf for leaf in leaves if is_float(leaf)]
     found = torch.autograd.grad([o for o, _ in used], inputs, [g for _, g in used], materialize_grads=True)
     return [grad.contiguous() for grad in found]
+
+
+def with_gradient(op: Op, args) -> list[int]:
+    """Which arguments the outputs are differentiable in: of some ops not all that are floating."""
+    found = []
+    for wanted in (i for i, a in enumerate(args) if is_float(a)):
+        leaves = [a.detach().clone().requires_grad_(i == wanted) if is_float(a) else a for i, a in enumerate(args)]
+        if any(o.requires_grad for o in outputs(op.reference(*leaves))):
+            found.append(wanted)
+    return found
 
 
 def ones(op: Op, args):
@@ -146,20 +157,33 @@ def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
     everything = gradients(lambda *a: run(op, backend, a), args, ones(op, args))
     for wanted in floats:
         leaves = [a.clone().requires_grad_(i == wanted) if is_float(a) else a for i, a in enumerate(args)]
-        sum(o.sum() for o in run(op, backend, tuple(leaves)) if is_float(o)).backward()
+        results = [o for o in run(op, backend, tuple(leaves)) if is_float(o)]
+        if wanted not in with_gradient(op, args):
+            assert not any(o.requires_grad for o in results)
+            continue
+        sum(o.sum() for o in results).backward()
         for i in floats:
             assert (leaves[i].grad is not None) == (i == wanted)
         torch.testing.assert_close(leaves[wanted].grad, everything[floats.index(wanted)], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "place"), each_place([op for op in OPS.values() if op.detached]))
+def test_scores_and_positions_carry_no_gradient(op: Op, place: tuple[str, str]):
+    device, backend = place
+    for args in runnable(op, backend, op.samples(device, torch.float32)):
+        leaves = tuple(a.requires_grad_() if is_float(a) else a for a in args)
+        assert not any(o.requires_grad for o in run(op, backend, leaves))
 
 
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_second_gradient(op: Op):
     """The gradient's own gradient comes from the definition: never wrong, never silently missing."""
     args = [a.double() if is_float(a) else a for a in next(iter(op.samples("cpu", torch.float32)))]
+    wanted = with_gradient(op, args)
 
     def first(function, dtype):
         leaves = [a.to(dtype).requires_grad_() if is_float(a) else a for a in args]
-        inputs = [leaf for leaf in leaves if is_float(leaf)]
+        inputs = [leaves[index] for index in wanted]
         loss = sum(o.pow(2).sum() for o in outputs(function(*leaves)) if is_float(o))
         grads = torch.autograd.grad(loss, inputs, create_graph=True)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), inputs)
@@ -198,7 +222,7 @@ def test_compiles_into_one_graph(op: Op, dynamic: bool):
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
     args = next(iter(op.samples("cpu", torch.float32)))
-    floats = [index for index, a in enumerate(args) if is_float(a)]
+    floats = with_gradient(op, args)
     results = [index for index, o in enumerate(outputs(op.reference(*args))) if is_float(o)]
     for needed, used in itertools.product([[index] for index in floats] + [floats], [results[:1], results]):
 

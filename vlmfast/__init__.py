@@ -1,9 +1,11 @@
 """vlmfast: fused kernels for vision-language models, and drop-in patches for Hugging Face transformers."""
 
 from vlmfast.deepstack_hooks import deepstack, deepstack_levels
+from vlmfast.ops.attention_scores import cls_attention, received_attention
 from vlmfast.ops.masked_rows import compact_tokens, deepstack_add, place_embeddings, row_index
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
 from vlmfast.ops.rms_norm import add_rms_norm, rms_norm
+from vlmfast.ops.token_merge import merge_tokens, top_tokens, visionzip
 from vlmfast.patches import Patch, patch, unpatch
 from vlmfast.registry import explain, use
 from vlmfast.repacking import repack
@@ -12,18 +14,23 @@ __version__ = "0.1.0"
 __all__ = [
     "Patch",
     "add_rms_norm",
+    "cls_attention",
     "compact_tokens",
     "deepstack",
     "deepstack_add",
     "deepstack_levels",
     "explain",
+    "merge_tokens",
     "patch",
     "pixel_shuffle",
     "pixel_shuffle_linear",
     "place_embeddings",
+    "received_attention",
     "repack",
     "rms_norm",
     "row_index",
+    "top_tokens",
     "unpatch",
     "use",
+    "visionzip",
 ]

@@ -64,6 +64,18 @@ def integers(name: str, value: object, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
 
 
+def integer(name: str, value: object) -> None:
+    """Raise unless ``value`` is an int, or what a tracer has in its place."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def expect(condition: Tensor, message: str) -> None:
+    """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
+    if not torch._C._are_functorch_transforms_active():  # vmap has no rule for it
+        torch._assert_async(condition, message)
+
+
 def on_host(value: Tensor) -> bool:
     """Whether the numbers in ``value`` can be read without waiting for a device: not those of a tracer or of vmap."""
     if not value.is_cpu or type(value) is not Tensor or torch.compiler.is_compiling():

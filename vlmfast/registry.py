@@ -60,6 +60,7 @@ class Op:
     setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
     backward: Callable[..., Any] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
+    detached: bool = False  # the outputs are scores or positions: they carry no gradient, whatever the inputs do
     # An op made of other ops: what runs in place of the definition, and the ops in it that backends provide. It is
     # traced through and differentiated through.
     compose: Callable[..., Any] | None = None
@@ -98,6 +99,7 @@ class Op:
             return backend
         if (
             self.backward is None
+            and not self.detached
             and self.compose is None
             and torch.is_grad_enabled()
             and backend.name != "torch"
@@ -216,6 +218,7 @@ def op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     exact: bool = False,
+    detached: bool = False,
     compose: Callable[..., Any] | None = None,
     parts: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
@@ -237,6 +240,7 @@ def op(
             setup_context,
             backward,
             exact,
+            detached,
             compose,
             parts,
         )
@@ -254,6 +258,9 @@ def op(
         @functools.wraps(reference)
         def call(*args: Any, **kwargs: Any) -> Any:
             recorded = is_grad_enabled() and _requires_grad(args, kwargs)
+            if recorded and detached:
+                args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+                recorded = False
             # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
             # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
             if is_compiling() or dispatch_modes():
@@ -299,6 +306,10 @@ def _composed_function(entry: Op) -> Callable[..., Any]:
 
     call.op = entry  # type: ignore[attr-defined]
     return call
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

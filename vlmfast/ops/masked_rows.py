@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast import checks
 from vlmfast.ops import masked_rows_calls as calls
 from vlmfast.registry import op
-
-
-def _expect(condition: Tensor, message: str) -> None:
-    """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
-    if not torch._C._are_functorch_transforms_active():  # vmap has no rule for it
-        torch._assert_async(condition, message)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -29,7 +24,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _indexed(mask: Tensor, rows: int, index: Tensor | None) -> Tensor:
-    _expect(mask.sum() == rows, f"the mask must be true at as many positions as there are rows, {rows}")
+    checks.expect(mask.sum() == rows, f"the mask must be true at as many positions as there are rows, {rows}")
     return row_index.op.reference(mask) if index is None else index
 
 

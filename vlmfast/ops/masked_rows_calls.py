@@ -76,8 +76,7 @@ def check_compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> None:
     check_rows("tokens", tokens, "invalid", invalid, None)
-    if isinstance(keep, bool) or not isinstance(keep, (int, torch.SymInt)):
-        raise TypeError(f"keep must be an int, got {type(keep).__name__}")
+    checks.integer("keep", keep)
     if not 0 <= keep <= invalid.shape[1]:
         raise ValueError(f"keep must be within 0 and {invalid.shape[1]}, the tokens of a sequence, got {keep}")
     if order is not None:

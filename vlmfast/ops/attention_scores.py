@@ -1,0 +1,104 @@
+"""How much attention each visual token gets: the scores that token reduction chooses by.
+
+Upstream asks the tower for its attention maps, which turns flash attention off and stores H T x T numbers. Here the
+queries and keys of one layer are enough: the CLS query needs one row of the map, and a tower without a CLS token the
+sums of its columns, which need the normaliser of each row (H T numbers) and no map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmfast.ops import attention_scores_calls as calls
+from vlmfast.registry import op
+
+ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a time
+
+
+@op(
+    check=calls.check_cls_attention,
+    peers={"the row in PyTorch": calls.cls_row, "the whole map": calls.cls_map},
+    samples=calls.cls_samples,
+    bad_calls=calls.cls_bad_calls,
+    workloads=calls.cls_workloads,
+    bytes=lambda query, key, *_: query.nbytes + key.nbytes + 4 * key.shape[0] * (key.shape[2] - 1),
+    detached=True,
+)
+def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
+    """Sum over the heads the attention that the CLS token pays to each other token.
+
+    ``softmax(scale * query @ key^T)`` over all T tokens, in float32, the CLS token's own column left out afterwards.
+
+    Args:
+        query: (B, H, D) float32, float16 or bfloat16, of the CLS token; any strides.
+        key: (B, H, T, D) of all tokens, of the dtype of ``query``; any strides, such as those of a transposed
+            projection.
+        scale: factor of the logits; None for ``D ** -0.5``.
+        cls_index: where the CLS token stands, -T to T - 1.
+
+    Returns:
+        (B, T - 1) float32 without a gradient.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, a scale that is not
+            finite, or an index out of range.
+
+    Source:
+        ``attn_weights[:, :, 0, 1:].sum(1)`` of VisionZip's CLIP tower.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.matmul(key.to(wide), query.to(wide).unsqueeze(-1)).squeeze(-1) * factor
+    scores = logits.softmax(-1).sum(1)
+    index = cls_index % key.shape[2]
+    return torch.cat([scores[:, :index], scores[:, index + 1 :]], 1)
+
+
+@op(
+    check=calls.check_received_attention,
+    peers={"PyTorch by chunks": calls.received_chunks, "the whole map": calls.received_map},
+    samples=calls.received_samples,
+    bad_calls=calls.received_bad_calls,
+    workloads=calls.received_workloads,
+    bytes=lambda query, key, cu_seqlens=None, group=1, *_: 2 * query.nbytes + 4 * query.shape[1] // group,
+    detached=True,
+)
+def received_attention(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
+) -> Tensor:
+    """Average over the heads the attention that each token gets from all tokens of its segment.
+
+    ``softmax(scale * query @ key^T)`` within each segment, in float32, summed over the queries; then the mean over the
+    heads and over each ``group`` of consecutive tokens. A T x T map is never stored.
+
+    Args:
+        query: (H, T, D) float32, float16 or bfloat16; any strides. A batch is a sequence of segments.
+        key: (H, T, D), of the dtype of ``query``; any strides.
+        cu_seqlens: (S + 1,) int32, where each segment begins and, last, T; None for one segment.
+        group: tokens per score; Qwen-VL merges 4 patches into one visual token.
+        scale: factor of the logits; None for ``D ** -0.5``.
+
+    Returns:
+        (T / group,) float32 without a gradient.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, a group that does
+            not divide T, or on a CPU a ``cu_seqlens`` that does not rise from 0 to T; on a GPU that is not checked.
+
+    Source:
+        ``attn_weights.mean(heads).sum(queries)`` of VisionZip for Qwen2.5-VL, within each image.
+    """
+    heads, tokens, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    columns = key.to(wide).transpose(1, 2)
+    position = torch.arange(tokens, device=query.device)
+    segment = torch.zeros_like(position) if cu_seqlens is None else torch.bucketize(position, cu_seqlens, right=True)
+    received = torch.zeros(heads, tokens, dtype=wide, device=query.device)
+    parts = (query.tensor_split(ROW_CHUNKS, 1), segment.tensor_split(ROW_CHUNKS))
+    for rows, row_segment in zip(*parts, strict=True):
+        elsewhere = row_segment[:, None] != segment
+        logits = torch.matmul(rows.to(wide), columns) * factor
+        received += logits.masked_fill(elsewhere, -torch.inf).softmax(-1).sum(1)
+    return received.mean(0).view(tokens // group, group).mean(1)
