@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from vlmfast.reduce.images import Reducer
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -21,11 +23,13 @@ class Family:
         model_types: the values of ``config.model_type`` that it covers, those of the sub-models included.
         replace: site, "<model folder>.<Class>.<method>" of transformers -> a function with the same parameters.
         tiny: builds a small random model and its inputs, for tests and demonstrations.
+        reducer: encodes and reduces the images of a prompt, for ``patch(model, reduce=...)``; None where it cannot.
     """
 
     model_types: tuple[str, ...]
     replace: Mapping[str, Callable[..., Any]]
     tiny: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    reducer: Reducer | None = None
 
 
 @functools.cache

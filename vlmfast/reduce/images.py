@@ -1,0 +1,39 @@
+"""What a family tells the rewriting of prompts about each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmfast.reduce.methods import Method
+
+
+@dataclass(frozen=True)
+class ReducedImage:
+    """One image of a prompt after its tokens were reduced.
+
+    Attributes:
+        features: (n, D), what the language model gets, in the order of the prompt.
+        columns: (n,) int64, ascending: which of the image's placeholders in the prompt stay, so also whose positions.
+        total: how many placeholders the image has in the prompt that the processor made.
+        levels: the DeepStack features, each (n, D), where the model has them.
+        grid: (height, width) of the visual tokens of each crop, for `vlmfast.reduce.overlay`.
+        kept: for each crop the positions of the kept tokens in its grid, in raster order.
+        merged: for each crop the positions of the targets of the merged ones.
+    """
+
+    features: Tensor
+    columns: Tensor
+    total: int
+    levels: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    kept: tuple[Tensor, ...]
+    merged: tuple[Tensor, ...]
+
+
+# (the base model, the vision inputs such as pixel_values and image_sizes, the method) -> the images in prompt order.
+# A family's table names one; it runs the tower once, with every layer's attention as it is configured.
+Reducer = Callable[[nn.Module, Mapping[str, Any], Method], list[ReducedImage]]
