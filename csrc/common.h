@@ -29,6 +29,11 @@ inline TokenOrder parse_order(std::string_view name) {
   return name == "row" ? TokenOrder::kRow : TokenOrder::kColumn;
 }
 
+inline Merge parse_merge(std::string_view name) {
+  STD_TORCH_CHECK(name == "reference" || name == "mean", "merge must be one of 'reference', 'mean', got '", name, "'");
+  return name == "reference" ? Merge::kReference : Merge::kMean;
+}
+
 // Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
 inline Dtype dtype_of(const Tensor& tensor) {
   int32_t dtype;
@@ -157,3 +162,5 @@ template <>
 struct torch::stable::detail::ToImpl<vlmfast::Variant> : vlmfast::WordArgument<vlmfast::parse_variant> {};
 template <>
 struct torch::stable::detail::ToImpl<vlmfast::TokenOrder> : vlmfast::WordArgument<vlmfast::parse_order> {};
+template <>
+struct torch::stable::detail::ToImpl<vlmfast::Merge> : vlmfast::WordArgument<vlmfast::parse_merge> {};

@@ -14,6 +14,9 @@ enum class Variant { kLlama, kGemma };
 // How the tokens of a pixel shuffle are numbered: along the rows of the image, or down its columns.
 enum class TokenOrder { kRow, kColumn };
 
+// What a contextual token is: its target plus the mean of what is merged into it, or the mean of both.
+enum class Merge { kReference, kMean };
+
 // What a thread has summed of the gradient of a weight: float32, zero at first, in the order of the kernel's registers.
 // Each level holds sums of 16 of the level below, so that the error grows with the logarithm of the rows.
 constexpr int kPartialLevels = 3;
