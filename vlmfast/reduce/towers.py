@@ -1,0 +1,139 @@
+"""A vision tower, run once, and what a method needs to know of its attention: queries and keys of one layer, by hooks.
+
+Every layer keeps the attention that it is configured with. This is for towers whose attention has a projection for the
+queries and one for the keys: CLIP, SigLIP, InternVL. With a CLS token, the first one, its attention gives the scores,
+otherwise the attention that a token gets from all tokens of its image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.ops.attention_scores import cls_attention, received_attention
+from vlmfast.reduce.methods import Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """What a tower made of B images, or crops of images, of T tokens each, a CLS token included.
+
+    Attributes:
+        output: what the tower returned.
+        hidden: (B, T, C), the hidden states that were asked for; those of several layers side by side.
+        query: (B, T, H, D), the queries of the scored layer, without a gradient; with a CLS token its own alone,
+            (B, 1, H, D).
+        key: (B, T, H, D), its keys.
+        scale: the factor of its logits.
+        has_cls: whether the first token is a CLS token.
+    """
+
+    output: Any
+    hidden: Tensor
+    query: Tensor
+    key: Tensor
+    scale: float
+    has_cls: bool
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, C): the hidden states without a CLS token."""
+        return self.hidden[:, int(self.has_cls) :]
+
+    def scores(self) -> Tensor:
+        """(B, N) float32: the attention that each patch gets."""
+        batch, tokens, heads, size = self.key.shape
+        if self.has_cls:
+            return cls_attention(self.query[:, 0], self.key.transpose(1, 2), self.scale)
+        query, key = (rows.reshape(batch * tokens, heads, size).transpose(0, 1) for rows in (self.query, self.key))
+        bounds = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=key.device)
+        return received_attention(query, key, bounds, 1, self.scale).view(batch, tokens)
+
+    def metric(self) -> Tensor:
+        """(B, N, D): the keys of the patches, averaged over the heads."""
+        return self.key[:, int(self.has_cls) :].mean(2)
+
+    def visual_tokens(self) -> VisualTokens:
+        """What a method may ask, for towers each of whose patches is a visual token."""
+        batch, count, _ = self.patches.shape
+        return VisualTokens(batch, count, self.hidden.device, self.has_cls, self.scores, self.metric)
+
+    def reduce(self, selection: Selection) -> Tensor:
+        """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept."""
+        rows = selection.apply(self.patches)
+        return torch.cat([self.hidden[:, :1], rows], 1) if selection.keep_cls else rows
+
+
+def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence[int], **inputs: Any) -> EncodedImages:
+    """Run the tower once.
+
+    Args:
+        tower: the vision tower.
+        pixel_values: its images, or crops of images.
+        feature_layer: which of ``hidden_states`` the model takes its features from, one or several, as in its
+            ``config.vision_feature_layer``. The scored layer is the one that they come out of; of several the last one.
+        inputs: the tower's other arguments.
+
+    Raises:
+        ValueError: for a layer that the tower has not, the input of the first one, or a tower whose attention is not
+            known here.
+    """
+    wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
+    attention = _attention(tower, wanted)
+    heads: int = attention.num_heads  # type: ignore[assignment]
+    with_cls = has_cls(tower)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, rows: slice) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[name] = output[:, rows].detach().view(*output[:, rows].shape[:2], heads, -1)
+
+        return hook
+
+    projections = {"query": "q", "key": "k"}
+    hooks = []
+    try:
+        for name, letter in projections.items():
+            # InternVL normalises what it projects; without that its modules are identities
+            module = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
+            rows = slice(1) if with_cls and name == "query" else slice(None)
+            hooks.append(module.register_forward_hook(keep(name, rows)))
+        output = tower(pixel_values, output_hidden_states=wanted, return_dict=True, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    states = [output.hidden_states[index] for index in wanted]
+    hidden = states[0] if len(states) == 1 else torch.cat(states, -1)
+    return EncodedImages(output, hidden, seen["query"], seen["key"], attention.scale, with_cls)  # type: ignore[arg-type]
+
+
+def has_cls(tower: nn.Module) -> bool:
+    """Whether the tower puts a CLS token in front of the patches."""
+    return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
+
+
+def _attention(tower: nn.Module, wanted: list[int]) -> nn.Module:
+    """The attention of the last layer that one of these hidden states comes out of."""
+    encoder = getattr(tower, "encoder", None)
+    layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"the vision tower must be of the kind of CLIP, SigLIP or InternVL, got {type(tower).__name__}"
+        )
+    states = len(layers) + 1  # the input of the first layer, then the output of each
+    if any(not -states <= index < states or index % states == 0 for index in wanted):
+        raise ValueError(
+            f"vision_feature_layer must name outputs of the {len(layers)} layers of the vision tower, got {wanted}"
+        )
+    layer = layers[max(index % states for index in wanted) - 1]
+    attention: nn.Module | None = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+    if attention is None or not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "num_heads", "scale")):
+        raise ValueError(
+            f"the attention of the vision tower must project queries and keys by themselves, got "
+            f"{type(attention).__name__}"
+        )
+    return attention
