@@ -12,9 +12,12 @@ from typing import Any
 from torch import nn
 
 from vlmfast.checks import DTYPES
-from vlmfast.patches.family import families
+from vlmfast.patches.family import Family, families
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
+from vlmfast.reduce.generation import Reduction
+from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.methods import Method
 
 ABSENT = "no module with this method in the model"
 
@@ -27,21 +30,33 @@ class Patch:
         model_type: the model's ``config.model_type``.
         replaced: site -> how many modules got the replacement.
         skipped: site -> why it was left as it was.
+        reduction: how prompts are shortened, and what became of the last one; None where ``reduce`` was not given.
     """
 
     model_type: str
     replaced: dict[str, int]
     skipped: dict[str, str]
+    reduction: Reduction | None = None
     _modules: list[nn.Module] = field(default_factory=list)
 
+    @property
+    def images(self) -> list[ReducedImage]:
+        """The images of the last prompt whose visual tokens were reduced, for `vlmfast.reduce.overlay`."""
+        return [] if self.reduction is None else self.reduction.images
+
     def report(self) -> str:
-        """One line for each site: how many modules, or why not; those without a module are counted in the last one."""
+        """One line for each site: how many modules, or why not; those without a module are counted in the last one.
+
+        Then what became of the last prompt, where visual tokens are reduced.
+        """
         rows = {site: _count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items() if reason != ABSENT}
         width = max(map(len, rows), default=0)
         lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
         if absent := list(self.skipped.values()).count(ABSENT):
             lines.append(f"  {_count(absent, 'other site')} of this family: {ABSENT}")
+        if self.reduction is not None:
+            lines.append(f"  {self.reduction.report()}")
         return "\n".join(lines)
 
     def undo(self) -> None:
@@ -74,7 +89,11 @@ class Patch:
 
 
 def patch(
-    model: nn.Module, *, only: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None
+    model: nn.Module,
+    *,
+    only: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    reduce: Method | None = None,
 ) -> Patch:
     """Replace the methods that the model's family lists, on this instance only.
 
@@ -84,20 +103,33 @@ def patch(
     other site in the model is skipped with a warning; `Patch.report` lists all of them. What ``torch.compile`` has
     traced in this process is traced anew at its next call.
 
+    With ``reduce`` the model also sees fewer visual tokens, which changes what it answers. ``generate`` and ``forward``
+    encode and reduce the images and shorten the prompt once, before the language model sees it. Prompts without images
+    are left alone. With M-RoPE (Qwen-VL) each token that is left stays at its position, and what follows goes on as
+    after the full prompt; other models number the tokens anew.
+
+    * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and a streamer
+      is told these. Logits processors and stopping criteria see the short ids.
+    * ``forward`` returns the logits of the short prompt, and with ``labels`` its loss.
+    * A cache remembers which columns of the prompt it has: a second turn is given the full ids again.
+
     Args:
         model: a Hugging Face model or one of its sub-models; also inside PEFT, ``torch.compile``, accelerate or
             DistributedDataParallel.
         only: replace only the sites that match this pattern, or one of these, such as ``"*RMSNorm.forward"``.
         exclude: leave out the sites that match.
+        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)``; None for all
+            of them. Needs transformers 5.17 or later, and the model with its head.
 
     Returns:
         A `Patch`: ``report()``, ``undo()``, and a context manager.
 
     Raises:
-        TypeError: if ``model`` is not a module. ValueError: for a model of an unknown family, or a pattern that matches
-            no site. RuntimeError: if the model is patched already, or nothing in it could be replaced.
+        TypeError: if ``model`` is not a module, or ``reduce`` not a method. ValueError: for a model of an unknown
+            family, a pattern that matches no site, or ``reduce`` with a model whose visual tokens cannot be reduced.
+            RuntimeError: if the model is patched already, or nothing in it could be replaced.
     """
-    host = _hugging_face_model(model)
+    host = hugging_face_model(model)
     model_type: str = host.config.model_type  # type: ignore[union-attr, assignment]
     if model_type not in families():
         raise ValueError(f"no patch for the model type {model_type!r}; known are {', '.join(sorted(families()))}")
@@ -105,18 +137,20 @@ def patch(
         raise RuntimeError(
             "model is patched already (a copy of a patched model is as well): undo the patch, or vlmfast.unpatch(model)"
         )
-    replace = families()[model_type].replace
+    family = families()[model_type]
+    replace = family.replace
+    reduction = None if reduce is None else _reduction(host, reduce)
     chosen = _choose(model_type, replace, only, exclude)
     methods, skipped = _plan(host, {site: replace[site] for site in chosen})
     skipped |= {site: "left out by only or exclude" for site in replace if site not in chosen}
-    if not methods:
+    if not methods and reduction is None:
         telling = {site: reason for site, reason in skipped.items() if reason != ABSENT} or skipped
         reasons = "; ".join(f"{site}: {reason}" for site, reason in telling.items())
         raise RuntimeError(f"nothing was replaced in this {model_type} model ({reasons})")
     for site in chosen:
         if skipped.get(site, ABSENT) != ABSENT:
             warnings.warn(f"{site} is not patched: {skipped[site]}", stacklevel=2)
-    return _swap(host, model_type, methods, skipped)
+    return _swap(host, model_type, methods, skipped, reduction)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -140,7 +174,7 @@ def unpatch(model: nn.Module) -> int:
     return len(patched)
 
 
-def _hugging_face_model(model: object) -> nn.Module:
+def hugging_face_model(model: object) -> nn.Module:
     """The one outermost module in ``model`` that has a ``config.model_type``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -157,6 +191,35 @@ def _hugging_face_model(model: object) -> nn.Module:
         names = ", ".join(type(module).__name__ for module in found)
         raise ValueError(f"model must hold one Hugging Face model, got {names}: patch each of them")
     return found[0]
+
+
+def _reduction(host: nn.Module, method: object) -> Reduction:
+    """Check that visual tokens can be reduced in this model."""
+    if not isinstance(method, Method):
+        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+    family = check_reducible(host)
+    if reason := _replaced([host], type(host), "forward") or _replaced([host], type(host), "generate"):
+        raise RuntimeError(f"prompts cannot be shortened: {reason}")
+    return Reduction(family, method)
+
+
+def check_reducible(host: Any) -> Family:
+    """The family of a model whose visual tokens can be reduced.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    name = type(host).__name__
+    base = getattr(host, "base_model", None)
+    family = families().get(host.config.model_type)
+    if family is None or family.reducer is None:
+        known = ", ".join(sorted(model_type for model_type, other in families().items() if other.reducer is not None))
+        raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
+    if base is None or base is host or not hasattr(base, "get_image_features") or not hasattr(host, "generate"):
+        raise ValueError(f"reduce needs the model with its vision tower and its language head, got {name}")
+    if not hasattr(host, "_prepare_position_ids_for_generation"):  # what decoding goes on from is computed once
+        raise ValueError("reduce needs transformers 5.17 or later")
+    return family
 
 
 def _choose(
@@ -227,14 +290,17 @@ def _replaced(modules: list[nn.Module], cls: type, method: str) -> str | None:
     return f"{method} was already replaced on {taken} of {_count(len(modules), 'module')}" if taken else None
 
 
-def _swap(host: nn.Module, model_type: str, methods: Methods, skipped: dict[str, str]) -> Patch:
+def _swap(
+    host: nn.Module, model_type: str, methods: Methods, skipped: dict[str, str], reduction: Reduction | None = None
+) -> Patch:
     """Carry out the plan; what was done before a failure is undone."""
-    swapped = {
-        cls: patched_class(cls, {name: f for name, (_, f) in entries.items()}) for cls, entries in methods.items()
-    }
+    functions = {cls: {name: f for name, (_, f) in entries.items()} for cls, entries in methods.items()}
+    for cls, entries in ({} if reduction is None else reduction.methods(host)).items():
+        functions[cls] = functions.get(cls, {}) | entries
+    swapped = {cls: patched_class(cls, entries) for cls, entries in functions.items()}
     modules = [module for module in host.modules() if type(module) in swapped]
-    counts = Counter(site for module in modules for site, _ in methods[type(module)].values())
-    result = Patch(model_type, dict(counts), skipped)
+    counts = Counter(site for module in modules for site, _ in methods.get(type(module), {}).values())
+    result = Patch(model_type, dict(counts), skipped, reduction)
     try:
         for module in modules:
             set_class(module, swapped[type(module)])

@@ -24,7 +24,7 @@ class Family:
         replace: site, "<model folder>.<Class>.<method>" of transformers -> a function with the same parameters.
         tiny: builds a small random model and its inputs, for tests and demonstrations.
         reducer: encodes and reduces the images of a prompt, for ``patch(model, reduce=...)``; None where it cannot.
-        one_tensor: whether its ``get_image_features`` gives the images as one tensor (images, tokens, D), not as a list.
+        one_tensor: whether its ``get_image_features`` gives images as one tensor (images, tokens, D), not as a list.
     """
 
     model_types: tuple[str, ...]

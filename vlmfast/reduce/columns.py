@@ -1,0 +1,130 @@
+"""Which columns of a prompt stay when the visual tokens are reduced, and where the images of a batch belong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmfast.reduce.images import ReducedImage
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A short prompt, told by the columns of the full one.
+
+    Attributes:
+        index: (B, N) int64, the column of the full prompt that each column of the short one was.
+        valid: (B, N) bool, false where the short prompt has padding of its own or of the full one.
+        total: L, the columns of the full prompt.
+    """
+
+    index: Tensor
+    valid: Tensor
+    total: int
+
+    @property
+    def dropped(self) -> int:
+        """How much shorter the short prompt is."""
+        return self.total - self.index.shape[1]
+
+    def take(self, rows: Tensor, fill: int) -> Tensor:
+        """(..., B, L) -> (..., B, N), with ``fill`` for padding."""
+        index, valid = (own.expand(*rows.shape[:-2], -1, -1) for own in (self.index, self.valid))
+        return rows.gather(-1, index).masked_fill(~valid, fill)
+
+    def then(self, other: Columns) -> Columns:
+        """The two prompts, one after the other."""
+        index = torch.cat([self.index, other.index + self.total], 1)
+        return Columns(index, torch.cat([self.valid, other.valid], 1), self.total + other.total)
+
+    def repeat(self, times: int) -> Columns:
+        """Each row so many times."""
+        return Columns(self.index.repeat_interleave(times, 0), self.valid.repeat_interleave(times, 0), self.total)
+
+    @classmethod
+    def all(cls, like: Tensor) -> Columns:
+        """Every column of (B, L)."""
+        index = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+        return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1])
+
+
+def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage]) -> Columns:
+    """Leave out the placeholders that the images do not keep, and the padding that no sample needs any more.
+
+    Samples that are shorter than the longest one are padded on the left, or on the right if the prompt was.
+
+    Args:
+        is_image: (B, L) bool, true at the placeholders of ``images``, in row-major order.
+        mask: (B, L) bool, false at padding.
+        images: all images of the batch.
+    """
+    if not is_image.shape[1]:
+        return Columns.all(is_image)
+    flags = [is_image.new_zeros(image.total).index_fill(0, image.columns, True) for image in images]
+    present = ~is_image
+    if flags:
+        present = present.masked_scatter(is_image, torch.cat(flags))
+    # only padding at an end is left out: a gap within a prompt is the caller's business
+    present &= (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+    right = ~mask[:, -1].all() & mask[:, 0].all()
+    lengths = torch.cat([present.sum(1), right[None]]).tolist()  # the one wait for the device
+    longest = max(lengths[:-1])
+    order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=bool(lengths[-1]))
+    index = order[:, :longest] if lengths[-1] else order[:, order.shape[1] - longest :]
+    return Columns(index, present.gather(1, index), is_image.shape[1])
+
+
+def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int]) -> list[list[ReducedImage]]:
+    """The images that belong to the new part of each sample.
+
+    Args:
+        images: in the order of their placeholders over the batch: those of the new parts, or of the whole prompts.
+        cached: how many placeholders each sample has in the part that is in the cache.
+        new: how many it has after that.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    given = sum(image.total for image in images)
+    whole = given != sum(new)
+    waiting = list(images)
+
+    def take(sample: int, placeholders: int) -> list[ReducedImage]:
+        taken, reached = [], 0
+        while reached < placeholders and waiting:
+            taken.append(waiting.pop(0))
+            reached += taken[-1].total
+        if reached != placeholders:
+            raise ValueError(
+                f"the images must fit the placeholders of the prompts: sample {sample} has {placeholders}, and the "
+                f"next images have {[image.total for image in taken + waiting]}"
+            )
+        return taken
+
+    found = []
+    for sample, (before, after) in enumerate(zip(cached, new, strict=True)):
+        if whole:
+            take(sample, before)
+        found.append(take(sample, after))
+    if waiting:
+        raise ValueError(
+            f"the images must fit the placeholders of the prompts: {sum(cached) + sum(new)} placeholders, and images "
+            f"of {[image.total for image in images]}"
+        )
+    return found
+
+
+def without_gaps(positions: Tensor, columns: Columns) -> Tensor:
+    """(B, L) positions of the full prompt -> (B, N) of the short one, counted on where a token was left out.
+
+    Positions may begin anew within a row, as those of packed samples do: each run is counted for itself.
+    """
+    kept = torch.zeros_like(positions, dtype=torch.bool).scatter(1, columns.index, columns.valid)
+    left_out = (~kept).cumsum(1)
+    begins = torch.ones_like(kept)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    before = torch.where(begins, left_out - (~kept).long(), 0).cummax(1).values
+    return columns.take(positions - (left_out - before), 0)

@@ -1,0 +1,65 @@
+"""The inputs of a model with fewer visual tokens, for callers with a loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.patches.apply import check_reducible, hugging_face_model
+from vlmfast.reduce.generation import with_features
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.prompt import ShortPrompt, base_of, shorten, takes_features
+
+
+def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Encode and reduce the images of a batch and shorten its prompt, for a model that is not patched.
+
+    ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
+    short ids. With M-RoPE (Qwen-VL) ``position_ids`` are those that the tokens had, and the model is told how far from
+    the end of the short prompt the next position is. Gradients reach the projector and the tower.
+
+        short = vlmfast.compress_inputs(model, processor(...), vlmfast.VisionZip(dominant=54, contextual=10))
+        loss = model(**short).loss
+
+    Args:
+        model: a Hugging Face model with its head, also inside PEFT, accelerate or DistributedDataParallel.
+        inputs: the arguments of ``forward`` by name: ``input_ids``, ``pixel_values`` and what goes with it, and
+            perhaps ``attention_mask``, ``labels``, ``position_ids``, ``mm_token_type_ids``. Others are passed on.
+        method: how visual tokens are reduced.
+
+    Returns:
+        The inputs as they are where there are no images; otherwise with everything that follows the columns of the
+        prompt shortened and the encoded images as ``mm_encoder_outputs``, for one call. In a transformers that has no
+        such argument (5.17) with ``inputs_embeds`` in place of ``input_ids``: ``generate`` then returns the new ids
+        alone.
+
+    Raises:
+        TypeError: if ``method`` is none. ValueError: for a model or inputs whose visual tokens cannot be reduced.
+    """
+    host = hugging_face_model(model)
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+    family = check_reducible(host)
+    if inputs.get("pixel_values") is None:
+        return dict(inputs)
+    prompt = shorten(host, family, method, inputs)
+    if takes_features(host):
+        return with_features(base_of(host), family, prompt)
+    return _with_embeddings(base_of(host), prompt)
+
+
+def _with_embeddings(base: Any, prompt: ShortPrompt) -> dict[str, Any]:
+    """The arguments of a call, with the images among the embeddings of the text."""
+    arguments = dict(prompt.arguments)
+    ids: Tensor = arguments.pop("input_ids")
+    arguments.pop("mm_token_type_ids", None)
+    images = prompt.images
+    if any(image.levels for image in images):
+        raise ValueError("compress_inputs for a model with DeepStack needs a transformers with mm_encoder_outputs")
+    embeddings: Tensor = base.get_input_embeddings()(ids)
+    mask = (ids == base.config.image_token_id)[..., None]
+    rows = torch.cat([image.features for image in images]).to(embeddings)
+    return {**arguments, "inputs_embeds": embeddings.masked_scatter(mask, rows)}

@@ -1,0 +1,225 @@
+"""A prompt rewritten before the language model sees it: fewer placeholders, and what goes beside them as short."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.patches.family import Family
+from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
+from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.methods import Method
+
+FILLS = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # what padding is in each
+# what describes the columns of a prompt in a way that is not rewritten here
+REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a cache holds of a prompt that was shortened.
+
+    Attributes:
+        ids: (B, L) the full prompt.
+        columns: which of its columns are in the cache.
+        rope_deltas: (B, 1) from the length in the cache to the next position; None for models that count on.
+    """
+
+    ids: Tensor
+    columns: Columns
+    rope_deltas: Tensor | None
+
+
+@dataclass(frozen=True)
+class ShortPrompt:
+    """A prompt after its visual tokens were reduced.
+
+    Attributes:
+        arguments: those of the call, shortened, without the vision inputs.
+        vision: the vision inputs, as they were.
+        samples: the images of each sample, those in the cache left out.
+        cached: what a cache has to remember of it.
+    """
+
+    arguments: dict[str, Any]
+    vision: dict[str, Any]
+    samples: list[list[ReducedImage]]
+    cached: Cached
+
+    @property
+    def images(self) -> list[ReducedImage]:
+        """All images, in the order of their placeholders."""
+        return [image for sample in self.samples for image in sample]
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model without its head, which encodes images and places them."""
+    return model.base_model
+
+
+def named(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the arguments that have one of the names and are given."""
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of its parameters, those of its own signature alone."""
+    return [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
+
+
+def takes_features(model: nn.Module) -> bool:
+    """Whether the model takes images that are encoded already, as ``mm_encoder_outputs``."""
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+
+
+def shorten(
+    model: nn.Module, family: Family, method: Method, arguments: Mapping[str, Any], cached: Cached | None = None
+) -> ShortPrompt:
+    """Encode and reduce the images, and rewrite the prompt.
+
+    Args:
+        model: a model with its head.
+        family: its family.
+        method: how visual tokens are reduced.
+        arguments: those of ``forward`` or ``generate``, by name, with ``input_ids`` of the full prompt.
+        cached: what the cache among them holds, or None where it is empty.
+    """
+    _check(model, arguments)
+    base = base_of(model)
+    ids: Tensor = arguments["input_ids"]
+    given = arguments.get("attention_mask")
+    full_mask = torch.ones_like(ids) if given is None else given
+    vision = named(arguments, parameters(type(base).get_image_features))
+    start = 0 if cached is None else cached.columns.total
+    is_image = ids == base.config.image_token_id
+    counts = torch.stack([is_image[:, :start].sum(1), is_image[:, start:].sum(1)]).tolist()
+    samples = _encode(base, family, method, vision, *counts)
+    columns = drop_columns(
+        is_image[:, start:] & any(samples),
+        full_mask[:, start:].bool(),
+        [image for sample in samples for image in sample],
+    )
+    if cached is not None:
+        columns = cached.columns.then(columns)
+    names = {*vision, "input_ids", "position_ids"}
+    short = {name: value for name, value in arguments.items() if name not in names}
+    short["input_ids"] = columns.take(ids, _padding(model))
+    for name, rows in named(short, FILLS).items():
+        short[name] = columns.take(rows, FILLS[name])
+    mask = columns.take(full_mask, 0)
+    if given is None and not bool(mask.all()):
+        short["attention_mask"] = mask
+    deltas = None if cached is None else cached.rope_deltas
+    if any(samples) or arguments.get("position_ids") is not None:
+        positions, deltas = _positions(base, arguments, (full_mask, mask), columns, cached)
+        if positions is not None:
+            short["position_ids"] = positions
+    if deltas is not None:
+        base.rope_deltas = deltas
+    return ShortPrompt(short, vision, samples, Cached(ids, columns, deltas))
+
+
+def _encode(
+    base: Any, family: Family, method: Method, vision: Mapping[str, Any], cached: list[int], new: list[int]
+) -> list[list[ReducedImage]]:
+    """The images of each sample, from the numbers of placeholders that it has in the cache and after that."""
+    if "pixel_values" not in vision or (any(cached) and not any(new)):
+        return [[] for _ in new]  # what is in the cache is not encoded again
+    images = family.reducer(base, vision, method)  # type: ignore[misc]  # `check_reducible` has seen to it
+    for image in images:
+        if image.features.shape[0] > image.total:
+            raise ValueError(
+                f"{method} makes {image.features.shape[0]} tokens of an image that has {image.total} placeholders"
+            )
+    samples = new_images(images, cached, new)
+    if hasattr(base, "get_rope_index") and any(cached) and len(images) == sum(map(len, samples)):
+        raise ValueError(
+            "the images must be those of the whole conversation, also those in the cache: the positions after an image "
+            "depend on its size"
+        )
+    return samples
+
+
+def _check(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse what cannot be rewritten."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = "none" if ids is None else type(ids).__name__ if not isinstance(ids, Tensor) else tuple(ids.shape)
+        raise ValueError(f"input_ids must be a tensor (B, L) where visual tokens are reduced, got {got}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, where visual tokens are reduced, "
+            f"got {tuple(mask.shape)}"
+        )
+    for name in named(arguments, REFUSED):
+        raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
+    if isinstance(arguments.get("logits_to_keep"), Tensor):
+        raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
+    if arguments.get("pixel_values_videos") is not None and not takes_features(model):
+        raise ValueError("pixel_values_videos beside reduced images needs a transformers with mm_encoder_outputs")
+
+
+def _padding(model: Any) -> int:
+    """A token id to pad with, which is never that of a placeholder."""
+    image: int = model.config.image_token_id
+    configs = getattr(model, "generation_config", None), model.config.get_text_config()
+    choices = (getattr(config, "pad_token_id", None) for config in configs)
+    return next(pad for pad in (*choices, 0, 1) if isinstance(pad, int) and pad >= 0 and pad != image)
+
+
+def _positions(
+    base: Any, arguments: Mapping[str, Any], masks: tuple[Tensor, Tensor], columns: Columns, cached: Cached | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The positions of the short prompt, or None where the model counts them itself; and its ``rope_deltas``.
+
+    With M-RoPE a token stays where it was in the full prompt, and what follows the prompt goes on from there. In other
+    models the tokens that are left are numbered anew.
+    """
+    given = arguments.get("position_ids")
+    full_mask, mask = masks
+    if not hasattr(base, "get_rope_index"):
+        return (None if given is None else without_gaps(given.expand_as(full_mask), columns)), None
+    names = parameters(type(base).get_rope_index)
+    if given is not None:
+        rows = columns.take(given, 0)
+        if given.shape[0] == 4:  # the first row numbers the text alone: transformers tells packed samples by its gaps
+            rows[0] = without_gaps(given[0], columns)
+        return rows, None if cached is None else cached.rope_deltas
+    if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
+        raise ValueError("mm_token_type_ids must be given beside images: they tell the positions")
+    found, deltas = base.get_rope_index(**{**named(arguments, names), "attention_mask": full_mask})
+    # from the end of the short prompt the next position is further away
+    deltas = deltas + full_mask.sum(1, keepdim=True) - mask.sum(1, keepdim=True)
+    text = (mask.cumsum(1) - 1).clamp(min=0)
+    return torch.cat([text[None], columns.take(found, 0)]), deltas
+
+
+def features(base: Any, family: Family, samples: list[list[ReducedImage]], times: int = 1) -> Any:
+    """What ``get_image_features`` of the base model returns, for reduced images, each sample so many times."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    images = [image for sample in samples for _ in range(times) for image in sample]
+    rows: Any = [image.features for image in images]
+    if family.one_tensor:
+        sizes = {row.shape[0] for row in rows}
+        rows = torch.stack(rows) if len(sizes) == 1 else _blocks(rows)
+    module = sys.modules[type(base).__module__]
+    if not images[0].levels:
+        return BaseModelOutputWithPooling(pooler_output=rows)
+    levels: Any = [list(level) for level in zip(*(image.levels for image in images), strict=True)]
+    if not takes_features(base):
+        levels = [torch.cat(level) for level in levels]
+    return module.BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
+
+
+def _blocks(rows: list[Tensor]) -> Tensor:
+    """Images of several sizes as one tensor of blocks of one size, none of which belongs to two images."""
+    size = max(1, math.gcd(*(row.shape[0] for row in rows)))
+    return torch.cat(rows).view(-1, size, rows[0].shape[1])
