@@ -75,6 +75,7 @@ class Method(abc.ABC):
 
     keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
     merge: str = "reference"
+    packing: str = "model"  # how LLaVA-NeXT's crops are arranged, see `VisionZip`
 
     @abc.abstractmethod
     def budget(self, count: int, has_cls: bool) -> tuple[int, int]:

@@ -7,7 +7,7 @@ otherwise the attention that a token gets from all tokens of its image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,11 @@ class EncodedImages:
     def reduce(self, selection: Selection) -> Tensor:
         """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept."""
         rows = selection.apply(self.patches)
-        return torch.cat([self.hidden[:, :1], rows], 1) if selection.keep_cls else rows
+        # a linear layer rounds once more where its input is not contiguous: rows are laid out as upstream's would be
+        if not self.has_cls:
+            return rows if self.hidden.is_contiguous() else rows.mT.contiguous().mT
+        rows = torch.cat([self.hidden[:, :1], rows], 1)
+        return rows if selection.keep_cls else rows[:, 1:]
 
 
 def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence[int], **inputs: Any) -> EncodedImages:
@@ -109,6 +113,12 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
     states = [output.hidden_states[index] for index in wanted]
     hidden = states[0] if len(states) == 1 else torch.cat(states, -1)
     return EncodedImages(output, hidden, seen["query"], seen["key"], attention.scale, with_cls)  # type: ignore[arg-type]
+
+
+def setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
+    """An argument of the model's ``get_image_features``, or where it is not given what the configuration says."""
+    value = inputs.get(name)
+    return getattr(model.config, name) if value is None else value
 
 
 def has_cls(tower: nn.Module) -> bool:

@@ -1,0 +1,69 @@
+"""Token reduction of InternVL, whose visual tokens are made of 2 x 2 patches each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.methods import Method, VisualTokens
+from vlmfast.reduce.towers import encode, setting
+
+
+def reduce_tiles(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+    """The tiles of InternVL, each with a budget of its own and each as an image: their order is that of the prompt, and
+    the model is not told which tiles make up an image. The frames of a video are tiles as well.
+
+    A token's score and metric are the means over its patches, of the attention that the CLS token pays to them and of
+    their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
+    CLS token among them, so that all of a budget are patches.
+    """
+    config: Any = model.config
+    layer = setting(model, inputs, "vision_feature_layer")
+    pixels: Tensor = inputs["pixel_values"]
+    encoded = encode(model.vision_tower, pixels.to(model.dtype), layer)  # type: ignore[arg-type]
+    if not encoded.has_cls or setting(model, inputs, "vision_feature_select_strategy") != "default":
+        raise ValueError(
+            "token reduction of InternVL needs a tower with a CLS token, cut off by vision_feature_select_strategy "
+            f"'default', got {setting(model, inputs, 'vision_feature_select_strategy')!r}"
+        )
+    states = encoded.output.last_hidden_state if layer == -1 else encoded.hidden  # the last one may be normalised
+    count = states.shape[1] - 1
+    side = int(count**0.5)
+
+    def shuffle(patches: Tensor) -> Tensor:
+        """(B, patches, M) -> (B, tokens, patches of a token * M)."""
+        maps = patches.reshape(len(patches), side, side, -1)
+        tokens: Tensor = model.pixel_shuffle(maps, scale_factor=config.downsample_ratio)  # type: ignore[operator]
+        return tokens.reshape(len(patches), -1, tokens.shape[-1])
+
+    def metric() -> Tensor:
+        keys = encoded.metric()
+        return shuffle(keys).view(batch, tokens, -1, keys.shape[2]).mean(2)
+
+    hidden = shuffle(states[:, 1:])
+    batch, tokens, _ = hidden.shape
+    described = VisualTokens(
+        batch, tokens, hidden.device, False, lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2), metric
+    )
+    selection = method.select(described)
+    features = model.multi_modal_projector(selection.apply(hidden))  # type: ignore[operator]
+    # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were
+    places = selection.positions()
+    columns, order = places.sort(1)
+    chosen = selection.kept.shape[1]
+    shape = (round(side * config.downsample_ratio),) * 2
+    return [
+        ReducedImage(
+            features=features[tile][order[tile]],
+            columns=columns[tile],
+            total=tokens,
+            levels=(),
+            grid=shape,
+            kept=(places[tile, :chosen],),
+            merged=(places[tile, chosen:],),
+        )
+        for tile in range(batch)
+    ]
