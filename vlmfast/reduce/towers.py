@@ -7,6 +7,7 @@ otherwise the attention that a token gets from all tokens of its image.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,15 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
             module = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
             rows = slice(1) if with_cls and name == "query" else slice(None)
             hooks.append(module.register_forward_hook(keep(name, rows)))
-        output = tower(pixel_values, output_hidden_states=wanted, return_dict=True, **inputs)
+        # an older transformers takes a list for something else
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        states = wanted if hasattr(capturing, "select_hidden_states") else True
+        output = tower(pixel_values, output_hidden_states=states, return_dict=True, **inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    states = [output.hidden_states[index] for index in wanted]
-    hidden = states[0] if len(states) == 1 else torch.cat(states, -1)
+    features = [output.hidden_states[index] for index in wanted]
+    hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
     return EncodedImages(output, hidden, seen["query"], seen["key"], attention.scale, with_cls)  # type: ignore[arg-type]
 
 
