@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,42 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.patches_models import tiny
-from vlmfast.patches import tiny as parts
+from tests.qwen_models import BROAD, NAMES, SMALL, TALL, WIDE, inputs_of, model_of
+from tests.reduce_oracle import Reduced, zipped
 from vlmfast.reduce import EvenTokens, RandomTokens, ReducedImage, VisionZip, VisualTokens
 from vlmfast.reduce.qwen import reduce_qwen, window_order
 
-NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 WINDOW = 2  # of the tiny Qwen2.5-VL, in visual tokens
-SMALL, WIDE, TALL = (1, 8, 12), (1, 6, 14), (1, 10, 6)  # patches: 24, 21 and 15 visual tokens; TALL has odd windows
 METHOD = VisionZip(dominant=0.3, contextual=0.15)
-
-
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model whose last vision block prefers some patches clearly."""
-    model, _ = tiny(name)
-    with torch.no_grad():
-        model.model.visual.blocks[-1].attn.qkv.weight.mul_(20.0)
-    return model.to(dtype)
-
-
-def inputs_of(model: nn.Module, *rows: tuple[tuple[int, int, int], ...]) -> dict[str, Tensor]:
-    """Prompts with images of these grids of patches; the second text is longer, and shorter rows are padded left."""
-    prompts = []
-    for number, grids in enumerate(rows):
-        ids = [1, 10] + [20] * 5 * number
-        for grid in grids:
-            ids += [parts.VISION_START, *[parts.IMAGE] * (math.prod(grid) // 4), parts.VISION_END, 11]
-        prompts.append([*ids, 12 + number, 13])
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    grids = [grid for row in rows for grid in row]
-    patches = sum(t * h * w for t, h, w in grids)
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_grid_thw": torch.tensor(grids)}
-    inputs["pixel_values"] = parts.pixels(patches, 3 * 2 * 4 * 4).to(next(model.parameters()).dtype)
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        inputs["mm_token_type_ids"] = (ids == parts.IMAGE).int()
-    return inputs
 
 
 # ---- the oracle ----
@@ -119,29 +88,19 @@ def scores_and_metric(recording: Recording, order: list[int]) -> tuple[list[floa
     return scores, metric
 
 
-def chosen(scores: list[float], metric: list[Tensor], dominant: int, contextual: int) -> dict[int, list[int]]:
-    """Position of each token that comes out -> those that are merged into it. Near ties are refused."""
-    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    assert scores[ranked[dominant - 1]] - scores[ranked[dominant]] > 1e-5, "the case is too close to judge"
-    others = sorted(ranked[dominant:])
-    step = len(others) // contextual
-    targets = [others[number * step] for number in range(contextual)]
-    groups: dict[int, list[int]] = {position: [] for position in sorted([*ranked[:dominant], *targets])}
-    for position in others:
-        if position not in targets:
-            likeness = [torch.cosine_similarity(metric[position], metric[target], 0).item() for target in targets]
-            best, second = sorted(likeness, reverse=True)[:2]
-            assert best - second > 1e-6, "the case is too close to judge"
-            groups[targets[likeness.index(best)]].append(position)
-    return groups
+def rows_of(features: Tensor, reduced: Reduced) -> dict[int, Tensor]:
+    """Position -> row, in raster order: a merged token stands where its target stood."""
+    rows = {position: features[position] for position in reduced.kept}
+    rows |= zip(reduced.targets, reduced.merged, strict=True)
+    return dict(sorted(rows.items()))
 
 
-def merged(features: Tensor, groups: dict[int, list[int]]) -> Tensor:
-    rows = []
-    for position, members in groups.items():
-        row = features[position].double()
-        rows.append(row + sum(features[member].double() for member in members) / len(members) if members else row)
-    return torch.stack(rows)
+def zipped_image(features: Tensor, scores: list[float], metric: list[Tensor]) -> Reduced:
+    """What `METHOD` makes of an image; a case that is too close to judge is refused."""
+    keep, contextual = int(0.3 * len(scores)), int(0.15 * len(scores))
+    ranked = sorted(scores, reverse=True)
+    assert ranked[keep - 1] - ranked[keep] > 1e-5
+    return zipped(features.double(), torch.tensor(scores), torch.stack(metric), keep, contextual, "reference")
 
 
 # ---- the reducer ----
@@ -170,7 +129,7 @@ def split(rows: Any, grids: Tensor) -> list[Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_metric_are_those_of_the_eager_map(name):
     model = model_of(name)
-    inputs = inputs_of(model, (SMALL, WIDE), (TALL, SMALL))
+    inputs = inputs_of(model, (SMALL, WIDE), (TALL, BROAD))
     scores, metric = scores_and_metric(record(model, inputs), encoder_order(name, inputs["image_grid_thw"]))
     method = Spy(0.3, 0.15)
     reduce(model, inputs, method)
@@ -193,7 +152,7 @@ def test_scores_and_metric_are_those_of_the_eager_map(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_images_are_those_of_the_oracle(name):
     model = model_of(name)
-    inputs = inputs_of(model, (SMALL, WIDE), (TALL, SMALL))
+    inputs = inputs_of(model, (SMALL, WIDE), (TALL, BROAD))
     grids = inputs["image_grid_thw"]
     recording = record(model, inputs)
     scores, metric = scores_and_metric(recording, encoder_order(name, grids))
@@ -201,21 +160,18 @@ def test_images_are_those_of_the_oracle(name):
     assert len(got) == len(grids)
     wanted = zip(split(scores, grids), split(metric, grids), grids.tolist(), strict=True)
     for number, (image, (image_scores, image_metric, grid)) in enumerate(zip(got, wanted, strict=True)):
-        count = len(image_scores)
-        groups = chosen(image_scores, image_metric, int(0.3 * count), int(0.15 * count))
-        assert image.total == count
+        levels = [split(level, grids)[number] for level in recording.features]
+        want = [zipped_image(level, image_scores, image_metric) for level in levels]
+        assert image.total == len(image_scores)
         assert image.grid == (grid[1] // 2, grid[2] // 2)
-        assert image.columns.tolist() == list(groups)
-        targets = sorted(set(groups) - set(image.kept[0].tolist()))
-        assert image.merged[0].tolist() == targets
-        assert len(targets) == int(0.15 * count)
-        assert {position for position in groups if groups[position]} <= set(targets)
-        levels = [image.features, *image.levels]
-        assert len(levels) == len(recording.features) == (3 if "qwen3_vl" in name else 1)
-        for level, features in zip(levels, recording.features, strict=True):
-            want = merged(split(features, grids)[number], groups)
-            torch.testing.assert_close(level.double(), want, rtol=1e-4, atol=1e-5)
-    assert any(len(image.merged[0]) for image in got)
+        assert image.kept[0].tolist() == want[0].kept
+        assert image.merged[0].tolist() == want[0].targets
+        assert any(want[0].assigned)
+        assert len(levels) == (3 if "qwen3_vl" in name else 1)
+        for level, features, reduced in zip((image.features, *image.levels), levels, want, strict=True):
+            rows = rows_of(features.double(), reduced)
+            assert image.columns.tolist() == list(rows)
+            torch.testing.assert_close(level.double(), torch.stack(list(rows.values())), rtol=1e-4, atol=1e-5)
 
 
 def test_windows_are_undone():
@@ -226,12 +182,12 @@ def test_windows_are_undone():
     order = encoder_order("qwen2_5_vl", grids)
     assert order != sorted(order)
     recording = record(model, inputs)
-    kept = []
+    wanted = []
     for places in (order, sorted(order)):
         scores, metric = (split(rows, grids)[0] for rows in scores_and_metric(recording, places))
-        kept.append(list(chosen(scores, metric, 7, 3)))
+        wanted.append(zipped_image(split(recording.features[0], grids)[0], scores, metric).kept)
     image = reduce(model, inputs, METHOD)[0]
-    assert image.columns.tolist() == kept[0] != kept[1]
+    assert image.kept[0].tolist() == wanted[0] != wanted[1]
 
 
 @pytest.mark.parametrize("frames", [1, 3])
@@ -262,7 +218,7 @@ def test_bfloat16_chooses_what_its_own_queries_and_keys_say(name):
 @pytest.mark.parametrize("method", [EvenTokens(1.0), RandomTokens(1.0), VisionZip(dominant=1.0, contextual=0)], ids=str)
 def test_all_tokens_are_the_features_of_the_model(name, method):
     model = model_of(name)
-    inputs = inputs_of(model, (SMALL, WIDE), (TALL, SMALL))
+    inputs = inputs_of(model, (SMALL, WIDE), (TALL, BROAD))
     with torch.no_grad():
         output = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     images = reduce(model, inputs, method)

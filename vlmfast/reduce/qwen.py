@@ -8,7 +8,6 @@ tower runs once, its attention as configured: hooks keep what the block projects
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,10 +99,8 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
         attention.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True),
         attention.qkv.register_forward_hook(lambda _, __, output: seen.update(qkv=output.detach())),
     ]
-    # transformers 4 returns the features alone, or with DeepStack's in a pair
-    options = {"return_dict": True} if "kwargs" in inspect.signature(base.get_image_features).parameters else {}
     try:
-        output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], **options)
+        output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -111,11 +108,9 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
         raise RuntimeError("the vision tower passed its hooks by: reduce tokens with a tower that is not compiled")
 
     projected: Tensor = seen["qkv"]
-    if hasattr(output, "pooler_output"):
-        output = output.pooler_output, getattr(output, "deepstack_features", None) or []
-    elif not isinstance(output[-1], list):
-        output = output, []
-    levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in (output[0], *output[1])]
+    found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    # a tensor for each image, but in DeepStack's levels up to transformers 5.17
+    levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in found]
     levels = [level.to(projected.device) for level in levels]
 
     query, key, _ = projected.reshape(projected.shape[0], 3, attention.num_heads, -1).unbind(1)
