@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vlmfast
-from vlmfast import demo, info
+from vlmfast import demo, demo_reduce, info
 from vlmfast.console import CommandError
 from vlmfast.demo_model import PHOTOGRAPH
+from vlmfast.reduce import Method
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -55,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--layers", metavar="N", type=_positive, default=30, help="of the random model; default: %(default)s"
     )
+    command.add_argument(
+        "--reduce",
+        metavar="METHOD",
+        type=_method,
+        help="then compare with fewer visual tokens: visionzip:54+10, visionzip:0.2+0.05, random:64, even:0.25",
+    )
+    command.add_argument(
+        "--overlay",
+        metavar="FILE",
+        type=Path,
+        default=Path("reduced.png"),
+        help="where --reduce draws which tokens were kept; default: %(default)s",
+    )
 
     text = "say what is installed, which backends work here, and which models can be patched"
     command = commands.add_parser("info", help=text, description=text)
@@ -76,6 +90,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _method(text: str) -> Method:
+    try:
+        return demo_reduce.parse_method(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _demo(options: argparse.Namespace) -> int:

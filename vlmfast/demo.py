@@ -15,9 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from vlmfast import demo_reduce
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
 from vlmfast.patches import Patch, patch
+from vlmfast.reduce import Method
 from vlmfast.registry import Op
 
 
@@ -33,6 +35,8 @@ class Options:
     new_tokens: int
     repeats: int
     layers: int
+    reduce: Method | None
+    overlay: Path
 
 
 @dataclass
@@ -87,6 +91,10 @@ def run(options: Options) -> int:
     _print_times(out, pairs)
     if device.type == "cpu":
         out.print("On a CPU the matrix products take nearly all of the time: expect a few per cent.")
+    if options.reduce is not None:
+        out.print()
+        picture = open_image(options.image)
+        demo_reduce.compare(out, subject, options.reduce, picture, options.overlay, options.repeats)
     return 0 if same else 1
 
 

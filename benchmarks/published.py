@@ -1,0 +1,207 @@
+"""Published models as configurations: random weights, real shapes; and each scaled down for two CPU cores.
+
+A small one has the same numbers of tokens. Its widths are chosen so that the language model and the vision tower take
+about the shares of the time that they take in the published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.patches import tiny
+from vlmfast.reduce import Method, VisionZip
+
+WORDS = 32  # of text in the prompt, besides the image
+
+
+@dataclass(frozen=True)
+class Published:
+    """One model.
+
+    Attributes:
+        model_type: as in transformers.
+        text: the configuration of the language model. vision: of the tower. rest: of what is around them.
+        small_text: what differs in the small one. small_vision: likewise.
+        image: what the processor makes of one image.
+        method: how its visual tokens are reduced; None where that cannot be done.
+    """
+
+    model_type: str
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    rest: dict[str, Any]
+    small_text: dict[str, Any]
+    small_vision: dict[str, Any]
+    image: Callable[[], dict[str, Tensor]]
+    method: Method | None
+
+    def build(self, small: bool, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model in evaluation mode, and the inputs of one prompt with one image."""
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        text = {
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **self.text,
+            **(self.small_text if small else {}),
+        }
+        vision = {**self.vision, **(self.small_vision if small else {})}
+        if "out_hidden_size" in vision:
+            vision["out_hidden_size"] = text["hidden_size"]
+        config = AutoConfig.for_model(self.model_type, text_config=text, vision_config=vision, **self.rest)
+        with torch.device(device), torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+        return model, self._inputs(model, dtype, device)
+
+    def _inputs(self, model: nn.Module, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        image = {
+            name: value.to(device, dtype if value.is_floating_point() else None) for name, value in self.image().items()
+        }
+        with torch.no_grad():  # what the model itself makes of the image tells how many placeholders there are
+            encoded = model.model.get_image_features(**image, return_dict=True).pooler_output
+        visual = sum(rows.shape[:-1].numel() for rows in encoded)
+        words = list(range(10, 10 + WORDS))
+        ids = [words[0], tiny.VISION_START, *[tiny.IMAGE] * visual, tiny.VISION_END, *words[1:]]
+        inputs = {"input_ids": torch.tensor([ids], device=device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if self.model_type.startswith("qwen"):
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == tiny.IMAGE).int()
+        return {**inputs, **image}
+
+
+def _pixels(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _patches(side: int, patch: int) -> Callable[[], dict[str, Tensor]]:
+    """A square image as the processors of Qwen-VL cut it."""
+    return lambda: {
+        "pixel_values": _pixels(side * side, 3 * 2 * patch * patch),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+    }
+
+
+def _llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "intermediate_size": mlp,
+        "max_position_embeddings": 32768,
+        **rest,
+    }
+
+
+def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        **rest,
+    }
+
+
+SMALL_TEXT = _llama(1024, 4, 8, 8, 2752, vocab_size=4096)
+SMALL_GROUPED = {**SMALL_TEXT, "num_key_value_heads": 2}
+SMALL_VIT = _vit(192, 6, 3, 768)
+CLIP = _vit(1024, 24, 16, 4096, model_type="clip_vision_model", image_size=336, patch_size=14, projection_dim=768)
+VICUNA = _llama(4096, 32, 32, 32, 11008, model_type="llama", vocab_size=32064)
+
+MODELS = {
+    "llava-1.5-7b": Published(
+        "llava",
+        VICUNA,
+        CLIP,
+        {"image_token_index": tiny.IMAGE},
+        SMALL_TEXT,
+        SMALL_VIT,
+        lambda: {"pixel_values": _pixels(1, 3, 336, 336)},
+        VisionZip(dominant=54, contextual=10),
+    ),
+    "llava-next-7b": Published(
+        "llava_next",
+        VICUNA,
+        CLIP,
+        {"image_token_index": tiny.IMAGE, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]]},
+        SMALL_TEXT,
+        SMALL_VIT,
+        lambda: {"pixel_values": _pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])},
+        VisionZip(dominant=27, contextual=5),
+    ),
+    "qwen2.5-vl-7b": Published(
+        "qwen2_5_vl",
+        _llama(3584, 28, 28, 4, 18944, vocab_size=152064, **tiny.mrope([16, 24, 24])),
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        tiny.QWEN_TOKENS,
+        SMALL_GROUPED,
+        {"depth": 4, "hidden_size": 160, "intermediate_size": 432, "num_heads": 2, "fullatt_block_indexes": [3]},
+        _patches(64, 14),
+        VisionZip(dominant=0.09, contextual=0.01),
+    ),
+    "qwen3-vl-8b": Published(
+        "qwen3_vl",
+        _llama(
+            4096, 36, 32, 8, 12288, head_dim=128, vocab_size=151936, **tiny.mrope([24, 20, 20], mrope_interleaved=True)
+        ),
+        {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "out_hidden_size": 4096,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        tiny.QWEN_TOKENS,
+        SMALL_GROUPED,
+        {
+            "depth": 4,
+            "hidden_size": 144,
+            "intermediate_size": 432,
+            "num_heads": 2,
+            "deepstack_visual_indexes": [1, 2, 3],
+        },
+        _patches(64, 16),
+        VisionZip(dominant=0.09, contextual=0.01),
+    ),
+    "internvl3-8b": Published(
+        "internvl",
+        _llama(3584, 28, 28, 4, 18944, model_type="qwen2", vocab_size=151674),
+        _vit(1024, 24, 16, 4096, image_size=[448, 448], patch_size=[14, 14]),
+        {"image_token_id": tiny.IMAGE, "downsample_ratio": 0.5},
+        SMALL_GROUPED,
+        SMALL_VIT,
+        lambda: {"pixel_values": _pixels(5, 3, 448, 448)},
+        VisionZip(dominant=0.2, contextual=0.05),
+    ),
+    "smolvlm-256m": Published(
+        "smolvlm",
+        _llama(576, 30, 9, 3, 1536, model_type="llama", vocab_size=49280),
+        _vit(768, 12, 12, 3072, image_size=512, patch_size=16),
+        {"image_token_id": tiny.IMAGE, "scale_factor": 4, "pad_token_id": 0},
+        {"num_hidden_layers": 10, "vocab_size": 4096},
+        _vit(192, 4, 3, 768),
+        lambda: {"pixel_values": _pixels(1, 17, 3, 512, 512)},
+        None,
+    ),
+}

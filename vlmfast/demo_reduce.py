@@ -1,0 +1,119 @@
+"""``python -m vlmfast demo --reduce visionzip:54+10``: one image and one prompt, with all and with fewer visual tokens."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vlmfast.console import CommandError, one_line, table
+from vlmfast.demo_model import Subject
+from vlmfast.patches import patch
+from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip, overlay
+
+METHODS: dict[str, tuple[Callable[..., Method], int]] = {
+    "visionzip": (VisionZip, 2),
+    "random": (RandomTokens, 1),
+    "even": (EvenTokens, 1),
+}
+
+
+def parse_method(text: str) -> Method:
+    """A method from "visionzip:DOMINANT+CONTEXTUAL", "random:KEEP" or "even:KEEP": numbers, or shares such as 0.1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    name, _, budget = text.partition(":")
+    numbers = budget.split("+")
+    build, expected = METHODS.get(name, (None, 0))
+    if build is None or len(numbers) != expected or not all(re.fullmatch(r"\d+|\d*\.\d+", n) for n in numbers):
+        raise ValueError(f"must be such as visionzip:54+10, visionzip:0.2+0.05, random:64 or even:0.25, got {text!r}")
+    return build(*(float(number) if "." in number else int(number) for number in numbers))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt up to its first token."""
+
+    seconds: float
+    cache_bytes: int
+    cached_tokens: int
+
+
+def compare(out: Console, subject: Subject, method: Method, picture: Any, path: Path, repeats: int) -> None:
+    """Print the time to the first token and the size of the cache before and after, and draw what was kept."""
+    pairs: list[tuple[Prefill, Prefill]] = []
+    with out.status("measuring"):
+        for turn in range(1 + repeats):
+            before, _ = _prefill(subject, None)
+            after, images = _prefill(subject, method)
+            if turn:  # the first is the warm-up
+                pairs.append((before, after))
+    original, reduced = pairs[0]
+    image = images[0]
+    rows = table(str(method), "all tokens", "reduced", "")
+    shown = len(image.columns)
+    rows.add_row("visual tokens", str(image.total), str(shown), f"{image.total / max(shown, 1):.1f}x fewer")
+    rows.add_row("tokens in the KV cache", str(original.cached_tokens), str(reduced.cached_tokens), "")
+    size = (original.cache_bytes, reduced.cache_bytes)
+    rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.1f}x smaller")
+    times = [[1e3 * run.seconds for run in runs] for runs in zip(*pairs, strict=True)]
+    ratio = statistics.median(before.seconds / after.seconds for before, after in pairs)
+    rows.add_row(
+        "first token, median (range)",
+        *(f"{statistics.median(run):.1f} ms ({min(run):.1f} to {max(run):.1f})" for run in times),
+        f"{ratio:.2f}x faster",
+    )
+    out.print(rows)
+    _draw(picture, image, path)
+    out.print(
+        f"{path}: kept tokens framed in green, the targets of merged ones in orange, the rest dimmed.", soft_wrap=True
+    )
+
+
+@torch.inference_mode()
+def _prefill(subject: Subject, method: Method | None) -> tuple[Prefill, list[ReducedImage]]:
+    """The prompt answered with one token, on the patched model, with or without the reduction."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a skipped site is in the report
+        try:
+            applied = patch(subject.model, reduce=method)
+        except (ValueError, RuntimeError) as error:
+            raise CommandError(f"--reduce: {error}") from error
+    with applied:
+        _wait(subject)
+        start = time.perf_counter()
+        try:
+            output = subject.model.generate(
+                **subject.inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True
+            )
+        except ValueError as error:
+            raise CommandError(f"--reduce: {one_line(error)}") from error
+        _wait(subject)
+        seconds = time.perf_counter() - start
+        cache, images = output.past_key_values, applied.images
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    size = sum(tensor.nbytes for pair in layers for tensor in pair)
+    return Prefill(seconds, size, layers[0][0].shape[-2]), images
+
+
+def _wait(subject: Subject) -> None:
+    if subject.model.device.type == "cuda":
+        torch.cuda.synchronize(subject.model.device)
+
+
+def _draw(picture: Any, image: ReducedImage, path: Path) -> None:
+    """The first crop of the image, which shows all of it."""
+    try:
+        overlay(picture, image.kept[0], image.grid, image.merged[0]).save(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--overlay: cannot write {path}: {one_line(error)}") from error
