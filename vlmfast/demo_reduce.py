@@ -1,4 +1,4 @@
-"""``python -m vlmfast demo --reduce visionzip:54+10``: one image and one prompt, with all and with fewer visual tokens."""
+"""``python -m vlmfast demo --reduce visionzip:54+10``: one prompt with all and with fewer visual tokens."""
 
 from __future__ import annotations
 
