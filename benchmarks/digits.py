@@ -67,13 +67,14 @@ class Digits:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int) -> Pictures:
-        """Digits at any pixel of their quarter, on a noisy ground."""
+        """Digits anywhere in their quarter on the grid of the patches, on a noisy ground."""
         generator = self.generator
         canvas = 0.15 * torch.rand(batch, SIDE, SIDE, generator=generator)
         chosen = torch.randint(len(self.labels), (batch, QUARTERS), generator=generator)
         occupied = torch.rand(batch, QUARTERS, generator=generator) < OCCUPIED
         half = SIDE // 2
-        place = torch.randint(half - DIGIT + 1, (batch, QUARTERS, 2), generator=generator)
+        places = (half - DIGIT) // PATCH + 1
+        place = PATCH * torch.randint(places, (batch, QUARTERS, 2), generator=generator)
         for picture, quarter in occupied.nonzero().tolist():
             y, x = (place[picture, quarter] + half * torch.tensor([quarter // 2, quarter % 2])).tolist()
             canvas[picture, y : y + DIGIT, x : x + DIGIT] += self.scans[chosen[picture, quarter]]
