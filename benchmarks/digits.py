@@ -172,7 +172,7 @@ def train(model: nn.Module, training: Training, console: Console) -> list[float]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pictures: Pictures, method: vlmfast.reduce.methods.Method | None) -> dict[str, float]:
+def accuracy(model: nn.Module, pictures: Pictures, method: vlmfast.reduce.Method | None) -> dict[str, float]:
     """The share of right answers: of all, and of those about a quarter that holds a digit."""
     model.eval()
     right = []
@@ -190,7 +190,7 @@ def accuracy(model: nn.Module, pictures: Pictures, method: vlmfast.reduce.method
     return {"all": float(hits.float().mean()), "digits": float(hits[digits].float().mean())}
 
 
-def methods(budget: int) -> dict[str, vlmfast.reduce.methods.Method]:
+def methods(budget: int) -> dict[str, vlmfast.reduce.Method]:
     """The methods at one budget of tokens; VisionZip merges into a sixth of them, as published (54 + 10)."""
     contextual = max(1, round(budget / 6.4))
     return {
@@ -253,7 +253,7 @@ def main() -> int:
     """Train, measure, write ``digits.json`` and ``digits.png``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2500, help="of the training (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="of the training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures per step (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--test-pictures", type=int, default=500, help="default %(default)s")
@@ -261,7 +261,7 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     if not options.out.is_dir():
         parser.error(f"--out: there is no folder {options.out}")
-    training = Training(options.steps, options.batch, 1.5e-3, options.seed)
+    training = Training(options.steps, options.batch, 3e-3, options.seed)
     model = build(training.seed)
     losses = train(model, training, console)
     pictures = Digits(train=False, seed=training.seed + 1).draw(options.test_pictures)

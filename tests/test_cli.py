@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import vlmfast
 from vlmfast import demo
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
+from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches import families
 from vlmfast.registry import OPS, Op
 
@@ -173,6 +175,59 @@ def test_speed_up_is_taken_pair_by_pair():
     assert before == "2000.00 ms (200.00 to 2000.00)"
     assert after == "1000.00 ms (100.00 to 1000.00)"
     assert ratio == "2.00x (2.00 to 2.00)"
+
+
+# ---- demo --reduce ----
+
+
+def reducing() -> bool:
+    """Whether this transformers is one whose prompts can be shortened."""
+    transformers = pytest.importorskip("transformers")
+    return hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
+
+
+@pytest.mark.parametrize(("method", "tokens"), [("visionzip:5+3", 8), ("random:6", 6), ("even:0.25", 4)])
+def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
+    picture = tmp_path / "kept.png"
+    command = ["demo", "--model", str(checkpoint), *SHORT, "--reduce", method, "--overlay", str(picture)]
+    if not reducing():
+        assert main(command) == 2
+        assert "--reduce: reduce needs transformers 5.17 or later" in capsys.readouterr().err
+        return
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"visual tokens +16 +{tokens} ", output)
+    prompt = int(re.search(r"(\d+) tokens with the image", output)[1])
+    assert re.search(rf"tokens in the KV cache +{prompt} +{prompt - 16 + tokens} ", output)
+    assert "KV cache" in output
+    with Image.open(picture) as drawn, Image.open(PHOTOGRAPH) as photograph:
+        assert drawn.size == photograph.size
+
+
+def test_demo_reduces_the_random_model(capsys, tmp_path):
+    if not reducing():
+        pytest.skip("this transformers is too old")
+    picture = tmp_path / "kept.png"
+    short = ["--layers", "1", "--new-tokens", "1", "--repeats", "1", "--device", "cpu"]
+    assert main(["demo", *short, "--reduce", "visionzip:54+10", "--overlay", str(picture)]) == 0
+    assert re.search(r"visual tokens +260 +64 ", capsys.readouterr().out)
+    assert picture.exists()
+
+
+@pytest.mark.parametrize("method", ["visionzip:54", "random:1+2", "even:-1", "fastv:3", "even:", "visionzip:1.5+0.1"])
+def test_method_that_is_none(method, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--reduce", method])
+    assert end.value.code == 2
+    assert "argument --reduce" in capsys.readouterr().err
+
+
+def test_overlay_that_cannot_be_written(checkpoint, capsys, tmp_path):
+    if not reducing():
+        pytest.skip("this transformers is too old")
+    missing = tmp_path / "no" / "such.png"
+    assert main(["demo", "--model", str(checkpoint), *SHORT, "--reduce", "even:4", "--overlay", str(missing)]) == 2
+    assert "--overlay: cannot write" in capsys.readouterr().err
 
 
 # ---- info and explain ----

@@ -60,19 +60,18 @@ def compare(out: Console, subject: Subject, method: Method, picture: Any, path: 
                 pairs.append((before, after))
     original, reduced = pairs[0]
     image = images[0]
-    rows = table(str(method), "all tokens", "reduced", "")
     shown = len(image.columns)
-    rows.add_row("visual tokens", str(image.total), str(shown), f"{image.total / max(shown, 1):.1f}x fewer")
-    rows.add_row("tokens in the KV cache", str(original.cached_tokens), str(reduced.cached_tokens), "")
     size = (original.cache_bytes, reduced.cache_bytes)
-    rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.1f}x smaller")
     times = [[1e3 * run.seconds for run in runs] for runs in zip(*pairs, strict=True)]
-    ratio = statistics.median(before.seconds / after.seconds for before, after in pairs)
-    rows.add_row(
-        "first token, median (range)",
-        *(f"{statistics.median(run):.1f} ms ({min(run):.1f} to {max(run):.1f})" for run in times),
-        f"{ratio:.2f}x faster",
-    )
+    speedup = statistics.median(before.seconds / after.seconds for before, after in pairs)
+    rows = table("", "all tokens", "reduced", "ratio")
+    rows.add_row("visual tokens", str(image.total), str(shown), f"{image.total / max(shown, 1):.2f}")
+    cached = (original.cached_tokens, reduced.cached_tokens)
+    rows.add_row("tokens in the KV cache", *map(str, cached), f"{cached[0] / cached[1]:.2f}")
+    rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.2f}")
+    spread = (f"{statistics.median(run):.1f} ms ({min(run):.1f} to {max(run):.1f})" for run in times)
+    rows.add_row("first token, median (range)", *spread, f"{speedup:.2f}")
+    out.print(f"Fewer visual tokens, which changes the answer: {method}", markup=False, soft_wrap=True)
     out.print(rows)
     _draw(picture, image, path)
     out.print(
