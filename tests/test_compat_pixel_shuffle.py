@@ -78,11 +78,20 @@ def test_results(patch, build, sites: list[str], dtype: torch.dtype):
     exact = outputs_and_gradients(copy.deepcopy(model).double(), x.double(), weight.double())
     with patch(model):
         got = outputs_and_gradients(model, x, weight)
-    assert_within(got, reference, exact)
+    assert_within(got[:1], reference[:1], exact[:1])
     if not isinstance(model, InternVLChatModel):  # nothing but torch's own product sums
         assert torch.equal(got[0], reference[0])
     for gradients in (got, reference):
         assert (len(gradients) == 1) == isinstance(model, InternViTVisionTower)
+    for g, r, e in zip(got[1:], reference[1:], exact[1:], strict=True):
+        assert g.dtype == r.dtype
+        # each is a chain of sums in this dtype, behind which a single row's error is luck
+        assert distance(g, e) <= 2 * distance(r, e) + torch.finfo(dtype).eps
+
+
+def distance(gradient: Tensor, exact: Tensor) -> float:
+    """How far off it is, as a share of its size."""
+    return float((gradient.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize(("patch", "build", "sites"), EACH)
@@ -125,9 +134,10 @@ def test_one_op_reads_the_features_where_they_lie(patch, build, sites: list[str]
         op = getattr(module, name)
         monkeypatch.setattr(module, name, lambda x, *args, **kwargs: calls.append((name, x)) or op(x, *args, **kwargs))
 
-    spy(vlmfast.nn, "pixel_shuffle_linear")
-    spy(vlmfast.nn, "pixel_shuffle")
-    spy(vita.ops, "pixel_shuffle")
+    for name in ("pixel_shuffle", "pixel_shuffle_linear"):
+        spy(vlmfast.nn, name)
+    if isinstance(model, InternViTVisionTower):  # elsewhere the ops of that module call each other
+        spy(vita.ops, "pixel_shuffle")
     with patch(model), torch.no_grad():
         model(x)
     [(name, features)] = calls
