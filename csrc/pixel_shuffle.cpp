@@ -64,13 +64,17 @@ class Layout {
   // function(token, part, patch) for each run of a token: `part` counts its patches, `patch` those of the image.
   template <class Function>
   void each_run(bool adjacent, const Function& function) const {
-    const int64_t rows = height_ / scale_, columns = width_ / scale_;
-    for (int64_t token = 0; token < rows * columns; ++token) {
-      const int64_t row = order_ == TokenOrder::kRow ? token / columns : token % rows;
-      const int64_t column = order_ == TokenOrder::kRow ? token % columns : token / rows;
-      for (int64_t part = 0; part < token_patches(); part += run_patches(adjacent)) {
-        const int64_t y = row * scale_ + part / scale_, x = column * scale_ + part % scale_;
-        function(token, part, y * width_ + x);
+    const int64_t rows = height_ / scale_, columns = width_ / scale_, step = run_patches(adjacent);
+    const bool by_row = order_ == TokenOrder::kRow;
+    const int64_t lines = by_row ? rows : columns, places = by_row ? columns : rows;
+    for (int64_t line = 0, token = 0; line < lines; ++line) {
+      for (int64_t place = 0; place < places; ++place, ++token) {
+        const int64_t top = (by_row ? line : place) * scale_, left = (by_row ? place : line) * scale_;
+        for (int64_t dy = 0; dy < scale_; ++dy) {
+          for (int64_t dx = 0; dx < scale_; dx += step) {
+            function(token, dy * scale_ + dx, (top + dy) * width_ + left + dx);
+          }
+        }
       }
     }
   }
