@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import vlmfast
 from benchmarks import report, timing
 from benchmarks.ops import benchmark, contenders
-from tests.cases import require
+from tests.cases import EACH_OP, outputs, require
 from vlmfast.backends import Backend
-from vlmfast.registry import OPS
+from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +51,22 @@ def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
         found["vlmfast triton"]()
         found["vlmfast native"]()
     assert ran == ["triton", "native"] * 2
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_every_contender_of_every_op_runs(op: Op, monkeypatch):
+    """On a small call, without our kernels, which the other tests run, and without waiting for Inductor."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    with vlmfast.use("torch"), torch.no_grad():
+        args = next(iter(op.samples("cpu", torch.float32)))
+        want = outputs(op.reference(*args))
+        calls = contenders(op, args)
+        assert {"torch.compile", "copy", *op.peers} <= calls.keys()
+        assert op.upstream is None or "transformers" in calls
+        for name, call in calls.items():
+            got = outputs(call())
+            if name == "transformers":
+                assert [g.shape for g in got] == [w.shape for w in want]
 
 
 def test_a_wrong_result_has_no_speed(small, monkeypatch):

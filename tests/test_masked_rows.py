@@ -212,13 +212,11 @@ def test_the_definition_waits_for_nothing(op: Op):
         assert not recorder.names & {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::masked_select"}
 
 
-@pytest.mark.parametrize("op", FAMILY, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in FAMILY if op.name != "row_index"], ids=lambda op: op.name)
 def test_forward_mode(op: Op):
     """It runs the definition, and the ops are linear: the derivative along a change is the change of the result."""
     args = list(op.samples("cpu", torch.float32))[1]
     floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    if not floats:
-        pytest.skip("no floating argument")
     tangents = [torch.randn_like(a) for a in floats]
 
     def call(*leaves):

@@ -6,15 +6,8 @@ import pytest
 import torch
 
 import vlmfast
+from tests.cases import require
 from vlmfast.registry import OPS
-
-
-@pytest.fixture
-def four_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -22,8 +15,7 @@ def four_threads():
 def test_native_gradients_on_several_threads(patches: int):
     """Each thread has sums of its own of the gradients of weight and bias."""
     op = OPS["pixel_shuffle_norm_backward"]
-    if isinstance(op.backend("native"), str):
-        pytest.skip(op.backend("native"))
+    require(op, "native")
     x, grad, weight = torch.randn(2, 1024, 64), torch.randn(2, 256, 256), torch.randn(64 * patches)
     with vlmfast.use("native"):
         got = op.function(grad, x, weight, (32, 32))

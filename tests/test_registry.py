@@ -13,7 +13,7 @@ import vlmfast
 from tests.cases import EACH_OP
 from vlmfast import backends
 from vlmfast.backends import Backend
-from vlmfast.registry import OPS
+from vlmfast.registry import OPS, Op
 
 
 @pytest.fixture
@@ -39,6 +39,16 @@ def test_first_backend_that_accepts_the_call_runs(call, fake_backends):
     assert vlmfast.rms_norm(*call).unique() == 2.0
     fake_backends(triton="not here")
     assert torch.equal(vlmfast.rms_norm(*call), OPS["rms_norm"].reference(*call))
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_no_kernel_claims_a_device_that_it_does_not_run_on(op: Op):
+    args = tuple(
+        a.to("meta") if isinstance(a, torch.Tensor) else a for a in next(iter(op.samples("cpu", torch.float32)))
+    )
+    reasons = dict(op.refusals(*args))
+    assert reasons.pop("torch") is None
+    assert all(reasons.values()), reasons
 
 
 def test_an_exception_is_not_a_no(call, fake_backends):

@@ -21,6 +21,7 @@ class Backend:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # why this call cannot run here, or None
+    absent_on: Callable[[Tensor], str | None] = lambda x: None  # why it has no kernel where this tensor lies, or None
 
 
 # Subclasses of Tensor (DTensor, nested tensors, ...) have no memory of their own that a kernel could read.
@@ -89,7 +90,7 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
                 return f"the extension has no {op} for device {value.device.type}"
         return None
 
-    return Backend(name, overload._op, unsupported)  # what the overload would call: 0.2 us less
+    return Backend(name, overload._op, unsupported, unsupported)  # what the overload would call: 0.2 us less
 
 
 def _native(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
@@ -106,7 +107,8 @@ def _triton(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
     module = importlib.import_module(f"vlmfast.kernels.{stem}")
     if not hasattr(module, op):
         return f"kernels/{stem}.py has no {op}"
-    return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"))
+    launch = importlib.import_module("vlmfast.kernels.launch")
+    return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"), launch.device_unsupported)
 
 
 def _torch(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:

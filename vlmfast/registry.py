@@ -83,11 +83,19 @@ class Op:
         return found
 
     def _composed(self, name: str) -> backends.Backend | str:
-        for part in self.parts:
-            found = OPS[part].backend(name)
-            if isinstance(found, str):
-                return f"{part}: {found}"
-        return backends.Backend(name, cast("Callable[..., Any]", self.compose), lambda *args, **kwargs: None)
+        found = {part: OPS[part].backend(name) for part in self.parts}
+        for part, backend in found.items():
+            if isinstance(backend, str):
+                return f"{part}: {backend}"
+
+        def unsupported(*args: Any, **kwargs: Any) -> str | None:
+            first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            for part, backend in found.items():
+                if reason := cast("backends.Backend", backend).absent_on(first):
+                    return f"{part}: {reason}"
+            return None
+
+        return backends.Backend(name, cast("Callable[..., Any]", self.compose), unsupported)
 
     def refusals(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, str | None]]:
         """(backend, why it cannot run this call, or None) in order of preference; a pinned backend stands alone."""
@@ -295,12 +303,13 @@ def _by_position(
 
 def _composed_function(entry: Op) -> Callable[..., Any]:
     """The function that a user calls, of an op made of others: those are what tracers see and what has gradients."""
-    is_compiling, compose = torch.compiler.is_compiling, cast("Callable[..., Any]", entry.compose)
+    compose = cast("Callable[..., Any]", entry.compose)
+    is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
         entry.check(*args, **kwargs)
-        if is_compiling():  # a tracer cannot read a context variable
+        if is_compiling() or dispatch_modes():  # a tracer must see the parts, and cannot read a context variable
             return compose(*args, **kwargs)
         return entry.run(*args, **kwargs)
 
