@@ -16,9 +16,11 @@ from vlmfast.reduce.packing import pack_numbers
 from vlmfast.reduce.towers import encode
 
 SIDE = 4  # patches along a crop
-PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
+PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56], [28, 84]]
 # size of an image -> crops of it; the second of each pair leaves padding, and in the last one int() cuts a 3 to a 2
 GRIDS = {
+    (28, 28): (1, 1),
+    (19, 21): (1, 1),
     (28, 56): (1, 2),
     (20, 56): (1, 2),
     (56, 28): (2, 1),
@@ -119,8 +121,6 @@ def compare(base: nn.Module, inputs: dict[str, Any], method: VisionZip) -> None:
 @pytest.mark.parametrize("packing", ["published", "model"])
 @pytest.mark.parametrize("model_type", CROPS)
 def test_images_of_several_grids_equal_the_loops(model_type: str, packing: str, dtype: torch.dtype):
-    if model_type == "llava_next_video" and dtype != torch.float32:
-        pytest.skip("the same code as LLaVA-NeXT")
     base, inputs = crop_model(model_type, dtype), images(list(GRIDS), dtype)
     compare(base, inputs, VisionZip(dominant=4, contextual=2, packing=packing))
     compare(base, inputs, VisionZip(dominant=3, contextual=3, merge="mean", packing=packing))

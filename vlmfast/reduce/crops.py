@@ -56,12 +56,13 @@ def _reduce(
     tokens = encoded.visual_tokens()
     selection = method.select(replace(tokens, has_cls=False) if packing == "model" else tokens)
     rows = model.multi_modal_projector(encoded.reduce(selection))  # type: ignore[operator]
-    parts = zip(sizes, packed, torch.split(rows, counts), torch.split(selection.positions(), counts), strict=True)
+    places = selection.positions().to(rows.device)  # the tower may be on another one
+    parts = zip(sizes, packed, torch.split(rows, counts), torch.split(places, counts), strict=True)
     newline: Any = model.image_newline
     arrange = in_model_order if packing == "model" else published
     return [
-        arrange(Crops(crop_rows, places, selection.contextual, _grid(model, size), side, numbers, newline))
-        for size, numbers, crop_rows, places in parts
+        arrange(Crops(crop_rows, crop_places, selection.contextual, _grid(model, size), side, numbers, newline))
+        for size, numbers, crop_rows, crop_places in parts
     ]
 
 

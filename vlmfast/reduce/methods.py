@@ -127,7 +127,8 @@ class VisionZip(Method):
         contextual: how many tokens the others are merged into, likewise.
         merge: "reference", as published, or "mean"; see `vlmfast.merge_tokens`.
         packing: how the tokens of LLaVA-NeXT's crops are arranged: "published", without row ends, or "model", in the
-            model's own packing, with its row ends and without its padding, cut by position.
+            model's own packing, with its row ends and without its padding, cut by position. That has no place for a
+            CLS token, and padding that was chosen is left out.
 
     Raises:
         TypeError or ValueError: for an argument that is none of these.

@@ -61,8 +61,7 @@ def published(crops: Crops) -> ReducedImage:
     """VisionZip's order: the overview's rows; of the other crops the kept patches in raster order over the whole grid,
     then their CLS tokens crop by crop, then their contextual tokens crop by crop.
 
-    There are no newlines, and padding counts as image. An image without crops ends in a newline, as in the model.
-    The placeholders are all alike: the first ones stay.
+    There are no newlines, and padding counts as image. The placeholders are all alike: the first ones stay.
 
     Raises:
         ValueError: if the image has fewer placeholders than tokens are left.
@@ -79,8 +78,6 @@ def published(crops: Crops) -> ReducedImage:
     x = crop % width * crops.side + patch % crops.side
     raster = (y * width * crops.side + x).flatten().argsort()
     order = torch.cat([overview, kept.flatten()[raster], cls.flatten(), merged.flatten()])
-    if count == 1:
-        order = torch.cat([order, order.new_tensor([count * rows])])
     if len(order) > len(crops.packed):
         raise ValueError(
             f"{len(order)} visual tokens are left of an image of {count} crops, which has {len(crops.packed)} "

@@ -51,7 +51,7 @@ def reduce_tiles(model: nn.Module, inputs: Mapping[str, Any], method: Method) ->
     selection = method.select(described)
     features = model.multi_modal_projector(selection.apply(hidden))  # type: ignore[operator]
     # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were
-    places = selection.positions()
+    places = selection.positions().to(features.device)  # the tower may be on another one
     columns, order = places.sort(1)
     chosen = selection.kept.shape[1]
     shape = (round(side * config.downsample_ratio),) * 2
