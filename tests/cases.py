@@ -149,11 +149,14 @@ def expanded(x: Tensor) -> Tensor:
 
 
 LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, expanded)
+# The layout of the first argument, and how many further each next one is: different ones tell strides apart.
+AWKWARD = [*((first, 0) for first in range(1, len(LAYOUTS))), (1, 1), (2, 1)]
 
 
 def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Every sample of the op in every layout, and with different layouts for its arguments, to tell strides apart."""
-    for sample in op.samples(device, dtype):
-        for first, step in [*((layout, 0) for layout in range(len(LAYOUTS))), (1, 1), (2, 1)]:
+    """Every sample of the op as it is and in three of the awkward layouts, all of which come in turn."""
+    for position, sample in enumerate(op.samples(device, dtype)):
+        chosen = [AWKWARD[(3 * position + turn) % len(AWKWARD)] for turn in range(3)]
+        for first, step in [(0, 0), *chosen]:
             layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
             yield tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))
