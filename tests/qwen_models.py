@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ SMALL, BROAD, WIDE, TALL = (1, 8, 12), (1, 6, 16), (1, 6, 14), (1, 10, 6)
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model whose last vision block prefers some patches clearly."""
     model, _ = tiny(name)
+    if not hasattr(model, "_prepare_position_ids_for_generation"):
+        pytest.skip("visual tokens are reduced from transformers 5.17 on")
     with torch.no_grad():
         model.model.visual.blocks[-1].attn.qkv.weight.mul_(20.0)
     return model.to(dtype)
