@@ -25,8 +25,9 @@ struct ChunkPolicy {
 };
 
 // Adds up what the warps of a block have counted. Lives in shared memory.
+template <int kThreads>
 struct BlockCount {
-  static constexpr int kWarps = kRankThreads / kWarp;
+  static constexpr int kWarps = kThreads / kWarp;
   struct Sums {
     int earlier_warps, block;
   };
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kRankThreads)
     rank_kernel(const uint8_t* __restrict__ mask,  // (samples, tokens)
                 int64_t samples, int64_t tokens, ChunkPolicy chunks, Visit visit) {
   constexpr unsigned kAllLanes = 0xffffffffu;
-  __shared__ BlockCount block_count;
+  __shared__ BlockCount<kRankThreads> block_count;
   int turn = 0;
   for (int64_t chunk = blockIdx.x; chunk < samples * chunks.per_sample; chunk += gridDim.x) {
     const int64_t sample = chunk / chunks.per_sample;
