@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 // Declares `name` as the block's dynamic shared memory, elements of type T.
 #define VLMFAST_DYNAMIC_SHARED(T, name)                                   \
@@ -30,6 +31,32 @@ inline void forget_error() { cudaGetLastError(); }
 
 // The largest grid that kernels ask for; they loop over what is beyond it.
 constexpr int64_t kMaxBlocks = 2147483647;
+
+// 2 ** x, to 2 ulp; a result below the normal numbers is 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// sums += a @ b over a warp: a (16, 16) by rows, b (16, 8) by columns, half precision, two elements a register. With
+// lane = 4 g + t: a holds rows g, g + 8, g, g + 8 at depths 2 t + {0, 1}, the last two at 8 more; b column g at the
+// same depths; sums rows g, g, g + 8, g + 8 at columns 2 t, 2 t + 1.
+template <typename scalar_t>
+__device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same_v<scalar_t, __nv_bfloat16>, "tensor cores take half precision here");
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
 
 // Launches kernel(args...), with more than 48 KiB of dynamic shared memory where asked for.
 template <typename... Params, typename... Args>

@@ -41,6 +41,40 @@ struct ImagePointer {
   RowPointer<scalar_t> images() const { return {data, image_stride}; }
 };
 
+// A (B, H, T, D) tensor: read in place, whatever the strides; copied once where elements are not adjacent.
+struct Heads {
+  Tensor tensor;  // owns the data
+  int64_t batch, count, rows, size;
+  int64_t batch_stride, head_stride, row_stride;  // in elements; 0 where no kernel takes a step
+
+  explicit Heads(Tensor from) : tensor(std::move(from)) {
+    STD_TORCH_CHECK(tensor.dim() == 4, "key must have shape (B, H, T, D), got ", tensor.dim(), " dimensions");
+    const int64_t* sizes = tensor.sizes().data();
+    batch = sizes[0], count = sizes[1], rows = sizes[2], size = sizes[3];
+    if (size > 1 && tensor.strides()[3] != 1) tensor = torch::stable::contiguous(tensor);
+    const auto stride = [&](int dim) { return sizes[dim] > 1 ? tensor.strides()[dim] : 0; };
+    batch_stride = stride(0), head_stride = stride(1), row_stride = stride(2);
+  }
+
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
+// The same, as a kernel takes it.
+template <typename scalar_t>
+struct HeadPointer {
+  const scalar_t* data;
+  int64_t batch_stride, head_stride, row_stride;
+
+  __device__ __forceinline__ const scalar_t* at(int64_t batch, int64_t head, int64_t row) const {
+    return data + batch * batch_stride + head * head_stride + row * row_stride;
+  }
+  bool aligned_to(int64_t bytes) const {
+    return RowPointer<scalar_t>{data, batch_stride}.aligned_to(bytes) &&
+           RowPointer<scalar_t>{data, head_stride}.aligned_to(bytes) &&
+           RowPointer<scalar_t>{data, row_stride}.aligned_to(bytes);
+  }
+};
+
 // May rows of `columns` elements be moved in vectors of so many bytes?
 template <typename scalar_t>
 bool vectors_fit(int64_t bytes, int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands) {
@@ -103,6 +137,11 @@ class DeviceScope {
   ImagePointer<scalar_t> input(const Images& images) const {
     return {static_cast<const scalar_t*>(images.data()), count_in<scalar_t>(images.tensor, images.image_stride),
             count_in<scalar_t>(images.tensor, images.row_stride)};
+  }
+
+  template <typename scalar_t>
+  HeadPointer<scalar_t> input(const Heads& heads) const {
+    return {static_cast<const scalar_t*>(heads.data()), heads.batch_stride, heads.head_stride, heads.row_stride};
   }
 
   template <typename scalar_t>

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(ChoicePolicy::kThreads, 1)
       if (position < policy.cached) cache[position] = Key::of(score);
     }
     VLMFAST_DEVICE_ASSERT(numbers, "scores must not be NaN");
+    if (k == 0) continue;
     __syncthreads();  // the histogram is clear
     const auto key_at = [&](int position) -> unsigned {
       return position < policy.cached ? cache[position] : Key::of(row_scores[position]);

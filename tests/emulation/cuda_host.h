@@ -278,6 +278,46 @@ namespace vlmfast {
 
 constexpr int64_t kMaxBlocks = 5;  // small, so that kernels have to loop
 
+inline float fast_exp2(float x) { return exp2f(x); }
+
+template <typename scalar_t>
+inline float half_of(uint32_t pair, int which) {
+  const scalar_t value{static_cast<uint16_t>(pair >> 16 * which)};
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    return __half2float(value);
+  } else {
+    return __bfloat162float(value);
+  }
+}
+
+// Products and their sums are exact here, and rounded once. The registers of a warp lie in memory that no rule is
+// about, between two votes: as on a GPU, the operation brings the lanes together and orders nothing else.
+template <typename scalar_t>
+__attribute__((noinline, no_sanitize("thread"))) void multiply_tiles(
+    float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+    emulation::Site site = emulation::Site::here(__builtin_FILE(), __builtin_LINE())) {
+  struct Registers {
+    uint32_t a[4], b[2];
+  };
+  static Registers block[32][32];
+  Registers* const warp = block[threadIdx.x / 32];  // of blocks along x
+  const int lane = threadIdx.x % 32;
+  memcpy(warp[lane].a, a, sizeof a);
+  memcpy(warp[lane].b, b, sizeof b);
+  emulation::vote(~0u, true, site);
+  for (int i = 0; i < 4; ++i) {
+    double exact = sums[i];
+    for (int depth = 0; depth < 16; ++depth) {
+      const Registers& row = warp[lane / 4 * 4 + depth % 8 / 2];
+      const Registers& column = warp[(lane % 4 * 2 + i % 2) * 4 + depth % 8 / 2];
+      exact += double{half_of<scalar_t>(row.a[i / 2 + depth / 8 * 2], depth % 2)} *
+               half_of<scalar_t>(column.b[depth / 8], depth % 2);
+    }
+    sums[i] = static_cast<float>(exact);
+  }
+  emulation::vote(~0u, true, site);
+}
+
 inline void forget_error() {}  // launches return their errors and keep none
 
 template <typename... Params, typename... Args>

@@ -39,6 +39,17 @@ class DeviceScope {
             count_in<scalar_t>(images.tensor, images.row_stride)};
   }
 
+  template <typename scalar_t>
+  HeadPointer<scalar_t> input(const Heads& heads) const {
+    const auto size = static_cast<int64_t>(heads.tensor.element_size());
+    char* const data = static_cast<char*>(const_cast<void*>(heads.data()));
+    for (int64_t i = 0; i < heads.batch * heads.count; ++i) {
+      const int64_t offset = i / heads.count * heads.batch_stride + i % heads.count * heads.head_stride;
+      vlmfast_emulation_allow(data + offset * size, heads.rows, heads.size * size, heads.row_stride * size, 0);
+    }
+    return {static_cast<const scalar_t*>(heads.data()), heads.batch_stride, heads.head_stride, heads.row_stride};
+  }
+
   // Poisoned: an element that no kernel writes is NaN.
   template <typename scalar_t>
   scalar_t* output(const Tensor& tensor) const {
