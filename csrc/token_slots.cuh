@@ -28,10 +28,10 @@ struct SlotPolicy {
   }
 };
 
-// The tokens of a crop and those of them that are kept.
+// Which tokens of a crop are kept.
 struct KeptTokens {
   const int64_t* kept;  // (count,) ascending
-  int count, tokens;
+  int count;
 
   // How many of the kept ones satisfy(position, rank), which the first ones do.
   template <typename Satisfy>
@@ -53,10 +53,9 @@ struct KeptTokens {
     return search([&](int64_t kept_position, int) { return kept_position < position; });
   }
 
-  // The position of a token that is not kept, by its number among those. Within the crop, whatever `kept` holds.
+  // The position of a token that is not kept, by its number among those: within the crop, whatever `kept` holds.
   __device__ __forceinline__ int position_of(int number) const {
-    const int kept_before = search([&](int64_t position, int rank) { return position - rank <= number; });
-    return min(number + kept_before, tokens - 1);
+    return number + search([&](int64_t position, int rank) { return position <= number + rank; });
   }
 };
 
@@ -97,7 +96,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
     const int64_t crop = work / policy.per_crop;
     const int first = static_cast<int>(work % policy.per_crop * policy.chunk);
     const int count = min(static_cast<int>(policy.chunk), tokens - first);
-    const KeptTokens others{kept[crop], chosen, tokens};
+    const KeptTokens others{kept[crop], chosen};
     int32_t* const crop_slots = slots + crop * tokens;
     __syncthreads();  // the tokens before these are done
     if (thread < count) {

@@ -124,11 +124,10 @@ def test_bytes_moved(checked: ctypes.CDLL) -> None:
     cls = 4 * batch * heads  # nobody wants its product
     assert loaded == key.nbytes + again + products - cls + chunks * parts
 
-    rows = torch.randn(heads, 512, size).bfloat16()
-    scratch, tiles = 12 * heads * 512, 4  # tiles: of 128 rows
+    rows, blocks = torch.randn(2, 256, size).bfloat16(), 2  # of 128 rows
     launches, loaded, stored = traffic("received_attention", rows, rows, None, 4)
-    assert (launches, stored) == (3, scratch + 4 * 128)
-    assert loaded == 2 * (1 + tiles) * rows.nbytes + (8 * tiles + 4) * heads * 512
+    assert (launches, stored) == (3, 12 * 2 * 256 + 4 * 64)
+    assert loaded == 2 * (1 + blocks) * rows.nbytes + (8 * blocks + 4) * 2 * 256
 
 
 # ---- planted faults ----

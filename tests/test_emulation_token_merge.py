@@ -179,8 +179,13 @@ FAULTS = [
     ),
     Fault("last of equal targets", "token_slots.cuh", "similarity > best)", "similarity >= best)", MISPLACED),
     Fault("last of equal targets later", "token_slots.cuh", "!(best > best_s", "!(best >= best_s", MISPLACED),
-    Fault("place of a target off by one", "token_slots.cuh", "rank <= number;", "rank < number;", MISPLACED),
-    Fault("place of a target beyond the crop", "token_slots.cuh", ", tokens - 1);", ", 1 << 20);", BOUNDS),
+    Fault(
+        "place of a target off by one",
+        "token_slots.cuh",
+        "position <= number + rank",
+        "position < number + rank",
+        MISPLACED,
+    ),
     Fault("more targets than asked for", "token_slots.cuh", "&& number / step < contextual", "", MISPLACED),
     Fault("zero length unchecked", "token_slots.cuh", "squares[0] > 0.f ?", "true ?", MISPLACED),
     Fault(
@@ -193,8 +198,8 @@ FAULTS = [
     Fault(
         "kept position unchecked",
         "token_rows.cuh",
-        "min(max(kept[crop][rank], int64_t{0}),",
-        "max(kept[crop][rank],",
+        "min(max(kept[crop][rank], int64_t{0}), int64_t{sizes.tokens - 1})",
+        "kept[crop][rank]",
         BOUNDS,
     ),
     Fault("members of the last step alone", "token_rows.cuh", "count += listed;", "count = listed;", WRONG),
@@ -207,7 +212,7 @@ FAULTS = [
         f"{RACE}|nobody has written",
     ),
     Fault("mean without its target", "token_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
-    Fault("slot followed anywhere", "token_rows.cuh", "slot < 2 * int64_t{contextual}", "true", f"{BOUNDS}|shared"),
+    Fault("slot followed anywhere", "token_rows.cuh", "slot < 2 * int64_t{contextual}", "true", WRONG),
     Fault("vector too many", "token_rows.cuh", "k * kStep < hidden - column", "k * kStep <= hidden - column", BOUNDS),
     Fault("alignment of crops unchecked", "token_merge.cu", "{x.rows(), x.images()}", "{x.rows()}", MISALIGNED),
     Fault(
