@@ -19,31 +19,6 @@ const PixelShuffleKernels& kernels() {
   return table;
 }
 
-// A (B, N, D) tensor of which each row is D adjacent elements, wherever it lies: copied once where they are not.
-class Sequences {
- public:
-  Sequences(const char* name, const Tensor& from, int64_t rows) : tensor_(from) {
-    STD_TORCH_CHECK(from.dim() == 3 && from.size(1) == rows, name, " must have shape (B, ", rows, ", C)");
-    if (from.size(2) > 1 && from.stride(2) != 1) tensor_ = torch::stable::contiguous(from);
-    data_ = static_cast<const char*>(tensor_.const_data_ptr());
-    width_ = static_cast<int64_t>(tensor_.element_size());
-    batch_stride_ = tensor_.stride(0);
-    row_stride_ = tensor_.stride(1);
-  }
-
-  int64_t batch() const { return tensor_.size(0); }
-  int64_t size() const { return tensor_.size(2); }
-  bool adjacent() const { return row_stride_ == size(); }  // whether each row begins where the one before it ends
-  const char* at(int64_t sequence, int64_t row, int64_t element = 0) const {
-    return data_ + (sequence * batch_stride_ + row * row_stride_ + element) * width_;
-  }
-
- private:
-  Tensor tensor_;
-  const char* data_;
-  int64_t width_, batch_stride_, row_stride_;
-};
-
 // Which patches a token is made of.
 class Layout {
  public:

@@ -41,13 +41,10 @@ struct MomentVector {
   typedef float Register __attribute__((vector_size(kWidth * sizeof(float))));
 
   static VLMFAST_INLINE Register load(const T* from) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      typedef uint16_t Words __attribute__((vector_size(kWidth * sizeof(uint16_t))));
-      return (Register)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
-    } else if constexpr (std::is_same_v<T, Float16>) {
-      return from_halves(load_unaligned<Halves>(from));
-    } else {
+    if constexpr (sizeof(T) == sizeof(float)) {
       return load_unaligned<Register>(from);
+    } else {
+      return load_in_order(from);
     }
   }
 };

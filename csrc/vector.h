@@ -182,6 +182,14 @@ VLMFAST_INLINE void store(Float16* to, const Block& block) {
 
 // ---- any of the three ----
 
+// A register of adjacent elements in their own order.
+VLMFAST_INLINE Float load_in_order(const float* from) { return load_unaligned<Float>(from); }
+VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(load_unaligned<Halves>(from)); }
+VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+  return (Float)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
+}
+
 // function(Type<T>) for the element type T of a call.
 template <class T>
 struct Type {
