@@ -72,10 +72,12 @@ VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const Block of_key = load(keys[i] + offset, count);
+          Float product = of_query.part[0] * of_key.part[0];
           VLMFAST_UNROLL
-          for (int part = 0; part < kParts; ++part) {
-            sums[i] = multiply_add(of_query.part[part], of_key.part[part], sums[i]);
+          for (int part = 1; part < kParts; ++part) {
+            product = multiply_add(of_query.part[part], of_key.part[part], product);
           }
+          sums[i] = sums[i] + product;  // of short chains
         }
       });
       const Float products = sums_of(sums);

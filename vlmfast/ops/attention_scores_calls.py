@@ -150,8 +150,8 @@ def cls_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         query = torch.randn(batch, heads, size, device=device, dtype=dtype)
         key = torch.randn(batch, heads, tokens, size, device=device, dtype=dtype)
         yield query, key, *((), (0.5,), (None, -1), (None, tokens // 2))[position % 4]
-    # One token gets nearly everything, and without the maximum taken off it is infinite. The products are exact: between
-    # two large ones that are nearly equal, their rounding would decide.
+    # One token gets nearly everything, and without the maximum taken off it is infinite. The products are exact: of two
+    # large ones that are nearly equal, their rounding would decide.
     yield 30 * query.sign(), key.sign()
 
 
