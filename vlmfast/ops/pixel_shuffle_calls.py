@@ -234,6 +234,7 @@ _MAPS = [
     ((2, 16), (8, 4), 4),
     ((1, 1000), (2, 2), 2),
     ((0, 16), (4, 4), 2),
+    ((2, 12), (6, 2), 2),
     ((2, 16), (0, 4), 2),
     ((2, 0), (4, 4), 2),
     ((2, 5), (3, 2), 1),
@@ -276,7 +277,7 @@ def linear_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
         # The variance of a trained layer: larger products would show the activation's curvature, not the op's error.
         weight = torch.randn(24, channels, device=device, dtype=dtype) * channels**-0.5
         bias = torch.randn(24, device=device, dtype=dtype)
-        normalised = (None, channels, x.shape[2])[position % 3]
+        normalised = (None, channels, x.shape[2])[position // 2 % 3]
         norm = [None, None] if normalised is None else list(torch.randn(2, normalised, device=device, dtype=dtype))
         activation = (None, "gelu", "gelu_tanh")[position % 3]
         layout = x, weight, (None, bias)[position % 2], grid, scale, order, input_scale
