@@ -27,8 +27,9 @@ LAYOUTS = [
     (cases.contiguous, cases.transposed),
     (cases.padded, cases.contiguous),
     (cases.oddly_padded, cases.padded),
-    (cases.offset, cases.contiguous),
     (cases.expanded, cases.every_other),
+    (cases.contiguous, cases.oddly_padded),
+    (cases.offset, cases.contiguous),
 ]
 
 
@@ -63,6 +64,8 @@ def received_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     ]:
         query, key = torch.randn(2, heads, tokens, size).to(dtype)
         yield query, key, None if bounds is None else bounds_of(*bounds), group, scale
+    query, key = torch.randn(2, 2, 20, 64).to(dtype)
+    yield query, cases.oddly_padded(key)
     for far in (far_rows()[None], far_rows()[:, None]):
         yield far, far
 

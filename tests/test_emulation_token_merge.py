@@ -15,6 +15,7 @@ from torch import Tensor
 from tests import cases
 from tests.emulation import build
 from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, load, plant, traffic_of
+from tests.test_emulation_pixel_shuffle import in_gaps
 from tests.test_ops import assert_within
 from vlmfast.ops.token_merge_calls import MERGES
 from vlmfast.registry import OPS
@@ -44,6 +45,10 @@ def long_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "top_tokens", (torch.randint(0, 300, (2, 20700)).to(dtype), 9000)
     doubles = torch.randn(1, 7, 24).repeat(1, 50, 1)[:, :330].to(dtype)  # also of targets that are looked at later
     yield "merge_slots", (doubles, kept_of(1, 330, 20), 150)
+    x, nobody = in_gaps(torch.randn(2, 9, 16).to(dtype), 3), torch.empty(2, 0, dtype=torch.int64)
+    yield "merge_slots", (x, nobody, 2)  # vectors fit the rows of the first crop alone
+    yield "merge_rows", (x, nobody, torch.tensor([[0, *[1] * 8]] * 2).int(), 1)
+    yield "merge_rows_backward", (x, torch.arange(-9, 0).int().expand(2, 9), 0)
     kept = kept_of(1, 2300, 20)
     few, many = (OPS["merge_slots"].reference(torch.randn(1, 2300, 4), kept, count) for count in (3, 2100))
     hidden = torch.randn(1, 2300, 8).to(dtype)
@@ -213,7 +218,13 @@ FAULTS = [
     ),
     Fault("mean without its target", "token_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
     Fault("slot followed anywhere", "token_rows.cuh", "slot < 2 * int64_t{contextual}", "true", WRONG),
-    Fault("vector too many", "token_rows.cuh", "k * kStep < hidden - column", "k * kStep <= hidden - column", BOUNDS),
+    Fault(
+        "vector too many",
+        "token_rows.cuh",
+        "k * kStep < hidden - column",
+        "k * kStep <= hidden - column",
+        f"{RACE}|{BOUNDS}",
+    ),
     Fault("alignment of crops unchecked", "token_merge.cu", "{x.rows(), x.images()}", "{x.rows()}", MISALIGNED),
     Fault(
         "32-bit offset",
