@@ -20,6 +20,6 @@ def matrix(session: nox.Session, transformers: str) -> None:
     session.install("--quiet", f"transformers=={transformers}", *PACKAGES)
     pytest = ("python", "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"))
     tests = map(str, Path("tests").glob("test_*.py"))
-    inside = sorted(name for name in tests if re.search("patches|compat|deepstack|repack|cli", name))
+    inside = sorted(name for name in tests if re.search("patches|compat|deepstack|repack|cli|reduce", name))
     session.run(*pytest, *inside, env={"OMP_NUM_THREADS": "1"})
     session.run(*pytest, "tests/test_ops.py", "-k", "hugging_face and not triton and not emulated")
