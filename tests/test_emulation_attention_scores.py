@@ -59,8 +59,8 @@ def received_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         ((1, 200, 64), (0, 1, 64, 128, 129, 200), 4, None),
         ((2, 70, 72), (0, 35, 35, 70), 1, 2.0),
         ((1, 150, 104), None, 3, -0.1),
-        ((1, 70, 9), (0, 64, 70), 1, None),
-        ((2, 66, 160), (0, 2, 66), 2, 0.0),
+        ((1, 70, 9), (0, 64, 70), 1, 0.0),
+        ((2, 66, 160), (0, 2, 66), 2, None),
     ]:
         query, key = torch.randn(2, heads, tokens, size).to(dtype)
         yield query, key, None if bounds is None else bounds_of(*bounds), group, scale
@@ -177,7 +177,7 @@ FAULTS = [
     ),
     Fault("tile taken for whole", "received_attention.cuh", "first >= last_segment.x &&", "", WRONG),
     Fault("bound searched wrong", "received_attention.cuh", "[middle] <= token", "[middle] < token", WRONG),
-    Fault("bounds unchecked", "received_attention.cuh", "min(end, tokens)", "end", BOUNDS),
+    Fault("bounds unchecked", "received_attention.cuh", "max(begin, 0)", "begin", f"{BOUNDS}|before all tensors"),
     Fault(
         "row past the end stored",
         "received_attention.cuh",
