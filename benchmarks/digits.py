@@ -93,6 +93,18 @@ def questions(pictures: Pictures, order: Tensor) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
+def _positions(ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions of prompts whose text comes sooner or later behind the image.
+
+    Real models know prompts of every length. One that has only ever met its questions 64 positions behind the image's
+    first token is at a loss when they come sooner, whatever the tokens hold.
+    """
+    text = 1 + PATCHES
+    sooner = torch.randint(PATCHES - 2, (len(ids), 1), generator=generator)
+    position = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    return torch.where(position < text, position, position - sooner)
+
+
 # ---- the model ----
 
 
@@ -152,7 +164,10 @@ def train(model: nn.Module, training: Training, console: Console) -> list[float]
         pictures = data.draw(training.batch)
         order = torch.rand(training.batch, QUARTERS, generator=data.generator).argsort(1)
         ids, labels = questions(pictures, order)
-        loss = model(input_ids=ids, pixel_values=pictures.pixels, labels=labels).loss
+        inputs = {"input_ids": ids, "pixel_values": pictures.pixels, "labels": labels}
+        inputs["position_ids"] = _positions(ids, data.generator)
+        inputs["attention_mask"] = torch.ones_like(ids)  # without one, positions that go back begin a new sequence
+        loss = model(**inputs).loss
         present = F.one_hot(pictures.contents, NOTHING + 1)[..., :NOTHING].amax(1).float()
         seen = F.binary_cross_entropy_with_logits(presence(cls.pop()), present)
         optimiser.zero_grad()
