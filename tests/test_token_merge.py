@@ -80,7 +80,7 @@ def test_visionzip_by_the_rules(backend: str, dtype: torch.dtype, merge: str, do
 
 
 def test_equal_scores_go_to_the_lower_position(backend: str):
-    scores = torch.tensor([[1.0, 0.0, -0.0, 2.0, 0.0, -0.0], [-0.0, 0.0, -1.0, 0.0, -0.0, -2.0]])
+    scores = torch.tensor([[1.0, -0.0, 0.0, 2.0, 0.0, -0.0], [-0.0, 0.0, -1.0, -0.0, 0.0, 0.0]])
     assert vlmfast.top_tokens(scores, 3).tolist() == [[0, 1, 3], [0, 1, 3]]
     assert vlmfast.top_tokens(torch.zeros(1, 700), 300).tolist() == [list(range(300))]
 
@@ -139,6 +139,11 @@ def test_zeros_join_the_first_target(backend: str, contextual: int):
     joins = [slot for slot in slots[0, 1::2].tolist() if slot >= contextual]
     assert set(joins) == {contextual}
     assert merge_slots(torch.zeros(1, 30, 8), nothing_kept(1), contextual).max() == contextual
+
+
+def test_a_target_of_zeros_is_nearer_than_an_opposite(backend: str):
+    metric = torch.tensor([[[1.0], [-1.0], [0.0], [-2.0]]])  # the first and the third are targets
+    assert merge_slots(metric, nothing_kept(1), 2).tolist() == [[0, 3, 1, 3]]
 
 
 def test_images_are_independent(backend: str):
