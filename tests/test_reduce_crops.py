@@ -12,7 +12,7 @@ from tests.patches_models import DTYPES, tiny
 from tests.reduce_oracle import Reduced, Token, Tower, encoded, kept_part, model_order, published_order, zipped
 from vlmfast.patches import families
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
-from vlmfast.reduce.packing import pack_numbers
+from vlmfast.reduce.packing import pack_numbers, packer
 from vlmfast.reduce.towers import encode
 
 SIDE = 4  # patches along a crop
@@ -142,7 +142,8 @@ def test_the_padding_of_the_images_is_tested():
 def test_numbers_of_the_patches_equal_the_loops(model_type: str, size: tuple[int, int]):
     base, grid = crop_model(model_type), GRIDS[size]
     strategy = {"vision_feature_select_strategy": "default"} if HAS_CLS[model_type] else {}
-    packed = pack_numbers(base.pack_image_features, 1 + grid[0] * grid[1], SIDE**2, list(size), **strategy)
+    pack = packer(base.pack_image_features, list(size), **strategy)
+    packed = pack_numbers(pack, 1 + grid[0] * grid[1], SIDE**2)
     want = [-1 if t == "newline" else t[0] * SIDE**2 + t[1] for t in model_order(grid, SIDE, size)]
     assert packed.tolist() == want
     rows, columns = kept_part(grid, SIDE, size)
@@ -261,11 +262,3 @@ def test_refusals():
         ValueError, match=r"16 patches without a CLS token were encoded, and .* cuts off the first token"
     ):
         reduced(crop_model("llava_onevision"), {**inputs, "vision_feature_select_strategy": "default"}, VisionZip(4, 2))
-
-
-def test_images_that_the_model_makes_smaller_are_refused():
-    base, inputs = crop_model("llava_onevision"), images([(28, 56), (56, 56)])
-    assert len(reduced(base, {**inputs, "vision_aspect_ratio": "anyres_max_4"}, VisionZip(4, 2))) == 2
-    for patches in (1, 2, 3):
-        with pytest.raises(ValueError, match=r"image \d of (28 x 56|56 x 56) is made smaller .* 'anyres_max_\d'"):
-            reduced(base, {**inputs, "vision_aspect_ratio": f"anyres_max_{patches}"}, VisionZip(4, 2))

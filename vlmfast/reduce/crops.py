@@ -1,10 +1,13 @@
 """Token reduction of LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision, which see an image as an overview and crops.
 
-Each crop is reduced by itself, with a budget of its own, before the projector. Videos stay as they are.
+Each crop is reduced by itself, with a budget of its own, before the projector. An image whose crops LLaVA-OneVision
+makes smaller once they are encoded, such as a large photograph, is reduced as a whole. Videos stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.packing import Crops, in_model_order, pack_numbers, published
+from vlmfast.reduce.packing import MIXED, Crops, in_model_order, pack_numbers, packer, published, together
 from vlmfast.reduce.towers import EncodedImages, encode, setting
 
 
@@ -29,7 +32,12 @@ def reduce_next(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> 
 
 
 def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
-    """The images of LLaVA-OneVision, always in the model's own packing."""
+    """The images of LLaVA-OneVision, always in the model's own packing.
+
+    With ``vision_aspect_ratio="anyres_max_9"`` the model makes a grid of more than about 9 crops smaller, so that a
+    token is made of several patches: `vlmfast.reduce.packing.together` reduces such an image after the projector, with
+    the budget of all its crops.
+    """
     ratio = setting(model, inputs, "vision_aspect_ratio")
     return _reduce(model, inputs, method, "model", vision_aspect_ratio=ratio)
 
@@ -41,29 +49,41 @@ def _reduce(
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
     config: Any = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    packed = []
-    for index, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        numbers = pack_numbers(model.pack_image_features, count, side**2, size, **settings)  # type: ignore[arg-type]
-        if numbers is None:
-            raise ValueError(
-                f"image {index} of {size[0]} x {size[1]} is made smaller after its crops were encoded, and its tokens "
-                f"are mixed of several patches then: resize it beforehand, or give model and processor a larger "
-                f"vision_aspect_ratio than {settings['vision_aspect_ratio']!r}, such as 'anyres_max_36'"
-            )
-        packed.append(numbers)
+    packs = [packer(model.pack_image_features, size, **settings) for size in sizes]  # type: ignore[arg-type]
+    packed = [pack_numbers(pack, count, side**2) for pack, count in zip(packs, counts, strict=True)]
+    smaller = [index for index, numbers in enumerate(packed) if (numbers == MIXED).any()]
 
     encoded = _encode(model, inputs, counts, side)
     tokens = encoded.visual_tokens()
-    selection = method.select(replace(tokens, has_cls=False) if packing == "model" else tokens)
-    rows = model.multi_modal_projector(encoded.reduce(selection))  # type: ignore[operator]
-    places = selection.positions().to(rows.device)  # the tower may be on another one
-    parts = zip(sizes, packed, torch.split(rows, counts), torch.split(places, counts), strict=True)
+    tokens = replace(
+        tokens,
+        has_cls=tokens.has_cls and packing == "published",
+        scores=functools.cache(tokens.scores),  # asked for by each image that is made smaller
+        metric=functools.cache(tokens.metric),
+    )
+    method.checked_budget(tokens)  # one that does not fit a crop is refused, whatever becomes of the crops
+    project: Any = model.multi_modal_projector
     newline: Any = model.image_newline
-    arrange = in_model_order if packing == "model" else published
-    return [
-        arrange(Crops(crop_rows, crop_places, selection.contextual, _grid(model, size), side, numbers, newline))
-        for size, numbers, crop_rows, crop_places in parts
-    ]
+    images: dict[int, ReducedImage] = {}
+    if len(smaller) < len(sizes):
+        selection = method.select(tokens)
+        rows = project(encoded.reduce(selection))
+        places = selection.positions().to(rows.device)  # the tower may be on another one
+        arrange = in_model_order if packing == "model" else published
+        parts = zip(sizes, packed, torch.split(rows, counts), torch.split(places, counts), strict=True)
+        for index, (size, numbers, crop_rows, crop_places) in enumerate(parts):
+            if index not in smaller:
+                grid = _grid(model, size)
+                crops = Crops(crop_rows, crop_places, selection.contextual, grid, side, numbers, newline)
+                images[index] = arrange(crops)
+    if smaller:
+        # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
+        features, ends = project(encoded.patches), list(itertools.accumulate(counts))
+        for index in smaller:
+            start, stop = ends[index] - counts[index], ends[index]
+            crops_of_image = tokens.part(start, stop)
+            images[index] = together(packs[index], features[start:stop], newline, packed[index], crops_of_image, method)
+    return [images[index] for index in range(len(sizes))]
 
 
 def _encode(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:

@@ -22,7 +22,8 @@ class ReducedImage:
         levels: the DeepStack features, each (n, D), where the model has them.
         grid: (height, width) of the visual tokens of each crop, for `vlmfast.reduce.overlay`.
         kept: for each crop the positions of the kept tokens in its grid, in raster order.
-        merged: for each crop the positions of the targets of the merged ones.
+        merged: for each crop the positions of the targets of the merged ones. Where LLaVA-OneVision makes an image
+            smaller, its tokens are those of no crop but the overview's: these three are about that alone.
     """
 
     features: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ class VisualTokens:
         has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
         scores: gives (B, N) float32, the attention that each token gets: from the CLS token, or from all of its image.
         metric: gives (B, N, M), what tells how alike two tokens are: their keys, averaged over the heads.
+        crops: of how many crops these are the tokens, where the crops of an image are reduced together.
     """
 
     batch: int
@@ -34,6 +35,16 @@ class VisualTokens:
     has_cls: bool
     scores: Callable[[], Tensor]
     metric: Callable[[], Tensor]
+    crops: int = 1
+
+    def part(self, start: int, stop: int) -> VisualTokens:
+        """Those of the images from ``start`` to ``stop``."""
+        return replace(
+            self,
+            batch=stop - start,
+            scores=lambda: self.scores()[start:stop],
+            metric=lambda: self.metric()[start:stop],
+        )
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,11 @@ class Method(abc.ABC):
     packing: str = "model"  # how LLaVA-NeXT's crops are arranged, see `VisionZip`
 
     @abc.abstractmethod
-    def budget(self, count: int, has_cls: bool) -> tuple[int, int]:
-        """Of ``count`` tokens, how many are kept, and how many the others are merged into; a CLS token aside."""
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
+        """Of ``count`` tokens, how many are kept, and how many the others are merged into; a CLS token aside.
+
+        Where they are the tokens of several crops together, a number of tokens counts for each, see `share`.
+        """
 
     @abc.abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -89,24 +103,38 @@ class Method(abc.ABC):
         """(B, N) -> (B, k) int64, ascending: which tokens are kept."""
         return top_tokens(scores, k)
 
+    def checked_budget(self, tokens: VisualTokens) -> tuple[int, int]:
+        """The budget for these tokens.
+
+        Crops that were made smaller together may have fewer tokens than their budgets add up to: all of them, then.
+
+        Raises:
+            ValueError: if it does not fit the tokens.
+        """
+        kept, contextual = self.budget(tokens.count, tokens.has_cls, tokens.crops)
+        if tokens.crops > 1:
+            kept = min(kept, tokens.count)
+            contextual = min(contextual, tokens.count - kept)
+        if kept < 0 or contextual < 0 or kept + contextual > tokens.count:
+            raise ValueError(f"{self} asks for {kept} + {contextual} of {tokens.count} visual tokens")
+        return kept, contextual
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Decide for all images at once.
 
         Raises:
             ValueError: if the budget does not fit the tokens.
         """
-        kept, contextual = self.budget(tokens.count, tokens.has_cls)
-        if kept < 0 or contextual < 0 or kept + contextual > tokens.count:
-            raise ValueError(f"{self} asks for {kept} + {contextual} of {tokens.count} visual tokens")
+        kept, contextual = self.checked_budget(tokens)
         chosen = self.choose(self.score(tokens), kept)
         metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
         slots = merge_slots(metric, chosen, contextual)
         return Selection(chosen, slots, contextual, self.merge, self.keeps_cls and tokens.has_cls)
 
 
-def share(name: str, value: float, count: int) -> int:
-    """A number of tokens: an int as it is, a float as a share of ``count``, rounded down as published."""
-    return value if isinstance(value, int) else int(value * count)
+def share(value: float, count: int, crops: int) -> int:
+    """A number of tokens: an int for each crop, a float as a share of ``count``, rounded down as published."""
+    return value * crops if isinstance(value, int) else int(value * count)
 
 
 def check_share(name: str, value: object) -> None:
@@ -149,9 +177,9 @@ class VisionZip(Method):
         checks.one_of("merge", self.merge, MERGES)
         checks.one_of("packing", self.packing, ("published", "model"))
 
-    def budget(self, count: int, has_cls: bool) -> tuple[int, int]:
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """The CLS token is one of the dominant ones."""
-        return share("dominant", self.dominant, count) - has_cls, share("contextual", self.contextual, count)
+        return share(self.dominant, count, crops) - has_cls, share(self.contextual, count, crops)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """The attention that each token gets."""
@@ -176,9 +204,9 @@ class RandomTokens(Method):
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
 
-    def budget(self, count: int, has_cls: bool) -> tuple[int, int]:
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Nothing is merged."""
-        return share("keep", self.keep, count), 0
+        return share(self.keep, count, crops), 0
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Random numbers, drawn on the CPU so that every device has the same."""
@@ -202,9 +230,9 @@ class EvenTokens(Method):
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
 
-    def budget(self, count: int, has_cls: bool) -> tuple[int, int]:
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Nothing is merged."""
-        return share("keep", self.keep, count), 0
+        return share(self.keep, count, crops), 0
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """All alike."""

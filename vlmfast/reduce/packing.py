@@ -2,10 +2,14 @@
 
 Both models lay the crops side by side, cut off the padding, and put a learned token after each row (a newline). Which
 patch goes where is asked of the model itself: its own packing is run on the numbers of the patches.
+
+LLaVA-OneVision makes the grid of crops smaller where it is too large, by interpolation. A token is not one patch then,
+and such an image is reduced as a whole, after its packing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +18,16 @@ import torch
 from torch import Tensor
 
 from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.methods import Method, VisualTokens
 
-NEWLINE = -1
+NEWLINE, MIXED = -1, -2
+
+Packer = Callable[[Tensor, Tensor], Tensor]  # crops (T, patches, C) and a newline (C,) -> one image (L, C)
+
+
+def packer(pack: Callable[..., Any], size: list[int], **settings: Any) -> Packer:
+    """A model's ``pack_image_features`` with its other arguments, for one image of that (height, width)."""
+    return lambda crops, newline: pack([crops], [size], image_newline=newline, **settings)[0][0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Crops:
         grid: (height, width) of the other crops.
         side: patches along a side of a crop.
         packed: (L,) int64 on the CPU, what the model's packing makes of the T * side**2 patches: their numbers, and
-            `NEWLINE`.
+            `NEWLINE`. `MIXED` is none of them.
         newline: (D,).
     """
 
@@ -106,23 +118,68 @@ def in_model_order(crops: Crops) -> ReducedImage:
     return crops.image(order[columns], columns, used[:-1].view(count, rows))
 
 
-def pack_numbers(pack: Callable[..., Any], crops: int, patches: int, size: list[int], **settings: Any) -> Tensor | None:
-    """Run a model's ``pack_image_features`` on the numbers of the patches of one image.
+def together(
+    pack: Packer, features: Tensor, newline: Tensor, packed: Tensor, crops: VisualTokens, method: Method
+) -> ReducedImage:
+    """An image that the model makes smaller: its packed tokens are reduced at once, with the budget of all its crops.
+
+    Scores and metric are packed as the features are, in float32. Tokens are merged as they are packed, so after the
+    projector. A contextual token takes the place of its target, and all newlines stay.
 
     Args:
-        pack: the method.
-        crops: T, how many crops the image has.
-        patches: how many patches a crop has.
-        size: (height, width) of the image.
-        settings: the method's other arguments.
+        pack: the model's packing of this image.
+        features: (T, side**2, D), the projected patches of its crops.
+        newline: (D,).
+        packed: (L,) int64 on the CPU, as `pack_numbers` gives it.
+        crops: what a method may ask about the T crops.
+        method: how they are reduced.
 
     Returns:
-        (L,) int64 on the CPU, as `Crops` has it; None if the model mixes patches, because it makes the image smaller.
+        The image. Its ``grid``, ``kept`` and ``merged`` are about the overview alone, which shows all of the image.
+    """
+    is_newline = (packed == NEWLINE).to(features.device)
+    patches, newlines = (~is_newline).nonzero().flatten(), is_newline.nonzero().flatten()
+
+    def as_packed(channels: Tensor) -> Tensor:
+        """(T, side**2, M) -> (1, N, M), without newlines."""
+        channels = channels.to(features.device, torch.float32)
+        return pack(channels, channels.new_zeros(channels.shape[2]))[None, patches]
+
+    tokens = VisualTokens(
+        batch=1,
+        count=len(patches),
+        device=features.device,
+        has_cls=False,
+        scores=lambda: as_packed(crops.scores().unsqueeze(2)).squeeze(2),
+        metric=lambda: as_packed(crops.metric()),
+        crops=len(features),
+    )
+    selection = method.select(tokens)
+    whole = pack(features, newline)
+    rows = torch.cat([selection.apply(whole[None, patches])[0], whole[newlines]])
+    places = patches[selection.positions()[0]]
+    columns, order = torch.cat([places, newlines]).sort()
+    area, chosen = features.shape[1], selection.kept.shape[1]
+    side = math.isqrt(area)
+    kept, merged = (part[part < area] for part in (places[:chosen], places[chosen:]))  # the overview is packed first
+    return ReducedImage(rows[order], columns, len(packed), (), (side, side), (kept,), (merged,))
+
+
+def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
+    """Run a model's packing on the numbers of the patches of one image.
+
+    Args:
+        pack: the model's packing of this image.
+        crops: T, how many crops the image has.
+        patches: how many patches a crop has.
+
+    Returns:
+        (L,) int64 on the CPU: numbers, `NEWLINE`, and `MIXED` for a token made of several patches, as there are where
+        the model makes the image smaller.
     """
     numbers = torch.arange(crops * patches, dtype=torch.float64).view(crops, patches)
     # a mean of numbers may be a number as well, but then it is not the root of the mean of their squares
     channels = torch.stack([numbers, numbers**2], -1)
     newline = torch.tensor([float(NEWLINE), float(NEWLINE) ** 2], dtype=torch.float64)
-    packed, _ = pack([channels], [size], image_newline=newline, **settings)
-    first, square = packed[0].unbind(1)
-    return first.long() if torch.equal(first**2, square) else None
+    first, square = pack(channels, newline).unbind(1)
+    return torch.where(first**2 == square, first, MIXED).long()
