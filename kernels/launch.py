@@ -16,6 +16,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # rounding that Hugging Face makes stands between a multiplication and an addition of ours.
 FP_FUSION = {"enable_fp_fusion": True}
 
+# Triton compiles an assertion only in debug mode, which would also check every 32-bit operation for overflow.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+MAX_EXTENT = 2**31 - 2**14  # rows and columns are counted in 32 bits, beyond the end by a block; offsets in 64
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -24,6 +29,12 @@ class Tile:
     rows: int
     columns: int
     warps: int
+
+
+def row_tile(hidden: int) -> Tile:
+    """16 elements per thread: two 16-byte loads in flight for bfloat16. Narrow rows share a program."""
+    columns = min(4096, next_power_of_two(max(hidden, 1)))
+    return Tile(rows=min(256, 4096 // columns), columns=columns, warps=8)
 
 
 def device_unsupported(x: Tensor) -> str | None:

@@ -13,26 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmfast.kernels.launch import (
+    ASSERTING,
     FP_FUSION,
-    Tile,
+    MAX_EXTENT,
     ceil_div,
     device_unsupported,
-    next_power_of_two,
     on_device,
+    row_tile,
     with_contiguous_rows,
 )
 from vlmfast.kernels.mask_scan import index_of, index_total, order_of
-
-MAX_EXTENT = 2**31 - 2**14  # positions and columns are counted in 32 bits, beyond the end by a block; offsets in 64
-
-# Triton compiles an assertion only in debug mode, which would also check every 32-bit operation for overflow.
-ASSERTING = {"debug": True, "sanitize_overflow": False}
-
-
-def row_tile(hidden: int) -> Tile:
-    """16 elements per thread: two 16-byte loads in flight for bfloat16. Narrow rows share a program."""
-    columns = min(4096, next_power_of_two(max(hidden, 1)))
-    return Tile(rows=min(256, 4096 // columns), columns=columns, warps=8)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlmfast.kernels.launch import (
     FP_FUSION,
+    MAX_EXTENT,
     Tile,
     ceil_div,
     device_unsupported,
@@ -29,7 +30,6 @@ from vlmfast.kernels.launch import (
 from vlmfast.kernels.partial_sums import sum_partials
 from vlmfast.kernels.patch_map import layout, load_scaled, locate, offset_of
 
-MAX_EXTENT = 2**31 - 2**14  # patches and channels are counted in 32 bits, beyond the end by a block; offsets in 64
 MAX_FORWARD = 16384  # elements that are normalised together, with padding: twice as many would spill registers
 MAX_BACKWARD = 8192  # half of that, for two operands and the gradients of two parameters at once
 

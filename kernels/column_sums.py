@@ -1,0 +1,228 @@
+"""Triton kernels of `received_attention`, for kernels/attention_scores.py.
+
+The first pass over the products holds a block of queries and streams the keys, the second holds a block of keys and
+streams the queries. Both multiply tiles of the same shape in the same order, queries from the left: a product that the
+second rounded in another way would no longer fit the normaliser of its row, where one key may have nearly everything.
+
+A block may lie in several segments: it streams from where the first begins to where the last ends, and each token
+counts what is in its own.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.launch import next_power_of_two
+from vlmfast.kernels.products import dot
+from vlmfast.kernels.sorted_search import count_up_to
+
+MAX_SIZE = 256  # channels of a head: tiles twice as wide would not fit the shared memory
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # -inf would make NaN of what is subtracted from it
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Tiles of ``block`` queries and as many keys; ``columns`` channels are multiplied, and then the ``rest``.
+
+    Two parts, so that 80 channels take 64 + 16 columns of a tensor core and not 128.
+    """
+
+    block: int
+    columns: int
+    rest: int
+    warps: int
+    stages: int
+
+
+def sweep_of(size: int, wide: bool) -> Sweep:
+    """The largest tiles whose sums stay in registers: each key is read once per block of queries, out of the L2 cache.
+
+    Two stages: three tiles of 128 x 128 would be more than the 99 KiB of shared memory of an RTX 4090.
+    """
+    columns = max(16, next_power_of_two(size + 1) // 2)
+    rest = max(16, next_power_of_two(size - columns)) if size > columns else 0
+    if wide:
+        return Sweep(32 if columns + rest <= 96 else 16, columns, rest, warps=8, stages=2)
+    return Sweep(64, columns, rest, warps=4, stages=3 if columns + rest <= 128 else 2)
+
+
+@triton.jit
+def _load(ptr, token, token_stride, tokens, channel, SIZE: tl.constexpr):
+    mask = (token < tokens) & (channel < SIZE)
+    return tl.load(ptr + token.to(tl.int64) * token_stride + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def _queries(ptr, token, stride, tokens, SIZE: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
+    """The channels of a block of queries, in two parts; tokens in rows."""
+    part = _load(ptr, token[:, None], stride, tokens, tl.arange(0, COLUMNS)[None, :], SIZE)
+    rest = part
+    if REST:
+        rest = _load(ptr, token[:, None], stride, tokens, COLUMNS + tl.arange(0, REST)[None, :], SIZE)
+    return part, rest
+
+
+@triton.jit
+def _keys(ptr, token, stride, tokens, SIZE: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
+    """The channels of a block of keys, in two parts; tokens in columns."""
+    part = _load(ptr, token[None, :], stride, tokens, tl.arange(0, COLUMNS)[:, None], SIZE)
+    rest = part
+    if REST:
+        rest = _load(ptr, token[None, :], stride, tokens, COLUMNS + tl.arange(0, REST)[:, None], SIZE)
+    return part, rest
+
+
+@triton.jit
+def _times(x, sign):
+    return (x.to(tl.float32) * sign).to(x.dtype)
+
+
+@triton.jit
+def _products(query, query_rest, key, key_rest, REST: tl.constexpr):
+    products = dot(query, key, tl.zeros((query.shape[0], key.shape[1]), tl.float32))
+    if REST:
+        products = dot(query_rest, key_rest, products)
+    return products
+
+
+@triton.jit
+def _segments(bounds_ptr, bounds, token, tokens, BLOCK: tl.constexpr):
+    """Where the segments of a block's tokens begin and end, and the tokens to stream: (begin, end, first, full, stop).
+
+    From ``first`` to ``full`` all are in the segment of each token of the block, from there to ``stop`` not all are.
+    """
+    token = tl.minimum(token, tokens - 1)
+    if bounds_ptr is None:
+        begin, end = tl.zeros_like(token), tl.zeros_like(token) + tokens
+    else:
+        number = count_up_to(bounds_ptr, bounds, token, False)
+        begin = tl.maximum(tl.load(bounds_ptr + number - 1, mask=number > 0, other=0), 0)
+        end = tl.minimum(tl.load(bounds_ptr + number, mask=number < bounds, other=tokens), tokens)
+    first, stop = tl.min(begin, 0), tl.max(end, 0)
+    full = tl.where(tl.max(begin, 0) == first, first + (stop - first) // BLOCK * BLOCK, first)
+    return begin, end, first, full, stop
+
+
+@triton.jit
+def _add_exponentials(peak, total, logit, inside, sharpness, MASKED: tl.constexpr):
+    """The largest product of each row so far and the sum of the exponentials, with ``logit`` taken in."""
+    if MASKED:
+        logit = tl.where(inside, logit, LOWEST)
+    higher = tl.maximum(peak, tl.max(logit, 1))
+    weights = tl.exp2((logit - higher[:, None]) * sharpness)
+    if MASKED:  # a row that has met nothing of its segment would count exp(0)
+        weights = tl.where(inside, weights, 0.0)
+    return higher, total * tl.exp2((peak - higher) * sharpness) + tl.sum(weights, 1)
+
+
+@triton.jit
+def normaliser_kernel(
+    query_ptr,
+    key_ptr,
+    bounds_ptr,
+    peak_ptr,
+    inverse_ptr,
+    query_head_stride,
+    query_stride,
+    key_head_stride,
+    key_stride,
+    tokens,
+    bounds,
+    sign,
+    sharpness,
+    ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest product of each query with the keys of its segment, and 1 / the sum of their exponentials."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
+    key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
+    query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
+    query, query_rest = _times(query, sign), _times(query_rest, sign)
+    begin, end, first, full, stop = _segments(bounds_ptr, bounds, row, tokens, BLOCK)
+    peak = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, full, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
+        logit = _products(query, query_rest, key, key_rest, REST)
+        peak, total = _add_exponentials(peak, total, logit, True, sharpness, MASKED=False)
+    for start in range(full, stop, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
+        logit = _products(query, query_rest, key, key_rest, REST)
+        inside = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
+        peak, total = _add_exponentials(peak, total, logit, inside, sharpness, MASKED=True)
+    tl.store(peak_ptr + head * tokens + row, peak, mask=row < tokens)
+    tl.store(inverse_ptr + head * tokens + row, 1.0 / total, mask=row < tokens)
+
+
+@triton.jit
+def column_sums_kernel(
+    query_ptr,
+    key_ptr,
+    bounds_ptr,
+    peak_ptr,
+    inverse_ptr,
+    received_ptr,
+    query_head_stride,
+    query_stride,
+    key_head_stride,
+    key_stride,
+    tokens,
+    bounds,
+    sign,
+    sharpness,
+    ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum over the queries of a key's segment of the attention that they pay to it."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
+    key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
+    key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
+    key, key_rest = _times(key, sign), _times(key_rest, sign)
+    begin, end, first, full, stop = _segments(bounds_ptr, bounds, column, tokens, BLOCK)
+    peak_ptr += head * tokens
+    inverse_ptr += head * tokens
+    received = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(first, full, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
+        logit = _products(query, query_rest, key, key_rest, REST)
+        peak, inverse = tl.load(peak_ptr + row), tl.load(inverse_ptr + row)
+        received += tl.exp2((logit - peak[:, None]) * sharpness) * inverse[:, None]
+    for start in range(full, stop, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
+        logit = _products(query, query_rest, key, key_rest, REST)
+        peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
+        inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
+        weights = tl.exp2((logit - peak[:, None]) * sharpness) * inverse[:, None]
+        received += tl.where((row[:, None] >= begin[None, :]) & (row[:, None] < end[None, :]), weights, 0.0)
+    tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
+
+
+@triton.jit
+def mean_kernel(
+    received_ptr, mean_ptr, means, group, count, tokens, BLOCK_MEANS: tl.constexpr, BLOCK_COUNT: tl.constexpr
+):
+    """Mean = the mean over the heads and each group of tokens, ``count`` numbers in all."""
+    mean = tl.program_id(0) * BLOCK_MEANS + tl.arange(0, BLOCK_MEANS)[:, None]
+    total = tl.zeros((BLOCK_MEANS, BLOCK_COUNT), tl.float32)
+    for start in range(0, count, BLOCK_COUNT):
+        number = start + tl.arange(0, BLOCK_COUNT)[None, :]
+        place = (number // group).to(tl.int64) * tokens + mean * group + number % group
+        total += tl.load(received_ptr + place, mask=(mean < means) & (number < count), other=0.0)
+    tl.store(mean_ptr + mean, tl.sum(total, 1, keep_dims=True) / count, mask=mean < means)
