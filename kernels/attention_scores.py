@@ -38,6 +38,7 @@ from vlmfast.kernels.launch import (
     on_device,
     with_contiguous_rows,
 )
+from vlmfast.kernels.sorted_search import steps_of
 
 
 def logits_tile(size: int) -> Tile:
@@ -226,6 +227,7 @@ def received_attention(
     strides = *query.stride()[:2], *key.stride()[:2]
     sign, sharpness = _softness(size, scale)
     sweep = sweep_of(size, query.dtype == torch.float32)
+    bounds = 0 if cu_seqlens is None else cu_seqlens.shape[0]
     peaks, inverses, received = (
         torch.empty((heads, tokens), dtype=torch.float32, device=query.device) for _ in range(3)
     )
@@ -235,12 +237,12 @@ def received_attention(
         "COLUMNS": sweep.columns,
         "REST": sweep.rest,
         "BLOCK": sweep.block,
+        "STEPS": steps_of(bounds),
         "num_warps": sweep.warps,
         "num_stages": sweep.stages,
         **FP_FUSION,
     }
     grid = (heads * ceil_div(tokens, sweep.block),)
-    bounds = 0 if cu_seqlens is None else cu_seqlens.shape[0]
     with on_device(query):
         normaliser_kernel[grid](
             query, key, cu_seqlens, peaks, inverses, *strides, tokens, bounds, sign, sharpness, **options

@@ -56,6 +56,7 @@ def slots_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_TARGETS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """The slots of a block of tokens; see `merge_slots`.
 
@@ -67,21 +68,21 @@ def slots_kernel(
     position = (tl.program_id(0) % blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     metric_ptr += batch * batch_stride
     kept_ptr += batch * kept_stride
-    rank = count_up_to(kept_ptr, chosen, position, False)  # of the last kept token up to this one, from 1 on
-    is_kept = tl.load(kept_ptr + rank - 1, mask=rank > 0, other=-1) == position
+    rank = count_up_to(kept_ptr, chosen, position, False, STEPS)  # of the last kept token up to this one, from 1 on
+    is_kept = (tl.load(kept_ptr + rank - 1, mask=rank > 0, other=-1) == position).to(tl.int32)
     left = position - rank
-    joins = (position < tokens) & (is_kept == 0)
+    stop = tl.where(is_kept != 0, 0, size)  # nothing is read of a kept token's metric
     best = tl.full((BLOCK_TOKENS,), float("-inf"), tl.float32)
     owner = tl.zeros((BLOCK_TOKENS,), tl.int32)
     for first in range(0, contextual, BLOCK_TARGETS):
         target = first + tl.arange(0, BLOCK_TARGETS)
-        place = target * step + count_up_to(kept_ptr, chosen, target * step, True)
+        place = target * step + count_up_to(kept_ptr, chosen, target * step, True, STEPS)
         products = tl.zeros((BLOCK_TOKENS, BLOCK_TARGETS), tl.float32)
         square = tl.zeros((BLOCK_TARGETS,), tl.float32)
         for start in range(0, size, BLOCK_SIZE):
             column = start + tl.arange(0, BLOCK_SIZE)
-            own_mask = joins[:, None] & (column[None, :] < size)
-            own = tl.load(at(metric_ptr, position[:, None], token_stride) + column[None, :], mask=own_mask, other=0.0)
+            mask = (position < tokens)[:, None] & (column[None, :] < stop[:, None])
+            own = tl.load(at(metric_ptr, position[:, None], token_stride) + column[None, :], mask=mask, other=0.0)
             mask = (target < contextual)[None, :] & (column[:, None] < size)
             theirs = tl.load(at(metric_ptr, place[None, :], token_stride) + column[:, None], mask=mask, other=0.0)
             products = dot(own, theirs, products)
@@ -97,5 +98,5 @@ def slots_kernel(
     else:
         is_target = (left % step == 0) & (left // step < contextual)
         slot = tl.where(is_target, left // step, slot)
-    slot = tl.where(is_kept, rank - 1 - chosen, slot)
+    slot = tl.where(is_kept != 0, rank - 1 - chosen, slot)
     tl.store(slot_ptr + batch * tokens + position, slot, mask=position < tokens)

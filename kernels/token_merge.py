@@ -31,6 +31,7 @@ from vlmfast.kernels.launch import (
     with_contiguous_rows,
 )
 from vlmfast.kernels.products import dot
+from vlmfast.kernels.sorted_search import steps_of
 from vlmfast.kernels.token_choice import at, slots_kernel, top_kernel
 
 MAX_SCORES = 8192  # per row, all in the registers of one program; twice as many would spill
@@ -47,9 +48,13 @@ class Match:
 
 
 def match_of(contextual: int, size: int, wide: bool) -> Match:
-    """Small blocks of tokens: 45 programs for five crops, each of which reads all targets out of the L2 cache."""
-    targets, columns = (min(32, max(16, next_power_of_two(n))) for n in (contextual, size))
-    return Match(tokens=32 if wide else 64, targets=targets, columns=columns, warps=4)
+    """Small blocks of tokens: 45 programs for five crops, each of which reads all targets out of the L2 cache.
+
+    Float32 is multiplied element by element, out of registers that larger blocks would not leave.
+    """
+    targets = min(32, max(16, next_power_of_two(contextual)))
+    columns = 16 if wide else min(32, max(16, next_power_of_two(size)))
+    return Match(32 if wide else 64, targets, columns, warps=4)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
             BLOCK_TOKENS=match.tokens,
             BLOCK_TARGETS=match.targets,
             BLOCK_SIZE=match.columns,
+            STEPS=steps_of(chosen),
             num_warps=match.warps,
             **FP_FUSION,
         )
