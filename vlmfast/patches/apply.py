@@ -197,29 +197,30 @@ def _reduction(host: nn.Module, method: object) -> Reduction:
     """Check that visual tokens can be reduced in this model."""
     if not isinstance(method, Method):
         raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
-    family = check_reducible(host)
-    if reason := _replaced([host], type(host), "forward") or _replaced([host], type(host), "generate"):
+    model, family = reducible(host)
+    if reason := _replaced([model], type(model), "forward") or _replaced([model], type(model), "generate"):
         raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    return Reduction(family, method)
+    return Reduction(model, family, method)
 
 
-def check_reducible(host: Any) -> Family:
-    """The family of a model whose visual tokens can be reduced.
+def reducible(host: Any) -> tuple[nn.Module, Family]:
+    """A model whose visual tokens can be reduced, out of the wrapper of PEFT if it is in one, and its family.
 
     Raises:
         ValueError: if they cannot.
     """
-    name = type(host).__name__
-    base = getattr(host, "base_model", None)
-    family = families().get(host.config.model_type)
+    model = host.get_base_model() if hasattr(host, "get_base_model") else host
+    name = type(model).__name__
+    base = getattr(model, "base_model", None)
+    family = families().get(model.config.model_type)
     if family is None or family.reducer is None:
         known = ", ".join(sorted(model_type for model_type, other in families().items() if other.reducer is not None))
         raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
-    if base is None or base is host or not hasattr(base, "get_image_features") or not hasattr(host, "generate"):
+    if base is None or base is model or not hasattr(base, "get_image_features") or not hasattr(model, "generate"):
         raise ValueError(f"reduce needs the model with its vision tower and its language head, got {name}")
-    if not hasattr(host, "_prepare_position_ids_for_generation"):  # what decoding goes on from is computed once
+    if not hasattr(model, "_prepare_position_ids_for_generation"):  # what decoding goes on from is computed once
         raise ValueError("reduce needs transformers 5.17 or later")
-    return family
+    return model, family
 
 
 def _choose(
@@ -295,7 +296,7 @@ def _swap(
 ) -> Patch:
     """Carry out the plan; what was done before a failure is undone."""
     functions = {cls: {name: f for name, (_, f) in entries.items()} for cls, entries in methods.items()}
-    for cls, entries in ({} if reduction is None else reduction.methods(host)).items():
+    for cls, entries in ({} if reduction is None else reduction.methods()).items():
         functions[cls] = functions.get(cls, {}) | entries
     swapped = {cls: patched_class(cls, entries) for cls, entries in functions.items()}
     modules = [module for module in host.modules() if type(module) in swapped]

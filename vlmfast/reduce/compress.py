@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patches.apply import check_reducible, hugging_face_model
+from vlmfast.patches.apply import hugging_face_model, reducible
 from vlmfast.reduce.generation import with_features
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import ShortPrompt, base_of, shorten, takes_features
@@ -39,10 +39,9 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     Raises:
         TypeError: if ``method`` is none. ValueError: for a model or inputs whose visual tokens cannot be reduced.
     """
-    host = hugging_face_model(model)
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
-    family = check_reducible(host)
+    host, family = reducible(hugging_face_model(model))
     if inputs.get("pixel_values") is None:
         return dict(inputs)
     prompt = shorten(host, family, method, inputs)

@@ -39,24 +39,26 @@ class Reduction:
     """How the prompts of a patched model are shortened, and what became of the last one.
 
     Attributes:
-        family: the model's family.
+        model: the model with its head.
+        family: its family.
         method: how visual tokens are reduced.
         images: the images of the last prompt that had any, without gradients.
         before: columns of that prompt.
         after: columns of what the language model saw of it.
     """
 
+    model: nn.Module
     family: Family
     method: Method
     images: list[ReducedImage] = field(default_factory=list)
     before: int = 0
     after: int = 0
 
-    def methods(self, model: nn.Module) -> dict[type, dict[str, Callable[..., Any]]]:
+    def methods(self) -> dict[type, dict[str, Callable[..., Any]]]:
         """What to replace in which class."""
-        cls, base = type(model), type(base_of(model))
+        cls, base = type(self.model), type(base_of(self.model))
         found = {cls: {"forward": _forward(self, cls), "generate": _generate(self, cls)}}
-        if not takes_features(model):
+        if not takes_features(self.model):
             found[base] = {"get_image_features": _get_image_features(base)}
         return found
 
@@ -71,6 +73,7 @@ class Reduction:
             f"({saved:.1%} saved)"
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shorten(self, model: nn.Module, arguments: Mapping[str, Any], cached: Cached | None) -> ShortPrompt:
         """`shorten`, noted for the report."""
         prompt = shorten(model, self.family, self.method, arguments, cached)
@@ -128,8 +131,6 @@ def _forward(reduction: Reduction, cls: type) -> Callable[..., Any]:
         cached = getattr(arguments.get("past_key_values"), MEMORY, None)
         if arguments.get("pixel_values") is None and cached is None:
             return original(self, *args, **kwargs)
-        if _ready.get() is not None:
-            return original(self, *args, **kwargs)
         return _short_forward(reduction, original, self, arguments, cached)
 
     return forward
@@ -144,6 +145,8 @@ def _short_forward(
     arguments: dict[str, Any],
     cached: Cached | None,
 ) -> Any:
+    if _ready.get() is not None:  # within generate, of a prompt that is short already
+        return original(model, **arguments)
     cache = arguments.get("past_key_values")
     if cached is not None and arguments.get("pixel_values") is None:
         return original(model, **_continued(base_of(model), arguments, cached))

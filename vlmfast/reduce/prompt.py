@@ -132,7 +132,9 @@ def _encode(
     """The images of each sample, from the numbers of placeholders that it has in the cache and after that."""
     if "pixel_values" not in vision or (any(cached) and not any(new)):
         return [[] for _ in new]  # what is in the cache is not encoded again
-    images = family.reducer(base, vision, method)  # type: ignore[misc]  # `check_reducible` has seen to it
+    if not any((*cached, *new)):
+        raise ValueError("the images must fit the placeholders of the prompts: there are images and no placeholders")
+    images = family.reducer(base, vision, method)  # type: ignore[misc]  # `reducible` has seen to it
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
