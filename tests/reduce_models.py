@@ -58,6 +58,12 @@ class Talk:
                 talk.counts.append(sum(row.shape[0] for row in rows))
         return talk
 
+    @property
+    def compressible(self) -> bool:
+        """Whether `vlmfast.compress_inputs` takes it: not with DeepStack and without mm_encoder_outputs."""
+        takes_features = "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
+        return takes_features or not hasattr(self.model.base_model.language_model, "_deepstack_process")
+
     def ids(self, *parts: int) -> list[int]:
         """A prompt: the image of that number for numbers below 3, and other numbers as ids of text."""
         found = []

@@ -74,6 +74,8 @@ def can_do_without_cache(talk: Talk) -> bool:
 def test_sampling_and_beams_are_those_of_the_short_prompt(family: Family):
     """Against the same search of the model that is not patched, on inputs that were shortened beforehand."""
     talk = Talk.of(family)
+    if not talk.compressible:
+        pytest.skip("inputs of this model cannot be shortened beforehand")
     inputs = talk.batch(*PROMPTS)
     length = inputs["input_ids"].shape[1]
     searches = (

@@ -34,6 +34,14 @@ def tower_of(talk: Talk) -> nn.Module:
     return getattr(base, "vision_tower", None) or base.visual
 
 
+def settled(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
+    """Its state, without what every prefill of Qwen-VL leaves behind."""
+    return {
+        name: (cls, {key: value for key, value in attributes.items() if key != "rope_deltas"})
+        for name, (cls, attributes) in state(model).items()
+    }
+
+
 # ---- the patch itself ----
 
 
@@ -41,13 +49,13 @@ def tower_of(talk: Talk) -> nn.Module:
 def test_undo_and_copy(family: Family):
     talk = Talk.of(family)
     inputs = talk.batch(*PROMPTS)
-    full, before = logits(talk.model, inputs), state(talk.model)
+    full, before = logits(talk.model, inputs), settled(talk.model)
     with vlmfast.patch(talk.model, reduce=METHOD):
         short = logits(talk.model, inputs)
         assert short.shape[1] < full.shape[1]
         twin = copy.deepcopy(talk.model)
         assert isinstance(talk.model, before[""][0])
-    assert state(talk.model) == before
+    assert settled(talk.model) == before
     assert torch.equal(logits(talk.model, inputs), full)
     assert torch.equal(logits(twin, inputs), short)
     vlmfast.unpatch(twin)
@@ -76,8 +84,9 @@ def test_tower_runs_once_for_each_prompt(family: Family):
         logits(talk.model, talk.batch(*PROMPTS))
         assert len(runs) == 2
         logits(talk.model, talk.batch((10, 11)))
-    vlmfast.compress_inputs(talk.model, talk.batch(*PROMPTS), METHOD)
-    assert len(runs) == 3
+    if talk.compressible:
+        vlmfast.compress_inputs(talk.model, talk.batch(*PROMPTS), METHOD)
+        assert len(runs) == 3
 
 
 def test_report_and_images():
@@ -239,6 +248,10 @@ def test_compressed_inputs_are_what_the_patch_makes(family: Family):
     with vlmfast.patch(talk.model, exclude="*", reduce=METHOD), torch.no_grad():
         want = talk.model(**inputs)
     before = {name: value.clone() for name, value in inputs.items()}
+    if not talk.compressible:
+        with pytest.raises(ValueError, match="with DeepStack needs a transformers with mm_encoder_outputs"):
+            vlmfast.compress_inputs(talk.model, inputs, METHOD)
+        return
     with torch.no_grad():
         short = vlmfast.compress_inputs(talk.model, inputs, METHOD)
         got = talk.model(**short)

@@ -139,7 +139,7 @@ def patch(
         )
     family = families()[model_type]
     replace = family.replace
-    reduction = None if reduce is None else _reduction(host, reduce)
+    reduction, shortening = (None, {}) if reduce is None else _reduction(host, reduce)
     chosen = _choose(model_type, replace, only, exclude)
     methods, skipped = _plan(host, {site: replace[site] for site in chosen})
     skipped |= {site: "left out by only or exclude" for site in replace if site not in chosen}
@@ -150,7 +150,7 @@ def patch(
     for site in chosen:
         if skipped.get(site, ABSENT) != ABSENT:
             warnings.warn(f"{site} is not patched: {skipped[site]}", stacklevel=2)
-    return _swap(host, model_type, methods, skipped, reduction)
+    return _swap(host, model_type, methods, skipped, shortening, reduction)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -193,14 +193,18 @@ def hugging_face_model(model: object) -> nn.Module:
     return found[0]
 
 
-def _reduction(host: nn.Module, method: object) -> Reduction:
-    """Check that visual tokens can be reduced in this model."""
+Functions = dict[type, dict[str, Callable[..., Any]]]  # class -> method -> replacement
+
+
+def _reduction(host: nn.Module, method: object) -> tuple[Reduction, Functions]:
+    """What shortens the prompts of this model, and the methods that do so."""
     if not isinstance(method, Method):
         raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
     model, family = reducible(host)
     if reason := _replaced([model], type(model), "forward") or _replaced([model], type(model), "generate"):
         raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    return Reduction(model, family, method)
+    reduction = Reduction(family, method)
+    return reduction, reduction.methods(model)
 
 
 def reducible(host: Any) -> tuple[nn.Module, Family]:
@@ -292,11 +296,16 @@ def _replaced(modules: list[nn.Module], cls: type, method: str) -> str | None:
 
 
 def _swap(
-    host: nn.Module, model_type: str, methods: Methods, skipped: dict[str, str], reduction: Reduction | None = None
+    host: nn.Module,
+    model_type: str,
+    methods: Methods,
+    skipped: dict[str, str],
+    others: Functions | None = None,
+    reduction: Reduction | None = None,
 ) -> Patch:
-    """Carry out the plan; what was done before a failure is undone."""
+    """Carry out the plan, and replace other methods that are no sites; what was done before a failure is undone."""
     functions = {cls: {name: f for name, (_, f) in entries.items()} for cls, entries in methods.items()}
-    for cls, entries in ({} if reduction is None else reduction.methods()).items():
+    for cls, entries in (others or {}).items():
         functions[cls] = functions.get(cls, {}) | entries
     swapped = {cls: patched_class(cls, entries) for cls, entries in functions.items()}
     modules = [module for module in host.modules() if type(module) in swapped]

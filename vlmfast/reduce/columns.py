@@ -63,7 +63,7 @@ def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage])
     """
     if not is_image.shape[1]:
         return Columns.all(is_image)
-    flags = [is_image.new_zeros(image.total).index_fill(0, image.columns, True) for image in images]
+    flags = [is_image.new_zeros(image.total).index_fill(0, image.columns.to(is_image.device), True) for image in images]
     present = ~is_image
     if flags:
         present = present.masked_scatter(is_image, torch.cat(flags))

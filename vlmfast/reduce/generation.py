@@ -39,26 +39,24 @@ class Reduction:
     """How the prompts of a patched model are shortened, and what became of the last one.
 
     Attributes:
-        model: the model with its head.
-        family: its family.
+        family: the model's family.
         method: how visual tokens are reduced.
         images: the images of the last prompt that had any, without gradients.
         before: columns of that prompt.
         after: columns of what the language model saw of it.
     """
 
-    model: nn.Module
     family: Family
     method: Method
     images: list[ReducedImage] = field(default_factory=list)
     before: int = 0
     after: int = 0
 
-    def methods(self) -> dict[type, dict[str, Callable[..., Any]]]:
-        """What to replace in which class."""
-        cls, base = type(self.model), type(base_of(self.model))
+    def methods(self, model: nn.Module) -> dict[type, dict[str, Callable[..., Any]]]:
+        """What to replace in which class, for a model with its head."""
+        cls, base = type(model), type(base_of(model))
         found = {cls: {"forward": _forward(self, cls), "generate": _generate(self, cls)}}
-        if not takes_features(self.model):
+        if not takes_features(model):
             found[base] = {"get_image_features": _get_image_features(base)}
         return found
 

@@ -17,7 +17,7 @@ from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_ga
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
 
-FILLS = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # what padding is in each
+FILLS = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # what padding is in each
 # what describes the columns of a prompt in a way that is not rewritten here
 REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position")
 
@@ -114,7 +114,7 @@ def shorten(
     for name, rows in named(short, FILLS).items():
         short[name] = columns.take(rows, FILLS[name])
     mask = columns.take(full_mask, 0)
-    if given is None and not bool(mask.all()):
+    if given is not None or not bool(mask.all()):
         short["attention_mask"] = mask
     deltas = None if cached is None else cached.rope_deltas
     if any(samples) or arguments.get("position_ids") is not None:
@@ -191,7 +191,9 @@ def _positions(
     names = parameters(type(base).get_rope_index)
     if given is not None:
         rows = columns.take(given, 0)
-        if given.shape[0] == 4:  # the first row numbers the text alone: transformers tells packed samples by its gaps
+        if (
+            given.dim() == 3 and given.shape[0] == 4
+        ):  # the first row numbers the text alone: transformers tells packed samples by its gaps
             rows[0] = without_gaps(given[0], columns)
         return rows, None if cached is None else cached.rope_deltas
     if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
