@@ -138,7 +138,7 @@ def test_all_tokens_kept_are_the_unpruned_image(sizes: list[tuple[int, int]], dt
         (RandomTokens(0.0), lambda tokens: 0),
         (VisionZip(3, 0), lambda tokens: 3 * 5),
     ],
-    ids=str,
+    ids=lambda value: "tokens" if callable(value) else str(value),
 )
 def test_what_is_kept_is_cut_from_the_unpruned_image(method: Method, wanted: Callable[[int], int]):
     base, inputs = crop_model("llava_onevision"), large([(56, 56), (50, 36), (36, 50)])  # an overview and four crops
