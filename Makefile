@@ -8,14 +8,17 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-matrix check bench gpu-report docs clean
+.PHONY: demo test test-faults test-matrix check bench gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
 	$(BIN)/python -m vlmfast demo
 
 test: $(VENV)/built          ## every test that this machine can run; JOBS of them at a time, each on one thread
-	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not planted"
+
+test-faults: $(VENV)/built   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m planted
 
 test-matrix: $(VENV)/built   ## the patches under every supported transformers
 	$(BIN)/nox

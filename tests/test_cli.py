@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import vlmfast
+from tests.conftest import shortens_prompts
 from vlmfast import demo
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
@@ -180,17 +181,11 @@ def test_speed_up_is_taken_pair_by_pair():
 # ---- demo --reduce ----
 
 
-def reducing() -> bool:
-    """Whether this transformers is one whose prompts can be shortened."""
-    transformers = pytest.importorskip("transformers")
-    return hasattr(transformers.GenerationMixin, "_prepare_position_ids_for_generation")
-
-
 @pytest.mark.parametrize(("method", "tokens"), [("visionzip:5+3", 8), ("random:6", 6), ("even:0.25", 4)])
 def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
     picture = tmp_path / "kept.png"
     command = ["demo", "--model", str(checkpoint), *SHORT, "--reduce", method, "--overlay", str(picture)]
-    if not reducing():
+    if not shortens_prompts():
         assert main(command) == 2
         assert "--reduce: reduce needs transformers 5.17 or later" in capsys.readouterr().err
         return
@@ -205,7 +200,7 @@ def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
 
 
 def test_demo_reduces_the_random_model(capsys, tmp_path):
-    if not reducing():
+    if not shortens_prompts():
         pytest.skip("this transformers is too old")
     picture = tmp_path / "kept.png"
     short = ["--layers", "1", "--new-tokens", "1", "--repeats", "1", "--device", "cpu"]
@@ -223,7 +218,7 @@ def test_method_that_is_none(method, capsys):
 
 
 def test_overlay_that_cannot_be_written(checkpoint, capsys, tmp_path):
-    if not reducing():
+    if not shortens_prompts():
         pytest.skip("this transformers is too old")
     missing = tmp_path / "no" / "such.png"
     assert main(["demo", "--model", str(checkpoint), *SHORT, "--reduce", "even:4", "--overlay", str(missing)]) == 2

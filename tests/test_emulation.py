@@ -305,6 +305,7 @@ def plant(fault: Fault, stem: str, into: Path) -> Path:
     return into
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
 def test_planted_fault_is_noticed(tmp_path: Path, index: int) -> None:
     library = f"vlmfast_fault_{index}"

@@ -191,6 +191,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
 def test_planted_fault_is_noticed(tmp_path: Path, index: int) -> None:
     library = f"vlmfast_pixel_shuffle_fault_{index}"
