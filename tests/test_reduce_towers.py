@@ -15,7 +15,7 @@ TOWERS = {"llava": True, "vipllava": True, "llava_onevision": False, "internvl":
 
 def tower_of(model_type: str) -> tuple[nn.Module, Tensor, list[int]]:
     model, inputs = tiny(model_type)
-    layer = model.config.vision_feature_layer
+    layer = getattr(model.config, "vision_feature_layer", None) or model.config.vision_feature_layers
     pixels = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[-3:])
     return model.model.vision_tower, pixels, [layer] if isinstance(layer, int) else list(layer)
 

@@ -11,7 +11,7 @@ import torch
 
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.towers import encode
+from vlmfast.reduce.towers import encode, setting
 
 
 def reduce_images(base: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
@@ -21,7 +21,9 @@ def reduce_images(base: Any, inputs: Mapping[str, Any], method: Method) -> list[
     may keep it in front; where the model uses it, it stays.
     """
     config: Any = base.config
-    layer = inputs.get("vision_feature_layer", config.vision_feature_layer)
+    # ViP-LLaVA, which takes several, speaks of vision_feature_layers up to transformers 5.17
+    name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
+    layer = setting(base, inputs, name)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     uses_first = inputs.get("vision_feature_select_strategy", strategy) != "default"
     images = encode(base.vision_tower, inputs["pixel_values"], layer)
