@@ -213,6 +213,8 @@ def reducible(host: Any) -> tuple[nn.Module, Family]:
     Raises:
         ValueError: if they cannot.
     """
+    from transformers import GenerationMixin
+
     model = host.get_base_model() if hasattr(host, "get_base_model") else host
     name = type(model).__name__
     base = getattr(model, "base_model", None)
@@ -220,10 +222,10 @@ def reducible(host: Any) -> tuple[nn.Module, Family]:
     if family is None or family.reducer is None:
         known = ", ".join(sorted(model_type for model_type, other in families().items() if other.reducer is not None))
         raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
+    if not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # what decoding goes on from
+        raise ValueError("reduce needs transformers 5.17 or later")
     if base is None or base is model or not hasattr(base, "get_image_features") or not hasattr(model, "generate"):
         raise ValueError(f"reduce needs the model with its vision tower and its language head, got {name}")
-    if not hasattr(model, "_prepare_position_ids_for_generation"):  # what decoding goes on from is computed once
-        raise ValueError("reduce needs transformers 5.17 or later")
     return model, family
 
 
