@@ -212,7 +212,8 @@ def column_sums_kernel(
         logit = _products(query, query_rest, key, key_rest, REST)
         peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
         inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
-        weights = tl.exp2((logit - peak[:, None]) * sharpness) * inverse[:, None]
+        difference = tl.minimum(logit - peak[:, None], 0.0)  # of another segment's query it may be large
+        weights = tl.exp2(difference * sharpness) * inverse[:, None]
         received += tl.where((row[:, None] >= begin[None, :]) & (row[:, None] < end[None, :]), weights, 0.0)
     tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
 
