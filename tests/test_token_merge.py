@@ -64,7 +64,7 @@ def merged_by_the_rules(hidden: list, metric: list, kept: list[int], contextual:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize(("dominant", "contextual"), [(5, 3), (0, 4), (7, 13), (1, 1)])
+@pytest.mark.parametrize(("dominant", "contextual"), [(5, 3), (0, 6), (7, 9), (1, 1)])
 def test_visionzip_by_the_rules(backend: str, dtype: torch.dtype, merge: str, dominant: int, contextual: int):
     hidden, metric, scores = (torch.randn(shape).to(dtype) for shape in [(3, 20, 10), (3, 20, 6), (3, 20)])
     tokens, kept = vlmfast.visionzip(hidden, metric, scores, dominant, contextual, merge)
