@@ -71,7 +71,6 @@ class Reduction:
             f"({saved:.1%} saved)"
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shorten(self, model: nn.Module, arguments: Mapping[str, Any], cached: Cached | None) -> ShortPrompt:
         """`shorten`, noted for the report."""
         prompt = shorten(model, self.family, self.method, arguments, cached)
@@ -122,6 +121,9 @@ def with_features(base: Any, family: Family, prompt: ShortPrompt) -> dict[str, A
 def _forward(reduction: Reduction, cls: type) -> Callable[..., Any]:
     original: Callable[..., Any] = cls.forward  # type: ignore[attr-defined]
     names = parameters(original)
+    # Not traced: it waits for the device to learn the shape of the short prompt. A decorator of the function would
+    # load torch's compiler wherever vlmfast is imported.
+    short_forward = torch.compiler.disable(_short_forward, recursive=False)  # type: ignore[no-untyped-call]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -129,13 +131,11 @@ def _forward(reduction: Reduction, cls: type) -> Callable[..., Any]:
         cached = getattr(arguments.get("past_key_values"), MEMORY, None)
         if arguments.get("pixel_values") is None and cached is None:
             return original(self, *args, **kwargs)
-        return _short_forward(reduction, original, self, arguments, cached)
+        return short_forward(reduction, original, self, arguments, cached)
 
     return forward
 
 
-# not traced: it waits for the device to learn the shape of the short prompt
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
 def _short_forward(
     reduction: Reduction,
     original: Callable[..., Any],
@@ -150,7 +150,7 @@ def _short_forward(
         return original(model, **_continued(base_of(model), arguments, cached))
     if cache is not None and cache.get_seq_length():
         raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
-    prompt = reduction.shorten(model, arguments, None)
+    prompt = torch.compiler.disable(reduction.shorten)(model, arguments, None)  # type: ignore[no-untyped-call]
     with reduction.call(model, prompt) as short:
         output = original(model, **short)
     _remember(_cache_of(output) if cache is None else cache, prompt.cached)
