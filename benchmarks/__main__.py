@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import vlmfast  # noqa: F401  (registers the ops)
-from benchmarks import report
-from benchmarks.ops import benchmark
+from vlmfast.benchmarks import report
+from vlmfast.benchmarks.ops import benchmark
 from vlmfast.registry import OPS
 
 
@@ -35,7 +36,8 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("device cuda: torch sees no GPU")
     torch.set_num_threads(options.threads)
-    console, records = Console(width=None if sys.stdout.isatty() else 130), []
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    records: list[dict[str, Any]] = []
     for name in options.ops or OPS:
         before = len(records)
         for found in benchmark(OPS[name], options.device, getattr(torch, options.dtype)):

@@ -1,4 +1,4 @@
-"""Accuracy against token budget, of a small LLaVA trained from scratch: ``python -m benchmarks.digits [--out FOLDER]``.
+"""Accuracy against token budget, of a small LLaVA trained from scratch: ``python -m vlmfast.benchmarks.digits [--out FOLDER]``.
 
 Random weights cannot show what a reduction of tokens costs, so here a model is trained for a few minutes: on pictures
 composed of scikit-learn's digits, which are scans of handwriting, and questions about them. Some quarters of a picture
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vlmfast
-from benchmarks import report
+from vlmfast.benchmarks import report
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -267,7 +267,7 @@ def plot(path: Path, records: list[dict[str, Any]], test_pictures: int) -> None:
 
 def main() -> int:
     """Train, measure, write ``digits.json`` and ``digits.png``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlmfast.benchmarks.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of the training (default %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures per step (default %(default)s)")

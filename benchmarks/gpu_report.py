@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
+from vlmfast.benchmarks import report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # not the folder of the link vlmfast/benchmarks
 
 
 def steps(out: Path) -> dict[str, list[str]]:

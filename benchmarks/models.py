@@ -1,4 +1,4 @@
-"""Whole models: ``python -m benchmarks.models [model ...] [--full] [--device cpu|cuda] [--json FILE]``.
+"""Whole models: ``python -m vlmfast.benchmarks.models [model ...] [--full] [--device cpu|cuda] [--json FILE]``.
 
 Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced. The first token
 takes the vision tower, the reduction and the prefill; each further one a step of decoding. The weights are random,
@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import vlmfast
-from benchmarks import report
-from benchmarks.published import MODELS, Published
+from vlmfast.benchmarks import report
+from vlmfast.benchmarks.published import MODELS, Published
 
 STEPS = 8  # of decoding
 ROUNDS = {"cpu": 3, "cuda": 10}
@@ -55,7 +55,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 @torch.inference_mode()
-def _answer(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, float]:
+def _answer(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
     """One prompt: seconds to the first token, seconds for each further one, and the size of the cache."""
     settings = {"do_sample": False, "return_dict_in_generate": True}
     first, output = _seconds(lambda: model.generate(**inputs, max_new_tokens=1, **settings))
@@ -111,7 +111,7 @@ def show(console: Console, records: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Run the models that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlmfast.benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="model", help=f"of: {', '.join(MODELS)} (default: all)")
     parser.add_argument("--full", action="store_true", help="the published sizes (default on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

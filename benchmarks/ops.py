@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Times, measure
 from vlmfast import registry
+from vlmfast.benchmarks.timing import Times, measure
 from vlmfast.registry import Op
 
 LIMIT = "copy"

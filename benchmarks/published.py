@@ -61,7 +61,7 @@ class Published:
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
         return model, self._inputs(model, dtype, device)
 
-    def _inputs(self, model: nn.Module, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    def _inputs(self, model: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         image = {
             name: value.to(device, dtype if value.is_floating_point() else None) for name, value in self.image().items()
         }

@@ -74,10 +74,10 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
 def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """Events around single calls; the cache is flushed before each, and the flush hides the launch's host time."""
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
-    events = {name: [] for name in contenders}
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             flush.zero_()
             flush.zero_()
             start.record()

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import vlmfast
-from benchmarks import report, timing
-from benchmarks.ops import benchmark, contenders
 from tests.cases import EACH_OP, outputs, require
 from vlmfast.backends import Backend
+from vlmfast.benchmarks import report, timing
+from vlmfast.benchmarks.ops import benchmark, contenders
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]

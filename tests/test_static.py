@@ -25,7 +25,8 @@ SOURCES = sorted(
     path
     for folder in ("vlmfast", "kernels", "csrc", "tests", "benchmarks", "scripts")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"} and "kernels" not in path.relative_to(ROOT).parts[1:-1]
+    if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}
+    and not {"kernels", "benchmarks"} & {*path.relative_to(ROOT).parts[1:-1]}
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
