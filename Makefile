@@ -32,7 +32,7 @@ check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources thro
 	$(BIN)/python scripts/compile_cuda.py
 
 bench: $(VENV)/built         ## time every op against its peers and the limit of this machine
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m vlmfast bench
 
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
 	$(PYTHON) -m benchmarks.gpu_report  # the machine's own Python and CUDA torch: nothing is downloaded
@@ -44,7 +44,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich pytest pytest-xdist accelerate peft ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich matplotlib pytest pytest-xdist accelerate peft ruff mypy clang-format==20.1.8 nox
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

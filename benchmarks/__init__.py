@@ -1,1 +1,1 @@
-"""Benchmarks made from the op registry: ``python -m benchmarks``."""
+"""Benchmarks made from the op registry: ``python -m vlmfast bench``."""

@@ -1,4 +1,6 @@
-"""Accuracy against token budget, of a small LLaVA trained from scratch: ``python -m vlmfast.benchmarks.digits [--out FOLDER]``.
+"""Accuracy against token budget, of a small LLaVA trained from scratch.
+
+    python -m vlmfast.benchmarks.digits [--out FOLDER]
 
 Random weights cannot show what a reduction of tokens costs, so here a model is trained for a few minutes: on pictures
 composed of scikit-learn's digits, which are scans of handwriting, and questions about them. Some quarters of a picture

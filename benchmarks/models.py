@@ -130,7 +130,7 @@ def main() -> int:
         small = options.device == "cpu" and not options.full
         records.append(measure(name, small, options.device, dtype, console))
         if options.json:
-            report.write(options.json, options.device, records)
+            report.write(options.json, {"environment": report.environment(options.device), "records": records})
     show(console, records)
     return 0
 

@@ -1,90 +1,151 @@
-"""Every op on every backend, beside its peers and the limit of the machine."""
+"""Every op on every backend, beside its peers and the limits of the machine."""
 
 from __future__ import annotations
 
 import contextvars
 import functools
+import math
+import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlmfast import registry
-from vlmfast.benchmarks.timing import Times, measure
+from vlmfast.benchmarks import peers
+from vlmfast.benchmarks.timing import Call, Ceilings, Times, measure
+from vlmfast.benchmarks.traffic import counted
+from vlmfast.console import one_line
 from vlmfast.registry import Op
 
-LIMIT = "copy"
+OURS = "vlmfast"
+COPY = "copy"
+ROUNDINGS_ALLOWED = {"ours": 4.0, "peer": 64.0}  # of the largest output; peers round in other places than Hugging Face
 
 
-def contenders(op: Op, args: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
-    """Name -> a call to time: our backends, the code they replace, their peers, and a copy of as many bytes."""
-    found: dict[str, Callable[[], Any]] = {}
+@dataclass
+class Contender:
+    """One way to do an op's work, and what was found of it.
+
+    Attributes:
+        name: as the table shows it.
+        group: "ours", "peer" (it computes the same) or "limit" (less work than the op takes).
+        prepare: builds the call to time, from the op's arguments.
+        backend: of ours, its name.
+        call: what `prepare` gave. times: of it.
+        error: why it has no time, in one line.
+        roundings: how far its result is from the definition's, in units of one of the largest output; 0 is bit-equal.
+    """
+
+    name: str
+    group: str
+    prepare: Callable[..., Call]
+    backend: str | None = None
+    call: Call | None = None
+    times: Times | None = None
+    error: str | None = None
+    roundings: float | None = None
+
+
+def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Contender]:
+    """Our backends that run the call, the peers of those kinds, the op's limits, and a copy of as many bytes."""
     chosen = [name for name, reason in op.refusals(*args) if reason is None and name in ("native", "triton")]
-    for index, name in enumerate(chosen):
-        call = functools.partial(op.function, *args)
-        if index > 0:  # not the one that a user gets
-            context = contextvars.copy_context()
-            context.run(registry.pinned.set, name)  # cheaper per call than a `with` around each
-            call = functools.partial(context.run, call)
-        found[f"vlmfast {name}"] = call
-    for name, prepare in {"transformers": op.upstream, **op.peers}.items():
-        if prepare is not None:
-            found[name] = prepare(*args)
-    found["torch.compile"] = functools.partial(torch.compile(op.reference, dynamic=False), *args)
-    found[LIMIT] = torch.empty(max(1, op.bytes(*args) // 2), dtype=torch.int8, device=args[0].device).clone
-    return found
+    found = [
+        Contender(f"{OURS} {name}", "ours", functools.partial(_ours, op, name if index else None), name)
+        for index, name in enumerate(chosen)
+    ]
+    found += [Contender(name, "peer", prepare) for name, prepare in peers.of(op, kinds)]
+    found += [Contender(name, "limit", prepare) for name, prepare in op.limits.items()]
+    half = max(1, op.bytes(*args) // 2)
+    return [*found, Contender(COPY, "limit", lambda x, *_: torch.empty(half, dtype=torch.int8, device=x.device).clone)]
 
 
-def wrong(op: Op, call: Callable[[], Any], args: tuple[Any, ...]) -> str | None:
-    """Why a backend's result is not the definition's, or None: no speed is shown for a wrong result."""
-    got, want = call(), op.reference(*args)
+def _ours(op: Op, pin: str | None, *args: Any) -> Call:
+    call = functools.partial(op.function, *args)
+    if pin is None:  # the one that a user gets
+        return call
+    context = contextvars.copy_context()
+    context.run(registry.pinned.set, pin)  # cheaper per call than a `with` around each
+    return functools.partial(context.run, call)
+
+
+def distance(got: Any, want: Any) -> float:
+    """How far results are apart, in roundings of the largest element; infinite where shapes or NaNs differ."""
+    farthest = 0.0
     for g, w in zip(_tuple(got), _tuple(want), strict=True):
-        error = (g.double() - w.double()).abs().max()
-        allowed = 4 * torch.finfo(w.dtype).eps if w.is_floating_point() and not op.exact else 0.0
-        if not error <= allowed * w.double().abs().max():
-            return f"differs from the definition by {float(error):.3g}"
-    return None
+        if g.shape != w.shape:
+            return math.inf
+        if w.numel() == 0 or torch.equal(g, w):
+            continue
+        unit = torch.finfo(w.dtype).eps * w.double().abs().max() if w.is_floating_point() else 0.0
+        apart = float((g.double() - w.double()).abs().max() / unit)
+        farthest = max(farthest, math.inf if math.isnan(apart) else apart)
+    return farthest
 
 
 def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def benchmark(op: Op, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def prepare(contender: Contender, op: Op, args: tuple[Any, ...], want: Any) -> None:
+    """Make its call and compare its result: what fails or is wrong gets an error in place of a time."""
+    try:
+        contender.call = contender.prepare(*args)
+        got = contender.call()
+        if contender.group == "limit":
+            return
+        contender.roundings = distance(got, want)
+    except Exception as error:  # whatever another project raises is a row of the table
+        contender.error = one_line(error)
+        return
+    allowed = 0.0 if op.exact and contender.group == "ours" else ROUNDINGS_ALLOWED[contender.group]
+    if not contender.roundings <= allowed:
+        contender.error = f"no speed: differs from the definition by {contender.roundings:.3g} roundings"
+
+
+def benchmark(
+    op: Op, device: str, dtype: torch.dtype, kinds: tuple[str, ...], machine: Ceilings
+) -> Iterator[dict[str, Any]]:
     """One record per workload: the times of every contender, or why one has none."""
     for label, args in op.workloads(device, dtype):
-        torch._dynamo.reset()
-        calls = contenders(op, args)
-        failures = {}
+        found = contenders(op, args, kinds)
         with torch.no_grad():
-            for name in [n for n in calls if n.startswith("vlmfast")]:
-                reason = wrong(op, calls[name], args)
-                if reason is not None:
-                    failures[name] = reason
-                    del calls[name]
-            times = measure(calls, device)
-        yield record(op, label, args, times, failures)
+            want = op.reference(*args)
+            for contender in found:
+                prepare(contender, op, args, want)
+            calls = {c.name: c.call for c in found if c.error is None and c.call is not None}
+            for name, times in measure(calls, device).items():
+                next(c for c in found if c.name == name).times = times
+        yield record(op, label, args, found, machine)
 
 
-def record(
-    op: Op, label: str, args: tuple[Any, ...], times: dict[str, Times], failures: dict[str, str]
-) -> dict[str, Any]:
+def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:
     """What is written down of one workload; times in microseconds."""
-    rows = {}
-    for name, taken in times.items():
-        rows[name] = {
-            "us": taken.median * 1e6,
-            "wall_us": sorted(taken.wall)[len(taken.wall) // 2] * 1e6,
-            "gb_per_s": op.bytes(*args) / taken.median / 1e9,
-            "over_copy": taken.over(times[LIMIT]),
-        }
-        if "transformers" in times:
-            rows[name]["speedup"] = times["transformers"].over(taken)
-        rows[name]["speedup_over_compile"] = times["torch.compile"].over(taken)
+    bytes, flops = op.bytes(*args), op.flops(*args) if op.flops else 0
+    by_name = {c.name: c.times for c in found if c.times is not None}
+    rows = []
+    for contender in found:
+        row: dict[str, Any] = {"name": contender.name, "group": contender.group, "error": contender.error}
+        row["roundings"] = contender.roundings if contender.roundings != math.inf else None
+        if (times := contender.times) is not None:
+            row |= {"us": times.median * 1e6, "spread": times.spread, "wall_us": statistics.median(times.wall) * 1e6}
+            row["over_copy"] = times.over(by_name[COPY])
+            for name, key in {"transformers": "x_transformers", "torch.compile": "x_compile"}.items():
+                if name in by_name:
+                    row[key] = by_name[name].over(times)
+            if contender.group != "limit":
+                row["gb_per_s"] = bytes / times.median / 1e9
+                row["tflop_per_s"] = flops / times.median / 1e12
+                row["of_ceiling"] = machine.seconds(bytes, flops) / times.median
+        if contender.backend is not None:
+            row["traffic"] = counted(op.name, contender.backend)
+        rows.append(row)
     return {
         "op": op.name,
         "workload": label,
         "dtype": str(args[0].dtype).removeprefix("torch."),
-        "times": rows,
-        "failed": failures,
+        "bytes": bytes,
+        "flops": flops,
+        "contenders": rows,
     }

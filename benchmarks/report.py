@@ -1,7 +1,9 @@
-"""What a benchmark writes down: where and when it ran, and a table to read."""
+"""What a benchmark writes down: where and when it ran, JSON and CSV, and a table to read."""
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import datetime
 import json
 import platform
@@ -10,10 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import vlmfast
+from vlmfast.benchmarks import peers
+from vlmfast.benchmarks.timing import Ceilings
+
+# Column of the table and of the CSV: key of a contender's row -> (head, format)
+COLUMNS = {
+    "us": ("us", "{:.2f}"),
+    "spread": ("spread", "{:.0%}"),
+    "wall_us": ("wall us", "{:.2f}"),
+    "gb_per_s": ("GB/s", "{:.1f}"),
+    "tflop_per_s": ("TFLOP/s", "{:.2g}"),
+    "of_ceiling": ("of ceiling", "{:.0%}"),
+    "over_copy": ("/ copy", "{:.2f}"),
+    "x_transformers": ("x transformers", "{:.2f}"),
+    "x_compile": ("x torch.compile", "{:.2f}"),
+    "roundings": ("roundings", "{:.2g}"),
+    "traffic": ("traffic", "{:.3f}"),
+}
+LEGEND = """us: median; spread: distance of the quartiles; wall us: an eager call, Python included
+of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of a large matrix product, over the time;
+above 100% where the data lie in a cache
+/ copy: time over that of a copy of as many bytes; x: how many times faster than; all ratios are of this one run
+roundings: distance from the definition, 0 is bit-equal; traffic: bytes counted over the fewest possible"""
 
 
 def device_name(device: str) -> str:
@@ -27,19 +50,24 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where and when: device, versions, date, and what changes a CPU's speed."""
+def environment(device: str, machine: Ceilings | None = None) -> dict[str, Any]:
+    """Where and when: device, versions, date, what changes its speed, and what it can do at most."""
     packages = {name: _version(name) for name in ("torch", "triton", "transformers")}
-    return {
+    found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
+        "kind": device,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "vlmfast": vlmfast.__version__,
         **packages,
+        "F.rms_norm": peers.functional_rms_norm(device),
     }
+    if machine is not None:
+        found |= dataclasses.asdict(machine)
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -49,26 +77,54 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write(path: Path, device: str, records: list[dict[str, Any]]) -> None:
-    """Write what is known so far; called after every record, so that a stop loses nothing."""
+def write(path: Path, run: dict[str, Any]) -> None:
+    """Write what is known so far, whole or not at all; called after every record, so that a stop loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), "records": records}, indent=1) + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
 
 
-def show(console: Console, device: str, records: list[dict[str, Any]]) -> None:
-    """One table per op. Times are medians; every ratio is the median of its rounds' ratios."""
-    kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
-    for op in dict.fromkeys(r["op"] for r in records):
-        table = Table(title=f"{op}, {records[0]['dtype']}, {kind}", title_justify="left")
-        for name in ("shape", "", "us", "wall us", "GB/s", "x transformers", "x torch.compile", "time / copy"):
-            table.add_column(name, justify="left" if name in ("shape", "") else "right")
-        for record in (r for r in records if r["op"] == op):
-            for index, (name, row) in enumerate(record["times"].items()):
-                cells = [f"{row['us']:.2f}", f"{row['wall_us']:.2f}", f"{row['gb_per_s']:.1f}"]
-                cells += [f"{row[k]:.2f}" if k in row else "" for k in ("speedup", "speedup_over_compile", "over_copy")]
-                style = "bold" if name.startswith("vlmfast") else None
-                table.add_row("" if index else record["workload"], name, *cells, style=style)
-            for name, reason in record["failed"].items():
-                table.add_row("", name, f"no speed: {reason}", style="red")
-            table.add_section()
-        console.print(table)
+def write_csv(path: Path, run: dict[str, Any]) -> None:
+    """One line per op, workload and contender."""
+    fields = ["op", "workload", "dtype", "bytes", "flops", "name", "group", *COLUMNS, "error"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        for record in run["records"]:
+            writer.writerows({**record, **row} for row in record["contenders"])
+
+
+def columns(records: list[dict[str, Any]]) -> list[str]:
+    """The columns that say something: on a CPU an eager call is all there is to time."""
+    rows = [row for record in records for row in record["contenders"]]
+    filled = [key for key in COLUMNS if any(row.get(key) for row in rows)]
+    return [key for key in filled if key != "wall_us" or any(row.get("us") != row.get("wall_us") for row in rows)]
+
+
+def table(records: list[dict[str, Any]], kind: str) -> Table:
+    """What was measured of one op."""
+    filled = columns(records)
+    shown = Table(title=f"{records[0]['op']}, {records[0]['dtype']}, {kind}", title_justify="left")
+    for name in ("shape", "", *(COLUMNS[key][0] for key in filled)):
+        shown.add_column(name, justify="left" if name in ("shape", "") else "right", no_wrap=True)
+    for record in records:
+        for index, row in enumerate(record["contenders"]):
+            first = ["" if index else record["workload"], row["name"]]
+            if row["error"] is not None:
+                shown.add_row(*first, style="red")
+                continue
+            cells = [COLUMNS[key][1].format(row[key]) if row.get(key) is not None else "" for key in filled]
+            shown.add_row(*first, *cells, style="bold" if row["group"] == "ours" else None)
+        shown.add_section()
+    return shown
+
+
+def errors(records: list[dict[str, Any]]) -> list[str]:
+    """One line per contender and reason why it has no time."""
+    shapes: dict[str, list[str]] = {}
+    for record in records:
+        for row in record["contenders"]:
+            if row["error"] is not None:
+                shapes.setdefault(f"{record['op']}, {row['name']}: {row['error']}", []).append(record["workload"])
+    return [f"{reason} ({', '.join(found)})" for reason, found in shapes.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ Call = Callable[[], object]
 ROUNDS = 25
 ROUND_SECONDS = 0.02  # of one contender: long beside the clock, short beside a slow spell
 L2_BYTES = 256 << 20  # more than any GPU's second-level cache
+COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # more than any cache
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,39 @@ class Times:
         """The median of `best_known`."""
         return statistics.median(self.best_known)
 
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles of `best_known`, as a share of the median."""
+        low, _, high = statistics.quantiles(self.best_known, n=4)
+        return (high - low) / self.median
+
     def over(self, other: Times) -> float:
         """How many times as long as ``other``: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.best_known, other.best_known, strict=True))
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine can do: the bandwidth of a large copy, and the speed of a large matrix product."""
+
+    copy_gb_per_s: float  # read and written bytes together
+    gemm_tflop_per_s: float
+
+    def seconds(self, bytes: int, flops: int) -> float:
+        """No call that moves as much and computes as much can take less, unless its data lie in a cache."""
+        return max(bytes / self.copy_gb_per_s / 1e9, flops / self.gemm_tflop_per_s / 1e12)
+
+
+def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Measure them; the product in the faster of ``dtype`` and float32, which not every processor multiplies alike."""
+    source = torch.empty(COPY_BYTES[device] // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    size = GEMM_SIZE[device]
+    matrices = [torch.ones(size, size, dtype=each, device=device) for each in {dtype, torch.float32}]
+    calls: dict[str, Call] = {str(matrix.dtype): functools.partial(torch.mm, matrix, matrix) for matrix in matrices}
+    times = measure({"copy": lambda: target.copy_(source), **calls}, device, rounds=9)
+    copy = times.pop("copy").median
+    return Ceilings(COPY_BYTES[device] / copy / 1e9, 2 * size**3 / min(t.median for t in times.values()) / 1e12)
 
 
 def _batch(call: Call, synchronize: Call) -> int:

@@ -1,24 +1,29 @@
-"""The benchmark's own promises: no speed for a wrong result, ratios of one run, errors in one line."""
+"""The benchmark's own promises: no speed for a wrong result, ratios of one run, a row for every failure."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import vlmfast
-from tests.cases import EACH_OP, outputs, require
+from tests.cases import EACH_OP, require
+from vlmfast import cli
 from vlmfast.backends import Backend
-from vlmfast.benchmarks import report, timing
-from vlmfast.benchmarks.ops import benchmark, contenders
+from vlmfast.benchmarks import bench, html, ops, peers, report, timing
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
+MACHINE = timing.Ceilings(10.0, 1.0)
+KINDS = ("transformers", "torch")
 
 
 @pytest.fixture
@@ -27,17 +32,32 @@ def small(monkeypatch):
     require(OPS["rms_norm"], "native")
     monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(timing.measure, "__defaults__", (3,))
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
     workload = ("4x64", (torch.randn(4, 64), torch.randn(64)))
-    return dataclasses.replace(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
+    op = dataclasses.replace(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
+    monkeypatch.setitem(OPS, "rms_norm", op)
+    return op
 
 
-def test_every_contender_is_timed(small):
-    (found,) = benchmark(small, "cpu", torch.float32)
-    assert next(iter(found["times"])) == "vlmfast native"
-    assert {"transformers", "F.rms_norm", "torch.compile", "copy"} < set(found["times"])
-    assert all(row["us"] > 0 for row in found["times"].values())
-    assert found["times"]["transformers"]["speedup"] == 1.0
-    assert not found["failed"]
+def measured(op: Op, kinds=KINDS) -> dict:
+    (found,) = ops.benchmark(op, "cpu", torch.float32, kinds, MACHINE)
+    return {row["name"]: row for row in found["contenders"]}
+
+
+def test_every_contender_is_timed(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = measured(small, (*KINDS, "compile"))
+    assert next(iter(found)) == "vlmfast native"
+    assert {"transformers", "F.rms_norm", "torch.compile", "copy"} < set(found)
+    assert all(row["us"] > 0 and row["error"] is None for row in found.values())
+    assert found["transformers"]["x_transformers"] == 1.0
+    assert found["vlmfast native"]["roundings"] == 0
+
+
+def test_ceilings_bound_by_bytes_or_flops():
+    machine = timing.Ceilings(copy_gb_per_s=100.0, gemm_tflop_per_s=2.0)
+    assert machine.seconds(10**9, 10**9) == pytest.approx(0.01)
+    assert machine.seconds(10**9, 10**12) == pytest.approx(0.5)
 
 
 def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
@@ -46,10 +66,10 @@ def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
         recorder = Backend(name, lambda x, *_, name=name: ran.append(name) or x, lambda *_, **__: None)
         monkeypatch.setitem(OPS["rms_norm"]._loaded, name, recorder)
     ((_, args),) = small.workloads("cpu", torch.float32)
-    found = contenders(small, args)
+    calls = {c.name: c.prepare(*args) for c in ops.contenders(small, args, ())}
     for _ in range(2):
-        found["vlmfast triton"]()
-        found["vlmfast native"]()
+        calls["vlmfast triton"]()
+        calls["vlmfast native"]()
     assert ran == ["triton", "native"] * 2
 
 
@@ -59,49 +79,119 @@ def test_every_contender_of_every_op_runs(op: Op, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with vlmfast.use("torch"), torch.no_grad():
         args = next(iter(op.samples("cpu", torch.float32)))
-        want = outputs(op.reference(*args))
-        calls = contenders(op, args)
-        assert {"torch.compile", "copy", *op.peers} <= calls.keys()
-        assert op.upstream is None or "transformers" in calls
-        for name, call in calls.items():
-            got = outputs(call())
-            if name == "transformers":
-                assert [g.shape for g in got] == [w.shape for w in want]
+        want = op.reference(*args)
+        found = ops.contenders(op, args, (*KINDS, "compile"))
+        assert {"torch.compile", "copy", *op.peers, *op.limits} <= {c.name for c in found}
+        assert op.upstream is None or "transformers" in {c.name for c in found}
+        for contender in found:
+            ops.prepare(contender, op, args, want)
+            assert contender.error is None, contender.error
+        assert op.flops is None or op.flops(*args) > 0
 
 
-def test_a_wrong_result_has_no_speed(small, monkeypatch):
+def test_a_wrong_result_has_no_speed(small, monkeypatch, capsys):
     wrong = Backend("native", lambda x, weight, *_: x * 1.01, lambda *_, **__: None)
     monkeypatch.setitem(OPS["rms_norm"]._loaded, "native", wrong)
-    (found,) = benchmark(small, "cpu", torch.float32)
-    assert "vlmfast native" not in found["times"]
-    assert "differs from the definition" in found["failed"]["vlmfast native"]
+    row = measured(small)["vlmfast native"]
+    assert "us" not in row
+    assert "differs from the definition" in row["error"]
+    assert cli.main(["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "none"]) == 1
+    assert "no speed: differs from the definition" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("got", [torch.full((2,), float("nan")), torch.ones(3)])
+def test_what_cannot_be_compared_is_infinitely_far(got):
+    assert ops.distance(got, torch.ones(2)) == float("inf")
+
+
+def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
+    def broken(*args):
+        raise OSError("no such library\nand more")
+
+    for name, prepare in {"liger": broken, "quack": lambda *args: broken}.items():
+        monkeypatch.setitem(peers.PROJECTS, name, (name, {"rms_norm": prepare}))
+    found = measured(small, ("liger", "quack", "flashinfer"))
+    assert found["liger"]["error"] == found["quack"]["error"] == "OSError: no such library"
+    assert "us" in found["vlmfast native"]
+    assert "us" not in found["liger"]
 
 
 def test_rounds_are_paired():
     ours, theirs = timing.Times([1.0, 10.0, 2.0]), timing.Times([2.0, 20.0, 4.0])
     assert theirs.over(ours) == 2.0
+    assert timing.Times([1.0, 2.0, 3.0]).spread == 1.0
 
 
-def test_a_report_says_where_it_was_made(tmp_path: Path, small):
-    records = list(benchmark(small, "cpu", torch.float32))
-    report.write(tmp_path / "deep" / "out.json", "cpu", records)
-    written = json.loads((tmp_path / "deep" / "out.json").read_text())
-    assert written["records"] == records
-    assert {"date", "device", "threads", "torch", "transformers", "vlmfast"} <= written["environment"].keys()
+def test_a_run_is_a_table_json_csv_and_a_page_without_a_network(small, tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "deep" / "report.html"
+    command = ["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "torch", "--html", str(page)]
+    assert cli.main(command) == 0
+    assert "F.rms_norm" in capsys.readouterr().out
+    written = json.loads(page.with_suffix(".json").read_text())
+    assert {"date", "device", "threads", "torch", "vlmfast", "F.rms_norm"} <= written["environment"].keys()
+    (record,) = written["records"]
+    with page.with_suffix(".csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == [row["name"] for row in record["contenders"]]
+    assert float(lines[0]["us"]) == record["contenders"][0]["us"]
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
+    again = tmp_path / "again.html"
+    assert cli.main(["bench", "--from", str(page.with_suffix(".json")), "--html", str(again)]) == 0
+    assert again.read_text() == text
+
+
+def test_names_in_the_page_are_escaped(small):
+    run = {"environment": report.environment("cpu", MACHINE), "records": []}
+    (record,) = ops.benchmark(small, "cpu", torch.float32, (), MACHINE)
+    record["contenders"][0]["error"] = "<b>&"
+    run["records"].append(record)
+    pytest.importorskip("matplotlib")
+    assert "&lt;b&gt;&amp;" in html.page(run)
+
+
+def test_what_is_known_survives_a_stop(small, tmp_path: Path, monkeypatch):
+    first, second = small.workloads("cpu", torch.float32) * 2, ("stop", None)
+    monkeypatch.setitem(OPS, "rms_norm", dataclasses.replace(small, workloads=lambda *_: [*first[:1], second]))
+    with pytest.raises(TypeError):
+        bench.run(bench.Options(["rms_norm"], ["none"], device="cpu", json=tmp_path / "out.json"))
+    assert [r["workload"] for r in json.loads((tmp_path / "out.json").read_text())["records"]] == ["4x64"]
+
+
+def test_the_table_names_every_failure_once(small):
+    (record,) = ops.benchmark(small, "cpu", torch.float32, (), MACHINE)
+    record["contenders"][0]["error"] = "broken"
+    assert report.errors([record, record]) == ["rms_norm, vlmfast native: broken (4x64, 4x64)"]
+    with Console(width=150).capture() as _:
+        report.table([record], "here")
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["benchmarks", "softmax"], "unknown op softmax; known: "),
-        (["benchmarks", "--threads", "0"], "--threads must be at least 1"),
-        (["benchmarks", "--device", "cuda"], "torch sees no GPU"),
-        (["benchmarks.gpu_report"], "gpu-report needs a GPU"),
+        (["softmax"], "unknown op softmax; known: "),
+        (["--peers", "apex"], "unknown peer apex; known: transformers, torch, compile, liger"),
+        (["--threads", "0"], "must be at least 1, got 0"),
+        (["--device", "cuda"], "--device: cannot use cuda"),
+        (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
+        (["--json", "tests"], "cannot write tests: it is a folder"),
+        (["--from", "Makefile"], "cannot read Makefile as a benchmark's JSON"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_what_cannot_run_is_one_line_and_exit_code_2(command: list[str], message: str):
-    ran = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 2
-    assert message in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_what_cannot_run_is_one_line_and_exit_code_2(command: list[str], message: str, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    try:
+        code = cli.main(["bench", *command])
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_report_needs_a_gpu():
+    ran = subprocess.run([sys.executable, "-m", "benchmarks.gpu_report"], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (2, "gpu-report needs a GPU, and torch sees none\n")

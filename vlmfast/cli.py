@@ -1,4 +1,4 @@
-"""The command line: ``python -m vlmfast demo``, ``info`` and ``explain``."""
+"""The command line: ``python -m vlmfast demo``, ``bench``, ``info`` and ``explain``."""
 
 from __future__ import annotations
 
@@ -70,6 +70,28 @@ def _parser() -> argparse.ArgumentParser:
         help="where --reduce draws which tokens were kept; default: %(default)s",
     )
 
+    text = "time the ops, and whole models, against their peers and the limits of this machine"
+    command = commands.add_parser(
+        "bench", help=text, description=f"{text}. Exit code 1 if a result of ours is wrong: it gets no speed."
+    )
+    command.set_defaults(command=_bench)
+    command.add_argument("ops", metavar="OP", nargs="*", help="such as rms_norm; default: every public op")
+    command.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    command.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU; default: %(default)s")
+    command.add_argument(
+        "--peers",
+        metavar="PEER",
+        nargs="+",
+        help="of transformers, torch, compile, liger, quack, flashinfer, none; default: those installed",
+    )
+    command.add_argument("--models", metavar="MODEL", nargs="*", help="whole models, such as llava-next-7b; none: all")
+    command.add_argument("--html", metavar="FILE", type=Path, help="a report to look at, with JSON and CSV beside it")
+    command.add_argument("--json", metavar="FILE", type=Path, help="the records, and a CSV beside them")
+    command.add_argument(
+        "--from", dest="source", metavar="FILE", type=Path, help="show what an earlier run wrote with --json"
+    )
+
     text = "say what is installed, which backends work here, and which models can be patched"
     command = commands.add_parser("info", help=text, description=text)
     command.set_defaults(command=_info)
@@ -102,6 +124,13 @@ def _method(text: str) -> Method:
 def _demo(options: argparse.Namespace) -> int:
     choices = {name: value for name, value in vars(options).items() if name != "command"}
     return demo.run(demo.Options(**choices))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from vlmfast.benchmarks import bench
+
+    choices = {name: value for name, value in vars(options).items() if name != "command"}
+    return bench.run(bench.Options(**choices))
 
 
 def _info(options: argparse.Namespace) -> int:

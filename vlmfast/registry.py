@@ -53,10 +53,12 @@ class Op:
     check: Callable[..., None]  # raises ValueError or TypeError on a bad call
     upstream: Preparation | None  # the Hugging Face code that the op replaces
     peers: Mapping[str, Preparation]  # other ways to compute the same, to time against
+    limits: Mapping[str, Preparation]  # less work than any way to compute it takes, to time against
     samples: Callable[[str, torch.dtype], Iterable[tuple[Any, ...]]]  # (device, dtype) -> calls for the tests
     bad_calls: Callable[[], Iterable[BadCall]]
     workloads: Callable[[str, torch.dtype], Iterable[tuple[str, tuple[Any, ...]]]]  # real shapes to time
     bytes: Callable[..., int]  # the least memory traffic of a call
+    flops: Callable[..., int] | None  # its floating-point operations; None of what is only moved or ordered
     setup_context: Callable[..., None] | None = None  # what backward keeps, as in torch.library.register_autograd
     backward: Callable[..., Any] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
@@ -223,6 +225,8 @@ def op(
     bytes: Callable[..., int],
     upstream: Preparation | None = None,
     peers: Mapping[str, Preparation] = MappingProxyType({}),
+    limits: Mapping[str, Preparation] = MappingProxyType({}),
+    flops: Callable[..., int] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     exact: bool = False,
@@ -241,10 +245,12 @@ def op(
             check,
             upstream,
             peers,
+            limits,
             samples,
             bad_calls,
             workloads,
             bytes,
+            flops,
             setup_context,
             backward,
             exact,

@@ -22,6 +22,7 @@ ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a tim
     samples=calls.cls_samples,
     bad_calls=calls.cls_bad_calls,
     workloads=calls.cls_workloads,
+    flops=lambda query, key, *_: 2 * key.numel(),
     bytes=lambda query, key, *_: query.nbytes + key.nbytes + 4 * key.shape[0] * (key.shape[2] - 1),
     detached=True,
 )
@@ -61,6 +62,7 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
     samples=calls.received_samples,
     bad_calls=calls.received_bad_calls,
     workloads=calls.received_workloads,
+    flops=calls.received_flops,
     bytes=lambda query, key, cu_seqlens=None, group=1, *_: 2 * query.nbytes + 4 * query.shape[1] // group,
     detached=True,
 )

@@ -133,6 +133,13 @@ def received_map(
     return _received(query, key, cu_seqlens, group, scale, chunk=None)
 
 
+def received_flops(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, *_: Any) -> int:
+    """Of the products of queries and keys, once; the kernels compute them twice rather than keep the map."""
+    heads, tokens, size = query.shape
+    lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    return 2 * heads * size * sum(length * length for length in lengths)
+
+
 # ---- calls to test, to refuse and to time ----
 
 

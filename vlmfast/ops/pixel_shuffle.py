@@ -61,7 +61,7 @@ def _unshuffle_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]
 @op(
     check=calls.check_pixel_shuffle,
     upstream=calls.shuffle_upstream,
-    peers={"x.clone()": lambda x, *_: x.clone},
+    limits={"x.clone()": lambda x, *_: x.clone},
     samples=calls.shuffle_samples,
     bad_calls=calls.shuffle_bad_calls,
     workloads=calls.shuffle_workloads,
@@ -160,6 +160,7 @@ def _norm_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     bad_calls=calls.norm_bad_calls,
     workloads=calls.norm_workloads,
     bytes=lambda x, weight, bias, *_: 2 * x.nbytes + weight.nbytes + bias.nbytes,
+    flops=lambda x, *_: 8 * x.numel(),
     setup_context=_norm_setup_context,
     backward=_norm_backward,
 )
@@ -213,6 +214,7 @@ def pixel_shuffle_norm(
     bad_calls=calls.norm_backward_bad_calls,
     workloads=calls.norm_backward_workloads,
     bytes=lambda grad_output, x, weight, *_: 3 * x.nbytes + 3 * weight.nbytes,
+    flops=lambda grad_output, x, *_: 16 * x.numel(),
 )
 def pixel_shuffle_norm_backward(
     grad_output: Tensor,
@@ -307,11 +309,12 @@ def _fused(
     parts=("pixel_shuffle", "pixel_shuffle_norm"),
     check=calls.check_linear,
     upstream=calls.linear_upstream,
-    peers={"F.linear alone": calls.bare_linear},
+    limits={"F.linear alone": calls.bare_linear},
     samples=calls.linear_samples,
     bad_calls=calls.linear_bad_calls,
     workloads=calls.linear_workloads,
     bytes=lambda x, weight, *_: x.nbytes + weight.nbytes + calls.linear_output_bytes(x, weight),
+    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 def pixel_shuffle_linear(
     x: Tensor,

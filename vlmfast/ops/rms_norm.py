@@ -265,6 +265,7 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
     bad_calls=_bad_calls,
     workloads=_workloads,
     bytes=lambda x, weight, *_: 2 * x.nbytes + weight.nbytes,
+    flops=lambda x, *_: 4 * x.numel(),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -306,6 +307,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama
     bad_calls=_add_bad_calls,
     workloads=_add_workloads,
     bytes=lambda x, residual, weight, *_: 4 * x.nbytes + weight.nbytes,
+    flops=lambda x, *_: 5 * x.numel(),
     setup_context=_add_setup_context,
     backward=_add_backward,
 )
@@ -343,6 +345,7 @@ def add_rms_norm(
     bad_calls=_backward_bad_calls,
     workloads=_backward_workloads,
     bytes=lambda grad_output, x, weight, *_: 3 * x.nbytes + 2 * weight.nbytes,
+    flops=lambda grad_output, x, *_: 12 * x.numel(),
 )
 def rms_norm_backward(
     grad_output: Tensor,

@@ -82,6 +82,7 @@ def top_tokens(scores: Tensor, k: int) -> Tensor:
     samples=calls.slots_samples,
     bad_calls=calls.slots_bad_calls,
     workloads=calls.slots_workloads,
+    flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
     bytes=lambda metric, kept, contextual: metric.nbytes + kept.nbytes + 4 * metric.shape[0] * metric.shape[1],
     exact=True,
     detached=True,
@@ -137,6 +138,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     bad_calls=calls.rows_bad_calls,
     workloads=calls.rows_workloads,
     bytes=calls.rows_bytes,
+    flops=lambda hidden, *_: hidden.numel(),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -179,6 +181,7 @@ def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, mer
     bad_calls=calls.rows_backward_bad_calls,
     workloads=calls.rows_backward_workloads,
     bytes=calls.rows_backward_bytes,
+    flops=lambda grad_tokens, *_: grad_tokens.numel(),
 )
 def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     """Give each token its share of the gradient of the row that it went to: the gradient of `merge_rows`.
@@ -228,6 +231,7 @@ def _merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int,
     bad_calls=calls.merge_bad_calls,
     workloads=calls.merge_workloads,
     bytes=calls.merge_bytes,
+    flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
 )
 def merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     """Merge the tokens that are not kept into ``contextual`` ones, by the similarity of their metric (VisionZip).
@@ -274,6 +278,7 @@ def _visionzip(
     bad_calls=calls.visionzip_bad_calls,
     workloads=calls.visionzip_workloads,
     bytes=calls.visionzip_bytes,
+    flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
 )
 def visionzip(
     hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"

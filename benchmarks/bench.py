@@ -1,0 +1,152 @@
+"""``python -m vlmfast bench``: time every op, and whole models, against their peers and the limits of the machine.
+
+Ratios are taken within one run, from interleaved rounds. On a CPU the default is one thread: with more, a busy
+neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import vlmfast
+from vlmfast.benchmarks import html, peers, report, timing
+from vlmfast.benchmarks.ops import benchmark
+from vlmfast.console import CommandError, one_line, usable_device
+from vlmfast.registry import OPS, Op
+
+PUBLIC = [name for name in OPS if name in vlmfast.__all__]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        ops: names; none means every public op, or no op where models are asked for.
+        peers: kinds of peers; None means those installed.
+        models: names, of whole models; None means no model, an empty sequence every model.
+        device, dtype, threads: where and how.
+        html, json: files to write. source: a JSON to show in place of a new run.
+    """
+
+    ops: Sequence[str] = ()
+    peers: Sequence[str] | None = None
+    models: Sequence[str] | None = None
+    device: str | None = None
+    dtype: str = "bfloat16"
+    threads: int = 1
+    html: Path | None = None
+    json: Path | None = None
+    source: Path | None = None
+
+
+def run(options: Options) -> int:
+    """Run the benchmarks that the options name; 1 if one of our own results is wrong."""
+    _known("op", options.ops, tuple(OPS))
+    _known("peer", options.peers or (), (*peers.KINDS, "none"))
+    for path in (options.html, options.json):
+        _writable(path)
+    if options.html is not None:
+        html.require()
+    console = Console(width=None if Console().is_terminal else 150, highlight=False)
+    found = _measure(options, console) if options.source is None else _read(options.source)
+    for path in filter(None, (options.html, options.json)):
+        report.write(path.with_suffix(".json"), found)
+        report.write_csv(path.with_suffix(".csv"), found)
+    if options.html is not None:
+        options.html.write_text(html.page(found))
+        console.print(f"report: {options.html}")
+    wrong = [row for r in found["records"] for row in r["contenders"] if row["group"] == "ours" and row["error"]]
+    return 1 if wrong else 0
+
+
+def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise CommandError(f"unknown {kind} {', '.join(unknown)}; known: {', '.join(known)}")
+
+
+def _writable(path: Path | None) -> None:
+    """Refuse now what would fail after the whole run."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {one_line(error)}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if "contenders" not in found["records"][0]:
+            raise KeyError("contenders")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CommandError(f"cannot read {path} as a benchmark's JSON: {one_line(error)}") from error
+    return found
+
+
+def _kinds(asked: Sequence[str] | None) -> tuple[str, ...]:
+    if asked is None:
+        return peers.installed()
+    return tuple(kind for kind in asked if kind != "none")
+
+
+def _measure(options: Options, console: Console) -> dict[str, Any]:
+    if options.threads < 1:
+        raise CommandError(f"--threads must be at least 1, got {options.threads}")
+    torch.set_num_threads(options.threads)
+    device, dtype = usable_device(options.device).type, getattr(torch, options.dtype)
+    names = list(options.ops) or ([] if options.models is not None else PUBLIC)
+    machine = timing.ceilings(device, dtype)
+    found: dict[str, Any] = {"environment": report.environment(device, machine), "records": [], "models": []}
+    kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
+    console.print(
+        f"{found['environment']['device']}, {options.dtype}: a large copy {machine.copy_gb_per_s:.1f} GB/s, a large "
+        f"matrix product {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {found['environment']['F.rms_norm']}"
+    )
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            _one_op(OPS[name], device, dtype, options, machine, found, progress.console, kind)
+            progress.advance(task)
+    if names:
+        console.print(report.LEGEND, style="dim")
+    return found
+
+
+def _one_op(
+    op: Op,
+    device: str,
+    dtype: torch.dtype,
+    options: Options,
+    machine: timing.Ceilings,
+    found: dict[str, Any],
+    console: Console,
+    kind: str,
+) -> None:
+    records = []
+    for record in benchmark(op, device, dtype, _kinds(options.peers), machine):
+        records.append(record)
+        found["records"].append(record)
+        if options.json:
+            report.write(options.json, found)
+    console.print(report.table(records, kind))
+    for line in report.errors(records):
+        console.print(line, style="red", markup=False)
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

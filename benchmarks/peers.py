@@ -1,0 +1,125 @@
+"""Kernels of other projects that compute what an op of ours does, timed where they are installed.
+
+A peer is prepared from the op's arguments like those in `Op.peers`, in its fastest documented way of being called, and
+imports its package there: what an import or a call raises becomes a row of the table. All of them are forward only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.registry import Op, Preparation
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _llama_only(package: str, variant: str) -> None:
+    if variant != "llama":
+        raise NotImplementedError(f"{package} has no call for the variant {variant} here")
+
+
+def _liger(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    offset = 1.0 if variant == "gemma" else 0.0
+    return lambda: LigerRMSNormFunction.apply(x, weight, eps, offset, variant, False)
+
+
+def _liger_add(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Pair]:
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+
+    offset = 1.0 if variant == "gemma" else 0.0
+    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, variant, False)
+
+
+def _quack(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+    from quack.rmsnorm import rmsnorm
+
+    offset = 1.0 if variant == "gemma" else 0.0
+    return lambda: rmsnorm(x, weight, eps=eps, weight_offset=offset)
+
+
+def _quack_add(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Pair]:
+    from quack.rmsnorm import rmsnorm
+
+    offset = 1.0 if variant == "gemma" else 0.0
+    return lambda: rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True, weight_offset=offset)
+
+
+def _flashinfer(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+    from flashinfer.norm import rmsnorm
+
+    _llama_only("flashinfer", variant)
+    return lambda: rmsnorm(x, weight, eps)
+
+
+def _flashinfer_add(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Pair]:
+    from flashinfer.norm import fused_add_rmsnorm
+
+    _llama_only("flashinfer", variant)
+
+    def run() -> Pair:  # it writes over both inputs; copying them first is part of a call that keeps them
+        y, hidden = x.clone(), residual.clone()
+        fused_add_rmsnorm(y, hidden, weight, eps)
+        return y, hidden
+
+    return run
+
+
+# Project -> (the package to import, op -> preparation).
+PROJECTS: dict[str, tuple[str, dict[str, Preparation]]] = {
+    "liger": ("liger_kernel", {"rms_norm": _liger, "add_rms_norm": _liger_add}),
+    "quack": ("quack", {"rms_norm": _quack, "add_rms_norm": _quack_add}),
+    "flashinfer": ("flashinfer", {"rms_norm": _flashinfer, "add_rms_norm": _flashinfer_add}),
+}
+# transformers: the module that the op replaces. torch: other ways that the op's table lists, such as F.rms_norm.
+KINDS = ("transformers", "torch", "compile", *PROJECTS)
+
+
+def installed() -> tuple[str, ...]:
+    """The kinds of peers that can be asked for here."""
+    return tuple(k for k in KINDS if k not in PROJECTS or importlib.util.find_spec(PROJECTS[k][0]) is not None)
+
+
+def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
+    """(name, preparation) of each peer of the op among the kinds."""
+    if "transformers" in kinds and op.upstream is not None:
+        yield "transformers", op.upstream
+    if "torch" in kinds:
+        yield from op.peers.items()
+    if "compile" in kinds:
+        yield "torch.compile", lambda *args: _compiled(op, args)
+    for project, (_, ops) in PROJECTS.items():
+        if project in kinds and op.name in ops:
+            yield project, ops[op.name]
+
+
+def _compiled(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+    torch._dynamo.reset()
+    function = torch.compile(op.reference, dynamic=False)
+    return lambda: function(*args)
+
+
+def functional_rms_norm(device: str) -> str:
+    """Which implementation `torch.nn.functional.rms_norm` has: torch may replace its own by a vendored quack."""
+    if device == "cpu" or os.environ.get("TORCH_DISABLE_NATIVE_JIT") == "1":
+        return "ATen"
+    try:
+        from torch._native import cutedsl_utils
+
+        active = cutedsl_utils.runtime_available() and cutedsl_utils._version_is_ok()
+    except (ImportError, AttributeError):  # a torch that has no such override, or a later one that keeps it elsewhere
+        return "ATen, as far as this torch tells"
+    return "torch's native JIT override" if active else "ATen (torch's native JIT override is inactive)"
