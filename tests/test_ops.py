@@ -25,6 +25,7 @@ from tests.cases import (
     runnable,
     widened,
 )
+from vlmfast.products import SLOW
 from vlmfast.registry import OPS, Op
 
 Tensors = Sequence[torch.Tensor]
@@ -76,6 +77,7 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     device, backend = place
     upstream_sums = op.upstream is not None and platform.machine() == "x86_64"
     same_sums = upstream_sums and device == "cpu" and backend in ("native", "torch")
+    same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/products.py
     differ = total = 0
     for args in runnable(op, backend, calls(op, device, dtype)):
         before = [a.clone() for a in args if is_tensor(a)]

@@ -11,8 +11,9 @@ channels in bfloat16: 256 tokens of 4096 channels, projected to N):
   4.2 MB. It sums x and x^2 beside the product, whose difference cancels where the mean is far from zero, multiplies by
   gamma * W rounded to the dtype, which Hugging Face does not, and has to be as fast as the vendor's.
 
-Here is the first: its error is that of the modules replaced, and on a CPU there is little to save. By the data sheet of
-an H100 (3.35 TB/s, 989 TFLOP/s) its pass is 1.3 us beside 7.6 us of product for N = 3584, and beside 1.9 us for
+Here is the first: its error is that of the modules replaced. On a CPU nearly all of the time is the product's, which
+is done in float32 where the processor cannot multiply half-precision numbers (vlmfast/products.py). By the data sheet
+of an H100 (3.35 TB/s, 989 TFLOP/s) its pass is 1.3 us beside 7.6 us of product for N = 3584, and beside 1.9 us for
 N = 896, unless the tokens stay in the second-level cache. The second has not been built or measured.
 """
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast.ops import pixel_shuffle_calls as calls
+from vlmfast.products import linear
 from vlmfast.registry import op
 
 
@@ -295,7 +297,7 @@ def _fused(
         tokens = x.reshape(x.shape[0], -1, scale**2 * x.shape[2])
     else:
         tokens = pixel_shuffle(x, grid, scale, order, input_scale)
-    projected = F.linear(tokens, weight, bias)
+    projected = linear(tokens, weight, bias)
     if activation is None:
         return projected
     if projected.requires_grad or torch.compiler.is_compiling():
