@@ -79,7 +79,9 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     same_sums = upstream_sums and device == "cpu" and backend in ("native", "torch")
     same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/products.py
     differ = total = 0
-    for args in runnable(op, backend, calls(op, device, dtype)):
+    # What an op is composed of has been run in every layout; Triton's interpreter takes half a minute for the whole.
+    plain = op.compose is not None and place == ("cpu", "triton")
+    for args in runnable(op, backend, op.samples(device, dtype) if plain else calls(op, device, dtype)):
         before = [a.clone() for a in args if is_tensor(a)]
         got = run(op, backend, args)
         for kept, value in zip(before, filter(is_tensor, args), strict=True):
@@ -211,7 +213,7 @@ def test_compiles_into_one_graph(op: Op, dynamic: bool):
     """torch.compile sees one op, breaks no graph, and gives the same results and gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for args in list(op.samples("cpu", torch.float32))[:4]:
+    for args in list(op.samples("cpu", torch.float32))[: 2 if dynamic else 4]:  # symbols of a grid take a minute each
         assert_traced_alike(op, outputs(compiled(*args)), outputs(op.function(*args)))
         if op in DIFFERENTIABLE:
             grads = ones(op, args)
