@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,24 @@ def environment(device: str, machine: Ceilings | None = None) -> dict[str, Any]:
         **packages,
         "F.rms_norm": peers.functional_rms_norm(device),
     }
+    if device != "cpu":
+        found |= _gpu()
     if machine is not None:
         found |= dataclasses.asdict(machine)
     return found
+
+
+def _gpu() -> dict[str, Any]:
+    """What sets the speed of the GPU, as far as its driver tells."""
+    properties = torch.cuda.get_device_properties()
+    found = {"multiprocessors": properties.multi_processor_count, "memory_gb": round(properties.total_memory / 1e9, 1)}
+    query = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):  # another vendor's GPU, or no tool beside the driver
+        return found
+    return found | dict(zip(query, map(str.strip, answer.split(",")), strict=False))
 
 
 def _version(package: str) -> str | None:

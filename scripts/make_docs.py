@@ -17,7 +17,7 @@ from vlmfast.registry import OPS
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ops.md"
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 HEAD = """# Ops
 
@@ -56,19 +56,31 @@ def section(name: str) -> str:
 
 
 def figures() -> str:
-    """The table of one benchmark run, with where and when it was made."""
-    run = json.loads(RESULTS.read_text())
+    """The tables of the committed benchmark runs, each with where and when it was made."""
+    gpus = sorted(RESULTS.glob("*/ops.json"))
+    tables = [figures_of(json.loads(path.read_text())) for path in (*gpus, RESULTS / "cpu.json")]
+    if not gpus:
+        tables.append("There is no result of a GPU yet: `make gpu-report` makes one.")
+    return "\n\n".join(tables)
+
+
+def figures_of(run: dict[str, Any]) -> str:
+    """One row per public op and shape."""
     where = run["environment"]
+    on_gpu = where.get("kind", "cpu") != "cpu"
+    place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
     lines = [
-        f"Measured on {where['date'][:10]}: {where['device']} ({where['cpu_capability']}), {where['threads']} thread, "
-        f"bfloat16, torch {where['torch']}, transformers {where['transformers']}, by `make bench`. Above 1 is faster",
-        "than the other; the last column is the time over that of a copy of as many bytes. There is no GPU result yet.",
+        f"Measured on {where['date'][:10]}: {where['device']} ({place}), bfloat16, torch {where['torch']}, transformers",
+        f"{where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the last column is the",
+        "time over that of a copy of as many bytes.",
         "",
         "| op | shape | time | x transformers | x torch.compile | time / copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for record in run["records"]:
         ours = record["contenders"][0]
+        if record["op"] not in vlmfast.__all__ or "us" not in ours:
+            continue
         cells = [f"`{record['op']}`", record["workload"], f"{ours['us']:.1f} us"]
         cells += [f"{ours[key]:.1f}" if key in ours else "" for key in ("x_transformers", "x_compile")]
         lines.append(f"| {' | '.join([*cells, format(ours['over_copy'], '.2f')])} |")
