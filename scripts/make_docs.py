@@ -70,9 +70,9 @@ def figures_of(run: dict[str, Any]) -> str:
     on_gpu = where.get("kind", "cpu") != "cpu"
     place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
     lines = [
-        f"Measured on {where['date'][:10]}: {where['device']} ({place}), bfloat16, torch {where['torch']}, transformers",
-        f"{where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the last column is the",
-        "time over that of a copy of as many bytes.",
+        f"Measured on {where['date'][:10]}: {where['device']} ({place}), bfloat16, torch {where['torch']},",
+        f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the",
+        "last column is the time over that of a copy of as many bytes.",
         "",
         "| op | shape | time | x transformers | x torch.compile | time / copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
