@@ -17,6 +17,7 @@ from tests.test_reduce_crops import GRIDS, PINPOINTS, SIDE, crop_model, images, 
 from vlmfast.patches.tiny import IMAGE
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
 from vlmfast.reduce.crops import reduce_onevision
+from vlmfast.reduce.methods import VisualTokens
 
 RATIO = "anyres_max_2"
 SIZES = [(56, 56), (28, 56), (50, 36), (47, 188), (19, 21), (36, 50)]
@@ -213,3 +214,12 @@ def test_generate():
             best = model.lm_head(model.model.language_model(inputs_embeds=states).last_hidden_state[0, -1]).argmax()
             assert best == token
             states = torch.cat([states, embed(best)[None, None]], 1)
+
+
+def test_a_part_of_the_tokens():
+    scores, metric = torch.randn(5, 6), torch.randn(5, 6, 3)
+    tokens = VisualTokens(5, 6, torch.device("cpu"), False, lambda: scores, lambda: metric)
+    part = tokens.part(1, 3)
+    assert (part.batch, part.count) == (2, 6)
+    assert torch.equal(part.scores(), scores[1:3])
+    assert torch.equal(part.metric(), metric[1:3])
