@@ -143,21 +143,18 @@ def _roofline(run: dict[str, Any]) -> str:
     """Speed against arithmetic intensity, below the bandwidth of a copy and the speed of a matrix product."""
     where = run["environment"]
     figure, axes = _figure(9, 4.6)
-    labelled = set()
-    for record in (record for record in run["records"] if record["flops"]):
-        intensity = record["flops"] / record["bytes"]
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for record in run["records"]:
         for row in _timed(record):
-            if row["group"] == "limit":
-                continue
-            ours = row["group"] == "ours"
-            axes.plot(
-                intensity, row["tflop_per_s"], "o" if ours else "x", color=COLOURS[row["group"]], ms=5, alpha=0.8,
-                label=None if row["group"] in labelled else ("vlmfast" if ours else "peers"),
-            )  # fmt: skip
-            labelled.add(row["group"])
-        best = max((row["tflop_per_s"] for row in _timed(record) if row["group"] == "ours"), default=None)
-        if best is not None:
-            axes.annotate(f"{record['op']} {record['workload']}", (intensity, best), fontsize=5, rotation=20)
+            if record["flops"] and row["group"] != "limit":
+                point = record["flops"] / record["bytes"], row["tflop_per_s"]
+                points.setdefault((row["group"], record["op"]), []).append(point)
+    for (group, op), found in points.items():
+        axes.plot(*zip(*found, strict=True), "o" if group == "ours" else "x", color=COLOURS[group], ms=5, alpha=0.8)
+        if group == "ours":
+            axes.annotate(op, max(found, key=lambda point: point[1]), fontsize=7, rotation=15)
+    axes.plot([], [], "o", color=COLOURS["ours"], label="vlmfast")
+    axes.plot([], [], "x", color=COLOURS["peer"], label="peers")
     peak, bandwidth = where["gemm_tflop_per_s"], where["copy_gb_per_s"]
     knee = peak * 1e3 / bandwidth
     intensities = [record["flops"] / record["bytes"] for record in run["records"] if record["flops"]]
