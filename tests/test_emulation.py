@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests import cases
 from tests.emulation import build
+from tests.emulation.backend import check_library, open_library
 from tests.test_ops import assert_within
 from vlmfast.registry import OPS, Op
 
@@ -29,20 +30,6 @@ Ops = Any  # torch.ops.<library>
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def open_library(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.vlmfast_emulation_error.restype = ctypes.c_char_p
-    library.vlmfast_emulation_allow.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]
-    return library
-
-
-def load(library: str, stem: str) -> ctypes.CDLL:
-    """The kernels of one family in check mode, as torch.ops.<library>."""
-    path = build.build("check", library=library, sources=[build.CSRC / f"{stem}.cu"])
-    torch.ops.load_library(str(path))
-    return open_library(path)
 
 
 # ---- the emulation against the programming guide ----
@@ -221,13 +208,13 @@ def examine(library: str, dtypes: Iterable[torch.dtype]) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    return load("vlmfast_checked", "rms_norm")
+    return check_library("rms_norm")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
 def test_rms_norm(checked: ctypes.CDLL, dtype: torch.dtype, schedule: int) -> None:
     checked.vlmfast_emulation_schedule(schedule)
-    examine("vlmfast_checked", [dtype])
+    examine("vlmfast_checked_rms_norm", [dtype])
 
 
 def traffic_of(library: ctypes.CDLL, ops: Ops, name: str, *args: Any) -> tuple[int, int, int]:
@@ -243,7 +230,7 @@ def traffic_of(library: ctypes.CDLL, ops: Ops, name: str, *args: Any) -> tuple[i
 def test_bytes_moved(checked: ctypes.CDLL) -> None:
     """The memory traffic that the header of csrc/rms_norm.cu promises, and the number of launches."""
     x, weight = torch.randn(7, 1032).bfloat16(), torch.randn(1032).bfloat16()
-    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked)
+    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked_rms_norm)
     assert traffic("rms_norm", x, weight) == (1, x.nbytes + 7 * weight.nbytes, x.nbytes)
     assert traffic("add_rms_norm", x, x, weight) == (1, 2 * x.nbytes + 7 * weight.nbytes, 2 * x.nbytes)
     frozen = traffic("rms_norm_backward", x, x, weight, 1e-6, "llama", None, False)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.emulation import build
-from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, load, plant, traffic_of
+from tests.emulation.backend import check_library
+from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, plant, traffic_of
 from tests.test_ops import assert_within
 from vlmfast.registry import OPS
 
@@ -95,13 +96,13 @@ def examine(library: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    return load("vlmfast_checked_attention", "attention_scores")
+    return check_library("attention_scores")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
 def test_attention_scores(checked: ctypes.CDLL, dtype: torch.dtype, schedule: int) -> None:
     checked.vlmfast_emulation_schedule(schedule)
-    examine("vlmfast_checked_attention", dtype)
+    examine("vlmfast_checked_attention_scores", dtype)
 
 
 def test_tensor_cores_are_exact(checked: ctypes.CDLL) -> None:
@@ -110,14 +111,14 @@ def test_tensor_cores_are_exact(checked: ctypes.CDLL) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         query, key = torch.randint(-3, 4, (2, 1, 96, 48)).to(dtype)
         args = (query, key, None, 1, 0.01)
-        got = torch.ops.vlmfast_checked_attention.received_attention(*args)
+        got = torch.ops.vlmfast_checked_attention_scores.received_attention(*args)
         exact = OPS["received_attention"].reference(*cases.widened(args))
         assert (got - exact).abs().max() < 1e-6
 
 
 def test_bytes_moved(checked: ctypes.CDLL) -> None:
     """The memory traffic that the header of csrc/attention_scores.cu promises, and the number of launches."""
-    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked_attention)
+    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked_attention_scores)
     batch, heads, tokens, size = 2, 3, 256, 64
     query, key = torch.randn(batch, heads, size).bfloat16(), torch.randn(batch, heads, tokens, size).bfloat16()
     products, parts, chunks = 4 * batch * heads * tokens, 8 * batch * heads * 8, 2

@@ -14,7 +14,8 @@ import torch
 
 from tests import cases
 from tests.emulation import build
-from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, Fault, far_rows, load, plant, traffic_of
+from tests.emulation.backend import check_library
+from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, Fault, far_rows, plant, traffic_of
 from vlmfast.registry import OPS
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
@@ -96,7 +97,7 @@ def examine(library: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    return load("vlmfast_checked_masked_rows", "masked_rows")
+    return check_library("masked_rows")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.emulation import build
-from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, load, plant, traffic_of
+from tests.emulation.backend import check_library
+from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, plant, traffic_of
 from tests.test_ops import assert_within
 from vlmfast.registry import OPS
 
@@ -116,7 +117,7 @@ def examine(library: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    return load("vlmfast_checked_pixel_shuffle", "pixel_shuffle")
+    return check_library("pixel_shuffle")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests import cases
 from tests.emulation import build
-from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, load, plant, traffic_of
+from tests.emulation.backend import check_library
+from tests.test_emulation import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, plant, traffic_of
 from tests.test_emulation_pixel_shuffle import in_gaps
 from tests.test_ops import assert_within
 from vlmfast.ops.token_merge_calls import MERGES
@@ -113,7 +114,7 @@ def examine(library: str, dtype: torch.dtype) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> ctypes.CDLL:
-    return load("vlmfast_checked_token_merge", "token_merge")
+    return check_library("token_merge")
 
 
 @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)

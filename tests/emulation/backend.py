@@ -1,9 +1,11 @@
-"""The CUDA kernels, compiled for the CPU, as a backend of the registry: `vlmfast.use("emulated")`."""
+"""The CUDA kernels, compiled for the CPU, as backends of the registry: "emulated" and, in check mode, "checked"."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,3 +25,27 @@ def _load() -> str | None:
 def loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
     """As the loaders of `backends.LOADERS`."""
     return _load() or backends.compiled_backend("emulated", "vlmfast_emulated", op, reference)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """What a library exports beside its ops."""
+    library = ctypes.CDLL(str(path))
+    library.vlmfast_emulation_error.restype = ctypes.c_char_p
+    library.vlmfast_emulation_allow.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]
+    return library
+
+
+@functools.cache
+def check_library(stem: str) -> ctypes.CDLL:
+    """The kernels of one family in check mode, as torch.ops.vlmfast_checked_<stem>."""
+    path = build.build("check", library=f"vlmfast_checked_{stem}", sources=[build.CSRC / f"{stem}.cu"])
+    torch.ops.load_library(str(path))
+    return open_library(path)
+
+
+def check_loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
+    """As the loaders of `backends.LOADERS`, one family at a time: check mode takes long to compile."""
+    if reason := build.missing():
+        return reason
+    check_library(stem)
+    return backends.compiled_backend("checked", f"vlmfast_checked_{stem}", op, reference)

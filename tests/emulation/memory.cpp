@@ -2,10 +2,12 @@
 // -fsanitize=undefined, and the hooks that the compiler then calls are these. Never compiled with sanitizers itself.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "runtime.h"
@@ -35,6 +37,33 @@ static ShadowArray make_shadow(size_t bytes) {  // calloc: pages that are never 
   return ShadowArray(static_cast<Shadow*>(calloc(bytes, sizeof(Shadow))));
 }
 
+// ---- traffic: what a cache that forgets nothing during a launch would still fetch, or write back ----
+
+class DistinctBytes {
+ public:
+  uint64_t count = 0;  // of all launches, each byte once per launch
+
+  void start_launch() { lines_.clear(); }
+
+  void add(const char* p, size_t bytes) {
+    for (const char* const end = p + bytes; p < end;) {
+      const uintptr_t address = reinterpret_cast<uintptr_t>(p), first = address % kLineBytes;
+      const size_t here = std::min<size_t>(kLineBytes - first, end - p);
+      const uint64_t mask = ~uint64_t{0} >> (kLineBytes - here) << first;
+      uint64_t& touched = lines_[address / kLineBytes];
+      count += __builtin_popcountll(mask & ~touched);
+      touched |= mask;
+      p += here;
+    }
+  }
+
+ private:
+  static constexpr size_t kLineBytes = 64;  // a bit for each byte of a line
+  std::unordered_map<uintptr_t, uint64_t> lines_;
+};
+
+static DistinctBytes distinct_loaded, distinct_stored;
+
 // A tensor, or rows of one: bytes between the rows are not its own.
 struct Region {
   char* begin;
@@ -59,6 +88,8 @@ void start_tracking() {
   if (static_shadow == nullptr) static_shadow = make_shadow(kMaxSharedBytes);
   if (dynamic_shadow == nullptr) dynamic_shadow = make_shadow(kMaxSharedBytes);
   access_address = nullptr;
+  distinct_loaded.start_launch();
+  distinct_stored.start_launch();
 }
 
 static bool of_this_launch(const Record& record) {
@@ -111,6 +142,7 @@ static void check_global(const char* p, size_t bytes, bool write, Access access)
       continue;
     }
     (write ? counters.bytes_stored : counters.bytes_loaded) += bytes;
+    (write ? distinct_stored : distinct_loaded).add(p, bytes);
     if (region.shadow != nullptr) track(&region.shadow[p - region.begin], p, bytes, write, access, false);
     return;
   }
@@ -249,3 +281,9 @@ EMULATION_API void vlmfast_emulation_allow(void* begin, int64_t rows, int64_t ro
   regions.push_back(std::move(region));
 }
 EMULATION_API void vlmfast_emulation_forbid_all() { regions.clear(); }
+
+// Bytes loaded and bytes stored so far, each once per launch.
+EMULATION_API void vlmfast_emulation_distinct(uint64_t* out) {
+  out[0] = distinct_loaded.count;
+  out[1] = distinct_stored.count;
+}

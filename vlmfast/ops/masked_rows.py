@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
+from vlmfast.ops import bytes_moved
 from vlmfast.ops import masked_rows_calls as calls
 from vlmfast.registry import op
 
@@ -116,7 +117,7 @@ def row_index(mask: Tensor) -> Tensor:
     samples=calls.deepstack_samples,
     bad_calls=calls.deepstack_bad_calls,
     workloads=calls.deepstack_workloads,
-    bytes=lambda hidden_states, mask, embeds, *_: 2 * hidden_states.nbytes + embeds.nbytes + mask.nbytes,
+    bytes=bytes_moved.deepstack_add,
     flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
     setup_context=_setup_context,
     backward=_add_backward,
@@ -158,7 +159,7 @@ def deepstack_add(
     samples=calls.deepstack_samples,
     bad_calls=calls.place_bad_calls,
     workloads=calls.deepstack_workloads,
-    bytes=lambda inputs_embeds, mask, *_: 2 * inputs_embeds.nbytes + mask.nbytes,
+    bytes=bytes_moved.place_embeddings,
     flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
     setup_context=_setup_context,
     backward=_place_backward,
@@ -195,7 +196,7 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
     samples=calls.split_samples,
     bad_calls=calls.split_bad_calls,
     workloads=calls.split_workloads,
-    bytes=calls.split_bytes,
+    bytes=bytes_moved.split_rows,
     exact=True,
 )
 def split_rows(
@@ -234,7 +235,7 @@ def split_rows(
     samples=calls.compact_samples,
     bad_calls=calls.compact_bad_calls,
     workloads=calls.compact_workloads,
-    bytes=calls.compact_bytes,
+    bytes=bytes_moved.compact_tokens,
     setup_context=_compact_setup_context,
     backward=_compact_backward,
     exact=True,
@@ -281,7 +282,7 @@ def compact_tokens(
     samples=calls.compact_backward_samples,
     bad_calls=calls.compact_backward_bad_calls,
     workloads=calls.compact_backward_workloads,
-    bytes=calls.compact_backward_bytes,
+    bytes=bytes_moved.compact_tokens_backward,
     exact=True,
 )
 def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:

@@ -302,21 +302,3 @@ def compact_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tu
 def compact_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for label, (x, invalid, keep) in compact_workloads(device, dtype):
         yield label, (x[:, :keep].contiguous(), invalid)
-
-
-# ---- the least memory traffic ----
-
-
-def split_bytes(x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True) -> int:
-    taken = rows * x.shape[2] * x.element_size()
-    return mask.nbytes + (2 * x.nbytes + taken if rest else 2 * taken)
-
-
-def compact_bytes(tokens: Tensor, invalid: Tensor, keep: int, *_: Any) -> int:
-    kept = tokens.shape[0] * keep
-    return 2 * kept * tokens.shape[2] * tokens.element_size() + invalid.nbytes + 9 * kept
-
-
-def compact_backward_bytes(grad_tokens: Tensor, invalid: Tensor, *_: Any) -> int:
-    written = invalid.numel() * grad_tokens.shape[2] * grad_tokens.element_size()
-    return grad_tokens.nbytes + written + invalid.nbytes

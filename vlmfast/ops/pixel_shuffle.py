@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmfast.ops import bytes_moved
 from vlmfast.ops import pixel_shuffle_calls as calls
 from vlmfast.products import linear
 from vlmfast.registry import op
@@ -215,7 +216,7 @@ def pixel_shuffle_norm(
     samples=calls.norm_backward_samples,
     bad_calls=calls.norm_backward_bad_calls,
     workloads=calls.norm_backward_workloads,
-    bytes=lambda grad_output, x, weight, *_: 3 * x.nbytes + 3 * weight.nbytes,
+    bytes=bytes_moved.norm_backward,
     flops=lambda grad_output, x, *_: 16 * x.numel(),
 )
 def pixel_shuffle_norm_backward(
@@ -315,7 +316,7 @@ def _fused(
     samples=calls.linear_samples,
     bad_calls=calls.linear_bad_calls,
     workloads=calls.linear_workloads,
-    bytes=lambda x, weight, *_: x.nbytes + weight.nbytes + calls.linear_output_bytes(x, weight),
+    bytes=bytes_moved.linear,
     flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 def pixel_shuffle_linear(

@@ -411,7 +411,3 @@ def linear_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tup
         bias, *vectors = (torch.randn(size, device=device, dtype=dtype) for size in (out, channels, channels))
         layout = (x, weight, bias if norm else None, grid, scale, "row", 1.0)
         yield label, (*layout, *(vectors if norm else (None, None)), 1e-5, activation)
-
-
-def linear_output_bytes(x: Tensor, weight: Tensor) -> int:
-    return x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.backends import PLAIN
+from vlmfast.ops import bytes_moved
 from vlmfast.registry import BadCall, op
 
 VARIANTS = ("llama", "gemma")
@@ -344,7 +345,7 @@ def add_rms_norm(
     samples=_backward_samples,
     bad_calls=_backward_bad_calls,
     workloads=_backward_workloads,
-    bytes=lambda grad_output, x, weight, *_: 3 * x.nbytes + 2 * weight.nbytes,
+    bytes=bytes_moved.rms_norm_backward,
     flops=lambda grad_output, x, *_: 12 * x.numel(),
 )
 def rms_norm_backward(

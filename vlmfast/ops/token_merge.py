@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
+from vlmfast.ops import bytes_moved
 from vlmfast.ops import token_merge_calls as calls
 from vlmfast.registry import op
 
@@ -49,7 +50,7 @@ def _backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Any, ...]:
     samples=calls.top_samples,
     bad_calls=calls.top_bad_calls,
     workloads=calls.top_workloads,
-    bytes=lambda scores, k: scores.nbytes + 8 * scores.shape[0] * k,
+    bytes=bytes_moved.top_tokens,
     exact=True,
     detached=True,
 )
@@ -82,8 +83,8 @@ def top_tokens(scores: Tensor, k: int) -> Tensor:
     samples=calls.slots_samples,
     bad_calls=calls.slots_bad_calls,
     workloads=calls.slots_workloads,
+    bytes=bytes_moved.merge_slots,
     flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
-    bytes=lambda metric, kept, contextual: metric.nbytes + kept.nbytes + 4 * metric.shape[0] * metric.shape[1],
     exact=True,
     detached=True,
 )
@@ -137,7 +138,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     samples=calls.rows_samples,
     bad_calls=calls.rows_bad_calls,
     workloads=calls.rows_workloads,
-    bytes=calls.rows_bytes,
+    bytes=bytes_moved.merge_rows,
     flops=lambda hidden, *_: hidden.numel(),
     setup_context=_setup_context,
     backward=_backward,
@@ -180,7 +181,7 @@ def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, mer
     samples=calls.rows_backward_samples,
     bad_calls=calls.rows_backward_bad_calls,
     workloads=calls.rows_backward_workloads,
-    bytes=calls.rows_backward_bytes,
+    bytes=bytes_moved.merge_rows_backward,
     flops=lambda grad_tokens, *_: grad_tokens.numel(),
 )
 def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
@@ -230,7 +231,7 @@ def _merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int,
     samples=calls.merge_samples,
     bad_calls=calls.merge_bad_calls,
     workloads=calls.merge_workloads,
-    bytes=calls.merge_bytes,
+    bytes=bytes_moved.merge_tokens,
     flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
 )
 def merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> Tensor:
@@ -277,7 +278,7 @@ def _visionzip(
     samples=calls.visionzip_samples,
     bad_calls=calls.visionzip_bad_calls,
     workloads=calls.visionzip_workloads,
-    bytes=calls.visionzip_bytes,
+    bytes=bytes_moved.visionzip,
     flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
 )
 def visionzip(

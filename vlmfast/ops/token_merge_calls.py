@@ -373,28 +373,3 @@ def rows_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple
 def rows_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for label, (hidden, kept, slots, contextual) in rows_workloads(device, dtype):
         yield label, (hidden[:, : kept.shape[1] + contextual].contiguous(), slots, contextual)
-
-
-# ---- the least memory traffic ----
-
-
-def rows_bytes(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, *_: Any) -> int:
-    row = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
-    tokens, rows = hidden.shape[1], kept.shape[1] + contextual
-    return row * ((tokens if contextual else rows) + rows) + kept.nbytes + slots.nbytes
-
-
-def rows_backward_bytes(grad_tokens: Tensor, slots: Tensor, *_: Any) -> int:
-    return grad_tokens.nbytes + slots.nbytes + slots.numel() * grad_tokens.shape[2] * grad_tokens.element_size()
-
-
-def merge_bytes(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, *_: Any) -> int:
-    row = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
-    return row * (hidden.shape[1] - kept.shape[1] + contextual) + metric.nbytes + kept.nbytes
-
-
-def visionzip_bytes(hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, *_: Any) -> int:
-    row = hidden.shape[0] * hidden.shape[2] * hidden.element_size()
-    rows = dominant + contextual
-    read = row * (hidden.shape[1] if contextual else rows) + metric.nbytes + scores.nbytes
-    return read + row * rows + 8 * hidden.shape[0] * dominant
