@@ -1,136 +1,231 @@
 """Whole models: ``python -m vlmfast.benchmarks.models [model ...] [--full] [--device cpu|cuda] [--json FILE]``.
 
-Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced. The first token
-takes the vision tower, the reduction and the prefill; each further one a step of decoding. The weights are random,
-which changes no time. Without ``--full`` the models are scaled down to run on a CPU, with as many tokens.
+Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced: one prefill (the
+vision tower, the reduction and the whole prompt), then steps of greedy decoding. The weights are random, which changes
+no time. Without ``--full`` the models are scaled down to run on a CPU, with as many tokens. ``--count`` times nothing
+and counts kernel launches and host synchronisations instead, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import functools
+import gc
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-import vlmfast
-from vlmfast.benchmarks import report
-from vlmfast.benchmarks.published import MODELS, Published
+from vlmfast.benchmarks import launches, report
+from vlmfast.benchmarks.forwards import variants
+from vlmfast.benchmarks.modes import MODES, Contender, median, prepare
+from vlmfast.benchmarks.published import MODELS, Published, chosen
+from vlmfast.console import CommandError, one_line, table
 
-STEPS = 8  # of decoding
 ROUNDS = {"cpu": 3, "cuda": 10}
+EAGER = "eager original"  # runs along in every mode
+Record = dict[str, Any]
+Save = Callable[[list[Record]], None]
 
 
-def variants(published: Published) -> dict[str, dict[str, Any] | None]:
-    """Name -> the arguments of ``vlmfast.patch``, or None for the model as it is."""
-    found: dict[str, dict[str, Any] | None] = {"original": None, "patched": {}}
-    if published.method is not None:
-        found["reduced"] = {"reduce": published.method}
-    return found
+def measure(published: Published, model: nn.Module, inputs: dict[str, Tensor], mode: str) -> list[Record]:
+    """All variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
+
+    Args:
+        published: what the model was built of.
+        model: left as it is.
+        inputs: of its prompt.
+        mode: one of `MODES`.
+
+    Returns:
+        One record for each variant; ``error`` in it where the variant has no time.
+    """
+    wanted = {name: (patch, mode) for name, patch in variants(published).items()}
+    if mode != "eager":
+        wanted[EAGER] = None, "eager"
+    contenders = {name: prepare(model, inputs, *choice) for name, choice in wanted.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS[inputs["input_ids"].device.type]):
+        for name, contender in contenders.items():
+            if contender.error is None:
+                contender.time(times[name])
+    times.setdefault(EAGER, times["original"])
+    return [{"variant": name, **_row(contenders[name], name, times)} for name in variants(published)]
 
 
-def _seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+def _row(contender: Contender, variant: str, times: dict[str, list[tuple[float, float]]]) -> Record:
+    """What is written down of one contender; ratios are medians of the rounds' ratios."""
+    if contender.error is not None:
+        return {"error": contender.error}
+    row: Record = dict(contender.facts)
+    for index, part in enumerate(("prefill", "decode")):
+        taken = [pair[index] for pair in times[variant]]
+        row[f"{part}_ms"] = 1e3 * median(taken)
+        for against, key in (("original", "speedup"), (EAGER, "over_eager")):
+            others = [pair[index] for pair in times.get(against, [])]
+            if len(others) == len(taken):
+                row[f"{part}_{key}"] = median(a / b for a, b in zip(others, taken, strict=True))
+    return row
 
 
-def cache_bytes(cache: Any) -> int:
-    """What the keys and values of all layers take."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def run(
+    names: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    full: bool | None = None,
+    modes: Sequence[str] = (),
+    console: Console,
+    save: Save = lambda records: None,
+    budget: float | None = None,
+) -> list[Record]:
+    """Measure models, in the order of their names.
+
+    Args:
+        names: of `vlmfast.benchmarks.published.MODELS`; none for all.
+        device: "cpu" or "cuda".
+        dtype: of weights and activations; None for float32 on a CPU, else bfloat16.
+        full: the published sizes; None for those on a GPU, and for the small ones on a CPU.
+        modes: of `MODES`; none for all that the device has.
+        console: shows what is being done.
+        save: called with all records whenever there are more.
+        budget: seconds after which no further model is begun.
+
+    Returns:
+        One record for each model, mode and variant.
+
+    Raises:
+        CommandError: for what is unknown, or not to be had on this device.
+    """
+    models = chosen(names)
+    wanted = chosen_modes(modes, device)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    size = "full" if (device != "cpu" if full is None else full) else "small"
+    start = time.monotonic()
+    records: list[Record] = []
+    for name, published in models.items():
+        if records and budget is not None and time.monotonic() - start > budget:
+            console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
+            break
+        common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+        for found in _one_model(published, common, wanted, device, console):
+            records += found
+            save(records)
+    return records
 
 
-@torch.inference_mode()
-def _answer(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """One prompt: seconds to the first token, seconds for each further one, and the size of the cache."""
-    settings = {"do_sample": False, "return_dict_in_generate": True}
-    first, output = _seconds(lambda: model.generate(**inputs, max_new_tokens=1, **settings))
-    kept = cache_bytes(output.past_key_values)
-    both, _ = _seconds(lambda: model.generate(**inputs, max_new_tokens=1 + STEPS, **settings))
-    return {"first": first, "step": (both - first) / STEPS, "cache_bytes": kept}
+def _one_model(
+    published: Published, common: Record, modes: Sequence[str], device: str, console: Console
+) -> Iterator[list[Record]]:
+    """The records of one model, mode by mode, in memory that is free again afterwards."""
+    model = inputs = None
+    try:
+        model, inputs = published.build(common["size"], getattr(torch, common["dtype"]), device)
+        common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        common["prompt_tokens"] = inputs["input_ids"].shape[1]
+        for mode in modes:
+            with console.status(f"{common['model']}, {mode}"):
+                rows = measure(published, model, inputs, mode)
+            yield [{**common, "mode": mode, **row} for row in rows]
+            _free(device)
+    except torch.OutOfMemoryError as error:
+        yield [{**common, "variant": "all", "error": one_line(error)}]
+    finally:
+        del model, inputs
+        _free(device)
 
 
-def measure(name: str, small: bool, device: str, dtype: torch.dtype, console: Console) -> dict[str, Any]:
-    """All variants of one model, in turns, so that a slow spell of the machine hits each alike."""
-    published = MODELS[name]
-    model, inputs = published.build(small, dtype, device)
-    rounds: dict[str, list[dict[str, float]]] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is skipped is in the report of the patch
-        for turn in track(range(1 + ROUNDS[device]), name, console=console):
-            for variant, arguments in variants(published).items():
-                with nullcontext() if arguments is None else vlmfast.patch(model, **arguments):
-                    taken = _answer(model, inputs)
-                if turn:  # the first is the warm-up
-                    rounds.setdefault(variant, []).append(taken)
-    found: dict[str, Any] = {
-        "model": name,
-        "small": small,
-        "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "reduction": repr(published.method),
-        "variants": {},
-    }
-    for variant, answers in rounds.items():
-        row: dict[str, float] = {"cache_bytes": answers[0]["cache_bytes"]}
-        for key in ("first", "step"):
-            row[f"{key}_ms"] = 1e3 * statistics.median(answer[key] for answer in answers)
-            pairs = zip(rounds["original"], answers, strict=True)
-            row[f"{key}_speedup"] = statistics.median(original[key] / answer[key] for original, answer in pairs)
-        found["variants"][variant] = row
-    return found
+def _free(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
-def show(console: Console, records: list[dict[str, Any]]) -> None:
-    """One table; speed-ups are medians of the rounds' ratios."""
-    table = Table("model", "", "first token", "speed-up", "further token", "speed-up", "KV cache")
+def chosen_modes(names: Sequence[str], device: str) -> tuple[str, ...]:
+    """The modes of these names; all that the device has where there is none.
+
+    Raises:
+        CommandError: for a name that is not known, and for a graph without a GPU.
+    """
+    if unknown := [name for name in names if name not in MODES]:
+        raise CommandError(f"unknown mode {', '.join(unknown)}; known: {', '.join(MODES)}")
+    if device == "cpu" and "graph" in names:
+        raise CommandError("mode graph: CUDA graphs need a GPU")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise CommandError(f"device {device}: torch sees no GPU")
+    return tuple(names) or tuple(mode for mode in MODES if device != "cpu" or mode != "graph")
+
+
+def show(console: Console, records: list[Record]) -> None:
+    """One table; speed-ups are over the original in the same mode, and over the original in eager mode."""
+    names = ("prefill ms", "x original", "x eager", "token ms", "x original", "x eager", "KV MB", "peak MB")
+    lines = table("model", "mode", "", *names)
+    for column in lines.columns[3:]:
+        column.justify = "right"
+    previous, errors = None, []
     for record in records:
-        for index, (variant, row) in enumerate(record["variants"].items()):
-            name = f"{record['model']}{' (small)' if record['small'] else ''}, {record['prompt_tokens']} tokens"
-            cells = [f"{row['first_ms']:.1f} ms", f"{row['first_speedup']:.2f}x"]
-            cells += [f"{row['step_ms']:.2f} ms", f"{row['step_speedup']:.2f}x", f"{row['cache_bytes'] / 1e6:.1f} MB"]
-            table.add_row("" if index else name, variant, *cells)
-        table.add_section()
-    console.print(table)
+        group = (record["model"], record.get("mode", ""))
+        heading = ("", "") if group == previous else group
+        previous = group
+        if "error" in record:
+            errors.append(f"{' '.join(group)} {record['variant']}: {record['error']}")
+            lines.add_row(*heading, record["variant"], "no time", style="red")
+            continue
+        cells = []
+        for part in ("prefill", "decode"):
+            cells.append(f"{record[f'{part}_ms']:.2f}")
+            ratios = (record.get(f"{part}_{kind}") for kind in ("speedup", "over_eager"))
+            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        cells.append(f"{record['cache_bytes'] / 1e6:.1f}")
+        cells.append(f"{record['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in record else "")
+        lines.add_row(*heading, record["variant"], *cells)
+    console.print(lines)
+    if records:
+        console.print(f"{records[0]['size']} sizes, {records[0]['dtype']}")
+    for error in errors:
+        console.print(error, style="red", markup=False, soft_wrap=True)
 
 
 def main() -> int:
     """Run the models that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m vlmfast.benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="model", help=f"of: {', '.join(MODELS)} (default: all)")
-    parser.add_argument("--full", action="store_true", help="the published sizes (default on a GPU)")
+    parser.add_argument("--full", action="store_true", default=None, help="the published sizes (default on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--modes", default="", help=f"of: {','.join(MODES)} (default: all that the device has)")
+    parser.add_argument("--count", action="store_true", help="count launches and host synchronisations; no times")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no other model after so many seconds")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
-    parser.add_argument("--json", type=Path, help="write the records there")
+    parser.add_argument("--json", type=Path, help="write the records there, after each")
     options = parser.parse_args()
-    if unknown := [name for name in options.models if name not in MODELS]:
-        parser.error(f"unknown model {', '.join(unknown)}; known: {', '.join(MODELS)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("device cuda: torch sees no GPU")
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
-    console, records = Console(width=None if sys.stdout.isatty() else 130), []
-    for name in options.models or MODELS:
-        small = options.device == "cpu" and not options.full
-        records.append(measure(name, small, options.device, dtype, console))
+    console = Console(width=None if sys.stdout.isatty() else 130)
+
+    environment = functools.cache(lambda: report.environment("cpu" if options.count else options.device))
+
+    def save(records: list[Record]) -> None:
         if options.json:
-            report.write(options.json, {"environment": report.environment(options.device), "records": records})
+            report.write(options.json, {"environment": environment(), "records": records})
+
+    try:
+        if options.count:
+            launches.show(console, launches.run(options.models, console, save))
+            return 0
+        chosen_dtype = options.dtype and getattr(torch, options.dtype)
+        wanted = [mode for mode in options.modes.split(",") if mode]
+        settings = {"full": options.full, "modes": wanted, "budget": options.budget}
+        records = run(options.models, device=options.device, dtype=chosen_dtype, console=console, save=save, **settings)
+    except CommandError as error:
+        parser.error(str(error))
     show(console, records)
     return 0
 

@@ -1,22 +1,25 @@
 """Published models as configurations: random weights, real shapes; and each scaled down for two CPU cores.
 
 A small one has the same numbers of tokens. Its widths are chosen so that the language model and the vision tower take
-about the shares of the time that they take in the published one.
+about the shares of the time that they take in the published one. A narrow one has all layers, a few channels wide: what
+is launched does not depend on the width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlmfast.console import CommandError
 from vlmfast.patches import tiny
 from vlmfast.reduce import Method, VisionZip
 
 WORDS = 32  # of text in the prompt, besides the image
+SIZES = ("full", "small", "narrow")
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,13 @@ class Published:
     image: Callable[[], dict[str, Tensor]]
     method: Method | None
 
-    def build(self, small: bool, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model in evaluation mode, and the inputs of one prompt with one image."""
+    def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model in evaluation mode, and the inputs of one prompt with one image; ``size`` is one of `SIZES`."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
-        text = {
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **self.text,
-            **(self.small_text if small else {}),
-        }
-        vision = {**self.vision, **(self.small_vision if small else {})}
+        smaller = {"full": ({}, {}), "small": (self.small_text, self.small_vision), "narrow": self._narrow()}
+        text = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **self.text, **smaller[size][0]}
+        vision = {**self.vision, **smaller[size][1]}
         if "out_hidden_size" in vision:
             vision["out_hidden_size"] = text["hidden_size"]
         config = AutoConfig.for_model(self.model_type, text_config=text, vision_config=vision, **self.rest)
@@ -60,6 +58,20 @@ class Published:
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
         return model, self._inputs(model, dtype, device)
+
+    def _narrow(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """No count of heads is 1: a dimension of size 1 would turn copies into views."""
+        grouped = self.text["num_key_value_heads"] < self.text["num_attention_heads"]
+        text = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2 if grouped else 4}
+        if "head_dim" in self.text:
+            text["head_dim"] = 16
+        if scaling := self.text.get("rope_scaling"):
+            text.update(tiny.mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
+        heads = "num_heads" if "num_heads" in self.vision else "num_attention_heads"
+        return (
+            {**text, "intermediate_size": 96, "vocab_size": 64},
+            {"hidden_size": 32, "intermediate_size": 48, heads: 2},
+        )
 
     def _inputs(self, model: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         image = {
@@ -117,6 +129,8 @@ SMALL_VIT = _vit(192, 6, 3, 768)
 CLIP = _vit(1024, 24, 16, 4096, model_type="clip_vision_model", image_size=336, patch_size=14, projection_dim=768)
 VICUNA = _llama(4096, 32, 32, 32, 11008, model_type="llama", vocab_size=32064)
 
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
 MODELS = {
     "llava-1.5-7b": Published(
         "llava",
@@ -132,7 +146,7 @@ MODELS = {
         "llava_next",
         VICUNA,
         CLIP,
-        {"image_token_index": tiny.IMAGE, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672]]},
+        {"image_token_index": tiny.IMAGE, "image_grid_pinpoints": PINPOINTS},
         SMALL_TEXT,
         SMALL_VIT,
         lambda: {"pixel_values": _pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])},
@@ -187,7 +201,7 @@ MODELS = {
     "internvl3-8b": Published(
         "internvl",
         _llama(3584, 28, 28, 4, 18944, model_type="qwen2", vocab_size=151674),
-        _vit(1024, 24, 16, 4096, image_size=[448, 448], patch_size=[14, 14]),
+        _vit(1024, 24, 16, 4096, image_size=[448, 448], patch_size=[14, 14], attention_bias=True),
         {"image_token_id": tiny.IMAGE, "downsample_ratio": 0.5},
         SMALL_GROUPED,
         SMALL_VIT,
@@ -205,3 +219,14 @@ MODELS = {
         None,
     ),
 }
+
+
+def chosen(names: Sequence[str]) -> dict[str, Published]:
+    """The models of these names; all of them where there is none.
+
+    Raises:
+        CommandError: for a name that is not known.
+    """
+    if unknown := [name for name in names if name not in MODELS]:
+        raise CommandError(f"unknown model {', '.join(unknown)}; known: {', '.join(MODELS)}")
+    return {name: MODELS[name] for name in names or MODELS}

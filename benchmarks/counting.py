@@ -1,0 +1,308 @@
+"""Kernel launches and host synchronisations of a forward on a GPU, counted without one.
+
+Every tensor of the model is a tensor on torch's meta device, and beside it lies its twin on the CPU, which holds the
+values. So upstream's and our own code take the paths that they take on a GPU (nothing is on the CPU), what has to be
+known of values is known, and a copy between host and device is told from a copy within the device.
+
+A launch is an operator that writes on the device: one that returns memory which no argument has, or mutates an
+argument, as its schema says, and is no allocation (``empty`` and its kin). Views write nothing. An operator of torch
+counts once, although some are several kernels (a sort, ``masked_scatter``, attention that splits the keys): the counts
+are lower bounds. An op of this package counts as the kernels and operators that its Triton launcher starts.
+
+A synchronisation is an operator whose result or shape depends on values (by its tags: ``item``, ``equal``, ``nonzero``,
+``unique``, ``masked_select``), an index that is a mask, and a blocking copy between host and device, either way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import vlmfast
+from vlmfast.registry import OPS, Op
+
+ATEN = torch.ops.aten
+INDEXING = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_, ATEN._unsafe_index}
+COPIES = {ATEN._to_copy, ATEN.copy_}
+COLLECTION = 256  # operators between two
+ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
+OURS = str(Path(vlmfast.__file__).parent)
+ALLOCATIONS = ("empty", "new_empty")
+
+
+@dataclass
+class Count:
+    """What one forward did.
+
+    Attributes:
+        operators: name of an operator -> how many launches.
+        waits: where the host waits, and in which operator -> how often.
+    """
+
+    operators: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def launches(self) -> int:
+        """All launches."""
+        return self.operators.total()
+
+    @property
+    def syncs(self) -> int:
+        """How often the host waits."""
+        return self.waits.total()
+
+
+class Device:
+    """A device that computes on the CPU what a GPU would be asked for, and says that it is another one.
+
+    Its tensors are torch's own: no subclass, which code made for a GPU would treat differently.
+    """
+
+    def __init__(self) -> None:
+        # a storage on the meta device -> whether it is still there, and the storage with its values
+        self._storages: dict[int, tuple[StorageWeakRef, UntypedStorage]] = {}
+
+    def put(self, value: Tensor) -> Tensor:
+        """A copy of a CPU tensor on this device; they share their values."""
+        size = value.untyped_storage().nbytes()
+        storage = UntypedStorage(size, device="meta")  # type: ignore[no-untyped-call]
+        self._storages[storage._cdata] = StorageWeakRef(storage), value.untyped_storage()  # type: ignore[no-untyped-call]
+        return _view(storage, value)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether it is on this device."""
+        return tensor.is_meta and tensor.untyped_storage()._cdata in self._storages
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor on this device, as a CPU tensor."""
+        return _view(self._storages[tensor.untyped_storage()._cdata][1], tensor)
+
+    def collect(self) -> None:
+        """Free the values of tensors that are gone."""
+        for key in [key for key, (weak, _) in self._storages.items() if weak.expired()]:  # type: ignore[no-untyped-call]
+            del self._storages[key]
+
+    def move(self, model: nn.Module) -> None:
+        """Put the parameters and buffers of a model here; tied ones stay tied."""
+        moved: dict[int, Tensor] = {}
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, value in tensors.items():
+                    if value is not None and id(value) not in moved:
+                        new = self.put(value.detach())
+                        moved[id(value)] = nn.Parameter(new, False) if isinstance(value, nn.Parameter) else new
+                    tensors[name] = None if value is None else moved[id(value)]  # type: ignore[assignment]
+
+    @contextmanager
+    def count(self) -> Iterator[Count]:
+        """Count what runs in the block; nothing on this device can run outside of one."""
+        found = Count()
+        with (
+            torch.no_grad(),
+            patch.object(torch, "is_autocast_enabled", _no_autocast),
+            _Calls(),
+            _Operators(self, found),
+        ):
+            yield found
+
+
+def _no_autocast(device_type: str = "meta") -> bool:
+    """Torch raises when it is asked for the meta device."""
+    return False
+
+
+def _view(storage: UntypedStorage, like: Tensor) -> Tensor:
+    """The part of a storage that ``like`` is of its own."""
+    empty = torch.empty(0, dtype=like.dtype, device=storage.device)
+    return empty.set_(storage, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
+
+
+class _Calls(TorchFunctionMode):
+    """Functions that go behind the dispatcher's back to a tensor's memory, or do so otherwise for the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.tolist, Tensor.numpy):
+            return func(args[0].cpu(), *args[1:], **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return ATTENTION(*args[:3])[0]
+        if func in (torch.tensor, torch.as_tensor):
+            if isinstance(args[0], Tensor):
+                return func(*args, **kwargs)
+            device = kwargs.pop("device", None)
+            data = tree_map(lambda value: value.item() if isinstance(value, Tensor) else value, args[0])
+            made = func(data, *args[1:], **kwargs)
+            return made if device is None else made.to(device)
+        return func(*args, **kwargs)
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operator on the twins of its arguments, and counts."""
+
+    def __init__(self, device: Device, found: Count) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.found, self.operators = device, found, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, device = dict(kwargs or {}), self.device
+        given = _tensors((args, kwargs))
+        here = [tensor for tensor in given if device.has(tensor)]
+        wanted = kwargs.get("device")
+        target = bool(here) if wanted is None else torch.device(wanted).type == "meta"
+        if func.overloadpacket is ATEN.copy_:
+            target = device.has(args[0])
+        if reason := _wait(func, args, kwargs, len(given) > len(here), bool(here), target):
+            self.found.waits[f"{_caller(sys._getframe(1))}: {reason}"] += 1
+        arguments: dict[int, Tensor] = {}  # what works in place returns its argument
+
+        def values(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return torch.device("cpu")
+            if not isinstance(value, Tensor) or not device.has(value):
+                return value
+            result = device.values(value)
+            arguments[id(result)] = value
+            return result
+
+        host_args, host_kwargs = tree_map(values, args), tree_map(values, kwargs)
+        output = (_attention if func is ATTENTION else func)(*host_args, **host_kwargs)
+        if not target:
+            return output
+        if func.namespace == "vlmfast":
+            self.found.operators.update(op_launches(OPS[func.overloadpacket.__name__], *args, **kwargs))
+        elif _writes(func, host_args, host_kwargs, output):
+            self.found.operators[str(func.overloadpacket)] += 1
+        storages = {device.values(tensor).untyped_storage()._cdata: tensor.untyped_storage() for tensor in here}
+
+        def back(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) in arguments:
+                return arguments[id(value)]
+            storage = storages.get(value.untyped_storage()._cdata)
+            return device.put(value) if storage is None else _view(storage, value)
+
+        self.operators += 1
+        if self.operators % COLLECTION == 0:
+            device.collect()
+        return tree_map(back, output)
+
+
+# ---- the rules ----
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether the operator writes memory: of an argument, or some that no argument has."""
+    if func.overloadpacket.__name__.startswith(ALLOCATIONS):
+        return False
+    written = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += _tensors(args[index] if index < len(args) else kwargs.get(argument.name))
+    given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+    written += [tensor for tensor in _tensors(output) if tensor.untyped_storage()._cdata not in given]
+    return any(tensor.numel() for tensor in written)
+
+
+def _wait(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool, here: bool, target: bool
+) -> str | None:
+    """Why the host waits for the device, or None.
+
+    Args:
+        func: the operator.
+        args: its arguments.
+        kwargs: likewise.
+        mixed: some tensor among them is on the host.
+        here: some is on the device.
+        target: the result is on the device.
+    """
+    packet = func.overloadpacket
+    if packet in COPIES:
+        crosses = (here and not target) or (target and mixed)
+        free = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        return f"copy to the {'device' if target else 'host'}" if crosses and args[0].numel() and not free else None
+    if not here:
+        return None
+    if packet in INDEXING:
+        indices = [index for index in args[1] if index is not None]
+        if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+            return "a mask as an index"
+        return "copy to the device" if any(index.device.type == "cpu" for index in indices) else None
+    if packet is ATEN.repeat_interleave and kwargs.get("output_size") is not None:
+        return None
+    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        return str(packet.__name__).lstrip("_")
+    return None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros, laid out as on a GPU, in the place of attention, which takes most of the time and decides nothing."""
+    batch, heads, tokens, _ = query.shape
+    output = query.new_zeros(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    return output, query.new_zeros(query.shape[:-1])
+
+
+def _caller(frame: FrameType | None) -> str:
+    """The function of transformers or of this package that the operator was called from."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        ours = str(path).startswith(OURS) and path.parent.name != "benchmarks"
+        if (ours and path.name != "registry.py") or "transformers" in path.parts:
+            return f"{path.stem}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "the caller"
+
+
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what a launcher asks torch for beside its kernels."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.found[str(func.overloadpacket)] += _writes(func, args, kwargs or {}, output)
+        return output
+
+
+def op_launches(op: Op, *args: Any, **kwargs: Any) -> Counter[str]:
+    """What the Triton launcher of an op starts, for arguments on the meta device; one launch without Triton."""
+    backend, found = op.backend("triton"), Counter[str]()
+    if isinstance(backend, str):
+        return Counter({op.name: 1})
+    from triton.runtime.jit import KernelInterface
+
+    def instead(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: found.update([kernel.__name__])
+
+    with patch.object(KernelInterface, "__getitem__", instead), _Writes(found):
+        backend.run(*args, **kwargs)
+    return +found

@@ -1,0 +1,106 @@
+"""One prompt answered by calls of ``forward``: a prefill, then steps of greedy decoding."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlmfast
+from vlmfast.benchmarks.published import Published
+from vlmfast.reduce.generation import MEMORY
+
+STEPS = 8  # of decoding, after each prefill
+
+
+def variants(published: Published) -> dict[str, dict[str, Any] | None]:
+    """Name -> the arguments of ``vlmfast.patch``, or None for the model as it is."""
+    found: dict[str, dict[str, Any] | None] = {"original": None, "patched": {}}
+    if published.method is not None:
+        found["reduced"] = {"reduce": published.method}
+    return found
+
+
+def twin(model: nn.Module, patch: dict[str, Any] | None) -> nn.Module:
+    """A copy of the model, with the same weights in memory; patched unless ``patch`` is None."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    result = copy.deepcopy(model, shared)
+    if patch is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is skipped is in the report of the patch
+            vlmfast.patch(result, **patch)
+    return result
+
+
+class Answer:
+    """One prompt and its greedy answer, as often as one likes; each begins with `prefill`.
+
+    Args:
+        model: a model with its head.
+        inputs: of one prompt, unpadded and without a mask, as ``generate`` would pass them on.
+        length: columns of a static cache; None for one that grows.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], length: int | None = None) -> None:
+        self.model: Any = model
+        self.inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        self.length = length
+        self.cache: Any = None
+        self.device = inputs["input_ids"].device
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self.settings: dict[str, Any] = {"use_cache": True, **last}
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        planes = 3 if hasattr(self.model.base_model, "rope_deltas") else 1  # of M-RoPE
+        self.position = torch.zeros((planes, 1, 1) if planes > 1 else (1, 1), dtype=torch.long, device=self.device)
+
+    def prefill(self) -> Tensor:
+        """Logits of the first new token, (1, 1, vocabulary)."""
+        self._empty_cache()
+        output = self.model(**self.inputs, past_key_values=self.cache, **self.settings)
+        # as in generate, whose steps count on from the short prompt
+        memory = vars(self.cache).pop(MEMORY, None)
+        length = self.cache.get_seq_length()
+        deltas = getattr(self.model.base_model if memory is None else memory, "rope_deltas", None)
+        self.position.copy_(length if deltas is None else length + deltas)
+        return self._choose(output.logits)
+
+    def forward(self) -> Tensor:
+        """The forward of one step alone: logits of the token after `token`."""
+        output = self.model(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, **self.settings
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def step(self) -> Tensor:
+        """One step of decoding. Nothing in it needs the host, so it can be captured in a graph."""
+        logits = self.forward()
+        self.position.add_(1)
+        return self._choose(logits)
+
+    def cache_bytes(self) -> int:
+        """What the keys and values of all layers take."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def cached(self) -> int:
+        """Columns that the cache holds."""
+        return int(self.cache.get_seq_length())
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        logits = logits[:, -1:]
+        self.token.copy_(logits.argmax(-1))
+        return logits
+
+    def _empty_cache(self) -> None:
+        from transformers import DynamicCache, StaticCache
+
+        if self.length is None:
+            self.cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        elif self.cache is None:
+            self.cache = StaticCache(config=self.model.config, max_cache_len=self.length)
+        else:
+            self.cache.reset()

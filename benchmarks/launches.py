@@ -1,0 +1,93 @@
+"""Kernel launches and host synchronisations of whole models: ``python -m vlmfast.benchmarks.models --count``.
+
+Counted on models with all the layers of the published ones and few channels, on the published image; see `counting` for
+what counts. They depend on no device: it takes a CPU a few seconds for each model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from vlmfast.benchmarks.counting import Count, Device
+from vlmfast.benchmarks.forwards import Answer, twin, variants
+from vlmfast.benchmarks.published import Published, chosen
+from vlmfast.console import table
+
+Save = Callable[[list[dict[str, Any]]], None]
+
+
+def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
+    """Launches and waits of one prefill and of one step of decoding, in bfloat16.
+
+    Args:
+        published: the model.
+        size: one of `vlmfast.benchmarks.published.SIZES`.
+
+    Yields:
+        One record for each variant, without the model's name.
+    """
+    model, inputs = published.build(size, torch.bfloat16, "cpu")
+    device = Device()
+    device.move(model)
+    on_device = {name: device.put(value) for name, value in inputs.items()}
+    for variant, arguments in variants(published).items():
+        with device.count():
+            answer = Answer(twin(model, arguments), on_device)
+        with device.count() as prefill:
+            answer.prefill()
+        length = answer.cached()
+        with device.count() as decode:
+            answer.forward()
+        yield {
+            "variant": variant,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "cached_tokens": length,
+            "prefill": _described(prefill),
+            "decode": _described(decode),
+        }
+
+
+def _described(found: Count) -> dict[str, Any]:
+    return {"launches": found.launches, "syncs": found.syncs, "waits": dict(found.waits.most_common())}
+
+
+def run(names: Sequence[str], console: Console, save: Save = lambda records: None) -> list[dict[str, Any]]:
+    """Count every variant of the models.
+
+    Args:
+        names: of models; none for all.
+        console: shows the progress.
+        save: called with all records after each.
+
+    Returns:
+        One record for each model and variant.
+
+    Raises:
+        CommandError: for an unknown name.
+    """
+    records: list[dict[str, Any]] = []
+    for name, published in track(chosen(names).items(), "counting", console=console, transient=True):
+        for found in count(published):
+            records.append({"model": name, **found})
+            save(records)
+    return records
+
+
+def show(console: Console, records: list[dict[str, Any]]) -> None:
+    """One line for each model and variant."""
+    lines = table("model", "", "tokens", "prefill launches", "syncs", "decode launches", "syncs")
+    for column in lines.columns[2:]:
+        column.justify = "right"
+    previous = None
+    for record in records:
+        cells = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]
+        name = "" if record["model"] == previous else record["model"]
+        lines.add_row(name, record["variant"], str(record["cached_tokens"]), *cells)
+        previous = record["model"]
+    console.print(lines)
+    console.print("all layers, one prompt with one image; lower bounds, by the rules of vlmfast/benchmarks/counting.py")
