@@ -9,11 +9,14 @@ Each step writes its own log, and the benchmarks write after every workload, so 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,36 +27,59 @@ from vlmfast.benchmarks.peers import installed
 ROOT = Path(__file__).resolve().parents[1]  # not the folder of the link vlmfast/benchmarks
 
 
-def steps(out: Path) -> dict[str, list[str]]:
-    """Name -> command, in order of worth."""
+@dataclass(frozen=True)
+class Step:
+    """One command, with the seconds that it may take at most, so that those after it have their share."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def steps(out: Path) -> list[Step]:
+    """In order of worth."""
     python = [sys.executable, "-m"]
     bench = [*python, "vlmfast", "bench", "--device", "cuda"]
     # Without torch.compile, which takes longer to compile than all else takes to run.
     peers = ["--peers", *(kind for kind in installed() if kind != "compile")]
-    return {
-        "build": [sys.executable, "setup.py", "build_ext", "--inplace"],
-        "info": [*python, "vlmfast", "info"],
-        "tests": [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"],
-        "ops": [*bench, *peers, "--json", str(out / "ops.json")],
-        "compiled": [*bench, "rms_norm", "add_rms_norm", "deepstack_add", "--json", str(out / "compiled.json")],
-        "demo": [*python, "vlmfast", "demo", "--device", "cuda"],
-    }
+    compiled = ["rms_norm", "add_rms_norm", "deepstack_add", "--peers", "compile"]
+    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    found = [
+        Step(
+            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, {"TORCH_CUDA_ARCH_LIST": architecture}
+        ),
+        Step("info", [*python, "vlmfast", "info"], 60),
+        Step("tests", [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
+        Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 150),
+        Step(
+            "models",
+            [*python, "vlmfast.benchmarks.models", "--device", "cuda", "--json", str(out / "models.json")],
+            200,
+        ),
+        Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 90),
+        Step("demo", [*python, "vlmfast", "demo", "--device", "cuda"], 60),
+    ]
+    if importlib.util.find_spec("matplotlib") is not None:
+        page = ["--from", str(out / "ops.json"), "--html", str(out / "report.html")]
+        found.append(Step("page", [*python, "vlmfast", "bench", *page], 60))
+    return found
 
 
-def run(name: str, command: list[str], out: Path, seconds: float) -> dict[str, object]:
+def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     """Run one step with its own log; what happened and how long it took."""
     start = time.monotonic()
-    with (out / f"{name}.log").open("w") as log:
-        environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160"}
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
+    with (out / f"{step.name}.log").open("w") as log:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=seconds
+                step.command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=min(seconds, step.seconds)
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
     taken = time.monotonic() - start
-    print(f"{name}: {'stopped' if code is None else f'exit code {code}'} after {taken:.0f} s", flush=True)
-    return {"step": name, "exit_code": code, "seconds": round(taken, 1)}
+    print(f"{step.name}: {'stopped' if code is None else f'exit code {code}'} after {taken:.0f} s", flush=True)
+    return {"step": step.name, "exit_code": code, "seconds": round(taken, 1)}
 
 
 def main() -> int:
@@ -67,10 +93,12 @@ def main() -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     deadline, done = time.monotonic() + options.limit, []
-    for name, command in steps(options.out.resolve()).items():
-        done.append(run(name, command, options.out, max(1.0, deadline - time.monotonic())))
+    for step in steps(options.out.resolve()):
+        done.append(run(step, options.out, max(1.0, deadline - time.monotonic())))
         summary = {"environment": report.environment("cuda"), "steps": done}
         (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    folder = re.sub(r"[^a-z0-9]+", "-", report.device_name("cuda").lower()).strip("-")
+    print(f"to show it in the README: commit {options.out} as benchmarks/results/{folder}, then `make docs`")
     return 0 if all(step["exit_code"] == 0 for step in done) else 1
 
 

@@ -18,7 +18,7 @@ import vlmfast
 from tests.cases import EACH_OP, require
 from vlmfast import cli
 from vlmfast.backends import Backend
-from vlmfast.benchmarks import bench, html, ops, peers, report, timing
+from vlmfast.benchmarks import bench, gpu_report, html, ops, peers, report, timing
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +189,41 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(command: list[str], message
         code = stopped.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_gpu_report_keeps_what_came_out(tmp_path: Path, monkeypatch, capsys):
+    """A step that fails or takes too long does not take the others with it."""
+    slow = gpu_report.Step(
+        "slow", [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(60)"], 2.0
+    )
+    broken = gpu_report.Step("broken", [sys.executable, "-c", "raise SystemExit(3)"], 20.0)
+    last = gpu_report.Step(
+        "last", [sys.executable, "-c", "import os; print(os.environ['GIVEN'])"], 20.0, {"GIVEN": "yes"}
+    )
+    monkeypatch.setattr(gpu_report, "steps", lambda out: [slow, broken, last])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path / "out")])
+    assert gpu_report.main() == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(step["step"], step["exit_code"]) for step in summary["steps"]] == [
+        ("slow", None),
+        ("broken", 3),
+        ("last", 0),
+    ]
+    assert (tmp_path / "out" / "slow.log").read_text() == "half\n"
+    assert (tmp_path / "out" / "last.log").read_text() == "yes\n"
+    assert "benchmarks/results/nvidia-h200" in capsys.readouterr().out
+
+
+def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
+    assert list(commands)[:4] == ["build", "info", "tests", "ops"]
+    assert "compile" not in commands["ops"]
+    for name in ("info", "ops", "compiled", "demo"):  # the command line takes these
+        cli._parser().parse_args(commands[name][3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
