@@ -58,15 +58,23 @@ class Answer:
         self.position = torch.zeros((planes, 1, 1) if planes > 1 else (1, 1), dtype=torch.long, device=self.device)
 
     def prefill(self) -> Tensor:
-        """Logits of the first new token, (1, 1, vocabulary)."""
+        """Logits of the first new token, (1, 1, vocabulary), after which `step` may follow."""
+        return self.begin(self.prompt())
+
+    def prompt(self) -> Tensor:
+        """The forward of the prefill alone."""
         self._empty_cache()
-        output = self.model(**self.inputs, past_key_values=self.cache, **self.settings)
+        logits: Tensor = self.model(**self.inputs, past_key_values=self.cache, **self.settings).logits
+        return logits
+
+    def begin(self, logits: Tensor) -> Tensor:
+        """Have the steps go on from the prompt."""
         # as in generate, whose steps count on from the short prompt
         memory = vars(self.cache).pop(MEMORY, None)
         length = self.cache.get_seq_length()
         deltas = getattr(self.model.base_model if memory is None else memory, "rope_deltas", None)
         self.position.copy_(length if deltas is None else length + deltas)
-        return self._choose(output.logits)
+        return self._choose(logits)
 
     def forward(self) -> Tensor:
         """The forward of one step alone: logits of the token after `token`."""

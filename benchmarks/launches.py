@@ -39,7 +39,9 @@ def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]
         with device.count():
             answer = Answer(twin(model, arguments), on_device)
         with device.count() as prefill:
-            answer.prefill()
+            logits = answer.prompt()
+        with device.count():
+            answer.begin(logits)
         length = answer.cached()
         with device.count() as decode:
             answer.forward()

@@ -12,25 +12,36 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from tests.cases import outputs
+from tests import traffic
+from tests.cases import each, outputs
 from tests.conftest import shortens_prompts
+from tests.test_traffic import LAUNCHES
 from vlmfast.benchmarks import launches, models, modes, published, report
 from vlmfast.benchmarks.counting import Device, op_launches
-from vlmfast.benchmarks.forwards import STEPS, Answer, twin
+from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
 from vlmfast.benchmarks.published import MODELS, Published
-from vlmfast.registry import OPS
+from vlmfast.registry import OPS, Op
 
 QUIET = Console(quiet=True)
 
 
+SMALLER_IMAGES = {
+    "qwen2.5-vl-7b": published._patches(16, 14),
+    "qwen3-vl-8b": published._patches(16, 16),
+    "internvl3-8b": lambda: {"pixel_values": torch.randn(2, 3, 448, 448)},
+    "smolvlm-256m": lambda: {"pixel_values": torch.randn(1, 2, 3, 512, 512)},
+}
+
+
 def little(name: str) -> Published:
-    """The model as narrow as it is counted, with two layers, as its small size too."""
+    """The model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
     model = MODELS[name]
     depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}  # LLaVA uses the last but one
     if "deepstack_visual_indexes" in model.vision:
         depth["deepstack_visual_indexes"] = [0, 1]
     result = dataclasses.replace(model, text={**model.text, "num_hidden_layers": 2}, vision={**model.vision, **depth})
     text, vision = result._narrow()
+    result = dataclasses.replace(result, image=SMALLER_IMAGES.get(name, result.image))
     return dataclasses.replace(result, small_text=text, small_vision=vision)
 
 
@@ -113,6 +124,13 @@ def test_an_op_counts_as_what_its_launcher_starts():
     assert torch.equal(got, OPS["place_embeddings"].reference(hidden, mask, rows))
 
 
+@pytest.mark.parametrize("op", each(op for op in OPS.values() if op.compose is None and op.name not in traffic.COMPUTE))
+def test_launches_of_ops_are_those_that_the_interpreter_counts(op: Op):
+    _, args = traffic.workload(op)
+    found = op_launches(op, *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
+    assert found.total() == (LAUNCHES["triton"] | LAUNCHES["both"]).get(op.name, 1), found
+
+
 def test_waits_are_seen_where_they_are(llava, monkeypatch):
     from transformers.models.llama import modeling_llama
 
@@ -151,6 +169,30 @@ def test_the_width_changes_no_count():
     narrow = little("llava-1.5-7b")
     wide = dataclasses.replace(narrow, small_text={**narrow.small_text, "hidden_size": 128, "intermediate_size": 200})
     assert list(launches.count(narrow)) == list(launches.count(wide, "small"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_can_be_captured(name: str, monkeypatch):
+    """With a static cache, in every variant, the host waits for nothing; nor in the prefill of a patched LLaVA."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = little(name)
+    original, inputs = model.build("narrow", torch.bfloat16, "cpu")
+    device = Device()
+    device.move(original)
+    on_device = {key: device.put(value) for key, value in inputs.items()}
+    for variant, arguments in variants(model).items():
+        if variant == "reduced" and not shortens_prompts():
+            continue
+        with device.count():
+            answer = Answer(twin(original, arguments), on_device, inputs["input_ids"].shape[1] + STEPS)
+            answer.prefill()
+        with device.count() as prefill:
+            answer.prefill()
+        with device.count() as step:
+            answer.step()
+        assert step.syncs == 0, step.waits
+        if name in ("llava-1.5-7b", "internvl3-8b"):
+            assert (prefill.syncs == 0) == (variant == "patched"), prefill.waits
 
 
 # ---- times ----
