@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: demo test test-faults test-matrix check bench gpu-report docs clean
+.PHONY: demo test test-faults test-matrix check bench static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -33,6 +33,9 @@ check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources thro
 
 bench: $(VENV)/built         ## time every op against its peers and the limit of this machine
 	$(BIN)/python -m vlmfast bench
+
+static: $(VENV)/built        ## count traffic, registers and widths of accesses: benchmarks/results/static.json
+	$(BIN)/python scripts/static_report.py
 
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
 	$(PYTHON) -m benchmarks.gpu_report  # the machine's own Python and CUDA torch: nothing is downloaded

@@ -71,7 +71,7 @@ def slots_kernel(
     rank = count_up_to(kept_ptr, chosen, position, False, STEPS)  # of the last kept token up to this one, from 1 on
     is_kept = (tl.load(kept_ptr + rank - 1, mask=rank > 0, other=-1) == position).to(tl.int32)
     left = position - rank
-    stop = tl.where(is_kept != 0, 0, size)  # nothing is read of a kept token's metric
+    wanted = (position < tokens) & (is_kept == 0)  # nothing is read of a kept token's metric
     best = tl.full((BLOCK_TOKENS,), float("-inf"), tl.float32)
     owner = tl.zeros((BLOCK_TOKENS,), tl.int32)
     for first in range(0, contextual, BLOCK_TARGETS):
@@ -81,7 +81,7 @@ def slots_kernel(
         square = tl.zeros((BLOCK_TARGETS,), tl.float32)
         for start in range(0, size, BLOCK_SIZE):
             column = start + tl.arange(0, BLOCK_SIZE)
-            mask = (position < tokens)[:, None] & (column[None, :] < stop[:, None])
+            mask = wanted[:, None] & (column[None, :] < size)
             own = tl.load(at(metric_ptr, position[:, None], token_stride) + column[None, :], mask=mask, other=0.0)
             mask = (target < contextual)[None, :] & (column[:, None] < size)
             theirs = tl.load(at(metric_ptr, place[None, :], token_stride) + column[:, None], mask=mask, other=0.0)

@@ -1,11 +1,13 @@
 """Compile csrc/*.cu for every supported architecture, and print what each kernel takes of a multiprocessor.
 
 Needs nvcc and any torch, a CPU-only one too: the sources use its stable ABI alone. Without nvcc it says so and
-succeeds. It fails on a source that does not compile and on a kernel that spills registers to memory.
+succeeds. It fails on a source that does not compile, on a kernel that spills registers to memory, and on one that is
+made for vectors of 16 bytes and loads none.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,12 @@ ENTRY = re.compile(
     r".*Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
+# Of the disassembly: the architecture and the kernel of what follows, and global loads and stores.
+ASSEMBLY = re.compile(r"arch = sm_(\d+)|Function : (\w+)|\b(LDG|LDGSTS|STG)\.([\w.]+)")
+# Kernels that are made for vectors: their dtype, and the number of its elements.
+VECTORS = re.compile(r"kernel<(?:TensorTiles<)?(?P<dtype>[\w ]+), (?:\d+, (?=\d+>)|RowPolicy<)?(?P<count>\d+)")
+SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2, "unsigned short": 2}
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -37,12 +46,27 @@ class Usage:
     registers: int
     spilled: int  # bytes stored and loaded
     shared: int  # bytes
+    loads: tuple[int, ...] = ()  # bytes of each kind of load from global memory
+    stores: tuple[int, ...] = ()
 
 
 def find_nvcc() -> str | None:
     """The nvcc of CUDA_HOME, or of PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+
+
+def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
+    """A cuobjdump, nvcc's or Triton's, and the environment in which it finds its nvdisasm."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(nvcc).resolve().parent]
+    if triton is not None and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    for folder in folders:
+        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
+            path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+            return str(folder / "cuobjdump"), {**os.environ, "PATH": path}
+    return None
 
 
 def demangle(names: list[str]) -> dict[str, str]:
@@ -65,13 +89,31 @@ def compile_source(nvcc: str, source: Path, output: Path) -> str:
     return result.stdout + result.stderr
 
 
-def usages(log: str) -> dict[str, dict[int, Usage]]:
+def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
+    """(mangled kernel, architecture, "LDG" or "STG") -> the bytes of its accesses to global memory."""
+    found: dict[tuple[str, int, str], set[int]] = defaultdict(set)
+    architecture, kernel = 0, ""
+    for number, name, instruction, modifiers in ASSEMBLY.findall(disassembly):
+        if number:
+            architecture = int(number)
+        elif name:
+            kernel = name
+        else:
+            bits = max((int(b) for b in re.findall(r"\b[US]?(256|128|64|16|8)\b", modifiers)), default=32)
+            found[kernel, architecture, "STG" if instruction == "STG" else "LDG"].add(bits // 8)
+    return found
+
+
+def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
     """Kernel -> architecture -> usage."""
     found: dict[str, dict[int, Usage]] = defaultdict(dict)
+    accesses = widths(disassembly)
     for entry in ENTRY.finditer(log):
         spilled = int(entry["stores"]) + int(entry["loads"])
-        usage = Usage(int(entry["registers"]), spilled, int(entry["shared"] or 0))
-        found[entry["name"]][int(entry["architecture"])] = usage
+        name, architecture = entry["name"], int(entry["architecture"])
+        loads, stores = (tuple(sorted(accesses.get((name, architecture, kind), ()))) for kind in ("LDG", "STG"))
+        usage = Usage(int(entry["registers"]), spilled, int(entry["shared"] or 0), loads, stores)
+        found[name][architecture] = usage
     names = demangle(list(found))
     return {names[name]: by_architecture for name, by_architecture in found.items()}
 
@@ -88,23 +130,64 @@ def table(kernels: dict[str, dict[int, Usage]]) -> str:
     return "\n".join(lines)
 
 
+def in_vectors(name: str) -> bool:
+    """Whether a kernel is made for rows in vectors of 16 bytes."""
+    made_for = VECTORS.search(name)
+    return made_for is not None and SIZES.get(made_for["dtype"], 0) * int(made_for["count"]) == 16
+
+
+def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
+    """What must not be."""
+    found = []
+    for name, by_architecture in kernels.items():
+        for architecture, usage in by_architecture.items():
+            if usage.spilled:
+                found.append(f"{name} spills registers on sm_{architecture}")
+            if in_vectors(name) and usage.loads and max(usage.loads) < 16:
+                found.append(f"{name} loads no 16 bytes at a time on sm_{architecture}")
+    return found
+
+
+def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
+    """All kernels of csrc/."""
+    disassembler = find_disassembler(nvcc)
+    if disassembler is None:
+        print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")
+
+    def compile_one(source: Path) -> dict[str, dict[int, Usage]]:
+        with tempfile.TemporaryDirectory() as directory:
+            output, disassembly = Path(directory) / f"{source.stem}.o", ""
+            log = compile_source(nvcc, source, output)
+            if disassembler is not None:
+                command = [disassembler[0], "-sass", str(output)]
+                disassembly = subprocess.run(
+                    command, env=disassembler[1], capture_output=True, text=True, check=True
+                ).stdout
+        found = usages(log, disassembly)
+        if not found or any(set(by_architecture) != set(ARCHITECTURES) for by_architecture in found.values()):
+            raise SystemExit(f"{source.name}: ptxas did not report every kernel on every architecture")
+        if disassembler is not None and not all(u.loads for kernel in found.values() for u in kernel.values()):
+            raise SystemExit(f"{source.name}: no loads in the disassembly of some kernel")
+        return found
+
+    kernels: dict[str, dict[int, Usage]] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(compile_one, sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)):
+            kernels |= found
+    return kernels
+
+
 def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
         print("compile_cuda: there is no nvcc on PATH or in CUDA_HOME: the CUDA sources were not compiled")
         return 0
-    kernels: dict[str, dict[int, Usage]] = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for source in sorted(CSRC.glob("*.cu")):
-            found = usages(compile_source(nvcc, source, Path(directory) / f"{source.stem}.o"))
-            if not found or any(set(by_architecture) != set(ARCHITECTURES) for by_architecture in found.values()):
-                raise SystemExit(f"{source.name}: ptxas did not report every kernel on every architecture")
-            kernels |= found
+    kernels = compile_all(nvcc)
     print(table(kernels))
-    spilling = [name for name, by_architecture in kernels.items() if any(u.spilled for u in by_architecture.values())]
-    for name in spilling:
-        print(f"compile_cuda: {name} spills registers", file=sys.stderr)
-    return 1 if spilling else 0
+    wrong = faults(kernels)
+    for fault in wrong:
+        print(f"compile_cuda: {fault}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python tests/compile_kernels.py sm_90 gfx942 > static.json
 
-A list of one record per kernel, target and specialisation: registers, spills and the widths of its global accesses.
+A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
+accesses in bytes, and whether one of the op's workloads asks for it: their rows are all multiples of 16 bytes.
 It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -32,23 +34,24 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
+AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def launches(op: Op) -> list[tuple[JITFunction, dict, dict]]:
-    """The (kernel, arguments, options) of every launch of the op's samples and workloads; none is executed."""
-    seen, backend = [], op.backend("triton")
+def launches(op: Op) -> list[tuple[JITFunction, dict, dict, bool]]:
+    """The (kernel, arguments, options, real) of every launch of the op's workloads and samples; none is executed."""
+    seen, real, backend = [], True, op.backend("triton")
     sys.modules[backend.run.__module__].device_unsupported = lambda x: None  # as if the meta device were a GPU
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
-        seen.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options))
+        seen.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options, real))
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for real, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
             # made on the CPU: some shapes depend on how many positions of a mask are true
-            for args in (*op.samples("cpu", dtype), *(args for _, args in op.workloads("cpu", dtype))):
+            for args in (args for _, args in op.workloads("cpu", dtype)) if real else op.samples("cpu", dtype):
                 args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
                 if backend.unsupported(*args) is None:
                     backend.run(*args)
@@ -76,12 +79,14 @@ def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
 
 def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) -> dict:
     """Compile one specialisation for one target."""
-    assembly = triton.compile(source, target=TARGETS[name], options=options).asm
+    compiled = triton.compile(source, target=TARGETS[name], options=options)
+    assembly = compiled.asm
     if name.startswith("gfx"):
         text = assembly["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
-        widths = re.findall(r"(?:buffer|global)_(?:load|store)_(\w+)", text)
+        found = re.findall(r"(?:buffer|global)_(load|store)_([a-z]+?)(?:x(\d))?(?:_\w+)?\b", text)
+        accesses = [(kind == "load", AMD_BYTES[unit] * int(count or 1)) for kind, unit, count in found]
     else:
         text = assembly["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -92,7 +97,10 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
             ).stdout
         spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; nothing else of a Triton kernel lives on the stack
         registers = int(re.search(r"REG:(\d+)", usage)[1])
-        widths = re.findall(r"(?:ld|st)\.global[.\w:]*?((?:\.v\d)?\.b\d+)", text)
+        found = re.findall(r"(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", text)
+        accesses = [(kind == "ld", int(count or 1) * int(bits) // 8) for kind, count, bits in found]
+        copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;\n]*?0x(\w+)", text)
+        accesses += [(True, int(size, 16)) for size in copies]
     constants = {p.name: source.constants[(i,)] for i, p in enumerate(kernel.params) if (i,) in source.constants}
     return {
         "kernel": kernel.__name__,
@@ -102,7 +110,9 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
         "options": options,
         "registers": registers,
         "spills": spills,
-        "accesses": sorted({w.lstrip(".") for w in widths}),
+        "shared": compiled.metadata.shared,
+        "loads": sorted({size for load, size in accesses if load}),
+        "stores": sorted({size for load, size in accesses if not load}),
     }
 
 
@@ -111,13 +121,13 @@ def main(targets: list[str]) -> None:
     for op in OPS.values():
         if op.compose is not None or isinstance(op.backend("triton"), str):
             continue
-        for kernel, arguments, options in launches(op):
+        for kernel, arguments, options, real in launches(op):
             source = source_of(kernel, arguments)
             key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
             if key in done:
                 continue
             done.add(key)
-            records += [{"op": op.name, **measure(kernel, source, options, name)} for name in targets]
+            records += [{"op": op.name, "real": real, **measure(kernel, source, options, name)} for name in targets]
     json.dump(records, sys.stdout, indent=1)
 
 

@@ -130,3 +130,44 @@ def test_triton_kernels_compile_for_every_target(compiled_kernels: list[dict]):
 @pytest.mark.xdist_group("compiled kernels")
 def test_triton_kernels_spill_no_register(compiled_kernels: list[dict]):
     assert not [r for r in compiled_kernels if r["spills"]]
+
+
+# Kernels that move numbers, not rows.
+NUMBERS = {"_row_index_kernel", "_order_kernel", "_cls_scores_kernel", "mean_kernel"}
+
+
+@pytest.mark.xdist_group("compiled kernels")
+def test_triton_kernels_read_rows_in_vectors(compiled_kernels: list[dict]):
+    """The rows of every workload are multiples of 16 bytes, and are read 16 at a time.
+
+    Tiles are made for warps of 32 lanes: for each of a wave's 64 on gfx942 there may be half as much.
+    """
+    narrow = []
+    for r in compiled_kernels:
+        width = 8 if r["target"].startswith("gfx") else 16
+        if r["real"] and r["kernel"] not in NUMBERS and max(r["loads"]) < width:
+            narrow.append((r["op"], r["kernel"], r["target"], r["types"], r["loads"]))
+    assert not narrow
+
+
+def test_faults_of_cuda_kernels_are_named():
+    """scripts/compile_cuda.py on what ptxas and cuobjdump would say of two kernels."""
+    script = runpy.run_path(str(ROOT / "scripts" / "compile_cuda.py"))
+    names = (
+        "norm_kernel<__half, RowPolicy<8, 32, 2, 5, false> >",
+        "norm_kernel<__half, RowPolicy<1, 32, 2, 5, false> >",
+    )
+    log = "".join(
+        f"Compiling entry function '{name}' for 'sm_90'\n...\n 8 bytes stack frame, {spilled} bytes spill stores, "
+        f"{spilled} bytes spill loads\nptxas info    : Used 40 registers, 64 bytes smem\n"
+        for name, spilled in (("vectors", 0), ("elements", 4))
+    )
+    disassembly = (
+        "arch = sm_90\n Function : vectors\n LDG.E{} R4 ;\n STG.E.128 [R2] ;\n Function : elements\n LDG.E.U16 R4 ;"
+    )
+    for width, expected in ((".128.CONSTANT", []), (".64", [f"{names[0]} loads no 16 bytes at a time on sm_90"])):
+        found = script["usages"](log, disassembly.format(width))
+        assert found["elements"][90].loads == (2,)
+        assert found["vectors"][90].stores == (16,)
+        kernels = dict(zip(names, (found["vectors"], found["elements"]), strict=True))
+        assert script["faults"](kernels) == [*expected, f"{names[1]} spills registers on sm_90"]

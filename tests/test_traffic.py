@@ -9,6 +9,7 @@ import torch
 
 from tests import cases, traffic
 from tests.emulation import build
+from vlmfast.benchmarks.traffic import counted
 from vlmfast.registry import OPS, Op
 
 MOST = 1.05  # of op.bytes, each byte counted once per launch
@@ -64,6 +65,16 @@ def test_traffic(op: Op, backend: str) -> None:
     # from below too: a budget for what is never moved would let anything pass
     assert 0.95 <= moved.distinct / budget <= MOST_DISTINCT.get(op.name, (MOST,))[0]
     assert moved.requested / budget <= MOST_REQUESTED.get(op.name, (MOST_OTHERS_REQUEST,))[0]
+
+
+def test_report_is_of_every_op() -> None:
+    """benchmarks/results/static.json: `make static` writes it."""
+    for op in BOUND_BY_MEMORY:
+        for backend in ("triton", "cuda"):
+            ratio = counted(op.name, backend)
+            assert ratio is not None
+            assert 0.95 <= ratio <= MOST_DISTINCT.get(op.name, (MOST,))[0]
+    assert counted("rms_norm", "native") is None
 
 
 def test_an_index_given_spares_a_launch() -> None:

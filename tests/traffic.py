@@ -1,6 +1,8 @@
 """The bytes that a call's kernels move and the launches that it makes: counted under Triton's interpreter and under
 the CUDA emulation, where every load and store is seen.
 
+    TRITON_INTERPRET=1 python -m tests.traffic > traffic.json
+
 Two counts. What a sceptic asks of a memory-bound kernel is the first, what a cache may hide is in the second:
 
 * `distinct`: each byte of global memory once per launch for loads and once for stores. That is what DRAM sees where
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +33,7 @@ from torch import Tensor
 import vlmfast
 from tests.emulation.backend import check_library, check_loader
 from vlmfast import backends
-from vlmfast.registry import Op
+from vlmfast.registry import OPS, Op
 
 BACKENDS = ("triton", "emulated")
 ENOUGH = 1e6  # bytes of a call, for which what is done once per launch does not matter
@@ -165,3 +169,28 @@ def _interpreted(op: Op, args: tuple[Any, ...]) -> Traffic:
 def total(launches: list[_Launch]) -> Traffic:
     """Of all launches together."""
     return Traffic(len(launches), sum(one.distinct() for one in launches), sum(one.requested for one in launches))
+
+
+def main() -> None:
+    """Write what every memory-bound op moves, as JSON: ratios are to `op.bytes`."""
+    from tests import interpreter
+
+    interpreter.repair()
+    torch.manual_seed(0)
+    records = []
+    for op in OPS.values():
+        if op.name in COMPUTE:
+            continue
+        label, args = workload(op)
+        budget = op.bytes(*args)
+        for backend in BACKENDS:
+            moved = count(op, backend, args)
+            ratios = {"ratio": round(moved.distinct / budget, 4), "requested_ratio": round(moved.requested / budget, 4)}
+            counted = {"launches": moved.launches, "counted_bytes": moved.distinct, "op_bytes": budget, **ratios}
+            name = "cuda" if backend == "emulated" else backend
+            records.append({"op": op.name, "backend": name, "workload": label, "dtype": "bfloat16", **counted})
+    json.dump(records, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

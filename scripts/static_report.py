@@ -1,0 +1,106 @@
+"""Write benchmarks/results/static.json: what the compilers say of every kernel, and the traffic that was counted.
+
+Registers, spills, shared memory and the widths of global accesses are those of the generated code, for GPUs that this
+machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
+numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
+csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must; tests/traffic.py defines both.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import compile_cuda
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "benchmarks" / "results" / "static.json"
+MOST_BYTES = 150_000
+
+
+def run(*command: str, interpret: bool) -> Any:
+    """The JSON that a script of the tests writes, in a process with Triton's interpreter or without."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    python = [sys.executable, *command]
+    return json.loads(subprocess.run(python, env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One record for those that agree in the keys: the largest of each number, the union of each list."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        key = tuple(str(record[k]) for k in keys)
+        mine = found.setdefault(key, {**{k: record[k] for k in keys}, "specialisations": 0})
+        mine["specialisations"] += 1
+        for name in record.keys() - set(keys):
+            value = record[name]
+            if isinstance(value, list):
+                mine[name] = sorted({*mine.get(name, []), *value})
+            else:
+                mine[name] = max(mine.get(name, 0), value)
+    return list(found.values())
+
+
+def of_triton() -> list[dict[str, Any]]:
+    """What Triton's compiler makes of the workloads' launches."""
+    numbers = ("registers", "spills", "shared", "loads", "stores")
+    keys = ("op", "kernel", "target", "types")
+    records = run("tests/compile_kernels.py", interpret=False)
+    return summarised([{k: r[k] for k in (*keys, *numbers)} for r in records if r["real"]], keys)
+
+
+def of_cuda(nvcc: str) -> list[dict[str, Any]]:
+    """What nvcc makes of csrc/: kernels for vectors of 16 bytes apart from those for rows that these do not fit."""
+    records = []
+    for name, by_architecture in compile_cuda.compile_all(nvcc).items():
+        kernel, _, arguments = name.partition("<")
+        types = sorted(set(re.findall(r"float|__half|__nv_bfloat16|unsigned short", arguments)))
+        for architecture, usage in by_architecture.items():
+            numbers = {"registers": usage.registers, "spills": usage.spilled, "shared": usage.shared}
+            widths = {"loads": list(usage.loads), "stores": list(usage.stores)}
+            place = {"kernel": kernel, "target": f"sm_{architecture}", "types": types}
+            records.append({**place, "vectors": compile_cuda.in_vectors(name), **numbers, **widths})
+    return summarised(records, ("kernel", "target", "types", "vectors"))
+
+
+def nvcc_version(nvcc: str) -> str:
+    """Such as 13.0.88."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V([\d.]+)", said)
+    return found[1] if found else said.strip()
+
+
+def main() -> None:
+    nvcc = compile_cuda.find_nvcc()
+    if nvcc is None:
+        raise SystemExit("static_report: there is no nvcc on PATH or in CUDA_HOME")
+    versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(nvcc)}
+    sections = {
+        "traffic": run("-m", "tests.traffic", interpret=True),
+        "triton": of_triton(),
+        "cuda": of_cuda(nvcc),
+    }
+    units = "bytes, but registers; widths are of single loads and stores of global memory"
+    head = {"date": datetime.date.today().isoformat(), "versions": versions, "units": units}
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
+    for name, records in sections.items():  # a line for each record: a change is a line of the diff
+        rows = ",\n".join(json.dumps(record) for record in records)
+        lines.append(f'"{name}": [\n{rows}\n]')
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    if len(text) > MOST_BYTES:
+        raise SystemExit(f"static_report: {len(text)} bytes, more than {MOST_BYTES}: summarise more")
+    REPORT.write_text(text)
+    print(f"{REPORT.relative_to(ROOT)}: {len(text)} bytes")
+
+
+if __name__ == "__main__":
+    main()
