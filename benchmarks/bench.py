@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import vlmfast
-from vlmfast.benchmarks import html, peers, report, timing
+from vlmfast.benchmarks import html, models, peers, published, report, timing
 from vlmfast.benchmarks.ops import benchmark
 from vlmfast.console import CommandError, one_line, usable_device
 from vlmfast.registry import OPS, Op
@@ -53,12 +53,17 @@ def run(options: Options) -> int:
     """Run the benchmarks that the options name; 1 if one of our own results is wrong."""
     _known("op", options.ops, tuple(OPS))
     _known("peer", options.peers or (), (*peers.KINDS, "none"))
+    _known("model", options.models or (), tuple(published.MODELS))
     for path in (options.html, options.json):
         _writable(path)
     if options.html is not None:
         html.require()
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
-    found = _measure(options, console) if options.source is None else _read(options.source)
+    if options.source is None:
+        found = _measure(options, console)
+    else:
+        found = _read(options.source)
+        _show(console, found)
     for path in filter(None, (options.html, options.json)):
         report.write(path.with_suffix(".json"), found)
         report.write_csv(path.with_suffix(".csv"), found)
@@ -89,11 +94,27 @@ def _writable(path: Path | None) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        if "contenders" not in found["records"][0]:
-            raise KeyError("contenders")
+        for record in found["records"]:
+            record["contenders"]
+        found["models"], found["environment"]["device"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CommandError(f"cannot read {path} as a benchmark's JSON: {one_line(error)}") from error
     return found
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    console.print(found["environment"])
+    for name in dict.fromkeys(record["op"] for record in found["records"]):
+        _show_op(console, [record for record in found["records"] if record["op"] == name], found["environment"])
+    if found["models"]:
+        models.show(console, found["models"])
+
+
+def _show_op(console: Console, records: list[dict[str, Any]], where: dict[str, Any]) -> None:
+    kind = "device time, cold cache" if where["kind"] != "cpu" else f"{where['threads']} thread(s)"
+    console.print(report.table(records, kind))
+    for line in report.errors(records):
+        console.print(line, style="red", markup=False)
 
 
 def _kinds(asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -110,7 +131,6 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
     names = list(options.ops) or ([] if options.models is not None else PUBLIC)
     machine = timing.ceilings(device, dtype)
     found: dict[str, Any] = {"environment": report.environment(device, machine), "records": [], "models": []}
-    kind = "device time, cold cache" if device != "cpu" else f"{torch.get_num_threads()} thread(s)"
     console.print(
         f"{found['environment']['device']}, {options.dtype}: a large copy {machine.copy_gb_per_s:.1f} GB/s, a large "
         f"matrix product {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {found['environment']['F.rms_norm']}"
@@ -119,11 +139,23 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
         task = progress.add_task("", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            _one_op(OPS[name], device, dtype, options, machine, found, progress.console, kind)
+            _one_op(OPS[name], device, dtype, options, machine, found, progress.console)
             progress.advance(task)
     if names:
         console.print(report.LEGEND, style="dim")
+    if options.models is not None:
+        found["models"] = models.run(
+            options.models, device=device, console=console, save=lambda records: _keep(options, found, models=records)
+        )
+        models.show(console, found["models"])
     return found
+
+
+def _keep(options: Options, found: dict[str, Any], **more: Any) -> None:
+    """Write what is known so far: a stop loses only what was being measured."""
+    found |= more
+    if options.json:
+        report.write(options.json, found)
 
 
 def _one_op(
@@ -134,17 +166,12 @@ def _one_op(
     machine: timing.Ceilings,
     found: dict[str, Any],
     console: Console,
-    kind: str,
 ) -> None:
     records = []
     for record in benchmark(op, device, dtype, _kinds(options.peers), machine):
         records.append(record)
-        found["records"].append(record)
-        if options.json:
-            report.write(options.json, found)
-    console.print(report.table(records, kind))
-    for line in report.errors(records):
-        console.print(line, style="red", markup=False)
+        _keep(options, found, records=[*found["records"], record])
+    _show_op(console, records, found["environment"])
 
 
 def _progress(console: Console) -> Progress:

@@ -9,6 +9,17 @@ from typing import Any
 from vlmfast.benchmarks import report
 from vlmfast.console import CommandError
 
+# Column of the table of whole models: key of a record -> (head, format)
+MODEL_COLUMNS = {
+    "prefill_ms": ("prefill ms", "{:.2f}"),
+    "prefill_speedup": ("x original", "{:.2f}"),
+    "prefill_over_eager": ("x original in eager", "{:.2f}"),
+    "decode_ms": ("token ms", "{:.2f}"),
+    "decode_speedup": ("x original", "{:.2f}"),
+    "decode_over_eager": ("x original in eager", "{:.2f}"),
+    "cache_bytes": ("KV cache, bytes", "{:,}"),
+    "peak_bytes": ("peak, bytes", "{:,}"),
+}
 COLOURS = {"ours": "#c1121f", "peer": "#457b9d", "limit": "#8d99ae"}
 
 TEMPLATE = """<!doctype html>
@@ -36,10 +47,13 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 <td>{{ columns[key][1].format(row[key]) if row.get(key) is not none }}</td>{% endfor %}{% endif %}
 </tr>{% endfor %}{% endfor %}</table>
 {% endfor %}
-{% for table in models %}<h2>{{ table.title }}</h2>
-<table><tr>{% for head in table.heads %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for cells in table.rows %}<tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
-{% endfor %}
+{% if models %}<h2>Whole models</h2>
+<table><tr><th>model</th><th></th>{% for key in model_columns %}<th>{{ model_columns[key][0] }}</th>{% endfor %}</tr>
+{% for row in models %}<tr><td>{{ row.model }}, {{ row.size }}, {{ row.mode }}</td><td>{{ row.variant }}</td>
+{% if row.error %}<td class="error" colspan="{{ model_columns|length }}">{{ row.error }}</td>{% else %}
+{% for key in model_columns %}<td>{{ model_columns[key][1].format(row[key]) if row.get(key) is not none }}</td>
+{% endfor %}{% endif %}</tr>{% endfor %}</table>
+{% endif %}
 </body></html>
 """
 
@@ -51,7 +65,7 @@ def require() -> None:
             raise CommandError(f"--html needs {package}: pip install 'vlmfast[bench]'")
 
 
-def page(run: dict[str, Any], models: list[dict[str, Any]] | None = None) -> str:
+def page(run: dict[str, Any]) -> str:
     """The whole file, of what `report.write` wrote."""
     from jinja2 import Environment
     from markupsafe import Markup
@@ -76,7 +90,8 @@ def page(run: dict[str, Any], models: list[dict[str, Any]] | None = None) -> str
         columns=report.COLUMNS,
         roofline=roofline,
         legend=report.LEGEND,
-        models=models or [],
+        models=run["models"],
+        model_columns=MODEL_COLUMNS,
     )
 
 

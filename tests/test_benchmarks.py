@@ -18,7 +18,7 @@ import vlmfast
 from tests.cases import EACH_OP, require
 from vlmfast import cli
 from vlmfast.backends import Backend
-from vlmfast.benchmarks import bench, gpu_report, html, ops, peers, report, timing
+from vlmfast.benchmarks import bench, gpu_report, html, models, ops, peers, report, timing
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +143,36 @@ def test_a_run_is_a_table_json_csv_and_a_page_without_a_network(small, tmp_path:
     assert again.read_text() == text
 
 
+def test_whole_models_are_a_part_of_the_run(tmp_path: Path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"model": "llava-1.5-7b", "size": "small", "dtype": "float32", "mode": "eager", "variant": "original"}
+        | {"prefill_ms": 12.5, "decode_ms": 1.25, "cache_bytes": 1000},
+        {"model": "llava-1.5-7b", "size": "small", "dtype": "float32", "mode": "compile", "variant": "patched"}
+        | {"error": "Unsupported: <graph break>"},
+    ]
+    asked = []
+
+    def run(names, *, device, console, save):
+        asked.append((list(names), device))
+        save(rows[:1])
+        return rows
+
+    monkeypatch.setattr(models, "run", run)
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
+    page = tmp_path / "report.html"
+    assert cli.main(["bench", "--models", "llava-1.5-7b", "--device", "cpu", "--html", str(page)]) == 0
+    assert asked == [(["llava-1.5-7b"], "cpu")]
+    assert json.loads(page.with_suffix(".json").read_text())["models"] == rows
+    assert "&lt;graph break&gt;" in page.read_text()
+    assert "12.50" in page.read_text()
+    capsys.readouterr()
+    assert cli.main(["bench", "--from", str(page.with_suffix(".json"))]) == 0
+    assert "llava-1.5-7b" in capsys.readouterr().out
+
+
 def test_names_in_the_page_are_escaped(small):
-    run = {"environment": report.environment("cpu", MACHINE), "records": []}
+    run = {"environment": report.environment("cpu", MACHINE), "records": [], "models": []}
     (record,) = ops.benchmark(small, "cpu", torch.float32, (), MACHINE)
     record["contenders"][0]["error"] = "<b>&"
     run["records"].append(record)
@@ -173,6 +201,7 @@ def test_the_table_names_every_failure_once(small):
     [
         (["softmax"], "unknown op softmax; known: "),
         (["--peers", "apex"], "unknown peer apex; known: transformers, torch, compile, liger"),
+        (["--models", "gpt-2"], "unknown model gpt-2; known: llava-1.5-7b"),
         (["--threads", "0"], "must be at least 1, got 0"),
         (["--device", "cuda"], "--device: cannot use cuda"),
         (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
