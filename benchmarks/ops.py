@@ -139,7 +139,8 @@ def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], ma
                 row["tflop_per_s"] = flops / times.median / 1e12
                 row["of_ceiling"] = machine.seconds(bytes, flops) / times.median
         if contender.backend is not None:
-            row["traffic"] = counted(op.name, contender.backend)
+            compiled = "cuda" if args[0].is_cuda else "cpu"
+            row["traffic"] = counted(op.name, compiled if contender.backend == "native" else contender.backend)
         rows.append(row)
     return {
         "op": op.name,

@@ -54,6 +54,13 @@ def test_every_contender_is_timed(small, monkeypatch):
     assert found["vlmfast native"]["roundings"] == 0
 
 
+def test_counted_traffic_is_that_of_the_backend(small, monkeypatch):
+    monkeypatch.setattr(ops, "counted", lambda op, backend: {"triton": 1.5, "cuda": 2.5}.get(backend))
+    monkeypatch.setitem(OPS["rms_norm"]._loaded, "triton", Backend("triton", small.reference, lambda *_, **__: None))
+    found = measured(small)
+    assert (found["vlmfast native"]["traffic"], found["vlmfast triton"]["traffic"]) == (None, 1.5)
+
+
 def test_ceilings_bound_by_bytes_or_flops():
     machine = timing.Ceilings(copy_gb_per_s=100.0, gemm_tflop_per_s=2.0)
     assert machine.seconds(10**9, 10**9) == pytest.approx(0.01)
