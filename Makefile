@@ -20,8 +20,8 @@ test: $(VENV)/built          ## every test that this machine can run; JOBS of th
 test-faults: $(VENV)/built   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m planted
 
-test-matrix: $(VENV)/built   ## the patches under every supported transformers
-	$(BIN)/nox
+test-matrix: $(VENV)/built   ## the patches under every supported transformers, or those of MATRIX
+	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))"))
 
 check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources through nvcc
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ PACKAGES = ("triton", "numpy", "pillow", "rich", "pytest", "pytest-xdist", "acce
 
 
 @nox.session
-@nox.parametrize("transformers", ["4.57.6", "5.17.0", "5.23.0"])
+@nox.parametrize("transformers", [nox.param(release, id=release) for release in ("4.57.6", "5.17.0", "5.23.0")])
 def matrix(session: nox.Session, transformers: str) -> None:
     """One transformers release: patches, command line, references. Uses the extension built in the checkout."""
     session.install("--quiet", TORCH)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vlmfast.ops import bytes_moved
 from vlmfast.ops import pixel_shuffle_calls as calls
+from vlmfast.ops import pixel_shuffle_checks as checks
 from vlmfast.products import linear
 from vlmfast.registry import op
 
@@ -62,7 +63,7 @@ def _unshuffle_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]
 
 
 @op(
-    check=calls.check_pixel_shuffle,
+    check=checks.check_pixel_shuffle,
     upstream=calls.shuffle_upstream,
     limits={"x.clone()": lambda x, *_: x.clone},
     samples=calls.shuffle_samples,
@@ -102,7 +103,7 @@ def pixel_shuffle(
 
 
 @op(
-    check=calls.check_pixel_unshuffle,
+    check=checks.check_pixel_unshuffle,
     samples=calls.unshuffle_samples,
     bad_calls=calls.unshuffle_bad_calls,
     workloads=calls.unshuffle_workloads,
@@ -157,7 +158,7 @@ def _norm_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
 
 
 @op(
-    check=calls.check_norm,
+    check=checks.check_norm,
     upstream=calls.norm_upstream,
     samples=calls.norm_samples,
     bad_calls=calls.norm_bad_calls,
@@ -212,7 +213,7 @@ def pixel_shuffle_norm(
 
 
 @op(
-    check=calls.check_norm_backward,
+    check=checks.check_norm_backward,
     samples=calls.norm_backward_samples,
     bad_calls=calls.norm_backward_bad_calls,
     workloads=calls.norm_backward_workloads,
@@ -290,7 +291,7 @@ def _fused(
     norm_eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    grid = calls.square(x) if grid is None else grid
+    grid = checks.square(x) if grid is None else grid
     if norm_weight is not None:
         norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
         tokens = pixel_shuffle_norm(x, norm_weight, norm_bias, grid, scale, order, input_scale, norm_eps)
@@ -302,15 +303,15 @@ def _fused(
     if activation is None:
         return projected
     if projected.requires_grad or torch.compiler.is_compiling():
-        return F.gelu(projected, approximate=calls.ACTIVATIONS[activation])
-    activated: Tensor = torch.ops.aten.gelu_(projected, approximate=calls.ACTIVATIONS[activation])
+        return F.gelu(projected, approximate=checks.ACTIVATIONS[activation])
+    activated: Tensor = torch.ops.aten.gelu_(projected, approximate=checks.ACTIVATIONS[activation])
     return activated
 
 
 @op(
     compose=_fused,
     parts=("pixel_shuffle", "pixel_shuffle_norm"),
-    check=calls.check_linear,
+    check=checks.check_linear,
     upstream=calls.linear_upstream,
     limits={"F.linear alone": calls.bare_linear},
     samples=calls.linear_samples,
@@ -358,7 +359,7 @@ def pixel_shuffle_linear(
     Source:
         InternVLMultiModalProjector, Idefics3Connector and Qwen3VLVisionPatchMerger of transformers 5.23.
     """
-    grid = calls.square(x) if grid is None else grid
+    grid = checks.square(x) if grid is None else grid
     if norm_weight is not None and norm_weight.shape[0] == x.shape[2]:
         scaled = x if input_scale == 1.0 else x * input_scale
         tokens = _shuffled(
@@ -369,4 +370,4 @@ def pixel_shuffle_linear(
         if norm_weight is not None:
             tokens = F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, norm_eps)
     projected = F.linear(tokens, weight, bias)
-    return projected if activation is None else F.gelu(projected, approximate=calls.ACTIVATIONS[activation])
+    return projected if activation is None else F.gelu(projected, approximate=checks.ACTIVATIONS[activation])
