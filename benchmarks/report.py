@@ -37,7 +37,8 @@ LEGEND = """us: median; spread: distance of the quartiles; wall us: an eager cal
 of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of a large matrix product, over the time;
 above 100% where the data lie in a cache
 / copy: time over that of a copy of as many bytes; x: how many times faster than; all ratios are of this one run
-roundings: distance from the definition, 0 is bit-equal; traffic: bytes counted over the fewest possible"""
+roundings: distance from the definition, of peers in roundings of the inputs' dtype; 0 is bit-equal
+traffic: bytes counted over the fewest possible"""
 
 
 def device_name(device: str) -> str:

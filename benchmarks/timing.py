@@ -13,6 +13,8 @@ import torch
 Call = Callable[[], object]
 ROUNDS = 25
 ROUND_SECONDS = 0.02  # of one contender: long beside the clock, short beside a slow spell
+ALL_SECONDS = 60.0  # of all rounds of slow contenders, of which there are then fewer
+FEWEST_ROUNDS = 5
 L2_BYTES = 256 << 20  # more than any GPU's second-level cache
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # more than any cache
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -70,13 +72,6 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(COPY_BYTES[device] / copy / 1e9, 2 * size**3 / min(t.median for t in times.values()) / 1e12)
 
 
-def _batch(call: Call, synchronize: Call) -> int:
-    """How many calls fill a round."""
-    call()  # compiles
-    seconds = _wall_seconds(call, 1, synchronize)
-    return max(1, min(20000, int(ROUND_SECONDS / max(seconds, 1e-7))))
-
-
 def _wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
     synchronize()
     start = time.perf_counter()
@@ -96,7 +91,11 @@ def measure(contenders: Mapping[str, Call], device: str, rounds: int = ROUNDS) -
 
 
 def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call) -> dict[str, Times]:
-    batches = {name: _batch(call, synchronize) for name, call in contenders.items()}
+    for call in contenders.values():
+        call()  # compiles
+    singles = {name: _wall_seconds(call, 1, synchronize) for name, call in contenders.items()}
+    batches = {name: max(1, min(20000, int(ROUND_SECONDS / max(s, 1e-7)))) for name, s in singles.items()}
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(ALL_SECONDS / sum(max(s, ROUND_SECONDS) for s in singles.values()))))
     walls: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():

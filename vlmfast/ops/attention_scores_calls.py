@@ -79,22 +79,24 @@ def _factor(query: Tensor, scale: float | None) -> float:
 
 def cls_row(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Callable[[], Tensor]:
     """The row alone, as one would write it; its products are rounded to the dtype."""
-    factor, row = _factor(query, scale), query[:, :, None]
+    factor, row, cls_index = _factor(query, scale), query[:, :, None], cls_index % key.shape[2]
 
     def run() -> Tensor:
-        weights = torch.softmax(row @ key.transpose(-1, -2) * factor, -1, dtype=torch.float32)
-        return weights[:, :, 0, 1:].sum(1)
+        weights = torch.softmax(row @ key.transpose(-1, -2) * factor, -1, dtype=torch.float32).sum(1)[:, 0]
+        return torch.cat([weights[:, :cls_index], weights[:, cls_index + 1 :]], 1)
 
     return run
 
 
 def cls_map(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Callable[[], Tensor]:
     """All rows, as ``output_attentions`` gives them, of which one is used."""
-    factor, rows = _factor(query, scale), torch.randn_like(key)
+    factor, rows, cls_index = _factor(query, scale), torch.randn_like(key), cls_index % key.shape[2]
+    rows[:, :, cls_index] = query
 
     def run() -> Tensor:
         weights = torch.softmax(rows @ key.transpose(-1, -2) * factor, -1, dtype=torch.float32).to(key.dtype)
-        return weights[:, :, 0, 1:].sum(1)
+        row = weights[:, :, cls_index]
+        return torch.cat([row[..., :cls_index], row[..., cls_index + 1 :]], -1).sum(1)
 
     return run
 
