@@ -25,6 +25,12 @@ Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, di
 tensors, one node under `torch.compile`, and returns new contiguous tensors.
 """
 AROUND = "# Around the ops\n"
+BENCHMARKS_HEAD = """# Benchmarks
+
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote: medians of
+interleaved rounds of one run. Below 1 the other is faster than vlmfast. "copy" moves as many bytes as the op; `clone()`
+and `F.linear alone` are limits too: less work than the op takes.
+"""
 
 
 class Bare(str):
@@ -70,7 +76,7 @@ def figures_of(run: dict[str, Any]) -> str:
     on_gpu = where.get("kind", "cpu") != "cpu"
     place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
     lines = [
-        f"Measured on {where['date'][:10]}: {where['device']} ({place}), bfloat16, torch {where['torch']},",
+        f"Measured on {where['date'][:10]}: {where['device']} ({place}), {run['records'][0]['dtype']}, torch {where['torch']},",
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the",
         "last column is the time over that of a copy of as many bytes.",
         "",
@@ -87,10 +93,32 @@ def figures_of(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def benchmarks() -> str:
+    """Every committed run, each row with all that it was timed against."""
+    paths = sorted(RESULTS.glob("*/ops.json")) + sorted(RESULTS.glob("cpu*.json"))
+    return "\n".join([BENCHMARKS_HEAD, *(f"{run_of(json.loads(path.read_text()))}\n" for path in paths)])
+
+
+def run_of(run: dict[str, Any]) -> str:
+    """One run: how many times as long as vlmfast everything else takes."""
+    where = run["environment"]
+    facts = [f"{name} {where[name]}" for name in ("date", "threads", "cpu_capability", "torch", "transformers")]
+    lines = [f"## {where['device']}", "", ", ".join(facts), ""]
+    lines += ["| op | shape | dtype | time | time over vlmfast's |", "| --- | --- | --- | ---: | --- |"]
+    for record in run["records"]:
+        ours, *others = record["contenders"]
+        if "us" not in ours:
+            continue
+        ratios = [f"{row['name']} {row['us'] / ours['us']:.2f}" for row in others if "us" in row]
+        cells = [f"`{record['op']}`", record["workload"], record["dtype"], f"{ours['us']:.1f} us", ", ".join(ratios)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Write the files, or compare them."""
     readme = MARKED.sub(lambda match: f"{match[1]}{figures()}\n{match[2]}", README.read_text())
-    wanted = {PAGE: page(), README: readme}
+    wanted = {PAGE: page(), README: readme, ROOT / "docs" / "benchmarks.md": benchmarks()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:
