@@ -75,8 +75,9 @@ def figures_of(run: dict[str, Any]) -> str:
     where = run["environment"]
     on_gpu = where.get("kind", "cpu") != "cpu"
     place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
+    dtype = run["records"][0]["dtype"]
     lines = [
-        f"Measured on {where['date'][:10]}: {where['device']} ({place}), {run['records'][0]['dtype']}, torch {where['torch']},",
+        f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},",
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the",
         "last column is the time over that of a copy of as many bytes.",
         "",
