@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
 from vlmfast.registry import OPS, Op
@@ -160,3 +161,19 @@ def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         for first, step in [(0, 0), *chosen]:
             layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
             yield tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+# operators whose result's shape, or the host's next step, depends on data: a GPU's host waits, and no graph holds them
+WAITING = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::masked_select", "aten::is_nonzero"}

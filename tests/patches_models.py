@@ -98,3 +98,27 @@ def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:
         assert torch.equal(got, want)
     else:
         assert (got - want).abs().max() <= torch.finfo(want.dtype).eps * want.abs().max()
+
+
+def llava_processor() -> transformers.LlavaProcessor:
+    """What belongs to the tiny LLaVA: a word for each of its ids, and images of 4 x 4 patches."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "describe", "this", *(f"word{number}" for number in range(57))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    image_processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return transformers.LlavaProcessor(
+        image_processor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",
+            pad_token="<pad>",
+            padding_side="left",
+            additional_special_tokens=["<image>"],
+            model_input_names=["input_ids", "attention_mask"],
+        ),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )

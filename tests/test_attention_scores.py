@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,25 @@ def test_a_token_that_is_not_a_number_is_seen(backend: str):
     assert vlmfast.cls_attention(query, key).isnan().all()
     got = vlmfast.received_attention(key[0], key[0], torch.tensor([0, 8, 40], dtype=torch.int32))
     assert got[:8].isnan().all()
+
+
+def test_the_native_kernel_stores_no_map():
+    """The highest that the memory of the process rises: a twentieth of the map would be less than that of one head."""
+    require(OPS["received_attention"], "native")
+    mark, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not mark.exists():
+        pytest.skip("the system does not tell")
+    query, key = (torch.randn(8, 2048, 32) for _ in range(2))
+
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
+
+    with vlmfast.use("native"):
+        vlmfast.received_attention(query[:, :64], key[:, :64])
+        mark.write_text("5")  # the peak is what it is now
+        before = kilobytes("VmRSS")
+        vlmfast.received_attention(query, key)
+    assert 1024 * (kilobytes("VmHWM") - before) < 0.05 * 4 * 8 * 2048**2
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+import vlmfast
 from tests.cases import (
     DIFFERENTIABLE,
     DTYPES,
     EACH_OP,
     PRIMITIVE,
     REPLACING,
+    WAITING,
+    Recorder,
     calls,
     each,
     each_place,
@@ -236,6 +239,24 @@ def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
 
         compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
         assert_traced_alike(op, grads(compiled), grads(op.function))
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_triton_launchers_wait_for_nothing(op: Op):
+    """What a CUDA graph can hold, as far as that shows without a GPU."""
+    for args in runnable(op, "triton", list(op.samples("cpu", torch.float32))[:2]):
+        with vlmfast.use("triton"), Recorder() as recorder:
+            op.run(*args)
+        assert not recorder.names & WAITING
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_checks_need_no_numbers_of_a_device(op: Op):
+    """Meta tensors have none: whatever asked for one would fail."""
+    for args in op.samples("cpu", torch.float32):
+        got = outputs(op.function(*(a.to("meta") if is_tensor(a) else a for a in args)))
+        for g, want in zip(got, outputs(op.reference(*args)), strict=True):
+            assert (g.device.type, g.shape, g.dtype) == ("meta", want.shape, want.dtype)
 
 
 @pytest.mark.parametrize("op", EACH_OP)

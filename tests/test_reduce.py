@@ -134,9 +134,27 @@ def test_keeping_everything_changes_no_bit(family: Family, dtype: torch.dtype):
 
 def keep_all_by_visionzip(talk: Talk) -> list[Method]:
     """With a CLS token one patch has to go for it."""
+    return [] if shows_cls(talk) else [VisionZip(dominant=1.0, contextual=0)]
+
+
+def shows_cls(talk: Talk) -> bool:
+    """Whether a CLS token can stand beside the patches: InternVL's is left behind when these are joined."""
     tower = getattr(talk.model.base_model, "vision_tower", None)
-    has_cls = tower is not None and vlmfast.reduce.towers.has_cls(tower)
-    return [] if has_cls else [VisionZip(dominant=1.0, contextual=0)]
+    return tower is not None and vlmfast.reduce.towers.has_cls(tower) and talk.family.model_types[0] != "internvl"
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_budgets_of_nothing(family: Family):
+    """No token left, none merged, or merged ones alone; a CLS token is kept, so that there one has to be dominant."""
+    talk, prompts = Talk.of(family), RAGGED[1:3]
+    inputs = talk.batch(*prompts)
+    for method in (EvenTokens(0), VisionZip(dominant=1, contextual=0), VisionZip(dominant=0, contextual=2)):
+        with vlmfast.patch(talk.model, reduce=method):
+            if method == VisionZip(dominant=0, contextual=2) and not keep_all_by_visionzip(talk):
+                with pytest.raises(ValueError, match=r"dominant must be at least 1 of 16 .* CLS token, .* got 0"):
+                    logits(talk.model, inputs)
+            else:
+                assert_by_hand(logits(talk.model, inputs), talk, method, prompts)
 
 
 @pytest.mark.parametrize("family", EACH_FAMILY)

@@ -168,7 +168,7 @@ class Words(BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY[:2])
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_streamer_and_dict(family: Family):
     talk = Talk.of(family)
     inputs = talk.batch(PROMPTS[2])

@@ -179,7 +179,13 @@ class VisionZip(Method):
 
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """The CLS token is one of the dominant ones."""
-        return share(self.dominant, count, crops) - has_cls, share(self.contextual, count, crops)
+        dominant = share(self.dominant, count, crops)
+        if has_cls and not dominant:
+            raise ValueError(
+                f"dominant must be at least 1 of {count} visual tokens where the tower has a CLS token, which counts "
+                f"as one, got {self.dominant}"
+            )
+        return dominant - has_cls, share(self.contextual, count, crops)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """The attention that each token gets."""
