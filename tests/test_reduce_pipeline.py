@@ -71,6 +71,9 @@ def test_pipeline():
         words, logits = ask(return_full_text=False)
         assert words == want
         assert ask()[0] == [[*text.split(), *answer] for text, answer in zip(TEXTS, want, strict=True)]
+        (row,) = pipe(images=pictures()[0], text=TEXTS[0], generate_kwargs=OPTIONS, return_tensors=True)
+        full = processor(images=pictures()[0], text=TEXTS[0])["input_ids"][0]
+        assert row["generated_token_ids"][:-STEPS].tolist() == list(full)
     torch.testing.assert_close(logits, want_logits, rtol=1e-5, atol=2e-5)
     assert ((whole - logits)[:, 0].abs().amax(1) > 1e-3).all(), "what is reduced does not show"
     assert torch.equal(ask()[1], whole)
