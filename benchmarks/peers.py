@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 def _llama_only(package: str, variant: str) -> None:
     if variant != "llama":
-        raise NotImplementedError(f"{package} has no call for the variant {variant} here")
+        raise ValueError(f"{package} has no call for the variant {variant} here")
 
 
 def _liger(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops import attention_scores_calls as calls
+from vlmfast.ops import bytes_moved
 from vlmfast.registry import op
 
 ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a time
@@ -23,7 +24,7 @@ ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a tim
     bad_calls=calls.cls_bad_calls,
     workloads=calls.cls_workloads,
     flops=lambda query, key, *_: 2 * key.numel(),
-    bytes=lambda query, key, *_: query.nbytes + key.nbytes + 4 * key.shape[0] * (key.shape[2] - 1),
+    bytes=bytes_moved.cls_attention,
     detached=True,
 )
 def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:

@@ -1,8 +1,8 @@
 """The least memory traffic of a call of each op that takes more than one line to say, in bytes: `Op.bytes`.
 
 Each operand is read once and each result written once. Where an op takes two launches, what the first one leaves for
-the second (indexes, orders, slots, partial sums of a weight's gradient) is written and read. tests/test_traffic.py
-holds what the kernels really move against these numbers.
+the second (indexes, orders, slots, products, partial sums of a weight's gradient) is written and read.
+tests/test_traffic.py holds what the kernels really move against these numbers.
 """
 
 from __future__ import annotations
@@ -93,7 +93,13 @@ def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, *_: object) ->
     return row_bytes(grad_tokens) * (_packed(invalid, grad_tokens.shape[1]) + invalid.numel()) + _index(invalid, None)
 
 
-# ---- the token merge ----
+# ---- scores and the token merge ----
+
+
+def cls_attention(query: Tensor, key: Tensor, *_: object) -> int:
+    """The products of each head wait, in float32, for the sums of the whole row; one score for each other token out."""
+    batch, heads, tokens, _size = key.shape
+    return query.nbytes + key.nbytes + 8 * batch * heads * tokens + 4 * batch * (tokens - 1)
 
 
 def top_tokens(scores: Tensor, k: int) -> int:
