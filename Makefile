@@ -14,16 +14,16 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
 	$(BIN)/python -m vlmfast demo
 
-test: $(VENV)/built          ## every test that this machine can run; JOBS of them at a time, each on one thread
+test: $(VENV)/built $(VENV)/tools          ## every test that this machine can run; JOBS of them at a time, each on one thread
 	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not planted"
 
-test-faults: $(VENV)/built   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
+test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m planted
 
-test-matrix: $(VENV)/built   ## the patches under every supported transformers, or those of MATRIX
+test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or those of MATRIX
 	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))"))
 
-check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources through nvcc
+check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -31,26 +31,32 @@ check: $(VENV)/built         ## formatting, types, stale docs, CUDA sources thro
 	$(BIN)/python scripts/make_docs.py --check
 	$(BIN)/python scripts/compile_cuda.py
 
-bench: $(VENV)/built         ## time every op against its peers and the limit of this machine
+bench: $(VENV)/built $(VENV)/tools         ## time every op against its peers and the limit of this machine
 	$(BIN)/python -m vlmfast bench
 
-static: $(VENV)/built        ## count traffic, registers and widths of accesses: benchmarks/results/static.json
+static: $(VENV)/built $(VENV)/tools        ## count traffic, registers and widths of accesses: benchmarks/results/static.json
 	$(BIN)/python scripts/static_report.py
 
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
 	$(PYTHON) -m benchmarks.gpu_report  # the machine's own Python and CUDA torch: nothing is downloaded
 
-docs: $(VENV)/built          ## regenerate docs/ops.md
+docs: $(VENV)/built $(VENV)/tools          ## regenerate docs/ops.md
 	$(BIN)/python scripts/make_docs.py
 
 $(VENV)/installed: pyproject.toml
+	@echo "Installing torch and transformers into $(VENV): about 1 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich matplotlib pytest pytest-xdist accelerate peft ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich
+	touch $@
+
+$(VENV)/tools: $(VENV)/installed
+	$(BIN)/pip install --quiet pytest pytest-xdist accelerate peft matplotlib ruff mypy clang-format==20.1.8 nox
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
+	@echo "Compiling the C++ kernels: a few minutes, once"
 	VLMFAST_REQUIRE_EXTENSION=1 PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -51,7 +51,7 @@ class Options:
 
 def run(options: Options) -> int:
     """Run the benchmarks that the options name; 1 if one of our own results is wrong."""
-    _known("op", options.ops, tuple(OPS))
+    _known("op", [name for name in options.ops if name not in OPS], tuple(PUBLIC))
     _known("peer", options.peers or (), (*peers.KINDS, "none"))
     _known("model", options.models or (), tuple(published.MODELS))
     for path in (options.html, options.json):
@@ -98,7 +98,8 @@ def _read(path: Path) -> dict[str, Any]:
             record["contenders"]
         found["models"], found["environment"]["device"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CommandError(f"cannot read {path} as a benchmark's JSON: {one_line(error)}") from error
+        what = one_line(error) if isinstance(error, OSError) else "it is not what `bench --json` writes"
+        raise CommandError(f"cannot read {path}: {what}") from error
     return found
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import operator
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,7 @@ def figures() -> str:
     tables = [figures_of(json.loads(path.read_text())) for path in (*gpus, RESULTS / "cpu.json")]
     if not gpus:
         tables.append("There is no result of a GPU yet: `make gpu-report` makes one.")
+    tables.append("Beside every other peer, with all shapes that lose: [docs/benchmarks.md](docs/benchmarks.md).")
     return "\n\n".join(tables)
 
 
@@ -75,7 +77,7 @@ def figures_of(run: dict[str, Any]) -> str:
     where = run["environment"]
     on_gpu = where.get("kind", "cpu") != "cpu"
     place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
-    dtype = run["records"][0]["dtype"]
+    dtype = statistics.mode(record["dtype"] for record in run["records"])
     lines = [
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},",
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the",
@@ -88,9 +90,12 @@ def figures_of(run: dict[str, Any]) -> str:
         ours = record["contenders"][0]
         if record["op"] not in vlmfast.__all__ or "us" not in ours:
             continue
+        times = {row["name"]: row["us"] for row in record["contenders"] if "us" in row}
         cells = [f"`{record['op']}`", record["workload"], f"{ours['us']:.1f} us"]
-        cells += [f"{ours[key]:.1f}" if key in ours else "" for key in ("x_transformers", "x_compile")]
-        lines.append(f"| {' | '.join([*cells, format(ours['over_copy'], '.2f')])} |")
+        cells += [
+            f"{times[name] / ours['us']:.1f}" if name in times else "" for name in ("transformers", "torch.compile")
+        ]
+        lines.append(f"| {' | '.join([*cells, format(ours['us'] / times['copy'], '.2f')])} |")
     return "\n".join(lines)
 
 

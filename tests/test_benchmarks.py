@@ -213,7 +213,7 @@ def test_the_table_names_every_failure_once(small):
         (["--device", "cuda"], "--device: cannot use cuda"),
         (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
         (["--json", "tests"], "cannot write tests: it is a folder"),
-        (["--from", "Makefile"], "cannot read Makefile as a benchmark's JSON"),
+        (["--from", "Makefile"], "cannot read Makefile: it is not what `bench --json` writes"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -251,3 +251,12 @@ def test_subclasses_of_tensor_run_the_definition(call):
             assert backend.unsupported(x, call[1]) == "Marked is a subclass of Tensor"
             assert name == "triton" or backend.unsupported(call[0], call[1].as_subclass(Marked)) is not None
     assert torch.equal(vlmfast.rms_norm(x, call[1]), OPS["rms_norm"].reference(*call))
+
+
+def test_a_composed_op_gives_the_reason_that_its_parts_share(monkeypatch):
+    op = OPS["merge_tokens"]
+    for part, reason in zip(op.parts, ("not built", "not built"), strict=True):
+        monkeypatch.setitem(OPS[part]._loaded, "native", reason)
+    assert op._composed("native") == "not built"
+    monkeypatch.setitem(OPS[op.parts[1]]._loaded, "native", "too old")
+    assert op._composed("native") == f"{op.parts[0]}: not built"

@@ -43,6 +43,8 @@ def cpu_capabilities() -> dict[str, Any]:
 
 def usable_device(name: str | None) -> torch.device:
     """The device of that name, or the one to use where none was named."""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        raise CommandError(f"--device: cannot use {name}: torch sees no GPU")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # is it there?

@@ -86,16 +86,15 @@ class Op:
 
     def _composed(self, name: str) -> backends.Backend | str:
         found = {part: OPS[part].backend(name) for part in self.parts}
-        for part, backend in found.items():
-            if isinstance(backend, str):
-                return f"{part}: {backend}"
+        if reason := _reason(
+            {part: backend for part, backend in found.items() if isinstance(backend, str)}, self.parts
+        ):
+            return reason
 
         def unsupported(*args: Any, **kwargs: Any) -> str | None:
             first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            for part, backend in found.items():
-                if reason := cast("backends.Backend", backend).absent_on(first):
-                    return f"{part}: {reason}"
-            return None
+            absent = {part: cast("backends.Backend", backend).absent_on(first) for part, backend in found.items()}
+            return _reason({part: reason for part, reason in absent.items() if reason}, self.parts)
 
         return backends.Backend(name, cast("Callable[..., Any]", self.compose), unsupported)
 
@@ -134,6 +133,14 @@ class Op:
                 return backend.run(*args, **kwargs)  # type: ignore[union-attr]  # a reason refuses itself
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(*args, **kwargs))
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
+
+
+def _reason(reasons: Mapping[str, str], parts: tuple[str, ...]) -> str | None:
+    """Why a composed op cannot run: the reason that all parts share, or the first part's with its name."""
+    if not reasons:
+        return None
+    part, reason = next(iter(reasons.items()))
+    return reason if len(reasons) == len(parts) and len({*reasons.values()}) == 1 else f"{part}: {reason}"
 
 
 P = ParamSpec("P")
