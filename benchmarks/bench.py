@@ -48,6 +48,11 @@ class Options:
     json: Path | None = None
     source: Path | None = None
 
+    @property
+    def kept(self) -> Path | None:
+        """Where the records go, while they are made and at the end."""
+        return self.json or (self.html and self.html.with_suffix(".json"))
+
 
 def run(options: Options) -> int:
     """Run the benchmarks that the options name; 1 if one of our own results is wrong."""
@@ -57,6 +62,8 @@ def run(options: Options) -> int:
     for path in (options.html, options.json):
         _writable(path)
     if options.html is not None:
+        if options.html.suffix in (".json", ".csv"):
+            raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
         html.require()
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
     if options.source is None:
@@ -64,9 +71,9 @@ def run(options: Options) -> int:
     else:
         found = _read(options.source)
         _show(console, found)
-    for path in filter(None, (options.html, options.json)):
-        report.write(path.with_suffix(".json"), found)
-        report.write_csv(path.with_suffix(".csv"), found)
+    if options.kept is not None:
+        report.write(options.kept, found)
+        report.write_csv(options.kept.with_suffix(".csv"), found)
     if options.html is not None:
         options.html.write_text(html.page(found))
         console.print(f"report: {options.html}")
@@ -128,7 +135,12 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
     if options.threads < 1:
         raise CommandError(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    device, dtype = usable_device(options.device).type, getattr(torch, options.dtype)
+    place, dtype = usable_device(options.device), getattr(torch, options.dtype)
+    if place.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got {options.device}")
+    if place.index is not None and place.type == "cuda":
+        torch.cuda.set_device(place)
+    device = place.type
     names = list(options.ops) or ([] if options.models is not None else PUBLIC)
     machine = timing.ceilings(device, dtype)
     found: dict[str, Any] = {"environment": report.environment(device, machine), "records": [], "models": []}
@@ -155,8 +167,8 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
 def _keep(options: Options, found: dict[str, Any], **more: Any) -> None:
     """Write what is known so far: a stop loses only what was being measured."""
     found |= more
-    if options.json:
-        report.write(options.json, found)
+    if options.kept is not None:
+        report.write(options.kept, found)
 
 
 def _one_op(

@@ -195,6 +195,12 @@ def test_what_is_known_survives_a_stop(small, tmp_path: Path, monkeypatch):
     assert [r["workload"] for r in json.loads((tmp_path / "out.json").read_text())["records"]] == ["4x64"]
 
 
+def test_the_records_are_written_where_they_are_asked_for(small, tmp_path: Path):
+    kept = tmp_path / "out.txt"
+    assert cli.main(["bench", "rms_norm", "--device", "cpu", "--peers", "none", "--json", str(kept)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.txt"]
+
+
 def test_the_table_names_every_failure_once(small):
     (record,) = ops.benchmark(small, "cpu", torch.float32, (), MACHINE)
     record["contenders"][0]["error"] = "broken"
@@ -213,6 +219,8 @@ def test_the_table_names_every_failure_once(small):
         (["--device", "cuda"], "--device: cannot use cuda"),
         (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
         (["--json", "tests"], "cannot write tests: it is a folder"),
+        (["--html", "out.json"], "--html out.json: a file of that name would be written over"),
+        (["--device", "meta"], "--device"),
         (["--from", "Makefile"], "cannot read Makefile: it is not what `bench --json` writes"),
     ],
 )
