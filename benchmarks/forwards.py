@@ -73,7 +73,9 @@ class Answer:
         memory = vars(self.cache).pop(MEMORY, None)
         length = self.cache.get_seq_length()
         deltas = getattr(self.model.base_model if memory is None else memory, "rope_deltas", None)
-        self.position.copy_(length if deltas is None else length + deltas)
+        self.position.fill_(length)  # a number is not copied to the device, for which the host would wait
+        if deltas is not None:
+            self.position.add_(deltas)
         return self._choose(logits)
 
     def forward(self) -> Tensor:

@@ -13,11 +13,13 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -48,6 +50,7 @@ def steps(out: Path) -> list[Step]:
     models += ["--device", "cuda", "--modes"]
     compiled = ["rms_norm", "add_rms_norm", "deepstack_add", "--peers", "compile"]
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    page = ["--from", str(out / "ops.json"), "--html", str(out / "report.html")]
     found = [
         Step(
             "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, {"TORCH_CUDA_ARCH_LIST": architecture}
@@ -55,14 +58,24 @@ def steps(out: Path) -> list[Step]:
         Step("info", [*python, "vlmfast", "info"], 60),
         Step("tests", [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
         Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 150),
+        Step("page", [*python, "vlmfast", "bench", *page], 60),
         Step("models", [*models, "eager,graph", "--budget", "120", "--json", str(out / "models.json")], 200),
         Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 90),
         Step("demo", [*python, "vlmfast", "demo", "--device", "cuda"], 60),
     ]
-    if importlib.util.find_spec("matplotlib") is not None:
-        page = ["--from", str(out / "ops.json"), "--html", str(out / "report.html")]
-        found.append(Step("page", [*python, "vlmfast", "bench", *page], 60))
-    return found
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    return [step for step in found if can_draw or step.name != "page"]
+
+
+def _call(command: list[str], log: IO[str], environment: dict[str, str], seconds: float) -> int:
+    """The exit code; what a command that is stopped has started (compilers, say) is stopped with it."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
@@ -71,9 +84,7 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
     with (out / f"{step.name}.log").open("w") as log:
         try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=min(seconds, step.seconds)
-            ).returncode
+            code = _call(step.command, log, environment, min(seconds, step.seconds))
         except subprocess.TimeoutExpired:
             code = None
     taken = time.monotonic() - start

@@ -62,7 +62,7 @@ def require() -> None:
     """Refuse to begin a run whose report could not be made."""
     for package in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(package) is None:
-            raise CommandError(f"--html needs {package}: pip install 'vlmfast[bench]'")
+            raise CommandError(f"--html needs {package}: pip install matplotlib")
 
 
 def page(run: dict[str, Any]) -> str:

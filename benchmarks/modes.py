@@ -130,7 +130,9 @@ def _capture(contender: Contender, answer: Answer) -> None:
     contender.step = _graph(answer.step)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        Answer(answer.model, answer.inputs).prefill()
+        answer.prefill()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a capture that fails would leave the random generator unusable
         contender.facts["prefill_graph"] = f"none: {one_line(error)}"
         return

@@ -50,15 +50,23 @@ class Contender:
 
 def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Contender]:
     """Our backends that run the call, the peers of those kinds, the op's limits, and a copy of as many bytes."""
-    chosen = [name for name, reason in op.refusals(*args) if reason is None and name in ("native", "triton")]
+    refusals = {name: reason for name, reason in op.refusals(*args) if name in ("native", "triton")}
+    chosen = [name for name, reason in refusals.items() if reason is None]
     found = [
         Contender(f"{OURS} {name}", "ours", functools.partial(_ours, op, name if index else None), name)
         for index, name in enumerate(chosen)
     ]
+    if refusals and not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        found = [Contender(OURS, "ours", functools.partial(_refused, reasons))]
     found += [Contender(name, "peer", prepare) for name, prepare in peers.of(op, kinds)]
     found += [Contender(name, "limit", prepare) for name, prepare in op.limits.items()]
     half = max(1, op.bytes(*args) // 2)
     return [*found, Contender(COPY, "limit", lambda x, *_: torch.empty(half, dtype=torch.int8, device=x.device).clone)]
+
+
+def _refused(reasons: str, *_: Any) -> Call:
+    raise RuntimeError(f"no kernel runs this call ({reasons})")
 
 
 def _ours(op: Op, pin: str | None, *args: Any) -> Call:
@@ -141,7 +149,7 @@ def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], ma
                     row[key] = by_name[name].over(times)
             if contender.group != "limit":
                 row["gb_per_s"] = bytes / times.median / 1e9
-                row["tflop_per_s"] = flops / times.median / 1e12
+                row["tflop_per_s"] = flops / times.median / 1e12 if flops else None
                 row["of_ceiling"] = machine.seconds(bytes, flops) / times.median
         if contender.backend is not None:
             compiled = "cuda" if args[0].is_cuda else "cpu"

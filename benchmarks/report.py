@@ -115,7 +115,7 @@ def write_csv(path: Path, run: dict[str, Any]) -> None:
 def columns(records: list[dict[str, Any]]) -> list[str]:
     """The columns that say something: on a CPU an eager call is all there is to time."""
     rows = [row for record in records for row in record["contenders"]]
-    filled = [key for key in COLUMNS if any(row.get(key) for row in rows)]
+    filled = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     return [key for key in filled if key != "wall_us" or any(row.get("us") != row.get("wall_us") for row in rows)]
 
 

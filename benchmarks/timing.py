@@ -65,7 +65,7 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     source = torch.empty(COPY_BYTES[device] // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     size = GEMM_SIZE[device]
-    matrices = [torch.ones(size, size, dtype=each, device=device) for each in {dtype, torch.float32}]
+    matrices = [torch.randn(size, size, device=device).to(each) for each in {dtype, torch.float32}]
     calls: dict[str, Call] = {str(matrix.dtype): functools.partial(torch.mm, matrix, matrix) for matrix in matrices}
     times = measure({"copy": lambda: target.copy_(source), **calls}, device, rounds=9)
     copy = times.pop("copy").median

@@ -123,6 +123,13 @@ def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
     assert "us" not in found["liger"]
 
 
+def test_an_op_without_a_kernel_says_so(small, monkeypatch, capsys):
+    for name in ("native", "triton"):
+        monkeypatch.setitem(OPS["rms_norm"]._loaded, name, "not built")
+    assert cli.main(["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "torch"]) == 1
+    assert "no kernel runs this call (native: not built; triton: not built)" in capsys.readouterr().out
+
+
 def test_rounds_are_paired():
     ours, theirs = timing.Times([1.0, 10.0, 2.0]), timing.Times([2.0, 20.0, 4.0])
     assert theirs.over(ours) == 2.0

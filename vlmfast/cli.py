@@ -72,12 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "time the ops, and whole models, against their peers and the limits of this machine"
     command = commands.add_parser(
-        "bench", help=text, description=f"{text}. Exit code 1 if a result of ours is wrong: it gets no speed."
+        "bench", help=text, description=f"{text}. Exit code 1 if a result of ours is wrong or missing."
     )
     command.set_defaults(command=_bench)
     command.add_argument("ops", metavar="OP", nargs="*", help="such as rms_norm; default: every public op")
     command.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the ops; default: %(default)s")
     command.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU; default: %(default)s")
     command.add_argument(
         "--peers",

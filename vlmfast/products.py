@@ -28,7 +28,10 @@ SLOW = _slow()  # once: a call in the traced code would break torch.compile's gr
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, and as exact: summed in float32 and rounded once, as it is of half-precision numbers."""
-    if not x.is_cpu or x.dtype not in SLOW or x.numel() < FEWEST_ROWS * x.shape[-1]:
+    """``F.linear``, and as exact: summed in float32 and rounded once, as it is of half-precision numbers.
+
+    Where a gradient is needed, the float32 copies live until the backward.
+    """
+    if not x.is_cpu or x.dtype not in SLOW or x.numel() < FEWEST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -160,7 +160,6 @@ def deepstack_add(
     bad_calls=calls.place_bad_calls,
     workloads=calls.deepstack_workloads,
     bytes=bytes_moved.place_embeddings,
-    flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
     setup_context=_setup_context,
     backward=_place_backward,
     exact=True,
