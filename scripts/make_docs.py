@@ -28,10 +28,11 @@ tensors, one node under `torch.compile`, and returns new contiguous tensors.
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
 
-Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote: medians of
-interleaved rounds of one run. Below 1 the other is faster than vlmfast. "copy" moves as many bytes as the op; `clone()`
-and `F.linear alone` are limits too: less work than the op takes, unless the processor has no products of bfloat16
-numbers, where the op multiplies in float32.
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote: each row is
+of one run, medians of interleaved rounds. Rows with a `date` of their own in the JSON are of a later run on the
+same machine, and replace rows whose peers had been refused by too narrow a comparison. Below 1 the other is faster
+than vlmfast. "copy" moves as many bytes as the op; `clone()` and `F.linear alone` are limits too: less work than
+the op takes, unless the processor has no products of bfloat16 numbers, where the op multiplies in float32.
 """
 
 
