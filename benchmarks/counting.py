@@ -10,7 +10,10 @@ counts once, although some are several kernels (a sort, ``masked_scatter``, atte
 are lower bounds. An op of this package counts as the kernels and operators that its Triton launcher starts.
 
 A synchronisation is an operator whose result or shape depends on values (by its tags: ``item``, ``equal``, ``nonzero``,
-``unique``, ``masked_select``), an index that is a mask, and a blocking copy between host and device, either way.
+``unique``, ``masked_select``), one that takes a number from a tensor on the device (``masked_fill``), an index that is
+a mask, and a blocking copy between host and device, either way. ``copy_`` of a number, a list as an index, and one
+element set to a number are such copies; ``fill_``, and rows or what a mask chooses set to a number, are none: a launch
+takes the number along. All as torch's CUDA tensors do it, not as those on the meta device do.
 """
 
 from __future__ import annotations
@@ -39,6 +42,14 @@ from vlmfast.registry import OPS, Op
 ATEN = torch.ops.aten
 INDEXING = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_, ATEN._unsafe_index}
 COPIES = {ATEN._to_copy, ATEN.copy_}
+# Operators whose CUDA kernels are launched with a number that they take from a tensor -> which argument that is.
+NUMBERS = {
+    ATEN.masked_fill: slice(2, 3),
+    ATEN.masked_fill_: slice(2, 3),
+    ATEN.index_fill: slice(3, 4),
+    ATEN.index_fill_: slice(3, 4),
+    ATEN.linspace: slice(2),
+}
 COLLECTION = 256  # operators between two
 ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
 OURS = str(Path(vlmfast.__file__).parent)
@@ -144,7 +155,16 @@ class _Calls(TorchFunctionMode):
             return func(args[0].cpu(), *args[1:], **kwargs)
         if func is F.scaled_dot_product_attention:
             return ATTENTION(*args[:3])[0]
-        if func in (torch.tensor, torch.as_tensor):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
+            parts = args[1] if isinstance(args[1], tuple) else args[1:2]
+            # a number that is set stays on the host, as it does for CUDA tensors alone
+            value = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=args[0].dtype) for v in args[2:])
+            return func(args[0], tuple(_index(part, args[0]) for part in parts), *value)
+        if func is Tensor.new_tensor:
+            given = {name: value for name, value in kwargs.items() if value is not None}
+            kwargs = {"dtype": args[0].dtype, "device": args[0].device, **given}
+            func, args = torch.tensor, args[1:]
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
             if isinstance(args[0], Tensor):
                 return func(*args, **kwargs)
             device = kwargs.pop("device", None)
@@ -152,6 +172,14 @@ class _Calls(TorchFunctionMode):
             made = func(data, *args[1:], **kwargs)
             return made if device is None else made.to(device)
         return func(*args, **kwargs)
+
+
+def _index(part: Any, tensor: Tensor) -> Any:
+    """A list as an index goes to the tensor's device first."""
+    if not isinstance(part, list) or not all(isinstance(number, int) for number in part):
+        return part
+    made = torch.tensor(part)
+    return (made if made.dtype == torch.bool else made.long()).to(tensor.device)
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -165,13 +193,12 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, device = dict(kwargs or {}), self.device
-        given = _tensors((args, kwargs))
-        here = [tensor for tensor in given if device.has(tensor)]
+        here = [tensor for tensor in _tensors((args, kwargs)) if device.has(tensor)]
         wanted = kwargs.get("device")
         target = bool(here) if wanted is None else torch.device(wanted).type == "meta"
-        if func.overloadpacket is ATEN.copy_:
+        if func.overloadpacket in (ATEN.copy_, ATEN.fill_):  # the others write where they read
             target = device.has(args[0])
-        if reason := _wait(func, args, kwargs, len(given) > len(here), bool(here), target):
+        if reason := _wait(func, args, kwargs, device, target):
             self.found.waits[f"{_caller(sys._getframe(1))}: {reason}"] += 1
         arguments: dict[int, Tensor] = {}  # what works in place returns its argument
 
@@ -228,36 +255,60 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
     return any(tensor.numel() for tensor in written)
 
 
-def _wait(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mixed: bool, here: bool, target: bool
-) -> str | None:
+def _wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, target: bool) -> str | None:
     """Why the host waits for the device, or None.
 
     Args:
         func: the operator.
-        args: its arguments.
-        kwargs: likewise.
-        mixed: some tensor among them is on the host.
-        here: some is on the device.
+        args: its arguments, in the order of its schema.
+        kwargs: those that have to be named.
+        device: the device.
         target: the result is on the device.
     """
-    packet = func.overloadpacket
+    packet, given = func.overloadpacket, _tensors((args, kwargs))
+    here = [tensor for tensor in given if device.has(tensor)]
     if packet in COPIES:
-        crosses = (here and not target) or (target and mixed)
-        free = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-        return f"copy to the {'device' if target else 'host'}" if crosses and args[0].numel() and not free else None
+        return _waiting_copy(packet, args, kwargs, device, target)
     if not here:
         return None
     if packet in INDEXING:
-        indices = [index for index in args[1] if index is not None]
-        if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-            return "a mask as an index"
-        return "copy to the device" if any(index.device.type == "cpu" for index in indices) else None
+        return _waiting_index(args, device)
+    if packet is ATEN.where and len(here) < len(given):
+        return "copy to the device"
+    numbers = _tensors(args[NUMBERS.get(packet, slice(0))])
+    if any(map(device.has, numbers)) or (packet is ATEN.fill_ and not target):
+        return f"a number for {packet.__name__}"
     if packet is ATEN.repeat_interleave and kwargs.get("output_size") is not None:
         return None
     if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
         return str(packet.__name__).lstrip("_")
     return None
+
+
+def _waiting_copy(
+    packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, target: bool
+) -> str | None:
+    """A number that is copied becomes a tensor on the host first. Only pinned memory is written behind its back."""
+    into = packet is ATEN.copy_
+    source = args[1 if into else 0]
+    if (isinstance(source, Tensor) and device.has(source)) == target or not args[0].numel():
+        return None
+    asked = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+    free = asked and (target or not into or args[0].is_pinned())
+    return None if free else f"copy to the {'device' if target else 'host'}"
+
+
+def _waiting_index(args: tuple[Any, ...], device: Device) -> str | None:
+    """What is set to a number by one mask is filled; otherwise masks are searched and what is on the host is copied."""
+    indices = [index for index in args[1] if index is not None]
+    masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
+    absent = [tensor for tensor in (*indices, *args[2:3]) if not device.has(tensor)]
+    accumulate = len(args) > 3 and args[3]
+    if len(indices) == len(masks) == len(absent) == 1 and absent[0] is not masks[0] and not accumulate:
+        return None
+    if absent:
+        return "copy to the device"
+    return "a mask as an index" if masks else None
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

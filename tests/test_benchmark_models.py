@@ -8,19 +8,14 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from tests import traffic
-from tests.cases import each, outputs
 from tests.conftest import shortens_prompts
-from tests.test_traffic import LAUNCHES
 from vlmfast.benchmarks import launches, models, modes, published, report
-from vlmfast.benchmarks.counting import Device, op_launches
+from vlmfast.benchmarks.counting import Device
 from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
 from vlmfast.benchmarks.published import MODELS, Published
-from vlmfast.registry import OPS, Op
 
 QUIET = Console(quiet=True)
 
@@ -53,82 +48,7 @@ def llava(monkeypatch):
     return published.MODELS["llava-1.5-7b"]
 
 
-# ---- the counter ----
-
-
-def counted(call, *values):
-    """What a function of tensors on the device does there, and what it returns."""
-    device = Device()
-    tensors = [device.put(value) if isinstance(value, torch.Tensor) else value for value in values]
-    with device.count() as found:
-        result = call(*tensors)
-    return found, [device.values(tensor) if device.has(tensor) else tensor for tensor in outputs(result)]
-
-
-X, MASK = torch.randn(4, 6), torch.tensor([True, False, True, True])
-CALLS = {
-    # call: (launches, waits)
-    "views": (lambda x: x.view(2, 12).t()[1:].unsqueeze(0).expand(3, -1, -1), 0, 0),
-    "contiguous": (lambda x: x.t().contiguous(), 1, 0),
-    "contiguous already": (lambda x: x.contiguous().reshape(-1), 0, 0),
-    "in place": (lambda x: x.t().add_(1), 1, 0),
-    "allocation": (lambda x: (torch.empty_like(x), x.new_empty(3)), 0, 0),
-    "made there": (lambda x: torch.arange(3, device=x.device), 1, 0),
-    "made on the host": (lambda x: torch.arange(3) + 1, 0, 0),
-    "empty": (lambda x: x[:0] + 1, 0, 0),
-    "linear": (lambda x: F.linear(x, x), 1, 0),
-    "cast": (lambda x: x.to(torch.bfloat16), 1, 0),
-    "no cast": (lambda x: x.to(torch.float32), 0, 0),
-    "item": (lambda x: torch.tensor(x.sum().item()), 1, 1),
-    "branch": (lambda x: x if x.sum() > 0 else -x, None, 1),
-    "tolist": (lambda x: torch.tensor(x.tolist()), 0, 1),
-    "to the host": (lambda x: x.cpu() * 2, 0, 1),
-    "from the host": (lambda x: x + torch.ones(6).to(x.device), 2, 1),
-    "from a list": (lambda x: x[torch.tensor([0, 2], device=x.device)], 2, 1),
-    "without waiting": (lambda x: torch.ones(6).to(x.device, non_blocking=True), 1, 0),
-    "nonzero": (lambda x: x.nonzero(), 1, 1),
-    "unique": (lambda x: x.unique(), 1, 1),
-    "equal": (lambda x: torch.tensor(torch.equal(x, x)), 0, 1),
-    "attention": (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3) * 0, 2, 0),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_what_counts(name: str):
-    call, launched, waits = CALLS[name]
-    found, got = counted(call, X.clone())
-    assert launched is None or found.launches == launched, found.operators
-    assert found.syncs == waits, found.waits
-    if name not in ("allocation", "attention"):
-        for g, want in zip(got, outputs(call(X.clone())), strict=True):
-            torch.testing.assert_close(g, want)
-
-
-def test_masks_wait():
-    for call in (lambda x, m: x[m], lambda x, m: x.masked_select(m[:, None])):
-        found, (got,) = counted(call, X, MASK)
-        assert found.syncs == 1
-        assert torch.equal(got, call(X, MASK))
-    found, _ = counted(lambda x, m: x.masked_fill(m[:, None], 0), X, MASK)
-    assert (found.launches, found.syncs) == (1, 0)
-    found, _ = counted(lambda x, i: x[i], X, torch.tensor([1, 2]))
-    assert (found.launches, found.syncs) == (1, 0)
-
-
-def test_an_op_counts_as_what_its_launcher_starts():
-    hidden, mask, rows = torch.randn(1, 4, 64), MASK[None], torch.randn(3, 64)
-    assert op_launches(OPS["rms_norm"], hidden.to("meta"), rows[0].to("meta")).total() == 1
-    found, (got,) = counted(OPS["place_embeddings"].function, hidden, mask, rows)
-    assert dict(found.operators) == {"_row_index_kernel": 1, "_merge_kernel": 1}
-    assert found.syncs == 0
-    assert torch.equal(got, OPS["place_embeddings"].reference(hidden, mask, rows))
-
-
-@pytest.mark.parametrize("op", each(op for op in OPS.values() if op.compose is None and op.name not in traffic.COMPUTE))
-def test_launches_of_ops_are_those_that_the_interpreter_counts(op: Op):
-    _, args = traffic.workload(op)
-    found = op_launches(op, *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
-    assert found.total() == (LAUNCHES["triton"] | LAUNCHES["both"]).get(op.name, 1), found
+# ---- what is counted ----
 
 
 def test_waits_are_seen_where_they_are(llava, monkeypatch):
