@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vlmfast
 from vlmfast.benchmarks import html, models, peers, published, report, timing
 from vlmfast.benchmarks.ops import benchmark
-from vlmfast.console import CommandError, one_line, usable_device
+from vlmfast.console import CommandError, console, one_line, usable_device
 from vlmfast.registry import OPS, Op
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
@@ -34,7 +34,8 @@ class Options:
         ops: names; none means every public op, or no op where models are asked for.
         peers: kinds of peers; None means those installed.
         models: names, of whole models; None means no model, an empty sequence every model.
-        device, dtype, threads: where and how.
+        device, dtype, threads: where and how; without a dtype ops take bfloat16, and models what they take by
+            themselves.
         html, json: files to write. source: a JSON to show in place of a new run.
     """
 
@@ -42,7 +43,7 @@ class Options:
     peers: Sequence[str] | None = None
     models: Sequence[str] | None = None
     device: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     threads: int = 1
     html: Path | None = None
     json: Path | None = None
@@ -65,20 +66,20 @@ def run(options: Options) -> int:
         if options.html.suffix in (".json", ".csv"):
             raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
         html.require()
-    console = Console(width=None if Console().is_terminal else 150, highlight=False)
+    out = console(150)
     if options.source is None:
-        found = _measure(options, console)
+        found = _measure(options, out)
     else:
         found = _read(options.source)
-        _show(console, found)
+        _show(out, found)
     if options.kept is not None:
         report.write(options.kept, found)
         report.write_csv(options.kept.with_suffix(".csv"), found)
     if options.html is not None:
         options.html.write_text(html.page(found))
-        console.print(f"report: {options.html}")
+        out.print(f"report: {options.html}")
     wrong = [row for r in found["records"] for row in r["contenders"] if row["group"] == "ours" and row["error"]]
-    return 1 if wrong else 0
+    return 1 if wrong or models.failed(found["models"]) else 0
 
 
 def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> None:
@@ -99,11 +100,16 @@ def _writable(path: Path | None) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote, of ops or of whole models alone as well."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
+        if "models" not in found:
+            found |= {"records": [], "models": found["records"]}
         for record in found["records"]:
             record["contenders"]
-        found["models"], found["environment"]["device"]
+        for record in found["models"]:
+            record["model"], record["variant"], record.get("error") or record["prefill_ms"]
+        found["environment"]["device"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = one_line(error) if isinstance(error, OSError) else "it is not what `bench --json` writes"
         raise CommandError(f"cannot read {path}: {what}") from error
@@ -135,18 +141,21 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
     if options.threads < 1:
         raise CommandError(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    place, dtype = usable_device(options.device), getattr(torch, options.dtype)
+    place, dtype = usable_device(options.device), getattr(torch, options.dtype or "bfloat16")
     if place.type not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda, got {options.device}")
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)
     device = place.type
+    if options.models is not None and device == "cpu" and options.dtype == "float16":
+        raise CommandError("--models: no model runs in float16 on a CPU; take --dtype float32 or bfloat16")
     names = list(options.ops) or ([] if options.models is not None else PUBLIC)
     machine = timing.ceilings(device, dtype)
     found: dict[str, Any] = {"environment": report.environment(device, machine), "records": [], "models": []}
     console.print(
-        f"{found['environment']['device']}, {options.dtype}: a large copy {machine.copy_gb_per_s:.1f} GB/s, a large "
-        f"matrix product {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {found['environment']['F.rms_norm']}"
+        f"{found['environment']['device']}, {options.dtype or 'bfloat16'}: a large copy {machine.copy_gb_per_s:.1f} "
+        f"GB/s, a large matrix product {machine.gemm_tflop_per_s:.2g} TFLOP/s; "
+        f"F.rms_norm is {found['environment']['F.rms_norm']}"
     )
     with _progress(console) as progress:
         task = progress.add_task("", total=len(names))
@@ -158,7 +167,11 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
         console.print(report.LEGEND, style="dim")
     if options.models is not None:
         found["models"] = models.run(
-            options.models, device=device, console=console, save=lambda records: _keep(options, found, models=records)
+            options.models,
+            device=device,
+            dtype=dtype if options.dtype else None,
+            console=console,
+            save=lambda records: _keep(options, found, models=records),
         )
         models.show(console, found["models"])
     return found

@@ -1,6 +1,6 @@
 """``make gpu-report``: on a machine with a GPU, build, run the GPU tests and the benchmarks, and keep what came out.
 
-    python -m benchmarks.gpu_report [--out FOLDER] [--limit SECONDS]
+    python -m vlmfast.benchmarks.gpu_report [--out FOLDER] [--limit SECONDS]
 
 Needs nothing that is not installed already (torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels).
 Each step writes its own log, and the benchmarks write after every workload, so a stop loses only what was running.
@@ -94,7 +94,9 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
 
 def main() -> int:
     """Run every step within the time limit; 0 if all of them ended well."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vlmfast.benchmarks.gpu_report", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-report", help="folder for logs and JSON")
     parser.add_argument("--limit", type=float, default=530, help="seconds for all steps together (default 530)")
     options = parser.parse_args()

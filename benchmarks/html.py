@@ -36,7 +36,7 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 <h1>vlmfast on {{ where.device }}</h1>
 <p>{% for name, value in where.items() if value is not none %}{{ name }} {{ value }}{{ ", " if not loop.last }}
 {%- endfor %}</p>
-<p style="white-space: pre-line">{{ legend }}</p>
+{% if ops %}<p style="white-space: pre-line">{{ legend }}</p>{% endif %}
 {% if roofline %}<h2>Roofline</h2><figure>{{ roofline }}</figure>{% endif %}
 {% for op in ops %}<h2>{{ op.name }}, {{ op.dtype }}</h2>{% set width = op.columns|length %}
 <div class="figures">{% for figure in op.figures %}<figure>{{ figure }}</figure>{% endfor %}</div>
@@ -49,7 +49,8 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 {% endfor %}
 {% if models %}<h2>Whole models</h2>
 <table><tr><th>model</th><th></th>{% for key in model_columns %}<th>{{ model_columns[key][0] }}</th>{% endfor %}</tr>
-{% for row in models %}<tr><td>{{ row.model }}, {{ row.size }}, {{ row.mode }}</td><td>{{ row.variant }}</td>
+{% for row in models %}<tr>
+<td>{{ row.model }}, {{ row.size }}{{ ", " ~ row.mode if row.mode }}</td><td>{{ row.variant }}</td>
 {% if row.error %}<td class="error" colspan="{{ model_columns|length }}">{{ row.error }}</td>{% else %}
 {% for key in model_columns %}<td>{{ model_columns[key][1].format(row[key]) if row.get(key) is not none }}</td>
 {% endfor %}{% endif %}</tr>{% endfor %}</table>

@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from vlmfast.benchmarks import launches, report
 from vlmfast.benchmarks.forwards import variants
 from vlmfast.benchmarks.modes import MODES, Contender, median, prepare
 from vlmfast.benchmarks.published import MODELS, Published, chosen
-from vlmfast.console import CommandError, one_line, table
+from vlmfast.console import CommandError, console, one_line, table
 
 ROUNDS = {"cpu": 3, "cuda": 10}
 EAGER = "eager original"  # runs along in every mode
@@ -48,7 +51,10 @@ def measure(published: Published, model: nn.Module, inputs: dict[str, Tensor], m
     wanted = {name: (patch, mode) for name, patch in variants(published).items()}
     if mode != "eager":
         wanted[EAGER] = None, "eager"
-    contenders = {name: prepare(model, inputs, *choice) for name, choice in wanted.items()}
+    contenders: dict[str, Contender] = {}
+    for name, (patch, how) in wanted.items():
+        original = contenders["original"] if patch is not None and "reduce" not in patch else None
+        contenders[name] = prepare(model, inputs, patch, how, original)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(ROUNDS[inputs["input_ids"].device.type]):
         for name, contender in contenders.items():
@@ -113,31 +119,64 @@ def run(
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
         common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
-        for found in _one_model(published, common, wanted, device, console):
+        for found in _all_modes(published, common, wanted, device, console):
             records += found
             save(records)
     return records
+
+
+def _all_modes(
+    published: Published, common: Record, modes: Sequence[str], device: str, console: Console
+) -> Iterator[list[Record]]:
+    """The records of one model, mode by mode; the graph in a process of its own.
+
+    A capture that fails leaves the current stream, the allocator and the random generator of torch in states that
+    nothing mends. With the process they are gone.
+    """
+    if here := [mode for mode in modes if mode != "graph"]:
+        yield from _one_model(published, common, here, device, console)
+    if "graph" in modes:
+        place = device if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+        with console.status(f"{common['model']}, graph"):
+            yield apart({**common, "mode": "graph"}, _graphs, common, place)
+
+
+def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> list[Record]:
+    """Call a function that gives records in a process of its own; what kills that process is a record too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        try:
+            return processes.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            return [{**common, "variant": "all", "error": one_line(error)}]
+
+
+def _graphs(common: Record, device: str) -> list[Record]:
+    torch.cuda.set_device(device)
+    parts = _one_model(MODELS[common["model"]], common, ["graph"], device, Console(quiet=True))
+    return [record for part in parts for record in part]
 
 
 def _one_model(
     published: Published, common: Record, modes: Sequence[str], device: str, console: Console
 ) -> Iterator[list[Record]]:
     """The records of one model, mode by mode, in memory that is free again afterwards."""
-    model = inputs = None
     try:
         model, inputs = published.build(common["size"], getattr(torch, common["dtype"]), device)
-        common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        common["prompt_tokens"] = inputs["input_ids"].shape[1]
-        for mode in modes:
-            with console.status(f"{common['model']}, {mode}"):
-                rows = measure(published, model, inputs, mode)
-            yield [{**common, "mode": mode, **row} for row in rows]
-            _free(device)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:  # too little memory, say, or a transformers that lacks the model
         yield [{**common, "variant": "all", "error": one_line(error)}]
-    finally:
-        del model, inputs
+        return
+    common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    common["prompt_tokens"] = inputs["input_ids"].shape[1]
+    for mode in modes:
+        with console.status(f"{common['model']}, {mode}"):
+            try:
+                rows = measure(published, model, inputs, mode)
+            except Exception as error:
+                rows = [{"variant": "all", "error": one_line(error)}]
+        yield [{**common, "mode": mode, **row} for row in rows]
         _free(device)
+    del model, inputs
+    _free(device)
 
 
 def _free(device: str) -> None:
@@ -160,6 +199,13 @@ def chosen_modes(names: Sequence[str], device: str) -> tuple[str, ...]:
     if device != "cpu" and not torch.cuda.is_available():
         raise CommandError(f"device {device}: torch sees no GPU")
     return tuple(names) or tuple(mode for mode in MODES if device != "cpu" or mode != "graph")
+
+
+def failed(records: list[Record]) -> bool:
+    """Whether something of ours failed: what the original did as well, in the same mode and words, is not ours."""
+    originals = {(r["model"], r.get("mode")): r.get("error") for r in records if r["variant"] == "original"}
+    errors = [r for r in records if "error" in r and "mode" in r]  # without a mode: the model could not be built
+    return any(r["error"] != originals.get((r["model"], r["mode"])) for r in errors)
 
 
 def show(console: Console, records: list[Record]) -> None:
@@ -198,7 +244,9 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="model", help=f"of: {', '.join(MODELS)} (default: all)")
     parser.add_argument("--full", action="store_true", default=None, help="the published sizes (default on a GPU)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: float32 on a CPU, else bfloat16"
+    )
     parser.add_argument("--modes", default="", help=f"of: {','.join(MODES)} (default: all that the device has)")
     parser.add_argument("--count", action="store_true", help="count launches and host synchronisations; no times")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no other model after so many seconds")
@@ -208,8 +256,7 @@ def main() -> int:
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else 130)
-
+    out = console(130)
     environment = functools.cache(lambda: report.environment("cpu" if options.count else options.device))
 
     def save(records: list[Record]) -> None:
@@ -218,16 +265,16 @@ def main() -> int:
 
     try:
         if options.count:
-            launches.show(console, launches.run(options.models, console, save))
+            launches.show(out, launches.run(options.models, out, save))
             return 0
         chosen_dtype = options.dtype and getattr(torch, options.dtype)
         wanted = [mode for mode in options.modes.split(",") if mode]
         settings = {"full": options.full, "modes": wanted, "budget": options.budget}
-        records = run(options.models, device=options.device, dtype=chosen_dtype, console=console, save=save, **settings)
+        records = run(options.models, device=options.device, dtype=chosen_dtype, console=out, save=save, **settings)
     except CommandError as error:
         parser.error(str(error))
-    show(console, records)
-    return 0
+    show(out, records)
+    return 1 if failed(records) else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from vlmfast import registry
 from vlmfast.benchmarks import peers
-from vlmfast.benchmarks.timing import Call, Ceilings, Times, measure
+from vlmfast.benchmarks.timing import Call, CallError, Ceilings, Times, measure
 from vlmfast.benchmarks.traffic import counted
 from vlmfast.console import one_line
 from vlmfast.registry import Op
@@ -124,13 +124,34 @@ def benchmark(
     for label, args in op.workloads(device, dtype):
         found = contenders(op, args, kinds)
         with torch.no_grad():
-            want = op.reference(*args)
-            for contender in found:
-                prepare(contender, op, args, want)
-            calls = {c.name: c.call for c in found if c.error is None and c.call is not None}
-            for name, times in measure(calls, device).items():
-                next(c for c in found if c.name == name).times = times
+            try:
+                want = op.reference(*args)
+            except Exception as error:  # too little memory, say
+                for contender in found:
+                    contender.error = f"no definition to compare with: {one_line(error)}"
+            else:
+                for contender in found:
+                    prepare(contender, op, args, want)
+                time(found, device)
         yield record(op, label, args, found, machine)
+
+
+def time(found: list[Contender], device: str) -> None:
+    """Time those that have no error; one that fails now has one instead, and the others begin anew."""
+    by_name = {c.name: c for c in found if c.error is None}
+    while by_name:
+        try:
+            taken = measure({name: c.call for name, c in by_name.items() if c.call is not None}, device)
+        except CallError as failed:
+            by_name.pop(failed.name).error = one_line(failed.__cause__ or failed)
+        except Exception as error:  # the device's own, which does not say whose kernel it was
+            for contender in by_name.values():
+                contender.error = one_line(error)
+            return
+        else:
+            for name, times in taken.items():
+                by_name[name].times = times
+            return
 
 
 def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:
@@ -143,7 +164,8 @@ def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], ma
         row["roundings"] = contender.roundings if contender.roundings != math.inf else None
         if (times := contender.times) is not None:
             row |= {"us": times.median * 1e6, "spread": times.spread, "wall_us": statistics.median(times.wall) * 1e6}
-            row["over_copy"] = times.over(by_name[COPY])
+            if COPY in by_name:
+                row["over_copy"] = times.over(by_name[COPY])
             for name, key in {"transformers": "x_transformers", "torch.compile": "x_compile"}.items():
                 if name in by_name:
                     row[key] = by_name[name].over(times)

@@ -8,7 +8,6 @@ import datetime
 import json
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.table import Table
 import vlmfast
 from vlmfast.benchmarks import peers
 from vlmfast.benchmarks.timing import Ceilings
+from vlmfast.console import version
 
 # Column of the table and of the CSV: key of a contender's row -> (head, format)
 COLUMNS = {
@@ -54,7 +54,7 @@ def device_name(device: str) -> str:
 
 def environment(device: str, machine: Ceilings | None = None) -> dict[str, Any]:
     """Where and when: device, versions, date, what changes its speed, and what it can do at most."""
-    packages = {name: _version(name) for name in ("torch", "triton", "transformers")}
+    packages = {name: version(name) for name in ("torch", "triton", "transformers")}
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -85,13 +85,6 @@ def _gpu() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):  # another vendor's GPU, or no tool beside the driver
         return found
     return found | dict(zip(query, map(str.strip, answer.split(",")), strict=False))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def write(path: Path, run: dict[str, Any]) -> None:

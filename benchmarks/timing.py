@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,22 @@ FEWEST_ROUNDS = 5
 L2_BYTES = 256 << 20  # more than any GPU's second-level cache
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # more than any cache
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+class CallError(Exception):
+    """A contender that failed while it was timed; its own error is the cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CallError(name) from error
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,11 @@ def _wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
 
 
 def measure(contenders: Mapping[str, Call], device: str, rounds: int = ROUNDS) -> dict[str, Times]:
-    """Time every contender in every round, in turn."""
+    """Time every contender in every round, in turn.
+
+    Raises:
+        CallError: naming the contender whose call failed.
+    """
     if device == "cpu":
         return _measure_wall(contenders, rounds, lambda: None)
     walls = _measure_wall(contenders, rounds, torch.cuda.synchronize)
@@ -91,15 +112,18 @@ def measure(contenders: Mapping[str, Call], device: str, rounds: int = ROUNDS) -
 
 
 def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call) -> dict[str, Times]:
-    for call in contenders.values():
-        call()  # compiles
-    singles = {name: _wall_seconds(call, 1, synchronize) for name, call in contenders.items()}
+    singles = {}
+    for name, call in contenders.items():
+        with _named(name):
+            call()  # compiles
+            singles[name] = _wall_seconds(call, 1, synchronize)
     batches = {name: max(1, min(20000, int(ROUND_SECONDS / max(s, 1e-7)))) for name, s in singles.items()}
     rounds = min(rounds, max(FEWEST_ROUNDS, int(ALL_SECONDS / sum(max(s, ROUND_SECONDS) for s in singles.values()))))
     walls: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            walls[name].append(_wall_seconds(call, batches[name], synchronize))
+            with _named(name):
+                walls[name].append(_wall_seconds(call, batches[name], synchronize))
     return {name: Times(wall) for name, wall in walls.items()}
 
 
@@ -113,7 +137,8 @@ def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, li
             flush.zero_()
             flush.zero_()
             start.record()
-            call()
+            with _named(name):
+                call()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()

@@ -28,11 +28,12 @@ tensors, one node under `torch.compile`, and returns new contiguous tensors.
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
 
-Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote: each row is
-of one run, medians of interleaved rounds. Rows with a `date` of their own in the JSON are of a later run on the
-same machine, and replace rows whose peers had been refused by too narrow a comparison. Below 1 the other is faster
-than vlmfast. "copy" moves as many bytes as the op; `clone()` and `F.linear alone` are limits too: less work than
-the op takes, unless the processor has no products of bfloat16 numbers, where the op multiplies in float32.
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote, and for whole
+models `python -m vlmfast.benchmarks.models --json`: each row is of one run, medians of interleaved rounds. Rows with
+a `date` of their own in the JSON are of a later run on the same machine, and replace rows whose peers had been
+refused by too narrow a comparison. Below 1 the other is faster than vlmfast. "copy" moves as many bytes as the op;
+`clone()` and `F.linear alone` are limits too: less work than the op takes, unless the processor has no products of
+bfloat16 numbers, where the op multiplies in float32.
 """
 
 
@@ -64,21 +65,42 @@ def section(name: str) -> str:
     return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n"
 
 
+Run = dict[str, Any]
+
+
+def runs() -> list[dict[str, Run]]:
+    """The committed runs: of each GPU's folder, then of CPUs; "ops", "compiled" and "models", as far as there are."""
+    names = ("ops", "compiled", "models")
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    found = [{name: folder / f"{name}.json" for name in names} for folder in folders]
+    found += [{"ops": path} for path in sorted(RESULTS.glob("cpu*.json"))]
+    found += [{"models": path} for path in sorted(RESULTS.glob("models*.json"))]
+    read = [{name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()} for paths in found]
+    return [run for run in read if run]
+
+
+def on_gpu(run: Run) -> bool:
+    """Whether it ran on one."""
+    return bool(run["environment"].get("kind", "cpu") != "cpu")
+
+
 def figures() -> str:
     """The tables of the committed benchmark runs, each with where and when it was made."""
-    gpus = sorted(RESULTS.glob("*/ops.json"))
-    tables = [figures_of(json.loads(path.read_text())) for path in (*gpus, RESULTS / "cpu.json")]
+    gpus = [run for run in runs() if any(map(on_gpu, run.values()))]
+    tables = []
+    for run in [*gpus, {"ops": json.loads((RESULTS / "cpu.json").read_text())}]:
+        tables += [figures_of(run["ops"], run.get("compiled"))] if "ops" in run else []
+        tables += [models_of(run["models"])] if "models" in run else []
     if not gpus:
         tables.append("There is no result of a GPU yet: `make gpu-report` makes one.")
     tables.append("Beside every other peer, with all shapes that lose: [docs/benchmarks.md](docs/benchmarks.md).")
     return "\n\n".join(tables)
 
 
-def figures_of(run: dict[str, Any]) -> str:
-    """One row per public op and shape."""
+def figures_of(run: Run, compiled: Run | None = None) -> str:
+    """One row per public op and shape; a GPU's report times torch.compile in a run of its own, ``compiled``."""
     where = run["environment"]
-    on_gpu = where.get("kind", "cpu") != "cpu"
-    place = "device time from a cold cache" if on_gpu else f"{where['cpu_capability']}, {where['threads']} thread"
+    place = "device time from a cold cache" if on_gpu(run) else f"{where['cpu_capability']}, {where['threads']} thread"
     dtype = statistics.mode(record["dtype"] for record in run["records"])
     lines = [
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},",
@@ -88,37 +110,75 @@ def figures_of(run: dict[str, Any]) -> str:
         "| op | shape | time | x transformers | x torch.compile | time / copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
+    apart = {key(record): ratios(record) for record in (compiled or {"records": []})["records"]}
     for record in run["records"]:
-        ours = record["contenders"][0]
-        if record["op"] not in vlmfast.__all__ or ours["group"] != "ours" or "us" not in ours:
+        ours, found = record["contenders"][0], {**apart.get(key(record), {}), **ratios(record)}
+        if record["op"] not in vlmfast.__all__ or not found:
             continue
-        times = {row["name"]: row["us"] for row in record["contenders"] if "us" in row}
         cells = [f"`{record['op']}`", record["workload"], f"{ours['us']:.1f} us"]
-        cells += [
-            f"{times[name] / ours['us']:.1f}" if name in times else "" for name in ("transformers", "torch.compile")
-        ]
-        lines.append(f"| {' | '.join([*cells, format(ours['us'] / times['copy'], '.2f')])} |")
+        cells += [f"{found[name]:.1f}" if name in found else "" for name in ("transformers", "torch.compile")]
+        cells.append(format(1 / found["copy"], ".2f") if "copy" in found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def key(record: Run) -> tuple[str, str, str]:
+    """What a record is of."""
+    return record["op"], record["workload"], record["dtype"]
+
+
+def ratios(record: Run) -> dict[str, float]:
+    """How many times as long as vlmfast each other contender takes; nothing where vlmfast has no time."""
+    ours, *others = record["contenders"]
+    if ours["group"] != "ours" or "us" not in ours:
+        return {}
+    return {row["name"]: row["us"] / ours["us"] for row in others if "us" in row}
+
+
+def models_of(run: Run) -> str:
+    """One row for each model, mode and variant."""
+    where, records = run["environment"], run["records"]
+    lines = [
+        f"Whole models, measured on {where['date'][:10]}: {where['device']}, {records[0]['size']} sizes with random",
+        f"weights, {records[0]['dtype']}, torch {where['torch']}, transformers {where['transformers']}. Above 1 is",
+        "faster than the original in the same mode; the cache is that of keys and values.",
+        "",
+        "| model | mode | | prefill | x original | token | x original | cache | peak memory |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for record in records:
+        cells = [record["model"], record.get("mode", ""), record["variant"]]
+        for part in ("prefill", "decode"):
+            time, ratio = record.get(f"{part}_ms"), record.get(f"{part}_speedup")
+            cells += ["no time" if time is None else f"{time:.1f} ms", "" if ratio is None else f"{ratio:.2f}"]
+        for size in (record.get("cache_bytes"), record.get("peak_bytes")):
+            cells.append("" if size is None else f"{size / 1e6:.1f} MB")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def benchmarks() -> str:
     """Every committed run, each row with all that it was timed against."""
-    paths = sorted(RESULTS.glob("*/ops.json")) + sorted(RESULTS.glob("cpu*.json"))
-    return "\n".join([BENCHMARKS_HEAD, *(f"{run_of(json.loads(path.read_text()))}\n" for path in paths)])
+    sections = []
+    for run in runs():
+        sections += [run_of(run[name]) for name in ("ops", "compiled") if name in run]
+        sections += (
+            [f"## {run['models']['environment']['device']}\n\n{models_of(run['models'])}"] if "models" in run else []
+        )
+    return "\n".join([BENCHMARKS_HEAD, *(f"{section}\n" for section in sections)])
 
 
-def run_of(run: dict[str, Any]) -> str:
+def run_of(run: Run) -> str:
     """One run: how many times as long as vlmfast everything else takes."""
     where = run["environment"]
     facts = [f"{name} {where[name]}" for name in ("date", "threads", "cpu_capability", "torch", "transformers")]
     lines = [f"## {where['device']}", "", ", ".join(facts), ""]
     lines += ["| op | shape | dtype | time | time over vlmfast's |", "| --- | --- | --- | ---: | --- |"]
     for record in run["records"]:
-        ours, *others = record["contenders"]
-        if ours["group"] != "ours" or "us" not in ours:
+        if not (found := ratios(record)):
             continue
-        ratios = [f"{row['name']} {row['us'] / ours['us']:.2f}" for row in others if "us" in row]
-        cells = [f"`{record['op']}`", record["workload"], record["dtype"], f"{ours['us']:.1f} us", ", ".join(ratios)]
+        others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found.items())
+        cells = [f"`{record['op']}`", *key(record)[1:], f"{record['contenders'][0]['us']:.1f} us", others]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

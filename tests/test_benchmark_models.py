@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import json
+import os
 import sys
 
 import pytest
@@ -12,32 +14,12 @@ from rich.console import Console
 from torch import nn
 
 from tests.conftest import shortens_prompts
-from vlmfast.benchmarks import launches, models, modes, published, report
-from vlmfast.benchmarks.counting import Device
+from tests.test_counting import little
+from vlmfast.benchmarks import models, modes, published, report
 from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
 from vlmfast.benchmarks.published import MODELS, Published
 
 QUIET = Console(quiet=True)
-
-
-SMALLER_IMAGES = {
-    "qwen2.5-vl-7b": published._patches(16, 14),
-    "qwen3-vl-8b": published._patches(16, 16),
-    "internvl3-8b": lambda: {"pixel_values": torch.randn(2, 3, 448, 448)},
-    "smolvlm-256m": lambda: {"pixel_values": torch.randn(1, 2, 3, 512, 512)},
-}
-
-
-def little(name: str) -> Published:
-    """The model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
-    model = MODELS[name]
-    depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}  # LLaVA uses the last but one
-    if "deepstack_visual_indexes" in model.vision:
-        depth["deepstack_visual_indexes"] = [0, 1]
-    result = dataclasses.replace(model, text={**model.text, "num_hidden_layers": 2}, vision={**model.vision, **depth})
-    text, vision = result._narrow()
-    result = dataclasses.replace(result, image=SMALLER_IMAGES.get(name, result.image))
-    return dataclasses.replace(result, small_text=text, small_vision=vision)
 
 
 @pytest.fixture
@@ -46,73 +28,6 @@ def llava(monkeypatch):
     monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})
     monkeypatch.setattr(models, "ROUNDS", {"cpu": 1})
     return published.MODELS["llava-1.5-7b"]
-
-
-# ---- what is counted ----
-
-
-def test_waits_are_seen_where_they_are(llava, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    before, _, _ = launches.count(llava)
-    forward = modeling_llama.LlamaMLP.forward
-
-    def planted(self, x):
-        x.sum().item()
-        return forward(self, x)
-
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", planted)
-    after, _, _ = launches.count(llava)
-    for part in ("prefill", "decode"):
-        assert after[part]["syncs"] == before[part]["syncs"] + 2  # layers
-        assert after[part]["launches"] == before[part]["launches"] + 2
-
-
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen3-vl-8b"])
-def test_patched_models_launch_less(name: str):
-    model = little(name)
-    if not shortens_prompts():
-        model = dataclasses.replace(model, method=None)
-    original, patched, *reduced = launches.count(model)
-    norms = 2 * (4 if "qwen3" in name else 2) + 1  # q_norm and k_norm
-    saved = original["decode"]["launches"] - patched["decode"]["launches"]
-    assert saved == norms * 7  # two casts, pow, mean, add, rsqrt, mul, mul in one kernel
-    assert original["decode"]["syncs"] == patched["decode"]["syncs"] == 0
-    assert patched["prefill"]["launches"] < original["prefill"]["launches"] - saved
-    assert patched["prefill"]["syncs"] < original["prefill"]["syncs"]
-    for record in reduced:
-        assert record["cached_tokens"] < patched["cached_tokens"] == patched["prompt_tokens"]
-        assert record["decode"] == patched["decode"]
-
-
-def test_the_width_changes_no_count():
-    narrow = little("llava-1.5-7b")
-    wide = dataclasses.replace(narrow, small_text={**narrow.small_text, "hidden_size": 128, "intermediate_size": 200})
-    assert list(launches.count(narrow)) == list(launches.count(wide, "small"))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_step_can_be_captured(name: str, monkeypatch):
-    """With a static cache, in every variant, the host waits for nothing; nor in the prefill of a patched LLaVA."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    model = little(name)
-    original, inputs = model.build("narrow", torch.bfloat16, "cpu")
-    device = Device()
-    device.move(original)
-    on_device = {key: device.put(value) for key, value in inputs.items()}
-    for variant, arguments in variants(model).items():
-        if variant == "reduced" and not shortens_prompts():
-            continue
-        with device.count():
-            answer = Answer(twin(original, arguments), on_device, inputs["input_ids"].shape[1] + STEPS)
-            answer.prefill()
-        with device.count() as prefill:
-            answer.prefill()
-        with device.count() as step:
-            answer.step()
-        assert step.syncs == 0, step.waits
-        if name in ("llava-1.5-7b", "internvl3-8b"):
-            assert (prefill.syncs == 0) == (variant == "patched"), prefill.waits
 
 
 # ---- times ----
@@ -195,7 +110,7 @@ def test_a_wrong_result_has_no_time(llava, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "compile", wrong)
     rows = models.run(device="cpu", modes=["compile"], console=QUIET)
-    assert all("differ from eager ones" in row["error"] and "prefill_ms" not in row for row in rows)
+    assert all("differ from its own in eager mode" in row["error"] and "prefill_ms" not in row for row in rows)
 
 
 def test_a_stop_loses_nothing(llava, monkeypatch, tmp_path):
@@ -229,9 +144,189 @@ def test_memory_that_does_not_suffice_is_a_record(llava, monkeypatch):
     def explode(*args):
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(modes, "_prepare", explode)
+    monkeypatch.setattr(models, "measure", explode)
+    rows = models.run(modes=["eager", "compile"], console=QUIET)
+    assert [(row["variant"], row["mode"], row["error"]) for row in rows] == [
+        ("all", mode, "OutOfMemoryError: planted") for mode in ("eager", "compile")
+    ]
+    assert models.failed(rows)
+    monkeypatch.setattr(Published, "build", explode)
     (row,) = models.run(modes=["eager"], console=QUIET)
     assert row["error"] == "OutOfMemoryError: planted"
+    assert not models.failed([row])
+
+
+@pytest.mark.parametrize("part", ["prefill", "step"])
+def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, monkeypatch):
+    monkeypatch.setattr(models, "ROUNDS", {"cpu": 2})
+    prepare = models.prepare
+
+    def planted(model, inputs, patch, *rest):
+        contender = prepare(model, inputs, patch, *rest)
+        if patch == {}:
+            call, calls = getattr(contender, part), []
+
+            def fails():
+                calls.append(1)
+                if len(calls) > STEPS:
+                    raise torch.OutOfMemoryError("planted")
+                return call()
+
+            setattr(
+                contender, part, fails if part == "step" else functools.partial(fails, *calls.extend([1] * STEPS) or ())
+            )
+        return contender
+
+    monkeypatch.setattr(models, "prepare", planted)
+    original, patched, reduced = models.run(modes=["eager"], console=QUIET)
+    assert patched["error"] == "OutOfMemoryError: planted"
+    assert "prefill_ms" not in patched
+    assert original["prefill_ms"] > 0
+    assert reduced["decode_speedup"] > 0
+    assert models.failed([original, patched, reduced])
+
+
+def test_what_the_original_fails_at_is_not_ours():
+    def row(variant, error=None):
+        return {"model": "x", "mode": "compile", "variant": variant, **({} if error is None else {"error": error})}
+
+    assert not models.failed([row("original"), row("patched")])
+    assert not models.failed([row("original", "a"), row("patched")])
+    assert not models.failed([row("original", "a"), row("patched", "a")])
+    assert models.failed([row("original", "a"), row("patched", "b")])
+    assert models.failed([row("original"), row("reduced", "a")])
+    assert models.failed([row("original", "a"), {**row("patched", "a"), "mode": "eager"}])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])
+def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
+    """In eager mode, before it is timed; what reduces the prompt answers otherwise by design."""
+    real = modes.twin
+
+    def wrong(model, patch):
+        result = real(model, patch)
+        if patch == {}:
+            result.model.language_model.norm.register_forward_hook(lambda module, args, output: change(output))
+        return result
+
+    monkeypatch.setattr(modes, "twin", wrong)
+    original, patched, reduced = rows = models.run(modes=["eager"], console=QUIET)
+    assert "differ from those of the original" in patched["error"]
+    assert "prefill_ms" not in patched
+    assert original["prefill_ms"] > 0
+    assert reduced["prefill_ms"] > 0
+    assert models.failed(rows)
+
+
+def test_a_patch_is_compared_token_by_token(llava):
+    """With the tokens of the original: near a tie a token of its own would change all that follows."""
+    model, inputs = llava.build("small", torch.float32, "cpu")
+    original = modes.prepare(model, inputs, None, "eager")
+    logits, tokens = original.eager
+    assert logits.shape[:2] == (1, 1 + STEPS)
+    shifted = [(token + 1) % 32 for token in tokens]
+    for said, fine in ((tokens, True), (shifted, False)):
+        original.eager = logits, said
+        patched = modes.prepare(model, inputs, {}, "eager", original)
+        assert (patched.error is None) == fine, patched.error
+    original.eager, original.error = None, "planted"
+    assert modes.prepare(model, inputs, {}, "eager", original).error == "RuntimeError: nothing to compare with: planted"
+
+
+def test_the_peak_is_that_of_an_answer(llava, monkeypatch):
+    """Not of compiling: what is taken before the last reset is none of it."""
+    did = []
+    real = modes.Contender
+
+    def pretends(device):
+        contender = real(device)
+        contender.device = torch.device("cuda")
+        return contender
+
+    monkeypatch.setattr(modes, "Contender", pretends)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: did.append("before") or 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: did.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 7 * did.count("reset"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: did.append("compile"))
+    monkeypatch.setattr(modes, "_say", lambda *args, say=modes._say: did.append("answer") or say(*args))
+    model, inputs = llava.build("small", torch.float32, "cpu")
+    assert modes.prepare(model, inputs, None, "eager").facts["peak_bytes"] == 7
+    assert did == ["before", "reset", "answer"]
+    did.clear()
+    assert modes.prepare(model, inputs, None, "compile").facts["peak_bytes"] == 14
+    assert did == ["before", "reset", "answer", "compile", "answer", "reset", "answer"]
+
+
+# ---- a process of its own ----
+
+
+def _measured_apart(common, place):
+    return [{**common, "variant": place}]
+
+
+def _dies(common):
+    os._exit(3)
+
+
+def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
+    """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
+    assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [
+        {"model": "x", "variant": "here"}
+    ]
+    (row,) = models.apart({"model": "x", "mode": "graph"}, _dies, {})
+    assert (row["mode"], row["variant"]) == ("graph", "all")
+    assert "BrokenProcessPool" in row["error"]
+    assert models.failed([row])
+    asked = []
+    monkeypatch.setattr(models, "chosen_modes", lambda *_: ("eager", "graph"))
+    monkeypatch.setattr(models, "apart", lambda common, function, *args: asked.append((function, args)) or [common])
+    rows = models.run(console=QUIET)
+    assert [row["mode"] for row in rows] == ["eager"] * 3 + ["graph"]
+    ((function, (common, place)),) = asked
+    assert function is models._graphs
+    assert (common["model"], place) == ("llava-1.5-7b", "cpu")
+
+
+def test_nothing_is_captured_that_waits(llava, monkeypatch):
+    """A capture that fails cannot be mended, so what it would fail at is tried before."""
+    mode, captured = [], []
+
+    class Stream(contextlib.nullcontext):
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    monkeypatch.setattr(modes, "_graph", lambda call: captured.append(call) or call)
+    model, inputs = llava.build("small", torch.float32, "cpu")
+
+    def waits(part):
+        def call():
+            if mode and mode[-1] == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return getattr(modes.Answer, part)(answer)
+
+        return call
+
+    for part, want in (("step", []), ("prefill", ["step"]), (None, ["step", "prefill"])):
+        answer = modes.Answer(model, inputs, inputs["input_ids"].shape[1] + STEPS)
+        contender, calls = modes.Contender(torch.device("cpu")), {}
+        for name in ("prefill", "step"):
+            calls[name] = waits(name) if name == part else getattr(answer, name)
+            setattr(answer, name, calls[name])
+        captured.clear()
+        with torch.no_grad():
+            answer.prefill()
+            if part == "step":
+                with pytest.raises(RuntimeError, match="synchronizing"):
+                    modes._capture(contender, answer)
+            else:
+                modes._capture(contender, answer)
+                assert contender.facts["prefill_graph"].startswith("none" if part else "captured")
+        assert captured == [calls[name] for name in want]
+        assert mode[-1] == "default"
 
 
 # ---- the command ----

@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ import vlmfast
 from tests.cases import EACH_OP, require
 from vlmfast import cli
 from vlmfast.backends import Backend
-from vlmfast.benchmarks import bench, gpu_report, html, models, ops, peers, report, timing
+from vlmfast.benchmarks import bench, html, models, ops, peers, report, timing
 from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +121,69 @@ def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
     assert "us" not in found["liger"]
 
 
+@pytest.mark.parametrize("call", ["second", "last"])
+def test_a_peer_that_fails_while_it_is_timed_is_a_row(small, call: str, monkeypatch, capsys):
+    """After its result was found right. The others are timed anew; all of them in the same rounds."""
+    calls = []
+
+    def fails():
+        calls.append(1)
+        if len(calls) > (1 if call == "second" else 5):
+            raise torch.OutOfMemoryError("planted\nand more")
+        return small.reference(*args)
+
+    ((_, args),) = small.workloads("cpu", torch.float32)
+    monkeypatch.setitem(peers.PROJECTS, "liger", ("liger", {"rms_norm": lambda *_: fails}))
+    monkeypatch.setattr(peers, "installed", lambda: ("liger",))
+    found = measured(small, ("liger",))
+    assert found["liger"]["error"] == "OutOfMemoryError: planted"
+    assert "us" not in found["liger"]
+    assert all(found[name]["us"] > 0 for name in ("vlmfast native", "copy"))
+    calls.clear()
+    assert cli.main(["bench", "rms_norm", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert "liger: OutOfMemoryError: planted" in capsys.readouterr().out
+
+
+def test_what_fails_of_ours_while_it_is_timed_is_exit_code_1(small, monkeypatch, tmp_path: Path):
+    calls = []
+
+    def fails(x, weight, *_):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("planted")
+        return small.reference(x, weight)
+
+    monkeypatch.setitem(OPS["rms_norm"]._loaded, "native", Backend("native", fails, lambda *_, **__: None))
+    command = ["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "torch"]
+    assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 1
+    (record,) = json.loads((tmp_path / "out.json").read_text())["records"]
+    errors = {row["name"]: row["error"] for row in record["contenders"]}
+    assert errors.pop("vlmfast native") == "RuntimeError: planted"
+    assert set(errors.values()) == {None}
+
+
+def test_an_error_of_the_device_or_the_definition_is_in_every_row(small, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(ops, "measure", broken)
+    assert {row["error"] for row in measured(small).values()} == {"RuntimeError: planted"}
+    found = measured(dataclasses.replace(small, reference=broken))
+    assert {row["error"] for row in found.values()} == {"no definition to compare with: RuntimeError: planted"}
+
+
+def test_a_limit_without_a_time_leaves_the_others_theirs(small, monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("planted")
+
+    chosen = ops.contenders
+    monkeypatch.setattr(ops, "contenders", lambda *args: [*chosen(*args)[:-1], ops.Contender("copy", "limit", broken)])
+    found = measured(small)
+    assert found["copy"]["error"] == "OutOfMemoryError: planted"
+    assert found["vlmfast native"]["us"] > 0
+    assert "over_copy" not in found["vlmfast native"]
+
+
 def test_an_op_without_a_kernel_says_so(small, monkeypatch, capsys):
     for name in ("native", "triton"):
         monkeypatch.setitem(OPS["rms_norm"]._loaded, name, "not built")
@@ -167,22 +228,49 @@ def test_whole_models_are_a_part_of_the_run(tmp_path: Path, monkeypatch, capsys)
     ]
     asked = []
 
-    def run(names, *, device, console, save):
-        asked.append((list(names), device))
+    def run(names, *, device, dtype, console, save):
+        asked.append((list(names), device, dtype))
         save(rows[:1])
         return rows
 
     monkeypatch.setattr(models, "run", run)
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
     page = tmp_path / "report.html"
-    assert cli.main(["bench", "--models", "llava-1.5-7b", "--device", "cpu", "--html", str(page)]) == 0
-    assert asked == [(["llava-1.5-7b"], "cpu")]
+    assert cli.main(["bench", "--models", "llava-1.5-7b", "--device", "cpu", "--html", str(page)]) == 1
+    assert asked == [(["llava-1.5-7b"], "cpu", None)]
     assert json.loads(page.with_suffix(".json").read_text())["models"] == rows
     assert "&lt;graph break&gt;" in page.read_text()
     assert "12.50" in page.read_text()
     capsys.readouterr()
-    assert cli.main(["bench", "--from", str(page.with_suffix(".json"))]) == 0
+    assert cli.main(["bench", "--from", str(page.with_suffix(".json"))]) == 1
     assert "llava-1.5-7b" in capsys.readouterr().out
+
+
+def test_the_dtype_is_that_of_the_models_too(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(models, "run", lambda names, **settings: asked.append(settings["dtype"]) or [])
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
+    for dtype in ("float32", "bfloat16"):
+        assert cli.main(["bench", "--models", "smolvlm-256m", "--device", "cpu", "--dtype", dtype]) == 0
+    assert asked == [torch.float32, torch.bfloat16]
+    assert cli.main(["bench", "--models", "smolvlm-256m", "--device", "cpu", "--dtype", "float16"]) == 2
+    assert "no model runs in float16 on a CPU" in capsys.readouterr().err
+
+
+def test_a_run_of_models_alone_is_shown(tmp_path: Path, capsys):
+    """What `vlmfast.benchmarks.models --json` writes, as in a GPU's report."""
+    pytest.importorskip("matplotlib")
+    written, page = ROOT / "benchmarks" / "results" / "models_cpu.json", tmp_path / "models.html"
+    assert cli.main(["bench", "--from", str(written), "--html", str(page)]) == 0
+    for text in (capsys.readouterr().out, page.read_text()):
+        assert "llava-next-7b" in text
+        assert "757.23" in text
+    assert "roundings" not in page.read_text()
+    page.unlink()
+    (tmp_path / "broken.json").write_text(json.dumps({"environment": {}, "records": [{"model": "x", "variant": "y"}]}))
+    for other in (written.with_name("launches.json"), tmp_path / "broken.json"):
+        assert cli.main(["bench", "--from", str(other)]) == 2
+        assert "it is not what `bench --json` writes" in capsys.readouterr().err
 
 
 def test_names_in_the_page_are_escaped(small):
@@ -200,6 +288,24 @@ def test_what_is_known_survives_a_stop(small, tmp_path: Path, monkeypatch):
     with pytest.raises(TypeError):
         bench.run(bench.Options(["rms_norm"], ["none"], device="cpu", json=tmp_path / "out.json"))
     assert [r["workload"] for r in json.loads((tmp_path / "out.json").read_text())["records"]] == ["4x64"]
+
+
+def test_an_interruption_stops_and_loses_nothing(small, tmp_path: Path, monkeypatch):
+    interrupted, measure = [], ops.measure
+
+    def stop(*args):
+        interrupted.append(args)
+        if len(interrupted) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(ops, "measure", stop)
+    work = small.workloads("cpu", torch.float32) * 3
+    monkeypatch.setitem(OPS, "rms_norm", dataclasses.replace(small, workloads=lambda *_: work))
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["bench", "rms_norm", "--peers", "none", "--device", "cpu", "--json", str(tmp_path / "out.json")])
+    assert len(json.loads((tmp_path / "out.json").read_text())["records"]) == 1
+    assert len(interrupted) == 2
 
 
 def test_the_records_are_written_where_they_are_asked_for(small, tmp_path: Path):
@@ -240,44 +346,3 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(command: list[str], message
         code = stopped.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_gpu_report_keeps_what_came_out(tmp_path: Path, monkeypatch, capsys):
-    """A step that fails or takes too long does not take the others with it."""
-    slow = gpu_report.Step(
-        "slow", [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(60)"], 2.0
-    )
-    broken = gpu_report.Step("broken", [sys.executable, "-c", "raise SystemExit(3)"], 20.0)
-    last = gpu_report.Step(
-        "last", [sys.executable, "-c", "import os; print(os.environ['GIVEN'])"], 20.0, {"GIVEN": "yes"}
-    )
-    monkeypatch.setattr(gpu_report, "steps", lambda out: [slow, broken, last])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(report, "environment", lambda device: {"device": device})
-    monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path / "out")])
-    assert gpu_report.main() == 1
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [(step["step"], step["exit_code"]) for step in summary["steps"]] == [
-        ("slow", None),
-        ("broken", 3),
-        ("last", 0),
-    ]
-    assert (tmp_path / "out" / "slow.log").read_text() == "half\n"
-    assert (tmp_path / "out" / "last.log").read_text() == "yes\n"
-    assert "benchmarks/results/nvidia-h200" in capsys.readouterr().out
-
-
-def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
-    assert list(commands)[:4] == ["build", "info", "tests", "ops"]
-    assert "compile" not in commands["ops"]
-    for name in ("info", "ops", "compiled", "demo"):  # the command line takes these
-        cli._parser().parse_args(commands[name][3:])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_report_needs_a_gpu():
-    ran = subprocess.run([sys.executable, "-m", "benchmarks.gpu_report"], cwd=ROOT, capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (2, "gpu-report needs a GPU, and torch sees none\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 
@@ -11,9 +12,32 @@ import torch.nn.functional as F
 
 from tests import traffic
 from tests.cases import each, outputs
+from tests.conftest import shortens_prompts
 from tests.test_traffic import LAUNCHES
+from vlmfast.benchmarks import launches, published
 from vlmfast.benchmarks.counting import Device, op_launches
+from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
+from vlmfast.benchmarks.published import MODELS, Published
 from vlmfast.registry import OPS, Op
+
+SMALLER_IMAGES = {
+    "qwen2.5-vl-7b": published._patches(16, 14),
+    "qwen3-vl-8b": published._patches(16, 16),
+    "internvl3-8b": lambda: {"pixel_values": torch.randn(2, 3, 448, 448)},
+    "smolvlm-256m": lambda: {"pixel_values": torch.randn(1, 2, 3, 512, 512)},
+}
+
+
+def little(name: str) -> Published:
+    """The model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
+    model = MODELS[name]
+    depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}  # LLaVA uses the last but one
+    if "deepstack_visual_indexes" in model.vision:
+        depth["deepstack_visual_indexes"] = [0, 1]
+    result = dataclasses.replace(model, text={**model.text, "num_hidden_layers": 2}, vision={**model.vision, **depth})
+    text, vision = result._narrow()
+    result = dataclasses.replace(result, image=SMALLER_IMAGES.get(name, result.image))
+    return dataclasses.replace(result, small_text=text, small_vision=vision)
 
 
 def counted(call, *values):
@@ -143,3 +167,71 @@ def test_launches_of_ops_are_those_that_the_interpreter_counts(op: Op):
     _, args = traffic.workload(op)
     found = op_launches(op, *(arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args))
     assert found.total() == (LAUNCHES["triton"] | LAUNCHES["both"]).get(op.name, 1), found
+
+
+# ---- whole models ----
+
+
+def test_waits_are_seen_where_they_are(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    llava = little("llava-1.5-7b")
+    before, _, _ = launches.count(llava)
+    forward = modeling_llama.LlamaMLP.forward
+
+    def planted(self, x):
+        x.sum().item()
+        return forward(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", planted)
+    after, _, _ = launches.count(llava)
+    for part in ("prefill", "decode"):
+        assert after[part]["syncs"] == before[part]["syncs"] + 2  # layers
+        assert after[part]["launches"] == before[part]["launches"] + 2
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen3-vl-8b"])
+def test_patched_models_launch_less(name: str):
+    model = little(name)
+    if not shortens_prompts():
+        model = dataclasses.replace(model, method=None)
+    original, patched, *reduced = launches.count(model)
+    norms = 2 * (4 if "qwen3" in name else 2) + 1  # q_norm and k_norm
+    saved = original["decode"]["launches"] - patched["decode"]["launches"]
+    assert saved == norms * 7  # two casts, pow, mean, add, rsqrt, mul, mul in one kernel
+    assert original["decode"]["syncs"] == patched["decode"]["syncs"] == 0
+    assert patched["prefill"]["launches"] < original["prefill"]["launches"] - saved
+    assert patched["prefill"]["syncs"] < original["prefill"]["syncs"]
+    for record in reduced:
+        assert record["cached_tokens"] < patched["cached_tokens"] == patched["prompt_tokens"]
+        assert record["decode"] == patched["decode"]
+
+
+def test_the_width_changes_no_count():
+    narrow = little("llava-1.5-7b")
+    wide = dataclasses.replace(narrow, small_text={**narrow.small_text, "hidden_size": 128, "intermediate_size": 200})
+    assert list(launches.count(narrow)) == list(launches.count(wide, "small"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_can_be_captured(name: str, monkeypatch):
+    """With a static cache, in every variant, the host waits for nothing; nor in the prefill of a patched LLaVA."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = little(name)
+    original, inputs = model.build("narrow", torch.bfloat16, "cpu")
+    device = Device()
+    device.move(original)
+    on_device = {key: device.put(value) for key, value in inputs.items()}
+    for variant, arguments in variants(model).items():
+        if variant == "reduced" and not shortens_prompts():
+            continue
+        with device.count():
+            answer = Answer(twin(original, arguments), on_device, inputs["input_ids"].shape[1] + STEPS)
+            answer.prefill()
+        with device.count() as prefill:
+            answer.prefill()
+        with device.count() as step:
+            answer.step()
+        assert step.syncs == 0, step.waits
+        if name in ("llava-1.5-7b", "internvl3-8b"):
+            assert (prefill.syncs == 0) == (variant == "patched"), prefill.waits

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_bench)
     command.add_argument("ops", metavar="OP", nargs="*", help="such as rms_norm; default: every public op")
     command.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the ops; default: %(default)s")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="default: bfloat16; for models float32 on a CPU, bfloat16 on a GPU"
+    )
     command.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU; default: %(default)s")
     command.add_argument(
         "--peers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,9 +16,17 @@ class CommandError(Exception):
     """Something that the user can put right; the command prints it and ends with exit code 2."""
 
 
-def console() -> Console:
-    """The terminal; in a pipe or a CI log, where nobody knows the width, plain lines of up to 120 columns."""
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+def console(columns: int = 120) -> Console:
+    """The terminal; in a pipe or a CI log, where nobody knows the width, plain lines of up to so many columns."""
+    return Console(width=None if sys.stdout.isatty() else columns, highlight=False)
+
+
+def version(package: str) -> str | None:
+    """That of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def one_line(error: BaseException) -> str:

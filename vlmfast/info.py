@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import platform
 import textwrap
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import vlmfast
 from vlmfast import backends
-from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device
+from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device, version
 from vlmfast.patches import Family, families
 from vlmfast.patches.upstream import Site, mismatch
 from vlmfast.registry import OPS, Op
@@ -72,17 +71,10 @@ def _machine(devices: list[str]) -> Table:
     rows.add_row("Python", f"{platform.python_version()}, {platform.platform()}")
     rows.add_row("torch", f"{torch.__version__}, {_toolkit()}")
     for package in ("triton", "transformers"):
-        rows.add_row(package, _attempt(_version, package))
+        rows.add_row(package, version(package) or "not installed")
     for device in devices:
         rows.add_row(device, _attempt(_cpu) if device == "cpu" else _attempt(_gpu, device))
     return rows
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _toolkit() -> str:
