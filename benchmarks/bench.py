@@ -7,7 +7,6 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vlmfast
 from vlmfast.benchmarks import html, models, peers, published, report, timing
 from vlmfast.benchmarks.ops import benchmark
-from vlmfast.console import CommandError, console, one_line, usable_device
+from vlmfast.console import CommandError, console, one_line, usable_device, writable
 from vlmfast.registry import OPS, Op
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
@@ -60,8 +59,11 @@ def run(options: Options) -> int:
     _known("op", [name for name in options.ops if name not in OPS], tuple(PUBLIC))
     _known("peer", options.peers or (), (*peers.KINDS, "none"))
     _known("model", options.models or (), tuple(published.MODELS))
+    asked = (options.models, options.peers, options.dtype, options.device)
+    if options.source is not None and (options.ops or any(choice is not None for choice in asked)):
+        raise CommandError("--from shows an earlier run whole: it takes no op, --models, --peers, --dtype or --device")
     for path in (options.html, options.json):
-        _writable(path)
+        writable(path)
     if options.html is not None:
         if options.html.suffix in (".json", ".csv"):
             raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
@@ -85,18 +87,6 @@ def run(options: Options) -> int:
 def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> None:
     if unknown := [name for name in names if name not in known]:
         raise CommandError(f"unknown {kind} {', '.join(unknown)}; known: {', '.join(known)}")
-
-
-def _writable(path: Path | None) -> None:
-    """Refuse now what would fail after the whole run."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {one_line(error)}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise CommandError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,8 +137,8 @@ def _measure(options: Options, console: Console) -> dict[str, Any]:
     if place.index is not None and place.type == "cuda":
         torch.cuda.set_device(place)
     device = place.type
-    if options.models is not None and device == "cpu" and options.dtype == "float16":
-        raise CommandError("--models: no model runs in float16 on a CPU; take --dtype float32 or bfloat16")
+    if options.models is not None:
+        models.chosen_dtype(dtype if options.dtype else None, device)
     names = list(options.ops) or ([] if options.models is not None else PUBLIC)
     machine = timing.ceilings(device, dtype)
     found: dict[str, Any] = {"environment": report.environment(device, machine), "records": [], "models": []}

@@ -28,7 +28,7 @@ from vlmfast.benchmarks import launches, report
 from vlmfast.benchmarks.forwards import variants
 from vlmfast.benchmarks.modes import MODES, Contender, median, prepare
 from vlmfast.benchmarks.published import MODELS, Published, chosen
-from vlmfast.console import CommandError, console, one_line, table
+from vlmfast.console import CommandError, console, one_line, table, writable
 
 ROUNDS = {"cpu": 3, "cuda": 10}
 EAGER = "eager original"  # runs along in every mode
@@ -110,7 +110,7 @@ def run(
     """
     models = chosen(names)
     wanted = chosen_modes(modes, device)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = chosen_dtype(dtype, device)
     size = "full" if (device != "cpu" if full is None else full) else "small"
     start = time.monotonic()
     records: list[Record] = []
@@ -119,6 +119,8 @@ def run(
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
         common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+        if not console.is_terminal:  # nobody sees the status there
+            console.print(f"{', '.join(common.values())}: {', '.join(wanted)}")
         for found in _all_modes(published, common, wanted, device, console):
             records += found
             save(records)
@@ -184,6 +186,17 @@ def _free(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
+
+
+def chosen_dtype(dtype: torch.dtype | None, device: str) -> torch.dtype:
+    """That of weights and activations.
+
+    Raises:
+        CommandError: for float16 on a CPU, where models run in float32 or bfloat16.
+    """
+    if device == "cpu" and dtype == torch.float16:
+        raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
+    return dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 def chosen_modes(names: Sequence[str], device: str) -> tuple[str, ...]:
@@ -264,13 +277,14 @@ def main() -> int:
             report.write(options.json, {"environment": environment(), "records": records})
 
     try:
+        writable(options.json)
         if options.count:
             launches.show(out, launches.run(options.models, out, save))
             return 0
-        chosen_dtype = options.dtype and getattr(torch, options.dtype)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
         wanted = [mode for mode in options.modes.split(",") if mode]
         settings = {"full": options.full, "modes": wanted, "budget": options.budget}
-        records = run(options.models, device=options.device, dtype=chosen_dtype, console=out, save=save, **settings)
+        records = run(options.models, device=options.device, dtype=dtype, console=out, save=save, **settings)
     except CommandError as error:
         parser.error(str(error))
     show(out, records)

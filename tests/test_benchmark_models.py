@@ -340,7 +340,9 @@ def test_nothing_is_captured_that_waits(llava, monkeypatch):
         (["--count", "vicuna"], "unknown model vicuna; known: llava-1.5-7b, "),
         (["--modes", "eager,fast"], "unknown mode fast; known: eager, compile, graph"),
         (["--modes", "graph"], "mode graph: CUDA graphs need a GPU"),
-        (["--device", "cuda", "--json", "no/such.json"], "device cuda: torch sees no GPU"),
+        (["--device", "cuda"], "device cuda: torch sees no GPU"),
+        (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
+        (["--dtype", "float16", "--device", "cpu"], "no model runs in float16 on a CPU"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )

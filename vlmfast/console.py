@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,18 @@ def one_line(error: BaseException) -> str:
 def table(*columns: str) -> Table:
     """An empty table in the style of all commands."""
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def writable(path: Path | None) -> None:
+    """Refuse now what would fail after a whole run."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {one_line(error)}") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
 
 
 def facts() -> Table:
