@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +143,11 @@ def _all_modes(
 
 
 def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> list[Record]:
-    """Call a function that gives records in a process of its own; what kills that process is a record too."""
+    """Call a function that gives records in a process of its own; what ends that process is a record too."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
         try:
             return processes.submit(function, *args).result()
-        except BrokenProcessPool as error:
+        except Exception as error:
             return [{**common, "variant": "all", "error": one_line(error)}]
 
 

@@ -268,15 +268,20 @@ def _dies(common):
     os._exit(3)
 
 
+def _raises(common):
+    raise RuntimeError("planted")
+
+
 def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
     """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
     assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [
         {"model": "x", "variant": "here"}
     ]
-    (row,) = models.apart({"model": "x", "mode": "graph"}, _dies, {})
-    assert (row["mode"], row["variant"]) == ("graph", "all")
-    assert "BrokenProcessPool" in row["error"]
-    assert models.failed([row])
+    for function, error in ((_dies, "BrokenProcessPool"), (_raises, "RuntimeError: planted")):
+        (row,) = models.apart({"model": "x", "mode": "graph"}, function, {})
+        assert (row["mode"], row["variant"]) == ("graph", "all")
+        assert row["error"].startswith(error)
+        assert models.failed([row])
     asked = []
     monkeypatch.setattr(models, "chosen_modes", lambda *_: ("eager", "graph"))
     monkeypatch.setattr(models, "apart", lambda common, function, *args: asked.append((function, args)) or [common])
@@ -285,6 +290,22 @@ def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
     ((function, (common, place)),) = asked
     assert function is models._graphs
     assert (common["model"], place) == ("llava-1.5-7b", "cpu")
+
+
+def test_the_other_process_measures_graphs_alone(llava, monkeypatch):
+    chosen, measured = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(models, "MODELS", {"x": llava})
+    monkeypatch.setattr(models, "_free", lambda device: None)
+
+    def measure(published, model, inputs, mode):
+        measured.append((published, mode))
+        return [{"variant": "original"}, {"variant": "patched"}]
+
+    monkeypatch.setattr(models, "measure", measure)
+    rows = models._graphs({"model": "x", "size": "small", "dtype": "float32"}, "cpu")
+    assert [(row["mode"], row["variant"]) for row in rows] == [("graph", "original"), ("graph", "patched")]
+    assert (chosen, measured) == (["cpu"], [(models.MODELS["x"], "graph")])
 
 
 def test_nothing_is_captured_that_waits(llava, monkeypatch):
