@@ -52,7 +52,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed
-	$(BIN)/pip install --quiet pytest pytest-xdist accelerate peft matplotlib ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "pytest<9.2" pytest-xdist accelerate peft matplotlib ruff mypy clang-format==20.1.8 nox
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

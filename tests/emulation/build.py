@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -52,17 +53,20 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cac
     for path in sorted(inputs):
         key.update(path.read_bytes())
     output = cache / (key.hexdigest()[:32] + suffix)
-    if not output.exists():
-        handle, partial = tempfile.mkstemp(suffix=suffix, dir=cache)
-        os.close(handle)
-        try:
+    with open(output.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed: others wait for what one of them builds
+        if not output.exists():
+            partial = output.with_suffix(f".partial{suffix}")
             result = subprocess.run([CXX, *command, "-o", partial], capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(f"{CXX} failed:\n{result.stderr}")
-            os.replace(partial, output)  # whole or not at all: others may build the same
-        finally:
-            Path(partial).unlink(missing_ok=True)
+            os.replace(partial, output)  # whole or not at all: this process may be stopped
     return output
+
+
+def _in_any_order(sources: Iterable[Path]) -> list[Path]:
+    """Processes that build the same at once are to build different files first."""
+    return sorted(sources, key=lambda source: hashlib.sha256(f"{source} {os.getpid()}".encode()).digest())
 
 
 def build(
@@ -96,8 +100,9 @@ def build(
     headers = [*own_headers, *csrc.glob("*.h"), *csrc.glob("*.cuh")]
     flags = [*MODES[mode], f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
     flags += [f"-DVLMFAST_CUDA_LIBRARY={library}"]
-    cache = cache or _cache()
+    cache, sources = cache or _cache(), list(sources or csrc.glob("*.cu"))
     objects = [compile_source(HERE / name, ["-O2"], own_headers, _cache()) for name in RUNTIME]
-    objects += [compile_source(source, flags, headers, cache) for source in sorted(sources or csrc.glob("*.cu"))]
+    compiled = {source: compile_source(source, flags, headers, cache) for source in _in_any_order(sources)}
+    objects += [compiled[source] for source in sorted(compiled)]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-ldl"]
     return _run(["-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so", cache)
