@@ -68,6 +68,14 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
+def shared_memory(x: Tensor) -> int:
+    """Bytes of shared memory that one program may have on the device of ``x``; those of an H100 in the interpreter."""
+    if not x.is_cuda:
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # AMD's has no more
+
+
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)

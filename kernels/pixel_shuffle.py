@@ -69,14 +69,15 @@ def _row_sum(x):
 
 
 @triton.jit
-def _centre(x, mask, size):
-    """(x - mean, variance) of each row, not from its sum of squares: the mean may be far from zero.
+def centre(x, mask, size):
+    """(x - mean, mean, variance) of each row, not from its sum of squares: the mean may be far from zero.
 
     What is left after a first mean says how far its rounding was off, in the pass that sums the squares.
     """
-    centred = tl.where(mask, x - _row_sum(x) / size, 0.0)
+    mean = _row_sum(x) / size
+    centred = tl.where(mask, x - mean, 0.0)
     error = _row_sum(centred) / size
-    return centred - error, _row_sum(centred * centred) / size - error * error
+    return centred - error, mean + error, _row_sum(centred * centred) / size - error * error
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def _norm_kernel(
     image, _, _, position = locate(patch, height, width, SCALE, SCALE, BY_COLUMN)
     x = load_scaled(x_ptr + offset_of(image, position, x_image_stride, x_stride) + channel, mask, scale, SCALED)
     size = PATCHES * channels
-    centred, variance = _centre(x, mask, size)
+    centred, _, variance = centre(x, mask, size)
     normed = centred * tl.rsqrt(variance + eps)
     weight = tl.load(weight_ptr + part * channels + channel, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + part * channels + channel, mask=inside, other=0.0).to(tl.float32)
@@ -198,7 +199,7 @@ def _norm_backward_kernel(
         x = load_scaled(x_ptr + offset_of(image, position, x_image_stride, x_stride) + channel, mask, scale, SCALED)
         token_offset = offset_of(image, token, grad_output_image_stride, grad_output_stride) + place * channels
         grad = tl.load(grad_output_ptr + token_offset + channel, mask=mask, other=0.0).to(tl.float32)
-        centred, variance = _centre(x, mask, size)
+        centred, _, variance = centre(x, mask, size)
         inverse = tl.rsqrt(variance + eps)
         normed = centred * inverse
         weighted = grad * weight

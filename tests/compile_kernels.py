@@ -33,15 +33,20 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# What a launch may depend on: the shared memory that a program may have, and the multiprocessors, fewer in MIG slices.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MULTIPROCESSORS = (16, 48, 108, 132)
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def launches(op: Op) -> list[tuple[JITFunction, dict, dict, bool]]:
+def launches(op: Op, target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
     """The (kernel, arguments, options, real) of every launch of the op's workloads and samples; none is executed."""
     seen, real, backend = [], True, op.backend("triton")
-    sys.modules[backend.run.__module__].device_unsupported = lambda x: None  # as if the meta device were a GPU
+    module = sys.modules[backend.run.__module__]
+    module.device_unsupported = lambda x: None  # as if the meta device were a GPU
+    module.shared_memory = lambda x: SHARED[target]
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
@@ -49,7 +54,9 @@ def launches(op: Op) -> list[tuple[JITFunction, dict, dict, bool]]:
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        for real, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+        kinds = itertools.product((True, False), (torch.float32, torch.bfloat16), MULTIPROCESSORS)
+        for real, dtype, multiprocessors in kinds:
+            module.processors = lambda x, count=multiprocessors: count
             # made on the CPU: some shapes depend on how many positions of a mask are true
             for args in (args for _, args in op.workloads("cpu", dtype)) if real else op.samples("cpu", dtype):
                 args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
@@ -118,16 +125,17 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 
 def main(targets: list[str]) -> None:
     records, done = [], set()
-    for op in OPS.values():
+    for op, target in itertools.product(OPS.values(), targets):
         if op.compose is not None or isinstance(op.backend("triton"), str):
             continue
-        for kernel, arguments, options, real in launches(op):
+        for kernel, arguments, options, real in launches(op, target):
             source = source_of(kernel, arguments)
-            key = (kernel.__name__, str(source.signature), str(source.constants), str(source.attrs), str(options))
+            facts = source.signature, source.constants, source.attrs, options
+            key = (target, kernel.__name__, *map(str, facts))
             if key in done:
                 continue
             done.add(key)
-            records += [{"op": op.name, "real": real, **measure(kernel, source, options, name)} for name in targets]
+            records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})
     json.dump(records, sys.stdout, indent=1)
 
 

@@ -50,7 +50,7 @@ def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
     commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
     assert list(commands)[:4] == ["build", "info", "tests", "ops"]
     assert "compile" not in commands["ops"]
-    for name in ("info", "ops", "compiled", "demo"):  # the command line takes these
+    for name in ("info", "ops", "product", "compiled", "demo"):  # the command line takes these
         cli._parser().parse_args(commands[name][3:])
 
 

@@ -21,6 +21,7 @@ MOST_REQUESTED = {
     "rms_norm": (1.55, "a weight for each row of 2048: as much as the row"),
     "add_rms_norm": (1.3, "the same"),
     "rms_norm_backward": (1.7, "the same twice, for both passes over a row"),
+    "pixel_shuffle_gemm": (4.0, "each block of columns reads all patches, each of tokens all of the weight"),
     "pixel_shuffle_norm": (2.05, "weight and bias for each row of 4096"),
     "pixel_shuffle_norm_backward": (2.05, "a weight for each row, in both passes"),
 }
@@ -37,6 +38,7 @@ LAUNCHES = {
         "compact_tokens": 2,
         "compact_tokens_backward": 2,
         "cls_attention": 2,
+        "pixel_shuffle_gemm": 2,
         "rms_norm_backward": 2,
     },
 }
@@ -57,6 +59,9 @@ def require(backend: str) -> None:
 @pytest.mark.parametrize("op", cases.each(BOUND_BY_MEMORY))
 def test_traffic(op: Op, backend: str) -> None:
     require(backend)
+    if not traffic.has_kernels(op, backend):
+        assert op.name in cases.TRITON_ALONE
+        pytest.skip(f"{op.name} has no CUDA kernel")
     _, args = traffic.workload(op)
     moved, budget = traffic.count(op, backend, args), op.bytes(*args)
     assert moved.launches == (LAUNCHES[backend] | LAUNCHES["both"]).get(op.name, 1)
@@ -68,7 +73,7 @@ def test_traffic(op: Op, backend: str) -> None:
 def test_report_is_of_every_op() -> None:
     """benchmarks/results/static.json: `make static` writes it."""
     for op in BOUND_BY_MEMORY:
-        for backend in ("triton", "cuda"):
+        for backend in ("triton",) if op.name in cases.TRITON_ALONE else ("triton", "cuda"):
             ratio = counted(op.name, backend)
             assert ratio is not None
             assert 0.95 <= ratio <= MOST

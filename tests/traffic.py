@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import vlmfast
+from tests.emulation import build
 from tests.emulation.backend import check_library, check_loader
 from vlmfast import backends
 from vlmfast.registry import OPS, Op
@@ -65,6 +66,11 @@ def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
     if op.stem == "token_merge":
         label, args = f"1 of {label}", tuple(a[:1] if isinstance(a, Tensor) else a for a in args)
     return label, args
+
+
+def has_kernels(op: Op, backend: str) -> bool:
+    """Whether there is anything to count."""
+    return backend != "emulated" or (build.CSRC / f"{op.stem}.cu").exists()
 
 
 def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
@@ -183,7 +189,7 @@ def main() -> None:
             continue
         label, args = workload(op)
         budget = op.bytes(*args)
-        for backend in BACKENDS:
+        for backend in (name for name in BACKENDS if has_kernels(op, name)):
             moved = count(op, backend, args)
             ratios = {"ratio": round(moved.distinct / budget, 4), "requested_ratio": round(moved.requested / budget, 4)}
             counted = {"launches": moved.launches, "counted_bytes": moved.distinct, "op_bytes": budget, **ratios}

@@ -5,6 +5,7 @@ from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops.attention_scores import cls_attention, received_attention
 from vlmfast.ops.masked_rows import compact_tokens, deepstack_add, place_embeddings, row_index
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
+from vlmfast.ops.pixel_shuffle_gemm import pixel_shuffle_gemm as _candidate  # noqa: F401  (it registers the op)
 from vlmfast.ops.rms_norm import add_rms_norm, rms_norm
 from vlmfast.ops.token_merge import merge_tokens, top_tokens, visionzip
 from vlmfast.patches import Patch, patch, unpatch

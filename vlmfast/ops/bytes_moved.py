@@ -51,6 +51,13 @@ def linear(x: Tensor, weight: Tensor, *_: object) -> int:
     return x.nbytes + weight.nbytes + x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
 
 
+def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *others: object) -> int:
+    """`linear` with all its vectors; for a LayerNorm the patches again, and their means and variances out and in."""
+    norm = [vector for vector in others if isinstance(vector, Tensor)]
+    moments = x.nbytes + 16 * x.shape[0] * x.shape[1] if norm else 0
+    return linear(x, weight) + sum(v.nbytes for v in (bias, *norm) if v is not None) + moments
+
+
 # ---- masked rows ----
 
 

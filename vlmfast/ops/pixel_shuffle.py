@@ -7,14 +7,13 @@ channels in bfloat16: 256 tokens of 4096 channels, projected to N):
 * One pass for the gather, the input scale and the LayerNorm, which reads the tower's output where it lies, then the
   vendor's product. The pass moves 4.2 MB, where upstream moves 17; the product is 2.1 N MFLOP and reads 8 N kB of
   weights (N = 3584: 7.5 GFLOP, 29 MB).
-* A product of our own that reads its tiles through the shuffle, with the LayerNorm folded in behind it. It saves those
-  4.2 MB. It sums x and x^2 beside the product, whose difference cancels where the mean is far from zero, multiplies by
-  gamma * W rounded to the dtype, which Hugging Face does not, and has to be as fast as the vendor's.
+* A product of our own that reads its tiles through the shuffle: vlmfast/ops/pixel_shuffle_gemm.py. It saves half of
+  the pass, or all of it where there is no LayerNorm, and has to be nearly as fast as the vendor's.
 
-Here is the first: its error is that of the modules replaced. On a CPU nearly all of the time is the product's, which
-is done in float32 where the processor cannot multiply half-precision numbers (vlmfast/products.py). By the data sheet
-of an H100 (3.35 TB/s, 989 TFLOP/s) its pass is 1.3 us beside 7.6 us of product for N = 3584, and beside 1.9 us for
-N = 896, unless the tokens stay in the second-level cache. The second has not been built or measured.
+`pixel_shuffle_linear` is the first. On a CPU nearly all of the time is the product's, which is done in float32 where
+the processor cannot multiply half-precision numbers (vlmfast/products.py). By the data sheet of an H100 (3.35 TB/s,
+989 TFLOP/s) its pass is 1.3 us beside 7.6 us of product for N = 3584, and beside 1.9 us for N = 896, unless the tokens
+stay in the second-level cache. No GPU has timed the second against it.
 """
 
 from __future__ import annotations

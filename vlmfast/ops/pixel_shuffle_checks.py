@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,3 +158,7 @@ def check_linear(
     checks.epsilon("norm_eps", norm_eps)
     if activation is not None:
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
+
+
+def check_gemm(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> None:
+    check_linear(x, weight, *others, **named)

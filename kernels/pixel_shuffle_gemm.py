@@ -1,0 +1,363 @@
+"""Triton kernels of vlmfast/ops/pixel_shuffle_gemm.py: the product reads its tiles through the shuffle.
+
+M tokens of K = scale**2 * C channels, projected to N; X = 2 M K bytes of patches, W = 2 N K of weight, Y = 2 M N of
+output, in 16-bit numbers. Both ways multiply 2 M K N FLOP and read W and write Y:
+
+                          with a LayerNorm                        without
+    (a) pass, F.linear    3 X + W + Y: X in, X out, X in          3 X + W + Y
+    (b) this file         2 X + W + Y + 16 bytes a patch          X + W + Y
+
+The rows of a tile of x are one offset each (image, row and column of the token); what a step adds to all of them is
+one number (the patch in the token and its block of channels), so no tile is gathered before the product.
+
+The LayerNorm. One launch leaves the mean and the variance of each patch in float32, from its centred values: features
+with a mean of ten deviations and more are why. A token's are put together from its patches'. The product normalises
+its tile of x between shared memory and the tensor core and rounds it there, as Hugging Face does before the product.
+That is 4.5 instructions for each element and block of 256 columns, 0.28 of the tensor cores' time for the block on an
+H100, on units that are idle beside them (128 columns: 0.56). Folded behind the product instead, as
+rstd * (x @ (gamma * W)^T - mean * sum(gamma * W)) + (beta @ W^T + b), the norm would need no first launch, which reads
+X. But the sums of x and x^2 beside the product are 4 instructions for the same elements; gamma * W is a pass of 2 W in
+and out (N = 3584: 59 MB, 20 us, longer than one tile's product) or a copy of a weight that may change; and the
+rounding before the product is gone: of M, N, K = 256, 896, 4096 in bfloat16 36 % of the outputs differ from Hugging
+Face's by a rounding, with an error against float64 that is no better to speak of (1.6e-3 for 1.7e-3).
+
+What to expect of an H100, in us, by these counts at 3.0 TB/s and 650 TFLOP/s; none of it has been measured. (b) is with
+a product as fast as the vendor's, "break-even" the share of that speed which it must reach:
+
+    images x connector            product   (a)    (b)   break-even
+     1 x InternViT-300M to 896        3.3    4.7    4.0    0.83
+    16                               46.3   68.6   57.4    0.81
+    64                              185.0  274.5  229.8    0.81
+     1 x InternViT-300M to 3584      11.6   13.0   12.3    0.94
+    16                              185.0  207.4  196.2    0.94
+    64                              740.1  829.5  784.8    0.94
+     1 x nanoVLM                      8.4    9.5    8.4    0.89
+    16                               37.2   53.9   37.2    0.69
+    64                              148.7  215.8  148.7    0.69
+     1 x Idefics3                    13.6   14.6   13.6    0.93
+    16                              157.0  173.6  157.0    0.90
+    64                              628.1  694.6  628.1    0.90
+
+So (b) has most to gain behind narrow language models and without a norm. With one image it has the least: nothing here
+splits K, and nanoVLM's 64 tokens are 15 programs for 132 multiprocessors. On a CPU there is nothing to save: the pass
+takes at most 1/57 of the whole op (InternViT-300M to 896, bfloat16, one thread of an EPYC with AVX2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmfast.kernels.launch import (
+    FP_FUSION,
+    MAX_EXTENT,
+    ceil_div,
+    device_unsupported,
+    on_device,
+    processors,
+    shared_memory,
+    with_contiguous_rows,
+)
+from vlmfast.kernels.patch_map import layout, load_scaled, locate, offset_of
+from vlmfast.kernels.pixel_shuffle import MAX_FORWARD, centre, forward_tile
+from vlmfast.kernels.products import dot
+from vlmfast.ops.pixel_shuffle_checks import square
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one program multiplies in a step, ``tokens`` x ``channels`` x ``columns``, and the steps in shared memory."""
+
+    tokens: int
+    columns: int
+    channels: int
+    warps: int
+    stages: int
+
+    def programs(self, tokens: int, columns: int) -> int:
+        """How many programs a product of that shape takes."""
+        return ceil_div(tokens, self.tokens) * ceil_div(columns, self.columns)
+
+    def shared(self, element: int) -> int:
+        """The bytes of the operands of all stages."""
+        return self.stages * (self.tokens + self.columns) * self.channels * element
+
+
+# By count: for a clock of an H100's tensor cores they take 48, 64, 96 and 128 bytes from the second-level cache. An A100
+# has not the shared memory for the first, a GPU with 64 KiB for any but the last, which has few channels so that
+# elements whose addresses are not aligned, each with its own, do not spill registers.
+HALF = (
+    Product(128, 256, 64, warps=8, stages=4),
+    Product(128, 128, 64, warps=8, stages=3),
+    Product(64, 128, 64, warps=8, stages=3),
+    Product(64, 64, 32, warps=8, stages=4),
+)
+# Float32 is multiplied element by element, out of registers that larger tiles would not leave.
+WIDE = (Product(64, 64, 16, warps=8, stages=3),)
+GROUP = 8  # blocks of tokens that share the weight's columns while these are in the second-level cache
+
+
+def product_of(tokens: int, columns: int, element: int, multiprocessors: int, shared: int) -> Product:
+    """The largest tile that fits the shared memory and gives nearly every multiprocessor a program, or the smallest."""
+    tiles = HALF if element == 2 else WIDE
+    fitting = (tile for tile in tiles if tile.shared(element) <= shared)
+    return next((tile for tile in fitting if tile.programs(tokens, columns) >= 0.9 * multiprocessors), tiles[-1])
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr,
+    mean_ptr,
+    variance_ptr,
+    x_image_stride,
+    x_stride,
+    patches,
+    patches_per_image,
+    channels,
+    scale,
+    SCALED: tl.constexpr,
+    BLOCK_PATCHES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Mean and variance of each patch, in the order of the map."""
+    patch = tl.program_id(0) * BLOCK_PATCHES + tl.arange(0, BLOCK_PATCHES)[:, None, None]
+    channel = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
+    mask = (patch < patches) & (channel < channels)
+    start = offset_of(patch // patches_per_image, patch % patches_per_image, x_image_stride, x_stride)
+    _, mean, variance = centre(load_scaled(x_ptr + start + channel, mask, scale, SCALED), mask, channels)
+    tl.store(mean_ptr + patch, mean, mask=patch < patches)
+    tl.store(variance_ptr + patch, variance, mask=patch < patches)
+
+
+@triton.jit
+def _token_moments(mean_ptr, variance_ptr, patch, width, SCALE: tl.constexpr):
+    """Mean and variance of the tokens that begin at ``patch``, from those of their patches."""
+    mean = tl.zeros(patch.shape, tl.float32)
+    for place in range(SCALE * SCALE):
+        mean += tl.load(mean_ptr + patch + _beside(place, width, SCALE))
+    mean /= SCALE * SCALE
+    variance = tl.zeros(patch.shape, tl.float32)
+    for place in range(SCALE * SCALE):
+        apart = tl.load(mean_ptr + patch + _beside(place, width, SCALE)) - mean
+        variance += tl.load(variance_ptr + patch + _beside(place, width, SCALE)) + apart * apart
+    return mean, variance / (SCALE * SCALE)
+
+
+@triton.jit
+def _beside(place, width, SCALE: tl.constexpr):
+    """How far in the map a token's patch at ``place`` is from its first."""
+    return place // SCALE * (width * SCALE) + place % SCALE
+
+
+@triton.jit
+def _load(ptr, mask, MASKED: tl.constexpr):
+    return tl.load(ptr, mask=mask, other=0.0) if MASKED else tl.load(ptr)
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    if TANH:  # x * (1 + tanh(z)) / 2 = x * sigmoid(2 z)
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+
+
+@triton.jit
+def _finish(total, bias_ptr, y_ptr, token, column, tokens, columns, ACTIVATION: tl.constexpr):
+    """Y = activation(total + bias), rounded before the activation as between two modules, and after it."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    y = total.to(dtype)
+    if ACTIVATION is not None:
+        y = _gelu(y.to(tl.float32), ACTIVATION == "gelu_tanh").to(dtype)
+    y_ptr += token[:, None].to(tl.int64) * columns + column[None, :]
+    tl.store(y_ptr, y, mask=(token[:, None] < tokens) & (column[None, :] < columns))
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    y_ptr,
+    x_image_stride,
+    x_stride,
+    weight_stride,
+    tokens,
+    columns,
+    height,
+    width,
+    channels,
+    scale,
+    eps,
+    SCALED: tl.constexpr,
+    SCALE: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    EACH_PATCH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Y = activation(norm(shuffled x) @ weight^T + bias), a block of channels of one of a token's patches at a time."""
+    column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    first = tl.program_id(0) // (GROUP * column_blocks) * GROUP
+    turn = tl.program_id(0) % (GROUP * column_blocks)
+    group = tl.minimum(tl.cdiv(tokens, BLOCK_TOKENS) - first, GROUP)
+    token = (first + turn % group) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    # Behind the end the last ones are read again, so that nothing in the loop asks where the end is.
+    row = tl.minimum(token, tokens - 1)
+    weight_row = tl.minimum(turn // group * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS), columns - 1)
+    image, _, _, position = locate(row * (SCALE * SCALE), height, width, SCALE, SCALE, BY_COLUMN)
+    x_ptr += offset_of(image, position, x_image_stride, x_stride)[:, None]
+    weight_ptr += (weight_row.to(tl.int64) * weight_stride)[None, :]
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    patch = image * (SCALE * SCALE * height * width) + position
+    if norm_weight_ptr is not None and not EACH_PATCH:
+        mean, variance = _token_moments(mean_ptr, variance_ptr, patch, width, SCALE)
+        inverse = tl.rsqrt(variance + eps)
+    total = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
+    blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    for step in range(SCALE * SCALE * blocks):
+        place = step // blocks
+        beside = _beside(place, width, SCALE)
+        channel = step % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+        inside = channel < channels
+        x = _load(x_ptr + (beside.to(tl.int64) * x_stride + channel)[None, :], inside[None, :], MASKED)
+        weight = _load(weight_ptr + (place * channels + channel)[:, None], inside[:, None], MASKED)
+        if SCALED:
+            x = (x.to(tl.float32) * scale).to(dtype)
+        if norm_weight_ptr is not None:
+            if EACH_PATCH:
+                mean = tl.load(mean_ptr + patch + beside)
+                inverse = tl.rsqrt(tl.load(variance_ptr + patch + beside) + eps)
+                number = channel
+            else:
+                number = place * channels + channel
+            normed = (x.to(tl.float32) - mean[:, None]) * inverse[:, None]
+            normed *= _load(norm_weight_ptr + number, inside, MASKED).to(tl.float32)[None, :]
+            if norm_bias_ptr is not None:
+                normed += _load(norm_bias_ptr + number, inside, MASKED).to(tl.float32)[None, :]
+            x = normed.to(dtype)
+        total = dot(x, weight, total)
+    # One half after the other: exact GELUs of 256 columns at once would spill registers.
+    half: tl.constexpr = BLOCK_COLUMNS // 2
+    column = turn // group * BLOCK_COLUMNS + tl.arange(0, half)
+    left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_TOKENS, 2, half)), (0, 2, 1)))
+    _finish(left, bias_ptr, y_ptr, token, column, tokens, columns, ACTIVATION)
+    _finish(right, bias_ptr, y_ptr, token, column + half, tokens, columns, ACTIVATION)
+
+
+# ---- launchers ----
+
+
+def pixel_shuffle_gemm_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str | None = None,
+) -> str | None:
+    for other in (weight, bias):
+        if other is not None and other.dtype != x.dtype:
+            return f"the factors are of several dtypes ({x.dtype} and {other.dtype})"
+    if max(x.shape[0] * x.shape[1], *weight.shape) > MAX_EXTENT:
+        return f"x has {x.shape[0] * x.shape[1]} patches, weight is {tuple(weight.shape)}: more than {MAX_EXTENT}"
+    if not 0 < x.shape[2] <= MAX_FORWARD:
+        return f"a patch has {x.shape[2]} channels: none, or more than {MAX_FORWARD}"
+    return device_unsupported(x)
+
+
+def pixel_shuffle_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    grid = square(x) if grid is None else grid
+    columns, channels = weight.shape[0], x.shape[2]
+    y = torch.empty((x.shape[0], x.shape[1] // scale**2, columns), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
+    bias, norm_weight, norm_bias = (
+        vector if vector is None else vector.contiguous() for vector in (bias, norm_weight, norm_bias)
+    )
+    arguments = layout(grid, scale, order, input_scale)
+    tokens = x.shape[0] * y.shape[1]
+    tile = product_of(tokens, columns, x.element_size(), processors(x), shared_memory(x))
+    with on_device(x):
+        means, variances = (None, None) if norm_weight is None else _moments(x, input_scale)
+        _product_kernel[(tile.programs(tokens, columns),)](
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            means,
+            variances,
+            y,
+            *x.stride()[:2],
+            weight.stride(0),
+            tokens,
+            columns,
+            channels=channels,
+            eps=norm_eps,
+            SCALE=scale,
+            EACH_PATCH=norm_weight is not None and norm_weight.shape[0] == channels,
+            ACTIVATION=activation,
+            MASKED=channels % tile.channels != 0,
+            BLOCK_TOKENS=tile.tokens,
+            BLOCK_COLUMNS=tile.columns,
+            BLOCK_CHANNELS=tile.channels,
+            GROUP=GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **arguments,
+            **FP_FUSION,
+        )
+    return y
+
+
+def _moments(x: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
+    """The mean and the variance of each patch."""
+    means, variances = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    tile = forward_tile(1, x.shape[2])
+    _moments_kernel[(ceil_div(means.numel(), tile.rows),)](
+        x,
+        means,
+        variances,
+        *x.stride()[:2],
+        means.numel(),
+        x.shape[1],
+        x.shape[2],
+        float(input_scale),
+        SCALED=input_scale != 1.0,
+        BLOCK_PATCHES=tile.rows,
+        BLOCK_CHANNELS=tile.columns,
+        num_warps=tile.warps,
+        **FP_FUSION,
+    )
+    return means, variances

@@ -1,0 +1,75 @@
+"""The other way to compute `pixel_shuffle_linear`: one product whose tiles are read through the shuffle.
+
+kernels/pixel_shuffle_gemm.py counts the bytes and FLOP of both, and what they should take. Nothing in this package
+calls this op: no GPU has timed it yet. `python -m vlmfast bench pixel_shuffle_gemm` does, beside `pixel_shuffle_linear`
+and the product alone, and `make gpu-report` runs that. Where it wins, `_fused` in vlmfast/ops/pixel_shuffle.py is the
+one place that chooses: a line in front of its own returns `pixel_shuffle_gemm(...)` for those shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vlmfast.ops import bytes_moved
+from vlmfast.ops import pixel_shuffle_calls as calls
+from vlmfast.ops import pixel_shuffle_checks as checks
+from vlmfast.ops.pixel_shuffle import pixel_shuffle_linear
+from vlmfast.registry import op
+
+
+@op(
+    check=checks.check_gemm,
+    upstream=calls.linear_upstream,
+    peers={"pixel_shuffle_linear": lambda *args: functools.partial(pixel_shuffle_linear, *args)},
+    limits={"F.linear alone": calls.bare_linear},
+    samples=calls.linear_samples,
+    bad_calls=calls.linear_bad_calls,
+    workloads=calls.linear_workloads,
+    bytes=bytes_moved.gemm,
+    flops=pixel_shuffle_linear.op.flops,
+)
+def pixel_shuffle_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    """`pixel_shuffle_linear` as one product, for inference: where a gradient is needed, its definition runs.
+
+    Args:
+        x: as in `pixel_shuffle_linear`.
+        weight: likewise.
+        bias: likewise.
+        grid: likewise.
+        scale: likewise.
+        order: likewise.
+        input_scale: likewise.
+        norm_weight: likewise.
+        norm_bias: likewise.
+        norm_eps: likewise.
+        activation: likewise.
+
+    Returns:
+        (B, height * width / scale**2, out) contiguous, of the dtype of ``x``.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes, a grid, a scale, an order or an activation
+            that do not fit.
+
+    Source:
+        The same modules.
+    """
+    result: Tensor = pixel_shuffle_linear.op.reference(
+        x, weight, bias, grid, scale, order, input_scale, norm_weight, norm_bias, norm_eps, activation
+    )
+    return result
