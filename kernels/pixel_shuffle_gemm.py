@@ -69,7 +69,7 @@ from vlmfast.ops.pixel_shuffle_checks import square
 
 @dataclass(frozen=True)
 class Product:
-    """What one program multiplies in a step, ``tokens`` x ``channels`` x ``columns``, and the steps in shared memory."""
+    """What one program multiplies in a step, ``tokens`` x ``channels`` x ``columns``, and how many steps are loaded."""
 
     tokens: int
     columns: int
@@ -86,8 +86,8 @@ class Product:
         return self.stages * (self.tokens + self.columns) * self.channels * element
 
 
-# By count: for a clock of an H100's tensor cores they take 48, 64, 96 and 128 bytes from the second-level cache. An A100
-# has not the shared memory for the first, a GPU with 64 KiB for any but the last, which has few channels so that
+# By count: for a clock of an H100's tensor cores they take 48, 64, 96 and 128 bytes from the second-level cache. An
+# A100 has not the shared memory for the first, a GPU with 64 KiB for any but the last, which has few channels so that
 # elements whose addresses are not aligned, each with its own, do not spill registers.
 HALF = (
     Product(128, 256, 64, warps=8, stages=4),

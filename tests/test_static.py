@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import os
 import runpy
@@ -148,6 +149,14 @@ def test_triton_kernels_read_rows_in_vectors(compiled_kernels: list[dict]):
         if r["real"] and r["kernel"] not in NUMBERS and max(r["loads"]) < width:
             narrow.append((r["op"], r["kernel"], r["target"], r["types"], r["loads"]))
     assert not narrow
+
+
+@pytest.mark.xdist_group("compiled kernels")
+def test_triton_products_of_half_precision_run_on_tensor_cores(compiled_kernels: list[dict]):
+    products = {"_product_kernel", "normaliser_kernel", "column_sums_kernel"}
+    found = [r for r in compiled_kernels if r["kernel"] in products and "*bf16" in r["types"]]
+    assert {(r["kernel"], r["target"]) for r in found} == {*itertools.product(products, TARGETS)}
+    assert not [r for r in found if not r["tensor_cores"]]
 
 
 def test_faults_of_cuda_kernels_are_named():
