@@ -128,10 +128,11 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 
 def main(targets: list[str]) -> None:
     records, done = [], set()
-    for op, target in itertools.product(OPS.values(), targets):
+    for op in OPS.values():
         if op.compose is not None or isinstance(op.backend("triton"), str):
             continue
-        for kernel, arguments, options, real in launches(op, target):
+        on_each = ([(target, *launch) for launch in launches(op, target)] for target in targets)
+        for target, kernel, arguments, options, real in itertools.chain(*zip(*on_each, strict=True)):
             source = source_of(kernel, arguments)
             facts = source.signature, source.constants, source.attrs, options
             key = (target, kernel.__name__, *map(str, facts))
