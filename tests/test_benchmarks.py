@@ -17,7 +17,7 @@ from tests.cases import EACH_OP, require
 from vlmfast import cli
 from vlmfast.backends import Backend
 from vlmfast.benchmarks import bench, html, models, ops, peers, report, timing
-from vlmfast.registry import OPS, Op
+from vlmfast.registry import OPS, Op, pinned
 
 ROOT = Path(__file__).parents[1]
 MACHINE = timing.Ceilings(10.0, 1.0)
@@ -68,14 +68,14 @@ def test_ceilings_bound_by_bytes_or_flops():
 def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
     ran = []
     for name in ("native", "triton"):
-        recorder = Backend(name, lambda x, *_, name=name: ran.append(name) or x, lambda *_, **__: None)
+        recorder = Backend(name, lambda x, *_, name=name: ran.append((name, pinned.get())) or x, lambda *_, **__: None)
         monkeypatch.setitem(OPS["rms_norm"]._loaded, name, recorder)
     ((_, args),) = small.workloads("cpu", torch.float32)
     calls = {c.name: c.prepare(*args) for c in ops.contenders(small, args, ())}
     for _ in range(2):
         calls["vlmfast triton"]()
         calls["vlmfast native"]()
-    assert ran == ["triton", "native"] * 2
+    assert ran == [("triton", "triton"), ("native", None)] * 2  # the first is what a user gets
 
 
 @pytest.mark.parametrize("op", EACH_OP)
@@ -341,6 +341,9 @@ def test_the_table_names_every_failure_once(small):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_cannot_run_is_one_line_and_exit_code_2(command: list[str], message: str, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
+    for module, function in ((bench, "benchmark"), (models, "run")):
+        monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("it ran"))
     try:
         code = cli.main(["bench", *command])
     except SystemExit as stopped:  # argparse
