@@ -60,7 +60,7 @@ def require(backend: str) -> None:
 def test_traffic(op: Op, backend: str) -> None:
     require(backend)
     if not traffic.has_kernels(op, backend):
-        assert op.name in cases.TRITON_ALONE
+        assert op.name in cases.GEMMS
         pytest.skip(f"{op.name} has no CUDA kernel")
     _, args = traffic.workload(op)
     moved, budget = traffic.count(op, backend, args), op.bytes(*args)
@@ -73,7 +73,7 @@ def test_traffic(op: Op, backend: str) -> None:
 def test_report_is_of_every_op() -> None:
     """benchmarks/results/static.json: `make static` writes it."""
     for op in BOUND_BY_MEMORY:
-        for backend in ("triton",) if op.name in cases.TRITON_ALONE else ("triton", "cuda"):
+        for backend in ("triton",) if op.name in cases.GEMMS else ("triton", "cuda"):
             ratio = counted(op.name, backend)
             assert ratio is not None
             assert 0.95 <= ratio <= MOST
