@@ -55,7 +55,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Run the benchmarks that the options name; 1 if one of our own results is wrong."""
+    """Run the benchmarks that the options name; 1 if one of our own has an error, or nothing to be compared with."""
     _known("op", [name for name in options.ops if name not in OPS], tuple(PUBLIC))
     _known("peer", options.peers or (), (*peers.KINDS, "none"))
     _known("model", options.models or (), tuple(published.MODELS))

@@ -132,14 +132,15 @@ def _all_modes(
     """The records of one model, mode by mode; the graph in a process of its own.
 
     A capture that fails leaves the current stream, the allocator and the random generator of torch in states that
-    nothing mends. With the process they are gone.
+    nothing mends. With the process they are gone: what else of this model is measured there may fail as well, the
+    other models and modes do not.
     """
     if here := [mode for mode in modes if mode != "graph"]:
         yield from _one_model(published, common, here, device, console)
     if "graph" in modes:
         place = device if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
         with console.status(f"{common['model']}, graph"):
-            yield apart({**common, "mode": "graph"}, _graphs, common, place)
+            yield apart({**common, "mode": "graph"}, _graphs, common, place, torch.get_num_threads())
 
 
 def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> list[Record]:
@@ -151,7 +152,8 @@ def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> 
             return [{**common, "variant": "all", "error": one_line(error)}]
 
 
-def _graphs(common: Record, device: str) -> list[Record]:
+def _graphs(common: Record, device: str, threads: int) -> list[Record]:
+    torch.set_num_threads(threads)
     torch.cuda.set_device(device)
     parts = _one_model(MODELS[common["model"]], common, ["graph"], device, Console(quiet=True))
     return [record for part in parts for record in part]

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ def prepare(
     contender = Contender(inputs["input_ids"].device)
     with torch.no_grad():
         try:
-            _prepare(contender, twin(model, patch), inputs, mode, original)
+            before = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
+            _prepare(contender, twin(model, patch), inputs, mode, original, before)
         except Exception as error:
             contender.error = one_line(error)
     return contender
@@ -102,9 +104,8 @@ def _peak(contender: Contender, before: int) -> Iterator[None]:
 
 
 def _prepare(
-    contender: Contender, model: Any, inputs: dict[str, Tensor], mode: str, original: Contender | None
+    contender: Contender, model: Any, inputs: dict[str, Tensor], mode: str, original: Contender | None, before: int
 ) -> None:
-    before = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
     answer = Answer(model, inputs)
     contender.prefill, contender.step = answer.prefill, answer.step
     with _peak(contender, before):
@@ -181,10 +182,15 @@ def _capture(contender: Contender, answer: Answer) -> None:
 
 
 def _without_waiting(call: Callable[[], Tensor]) -> None:
-    """Raise what keeps the call from being captured before a capture is begun, which would break for good."""
+    """Raise what keeps the call from being captured before a capture is begun, which would break for good.
+
+    It goes the way that it will go in the capture: transformers and vlmfast ask whether there is one, and look at masks
+    only where there is none.
+    """
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call()
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+            call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

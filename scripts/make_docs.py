@@ -69,8 +69,8 @@ Run = dict[str, Any]
 
 
 def runs() -> list[dict[str, Run]]:
-    """The committed runs: of each GPU's folder, then of CPUs; "ops", "compiled" and "models", as far as there are."""
-    names = ("ops", "compiled", "models")
+    """The committed runs: of each GPU's folder, then of CPUs; as far as there are these files."""
+    names = ("ops", "compiled", "product", "models")
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
     found = [{name: folder / f"{name}.json" for name in names} for folder in folders]
     found += [{"ops": path} for path in sorted(RESULTS.glob("cpu*.json"))]
@@ -113,7 +113,7 @@ def figures_of(run: Run, compiled: Run | None = None) -> str:
     apart = {key(record): ratios(record) for record in (compiled or {"records": []})["records"]}
     for record in run["records"]:
         ours, found = record["contenders"][0], {**apart.get(key(record), {}), **ratios(record)}
-        if record["op"] not in vlmfast.__all__ or not found:
+        if record["op"] not in vlmfast.__all__ or not ratios(record):
             continue
         cells = [f"`{record['op']}`", record["workload"], f"{ours['us']:.1f} us"]
         cells += [f"{found[name]:.1f}" if name in found else "" for name in ("transformers", "torch.compile")]
@@ -161,7 +161,7 @@ def benchmarks() -> str:
     """Every committed run, each row with all that it was timed against."""
     sections = []
     for run in runs():
-        sections += [run_of(run[name]) for name in ("ops", "compiled") if name in run]
+        sections += [run_of(run[name]) for name in ("ops", "compiled", "product") if name in run]
         sections += (
             [f"## {run['models']['environment']['device']}\n\n{models_of(run['models'])}"] if "models" in run else []
         )

@@ -287,9 +287,9 @@ def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
     monkeypatch.setattr(models, "apart", lambda common, function, *args: asked.append((function, args)) or [common])
     rows = models.run(console=QUIET)
     assert [row["mode"] for row in rows] == ["eager"] * 3 + ["graph"]
-    ((function, (common, place)),) = asked
+    ((function, (common, *rest)),) = asked
     assert function is models._graphs
-    assert (common["model"], place) == ("llava-1.5-7b", "cpu")
+    assert (common["model"], *rest) == ("llava-1.5-7b", "cpu", torch.get_num_threads())
 
 
 def test_the_other_process_measures_graphs_alone(llava, monkeypatch):
@@ -303,14 +303,15 @@ def test_the_other_process_measures_graphs_alone(llava, monkeypatch):
         return [{"variant": "original"}, {"variant": "patched"}]
 
     monkeypatch.setattr(models, "measure", measure)
-    rows = models._graphs({"model": "x", "size": "small", "dtype": "float32"}, "cpu")
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    rows = models._graphs({"model": "x", "size": "small", "dtype": "float32"}, "cpu", 3)
     assert [(row["mode"], row["variant"]) for row in rows] == [("graph", "original"), ("graph", "patched")]
-    assert (chosen, measured) == (["cpu"], [(models.MODELS["x"], "graph")])
+    assert (chosen, measured) == ([3, "cpu"], [(models.MODELS["x"], "graph")])
 
 
 def test_nothing_is_captured_that_waits(llava, monkeypatch):
     """A capture that fails cannot be mended, so what it would fail at is tried before."""
-    mode, captured = [], []
+    mode, captured, asks = [], [], torch.cuda.is_current_stream_capturing
 
     class Stream(contextlib.nullcontext):
         def wait_stream(self, other):
@@ -326,6 +327,7 @@ def test_nothing_is_captured_that_waits(llava, monkeypatch):
     def waits(part):
         def call():
             if mode and mode[-1] == "error":
+                assert torch.cuda.is_current_stream_capturing()  # or transformers would look at a mask
                 raise RuntimeError("called a synchronizing CUDA operation")
             return getattr(modes.Answer, part)(answer)
 
@@ -348,6 +350,7 @@ def test_nothing_is_captured_that_waits(llava, monkeypatch):
                 assert contender.facts["prefill_graph"].startswith("none" if part else "captured")
         assert captured == [calls[name] for name in want]
         assert mode[-1] == "default"
+        assert torch.cuda.is_current_stream_capturing is asks
 
 
 # ---- the command ----

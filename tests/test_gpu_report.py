@@ -148,3 +148,17 @@ def test_a_part_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     assert row(readme, "llava-next-7b", "eager", "patched")[3] == "5843.4 ms"
     assert "There is no result of a GPU yet" not in readme
     assert "## NVIDIA H0" in docs.benchmarks()
+
+
+def test_what_failed_in_one_file_of_a_gpu_report_is_left_out(docs, tmp_path: Path):
+    def failed(records):
+        (record,) = [r for r in records if (r["op"], r["workload"]) == ("rms_norm", "600x2048")]
+        return [{**record, "contenders": [{"name": "vlmfast native", "group": "ours", "error": "planted"}]}]
+
+    folder = tmp_path / "nvidia-h0"
+    stand_in("cpu.json", folder, lambda records: records)
+    for name in ("compiled", "product"):
+        shutil.copy(folder / "ops.json", folder / f"{name}.json")
+    stand_in("cpu.json", folder, failed)
+    assert "`rms_norm`" not in docs.figures().partition("AMD EPYC")[0]
+    assert docs.benchmarks().count("## NVIDIA H0") == 3

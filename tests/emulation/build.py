@@ -53,6 +53,8 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cac
     for path in sorted(inputs):
         key.update(path.read_bytes())
     output = cache / (key.hexdigest()[:32] + suffix)
+    if output.exists():  # in a folder, maybe, that cannot be written
+        return output
     with open(output.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed: others wait for what one of them builds
         if not output.exists():
