@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -165,16 +164,15 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, mo
         contender = prepare(model, inputs, patch, *rest)
         if patch == {}:
             call, calls = getattr(contender, part), []
+            answered = STEPS if part == "step" else 0  # before it fails
 
             def fails():
                 calls.append(1)
-                if len(calls) > STEPS:
+                if len(calls) > answered:
                     raise torch.OutOfMemoryError("planted")
                 return call()
 
-            setattr(
-                contender, part, fails if part == "step" else functools.partial(fails, *calls.extend([1] * STEPS) or ())
-            )
+            setattr(contender, part, fails)
         return contender
 
     monkeypatch.setattr(models, "prepare", planted)

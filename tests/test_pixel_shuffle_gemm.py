@@ -48,7 +48,7 @@ def test_tiles_meet(kernels, norm: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 3, 64])
-def test_each_block_is_written_once(kernels, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_any_size_cover_all_blocks(kernels, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "GROUP", group)
     args = call(torch.float32, 0)
     torch.testing.assert_close(OP.function(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)

@@ -160,5 +160,6 @@ def check_linear(
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
 
 
+# A function of its own, because `op` gives the check of an op that op's name.
 def check_gemm(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> None:
     check_linear(x, weight, *others, **named)

@@ -44,7 +44,9 @@ def pixel_shuffle_gemm(
     norm_eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    """`pixel_shuffle_linear` as one product, for inference: where a gradient is needed, its definition runs.
+    """`pixel_shuffle_linear` as one product, for inference.
+
+    Where a gradient is needed its definition runs, which `torch.compile(fullgraph=True)` refuses.
 
     Args:
         x: as in `pixel_shuffle_linear`.
