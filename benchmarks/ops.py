@@ -14,7 +14,7 @@ import torch
 
 from vlmfast import registry
 from vlmfast.benchmarks import peers
-from vlmfast.benchmarks.timing import Call, CallError, Ceilings, Times, measure
+from vlmfast.benchmarks.timing import Call, CallError, Ceilings, Times, bytes_to_copy, measure
 from vlmfast.benchmarks.traffic import counted
 from vlmfast.console import one_line
 from vlmfast.registry import Op
@@ -62,7 +62,7 @@ def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Co
     found += [Contender(name, "peer", prepare) for name, prepare in peers.of(op, kinds)]
     found += [Contender(name, "limit", prepare) for name, prepare in op.limits.items()]
     half = max(1, op.bytes(*args) // 2)
-    return [*found, Contender(COPY, "limit", lambda x, *_: torch.empty(half, dtype=torch.int8, device=x.device).clone)]
+    return [*found, Contender(COPY, "limit", lambda x, *_: bytes_to_copy(half, x.device).clone)]
 
 
 def _refused(reasons: str, *_: Any) -> Call:

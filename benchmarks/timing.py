@@ -77,9 +77,14 @@ class Ceilings:
         return max(bytes / self.copy_gb_per_s / 1e9, flops / self.gemm_tflop_per_s / 1e12)
 
 
+def bytes_to_copy(count: int, device: str | torch.device) -> torch.Tensor:
+    """Bytes that were written: memory that never was is one page of zeros on a CPU, read from its first-level cache."""
+    return torch.ones(count, dtype=torch.int8, device=device)
+
+
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measure them; the product in the faster of ``dtype`` and float32, which not every processor multiplies alike."""
-    source = torch.empty(COPY_BYTES[device] // 2, dtype=torch.int8, device=device)
+    source = bytes_to_copy(COPY_BYTES[device] // 2, device)
     target = torch.empty_like(source)
     size = GEMM_SIZE[device]
     matrices = [torch.randn(size, size, device=device).to(each) for each in {dtype, torch.float32}]

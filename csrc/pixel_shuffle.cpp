@@ -61,10 +61,10 @@ class Layout {
 
 // Where the runs of all tokens lie in x, in the order of the tokens.
 std::vector<const char*> runs_of(const Sequences& x, const Layout& layout) {
-  std::vector<const char*> runs;
-  runs.reserve(x.batch() * layout.patches() / layout.run_patches(x.adjacent()));
+  std::vector<const char*> runs(x.batch() * layout.patches() / layout.run_patches(x.adjacent()));
+  const char** run = runs.data();
   for (int64_t image = 0; image < x.batch(); ++image) {
-    layout.each_run(x.adjacent(), [&](int64_t, int64_t, int64_t patch) { runs.push_back(x.at(image, patch)); });
+    layout.each_run(x.adjacent(), [&](int64_t, int64_t, int64_t patch) { *run++ = x.at(image, patch); });
   }
   return runs;
 }

@@ -15,8 +15,8 @@ class Sequences {
     if (from.size(2) > 1 && from.stride(2) != 1) tensor_ = torch::stable::contiguous(from);
     data_ = static_cast<const char*>(tensor_.const_data_ptr());
     width_ = static_cast<int64_t>(tensor_.element_size());
-    batch_stride_ = tensor_.stride(0);
-    row_stride_ = tensor_.stride(1);
+    batch_bytes_ = tensor_.stride(0) * width_;
+    row_bytes_ = tensor_.stride(1) * width_;
   }
 
   Sequences(const char* name, const Tensor& from, int64_t rows) : Sequences(name, from) {
@@ -26,15 +26,17 @@ class Sequences {
   int64_t batch() const { return tensor_.size(0); }
   int64_t rows() const { return tensor_.size(1); }
   int64_t size() const { return tensor_.size(2); }
-  bool adjacent() const { return row_stride_ == size(); }  // whether each row begins where the one before it ends
+  bool adjacent() const {
+    return row_bytes_ == size() * width_;
+  }  // whether each row begins where the one before it ends
   const char* at(int64_t sequence, int64_t row, int64_t element = 0) const {
-    return data_ + (sequence * batch_stride_ + row * row_stride_ + element) * width_;
+    return data_ + sequence * batch_bytes_ + row * row_bytes_ + element * width_;
   }
 
  private:
   Tensor tensor_;
   const char* data_;
-  int64_t width_, batch_stride_, row_stride_;
+  int64_t width_, batch_bytes_, row_bytes_;
 };
 
 // From here on an output is written past the caches, which spares reading it first: 4096 x 2048 bfloat16 then take 0.44

@@ -47,20 +47,31 @@ void write_rows(const RowSums& args, int64_t begin, int64_t end) {
       if (later_copied != nullptr) __builtin_prefetch(later_copied + offset);
       if (later_added != nullptr) __builtin_prefetch(later_added + offset);
     };
-    each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
-      if (past_caches) fetch(offset);
-      if (added != nullptr) {
+    // Asked once a row what it is: within the loop the questions cost as much as the moves.
+    const auto each = [&](const auto& write_block) VLMFAST_INLINE_LAMBDA {
+      each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+        if (past_caches) fetch(offset);
+        write_block(offset, count);
+      });
+    };
+    if (copied == nullptr) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, zeros, count); });
+    } else if (added != nullptr) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
         T sum[kBlock];
         store(sum, load(copied + offset, count) + load(added + offset, count));
         write<T, past_caches>(y + offset, sum, count);
-      } else if (factor != 1 && copied != nullptr) {
+      });
+    } else if (factor != 1) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
         T product[kBlock];
         store(product, load(copied + offset, count) * factor);
         write<T, past_caches>(y + offset, product, count);
-      } else {
-        write<T, past_caches>(y + offset, copied != nullptr ? copied + offset : zeros, count);
-      }
-    });
+      });
+    } else {
+      each([&](int64_t offset, auto count)
+               VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, copied + offset, count); });
+    }
   }
   if (past_caches) finish_streams();
 }
