@@ -32,8 +32,9 @@ Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmf
 models `python -m vlmfast.benchmarks.models --json`: each row is of one run, medians of interleaved rounds. Rows with
 a `date` of their own in the JSON are of a later run on the same machine, and replace rows whose peers had been
 refused by too narrow a comparison. Below 1 the other is faster than vlmfast. "copy" moves as many bytes as the op;
-`clone()` and `F.linear alone` are limits too: less work than the op takes, unless the processor has no products of
-bfloat16 numbers, where the op multiplies in float32.
+in runs before 2026-11-28 it read memory that had never been written, and is up to a quarter too fast. `clone()` and
+`F.linear alone` are limits too: less work than the op takes, unless the processor has no products of bfloat16 numbers,
+where the op multiplies in float32.
 """
 
 
