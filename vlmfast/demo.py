@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from rich.console import Console
 from torch import Tensor
 
 from vlmfast import demo_reduce
+from vlmfast.backends import LOADERS, Backend
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
 from vlmfast.patches import Patch, patch
 from vlmfast.reduce import Method
-from vlmfast.registry import Op
+from vlmfast.registry import OPS, Op
 
 
 @dataclass(frozen=True)
@@ -172,22 +174,27 @@ class Calls:
 def _calls() -> Iterator[dict[tuple[str, str], Calls]]:
     """Note each op call inside the block: (op, backend) -> `Calls`."""
     noted: dict[tuple[str, str], Calls] = {}
-    run = Op.run
 
-    def noting(self: Op, *args: Any, **kwargs: Any) -> Any:
-        refusals: list[str] = []
-        for backend, reason in self.refusals(*args, **kwargs):
-            if reason is None:
-                noted.setdefault((self.name, backend), Calls(0, refusals)).number += 1
-                break
-            refusals.append(f"{backend}: {reason}")
-        return run(self, *args, **kwargs)
+    def noting(entry: Op, backend: Backend) -> Backend:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if (entry.name, backend.name) not in noted:
+                refusals = [f"{name}: {reason}" for name, reason in entry.refusals(*args, **kwargs) if reason]
+                noted[entry.name, backend.name] = Calls(0, refusals)
+            noted[entry.name, backend.name].number += 1
+            return backend.run(*args, **kwargs)
 
-    Op.run = noting  # type: ignore[method-assign]
+        return replace(backend, run=run)
+
+    before = [(entry, dict(entry._loaded)) for entry in OPS.values()]
+    for entry, name in itertools.product(OPS.values(), LOADERS):
+        if isinstance(backend := entry.backend(name), Backend):
+            entry._loaded[name] = noting(entry, backend)
     try:
         yield noted
     finally:
-        Op.run = run  # type: ignore[method-assign]
+        for entry, loaded in before:
+            entry._loaded.clear()
+            entry._loaded.update(loaded)
 
 
 # ---- print ----
