@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 import warnings
@@ -185,16 +184,15 @@ def _calls() -> Iterator[dict[tuple[str, str], Calls]]:
 
         return replace(backend, run=run)
 
-    before = [(entry, dict(entry._loaded)) for entry in OPS.values()]
-    for entry, name in itertools.product(OPS.values(), LOADERS):
-        if isinstance(backend := entry.backend(name), Backend):
-            entry._loaded[name] = noting(entry, backend)
+    found = [(entry, name, entry.backend(name)) for entry in OPS.values() for name in LOADERS]
     try:
+        for entry, name, backend in found:
+            if isinstance(backend, Backend):
+                entry._loaded[name] = noting(entry, backend)
         yield noted
     finally:
-        for entry, loaded in before:
-            entry._loaded.clear()
-            entry._loaded.update(loaded)
+        for entry, name, backend in found:
+            entry._loaded[name] = backend
 
 
 # ---- print ----
