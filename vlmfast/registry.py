@@ -267,48 +267,51 @@ def op(
         )
         OPS[name] = entry
         check.__qualname__ = name  # what Python calls it where an argument is missing
-        if compose is not None:
-            return cast("OpFunction[P, R]", _composed_function(entry))
-        overload = _register_with_torch(entry)
-        differentiable = _autograd_function(entry)
-        parameters = {name: parameter.default for name, parameter in inspect.signature(reference).parameters.items()}
-        names, defaults = tuple(parameters), tuple(parameters.values())
-        is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
-        is_grad_enabled, function_transforms = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
-        loaders, loaded, pin_of = backends.LOADERS, entry._loaded, pinned.get
-
-        @functools.wraps(reference)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            recorded = is_grad_enabled() and _requires_grad(args, kwargs)
-            if recorded and detached:
-                args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
-                recorded = False
-            # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
-            # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
-            if is_compiling() or dispatch_modes():
-                if recorded and differentiable is None:
-                    return entry.run_definition(*args, **kwargs)
-                return overload(*args, **kwargs)
-            check(*args, **kwargs)
-            if function_transforms() or forward_ad._current_level >= 0:
-                return entry.run_definition(*args, **kwargs)
-            if kwargs:  # which every call on the way down would pay for
-                args = _by_position(names, defaults, args, kwargs)
-            if recorded and differentiable is not None:
-                return differentiable.apply(*args, *defaults[len(args) :])
-            if recorded:
-                return entry.run(*args)
-            # `run`, without its frames: each costs 0.1 us, and 0.6 where a large op has emptied the caches.
-            for name in loaders if (pin := pin_of()) is None else (pin,):
-                backend = loaded.get(name) or entry.backend(name)
-                if isinstance(backend, backends.Backend) and backend.unsupported(*args) is None:
-                    return backend.run(*args)
-            return entry.run(*args)  # which says why none can
-
-        call.op = entry  # type: ignore[attr-defined]
-        return cast("OpFunction[P, R]", call)
+        return cast("OpFunction[P, R]", _function(entry) if compose is None else _composed_function(entry))
 
     return register
+
+
+def _function(entry: Op) -> Callable[..., Any]:
+    """The function that a user calls, of an op with kernels of its own."""
+    overload, differentiable = _register_with_torch(entry), _autograd_function(entry)
+    check, detached = entry.check, entry.detached
+    parameters = {name: parameter.default for name, parameter in inspect.signature(entry.reference).parameters.items()}
+    names, defaults = tuple(parameters), tuple(parameters.values())
+    is_compiling, dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+    is_grad_enabled, function_transforms = torch.is_grad_enabled, torch._C._are_functorch_transforms_active
+    loaders, loaded, pin_of = backends.LOADERS, entry._loaded, pinned.get
+
+    @functools.wraps(entry.reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        recorded = is_grad_enabled() and _requires_grad(args, kwargs)
+        if recorded and detached:
+            args, kwargs = tuple(map(_detached, args)), {name: _detached(value) for name, value in kwargs.items()}
+            recorded = False
+        # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
+        # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
+        if is_compiling() or dispatch_modes():
+            if recorded and differentiable is None:
+                return entry.run_definition(*args, **kwargs)
+            return overload(*args, **kwargs)
+        check(*args, **kwargs)
+        if function_transforms() or forward_ad._current_level >= 0:
+            return entry.run_definition(*args, **kwargs)
+        if kwargs:  # which every call on the way down would pay for
+            args = _by_position(names, defaults, args, kwargs)
+        if recorded and differentiable is not None:
+            return differentiable.apply(*args, *defaults[len(args) :])
+        if recorded:
+            return entry.run(*args)
+        # `run`, without its frames: each costs 0.1 us, and 0.6 where a large op has emptied the caches.
+        for name in loaders if (pin := pin_of()) is None else (pin,):
+            backend = loaded.get(name) or entry.backend(name)
+            if isinstance(backend, backends.Backend) and backend.unsupported(*args) is None:
+                return backend.run(*args)
+        return entry.run(*args)  # which says why none can
+
+    call.op = entry  # type: ignore[attr-defined]
+    return call
 
 
 def _by_position(
