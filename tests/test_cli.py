@@ -229,7 +229,7 @@ def test_info_says_what_is_broken(capsys, monkeypatch):
     monkeypatch.setattr("vlmfast.info.families", explode)
     assert main(["info"]) == 0
     output = capsys.readouterr().out
-    assert "broken: RuntimeError: planted (1 ops)" in output
+    assert "broken: RuntimeError: planted (1 op)" in output
     assert output.rstrip().endswith("broken: RuntimeError: planted")
     assert "Traceback" not in output
 

@@ -1,6 +1,6 @@
 """vlmfast: fused kernels for vision-language models, and drop-in patches for Hugging Face transformers."""
 
-from vlmfast import reduce
+from vlmfast import compat, reduce
 from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops.attention_scores import cls_attention, received_attention
 from vlmfast.ops.masked_rows import compact_tokens, deepstack_add, place_embeddings, row_index
@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "cls_attention",
     "compact_tokens",
+    "compat",
     "compress_inputs",
     "deepstack",
     "deepstack_add",

@@ -64,7 +64,7 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
     """A backend made of the compiled ops of one torch library namespace."""
     packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
-        return f"the extension has no {op}"
+        return f"csrc/ has no {op}"
     overload = packet.default
     torch.library.register_fake(f"{namespace}::{op}", lambda *args, **kwargs: contiguous(fake(*args, **kwargs)))
     on_cpu, on_gpu = (

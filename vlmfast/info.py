@@ -123,7 +123,8 @@ def _refusal(op: Op, backend: str, device: str) -> str | None:
 def _backend(name: str, device: str) -> str:
     """How many ops the backend runs, and the reasons why it does not run the others."""
     reasons = Counter(_attempt(_refusal, op, name, device) for op in OPS.values())
-    lines = [f"{reason} ({number} ops)" for reason, number in reasons.items() if reason is not None]
+    counted = {reason: "1 op" if number == 1 else f"{number} ops" for reason, number in reasons.items()}
+    lines = [f"{reason} ({ops})" for reason, ops in counted.items() if reason is not None]
     return "\n".join([f"{reasons[None]} of {len(OPS)} ops", *lines])
 
 

@@ -73,7 +73,10 @@ class PlaceholderMask(Tensor):
 
 def _place(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """``masked_scatter``, under the names that torch gives its arguments."""
-    return accepting(place_embeddings, input)(input, mask[..., 0], source.reshape(-1, input.shape[-1]))
+    try:
+        return accepting(place_embeddings, input)(input, mask[..., 0], source.reshape(-1, input.shape[-1]))
+    except ValueError as error:  # it names the op's arguments, which a model's user has not passed
+        raise ValueError(f"placeholder tokens of input_ids and image features do not match: {error}") from error
 
 
 def image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
