@@ -37,7 +37,7 @@ def test_every_way_to_scatter_places_and_counts(scatter):
     got = scatter(x, mask, features)
     assert type(got) is Tensor
     assert torch.equal(got, x.masked_scatter(PLAIN, features))
-    with pytest.raises(ValueError, match="placeholder tokens of input_ids .* as many positions as image_embeds has rows, 4, got 3"):
+    with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 4, got 3"):
         scatter(x, mask, torch.randn(4, 4))  # upstream's own scatter would drop the last row
 
 
