@@ -41,8 +41,9 @@ def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
         key = tuple(str(record[k]) for k in keys)
         mine = found.setdefault(key, {**{k: record[k] for k in keys}, "specialisations": 0})
         mine["specialisations"] += 1
-        for name in record.keys() - set(keys):
-            value = record[name]
+        for name, value in record.items():  # in their order: a set's would be another one in every process
+            if name in keys:
+                continue
             if isinstance(value, list):
                 mine[name] = sorted({*mine.get(name, []), *value})
             else:

@@ -159,6 +159,19 @@ def test_triton_products_of_half_precision_run_on_tensor_cores(compiled_kernels:
     assert not [r for r in found if not r["tensor_cores"]]
 
 
+def test_a_record_of_the_report_keeps_its_order(monkeypatch):
+    """Or every line of it would be another one whenever it is made anew, whatever changed."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    summarised = runpy.run_path(str(ROOT / "scripts" / "static_report.py"))["summarised"]
+    names = [f"name {index}" for index in range(9)]
+    records = [{"kernel": "x", **dict.fromkeys(names, value)} for value in (2, 3)]
+    (found,) = summarised(
+        [{**record, "loads": [value]} for record, value in zip(records, (8, 4), strict=True)], ("kernel",)
+    )
+    assert found == {"kernel": "x", "specialisations": 2, **dict.fromkeys(names, 3), "loads": [4, 8]}
+    assert list(found) == ["kernel", "specialisations", *names, "loads"]
+
+
 def test_faults_of_cuda_kernels_are_named():
     """scripts/compile_cuda.py on what ptxas and cuobjdump would say of two kernels."""
     script = runpy.run_path(str(ROOT / "scripts" / "compile_cuda.py"))
