@@ -10,10 +10,12 @@ counts once, although some are several kernels (a sort, ``masked_scatter``, atte
 are lower bounds. An op of this package counts as the kernels and operators that its Triton launcher starts.
 
 A synchronisation is an operator whose result or shape depends on values (by its tags: ``item``, ``equal``, ``nonzero``,
-``unique``, ``masked_select``), one that takes a number from a tensor on the device (``masked_fill``), an index that is
-a mask, and a blocking copy between host and device, either way. ``copy_`` of a number, a list as an index, and one
+``unique``, ``masked_select``), one that takes a number from a tensor on the device (``masked_fill``), each mask in an
+index, and a blocking copy between host and device, either way. ``copy_`` of a number, a list as an index, and one
 element set to a number are such copies; ``fill_``, and rows or what a mask chooses set to a number, are none: a launch
-takes the number along. All as torch's CUDA tensors do it, not as those on the meta device do.
+takes the number along. All as the CUDA tensors of torch 2.13 do it, not as those on the meta device do. `READS` says
+how often operators wait that read several numbers back. What else waits by its tags counts once, which is a lower bound
+too: how often ``unique`` waits is up to the sort that it takes.
 """
 
 from __future__ import annotations
@@ -50,10 +52,28 @@ NUMBERS = {
     ATEN.index_fill_: slice(3, 4),
     ATEN.linspace: slice(2),
 }
+# Operators that read several numbers back -> how many, for their arguments.
+READS: dict[Any, Callable[..., int]] = {
+    # the sum of the repeats, and whether one is negative
+    ATEN.repeat_interleave: lambda repeats, output_size=None: 2 * (output_size is None and repeats.numel() > 0),
+    # the least and the largest number, where no range is given
+    ATEN.histc: lambda x, bins=100, min=0, max=0, out=None: 2 * (min == max and x.numel() > 0),
+    # the largest, and whether one is negative, which no byte is
+    ATEN.bincount: lambda x, *_: (1 if x.dtype == torch.uint8 else 2) * (x.numel() > 0),
+    # whether a deviation is negative, once more where the result is allocated
+    ATEN.normal: lambda mean, std=1.0, *_, out=None, generator=None: (
+        (1 if out is not None else 2) * (isinstance(std, Tensor) and std.is_meta and std.numel() > 0)
+    ),
+    # whether all weights are finite and none is negative, and whether one is not zero
+    ATEN.multinomial: lambda weights, samples, replacement=False, out=None, generator=None: (
+        2 * (weights.numel() > 0 and (samples == 1 or not replacement))
+    ),
+}
 COLLECTION = 256  # operators between two
 ATTENTION = ATEN._scaled_dot_product_flash_attention_for_cpu.default
 OURS = str(Path(vlmfast.__file__).parent)
 ALLOCATIONS = ("empty", "new_empty")
+TO_DEVICE = "copy to the device"
 
 
 @dataclass
@@ -198,8 +218,9 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         target = bool(here) if wanted is None else torch.device(wanted).type == "meta"
         if func.overloadpacket in (ATEN.copy_, ATEN.fill_):  # the others write where they read
             target = device.has(args[0])
-        if reason := _wait(func, args, kwargs, device, target):
-            self.found.waits[f"{_caller(sys._getframe(1))}: {reason}"] += 1
+        if reasons := _waits(func, args, kwargs, device, target):
+            caller = _caller(sys._getframe(1))
+            self.found.waits.update(f"{caller}: {reason}" for reason in reasons)
         arguments: dict[int, Tensor] = {}  # what works in place returns its argument
 
         def values(value: Any) -> Any:
@@ -255,8 +276,8 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
     return any(tensor.numel() for tensor in written)
 
 
-def _wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, target: bool) -> str | None:
-    """Why the host waits for the device, or None.
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, target: bool) -> list[str]:
+    """Why the host waits for the device; one reason for each time.
 
     Args:
         func: the operator.
@@ -270,45 +291,53 @@ def _wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Devi
     if packet in COPIES:
         return _waiting_copy(packet, args, kwargs, device, target)
     if not here:
-        return None
+        return []
     if packet in INDEXING:
         return _waiting_index(args, device)
-    if packet is ATEN.where and len(here) < len(given):
-        return "copy to the device"
-    numbers = _tensors(args[NUMBERS.get(packet, slice(0))])
-    if any(map(device.has, numbers)) or (packet is ATEN.fill_ and not target):
-        return f"a number for {packet.__name__}"
-    if packet is ATEN.repeat_interleave and kwargs.get("output_size") is not None:
-        return None
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
-        return str(packet.__name__).lstrip("_")
-    return None
+    if packet is ATEN.where:
+        return [TO_DEVICE] * (len(given) - len(here))
+    if numbers := sum(map(device.has, _tensors(args[NUMBERS.get(packet, slice(0))]))):
+        return [f"a number for {packet.__name__}"] * numbers
+    if packet is ATEN.fill_:
+        return [] if target else [f"a number for {packet.__name__}"]
+    name = str(packet.__name__).lstrip("_")
+    if packet in READS:
+        return [name] * READS[packet](*args, **kwargs)
+    return [name] if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags) else []
 
 
 def _waiting_copy(
     packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: Device, target: bool
-) -> str | None:
+) -> list[str]:
     """A number that is copied becomes a tensor on the host first. Only pinned memory is written behind its back."""
     into = packet is ATEN.copy_
     source = args[1 if into else 0]
     if (isinstance(source, Tensor) and device.has(source)) == target or not args[0].numel():
-        return None
+        return []
     asked = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
     free = asked and (target or not into or args[0].is_pinned())
-    return None if free else f"copy to the {'device' if target else 'host'}"
+    return [] if free else [TO_DEVICE if target else "copy to the host"]
 
 
-def _waiting_index(args: tuple[Any, ...], device: Device) -> str | None:
-    """What is set to a number by one mask is filled; otherwise masks are searched and what is on the host is copied."""
+def _waiting_index(args: tuple[Any, ...], device: Device) -> list[str]:
+    """What is set to a number by one mask is filled; otherwise masks are searched and what is on the host is copied.
+
+    A mask of the host is searched there, and what is found goes through pinned memory, for which nobody waits; where
+    values are added, it is copied as any other index is, by dimension.
+    """
     indices = [index for index in args[1] if index is not None]
-    masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
-    absent = [tensor for tensor in (*indices, *args[2:3]) if not device.has(tensor)]
+    masks = [index.dtype in (torch.bool, torch.uint8) for index in indices]
+    numbers = [value for value in args[2:3] if not device.has(value)]
     accumulate = len(args) > 3 and args[3]
-    if len(indices) == len(masks) == len(absent) == 1 and absent[0] is not masks[0] and not accumulate:
-        return None
-    if absent:
-        return "copy to the device"
-    return "a mask as an index" if masks else None
+    if numbers and masks == [True] and device.has(indices[0]) and not accumulate:
+        return []
+    found, copies = [], len(numbers)
+    for index, mask in zip(indices, masks, strict=True):
+        if device.has(index):
+            found += ["a mask as an index"] * mask
+        elif index.numel():
+            copies += (index.dim() if accumulate else 0) if mask else 1
+    return found + [TO_DEVICE] * copies
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

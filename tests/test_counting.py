@@ -50,7 +50,9 @@ def counted(call, *values):
 
 
 MASK = torch.tensor([True, False, True, True])
-GIVEN = {"x": torch.randn(4, 6), "rows": torch.tensor([2, 0]), "mask": MASK}  # by the names of a call's arguments
+COLUMNS = torch.tensor([True, False, False, True, True, False])
+# by the names of a call's arguments
+GIVEN = {"x": torch.randn(4, 6), "rows": torch.tensor([2, 0]), "mask": MASK, "columns": COLUMNS}
 
 
 def into(change):
@@ -86,7 +88,7 @@ CALLS = {
     "nonzero": (lambda x: x.nonzero(), 1, 1),
     "unique": (lambda x: x.unique(), 1, 1),
     "equal": (lambda x: torch.tensor(torch.equal(x, x)), 0, 1),
-    "repeat_interleave": (lambda x, rows: x[:2].repeat_interleave(rows, 0), 2, 1),
+    "repeat_interleave": (lambda x, rows: x[:2].repeat_interleave(rows, 0), 2, 2),
     "repeat_interleave of a known size": (lambda x, rows: x[:2].repeat_interleave(rows, 0, output_size=2), 2, 0),
     "masked_fill with a number of the device": (lambda x: x.masked_fill(x > 0, x[0, 0]), 2, 1),
     "masked_fill with a number": (lambda x: x.masked_fill(x > 0, 3.0), 2, 0),
@@ -94,6 +96,19 @@ CALLS = {
     "index_fill with a number of the device": (lambda x, rows: x.index_fill(0, rows, x[0, 0]), 1, 1),
     "index_fill with a number": (lambda x, rows: x.index_fill(0, rows, 3.0), 1, 0),
     "linspace": (lambda x: torch.linspace(x[0, 0], 1, 5, device=x.device), 1, 1),
+    "linspace between numbers of the device": (lambda x: torch.linspace(x[0, 0], x[0, 1], 5, device=x.device), 1, 2),
+    "histc": (lambda x: x.histc(4), 1, 2),
+    "histc of a range": (lambda x: x.histc(4, -1, 1), 1, 0),
+    "histc of nothing": (lambda x: x[:0].histc(4), 1, 0),
+    "bincount": (lambda rows: rows.bincount(), 1, 2),
+    "bincount of bytes": (lambda rows: rows.byte().bincount(), 2, 1),
+    "normal around numbers": (lambda x: torch.normal(x, 0.0), 1, 0),
+    "normal with deviations": (lambda x: torch.normal(x, x * 0), 2, 2),
+    "normal with deviations around a number": (lambda x: torch.normal(2.0, x * 0), 2, 2),
+    "normal into a tensor": (lambda x: torch.normal(x, x * 0, out=torch.empty_like(x)), 2, 1),
+    "normal of nothing": (lambda x: torch.normal(x[:0], x[:0]), 0, 0),
+    "multinomial": (lambda x: (x[0] == x[0, 0]).float().multinomial(1), 3, 2),
+    "multinomial with replacement": (lambda x: (x[0] == x[0, 0]).float().multinomial(2, True), 3, 0),
     # copies
     "to the host": (lambda x: x.cpu() * 2, 0, 1),
     "to the host without waiting": (lambda x: x.to("cpu", non_blocking=True), 0, 0),
@@ -114,6 +129,7 @@ CALLS = {
     "asarray": (lambda x: torch.asarray([3.0], device=x.device), 1, 1),
     "new_tensor": (lambda x: x.new_tensor([1, 2]), 1, 1),
     "where": (lambda x: torch.where(x > 0, x, torch.tensor(0.0)), 2, 1),
+    "where with numbers of the host": (lambda x: torch.where(x > 0, torch.tensor(1.0), torch.tensor(0.0)), 2, 2),
     "where with a number": (lambda x: torch.where(x > 0, x, 0.0), 3, 0),
     "times a number of the host": (lambda x: x * torch.tensor(2.0), 1, 0),
     # indices
@@ -123,7 +139,9 @@ CALLS = {
     "a list": (lambda x: x[:, [0, 2]], 2, 1),
     "a list of truths": (lambda x: x[[True, False, True, False]], 2, 2),
     "a mask": (lambda x, mask: x[mask], 1, 1),
-    "a mask of the host": (lambda x: x[MASK], 1, 1),
+    "two masks": (lambda x, mask, columns: x[mask, columns], 1, 2),
+    "a mask of the host": (lambda x: x[MASK], 1, 0),
+    "rows and columns of the host": (lambda x: x[torch.tensor([0, 2]), torch.tensor([1, 3])], 1, 2),
     "masked_select": (lambda x, mask: x.masked_select(mask[:, None]), 1, 1),
     "row set to a number": (into(lambda x: x.__setitem__(0, 3.0)), 1, 0),
     "element set to a number": (into(lambda x: x.__setitem__((0, 0), 3.0)), 1, 1),
@@ -134,7 +152,9 @@ CALLS = {
     "mask set to a number": (into(lambda x, mask: x.__setitem__(mask, 3.0)), 1, 0),
     "mask of the host set to a number": (into(lambda x: x.__setitem__(MASK, 3.0)), 1, 1),
     "mask set within the device": (into(lambda x, mask: x.__setitem__(mask, x[1:].clone())), 2, 1),
-    "mask added to": (into(lambda x, mask: x.index_put_((mask,), torch.tensor(3.0), accumulate=True)), 1, 1),
+    "mask added to": (into(lambda x, mask: x.index_put_((mask,), torch.tensor(3.0), accumulate=True)), 1, 2),
+    "mask of the host added to": (into(lambda x: x.index_put_((MASK,), x[0].clone(), accumulate=True)), 2, 1),
+    "two masks set to a number": (into(lambda x, mask, columns: x.__setitem__((mask, columns), 3.0)), 1, 3),
 }
 
 
