@@ -79,7 +79,8 @@ def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties()
     found = {"multiprocessors": properties.multi_processor_count, "memory_gb": round(properties.total_memory / 1e9, 1)}
     query = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", "--id=0"]
+    asked = f"--id=GPU-{properties.uuid}"  # the driver's first GPU need not be the one that is used
+    command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", asked]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):  # another vendor's GPU, or no tool beside the driver

@@ -89,17 +89,23 @@ def test_a_gpu_is_timed_from_a_cold_cache(did, monkeypatch):
         assert (size >= 256 << 20, dtype, device) == (True, torch.int8, "cuda")
         return types.SimpleNamespace(zero_=did.call("flush", 50.0))
 
+    def slow():  # to queue
+        did.state["now"] += 2.5 * timing.FLUSH_SECONDS
+        did.call("b", 2.0)()
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: did.log.append("wait"))
-    found = timing._measure_device({"a": did.call("a", 3.0), "b": did.call("b", 2.0)}, 2)
+    found = timing._measure_device({"a": did.call("a", 3.0), "b": slow}, 2)
     assert found == {"a": [3.0] * 2, "b": [2.0] * 2}
-    once = [name for call in "ab" for name in ("flush", "flush", "record", call, "record")]
-    assert did.log == [*once, *once, "wait"]
+    asked = ["wait", "a"] * 3 + ["wait", "b"] * 3
+    once = ["flush"] * 2 + ["record", "a", "record"] + ["flush"] * 4 + ["record", "b", "record"]
+    assert did.log == [*asked, *once, *once, "wait"]
 
 
 def test_ceilings(monkeypatch):
     """A copy reads and writes; the faster product counts."""
+    assert timing.COPY_BYTES["cpu"] // 2 > 96 << 20  # what a core of the processors with the largest caches fills
     taken = {"copy": 2.0, "torch.bfloat16": 4.0, "torch.float32": 1.0}
 
     def measure(calls, device, rounds):
@@ -268,6 +274,21 @@ def test_where_the_results_go(asked, tmp_path: Path, capsys):
     assert printed.count("rms_norm, liger: planted, with a comma (1x2)") == 1
     assert printed.count("liger") == 4  # a row of each table, and a reason below each
     assert "wall_us" not in report.columns(written["records"])
+
+
+def test_the_clocks_are_those_of_the_gpu_in_use(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.extend(command)
+        return types.SimpleNamespace(stdout="580.1, 1980 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 700.00 W\n")
+
+    properties = types.SimpleNamespace(multi_processor_count=132, total_memory=8e10, uuid="1-2-3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(report.subprocess, "run", run)
+    found = report._gpu()
+    assert (found["multiprocessors"], found["memory_gb"], found["power.limit"]) == (132, 80.0, "700.00 W")
+    assert "--id=GPU-1-2-3" in asked
 
 
 def test_a_gpu_shows_wall_times():
