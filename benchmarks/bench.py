@@ -81,7 +81,7 @@ def run(options: Options) -> int:
         options.html.write_text(html.page(found))
         out.print(f"report: {options.html}")
     wrong = [row for r in found["records"] for row in r["contenders"] if row["group"] == "ours" and row["error"]]
-    return 1 if wrong or models.failed(found["models"]) else 0
+    return models.verdict(out, found["models"]) or int(bool(wrong))
 
 
 def _known(kind: str, names: Sequence[str], known: tuple[str, ...]) -> None:

@@ -12,9 +12,11 @@ from vlmfast.console import CommandError
 # Column of the table of whole models: key of a record -> (head, format)
 MODEL_COLUMNS = {
     "prefill_ms": ("prefill ms", "{:.2f}"),
+    "prefill_range": ("range", "{:.0%}"),
     "prefill_speedup": ("x original", "{:.2f}"),
     "prefill_over_eager": ("x original in eager", "{:.2f}"),
     "decode_ms": ("token ms", "{:.2f}"),
+    "decode_range": ("range", "{:.0%}"),
     "decode_speedup": ("x original", "{:.2f}"),
     "decode_over_eager": ("x original in eager", "{:.2f}"),
     "cache_bytes": ("KV cache, bytes", "{:,}"),
@@ -52,7 +54,8 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 {% for row in models %}<tr>
 <td>{{ row.model }}, {{ row.size }}{{ ", " ~ row.mode if row.mode }}</td><td>{{ row.variant }}</td>
 {% if row.error %}<td class="error" colspan="{{ model_columns|length }}">{{ row.error }}</td>{% else %}
-{% for key in model_columns %}<td>{{ model_columns[key][1].format(row[key]) if row.get(key) is not none }}</td>
+{% for key in model_columns %}<td>{{ model_columns[key][1].format(row[key]) if row.get(key) is not none }}
+{{- prefill_note(row) if key == "prefill_ms" }}</td>
 {% endfor %}{% endif %}</tr>{% endfor %}</table>
 {% endif %}
 </body></html>
@@ -93,6 +96,7 @@ def page(run: dict[str, Any]) -> str:
         legend=report.LEGEND,
         models=run["models"],
         model_columns=MODEL_COLUMNS,
+        prefill_note=report.prefill_note,
     )
 
 

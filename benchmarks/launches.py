@@ -16,7 +16,7 @@ from rich.progress import track
 from vlmfast.benchmarks.counting import Count, Device
 from vlmfast.benchmarks.forwards import Answer, twin, variants
 from vlmfast.benchmarks.published import Published, chosen
-from vlmfast.console import table
+from vlmfast.console import one_line, table
 
 Save = Callable[[list[dict[str, Any]]], None]
 
@@ -29,9 +29,13 @@ def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]
         size: one of `vlmfast.benchmarks.published.SIZES`.
 
     Yields:
-        One record for each variant, without the model's name.
+        One record for each variant, without the model's name; one with an ``error`` where it could not be built.
     """
-    model, inputs = published.build(size, torch.bfloat16, "cpu")
+    try:
+        model, inputs = published.build(size, torch.bfloat16, "cpu")
+    except Exception as error:  # a transformers that lacks the model, say
+        yield {"variant": "all", "error": one_line(error)}
+        return
     device = Device()
     device.move(model)
     on_device = {name: device.put(value) for name, value in inputs.items()}
@@ -86,10 +90,12 @@ def show(console: Console, records: list[dict[str, Any]]) -> None:
     for column in lines.columns[2:]:
         column.justify = "right"
     previous = None
-    for record in records:
+    for record in (record for record in records if "error" not in record):
         cells = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]
         name = "" if record["model"] == previous else record["model"]
         lines.add_row(name, record["variant"], str(record["cached_tokens"]), *cells)
         previous = record["model"]
     console.print(lines)
+    for record in (record for record in records if "error" in record):
+        console.print(f"{record['model']}: {record['error']}", style="red", markup=False, soft_wrap=True)
     console.print("all layers, one prompt with one image; lower bounds, by the rules of vlmfast/benchmarks/counting.py")

@@ -25,17 +25,26 @@ from torch import Tensor, nn
 
 from vlmfast.benchmarks import launches, report
 from vlmfast.benchmarks.forwards import variants
-from vlmfast.benchmarks.modes import MODES, Contender, median, prepare
+from vlmfast.benchmarks.modes import MODES, NOT_RUN, Contender, median, prepare
 from vlmfast.benchmarks.published import MODELS, Published, chosen
 from vlmfast.console import CommandError, console, one_line, table, writable
 
 ROUNDS = {"cpu": 3, "cuda": 10}
 EAGER = "eager original"  # runs along in every mode
+LEGEND = """ms: median of the rounds; range: from shortest to longest, over the median; x: median of the rounds' ratios
+compile is of the language model alone; where the host waits in a prefill, it runs as in eager mode (no graph)"""
+DOES = {"eager": "a first answer", "compile": "compiling, which takes minutes on a CPU", "graph": "capturing"}
 Record = dict[str, Any]
 Save = Callable[[list[Record]], None]
 
 
-def measure(published: Published, model: nn.Module, inputs: dict[str, Tensor], mode: str) -> list[Record]:
+def measure(
+    published: Published,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    mode: str,
+    doing: Callable[[str], None] = lambda what: None,
+) -> list[Record]:
     """All variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
 
     Args:
@@ -43,6 +52,7 @@ def measure(published: Published, model: nn.Module, inputs: dict[str, Tensor], m
         model: left as it is.
         inputs: of its prompt.
         mode: one of `MODES`.
+        doing: is told what is done next.
 
     Returns:
         One record for each variant; ``error`` in it where the variant has no time.
@@ -50,12 +60,19 @@ def measure(published: Published, model: nn.Module, inputs: dict[str, Tensor], m
     wanted = {name: (patch, mode) for name, patch in variants(published).items()}
     if mode != "eager":
         wanted[EAGER] = None, "eager"
-    contenders: dict[str, Contender] = {}
+    contenders = {name: Contender(model, inputs, patch) for name, (patch, _) in wanted.items()}
     for name, (patch, how) in wanted.items():
+        doing(f"{name}: {DOES[how]}")
         original = contenders["original"] if patch is not None and "reduce" not in patch else None
-        contenders[name] = prepare(model, inputs, patch, how, original)
+        prepare(contenders[name], how, original)
+        if contenders[name].spoils:
+            for other in contenders.values():
+                other.error = other.error or NOT_RUN
+            break
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for _ in range(ROUNDS[inputs["input_ids"].device.type]):
+    rounds = ROUNDS[inputs["input_ids"].device.type]
+    for index in range(rounds):
+        doing(f"round {index + 1} of {rounds}")
         for name, contender in contenders.items():
             if contender.error is None:
                 contender.time(times[name])
@@ -71,6 +88,7 @@ def _row(contender: Contender, variant: str, times: dict[str, list[tuple[float, 
     for index, part in enumerate(("prefill", "decode")):
         taken = [pair[index] for pair in times[variant]]
         row[f"{part}_ms"] = 1e3 * median(taken)
+        row[f"{part}_range"] = (max(taken) - min(taken)) / median(taken)
         for against, key in (("original", "speedup"), (EAGER, "over_eager")):
             others = [pair[index] for pair in times.get(against, [])]
             if len(others) == len(taken):
@@ -132,11 +150,14 @@ def _all_modes(
     """The records of one model, mode by mode; the graph in a process of its own.
 
     A capture that fails leaves the current stream, the allocator and the random generator of torch in states that
-    nothing mends. With the process they are gone: what else of this model is measured there may fail as well, the
-    other models and modes do not.
+    nothing mends. With the process they are gone: what else of this model would be measured there is not run, the
+    other models and modes are. A model that could not be built is not built again.
     """
     if here := [mode for mode in modes if mode != "graph"]:
-        yield from _one_model(published, common, here, device, console)
+        for found in _one_model(published, common, here, device, console):
+            yield found
+            if not any(map(was_built, found)):
+                return
     if "graph" in modes:
         place = device if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
         with console.status(f"{common['model']}, graph"):
@@ -171,15 +192,21 @@ def _one_model(
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
     for mode in modes:
-        with console.status(f"{common['model']}, {mode}"):
-            try:
-                rows = measure(published, model, inputs, mode)
-            except Exception as error:
-                rows = [{"variant": "all", "error": one_line(error)}]
-        yield [{**common, "mode": mode, **row} for row in rows]
+        shown = f"{common['model']}, {mode}"
+        yield [{**common, "mode": mode, **row} for row in _one_mode(published, model, inputs, mode, shown, console)]
         _free(device)
     del model, inputs
     _free(device)
+
+
+def _one_mode(
+    published: Published, model: nn.Module, inputs: dict[str, Tensor], mode: str, shown: str, console: Console
+) -> list[Record]:
+    with console.status(shown) as status:
+        try:
+            return measure(published, model, inputs, mode, lambda what: status.update(f"{shown}, {what}"))
+        except Exception as error:
+            return [{"variant": "all", "error": one_line(error)}]
 
 
 def _free(device: str) -> None:
@@ -215,16 +242,33 @@ def chosen_modes(names: Sequence[str], device: str) -> tuple[str, ...]:
     return tuple(names) or tuple(mode for mode in MODES if device != "cpu" or mode != "graph")
 
 
+def was_built(record: Record) -> bool:
+    """Whether there was a model: the record of one that could not be built is an error of no mode."""
+    return "mode" in record or "error" not in record
+
+
 def failed(records: list[Record]) -> bool:
-    """Whether something of ours failed: what the original did as well, in the same mode and words, is not ours."""
+    """Whether something of ours failed: what the original did as well, in the same mode and words, is not ours.
+
+    Neither is what was not run, nor one model among others that could not be built.
+    """
     originals = {(r["model"], r.get("mode")): r.get("error") for r in records if r["variant"] == "original"}
-    errors = [r for r in records if "error" in r and "mode" in r]  # without a mode: the model could not be built
+    errors = [r for r in records if "error" in r and r["error"] != NOT_RUN and was_built(r)]
     return any(r["error"] != originals.get((r["model"], r["mode"])) for r in errors)
+
+
+def verdict(console: Console, records: list[Record]) -> int:
+    """The exit code of a run: 1 where something of ours failed, or where there was no model at all, which is said."""
+    if records and not any(map(was_built, records)):
+        console.print("no model could be built, so none was measured", style="red")
+        return 1
+    return int(failed(records))
 
 
 def show(console: Console, records: list[Record]) -> None:
     """One table; speed-ups are over the original in the same mode, and over the original in eager mode."""
-    names = ("prefill ms", "x original", "x eager", "token ms", "x original", "x eager", "KV MB", "peak MB")
+    names = [head for part in ("prefill ms", "token ms") for head in (part, "range", "x original", "x eager")]
+    names += ["KV MB", "peak MB"]
     lines = table("model", "mode", "", *names)
     for column in lines.columns[3:]:
         column.justify = "right"
@@ -239,7 +283,10 @@ def show(console: Console, records: list[Record]) -> None:
             continue
         cells = []
         for part in ("prefill", "decode"):
-            cells.append(f"{record[f'{part}_ms']:.2f}")
+            note = report.prefill_note(record) if part == "prefill" else ""
+            cells.append(f"{record[f'{part}_ms']:.2f}{note}")
+            spread = record.get(f"{part}_range")  # earlier runs have none
+            cells.append("" if spread is None else f"{spread:.0%}")
             ratios = (record.get(f"{part}_{kind}") for kind in ("speedup", "over_eager"))
             cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         cells.append(f"{record['cache_bytes'] / 1e6:.1f}")
@@ -248,6 +295,7 @@ def show(console: Console, records: list[Record]) -> None:
     console.print(lines)
     if records:
         console.print(f"{records[0]['size']} sizes, {records[0]['dtype']}")
+        console.print(LEGEND, style="dim", highlight=False)
     for error in errors:
         console.print(error, style="red", markup=False, soft_wrap=True)
 
@@ -270,7 +318,7 @@ def main() -> int:
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    out = console(130)
+    out = console(150)
     environment = functools.cache(lambda: report.environment("cpu" if options.count else options.device))
 
     def save(records: list[Record]) -> None:
@@ -280,8 +328,9 @@ def main() -> int:
     try:
         writable(options.json)
         if options.count:
-            launches.show(out, launches.run(options.models, out, save))
-            return 0
+            counts = launches.run(options.models, out, save)
+            launches.show(out, counts)
+            return verdict(out, counts)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         wanted = [mode for mode in options.modes.split(",") if mode]
         settings = {"full": options.full, "modes": wanted, "budget": options.budget}
@@ -289,7 +338,7 @@ def main() -> int:
     except CommandError as error:
         parser.error(str(error))
     show(out, records)
-    return 1 if failed(records) else 0
+    return verdict(out, records)
 
 
 if __name__ == "__main__":

@@ -19,25 +19,43 @@ MODES = ("eager", "compile", "graph")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, after all layers
 ROUNDINGS = 16  # between a patched model and the original on a CPU: bit-equal but for half-precision projections
 GRAPHS = 64  # that torch.compile may keep of one function: each variant has two
+NOT_RUN = "not run: an earlier capture in this process failed"
 median = statistics.median
 
 
+class CaptureError(Exception):
+    """A capture was begun and not ended: nothing mends what it leaves in this process."""
+
+
 class Contender:
-    """One variant of a model in one mode.
+    """One variant of a model in one mode; `prepare` makes it ready.
+
+    Args:
+        model: as published; it is left as it is, and its weights are shared.
+        inputs: of the prompt.
+        patch: the arguments of ``vlmfast.patch``, or None for the model as it is.
 
     Attributes:
         error: why it has no time, in one line, or None.
+        spoils: its capture failed, and with it whatever else would be measured in this process.
         facts: what is known without timing: bytes of the cache and at the peak, columns of the prompt, ...
         eager: its logits in eager mode, and the tokens between them; None where even that failed.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], patch: dict[str, Any] | None) -> None:
+        self.inputs, self.patch = inputs, patch
+        self.device = inputs["input_ids"].device
         self.error: str | None = None
+        self.spoils = False
         self.facts: dict[str, Any] = {}
         self.eager: tuple[Tensor, list[Tensor]] | None = None
         self.prefill: Callable[[], Any] = lambda: None
         self.step: Callable[[], Any] = lambda: None
+        self.model: Any = None
+        try:
+            self.model = twin(model, patch)
+        except Exception as error:
+            self.error = one_line(error)
 
     @torch.no_grad()
     def time(self, times: list[tuple[float, float]]) -> None:
@@ -63,33 +81,25 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def prepare(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    patch: dict[str, Any] | None,
-    mode: str,
-    original: Contender | None = None,
-) -> Contender:
-    """A variant of the model, warm: compared with the original in eager mode, then compiled or captured and compared.
+@torch.no_grad()
+def prepare(contender: Contender, mode: str, original: Contender | None = None) -> None:
+    """Warm it: compared with the original in eager mode, then compiled or captured and compared.
+
+    What goes wrong is its ``error``. Every contender of a process has to be there before the first one is compiled: a
+    patch has torch.compile forget what it has compiled, which a timed call would then compile again.
 
     Args:
-        model: as published; it is left as it is, and its weights are shared.
-        inputs: of the prompt.
-        patch: the arguments of ``vlmfast.patch``, or None for the model as it is.
+        contender: what is made ready.
         mode: one of `MODES`.
         original: whose answer has to be that of this variant; None where nothing else answers alike.
-
-    Returns:
-        The contender; whatever goes wrong is its ``error``.
     """
-    contender = Contender(inputs["input_ids"].device)
-    with torch.no_grad():
-        try:
-            before = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
-            _prepare(contender, twin(model, patch), inputs, mode, original, before)
-        except Exception as error:
-            contender.error = one_line(error)
-    return contender
+    if contender.error is not None:
+        return
+    try:
+        before = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
+        _prepare(contender, mode, original, before)
+    except Exception as error:
+        contender.error, contender.spoils = one_line(error), isinstance(error, CaptureError)
 
 
 @contextlib.contextmanager
@@ -103,9 +113,8 @@ def _peak(contender: Contender, before: int) -> Iterator[None]:
     contender.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
-def _prepare(
-    contender: Contender, model: Any, inputs: dict[str, Tensor], mode: str, original: Contender | None, before: int
-) -> None:
+def _prepare(contender: Contender, mode: str, original: Contender | None, before: int) -> None:
+    model, inputs = contender.model, contender.inputs
     answer = Answer(model, inputs)
     contender.prefill, contender.step = answer.prefill, answer.step
     with _peak(contender, before):
@@ -114,7 +123,7 @@ def _prepare(
     contender.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
     if mode == "eager":
         return
-    answer = Answer(model, inputs, length=length + STEPS)  # in the place of the first, whose memory is free again
+    answer = Answer(model, inputs, length)  # in the place of the first, whose memory is free again
     contender.prefill, contender.step = answer.prefill, answer.step
     answer.prefill()  # as it is: it allocates the cache, which a compiled one cannot
     if mode == "compile":
@@ -123,6 +132,8 @@ def _prepare(
         # shapes depend on values, stay as they are.
         model.get_decoder().compile(dynamic=False)
         _say(contender, answer, contender)
+        if contender.device.type == "cpu":
+            return  # an answer more is there for its peak alone
     # What a graph needs is taken when it is captured, so that this is a part of its peak.
     with _peak(contender, before):
         if mode == "graph":
@@ -198,8 +209,11 @@ def _without_waiting(call: Callable[[], Tensor]) -> None:
 def _graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The call as a CUDA graph, which returns the same tensor each time."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except Exception as error:
+        raise CaptureError(one_line(error)) from error
 
     def replay() -> Tensor:
         graph.replay()

@@ -88,6 +88,11 @@ def _gpu() -> dict[str, Any]:
     return found | dict(zip(query, map(str.strip, answer.split(",")), strict=False))
 
 
+def prefill_note(record: dict[str, Any]) -> str:
+    """What has to stand beside the prefill of a whole model in mode graph where the host waits in it."""
+    return "" if record.get("prefill_graph", "captured") == "captured" else " (no graph)"
+
+
 def write(path: Path, run: dict[str, Any]) -> None:
     """Write what is known so far, whole or not at all; called after every record, so that a stop loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)

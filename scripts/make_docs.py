@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmfast.compat
+from vlmfast.benchmarks import report
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,8 @@ def models_of(run: Run) -> str:
         cells = [record["model"], record.get("mode", ""), record["variant"]]
         for part in ("prefill", "decode"):
             time, ratio = record.get(f"{part}_ms"), record.get(f"{part}_speedup")
-            cells += ["no time" if time is None else f"{time:.1f} ms", "" if ratio is None else f"{ratio:.2f}"]
+            note = report.prefill_note(record) if part == "prefill" else ""
+            cells += ["no time" if time is None else f"{time:.1f} ms{note}", "" if ratio is None else f"{ratio:.2f}"]
         for size in (record.get("cache_bytes"), record.get("peak_bytes")):
             cells.append("" if size is None else f"{size / 1e6:.1f} MB")
         lines.append(f"| {' | '.join(cells)} |")

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import re
 import sys
+import types
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from tests.conftest import shortens_prompts
 from tests.test_counting import little
-from vlmfast.benchmarks import models, modes, published, report
+from vlmfast import cli
+from vlmfast.benchmarks import html, models, modes, published, report, timing
 from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
 from vlmfast.benchmarks.published import MODELS, Published
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def llava(monkeypatch):
-    """The little LLaVA under its own name, alone, and one round."""
-    monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})
-    monkeypatch.setattr(models, "ROUNDS", {"cpu": 1})
-    return published.MODELS["llava-1.5-7b"]
 
 
 # ---- times ----
@@ -80,36 +72,23 @@ def test_every_variant_is_timed(llava):
         assert row["decode_ms"] > 0
         assert row["cache_bytes"] == 2 * 2 * 4 * 64 * row["cached_tokens"]  # keys and values, layers, float32, channels
     assert rows[0]["prefill_speedup"] == rows[0]["decode_over_eager"] == 1.0
+    assert rows[0]["prefill_range"] == 0.0  # of one round
     assert rows[2]["cached_tokens"] == rows[0]["cached_tokens"] - 576 + 64
 
 
-def test_compiled_answers_are_those_of_eager(llava, monkeypatch):
-    compiled = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: compiled(self, backend="eager", **settings))
-    rows = models.run(device="cpu", modes=["compile"], console=QUIET)
-    assert [row.get("error") for row in rows] == [None] * 3
-    assert all(row["difference"] < 1e-4 for row in rows)
-    assert all("decode_over_eager" in row for row in rows)
-
-
-def test_what_fails_to_compile_is_a_record(llava, monkeypatch):
-    def explode(self, **settings):
-        raise RuntimeError("planted\nand more")
-
-    monkeypatch.setattr(nn.Module, "compile", explode)
-    rows = models.run(device="cpu", modes=["compile", "eager"], console=QUIET)
-    assert [row.get("error") for row in rows] == ["RuntimeError: planted"] * 3 + [None] * 3
-    console = Console(record=True, width=130, quiet=True)
-    models.show(console, rows)
-
-
-def test_a_wrong_result_has_no_time(llava, monkeypatch):
-    def wrong(self, **settings):
-        self.norm.register_forward_hook(lambda module, args, output: output.flip(-1))
-
-    monkeypatch.setattr(nn.Module, "compile", wrong)
-    rows = models.run(device="cpu", modes=["compile"], console=QUIET)
-    assert all("differ from its own in eager mode" in row["error"] and "prefill_ms" not in row for row in rows)
+def test_ratios_are_of_each_round(capsys):
+    times = {
+        "original": [(6.0, 1.0), (10.0, 1.0), (20.0, 1.0)],
+        "patched": [(3.0, 2.0), (20.0, 2.0), (5.0, 4.0)],
+        models.EAGER: [(12.0, 4.0), (10.0, 4.0), (20.0, 4.0)],
+    }
+    contender = types.SimpleNamespace(error=None, facts={"cache_bytes": 8})
+    row = models._row(contender, "patched", times)
+    assert (row["prefill_ms"], row["prefill_range"], row["prefill_speedup"]) == (5e3, 3.4, 2.0)
+    assert (row["decode_ms"], row["decode_range"], row["decode_speedup"]) == (2e3, 1.0, 0.5)
+    assert (row["prefill_over_eager"], row["decode_over_eager"]) == (4.0, 2.0)
+    models.show(Console(width=150), [{"model": "x", "size": "small", "dtype": "float32", "variant": "patched", **row}])
+    assert "x patched 5000.00 340% 2.00 4.00 2000.00 100% 0.50 2.00 0.0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_stop_loses_nothing(llava, monkeypatch, tmp_path):
@@ -160,9 +139,9 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, mo
     monkeypatch.setattr(models, "ROUNDS", {"cpu": 2})
     prepare = models.prepare
 
-    def planted(model, inputs, patch, *rest):
-        contender = prepare(model, inputs, patch, *rest)
-        if patch == {}:
+    def planted(contender, *rest):
+        prepare(contender, *rest)
+        if contender.patch == {}:
             call, calls = getattr(contender, part), []
             answered = STEPS if part == "step" else 0  # before it fails
 
@@ -173,7 +152,6 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, mo
                 return call()
 
             setattr(contender, part, fails)
-        return contender
 
     monkeypatch.setattr(models, "prepare", planted)
     original, patched, reduced = models.run(modes=["eager"], console=QUIET)
@@ -194,6 +172,8 @@ def test_what_the_original_fails_at_is_not_ours():
     assert models.failed([row("original", "a"), row("patched", "b")])
     assert models.failed([row("original"), row("reduced", "a")])
     assert models.failed([row("original", "a"), {**row("patched", "a"), "mode": "eager"}])
+    assert not models.failed([row("original", "a"), row("patched", modes.NOT_RUN)])
+    assert models.failed([row("original", modes.NOT_RUN), row("patched", "a")])
 
 
 @pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])
@@ -214,141 +194,6 @@ def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
     assert original["prefill_ms"] > 0
     assert reduced["prefill_ms"] > 0
     assert models.failed(rows)
-
-
-def test_a_patch_is_compared_token_by_token(llava):
-    """With the tokens of the original: near a tie a token of its own would change all that follows."""
-    model, inputs = llava.build("small", torch.float32, "cpu")
-    original = modes.prepare(model, inputs, None, "eager")
-    logits, tokens = original.eager
-    assert logits.shape[:2] == (1, 1 + STEPS)
-    shifted = [(token + 1) % 32 for token in tokens]
-    for said, fine in ((tokens, True), (shifted, False)):
-        original.eager = logits, said
-        patched = modes.prepare(model, inputs, {}, "eager", original)
-        assert (patched.error is None) == fine, patched.error
-    original.eager, original.error = None, "planted"
-    assert modes.prepare(model, inputs, {}, "eager", original).error == "RuntimeError: nothing to compare with: planted"
-
-
-def test_the_peak_is_that_of_an_answer(llava, monkeypatch):
-    """Not of compiling: what is taken before the last reset is none of it."""
-    did = []
-    real = modes.Contender
-
-    def pretends(device):
-        contender = real(device)
-        contender.device = torch.device("cuda")
-        return contender
-
-    monkeypatch.setattr(modes, "Contender", pretends)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: did.append("before") or 100)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: did.append("reset"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 7 * did.count("reset"))
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: did.append("compile"))
-    monkeypatch.setattr(modes, "_say", lambda *args, say=modes._say: did.append("answer") or say(*args))
-    model, inputs = llava.build("small", torch.float32, "cpu")
-    assert modes.prepare(model, inputs, None, "eager").facts["peak_bytes"] == 7
-    assert did == ["before", "reset", "answer"]
-    did.clear()
-    assert modes.prepare(model, inputs, None, "compile").facts["peak_bytes"] == 14
-    assert did == ["before", "reset", "answer", "compile", "answer", "reset", "answer"]
-
-
-# ---- a process of its own ----
-
-
-def _measured_apart(common, place):
-    return [{**common, "variant": place}]
-
-
-def _dies(common):
-    os._exit(3)
-
-
-def _raises(common):
-    raise RuntimeError("planted")
-
-
-def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
-    """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
-    assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [
-        {"model": "x", "variant": "here"}
-    ]
-    for function, error in ((_dies, "BrokenProcessPool"), (_raises, "RuntimeError: planted")):
-        (row,) = models.apart({"model": "x", "mode": "graph"}, function, {})
-        assert (row["mode"], row["variant"]) == ("graph", "all")
-        assert row["error"].startswith(error)
-        assert models.failed([row])
-    asked = []
-    monkeypatch.setattr(models, "chosen_modes", lambda *_: ("eager", "graph"))
-    monkeypatch.setattr(models, "apart", lambda common, function, *args: asked.append((function, args)) or [common])
-    rows = models.run(console=QUIET)
-    assert [row["mode"] for row in rows] == ["eager"] * 3 + ["graph"]
-    ((function, (common, *rest)),) = asked
-    assert function is models._graphs
-    assert (common["model"], *rest) == ("llava-1.5-7b", "cpu", torch.get_num_threads())
-
-
-def test_the_other_process_measures_graphs_alone(llava, monkeypatch):
-    chosen, measured = [], []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(models, "MODELS", {"x": llava})
-    monkeypatch.setattr(models, "_free", lambda device: None)
-
-    def measure(published, model, inputs, mode):
-        measured.append((published, mode))
-        return [{"variant": "original"}, {"variant": "patched"}]
-
-    monkeypatch.setattr(models, "measure", measure)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    rows = models._graphs({"model": "x", "size": "small", "dtype": "float32"}, "cpu", 3)
-    assert [(row["mode"], row["variant"]) for row in rows] == [("graph", "original"), ("graph", "patched")]
-    assert (chosen, measured) == ([3, "cpu"], [(models.MODELS["x"], "graph")])
-
-
-def test_nothing_is_captured_that_waits(llava, monkeypatch):
-    """A capture that fails cannot be mended, so what it would fail at is tried before."""
-    mode, captured, asks = [], [], torch.cuda.is_current_stream_capturing
-
-    class Stream(contextlib.nullcontext):
-        def wait_stream(self, other):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
-    monkeypatch.setattr(modes, "_graph", lambda call: captured.append(call) or call)
-    model, inputs = llava.build("small", torch.float32, "cpu")
-
-    def waits(part):
-        def call():
-            if mode and mode[-1] == "error":
-                assert torch.cuda.is_current_stream_capturing()  # or transformers would look at a mask
-                raise RuntimeError("called a synchronizing CUDA operation")
-            return getattr(modes.Answer, part)(answer)
-
-        return call
-
-    for part, want in (("step", []), ("prefill", ["step"]), (None, ["step", "prefill"])):
-        answer = modes.Answer(model, inputs, inputs["input_ids"].shape[1] + STEPS)
-        contender, calls = modes.Contender(torch.device("cpu")), {}
-        for name in ("prefill", "step"):
-            calls[name] = waits(name) if name == part else getattr(answer, name)
-            setattr(answer, name, calls[name])
-        captured.clear()
-        with torch.no_grad():
-            answer.prefill()
-            if part == "step":
-                with pytest.raises(RuntimeError, match="synchronizing"):
-                    modes._capture(contender, answer)
-            else:
-                modes._capture(contender, answer)
-                assert contender.facts["prefill_graph"].startswith("none" if part else "captured")
-        assert captured == [calls[name] for name in want]
-        assert mode[-1] == "default"
-        assert torch.cuda.is_current_stream_capturing is asks
 
 
 # ---- the command ----
@@ -383,3 +228,54 @@ def test_the_command_counts(llava, monkeypatch, capsys, tmp_path):
     printed, written = capsys.readouterr().out, json.loads(path.read_text())
     assert [row["variant"] for row in written["records"]] == ["original", "patched", "reduced"]
     assert all(str(row["decode"]["launches"]) in printed for row in written["records"])
+
+
+def breaks_building(monkeypatch, *broken: Published) -> None:
+    """No model can be built of these; of all where there is none."""
+    build = Published.build
+
+    def planted(self, *args):
+        if not broken or self in broken:
+            raise OSError("planted")
+        return build(self, *args)
+
+    monkeypatch.setattr(Published, "build", planted)
+
+
+@pytest.mark.parametrize("arguments", [["--modes", "eager"], ["--count"]])
+def test_no_model_at_all_is_exit_code_1(llava, arguments: list[str], monkeypatch, capsys):
+    """Where others were built, a model that could not be is a row and no more."""
+    monkeypatch.setattr(sys, "argv", ["models", "--device", "cpu", *arguments])
+    two = {"first": llava, "second": little("qwen3-vl-8b")}
+    monkeypatch.setattr(published, "MODELS", two)
+    breaks_building(monkeypatch, two["second"])
+    assert models.main() == 0
+    assert "OSError: planted" in capsys.readouterr().out
+    breaks_building(monkeypatch)
+    assert models.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "no model could be built, so none was measured"
+
+
+def test_no_model_at_all_is_exit_code_1_of_bench_too(llava, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: timing.Ceilings(1.0, 1.0))
+    breaks_building(monkeypatch)
+    path = tmp_path / "out.json"
+    for command in (["--models", "llava-1.5-7b", "--device", "cpu", "--json", str(path)], ["--from", str(path)]):
+        assert cli.main(["bench", *command]) == 1
+        assert "no model could be built, so none was measured" in capsys.readouterr().out.splitlines()
+
+
+def test_a_prefill_that_is_no_graph_is_said(capsys):
+    row = {"model": "x", "size": "full", "dtype": "bfloat16", "mode": "graph", "prefill_ms": 12.5, "decode_ms": 1.0}
+    rows = [
+        {**row, "variant": "original", "cache_bytes": 8, "prefill_graph": "none: RuntimeError: it waits"},
+        {**row, "variant": "patched", "cache_bytes": 8, "prefill_graph": "captured"},
+    ]
+    models.show(Console(width=150), rows)
+    assert re.findall(r"(original|patched) +(12\.50(?: \(no graph\))?)", capsys.readouterr().out) == [
+        ("original", "12.50 (no graph)"),
+        ("patched", "12.50"),
+    ]
+    pytest.importorskip("jinja2")
+    page = html.page({"environment": {"device": "x"}, "records": [], "models": rows})
+    assert page.count("<td>12.50 (no graph)</td>") == page.count("<td>12.50</td>") == 1

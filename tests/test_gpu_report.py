@@ -111,7 +111,8 @@ def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
 
     def graphs(records):
         broken = {"model": "smolvlm-256m", "size": "full", "dtype": "bfloat16", "mode": "graph", "variant": "patched"}
-        return [{**records[1], "mode": "graph", "peak_bytes": 5_000_000}, {**broken, "error": "RuntimeError: planted"}]
+        fine = {**records[1], "mode": "graph", "peak_bytes": 5_000_000, "prefill_graph": "none: it waits"}
+        return [fine, {**broken, "error": "RuntimeError: planted"}]
 
     folder = tmp_path / "nvidia-h0"
     stand_in("cpu.json", folder, without_compile)
@@ -132,7 +133,7 @@ def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     assert "torch.compile 7.00" in page
     for text in (readme, page):
         assert row(text, "llava-next-7b", "graph", "patched")[3:] == [
-            "5843.4 ms",
+            "5843.4 ms (no graph)",
             "1.04",
             "43.7 ms",
             "1.18",
