@@ -44,13 +44,11 @@ def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bo
     """Each row's error is at most that of the reference in this dtype and 5 %, and one rounding of the output.
 
     Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
-    largest number of all outputs, is allowed too; four where a matrix product and an activation follow it.
+    largest number of all outputs, is allowed too; four where a matrix product and an activation follow it, and of 1 at
+    least: GELU makes -0.17 or less of all that is negative, but not of its error.
     """
-    noise = (
-        (4 if composed else 1)
-        * torch.finfo(torch.float32).eps
-        * max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)
-    )
+    scale = max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)
+    noise = torch.finfo(torch.float32).eps * (4 * max(1.0, scale) if composed else scale)
     for g, r, e in zip(got, reference, exact, strict=True):
         assert g.dtype == r.dtype
         assert g.shape == r.shape
