@@ -1,13 +1,14 @@
 """Repairs of Triton's interpreter, without which a kernel that is right on a GPU fails here, or a wrong one passes.
 
 It truncates float32 to bfloat16, where every GPU rounds to nearest even, and it drops device-side assertions, also
-where a launch asks for them. It also prepares all of triton.language for each call of a function, which takes half of
-the time: here it does so once per launch.
+where a launch asks for them. What took most of its time is left out: preparing all of triton.language for each call of
+a function, where once per launch will do, and looking for overflows in launches that drop what is found.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -37,10 +38,16 @@ def repair() -> None:
 
     interpreter._patch_lang = prepare_once
 
+    kept = functools.cache(interpreter._get_np_dtype)  # which makes a table of all dtypes for each question
+    pointers = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda kind: pointers if kind.scalar.is_ptr() else kept(kind.scalar)
+
     def with_options(self, *args, **kwargs):
         prepared.clear()
         asked = {name: kwargs[name] for name in ("debug", "sanitize_overflow") if name in kwargs}
-        interpreter.interpreter_builder.options = dataclasses.replace(options, **asked)
+        launch = dataclasses.replace(options, **asked)
+        heeded = launch.debug and launch.sanitize_overflow  # an overflow is an assertion, and dropped without debug
+        interpreter.interpreter_builder.options = dataclasses.replace(launch, sanitize_overflow=heeded)
         try:
             return execute(self, *args, **kwargs)
         except interpreter.InterpreterError as error:
