@@ -43,27 +43,42 @@ TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def launches(op: Op, target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
-    """The (kernel, arguments, options, real) of every launch of the op's workloads and samples; none is executed."""
-    seen, real, backend = [], True, op.backend("triton")
+def calls_of(op: Op) -> list[tuple[bool, int, list]]:
+    """The (real, multiprocessors, arguments) of the op's workloads and samples on each GPU, the tensors on none.
+
+    They are made on the CPU, because some shapes depend on how many positions of a mask are true. The samples take no
+    time, and are made for each GPU anew.
+    """
+
+    def on_meta(args: tuple) -> list:
+        return [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+
+    dtypes = (torch.float32, torch.bfloat16)
+    workloads = [on_meta(args) for dtype in dtypes for _, args in op.workloads("cpu", dtype)]
+    real = [(True, count, args) for count in MULTIPROCESSORS for args in workloads]
+    kinds = itertools.product(MULTIPROCESSORS, dtypes)
+    return real + [(False, count, on_meta(args)) for count, dtype in kinds for args in op.samples("cpu", dtype)]
+
+
+def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
+    """The (kernel, arguments, options, real) of every launch of the calls; none is executed."""
+    seen, launched, backend = [], [], op.backend("triton")
     module = sys.modules[backend.run.__module__]
     module.device_unsupported = lambda x: None  # as if the meta device were a GPU
     module.shared_memory = lambda x: SHARED[target]
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
-        seen.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options, real))
+        launched.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options))
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        kinds = itertools.product((True, False), (torch.float32, torch.bfloat16), MULTIPROCESSORS)
-        for real, dtype, multiprocessors in kinds:
+        for real, multiprocessors, args in calls:
             module.processors = lambda x, count=multiprocessors: count
-            # made on the CPU: some shapes depend on how many positions of a mask are true
-            for args in (args for _, args in op.workloads("cpu", dtype)) if real else op.samples("cpu", dtype):
-                args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-                if backend.unsupported(*args) is None:
-                    backend.run(*args)
+            if backend.unsupported(*args) is None:
+                launched.clear()
+                backend.run(*args)
+                seen += [(*launch, real) for launch in launched]
     finally:
         JITFunction.run = original
     return seen
@@ -127,11 +142,13 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 
 
 def main(targets: list[str]) -> None:
+    torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
     records, done = [], set()
     for op in OPS.values():
         if op.compose is not None or isinstance(op.backend("triton"), str):
             continue
-        on_each = ([(target, *launch) for launch in launches(op, target)] for target in targets)
+        calls = calls_of(op)
+        on_each = ([(target, *launch) for launch in launches(op, calls, target)] for target in targets)
         for target, kernel, arguments, options, real in itertools.chain(*zip(*on_each, strict=True)):
             source = source_of(kernel, arguments)
             facts = source.signature, source.constants, source.attrs, options
