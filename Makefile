@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 JOBS ?= 2
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .PHONY: demo test test-faults test-matrix check bench static gpu-report docs clean
 .DELETE_ON_ERROR:
@@ -27,7 +27,7 @@ check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUD
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
 	$(BIN)/python scripts/make_docs.py --check
 	$(BIN)/python scripts/compile_cuda.py
 

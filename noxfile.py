@@ -1,7 +1,6 @@
 """`make test-matrix`: what depends on the inside of transformers, under every supported release."""
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def matrix(session: nox.Session, transformers: str) -> None:
     if str(found).split()[-1:] != [transformers]:  # behind whatever it warns of
         session.error(f"transformers {transformers} was installed, and this was imported: {found}")
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"))
-    tests = map(str, Path("tests").glob("test_*.py"))
-    inside = sorted(name for name in tests if re.search("patches|compat|deepstack|repack|cli|reduce", name))
+    ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))
+    inside = ("tests/patches", "tests/reduce", "tests/test_cli.py", *ops)
     session.run(*pytest, *inside, env=environment)
-    session.run(*pytest, "tests/test_ops.py", "-k", "definition_equals_hugging_face", env=environment)
+    session.run(*pytest, "tests/ops/test_generated.py", "-k", "definition_equals_hugging_face", env=environment)

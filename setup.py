@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
 # 2.10: the first release whose stable ABI has parallel_for and strings.
-COMMON_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{CSRC}"]
 CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
 # The kernels copy torch's arithmetic to the bit: no fused multiply-add where torch has none.
 KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
@@ -37,7 +37,7 @@ CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompil
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# What csrc/*_kernels.cpp are compiled for, and chosen from at run time (csrc/cpu.h).
+# What csrc/*/*_kernels.cpp are compiled for, and chosen from at run time (csrc/common/cpu.h).
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
     "v3": "-march=x86-64-v3",
@@ -96,14 +96,15 @@ def include_flags(torch: ModuleType) -> list[str]:
 def add(commands: dict[Path, list[str]], objects: Path, command: list[str]) -> None:
     """Add a compilation; its object is named after all of the command, so that other flags make another object."""
     digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
-    commands[objects / f"{Path(command[-1]).stem}.{digest}.o"] = command
+    source = Path(command[-1])
+    commands[objects / f"{source.parent.name}.{source.stem}.{digest}.o"] = command
 
 
 def cpu_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
     """The compilation of each object file of the CPU part."""
     levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
     commands: dict[Path, list[str]] = {}
-    for source in sorted(CSRC.glob("*.cpp")):
+    for source in sorted(CSRC.glob("*/*.cpp")):
         if not source.stem.endswith("_kernels"):
             flags = [*CXX_FLAGS, *include_flags(torch)]
             add(commands, objects, [*compiler, *flags, "-c", str(source)])
@@ -138,7 +139,7 @@ def cuda_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict
     architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(compiler))
     flags = [*CUDA_FLAGS, *architectures, *include_flags(torch)]
     commands: dict[Path, list[str]] = {}
-    for source in sorted(CSRC.glob("*.cu")):
+    for source in sorted(CSRC.glob("*/*.cu")):
         add(commands, objects, [*compiler, *flags, "-c", str(source)])
     return commands
 
@@ -147,7 +148,7 @@ def compile_all(commands: dict[Path, list[str]]) -> None:
     """Run the compilations side by side, but for the objects that are newer than all of csrc and this file."""
     if not commands:
         raise BuildError(f"there are no sources in {CSRC}")
-    newest = max(path.stat().st_mtime for path in [*CSRC.iterdir(), Path(__file__)])
+    newest = max(path.stat().st_mtime for path in [*CSRC.glob("*/*"), Path(__file__)])
     stale = [path for path in commands if not path.exists() or path.stat().st_mtime < newest]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
@@ -178,7 +179,7 @@ def build(output: Path, objects: Path) -> None:
     objects.mkdir(parents=True, exist_ok=True)
     cpu = cpu_commands(torch, compiler, objects)
     compile_all(cpu)
-    if torch.version.cuda is not None and any(CSRC.glob("*.cu")):
+    if torch.version.cuda is not None and any(CSRC.glob("*/*.cu")):
         try:
             build_cuda(torch, output, objects, [*cpu])
             return

@@ -1,4 +1,4 @@
-"""Compile csrc/*.cu for every supported architecture, and print what each kernel takes of a multiprocessor.
+"""Compile csrc/*/*.cu for every supported architecture, and print what each kernel takes of a multiprocessor.
 
 Needs nvcc and any torch, a CPU-only one too: the sources use its stable ABI alone. Without nvcc it says so and
 succeeds. It fails on a source that does not compile, on a kernel that spills registers to memory, and on one that is
@@ -172,7 +172,7 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
 
     kernels: dict[str, dict[int, Usage]] = {}
     with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(compile_one, sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size)):
+        for found in pool.map(compile_one, sorted(CSRC.glob("*/*.cu"), key=lambda path: -path.stat().st_size)):
             kernels |= found
     return kernels
 

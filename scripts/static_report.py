@@ -3,7 +3,7 @@
 Registers, spills, shared memory and the widths of global accesses are those of the generated code, for GPUs that this
 machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
 numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
-csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must; tests/traffic.py defines both.
+csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must: see tests/helpers/traffic.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def of_triton() -> list[dict[str, Any]]:
     """What Triton's compiler makes of the workloads' launches."""
     numbers = ("registers", "spills", "shared", "loads", "stores")
     keys = ("op", "kernel", "target", "types")
-    records = run("tests/compile_kernels.py", interpret=False)
+    records = run("tests/helpers/compile_kernels.py", interpret=False)
     return summarised([{k: r[k] for k in (*keys, *numbers)} for r in records if r["real"]], keys)
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         raise SystemExit("static_report: there is no nvcc on PATH or in CUDA_HOME")
     versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(nvcc)}
     sections = {
-        "traffic": run("-m", "tests.traffic", interpret=True),
+        "traffic": run("-m", "tests.helpers.traffic", interpret=True),
         "triton": of_triton(),
         "cuda": of_cuda(nvcc),
     }

@@ -11,8 +11,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any kernel is
 
-from tests import interpreter  # noqa: E402
 from tests.emulation.backend import loader as emulated  # noqa: E402
+from tests.helpers import interpreter  # noqa: E402
 from vlmfast import backends  # noqa: E402
 
 if not GPU:
@@ -32,7 +32,7 @@ def shortens_prompts() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a GPU, and torch sees none")
     too_old = pytest.mark.skip(reason="prompts can be shortened from transformers 5.17 on")
-    reducing = [item for item in items if item.path.name.startswith("test_reduce")]
+    reducing = [item for item in items if item.path.parent.name == "reduce"]
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(no_gpu)
@@ -63,7 +63,7 @@ def four_threads():
 @pytest.fixture
 def llava(monkeypatch):
     """The little LLaVA as the only model of the benchmark, under its own name, and one round."""
-    from tests.test_counting import little
+    from tests.benchmarks.test_counting import little
     from vlmfast.benchmarks import models, published
 
     monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})

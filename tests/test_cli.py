@@ -34,7 +34,7 @@ def reference(monkeypatch):
 def checkpoint(tmp_path_factory):
     """A LLaVA of random weights and its processor, saved as a checkpoint is."""
     pytest.importorskip("transformers")
-    from tests.patches_models import llava_processor
+    from tests.helpers.patches_models import llava_processor
 
     path = tmp_path_factory.mktemp("llava")
     families()["llava"].tiny()[0].save_pretrained(path)

@@ -38,7 +38,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 @functools.cache
 def check_library(stem: str) -> ctypes.CDLL:
     """The kernels of one family in check mode, as torch.ops.vlmfast_checked_<stem>."""
-    path = build.build("check", library=f"vlmfast_checked_{stem}", sources=[build.CSRC / f"{stem}.cu"])
+    path = build.build("check", library=f"vlmfast_checked_{stem}", sources=[build.CSRC / stem / "cuda.cu"])
     torch.ops.load_library(str(path))
     return open_library(path)
 

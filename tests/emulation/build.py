@@ -1,4 +1,4 @@
-"""Compile csrc/*.cu and the emulation's runtime with g++ into one shared library."""
+"""Compile csrc/*/*.cu and the emulation's runtime with g++ into one shared library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
 TORCH = Path(torch.__file__).parent
 CXX = os.environ.get("CXX", "g++")
 
@@ -99,10 +99,10 @@ def build(
         return _run([*COMMON, *flags, "-x", "c++", "-c", source], [source, *headers], ".o", cache)
 
     own_headers = list(HERE.glob("*.h"))
-    headers = [*own_headers, *csrc.glob("*.h"), *csrc.glob("*.cuh")]
+    headers = [*own_headers, *csrc.glob("*/*.h"), *csrc.glob("*/*.cuh")]
     flags = [*MODES[mode], f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
     flags += [f"-DVLMFAST_CUDA_LIBRARY={library}"]
-    cache, sources = cache or _cache(), list(sources or csrc.glob("*.cu"))
+    cache, sources = cache or _cache(), list(sources or csrc.glob("*/*.cu"))
     objects = [compile_source(HERE / name, ["-O2"], own_headers, _cache()) for name in RUNTIME]
     compiled = {source: compile_source(source, flags, headers, cache) for source in _in_any_order(sources)}
     objects += [compiled[source] for source in sorted(compiled)]

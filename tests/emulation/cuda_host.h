@@ -1,5 +1,5 @@
 // CUDA C++ for g++: the part of the language, the intrinsics and the runtime API that the kernels of csrc/ use.
-// csrc/cuda_compat.h includes it under -DVLMFAST_EMULATED. A construct that is missing here does not compile.
+// csrc/common/cuda_compat.h includes it under -DVLMFAST_EMULATED. A construct that is missing here does not compile.
 #pragma once
 
 #include <cmath>

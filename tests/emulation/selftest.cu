@@ -1,5 +1,5 @@
 // One small kernel per rule of the CUDA programming guide, kept or, where `broken`, broken: tests/test_emulation.py.
-#include "cuda_compat.h"
+#include "common/cuda_compat.h"
 
 namespace vlmfast {
 namespace {

@@ -1,4 +1,4 @@
-// The emulated half of csrc/cuda_torch.h: tensors of the CPU, one stream, and kernels that may only touch what their
+// The emulated half of csrc/common/cuda_torch.h: tensors of the CPU, one stream, and kernels that may only touch what their
 // launcher has asked a pointer for. The ops live in a namespace of their own, beside the compiled extension's.
 #pragma once
 

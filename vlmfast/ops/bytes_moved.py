@@ -2,7 +2,7 @@
 
 Each operand is read once and each result written once. Where an op takes two launches, what the first one leaves for
 the second (indexes, orders, slots, products, partial sums of a weight's gradient) is written and read.
-tests/test_traffic.py holds what the kernels really move against these numbers.
+tests/ops/test_traffic.py holds what the kernels really move against these numbers.
 """
 
 from __future__ import annotations

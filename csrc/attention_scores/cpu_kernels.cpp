@@ -1,0 +1,283 @@
+// The attention scores on the CPU, compiled once per instruction set (see types.h).
+#include "attention_scores/cpu_kernels.h"
+
+#include <utility>
+
+#include "common/vector_math.h"
+
+namespace vlmfast {
+namespace {
+
+template <class T>
+VLMFAST_INLINE const T* row_of(const HeadRows& rows, int64_t head, int64_t token) {
+  return static_cast<const T*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
+}
+
+// The largest logit is that of the largest product where the scale is positive: queries take on its sign.
+VLMFAST_INLINE float sign_of(float scale) { return scale < 0 ? -1.0f : 1.0f; }
+
+// What turns products into exponents of 2. Not zero: the -infinity of a place without a token must stay one.
+VLMFAST_INLINE float exponent_scale(float scale) {
+  constexpr float kLeast = 0x1p-126f;
+  const float exponent = scale * sign_of(scale) * kLog2E;
+  return exponent > kLeast ? exponent : kLeast;
+}
+
+// The softmax before it is divided by its sum. The difference is taken before the product: both may be large.
+VLMFAST_INLINE Float weight_of(Float product, Float largest, float exponent_scale) {
+  return exp2((product - largest) * exponent_scale);
+}
+
+// ---- the CLS row ----
+
+// One level of `sums_of`: of runs of 2 * kRun lanes the sums of both halves, those of a and of b in turn.
+template <int kRun, int... lane>
+VLMFAST_INLINE Float fold(Float a, Float b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun)...) +
+         __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun + kRun)...);
+}
+
+// The sums of the lanes of each register, side by side.
+template <int kRun = kLanes / 2>
+VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
+  VLMFAST_UNROLL
+  for (int i = 0; i < kRun; ++i) {
+    rows[i] = fold<kRun>(rows[i], rows[i + kRun], std::make_integer_sequence<int, kLanes>{});
+  }
+  if constexpr (kRun > 1) {
+    return sums_of<kRun / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+// The products of the queries and keys of the heads from `begin` to `end`, token by token, which is how a projection
+// leaves the keys in memory.
+template <class T>
+VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
+  const int64_t tokens = args.tokens, size = args.size, row_size = padded_tokens(tokens);
+  const int64_t query_size = padded_tokens(size);
+  for (int64_t first = 0; first < tokens; first += kLanes) {
+    for (int64_t head = begin; head < end; ++head) {
+      const T* keys[kLanes];
+      Float sums[kLanes];
+      VLMFAST_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        keys[i] = row_of<T>(args.key, head, first + i < tokens ? first + i : tokens - 1);
+        sums[i] = Float{};
+      }
+      const float* q = query + (head - begin) * query_size;
+      each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+        const Block of_query = load(q + offset);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const Block of_key = load(keys[i] + offset, count);
+          Float product = of_query.part[0] * of_key.part[0];
+          VLMFAST_UNROLL
+          for (int part = 1; part < kParts; ++part) {
+            product = multiply_add(of_query.part[part], of_key.part[part], product);
+          }
+          sums[i] = sums[i] + product;  // of short chains
+        }
+      });
+      const Float products = sums_of(sums);
+      std::memcpy(args.weights + head * row_size + first, &products, sizeof(products));
+    }
+  }
+}
+
+VLMFAST_INLINE void softmax(float* row, int64_t tokens, float exponent_scale) {
+  const int64_t size = padded_tokens(tokens);
+  for (int64_t token = tokens; token < size; ++token) row[token] = -__builtin_inff();
+  Float largest = Float{} - __builtin_inff(), sum = {};
+  for (int64_t token = 0; token < size; token += kLanes) {
+    largest = larger(load_unaligned<Float>(row + token), largest);
+  }
+  largest = Float{} + largest_lane(largest);
+  for (int64_t token = 0; token < size; token += kLanes) {
+    const Float weight = weight_of(load_unaligned<Float>(row + token), largest, exponent_scale);
+    std::memcpy(row + token, &weight, sizeof(weight));
+    sum = sum + weight;
+  }
+  const Float inverse = Float{} + 1.0f / sum_of_lanes(sum);
+  for (int64_t token = 0; token < size; token += kLanes) {
+    const Float weight = load_unaligned<Float>(row + token) * inverse;
+    std::memcpy(row + token, &weight, sizeof(weight));
+  }
+}
+
+template <class T>
+void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
+  const int64_t query_size = padded_tokens(args.size), row_size = padded_tokens(args.tokens);
+  for (int64_t head = begin; head < end; ++head) {
+    const T* from = row_of<T>(args.query, head, 0);
+    float* to = query + (head - begin) * query_size;
+    each_block(args.size, [&](int64_t offset, auto count) {
+      store(to + offset, load(from + offset, count) * sign_of(args.scale));
+    });
+  }
+  cls_products<T>(args, begin, end, query);
+  for (int64_t head = begin; head < end; ++head) {
+    softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.scale));
+  }
+}
+
+// ---- the columns of the map ----
+
+// Some rows of the map at a time, a strip, which stays in the second-level cache: its products, from them the weights
+// in place, and once the sums of its rows are known those of its columns. It lies in memory panel by panel, as the
+// tiles write it: [panel][row][kPanel].
+constexpr int kPanel = kTileVectors * kLanes;
+constexpr int64_t kStripFloats = 64 << 10;  // 256 kB
+constexpr int64_t kMostRows = 48;
+
+constexpr int64_t panels_of(int64_t tokens) { return (tokens + kPanel - 1) / kPanel; }
+constexpr int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+// How many rows a strip of so many columns has.
+VLMFAST_INLINE int64_t strip_rows(int64_t tokens) {
+  const int64_t rows = kStripFloats / (panels_of(tokens) * kPanel) / kTileRows * kTileRows;
+  return rows < kTileRows ? kTileRows : rows < kMostRows ? rows : kMostRows;
+}
+
+struct Workspace {
+  float *keys, *strip;    // (panels, D, kPanel), (panels, rows, kPanel)
+  float* queries;         // (rows / kTileRows, D, kTileRows)
+  float *largest, *sums;  // (rows, kLanes)
+
+  Workspace(float* at, int64_t size, int64_t tokens, int64_t rows) {
+    const int64_t columns = panels_of(tokens) * kPanel;
+    keys = at;
+    strip = keys + columns * size;
+    largest = strip + columns * rows;
+    sums = largest + rows * kLanes;
+    queries = sums + rows * kLanes;
+  }
+};
+
+// The products of a strip, and the largest of each row in each lane.
+VLMFAST_INLINE void strip_products(const Workspace& at, int64_t rows, int64_t size, int64_t tokens) {
+  for (int64_t i = 0; i < rows * kLanes; ++i) at.largest[i] = -__builtin_inff();
+  for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
+    const int64_t left = tokens - panel * kPanel;
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      Float products[kTileRows][kTileVectors];
+      multiply(at.queries + first * size, at.keys + panel * kPanel * size, size, products);
+      float* to = at.strip + (panel * rows + first) * kPanel;
+      std::memcpy(to, products, sizeof(products));
+      if (left < kPanel) {  // what is beyond the last token
+        for (int r = 0; r < kTileRows; ++r) {
+          for (int64_t column = left; column < kPanel; ++column) to[r * kPanel + column] = -__builtin_inff();
+        }
+        std::memcpy(products, to, sizeof(products));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        float* most = at.largest + (first + r) * kLanes;
+        const Float largest = larger(products[r][0], larger(products[r][1], load_unaligned<Float>(most)));
+        std::memcpy(most, &largest, sizeof(largest));
+      }
+    }
+  }
+}
+
+// The weights of a strip, and what each row of them is to be multiplied with, in each lane of `sums`: 0 from `count`
+// on.
+VLMFAST_INLINE void strip_weights(const Workspace& at, int64_t rows, int64_t count, int64_t tokens,
+                                  float exponent_scale) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const Float largest = Float{} + largest_lane(load_unaligned<Float>(at.largest + row * kLanes));
+    std::memcpy(at.largest + row * kLanes, &largest, sizeof(largest));
+    std::memset(at.sums + row * kLanes, 0, sizeof(Float));
+  }
+  float* weights = at.strip;
+  for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
+    for (int64_t row = 0; row < rows; ++row, weights += kPanel) {
+      const Float largest = load_unaligned<Float>(at.largest + row * kLanes);
+      Float sum = load_unaligned<Float>(at.sums + row * kLanes);
+      VLMFAST_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        const Float weight = weight_of(load_unaligned<Float>(weights + v * kLanes), largest, exponent_scale);
+        std::memcpy(weights + v * kLanes, &weight, sizeof(weight));
+        sum = sum + weight;
+      }
+      std::memcpy(at.sums + row * kLanes, &sum, sizeof(sum));
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float sum = sum_of_lanes(load_unaligned<Float>(at.sums + row * kLanes));
+    const Float inverse = Float{} + (row < count ? 1.0f / sum : 0.0f);
+    std::memcpy(at.sums + row * kLanes, &inverse, sizeof(inverse));
+  }
+}
+
+VLMFAST_INLINE void add_columns(const Workspace& at, int64_t rows, int64_t tokens, float* columns) {
+  const float* weights = at.strip;
+  for (int64_t panel = 0; panel < panels_of(tokens); ++panel, columns += kPanel) {
+    Float sums[kTileVectors] = {};
+    for (int64_t row = 0; row < rows; ++row, weights += kPanel) {
+      const Float inverse = load_unaligned<Float>(at.sums + row * kLanes);
+      VLMFAST_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        sums[v] = multiply_add(load_unaligned<Float>(weights + v * kLanes), inverse, sums[v]);
+      }
+    }
+    VLMFAST_UNROLL
+    for (int v = 0; v < kTileVectors; ++v) {
+      const Float sum = load_unaligned<Float>(columns + v * kLanes) + sums[v];
+      std::memcpy(columns + v * kLanes, &sum, sizeof(sum));
+    }
+  }
+}
+
+template <class T>
+void received(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace) {
+  const int64_t size = args.size;
+  const float sign = sign_of(args.scale), scale = exponent_scale(args.scale);
+  for (int64_t i = 0; i < count; ++i) {
+    const AttentionPart& part = parts[i];
+    const int64_t tokens = part.end - part.begin, most_rows = strip_rows(tokens);
+    const Workspace at(workspace, size, tokens, most_rows);
+    if (i == 0 || parts[i - 1].head != part.head || parts[i - 1].begin != part.begin) {
+      pack<kPanel, T>(tokens, size, [&](int64_t token) { return row_of<T>(args.key, part.head, part.begin + token); },
+                      1.0f, at.keys);
+    }
+    std::memset(part.sums, 0, padded_tokens(tokens) * sizeof(float));
+    for (int64_t first = part.first_row; first < part.last_row; first += most_rows) {
+      const int64_t left = part.last_row - first, present = left < most_rows ? left : most_rows;
+      const int64_t rows = whole_tiles(present);
+      pack<kTileRows, T>(present, size, [&](int64_t row) { return row_of<T>(args.query, part.head, first + row); },
+                         sign, at.queries);
+      strip_products(at, rows, size, tokens);
+      strip_weights(at, rows, present, tokens, scale);
+      add_columns(at, rows, tokens, part.sums);
+    }
+  }
+}
+
+int64_t received_workspace(int64_t size, int64_t longest) {
+  // A shorter segment has fewer columns, but may have more rows.
+  const int64_t columns = panels_of(longest) * kPanel;
+  const int64_t strip = columns * kTileRows < kStripFloats ? kStripFloats : columns * kTileRows;
+  return columns * size + strip + kMostRows * (2 * kLanes + size);
+}
+
+// ---- by dtype ----
+
+void any_cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
+  for_dtype(args.dtype, [&](auto element) { cls<typename decltype(element)::type>(args, begin, end, query); });
+}
+
+void any_received(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace) {
+  for_dtype(args.dtype,
+            [&](auto element) { received<typename decltype(element)::type>(args, parts, count, workspace); });
+}
+
+}  // namespace
+
+template <>
+AttentionScoresKernels attention_scores_kernels<CpuLevel::VLMFAST_ISA>() {
+  return {any_cls, any_received, received_workspace};
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,231 @@
+// The attention that each token gets: the normaliser of each row of the map, then the sums of its columns, then their
+// mean over heads and groups. The first two are one kernel: the second pass has the keys in the place of the queries,
+// so that its sums, too, run along the rows of a block. No atomics, and the map is never stored.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention_scores/attention_tiles.cuh"
+#include "attention_scores/cls_attention.cuh"
+#include "common/common.cuh"
+#include "common/cuda_torch.h"
+
+namespace vlmfast {
+
+struct ReceivedSizes {
+  int64_t heads;
+  int tokens, size, bounds;
+  const int32_t* cu_seqlens;  // (bounds,), or null for one segment
+  float factor;               // of the products, for powers of two
+
+  // The segment that a token is in: from where to where. Within the tokens, whatever cu_seqlens holds.
+  __device__ __forceinline__ int2 segment(int token) const {
+    if (cu_seqlens == nullptr) return make_int2(0, tokens);
+    int low = 0, high = bounds;  // of the bounds that are not above the token
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (cu_seqlens[middle] <= token) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    const int begin = low > 0 ? cu_seqlens[low - 1] : 0, end = low < bounds ? cu_seqlens[low] : tokens;
+    return make_int2(max(begin, 0), min(end, tokens));
+  }
+};
+
+// The first pass: the maximum and the inverse of the sum of each query's row.
+template <typename Tiles>
+struct RowNormalisers {
+  using Result = float2;
+  static constexpr bool kNeedsNormalisers = false;
+  Normaliser rows[Tiles::kRows];
+
+  template <typename Inside>
+  __device__ __forceinline__ void take(const float (&products)[Tiles::kRows][Tiles::kPartColumns], int, const float2*,
+                                       float factor, Inside inside) {
+#pragma unroll
+    for (int r = 0; r < Tiles::kRows; ++r) {
+      float largest = rows[r].maximum;
+#pragma unroll
+      for (int c = 0; c < Tiles::kPartColumns; ++c) {
+        if (inside(r, c)) largest = max(largest, products[r][c] * factor);
+      }
+      float sum = 0.f;
+#pragma unroll
+      for (int c = 0; c < Tiles::kPartColumns; ++c) {
+        if (inside(r, c)) sum += fast_exp2(fmaf(products[r][c], factor, -largest));
+      }
+      rows[r].join(largest, sum);
+    }
+  }
+
+  __device__ __forceinline__ float2 finish(int r) {
+    rows[r].template join_lanes<Tiles::kLanes>();
+    return make_float2(rows[r].maximum, 1.f / rows[r].sum);
+  }
+};
+
+// The second pass, in which rows are keys and columns queries: what each key gets of all of them.
+template <typename Tiles>
+struct ColumnSums {
+  using Result = float;
+  static constexpr bool kNeedsNormalisers = true;
+  float received[Tiles::kRows] = {};
+
+  template <typename Inside>
+  __device__ __forceinline__ void take(const float (&products)[Tiles::kRows][Tiles::kPartColumns], int part,
+                                       const float2* normalisers, float factor, Inside inside) {
+    float sums[Tiles::kRows] = {};  // on their own: the error grows with the number of tiles
+#pragma unroll
+    for (int c = 0; c < Tiles::kPartColumns; ++c) {
+      const float2 normaliser = normalisers[Tiles::column(part, c)];
+#pragma unroll
+      for (int r = 0; r < Tiles::kRows; ++r) {
+        if (inside(r, c)) sums[r] += fast_exp2(fmaf(products[r][c], factor, -normaliser.x)) * normaliser.y;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < Tiles::kRows; ++r) received[r] += sums[r];
+  }
+
+  __device__ __forceinline__ float finish(int r) {
+#pragma unroll
+    for (int offset = Tiles::kLanes / 2; offset > 0; offset /= 2) {
+      received[r] += __shfl_xor_sync(0xffffffffu, received[r], offset, Tiles::kLanes);
+    }
+    return received[r];
+  }
+};
+
+template <typename Tiles>
+struct ReceivedShared {
+  typename Tiles::Shared tiles;
+  float2 normalisers[2][Tiles::kColumns];
+};
+
+template <typename Tiles, template <typename> typename Pass>
+__global__ void __launch_bounds__(Tiles::kThreads, 1)
+    received_pass_kernel(ImagePointer<typename Tiles::scalar_t> own_rows,     // (heads, tokens, size)
+                         ImagePointer<typename Tiles::scalar_t> other_rows,   // (heads, tokens, size)
+                         const float2* __restrict__ normalisers,              // (heads, tokens), of the other rows
+                         typename Pass<Tiles>::Result* __restrict__ results,  // (heads, tokens), of the own rows
+                         ReceivedSizes sizes) {
+  using scalar_t = typename Tiles::scalar_t;
+  constexpr int kRows = Tiles::kRows, kColumns = Tiles::kColumns;
+  VLMFAST_DYNAMIC_SHARED(ReceivedShared<Tiles>, shared);
+  const int blocks_per_head = (sizes.tokens + Tiles::kOwnRows - 1) / Tiles::kOwnRows, last = sizes.tokens - 1;
+  for (int64_t work = blockIdx.x; work < sizes.heads * blocks_per_head; work += gridDim.x) {
+    const int64_t head = work / blocks_per_head;
+    const int own_first = static_cast<int>(work % blocks_per_head) * Tiles::kOwnRows;
+    const TileRows<scalar_t> own{{own_rows.at(head, 0), own_rows.row_stride}, sizes.tokens, sizes.size};
+    const TileRows<scalar_t> others{{other_rows.at(head, 0), other_rows.row_stride}, sizes.tokens, sizes.size};
+    const float2* const head_normalisers = normalisers + head * sizes.tokens;
+    int2 segments[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) segments[r] = sizes.segment(min(own_first + Tiles::row(r), last));
+    const int2 first_segment = sizes.segment(own_first);
+    const int2 last_segment = sizes.segment(min(own_first + Tiles::kOwnRows - 1, last));
+
+    Tiles tiles(shared->tiles);
+    Pass<Tiles> pass;
+    tiles.keep(own, own_first);
+    tiles.fetch(others, first_segment.x);
+    int buffer = 0;
+    for (int first = first_segment.x; first < last_segment.y; first += kColumns, buffer ^= 1) {
+      if constexpr (Pass<Tiles>::kNeedsNormalisers) {
+        const int column = threadIdx.x;
+        if (column < kColumns) {
+          const bool exists = first + column < sizes.tokens;
+          shared->normalisers[buffer][column] = exists ? head_normalisers[first + column] : make_float2(0.f, 0.f);
+        }
+      }
+      tiles.stage(others, first, buffer);
+      if (first + kColumns < last_segment.y) tiles.fetch(others, first + kColumns);
+      const bool whole = first >= last_segment.x && first + kColumns <= first_segment.y;
+      tiles.multiply(own, others, own_first, first, buffer, [&](int part, const auto& products) {
+        const auto take = [&](auto inside) {
+          pass.take(products, part, shared->normalisers[buffer], sizes.factor, inside);
+        };
+        if (whole) {  // every row's segment holds every column
+          take([](int, int) { return true; });
+        } else {
+          take([&](int r, int c) {
+            const int column = first + Tiles::column(part, c);
+            return column >= segments[r].x && column < segments[r].y;
+          });
+        }
+      });
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const auto result = pass.finish(r);
+      const int row = own_first + Tiles::row(r);
+      if (threadIdx.x % Tiles::kLanes == 0 && row < sizes.tokens) results[head * sizes.tokens + row] = result;
+    }
+  }
+}
+
+struct MeanPolicy {
+  static constexpr int kThreads = 128;
+};
+
+// A thread for a score.
+inline __global__ void __launch_bounds__(MeanPolicy::kThreads)
+    received_mean_kernel(const float* __restrict__ received,  // (heads, groups * group)
+                         float* __restrict__ scores,          // (groups,)
+                         int64_t heads, int64_t groups, int64_t group) {
+  for (int64_t i = int64_t{blockIdx.x} * MeanPolicy::kThreads + threadIdx.x; i < groups;
+       i += int64_t{gridDim.x} * MeanPolicy::kThreads) {
+    float sum = 0.f;
+    for (int64_t token = i * group; token < (i + 1) * group; ++token) {
+      float of_heads = 0.f;
+#pragma unroll 8
+      for (int64_t head = 0; head < heads; ++head) of_heads += received[head * groups * group + token];
+      sum += of_heads / heads;
+    }
+    scores[i] = sum / group;
+  }
+}
+
+template <typename Tiles>
+void launch_received_passes(const DeviceScope& scope, const ImagePointer<typename Tiles::scalar_t>& query,
+                            const ImagePointer<typename Tiles::scalar_t>& key, float2* normalisers, float* received,
+                            const ReceivedSizes& sizes) {
+  const int64_t blocks = sizes.heads * ((sizes.tokens + Tiles::kOwnRows - 1) / Tiles::kOwnRows);
+  const dim3 grid(std::min(blocks, kMaxBlocks)), block(Tiles::kThreads);
+  constexpr size_t kShared = sizeof(ReceivedShared<Tiles>);
+  check_cuda(launch(received_pass_kernel<Tiles, RowNormalisers>, grid, block, kShared, scope.stream(), query, key,
+                    static_cast<const float2*>(nullptr), normalisers, sizes));
+  check_cuda(launch(received_pass_kernel<Tiles, ColumnSums>, grid, block, kShared, scope.stream(), key, query,
+                    normalisers, received, sizes));
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Both passes: on tensor cores for heads of up to 128 elements in half precision.
+template <typename scalar_t>
+void launch_received_passes_of(const DeviceScope& scope, const ImagePointer<scalar_t>& query,
+                               const ImagePointer<scalar_t>& key, float2* normalisers, float* received,
+                               const ReceivedSizes& sizes) {
+  const auto with_tiles = [&](auto type) {
+    launch_received_passes<typename decltype(type)::type>(scope, query, key, normalisers, received, sizes);
+  };
+  if constexpr (sizeof(scalar_t) == 2) {
+    constexpr int kVec = kVectorBytes / sizeof(scalar_t), kMostSteps = 8;
+    const bool fit = vectors_fit(kVectorBytes, sizes.size, {query.rows(), query.images(), key.rows(), key.images()});
+    const int steps = (sizes.size + 15) / 16;
+    if (fit && steps <= 4) return with_tiles(Type<TensorTiles<scalar_t, 4, kVec>>());
+    if (fit && steps <= 5) return with_tiles(Type<TensorTiles<scalar_t, 5, kVec>>());
+    if (fit && steps <= kMostSteps) return with_tiles(Type<TensorTiles<scalar_t, kMostSteps, kVec>>());
+    if (steps <= kMostSteps) return with_tiles(Type<TensorTiles<scalar_t, kMostSteps, 1>>());
+  }
+  with_tiles(Type<PlainTiles<scalar_t>>());
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,95 @@
+// Shared by the CUDA kernels: conversions, vectors, sums over threads; and what their launchers need of torch.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "common/cuda_compat.h"
+
+namespace vlmfast {
+
+constexpr int kWarp = 32;
+
+// ---- conversions: arithmetic is in float32, whatever the storage ----
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename scalar_t>
+__device__ __forceinline__ scalar_t from_float(float value);
+template <>
+__device__ __forceinline__ float from_float(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ float round_to(float value) {
+  return to_float(from_float<scalar_t>(value));
+}
+
+// ---- vectors ----
+
+// kSize neighbouring elements, moved by one load or store and kept in their storage type.
+template <typename scalar_t, int kSize>
+struct alignas(sizeof(scalar_t) * kSize) Vector {
+  static constexpr size_t kBytes = sizeof(scalar_t) * kSize;
+  using Raw = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 4, unsigned, unsigned short>>;
+  static_assert(sizeof(Raw) == kBytes, "a vector has 2, 4 or 16 bytes");
+  scalar_t values[kSize];
+
+  __device__ __forceinline__ static Vector load(const scalar_t* from) { return *reinterpret_cast<const Vector*>(from); }
+  // By way of a type of the machine: nvcc may store a struct of small elements one by one.
+  __device__ __forceinline__ void store(scalar_t* to) const {
+    Raw raw;
+    memcpy(&raw, values, sizeof raw);
+    *reinterpret_cast<Raw*>(to) = raw;
+  }
+  __device__ __forceinline__ float operator[](int i) const { return to_float(values[i]); }
+  __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
+};
+
+// ---- sums ----
+
+// Sums over groups of kThreads neighbouring threads: parts of a warp, or a whole block. Lives in shared memory.
+template <int kThreads, int kSums>
+struct GroupSum {
+  static constexpr int kLanes = kThreads < kWarp ? kThreads : kWarp;
+  static constexpr int kWarps = kThreads / kLanes;
+  float warp_sums[2][kSums][kWarps];
+
+  // Replaces each thread's `sums` by those of its group. `turn` counts the calls: two buffers in turn spare the barrier
+  // between the readers of one call and the writers of the next.
+  __device__ __forceinline__ void add_up(float (&sums)[kSums], int turn) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset, kLanes);
+      }
+    }
+    if constexpr (kWarps > 1) {
+      float (&buffer)[kSums][kWarps] = warp_sums[turn % 2];
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        if (threadIdx.x % kWarp == 0) buffer[i][threadIdx.x / kWarp] = sums[i];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] = 0.f;
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) sums[i] += buffer[i][warp];
+      }
+    }
+  }
+};
+
+}  // namespace vlmfast

@@ -1,0 +1,107 @@
+// What the CPU ops share: the instruction set, threads, huge pages.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common/common.h"
+
+namespace vlmfast {
+
+inline CpuLevel supported_cpu_level() {
+#if defined(__x86_64__)
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4 && __builtin_cpu_supports("avx512bf16")) return CpuLevel::v4_bf16;
+  return v4 ? CpuLevel::v4 : v3 ? CpuLevel::v3 : CpuLevel::baseline;
+#else
+  return CpuLevel::baseline;
+#endif
+}
+
+// The best level that this processor has, or the lower one that VLMFAST_CPU_LEVEL asks for (tests compare them).
+inline CpuLevel choose_cpu_level() {
+  const CpuLevel supported = supported_cpu_level();
+  const char* value = std::getenv("VLMFAST_CPU_LEVEL");
+  if (value == nullptr || *value == '\0') return supported;
+  const std::string_view name = value;
+  constexpr std::pair<std::string_view, CpuLevel> kLevels[] = {
+      {"baseline", CpuLevel::baseline}, {"v3", CpuLevel::v3}, {"v4", CpuLevel::v4}, {"v4_bf16", CpuLevel::v4_bf16}};
+  const auto found = std::find_if(std::begin(kLevels), std::end(kLevels), [&](auto& it) { return it.first == name; });
+  STD_TORCH_CHECK(found != std::end(kLevels), "VLMFAST_CPU_LEVEL must be one of baseline, v3, v4, v4_bf16, got ", name);
+  const CpuLevel level = found->second;
+  STD_TORCH_CHECK(level <= supported, "VLMFAST_CPU_LEVEL is ", name, ", which this processor does not have");
+  return level;
+}
+
+// Calls `function` with the chosen level as a compile-time constant.
+template <class Function>
+auto at_cpu_level(const Function& function) {
+  static const CpuLevel level = choose_cpu_level();
+#if defined(__x86_64__)
+  if (level == CpuLevel::v4_bf16) return function(std::integral_constant<CpuLevel, CpuLevel::v4_bf16>{});
+  if (level == CpuLevel::v4) return function(std::integral_constant<CpuLevel, CpuLevel::v4>{});
+  if (level == CpuLevel::v3) return function(std::integral_constant<CpuLevel, CpuLevel::v3>{});
+#endif
+  return function(std::integral_constant<CpuLevel, CpuLevel::baseline>{});
+}
+
+// Below this many elements one thread is faster than waking a second.
+constexpr int64_t kParallelElements = 32768;
+
+// How many ranges of rows to work on at once.
+inline int64_t row_ranges(int64_t rows, int64_t size) {
+  const int64_t most = rows * size / (kParallelElements / 2);
+  if (rows < 2 || most < 2) return 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads < most ? (threads < rows ? threads : rows) : (most < rows ? most : rows);
+}
+
+// Calls body(begin, end, range) on `ranges` equal ranges of rows, each on its own thread.
+template <class Body>
+void parallel_rows(int64_t rows, int64_t ranges, const Body& body) {
+  if (ranges <= 1) return body(0, rows, 0);
+  torch::stable::parallel_for(0, ranges, 1, [&](int64_t first, int64_t last) {
+    for (int64_t range = first; range < last; ++range) {
+      body(rows * range / ranges, rows * (range + 1) / ranges, range);
+    }
+  });
+}
+
+// The first writes to memory that the process did not have are page faults: on 4 kB pages they cost more than the
+// kernel that writes. With huge pages RMSNorm of 4096 x 4096 bfloat16 took 4 ms instead of 17, and place_embeddings
+// into 17 MB 3.5 ms instead of 13.8 (EPYC, one thread, transparent_hugepage=madvise).
+inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kWorthwhile = int64_t{8} << 20;  // several pages of 2 MB
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kWorthwhile) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+// A fresh contiguous tensor of the dtype of `like` that a kernel is about to fill.
+inline Tensor allocate_output(const int64_t* sizes, int64_t dims, const Tensor& like) {
+  Tensor output = allocate(sizes, dims, like);
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+  return output;
+}
+
+}  // namespace vlmfast

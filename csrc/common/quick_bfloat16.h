@@ -1,0 +1,129 @@
+// Blocks of bfloat16 rounded by the processor, where it can: for csrc/*_kernels.cpp alone.
+//
+// One instruction rounds a block, where store() of vector.h takes many. It takes subnormals for zeros and makes zeros
+// of them, so it is for rows that have none: `Least` tells. It packs one register after the other, while load() keeps
+// the even elements in one and the odd ones in the other: what was rounded so is to be put in order again.
+#pragma once
+
+#include "common/vector.h"
+
+namespace vlmfast {
+namespace {
+
+template <class T>
+struct Quick {
+  static constexpr bool kExists = false;
+  struct Least {};
+};
+
+#if defined(__AVX512BF16__)
+// Which word of a register to take for each word of another.
+struct Order {
+  uint16_t from[kBlock];
+};
+template <class F>
+constexpr Order order(const F& from) {
+  Order result{};
+  for (int i = 0; i < kBlock; ++i) result.from[i] = static_cast<uint16_t>(from(i));
+  return result;
+}
+
+template <>
+struct Quick<BFloat16> {
+  static constexpr bool kExists = true;
+
+  // sum + block * block, the product being exact, as that of bfloat16 is from kExactSquare on.
+  static constexpr float kExactSquare = 0x1p-67f;
+  static VLMFAST_INLINE Block add_square(const Block& sum, const Block& block) {
+    return each_part([&](int i) {
+      const __m512 value = (__m512)block.part[i];
+      return (Float)_mm512_fmadd_ps(value, value, (__m512)sum.part[i]);
+    });
+  }
+
+  // Both in the elements' own order.
+  static VLMFAST_INLINE Block round(const Block& block) { return widen<true>(pack(block)); }
+  template <class Count>
+  static VLMFAST_INLINE Block load_in_order(const BFloat16* from, Count count) {
+    return widen<false>(load_words(from, count));
+  }
+
+  template <bool in_order>
+  static VLMFAST_INLINE void store(BFloat16* to, const Block& block, Whole) {
+    const Bits words = in_order ? pack(block) : unpacked(pack(block));
+    std::memcpy(to, &words, sizeof(words));
+  }
+  template <bool in_order>
+  static VLMFAST_INLINE void store(BFloat16* to, const Block& block, int count) {
+    BFloat16 padded[kBlock];
+    store<in_order>(padded, block, Whole{});
+    std::memcpy(to, padded, count * sizeof(BFloat16));
+  }
+
+  // The least magnitude among the elements seen that are not zero.
+  class Least {
+   public:
+    template <class Count>
+    VLMFAST_INLINE void see(const BFloat16* from, Count count) {
+      // The intrinsic, because the compiler would make a shift and a subtraction of the product: 3 % slower.
+      const __m512i words = (__m512i)load_words(from, count), minus_two = (__m512i)(Words{} - 2);
+      turned_ = _mm512_max_epu16(turned_, _mm512_maskz_mullo_epi16(kEach, words, minus_two));
+    }
+    VLMFAST_INLINE bool is_below(float bound) const {
+      uint32_t bits;
+      std::memcpy(&bits, &bound, sizeof(bits));
+      if (bits >= 0x7f800000u) return true;  // infinite, or not a number
+      const uint16_t limit = static_cast<uint16_t>(-2 * ((bits >> 16) + 1));
+      return _mm512_cmpgt_epu16_mask(turned_, (__m512i)(Words{} + limit)) != 0;
+    }
+    VLMFAST_INLINE float value() const {  // infinite if all were zero
+      const Words turned = (Words)turned_;
+      uint16_t most = 0;
+      for (int i = 0; i < kBlock; ++i) most = turned[i] > most ? turned[i] : most;
+      const uint32_t bits = most == 0 ? 0x7f800000u : (0x10000u - most) << 15;
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      return value;
+    }
+
+   private:
+    __m512i turned_ = {};  // the largest -2 |x| modulo 2^16: the nearer |x| is to zero the larger, but zero's is zero
+  };
+
+ private:
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  static constexpr __mmask32 kEach = ~__mmask32{};  // see kAll in vector.h
+
+  static VLMFAST_INLINE Bits pack(const Block& block) {
+    return (Bits)_mm512_cvtne2ps_pbh((__m512)block.part[1], (__m512)block.part[0]);
+  }
+  // Undoes what packing a block of load() does to the order.
+  static VLMFAST_INLINE Bits unpacked(Bits words) {
+    static constexpr Order kOrder = order(place<BFloat16>);
+    return (Bits)_mm512_maskz_permutexvar_epi16(kEach, load_unaligned<__m512i>(kOrder.from), (__m512i)words);
+  }
+  // The first half of the elements into one register, the second into the next: each word into an upper half.
+  template <bool packed>
+  static VLMFAST_INLINE Block widen(Bits words) {
+    static constexpr Order kOrder[kParts] = {order(word_for<packed, 0>), order(word_for<packed, 1>)};
+    constexpr __mmask32 kUpper = 0xaaaaaaaa;
+    return each_part([&](int i) {
+      return (Float)_mm512_maskz_permutexvar_epi16(kUpper, load_unaligned<__m512i>(kOrder[i].from), (__m512i)words);
+    });
+  }
+  template <bool packed, int part>
+  static constexpr int word_for(int i) {
+    const int element = part * kLanes + i / 2;
+    return packed ? place<BFloat16>(element) : element;
+  }
+  static VLMFAST_INLINE Bits load_words(const BFloat16* from, Whole) { return load_unaligned<Bits>(from); }
+  static VLMFAST_INLINE Bits load_words(const BFloat16* from, int count) {
+    BFloat16 padded[kBlock] = {};
+    std::memcpy(padded, from, count * sizeof(BFloat16));
+    return load_words(padded, Whole{});
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace vlmfast

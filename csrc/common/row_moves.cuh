@@ -1,0 +1,100 @@
+// Moves whole rows: each is read from one place, or two that are added, and written to one, times a factor if need be.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "common/common.cuh"
+#include "common/cuda_torch.h"
+
+namespace vlmfast {
+
+// A row that is only moved has no dtype: it is made of these.
+using Word = uint16_t;
+
+enum class Arithmetic { kNone, kAdd, kMultiply };
+
+// What becomes of a row.
+template <typename scalar_t>
+struct Route {
+  const scalar_t* from = nullptr;    // null for zeros
+  scalar_t* to = nullptr;            // null where nobody wants it
+  const scalar_t* addend = nullptr;  // or null
+  scalar_t* cleared = nullptr;       // another row, to fill with zeros, or null
+};
+
+// Threads along a row, each with up to kVectors vectors in flight, and as many rows in a block as there is room for. No
+// thread waits for another, so one kernel serves every length.
+struct MovePolicy {
+  static constexpr int kThreads = 256, kVectors = 4, kBlocksPerMultiprocessor = 4;
+  static constexpr int64_t kSegment = 8;  // threads of one 128-byte line
+  int64_t along, rows;
+
+  explicit MovePolicy(int64_t vectors) {
+    const int64_t threads = (vectors + kVectors - 1) / kVectors;
+    along = std::clamp<int64_t>((threads + kSegment - 1) / kSegment * kSegment, kSegment, kThreads);
+    rows = kThreads / along;
+  }
+};
+
+// Sends each row where move(row) says.
+template <typename scalar_t, int kVec, typename Move>
+__global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMultiprocessor)
+    move_rows_kernel(Move move, int64_t rows, int64_t hidden) {
+  using Vec = Vector<scalar_t, kVec>;
+  const int step = blockDim.x * kVec;
+  const int64_t row_step = int64_t{gridDim.x} * blockDim.y;
+  for (int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; row < rows; row += row_step) {
+    const Route<scalar_t> route = move(row);
+    for (int64_t column = threadIdx.x * kVec; column < hidden; column += step * MovePolicy::kVectors) {
+      const auto for_vectors = [&](auto function) {
+#pragma unroll
+        for (int k = 0; k < MovePolicy::kVectors; ++k) {
+          if (k * step < hidden - column) function(k, column + k * step);
+        }
+      };
+      if (route.to != nullptr) {
+        Vec values[MovePolicy::kVectors] = {};
+        if (route.from != nullptr) for_vectors([&](int k, int64_t at) { values[k] = Vec::load(route.from + at); });
+        if constexpr (Move::kArithmetic == Arithmetic::kAdd) {
+          if (route.addend != nullptr) {
+            for_vectors([&](int k, int64_t at) {
+              const Vec addends = Vec::load(route.addend + at);
+#pragma unroll
+              for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] + addends[i]);
+            });
+          }
+        }
+        if constexpr (Move::kArithmetic == Arithmetic::kMultiply) {
+          for_vectors([&](int k, int64_t) {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] * move.factor);
+          });
+        }
+        for_vectors([&](int k, int64_t at) { values[k].store(route.to + at); });
+      }
+      if (route.cleared != nullptr) for_vectors([&](int, int64_t at) { Vec{}.store(route.cleared + at); });
+    }
+  }
+}
+
+// Moves `rows` rows in vectors of 16 bytes, of 4, or element by element: in the widest that `operands`, all that is
+// read, allow. What is written is contiguous and begins where torch allocates.
+template <typename scalar_t, typename Move>
+void launch_move(const DeviceScope& scope, int64_t rows, int64_t hidden,
+                 std::initializer_list<RowPointer<scalar_t>> operands, const Move& move) {
+  if (rows == 0) return;
+  const auto in_vectors = [&](auto bytes) {
+    constexpr int kVec = decltype(bytes)::value / sizeof(scalar_t);
+    const MovePolicy policy(hidden / kVec);
+    const int64_t blocks = std::min((rows + policy.rows - 1) / policy.rows, kMaxBlocks);
+    check_cuda(launch(move_rows_kernel<scalar_t, kVec, Move>, dim3(blocks), dim3(policy.along, policy.rows), 0,
+                      scope.stream(), move, rows, hidden));
+  };
+  if (vectors_fit(kVectorBytes, hidden, operands)) return in_vectors(std::integral_constant<int, kVectorBytes>());
+  if (vectors_fit(4, hidden, operands)) return in_vectors(std::integral_constant<int, 4>());
+  in_vectors(std::integral_constant<int, sizeof(scalar_t)>());
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,93 @@
+// Moves of rows on the CPU, compiled once per instruction set (see types.h); every one gives the same bits.
+#include "common/row_moves_kernels.h"
+
+#include <cstring>
+
+#include "common/vector.h"
+
+namespace vlmfast {
+namespace {
+
+template <class T, bool past_caches>
+VLMFAST_INLINE void write(T* to, const T* block, Whole) {
+  if constexpr (past_caches) {
+#pragma GCC unroll 8
+    for (int offset = 0; offset < kBlock; offset += kVectorBytes / sizeof(T)) {
+      stream(to + offset, load_unaligned<Bits>(block + offset));
+    }
+  } else {
+    std::memcpy(to, block, kBlock * sizeof(T));
+  }
+}
+template <class T, bool past_caches>
+VLMFAST_INLINE void write(T* to, const T* block, int count) {
+  std::memcpy(to, block, count * sizeof(T));
+}
+
+// Rows are fetched two ahead: the processor's own prefetcher stops at the end of a 4 kB page. Of 4096 x 2048 bfloat16,
+// written past the caches, that takes 620 us instead of 720 (EPYC, one thread); one row ahead gains nothing. A smaller
+// output is written into the caches, where its sources are as well: there fetching costs 68 us instead of 52 (512 rows
+// of 4 kB). Nor does memcpy gain anything, which takes 4 times as long where glibc chooses `rep movsb` (from 2 kB) and
+// the target lies 2 or 16 bytes behind the source within a page (Zen 3).
+constexpr int64_t kAhead = 2;
+
+template <class T, bool past_caches>
+void write_rows(const RowSums& args, int64_t begin, int64_t end) {
+  const T zeros[kBlock] = {};
+  const float factor = args.factor;  // a copy: see ForwardRows of rms_norm_kernels.cpp
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t later = row + kAhead < end ? row + kAhead : row;
+    const auto at = [&](const char* const* sources, int64_t index) {
+      return sources == nullptr ? nullptr : reinterpret_cast<const T*>(sources[index]);
+    };
+    const T *copied = at(args.copied, row), *later_copied = at(args.copied, later);
+    const T *added = at(args.added, row), *later_added = at(args.added, later);
+    T* y = reinterpret_cast<T*>(args.y) + row * args.size;
+    const auto fetch = [&](int64_t offset) VLMFAST_INLINE_LAMBDA {
+      if (later_copied != nullptr) __builtin_prefetch(later_copied + offset);
+      if (later_added != nullptr) __builtin_prefetch(later_added + offset);
+    };
+    // Asked once a row what it is: within the loop the questions cost as much as the moves.
+    const auto each = [&](const auto& write_block) VLMFAST_INLINE_LAMBDA {
+      each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+        if (past_caches) fetch(offset);
+        write_block(offset, count);
+      });
+    };
+    if (copied == nullptr) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, zeros, count); });
+    } else if (added != nullptr) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+        T sum[kBlock];
+        store(sum, load(copied + offset, count) + load(added + offset, count));
+        write<T, past_caches>(y + offset, sum, count);
+      });
+    } else if (factor != 1) {
+      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+        T product[kBlock];
+        store(product, load(copied + offset, count) * factor);
+        write<T, past_caches>(y + offset, product, count);
+      });
+    } else {
+      each([&](int64_t offset, auto count)
+               VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, copied + offset, count); });
+    }
+  }
+  if (past_caches) finish_streams();
+}
+
+void any_write_rows(const RowSums& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    args.past_caches ? write_rows<T, true>(args, begin, end) : write_rows<T, false>(args, begin, end);
+  });
+}
+
+}  // namespace
+
+template <>
+RowMovesKernels row_moves_kernels<CpuLevel::VLMFAST_ISA>() {
+  return {any_write_rows};
+}
+
+}  // namespace vlmfast

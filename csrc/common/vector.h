@@ -1,0 +1,377 @@
+// Blocks of 32 floats in the vector extensions of GCC and Clang: one source for every instruction set.
+//
+// For csrc/*_kernels.cpp alone. Everything is in an unnamed namespace, because the same names are compiled once per
+// instruction set and must not meet in the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "common/types.h"
+
+#define VLMFAST_INLINE inline __attribute__((always_inline))
+#define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
+// For loops over arrays of blocks: GCC keeps an array in registers only where it unrolls such a loop early.
+#define VLMFAST_UNROLL _Pragma("GCC unroll 8")
+
+namespace vlmfast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;  // floats in a register
+constexpr int kBlock = 32;                // floats in a block
+constexpr int kParts = kBlock / kLanes;   // registers in a block
+
+typedef float Float __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class V, class T>
+VLMFAST_INLINE V load_unaligned(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+// A store past the caches, to a multiple of kVectorBytes; other threads see it after finish_streams().
+VLMFAST_INLINE void stream(void* to, Bits value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
+#else
+  std::memcpy(to, &value, sizeof(value));
+#endif
+}
+VLMFAST_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// ---- blocks ----
+
+// 32 adjacent elements of a row, in whatever order is cheapest to load: see `Order`.
+struct Block {
+  Float part[kParts];
+};
+
+template <class F>
+VLMFAST_INLINE Block each_part(const F& function) {
+  Block result;
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; ++i) result.part[i] = function(i);
+  return result;
+}
+
+VLMFAST_INLINE Block operator+(const Block& a, const Block& b) {
+  return each_part([&](int i) { return a.part[i] + b.part[i]; });
+}
+VLMFAST_INLINE Block operator-(const Block& a, const Block& b) {
+  return each_part([&](int i) { return a.part[i] - b.part[i]; });
+}
+VLMFAST_INLINE Block operator*(const Block& a, const Block& b) {
+  return each_part([&](int i) { return a.part[i] * b.part[i]; });
+}
+VLMFAST_INLINE Block operator*(const Block& a, float b) {
+  return each_part([&](int i) { return a.part[i] * b; });
+}
+VLMFAST_INLINE Block operator+(float a, const Block& b) {
+  return each_part([&](int i) { return a + b.part[i]; });
+}
+
+// ---- float32 ----
+
+VLMFAST_INLINE Block load(const float* from) {
+  return each_part([&](int i) { return load_unaligned<Float>(from + i * kLanes); });
+}
+VLMFAST_INLINE void store(float* to, const Block& block) { std::memcpy(to, &block, sizeof(block)); }
+
+// ---- bfloat16: two elements to a 32-bit word, the even ones in one register and the odd ones in the next ----
+
+// Rounded to nearest even, in the upper half; the lower half is garbage. NaNs stay NaNs: those that came from bfloat16
+// and those that arithmetic makes have nothing in the lower half that could carry.
+VLMFAST_INLINE Bits bfloat16_bits(Float value) {
+  const Bits bits = (Bits)value;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+VLMFAST_INLINE void widen(Bits words, Float* parts) {
+  parts[0] = (Float)(words << 16);
+  parts[1] = (Float)(words & 0xffff0000u);
+}
+VLMFAST_INLINE Block load(const BFloat16* from) {
+  Block block;
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i += 2) widen(load_unaligned<Bits>(from + i * kLanes), &block.part[i]);
+  return block;
+}
+VLMFAST_INLINE void store(BFloat16* to, const Block& block) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i += 2) {
+    const Bits words = (bfloat16_bits(block.part[i]) >> 16) | (bfloat16_bits(block.part[i + 1]) & 0xffff0000u);
+    std::memcpy(to + i * kLanes, &words, sizeof(words));
+  }
+}
+VLMFAST_INLINE Float round_to_bfloat16(Float value) { return (Float)(bfloat16_bits(value) & 0xffff0000u); }
+
+// ---- float16 ----
+
+#if defined(__AVX512F__)
+typedef __m256i Halves;
+constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own unmasked intrinsics
+VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm512_maskz_cvtph_ps(kAll, halves); }
+VLMFAST_INLINE Halves to_halves(Float value) {
+  return _mm512_maskz_cvtps_ph(kAll, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__)
+typedef __m128i Halves;
+VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm256_cvtph_ps(halves); }
+VLMFAST_INLINE Halves to_halves(Float value) { return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+VLMFAST_INLINE Float from_halves(Halves halves) {
+  const Bits bits = __builtin_convertvector(halves, Bits), magnitude = bits & 0x7fffu;
+  // A denormal counts units of 2^-24, which are the last bits of a float in [0.5, 1).
+  const Float denormal = (Float)(magnitude + 0x3f000000u) - 0.5f;
+  const Bits rebased = (magnitude << 13) + ((127u - 15u) << 23);
+  const Bits special = (magnitude << 13) | 0x7f800000u;  // infinities and NaNs
+  const Bits wide = magnitude < 0x0400u ? (Bits)denormal : magnitude < 0x7c00u ? rebased : special;
+  return (Float)(wide | ((bits & 0x8000u) << 16));
+}
+VLMFAST_INLINE Halves to_halves(Float value) {
+  const Bits bits = (Bits)value, magnitude = bits & 0x7fffffffu;
+  const Bits denormal = (Bits)((Float)magnitude + 0.5f) - 0x3f000000u;
+  const Bits rounded = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits finite = magnitude < 0x38800000u ? denormal : rounded;              // below 2^-14
+  const Bits bounded = magnitude < 0x477ff000u ? finite : finite * 0 + 0x7c00u;  // from 65520 on
+  const Bits result = magnitude > 0x7f800000u ? finite * 0 + 0x7e00u : bounded;
+  return __builtin_convertvector(result | ((bits >> 16) & 0x8000u), Halves);
+}
+#endif
+
+VLMFAST_INLINE Block load(const Float16* from) {
+  return each_part([&](int i) { return from_halves(load_unaligned<Halves>(from + i * kLanes)); });
+}
+VLMFAST_INLINE void store(Float16* to, const Block& block) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; ++i) {
+    const Halves halves = to_halves(block.part[i]);
+    std::memcpy(to + i * kLanes, &halves, sizeof(halves));
+  }
+}
+
+// ---- any of the three ----
+
+// A register of adjacent elements in their own order.
+VLMFAST_INLINE Float load_in_order(const float* from) { return load_unaligned<Float>(from); }
+VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(load_unaligned<Halves>(from)); }
+VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+  return (Float)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
+}
+
+// function(Type<T>) for the element type T of a call.
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class F>
+VLMFAST_INLINE void for_dtype(Dtype dtype, const F& function) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return function(Type<float>{});
+    case Dtype::kFloat16:
+      return function(Type<Float16>{});
+    case Dtype::kBFloat16:
+      return function(Type<BFloat16>{});
+  }
+}
+
+// Rounded to T and widened again.
+template <class T>
+VLMFAST_INLINE Block round_to(const Block& block) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return each_part([&](int i) { return round_to_bfloat16(block.part[i]); });
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return each_part([&](int i) { return from_halves(to_halves(block.part[i])); });
+  } else {
+    return block;
+  }
+}
+
+// ---- rows: whole blocks, then the first `count` elements of one ----
+
+struct Whole {};
+
+template <class T>
+VLMFAST_INLINE Block load(const T* from, Whole) {
+  return load(from);
+}
+template <class T>
+VLMFAST_INLINE Block load(const T* from, int count) {
+  T padded[kBlock] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+template <class T>
+VLMFAST_INLINE void store(T* to, const Block& block, Whole) {
+  store(to, block);
+}
+template <class T>
+VLMFAST_INLINE void store(T* to, const Block& block, int count) {
+  T padded[kBlock];
+  store(padded, block);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+// function(offset, count) on each block of a row.
+template <class F>
+VLMFAST_INLINE void each_block(int64_t size, const F& function) {
+  int64_t offset = 0;
+  for (; offset + kBlock <= size; offset += kBlock) function(offset, Whole{});
+  if (offset < size) function(offset, static_cast<int>(size - offset));
+}
+
+// function(begin, end, rows, size) on ranges of whole groups of rows: several narrow ones together, with their number
+// and size known to the compiler, since the latency of a sum is as long as the rest of their work; kWide at a time of
+// all others.
+template <int kWide, class F>
+VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
+  constexpr std::integral_constant<int, 4> kNarrow;
+  constexpr std::integral_constant<int, 1> kSingle;
+  const auto groups = [&](auto rows, auto row_size) VLMFAST_INLINE_LAMBDA {
+    const int64_t stop = end - (end - begin) % rows;
+    if (begin < stop) function(begin, stop, rows, row_size);
+    begin = stop;
+  };
+  if (size == 0) return;
+  if (size == 128) {
+    groups(kNarrow, 128);
+  } else if (size == 64) {
+    groups(kNarrow, 64);
+  } else if (kWide > 1) {
+    groups(std::integral_constant<int, kWide>{}, size);
+  }
+  groups(kSingle, size);
+}
+
+// ---- sums in torch's order ----
+
+// Where the element that was loaded as the given one lies in a stored block.
+template <class T>
+constexpr int place(int element) {
+  return element;
+}
+template <>
+constexpr int place<BFloat16>(int element) {
+  const int word = element / 2;
+  return (word / kLanes * 2 + element % 2) * kLanes + word % kLanes;
+}
+
+// The eight lanes of a chain of a stored block are two runs of four: where each begins, and where a lane is in them.
+typedef float Quad __attribute__((vector_size(16)));
+template <class T>
+constexpr int quad_place(int chain, int quad) {
+  return place<T>(8 * chain + quad * (std::is_same_v<T, BFloat16> ? 1 : 4));
+}
+template <class T>
+VLMFAST_INLINE float lane_of(const Quad (&quads)[2], int lane) {
+  return std::is_same_v<T, BFloat16> ? quads[lane % 2][lane / 2] : quads[lane / 4][lane % 4];
+}
+
+// The sum over a row, from the sum of its whole blocks and the block of its last `size % 32` elements.
+template <class T>
+VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, int64_t size) {
+  constexpr int kChains = 4, kChainLanes = kBlock / kChains;
+  const int rest = static_cast<int>(size % kBlock);
+  float chains[kBlock], tail[kBlock];
+  store(chains, blocks);
+  float sum = 0;
+  if (rest > 0) {
+    store(tail, last);
+    if (size < kChainLanes) {  // four chains of one lane
+      const int chained = size < kChains ? 1 : kChains;
+      sum = tail[place<T>(0)];
+      for (int e = chained; e < rest; ++e) sum += tail[place<T>(e)];
+      for (int e = 1; e < chained; ++e) sum += tail[place<T>(e)];
+      return sum;
+    }
+    const int vectors = rest / kChainLanes * kChainLanes;
+    for (int e = 0; e < vectors; ++e) chains[place<T>(e % kChainLanes)] += tail[place<T>(e)];
+    for (int e = vectors; e < rest; ++e) sum += tail[place<T>(e)];
+  }
+  Quad quads[2];
+  for (int quad = 0; quad < 2; ++quad) {
+    quads[quad] = load_unaligned<Quad>(chains + quad_place<T>(0, quad));
+    for (int chain = 1; chain < kChains; ++chain) {
+      quads[quad] = quads[quad] + load_unaligned<Quad>(chains + quad_place<T>(chain, quad));
+    }
+  }
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kChainLanes; ++lane) sum += lane_of<T>(quads, lane);
+  return sum;
+}
+
+// N sums over a row of the blocks that add_terms(offset, count, sums) adds, to the bit as torch.sum of float32 does on
+// x86-64 (aten/src/ATen/native/cpu/SumKernel.cpp, with vectors of 8 lanes on every machine): four chains of vectors;
+// each chain 16 additions at a time, 16 of such sums at a time, and so on; the rest of fewer than four vectors into the
+// first chain; the elements that fill no vector one after the other; then the chains, then the lanes.
+template <class T, int N, class AddTerms>
+VLMFAST_INLINE void torch_sum(int64_t size, const AddTerms& add_terms, float (&sums)[N]) {
+  constexpr int kLevels = 3, kStep = 16;
+  const int64_t blocks = size / kBlock;
+  int64_t block = 0;
+  Block running[N] = {}, level[kLevels][N] = {}, last[N] = {};
+  const auto add_until = [&](int64_t end) VLMFAST_INLINE_LAMBDA {
+#pragma GCC unroll 2
+    for (; block < end; ++block) add_terms(block * kBlock, Whole{}, running);
+  };
+  while (block + kStep <= blocks) {
+    add_until(block + kStep);
+    VLMFAST_UNROLL
+    for (int n = 0; n < N; ++n) {
+      level[0][n] = level[0][n] + running[n];
+      running[n] = {};
+    }
+    for (int64_t above = 1, full = kStep; above < kLevels && block / full % kStep == 0; ++above, full *= kStep) {
+      VLMFAST_UNROLL
+      for (int n = 0; n < N; ++n) {
+        level[above][n] = level[above][n] + level[above - 1][n];
+        level[above - 1][n] = {};
+      }
+    }
+  }
+  add_until(blocks);
+  if (blocks >= kStep) {
+    for (int above = 0; above < kLevels; ++above) {
+      VLMFAST_UNROLL
+      for (int n = 0; n < N; ++n) running[n] = running[n] + level[above][n];
+    }
+  }
+  if (size % kBlock > 0) add_terms(blocks * kBlock, static_cast<int>(size % kBlock), last);
+  VLMFAST_UNROLL
+  for (int n = 0; n < N; ++n) sums[n] = torch_sum_of_lanes<T>(running[n], last[n], size);
+}
+
+}  // namespace
+}  // namespace vlmfast

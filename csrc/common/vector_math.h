@@ -1,0 +1,131 @@
+// Arithmetic for sums whose order torch does not fix: for csrc/*_kernels.cpp alone.
+#pragma once
+
+#include "common/vector.h"
+
+namespace vlmfast {
+namespace {
+
+typedef double Double __attribute__((vector_size(kVectorBytes)));
+constexpr int kDoubles = kLanes / 2;  // in a register
+
+// a * b + c, rounded once where that is one instruction, and twice elsewhere.
+VLMFAST_INLINE Float multiply_add(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+VLMFAST_INLINE Double multiply_add(Double a, Double b, Double c) {
+#if defined(__AVX512F__)
+  return (Double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+VLMFAST_INLINE Block operator/(const Block& a, float b) {
+  return each_part([&](int i) { return a.part[i] / b; });
+}
+
+VLMFAST_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
+
+// Of the lanes, one after the other.
+VLMFAST_INLINE float sum_of_lanes(Float value) {
+  float sum = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) sum += value[lane];
+  return sum;
+}
+VLMFAST_INLINE float largest_lane(Float value) {
+  float largest = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+constexpr float kLog2E = 0x1.715476p0f;
+
+// 2^x for x <= 0, within one unit in the last place; not below 2^-125, which spares subnormals. A NaN stays one.
+VLMFAST_INLINE Float exp2(Float x) {
+  constexpr float kLeast = -125;
+  constexpr float kShift = 0x1.8p23f;  // a sum with it has the nearest whole number in its last bits
+  x = x < kLeast ? Float{} + kLeast : x;
+  const Float shifted = x + kShift, rest = x - (shifted - kShift);
+  // The polynomial of degree 6 with the least relative error on [-0.5, 0.5], 2e-9 before its coefficients are rounded.
+  Float value = multiply_add(rest, Float{} + 0x1.41d334p-13f, Float{} + 0x1.5f456ap-10f);
+  value = multiply_add(rest, value, Float{} + 0x1.3b2dbcp-7f);
+  value = multiply_add(rest, value, Float{} + 0x1.c6aed4p-5f);
+  value = multiply_add(rest, value, Float{} + 0x1.ebfbdap-3f);
+  value = multiply_add(rest, value, Float{} + 0x1.62e430p-1f);
+  value = multiply_add(rest, value, Float{} + 1.0f);
+  return value * (Float)(((Bits)shifted << 23) + 0x3f800000u);
+}
+
+// ---- products of matrices, from tiles of kRows rows by kVectors registers of columns ----
+
+// The rows of a matrix times a factor, `kColumns` at a time and side by side: element (row, k) at [row /
+// kColumns][k][row % kColumns]. The last one stands for those that are missing.
+template <int kColumns, class T, class Scalar, class RowAt>
+VLMFAST_INLINE void pack(int64_t rows, int64_t depth, const RowAt& row_at, float factor, Scalar* to) {
+  for (int64_t first = 0; first < rows; first += kColumns, to += depth * kColumns) {
+    for (int column = 0; column < kColumns; ++column) {
+      const T* row = row_at(first + column < rows ? first + column : rows - 1);
+      int64_t k = 0;
+      for (; k + kLanes <= depth; k += kLanes) {
+        const Float elements = load_in_order(row + k) * factor;
+        VLMFAST_UNROLL
+        for (int lane = 0; lane < kLanes; ++lane) to[(k + lane) * kColumns + column] = elements[lane];
+      }
+      T rest[kLanes] = {};
+      std::memcpy(rest, row + k, (depth - k) * sizeof(T));
+      const Float elements = load_in_order(rest) * factor;
+      for (int lane = 0; lane < depth - k; ++lane) to[(k + lane) * kColumns + column] = elements[lane];
+    }
+  }
+}
+
+// As many registers of sums as there are, but for those of a step's operands.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kTileVectors = 2;
+
+// So many terms are summed one after the other, and then such sums: half the error of one chain of 128.
+constexpr int64_t kChain = 32;
+
+// The products of the packed rows [depth][kTileRows] with the packed columns [depth][kTileVectors * lanes].
+template <class Vector, class Scalar>
+VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t depth,
+                             Vector (&products)[kTileRows][kTileVectors]) {
+  constexpr int kWidth = sizeof(Vector) / sizeof(Scalar);
+  for (int64_t first = 0; first == 0 || first < depth; first += kChain) {
+    Vector sums[kTileRows][kTileVectors] = {};
+    const int64_t steps = depth - first < kChain ? depth - first : kChain;
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < steps; ++k, rows += kTileRows, columns += kTileVectors * kWidth) {
+      Vector column[kTileVectors];
+      VLMFAST_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) column[v] = load_unaligned<Vector>(columns + v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vector row = rows[r] - Vector{};  // not a sum: that would cost one, for the sake of -0 + 0
+        VLMFAST_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(row, column[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+      VLMFAST_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) products[r][v] = first == 0 ? sums[r][v] : products[r][v] + sums[r][v];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace vlmfast

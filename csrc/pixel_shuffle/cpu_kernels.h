@@ -1,0 +1,48 @@
+// The CPU kernels of the pixel shuffle with a LayerNorm, as pixel_shuffle.cpp calls them; without one, rows are moved.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace vlmfast {
+
+// Tokens, each of `token_runs` runs of `run_size` adjacent elements of x, and their LayerNorm over `size` elements: all
+// of a token, or those of each of its patches.
+struct ShuffledNorm {
+  Dtype dtype;
+  float input_scale;
+  float eps;
+  int64_t token_runs;
+  int64_t run_size;
+  int64_t size;
+  const char* const* x;  // (tokens * token_runs,): where each run begins
+  const void* weight;    // (size,)
+
+  int64_t token_size() const { return token_runs * run_size; }
+};
+
+struct PixelShuffleNorm {
+  ShuffledNorm norm;
+  const void* bias;  // (size,)
+  char* y;           // (tokens, token_size) contiguous
+};
+
+struct PixelShuffleNormBackward {
+  ShuffledNorm norm;
+  const char* const* grad_output;  // (tokens,): where each begins
+  char* const* grad_x;             // (tokens * token_runs,): where each run begins
+};
+
+struct PixelShuffleKernels {
+  void (*norm)(const PixelShuffleNorm& args, int64_t begin, int64_t end);
+  // buffer: room for a token. grad_weight, grad_bias: partial sums, see types.h.
+  void (*norm_backward)(const PixelShuffleNormBackward& args, int64_t begin, int64_t end, char* buffer,
+                        float* grad_weight, float* grad_bias);
+  void (*sum_partials)(Dtype dtype, int64_t size, const float* partials, int64_t count, void* sums);
+};
+
+template <CpuLevel level>
+PixelShuffleKernels pixel_shuffle_kernels();
+
+}  // namespace vlmfast

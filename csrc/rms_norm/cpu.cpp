@@ -1,0 +1,104 @@
+// RMSNorm on the CPU: the ops' arguments, outputs and threads. The arithmetic is in rms_norm_kernels.cpp.
+#include "common/cpu.h"
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "common/common.h"
+#include "rms_norm/cpu_kernels.h"
+#include "rms_norm/schema.h"
+
+namespace vlmfast {
+namespace {
+
+const RmsNormKernels& kernels() {
+  static const RmsNormKernels table = at_cpu_level([](auto level) { return rms_norm_kernels<level>(); });
+  return table;
+}
+
+Tensor output_like(const Tensor& x) { return allocate_output(x.sizes().data(), x.dim(), x); }
+
+Tensor forward(const Rows& x, const Rows* residual, const Tensor* new_residual, const Tensor& weight, double eps,
+               Variant variant) {
+  const Rows w(weight);
+  check_weight(w, x);
+  Tensor y = output_like(x.tensor);
+  const RmsNormForward args{dtype_of(x.tensor),
+                            variant,
+                            static_cast<float>(eps),
+                            x.size,
+                            x.data(),
+                            residual != nullptr ? residual->data() : nullptr,
+                            w.data(),
+                            y.mutable_data_ptr(),
+                            new_residual != nullptr ? new_residual->mutable_data_ptr() : nullptr,
+                            x.row_stride,
+                            residual != nullptr ? residual->row_stride : 0};
+  parallel_rows(x.count, row_ranges(x.count, x.size),
+                [&](int64_t begin, int64_t end, int64_t) { kernels().forward(args, begin, end); });
+  return y;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, Variant variant) {
+  return forward(Rows(x), nullptr, nullptr, weight, eps, variant);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                                        Variant variant) {
+  const Rows x_rows(x), residual_rows(residual);
+  check_twin("residual", residual_rows, x_rows);
+  Tensor new_residual = output_like(x);
+  Tensor y = forward(x_rows, &residual_rows, &new_residual, weight, eps, variant);
+  return {std::move(y), std::move(new_residual)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                             double eps, Variant variant, const std::optional<Tensor>& grad_residual,
+                                             bool weight_grad) {
+  const Rows x_rows(x), grad_rows(grad_output), weight_rows(weight);
+  check_weight(weight_rows, x_rows);
+  check_twin("grad_output", grad_rows, x_rows);
+  std::optional<Rows> residual_rows;
+  if (grad_residual.has_value()) check_twin("grad_residual", residual_rows.emplace(*grad_residual), x_rows);
+
+  Tensor grad_x = output_like(x);
+  const int64_t grad_weight_size = weight_grad ? x_rows.size : 0;
+  Tensor grad_weight = allocate(&grad_weight_size, 1, weight);
+  const RmsNormBackward args{dtype_of(x),
+                             variant,
+                             static_cast<float>(eps),
+                             x_rows.size,
+                             grad_rows.data(),
+                             x_rows.data(),
+                             weight_rows.data(),
+                             residual_rows ? residual_rows->data() : nullptr,
+                             grad_x.mutable_data_ptr(),
+                             grad_rows.row_stride,
+                             x_rows.row_stride,
+                             residual_rows ? residual_rows->row_stride : 0};
+
+  const int64_t ranges = row_ranges(x_rows.count, x_rows.size);
+  const int64_t partial_size = weight_grad ? vlmfast::partial_size(x_rows.size) : 0;
+  const std::unique_ptr<float[]> partials(new float[ranges * partial_size]());
+  parallel_rows(x_rows.count, ranges, [&](int64_t begin, int64_t end, int64_t range) {
+    kernels().backward(args, begin, end, weight_grad ? &partials[range * partial_size] : nullptr);
+  });
+  kernels().sum_partials(args.dtype, grad_weight_size, partials.get(), ranges, grad_weight.mutable_data_ptr());
+  return {std::move(grad_x), std::move(grad_weight)};
+}
+
+}  // namespace
+}  // namespace vlmfast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
+  m.def(vlmfast::kRmsNormSchema);
+  m.def(vlmfast::kAddRmsNormSchema);
+  m.def(vlmfast::kRmsNormBackwardSchema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&vlmfast::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&vlmfast::add_rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&vlmfast::rms_norm_backward));
+}

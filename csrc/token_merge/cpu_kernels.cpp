@@ -1,0 +1,231 @@
+// The token merge on the CPU, compiled once per instruction set (see types.h).
+#include "token_merge/cpu_kernels.h"
+
+#include "common/vector_math.h"
+
+namespace vlmfast {
+namespace {
+
+// ---- the largest scores ----
+
+// The bits of a float grow with it where it is positive and shrink where it is negative.
+VLMFAST_INLINE Bits ordered_bits(Float scores) {
+  constexpr uint32_t kSign = 0x80000000u;
+  const Bits bits = (Bits)(scores + 0.0f);  // -0 + 0 is 0
+  return (bits & kSign) != 0 ? ~bits : bits | kSign;
+}
+
+template <class T>
+bool order(const T* scores, int64_t count, uint32_t* keys) {
+  Bits invalid = {};
+  const auto step = [&](const T* from) VLMFAST_INLINE_LAMBDA {
+    const Float values = load_in_order(from);
+    invalid |= (Bits)(values != values);
+    return ordered_bits(values);
+  };
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Bits bits = step(scores + at);
+    std::memcpy(keys + at, &bits, sizeof(bits));
+  }
+  T rest[kLanes] = {};
+  std::memcpy(rest, scores + at, (count - at) * sizeof(T));
+  const Bits bits = step(rest);
+  std::memcpy(keys + at, &bits, (count - at) * sizeof(uint32_t));
+  uint32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= invalid[lane];
+  return any == 0;
+}
+
+// ---- the most similar targets ----
+
+// In double precision and then rounded, so that the doubles of a target have one cosine, whatever the instruction set.
+constexpr int kPanel = kTileVectors * kDoubles;
+constexpr int64_t panel_columns(int64_t targets) { return (targets + kPanel - 1) / kPanel * kPanel; }
+
+int64_t packed_targets(int64_t targets, int64_t size) { return panel_columns(targets) * (size + 1); }
+
+// 1 / |row|, and 0 of a row of zeros: its cosine with all others is then 0.
+template <class T>
+VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Double squares[2] = {};
+  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    const Block block = load(row + offset, count);
+    VLMFAST_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      Half halves[2];
+      std::memcpy(halves, &block.part[part], sizeof(halves));
+      for (int i = 0; i < 2; ++i) {
+        const Double values = __builtin_convertvector(halves[i], Double);
+        squares[i] = multiply_add(values, values, squares[i]);
+      }
+    }
+  });
+  const Double both = squares[0] + squares[1];
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += both[lane];
+  return sum > 0 ? 1 / __builtin_sqrt(sum) : 0.0;
+}
+
+// Of each image the targets, packed, and their inverse lengths.
+template <class T>
+void pack_targets(const MergeSlots& args, int64_t images) {
+  const int64_t columns = panel_columns(args.targets);
+  for (int64_t image = 0; image < images; ++image) {
+    const auto target = [&](int64_t row) {
+      return reinterpret_cast<const T*>(args.target[image * args.targets + (row < args.targets ? row : 0)]);
+    };
+    double* to = args.panels + image * packed_targets(args.targets, args.size);
+    pack<kPanel, T>(args.targets, args.size, target, 1.0f, to);
+    to += columns * args.size;
+    for (int64_t column = 0; column < columns; ++column) to[column] = inverse_length(target(column), args.size);
+  }
+}
+
+// Of up to kTileRows tokens of one image.
+template <class T>
+VLMFAST_INLINE void assign_tile(const MergeSlots& args, const double* panels, int64_t begin, int64_t count,
+                                double* room) {
+  const auto row_at = [&](int64_t row) { return reinterpret_cast<const T*>(args.joins[begin + row]); };
+  pack<kTileRows, T>(count, args.size, row_at, 1.0f, room);
+  float best[kTileRows];
+  int32_t slot[kTileRows];
+  double inverse[kTileRows] = {};
+  for (int64_t row = 0; row < kTileRows; ++row) {
+    best[row] = -__builtin_inff();
+    slot[row] = static_cast<int32_t>(args.targets);
+    if (row < count) inverse[row] = inverse_length(row_at(row), args.size);
+  }
+  const double* target_inverse = panels + panel_columns(args.targets) * args.size;
+  for (int64_t first = 0; first < args.targets; first += kPanel, panels += kPanel * args.size) {
+    Double products[kTileRows][kTileVectors];
+    multiply(room, panels, args.size, products);
+    const int64_t left = args.targets - first, present = left < kPanel ? left : kPanel;
+    for (int64_t row = 0; row < count; ++row) {
+      double cosines[kPanel];
+      for (int v = 0; v < kTileVectors; ++v) {
+        const Double of_targets = load_unaligned<Double>(target_inverse + first + v * kDoubles);
+        products[row][v] = products[row][v] * inverse[row] * of_targets;
+      }
+      std::memcpy(cosines, products[row], sizeof(cosines));
+      for (int64_t column = 0; column < present; ++column) {
+        const float cosine = static_cast<float>(cosines[column]);
+        if (cosine > best[row]) {
+          best[row] = cosine;
+          slot[row] = static_cast<int32_t>(args.targets + first + column);
+        }
+      }
+    }
+  }
+  for (int64_t row = 0; row < count; ++row) args.slots[args.position[begin + row]] = slot[row];
+}
+
+template <class T>
+void assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
+  while (begin < end) {
+    const int64_t image = begin / args.joining, left = (image + 1) * args.joining - begin;
+    int64_t count = left < end - begin ? left : end - begin;
+    if (count > kTileRows) count = kTileRows;
+    assign_tile<T>(args, args.panels + image * packed_targets(args.targets, args.size), begin, count, room);
+    begin += count;
+  }
+}
+
+// ---- the rows ----
+
+// Adds N rows, in pairs, to the sums of some columns.
+template <int N, class T>
+VLMFAST_INLINE void add_rows(const char* const* rows, int64_t first, int64_t size, float* sums) {
+  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    Block block[N];
+    VLMFAST_UNROLL
+    for (int n = 0; n < N; ++n) block[n] = load(reinterpret_cast<const T*>(rows[n]) + first + offset, count);
+    VLMFAST_UNROLL
+    for (int apart = 1; apart < N; apart *= 2) {
+      VLMFAST_UNROLL
+      for (int n = 0; n + apart < N; n += 2 * apart) block[n] = block[n] + block[n + apart];
+    }
+    store(sums + offset, load(sums + offset) + block[0]);
+  });
+}
+
+template <class T>
+void merge(const MergedRows& args, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = 1024;
+  constexpr int kTogether = 4;
+  float sums[kColumns];
+  int64_t joined = 0;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t joined_end = args.joined_end[row], number = joined_end - joined;
+    const T* from = reinterpret_cast<const T*>(args.first[row]);
+    T* y = reinterpret_cast<T*>(args.y) + row * args.size;
+    if (number == 0) {
+      std::memcpy(y + begin, from + begin, (end - begin) * sizeof(T));
+      continue;
+    }
+    for (int64_t first = begin; first < end; first += kColumns) {
+      const int64_t columns = end - first < kColumns ? end - first : kColumns;
+      std::memset(sums, 0, sizeof(sums));
+      int64_t at = joined;
+      for (; at + kTogether <= joined_end; at += kTogether) {
+        add_rows<kTogether, T>(args.joined + at, first, columns, sums);
+      }
+      for (; at < joined_end; ++at) add_rows<1, T>(args.joined + at, first, columns, sums);
+      const float count = static_cast<float>(number);
+      each_block(columns, [&](int64_t offset, auto elements) VLMFAST_INLINE_LAMBDA {
+        const Block target = load(from + first + offset, elements), sum = load(sums + offset);
+        store(y + first + offset, args.merge == Merge::kMean ? (target + sum) / (1 + count) : target + sum / count,
+              elements);
+      });
+    }
+    joined = joined_end;
+  }
+}
+
+template <class T>
+void divide(const DividedRows& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* from = reinterpret_cast<const T*>(args.rows[row]);
+    T* y = reinterpret_cast<T*>(args.y) + row * args.size;
+    each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      store(y + offset, load(from + offset, count) / args.divisors[row], count);
+    });
+  }
+}
+
+// ---- by dtype ----
+
+bool any_order(Dtype dtype, const void* scores, int64_t count, uint32_t* keys) {
+  bool valid = true;
+  for_dtype(dtype, [&](auto element) {
+    valid = order(static_cast<const typename decltype(element)::type*>(scores), count, keys);
+  });
+  return valid;
+}
+
+void any_pack_targets(const MergeSlots& args, int64_t images) {
+  for_dtype(args.dtype, [&](auto element) { pack_targets<typename decltype(element)::type>(args, images); });
+}
+
+void any_assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
+  for_dtype(args.dtype, [&](auto element) { assign<typename decltype(element)::type>(args, begin, end, room); });
+}
+
+void any_merge(const MergedRows& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto element) { merge<typename decltype(element)::type>(args, begin, end); });
+}
+
+void any_divide(const DividedRows& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto element) { divide<typename decltype(element)::type>(args, begin, end); });
+}
+
+}  // namespace
+
+template <>
+TokenMergeKernels token_merge_kernels<CpuLevel::VLMFAST_ISA>() {
+  static_assert(kTileRows <= kMergeRoom);
+  return {any_order, packed_targets, any_pack_targets, any_assign, any_merge, any_divide};
+}
+
+}  // namespace vlmfast

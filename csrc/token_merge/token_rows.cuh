@@ -1,0 +1,221 @@
+// Carries out what merge_slots has decided, and moves gradients back the same way: one launch each, without atomics on
+// floats and in an order that is the same in every run.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common/common.cuh"
+#include "common/cuda_torch.h"
+#include "common/row_ranks.cuh"
+#include "common/token_choice.cuh"
+#include "common/types.h"
+
+namespace vlmfast {
+
+// What a call is about. All counts but that of the crops are of one crop.
+struct MergeSizes {
+  int64_t crops, hidden;
+  int tokens, chosen, contextual;  // chosen: the kept rows of the merged tensor
+  Merge merge;
+
+  // What the sum of the rows that were merged, `count` of them, is divided by.
+  __device__ __forceinline__ float divisor(int count) const {
+    return merge == Merge::kMean ? 1.f + count : max(count, 1);
+  }
+};
+
+// A block for a part of a contextual row, its members spread over the warps; or for kWarps kept rows, one a warp.
+struct MergePolicy {
+  static constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+  static constexpr int kVectors = 4;     // of a row that is moved, in flight
+  static constexpr int kRows = 8;        // of a sum, in flight
+  static constexpr int kMembers = 2048;  // tokens that are looked through at a time
+  unsigned slices, sums, blocks;         // of a contextual row; of the first kind; of both
+
+  MergePolicy(const MergeSizes& sizes, int vec) {
+    const int64_t per_row = (sizes.hidden + kWarp * vec - 1) / (kWarp * vec);
+    const int64_t all_sums = sizes.crops * sizes.contextual * per_row;
+    const int64_t all = all_sums + (sizes.crops * sizes.chosen + kWarps - 1) / kWarps;
+    STD_TORCH_CHECK(all < int64_t{1} << 27, "the merged rows must have fewer parts than 2^27");  // counted in 32 bits
+    slices = per_row, sums = all_sums, blocks = all;
+  }
+};
+
+// A warp moves a row of `hidden` elements, changed by change(vector); a row of zeros where `from` is null.
+template <typename Vec, typename scalar_t, typename Change>
+__device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int64_t hidden, Change change) {
+  constexpr int kVec = sizeof(Vec) / sizeof(scalar_t), kStep = kWarp * kVec, kVectors = MergePolicy::kVectors;
+  for (int64_t column = threadIdx.x % kWarp * kVec; column < hidden; column += kStep * kVectors) {
+    Vec values[kVectors] = {};
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (from != nullptr && k * kStep < hidden - column) values[k] = Vec::load(from + column + k * kStep);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      change(values[k]);
+      if (k * kStep < hidden - column) values[k].store(to + column + k * kStep);
+    }
+  }
+}
+
+// The tokens that a contextual row is made of, in the order of their positions, and what each warp has summed of them.
+// Lives in shared memory.
+template <int kColumns>
+struct Members {
+  float warp_sums[MergePolicy::kWarps][kColumns];
+  BlockCount<MergePolicy::kThreads> block_count;
+  int positions[MergePolicy::kMembers];
+  int target;
+
+  // Lists those from `first` on, at most so many as there is room for tokens; how many there are. For the whole block,
+  // which must not be done with the last ones before it has met at a barrier.
+  __device__ __forceinline__ int list(const int32_t* slots, int first, const MergeSizes& sizes, int number, int& turn) {
+    const int end = min(sizes.tokens - first, MergePolicy::kMembers), lane = threadIdx.x % kWarp;
+    int listed = 0;
+    for (int begin = first; begin < first + end; begin += MergePolicy::kThreads) {
+      const int position = begin + threadIdx.x;
+      const int slot = position < first + end ? slots[position] : -1;
+      const bool joins = slot == sizes.contextual + number;
+      const unsigned lanes = __ballot_sync(kAllLanes, joins);
+      const auto sums = block_count.add_up(__popc(lanes), turn++);
+      if (joins) positions[listed + sums.earlier_warps + __popc(lanes & ((1u << lane) - 1))] = position;
+      if (slot == number) atomicMax(&target, position);
+      listed += sums.block;
+    }
+    __syncthreads();
+    return listed;
+  }
+};
+
+template <typename scalar_t, int kVec>
+__global__ void __launch_bounds__(MergePolicy::kThreads, 1)
+    merge_rows_kernel(ImagePointer<scalar_t> hidden,  // (crops, tokens, hidden)
+                      RowPointer<int64_t> kept,       // (crops, chosen)
+                      RowPointer<int32_t> slots,      // (crops, tokens)
+                      scalar_t* __restrict__ merged,  // (crops, chosen + contextual, hidden)
+                      MergeSizes sizes, MergePolicy policy) {
+  using Vec = Vector<scalar_t, kVec>;
+  constexpr int kColumns = kWarp * kVec, kWarps = MergePolicy::kWarps, kRows = MergePolicy::kRows;
+  VLMFAST_DYNAMIC_SHARED(Members<kColumns>, shared);
+  Members<kColumns>& members = *shared;
+  const int warp = threadIdx.x / kWarp, own_column = threadIdx.x % kWarp * kVec;
+  const int rows = sizes.chosen + sizes.contextual;
+  int turn = 0;
+
+  for (unsigned work = blockIdx.x; work < policy.blocks; work += gridDim.x) {
+    if (work >= policy.sums) {
+      const unsigned row = (work - policy.sums) * kWarps + warp;
+      const int64_t crop = row / sizes.chosen, rank = row % sizes.chosen;
+      if (crop >= sizes.crops) continue;
+      const int64_t position = min(max(kept[crop][rank], int64_t{0}), int64_t{sizes.tokens - 1});
+      move_row<Vec>(hidden.at(crop, position), merged + (crop * rows + rank) * sizes.hidden, sizes.hidden, [](Vec&) {});
+      continue;
+    }
+    // Neighbouring blocks have neighbouring columns of one contextual row.
+    const int64_t crop = work / policy.slices / sizes.contextual;
+    const int number = work / policy.slices % sizes.contextual;
+    const int64_t first_column = int64_t{work % policy.slices} * kColumns, column = first_column + own_column;
+    __syncthreads();  // the row before this one is done
+    if (threadIdx.x == 0) members.target = -1;
+    float sums[kVec] = {};
+    int count = 0;
+    for (int first = 0; first < sizes.tokens; first += MergePolicy::kMembers) {
+      const int listed = members.list(slots[crop], first, sizes, number, turn);
+      count += listed;
+      if (column >= sizes.hidden) continue;
+      for (int member = warp; member < listed; member += kWarps * kRows) {
+        Vec values[kRows] = {};
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          if (member + k * kWarps < listed) {
+            values[k] = Vec::load(hidden.at(crop, members.positions[member + k * kWarps]) + column);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) sums[i] += values[k][i];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) members.warp_sums[warp][own_column + i] = sums[i];
+    __syncthreads();
+    const int64_t out_column = first_column + threadIdx.x;
+    if (threadIdx.x < kColumns && out_column < sizes.hidden) {
+      float sum = 0.f;
+#pragma unroll
+      for (int other = 0; other < kWarps; ++other) sum += members.warp_sums[other][threadIdx.x];
+      const float target = to_float(hidden.at(crop, max(members.target, 0))[out_column]);
+      const float divisor = sizes.divisor(count);
+      const float row = sizes.merge == Merge::kMean ? (target + sum) / divisor : target + sum / divisor;
+      merged[(crop * rows + sizes.chosen + number) * sizes.hidden + out_column] = from_float<scalar_t>(row);
+    }
+  }
+}
+
+// Tokens of one crop for a block: each counts all slots of its crop, so there are not more blocks than are of use.
+struct MergeBackwardPolicy {
+  static constexpr int kBlocksPerMultiprocessor = 4;
+  static constexpr int kCounts = 2048;  // contextual tokens that are counted at a time
+  int64_t chunk, per_crop, shared_bytes;
+
+  MergeBackwardPolicy(const MergeSizes& sizes, int64_t multiprocessors) {
+    constexpr int64_t kWarps = MergePolicy::kWarps;
+    const int64_t most = multiprocessors * kBlocksPerMultiprocessor;
+    const int64_t wanted = (sizes.crops * sizes.tokens + most - 1) / most;
+    chunk = std::max((wanted + kWarps - 1) / kWarps * kWarps, kWarps);
+    per_crop = (sizes.tokens + chunk - 1) / chunk;
+    shared_bytes = std::clamp(sizes.contextual, 1, kCounts) * sizeof(int);
+  }
+};
+
+template <typename scalar_t, int kVec>
+__global__ void __launch_bounds__(MergePolicy::kThreads)
+    merge_rows_backward_kernel(ImagePointer<scalar_t> grad,         // (crops, chosen + contextual, hidden)
+                               RowPointer<int32_t> slots,           // (crops, tokens)
+                               scalar_t* __restrict__ grad_hidden,  // (crops, tokens, hidden)
+                               MergeSizes sizes, MergeBackwardPolicy policy) {
+  using Vec = Vector<scalar_t, kVec>;
+  constexpr int kCounts = MergeBackwardPolicy::kCounts, kThreads = MergePolicy::kThreads;
+  VLMFAST_DYNAMIC_SHARED(int, counts);  // of the tokens that were merged into each contextual one
+  const int contextual = sizes.contextual;
+  for (int64_t work = blockIdx.x; work < sizes.crops * policy.per_crop; work += gridDim.x) {
+    const int64_t crop = work / policy.per_crop, first = work % policy.per_crop * policy.chunk;
+    const int64_t end = min(first + policy.chunk, int64_t{sizes.tokens});
+    const int32_t* const crop_slots = slots[crop];
+    for (int first_number = 0; first_number == 0 || first_number < contextual; first_number += kCounts) {
+      const int numbers = min(kCounts, contextual - first_number);
+      __syncthreads();  // those before these are done
+      for (int i = threadIdx.x; i < numbers; i += kThreads) counts[i] = 0;
+      __syncthreads();
+      for (int begin = 0; begin < sizes.tokens; begin += kThreads) {
+        const int position = begin + threadIdx.x;
+        const unsigned slot = position < sizes.tokens ? crop_slots[position] : -1;
+        const unsigned number = slot - static_cast<unsigned>(contextual + first_number);
+        count_one(counts, number, position < sizes.tokens && number < static_cast<unsigned>(numbers));
+      }
+      __syncthreads();
+      for (int64_t token = first + threadIdx.x / kWarp; token < end; token += MergePolicy::kWarps) {
+        const int64_t slot = crop_slots[token];
+        const bool is_contextual = slot >= 0 && slot < 2 * int64_t{contextual}, joined = slot >= contextual;
+        const int64_t number = joined ? slot - contextual : slot;
+        if (is_contextual ? number < first_number || number >= first_number + numbers : first_number > 0) continue;
+        const int64_t row = number + sizes.chosen;
+        const bool has_row = is_contextual || (slot < 0 && row >= 0);
+        const bool shares = is_contextual && (joined || sizes.merge == Merge::kMean);
+        const float divisor = shares ? sizes.divisor(counts[number - first_number]) : 1.f;
+        move_row<Vec>(has_row ? grad.at(crop, row) : nullptr,
+                      grad_hidden + (crop * sizes.tokens + token) * sizes.hidden, sizes.hidden, [&](Vec& values) {
+          if (divisor == 1.f) return;  // a copy
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) values.set(i, values[i] / divisor);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,165 @@
+"""`make gpu-report`, and what `make docs` makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmfast import cli
+from vlmfast.benchmarks import gpu_report, report
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_gpu_report_keeps_what_came_out(tmp_path: Path, monkeypatch, capsys):
+    """A step that fails or takes too long does not take the others with it."""
+    slow = gpu_report.Step(
+        "slow", [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(60)"], 2.0
+    )
+    broken = gpu_report.Step("broken", [sys.executable, "-c", "raise SystemExit(3)"], 20.0)
+    last = gpu_report.Step(
+        "last", [sys.executable, "-c", "import os; print(os.environ['GIVEN'])"], 20.0, {"GIVEN": "yes"}
+    )
+    monkeypatch.setattr(gpu_report, "steps", lambda out: [slow, broken, last])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "environment", lambda device: {"device": device})
+    monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path / "out")])
+    assert gpu_report.main() == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(step["step"], step["exit_code"]) for step in summary["steps"]] == [
+        ("slow", None),
+        ("broken", 3),
+        ("last", 0),
+    ]
+    assert (tmp_path / "out" / "slow.log").read_text() == "half\n"
+    assert (tmp_path / "out" / "last.log").read_text() == "yes\n"
+    assert "benchmarks/results/nvidia-h200" in capsys.readouterr().out
+
+
+def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
+    assert list(commands)[:4] == ["build", "info", "tests", "ops"]
+    assert "compile" not in commands["ops"]
+    for name in ("info", "ops", "product", "compiled", "demo"):  # the command line takes these
+        cli._parser().parse_args(commands[name][3:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_report_needs_a_gpu():
+    ran = subprocess.run(
+        [sys.executable, "-m", "vlmfast.benchmarks.gpu_report"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (2, "gpu-report needs a GPU, and torch sees none\n")
+
+
+# ---- make docs ----
+
+
+@pytest.fixture
+def docs(tmp_path: Path, monkeypatch):
+    """The script, with the committed runs of CPUs alone."""
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path in (*RESULTS.glob("cpu*.json"), RESULTS / "models_cpu.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def stand_in(name: str, folder: Path, change) -> None:
+    """A run on a GPU that never was: a CPU's, changed."""
+    run = json.loads((RESULTS / name).read_text())
+    run["environment"] |= {"device": "NVIDIA H0", "kind": "cuda"}
+    run["records"] = change(run["records"])
+    folder.mkdir(exist_ok=True)
+    (folder / {"cpu.json": "ops.json", "models_cpu.json": "models.json"}.get(name, name)).write_text(json.dumps(run))
+
+
+def without_compile(records):
+    rows = lambda record: [row for row in record["contenders"] if row["name"] != "torch.compile"]  # noqa: E731
+    return [{**record, "contenders": rows(record)} for record in records]
+
+
+def row(text: str, *cells: str) -> list[str]:
+    """The cells of the one line that begins with these."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {' | '.join(cells)} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_without_a_gpu_the_readme_says_so(docs):
+    assert "There is no result of a GPU yet" in docs.figures()
+    assert "Whole models" not in docs.figures()
+    assert row(docs.benchmarks(), "llava-next-7b", "eager", "reduced")[4] == "8.49"
+
+
+def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
+    def compiled(records):
+        (record,) = [r for r in records if (r["op"], r["workload"]) == ("rms_norm", "600x2048")]
+        ours = record["contenders"][0]
+        return [{**record, "contenders": [{**ours, "us": 2.0}, {"name": "torch.compile", "group": "peer", "us": 14.0}]}]
+
+    def graphs(records):
+        broken = {"model": "smolvlm-256m", "size": "full", "dtype": "bfloat16", "mode": "graph", "variant": "patched"}
+        fine = {**records[1], "mode": "graph", "peak_bytes": 5_000_000, "prefill_graph": "none: it waits"}
+        return [fine, {**broken, "error": "RuntimeError: planted"}]
+
+    folder = tmp_path / "nvidia-h0"
+    stand_in("cpu.json", folder, without_compile)
+    stand_in("models_cpu.json", folder, graphs)
+    (folder / "summary.json").write_text("{}")
+    before = docs.figures()
+    assert row(before[: before.index("AMD EPYC")], "`rms_norm`", "600x2048")[4] == ""
+    stand_in("cpu.json", folder, compiled)
+    (folder / "ops.json").rename(folder / "compiled.json")
+    stand_in("cpu.json", folder, without_compile)
+    readme, page = docs.figures(), docs.benchmarks()
+    assert "There is no result of a GPU yet" not in readme
+    assert readme.count("NVIDIA H0") == 2
+    gpu = readme[: readme.index("AMD EPYC")]
+    assert row(gpu, "`rms_norm`", "600x2048")[3:5] == ["5.6", "7.0"]
+    assert row(gpu, "`rms_norm`", "9600x128")[3:5] == ["5.3", ""]
+    assert page.count("## NVIDIA H0") == 3
+    assert "torch.compile 7.00" in page
+    for text in (readme, page):
+        assert row(text, "llava-next-7b", "graph", "patched")[3:] == [
+            "5843.4 ms (no graph)",
+            "1.04",
+            "43.7 ms",
+            "1.18",
+            "97.1 MB",
+            "5.0 MB",
+        ]
+        assert row(text, "smolvlm-256m", "graph", "patched")[3:] == ["no time", "", "no time", "", "", ""]
+
+
+def test_a_part_of_a_gpu_report_is_shown(docs, tmp_path: Path):
+    stand_in("models_cpu.json", tmp_path / "nvidia-h0", lambda records: records)
+    readme = docs.figures()
+    assert row(readme, "llava-next-7b", "eager", "patched")[3] == "5843.4 ms"
+    assert "There is no result of a GPU yet" not in readme
+    assert "## NVIDIA H0" in docs.benchmarks()
+
+
+def test_what_failed_in_one_file_of_a_gpu_report_is_left_out(docs, tmp_path: Path):
+    def failed(records):
+        (record,) = [r for r in records if (r["op"], r["workload"]) == ("rms_norm", "600x2048")]
+        return [{**record, "contenders": [{"name": "vlmfast native", "group": "ours", "error": "planted"}]}]
+
+    folder = tmp_path / "nvidia-h0"
+    stand_in("cpu.json", folder, lambda records: records)
+    for name in ("compiled", "product"):
+        shutil.copy(folder / "ops.json", folder / f"{name}.json")
+    stand_in("cpu.json", folder, failed)
+    assert "`rms_norm`" not in docs.figures().partition("AMD EPYC")[0]
+    assert docs.benchmarks().count("## NVIDIA H0") == 3

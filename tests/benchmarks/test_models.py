@@ -1,0 +1,281 @@
+"""Whole-model benchmarks: what is counted, what is timed, and that a failure is a record."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.benchmarks.test_counting import little
+from tests.conftest import shortens_prompts
+from vlmfast import cli
+from vlmfast.benchmarks import html, models, modes, published, report, timing
+from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
+from vlmfast.benchmarks.published import MODELS, Published
+
+QUIET = Console(quiet=True)
+
+
+# ---- times ----
+
+
+def test_a_twin_shares_its_weights(llava):
+    model, inputs = llava.build("small", torch.float32, "cpu")
+    other = twin(model, {})
+    assert type(other.model.language_model.norm) is not type(model.model.language_model.norm)
+    for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert ours is theirs
+    growing = Answer(model, inputs)
+    static = Answer(other, inputs, growing_length(growing) + STEPS)
+    with torch.no_grad():
+        for _ in range(2):  # a second answer begins anew
+            assert torch.allclose(growing.prefill(), static.prefill(), atol=1e-5)
+            assert torch.allclose(growing.step(), static.step(), atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["original", "reduced"])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen3-vl-8b"])
+@torch.no_grad()
+def test_the_answer_is_that_of_generate(name: str, variant: str):
+    if variant == "reduced" and not shortens_prompts():
+        pytest.skip("this transformers is too old")
+    model, inputs = little(name).build("small", torch.float32, "cpu")
+    for parameter in model.model.language_model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(8)  # attention that looks at positions
+    model = twin(model, variants(MODELS[name])[variant])
+    settings = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    wanted = torch.stack(model.generate(**inputs, **settings).logits, 1)
+    answer = Answer(model, inputs)
+    got = torch.cat([answer.prefill(), *(answer.step() for _ in range(3))], 1)
+    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@torch.no_grad()
+def growing_length(answer: Answer) -> int:
+    answer.prefill()
+    return answer.cached()
+
+
+def test_every_variant_is_timed(llava):
+    known = []
+    rows = models.run(device="cpu", modes=["eager"], console=QUIET, save=lambda records: known.append(len(records)))
+    assert known == [len(rows)] == [3]
+    assert [row["variant"] for row in rows] == ["original", "patched", "reduced"]
+    for row in rows:
+        assert row["prefill_ms"] > 0
+        assert row["decode_ms"] > 0
+        assert row["cache_bytes"] == 2 * 2 * 4 * 64 * row["cached_tokens"]  # keys and values, layers, float32, channels
+    assert rows[0]["prefill_speedup"] == rows[0]["decode_over_eager"] == 1.0
+    assert rows[0]["prefill_range"] == 0.0  # of one round
+    assert rows[2]["cached_tokens"] == rows[0]["cached_tokens"] - 576 + 64
+
+
+def test_ratios_are_of_each_round(capsys):
+    times = {
+        "original": [(6.0, 1.0), (10.0, 1.0), (20.0, 1.0)],
+        "patched": [(3.0, 2.0), (20.0, 2.0), (5.0, 4.0)],
+        models.EAGER: [(12.0, 4.0), (10.0, 4.0), (20.0, 4.0)],
+    }
+    contender = types.SimpleNamespace(error=None, facts={"cache_bytes": 8})
+    row = models._row(contender, "patched", times)
+    assert (row["prefill_ms"], row["prefill_range"], row["prefill_speedup"]) == (5e3, 3.4, 2.0)
+    assert (row["decode_ms"], row["decode_range"], row["decode_speedup"]) == (2e3, 1.0, 0.5)
+    assert (row["prefill_over_eager"], row["decode_over_eager"]) == (4.0, 2.0)
+    models.show(Console(width=150), [{"model": "x", "size": "small", "dtype": "float32", "variant": "patched", **row}])
+    assert "x patched 5000.00 340% 2.00 4.00 2000.00 100% 0.50 2.00 0.0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stop_loses_nothing(llava, monkeypatch, tmp_path):
+    two = {"first": llava, "second": llava}
+    monkeypatch.setattr(published, "MODELS", two)
+    measure, calls = models.measure, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(models, "measure", stopped)
+    path = tmp_path / "deep" / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        models.run(modes=["eager"], console=QUIET, save=lambda records: report.write(path, {"records": records}))
+    written = json.loads(path.read_text())["records"]
+    assert [row["model"] for row in written] == ["first"] * 3
+
+
+def test_a_budget_ends_after_a_model(llava, monkeypatch):
+    monkeypatch.setattr(published, "MODELS", {"first": llava, "second": llava})
+    monkeypatch.setattr(models, "measure", lambda *args: [{"variant": "original"}])
+    rows = models.run(modes=["eager"], console=QUIET, budget=1e-9)
+    assert [row["model"] for row in rows] == ["first"]
+    assert len(models.run(modes=["eager"], console=QUIET, budget=1e9)) == 2
+
+
+def test_memory_that_does_not_suffice_is_a_record(llava, monkeypatch):
+    def explode(*args):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(models, "measure", explode)
+    rows = models.run(modes=["eager", "compile"], console=QUIET)
+    assert [(row["variant"], row["mode"], row["error"]) for row in rows] == [
+        ("all", mode, "OutOfMemoryError: planted") for mode in ("eager", "compile")
+    ]
+    assert models.failed(rows)
+    monkeypatch.setattr(Published, "build", explode)
+    (row,) = models.run(modes=["eager"], console=QUIET)
+    assert row["error"] == "OutOfMemoryError: planted"
+    assert not models.failed([row])
+
+
+@pytest.mark.parametrize("part", ["prefill", "step"])
+def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, monkeypatch):
+    monkeypatch.setattr(models, "ROUNDS", {"cpu": 2})
+    prepare = models.prepare
+
+    def planted(contender, *rest):
+        prepare(contender, *rest)
+        if contender.patch == {}:
+            call, calls = getattr(contender, part), []
+            answered = STEPS if part == "step" else 0  # before it fails
+
+            def fails():
+                calls.append(1)
+                if len(calls) > answered:
+                    raise torch.OutOfMemoryError("planted")
+                return call()
+
+            setattr(contender, part, fails)
+
+    monkeypatch.setattr(models, "prepare", planted)
+    original, patched, reduced = models.run(modes=["eager"], console=QUIET)
+    assert patched["error"] == "OutOfMemoryError: planted"
+    assert "prefill_ms" not in patched
+    assert original["prefill_ms"] > 0
+    assert reduced["decode_speedup"] > 0
+    assert models.failed([original, patched, reduced])
+
+
+def test_what_the_original_fails_at_is_not_ours():
+    def row(variant, error=None):
+        return {"model": "x", "mode": "compile", "variant": variant, **({} if error is None else {"error": error})}
+
+    assert not models.failed([row("original"), row("patched")])
+    assert not models.failed([row("original", "a"), row("patched")])
+    assert not models.failed([row("original", "a"), row("patched", "a")])
+    assert models.failed([row("original", "a"), row("patched", "b")])
+    assert models.failed([row("original"), row("reduced", "a")])
+    assert models.failed([row("original", "a"), {**row("patched", "a"), "mode": "eager"}])
+    assert not models.failed([row("original", "a"), row("patched", modes.NOT_RUN)])
+    assert models.failed([row("original", modes.NOT_RUN), row("patched", "a")])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])
+def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
+    """In eager mode, before it is timed; what reduces the prompt answers otherwise by design."""
+    real = modes.twin
+
+    def wrong(model, patch):
+        result = real(model, patch)
+        if patch == {}:
+            result.model.language_model.norm.register_forward_hook(lambda module, args, output: change(output))
+        return result
+
+    monkeypatch.setattr(modes, "twin", wrong)
+    original, patched, reduced = rows = models.run(modes=["eager"], console=QUIET)
+    assert "differ from those of the original" in patched["error"]
+    assert "prefill_ms" not in patched
+    assert original["prefill_ms"] > 0
+    assert reduced["prefill_ms"] > 0
+    assert models.failed(rows)
+
+
+# ---- the command ----
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vicuna"], "unknown model vicuna; known: llava-1.5-7b, "),
+        (["--count", "vicuna"], "unknown model vicuna; known: llava-1.5-7b, "),
+        (["--modes", "eager,fast"], "unknown mode fast; known: eager, compile, graph"),
+        (["--modes", "graph"], "mode graph: CUDA graphs need a GPU"),
+        (["--device", "cuda"], "device cuda: torch sees no GPU"),
+        (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
+        (["--dtype", "float16", "--device", "cpu"], "no model runs in float16 on a CPU"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_run_is_one_line_and_exit_code_2(arguments: list[str], message: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["models", *arguments])
+    with pytest.raises(SystemExit) as end:
+        models.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_counts(llava, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["models", "--count", "--json", str(path)])
+    assert models.main() == 0
+    printed, written = capsys.readouterr().out, json.loads(path.read_text())
+    assert [row["variant"] for row in written["records"]] == ["original", "patched", "reduced"]
+    assert all(str(row["decode"]["launches"]) in printed for row in written["records"])
+
+
+def breaks_building(monkeypatch, *broken: Published) -> None:
+    """No model can be built of these; of all where there is none."""
+    build = Published.build
+
+    def planted(self, *args):
+        if not broken or self in broken:
+            raise OSError("planted")
+        return build(self, *args)
+
+    monkeypatch.setattr(Published, "build", planted)
+
+
+@pytest.mark.parametrize("arguments", [["--modes", "eager"], ["--count"]])
+def test_no_model_at_all_is_exit_code_1(llava, arguments: list[str], monkeypatch, capsys):
+    """Where others were built, a model that could not be is a row and no more."""
+    monkeypatch.setattr(sys, "argv", ["models", "--device", "cpu", *arguments])
+    two = {"first": llava, "second": little("qwen3-vl-8b")}
+    monkeypatch.setattr(published, "MODELS", two)
+    breaks_building(monkeypatch, two["second"])
+    assert models.main() == 0
+    assert "OSError: planted" in capsys.readouterr().out
+    breaks_building(monkeypatch)
+    assert models.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "no model could be built, so none was measured"
+
+
+def test_no_model_at_all_is_exit_code_1_of_bench_too(llava, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: timing.Ceilings(1.0, 1.0))
+    breaks_building(monkeypatch)
+    path = tmp_path / "out.json"
+    for command in (["--models", "llava-1.5-7b", "--device", "cpu", "--json", str(path)], ["--from", str(path)]):
+        assert cli.main(["bench", *command]) == 1
+        assert "no model could be built, so none was measured" in capsys.readouterr().out.splitlines()
+
+
+def test_a_prefill_that_is_no_graph_is_said(capsys):
+    row = {"model": "x", "size": "full", "dtype": "bfloat16", "mode": "graph", "prefill_ms": 12.5, "decode_ms": 1.0}
+    rows = [
+        {**row, "variant": "original", "cache_bytes": 8, "prefill_graph": "none: RuntimeError: it waits"},
+        {**row, "variant": "patched", "cache_bytes": 8, "prefill_graph": "captured"},
+    ]
+    models.show(Console(width=150), rows)
+    assert re.findall(r"(original|patched) +(12\.50(?: \(no graph\))?)", capsys.readouterr().out) == [
+        ("original", "12.50 (no graph)"),
+        ("patched", "12.50"),
+    ]
+    pytest.importorskip("jinja2")
+    page = html.page({"environment": {"device": "x"}, "records": [], "models": rows})
+    assert page.count("<td>12.50 (no graph)</td>") == page.count("<td>12.50</td>") == 1

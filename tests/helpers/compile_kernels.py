@@ -1,0 +1,164 @@
+"""Compile every Triton launch of every op for GPUs that this machine does not have, and count their registers.
+
+    python tests/helpers/compile_kernels.py sm_90 gfx942 > static.json
+
+A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
+accesses in bytes, whether it multiplies on tensor cores, and whether one of the op's workloads asks for it: their rows
+are all multiples of 16 bytes.
+It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+
+import vlmfast  # noqa: F401  (registers the ops)
+from vlmfast.registry import OPS, Op
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What a launch may depend on: the shared memory that a program may have, and the multiprocessors, fewer in MIG slices.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MULTIPROCESSORS = (16, 48, 108, 132)
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
+AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
+TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def calls_of(op: Op) -> list[tuple[bool, int, list]]:
+    """The (real, multiprocessors, arguments) of the op's workloads and samples on each GPU, the tensors on none.
+
+    They are made on the CPU, because some shapes depend on how many positions of a mask are true. The samples take no
+    time, and are made for each GPU anew.
+    """
+
+    def on_meta(args: tuple) -> list:
+        return [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+
+    dtypes = (torch.float32, torch.bfloat16)
+    workloads = [on_meta(args) for dtype in dtypes for _, args in op.workloads("cpu", dtype)]
+    real = [(True, count, args) for count in MULTIPROCESSORS for args in workloads]
+    kinds = itertools.product(MULTIPROCESSORS, dtypes)
+    return real + [(False, count, on_meta(args)) for count, dtype in kinds for args in op.samples("cpu", dtype)]
+
+
+def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
+    """The (kernel, arguments, options, real) of every launch of the calls; none is executed."""
+    seen, launched, backend = [], [], op.backend("triton")
+    module = sys.modules[backend.run.__module__]
+    module.device_unsupported = lambda x: None  # as if the meta device were a GPU
+    module.shared_memory = lambda x: SHARED[target]
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
+        launched.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        for real, multiprocessors, args in calls:
+            module.processors = lambda x, count=multiprocessors: count
+            if backend.unsupported(*args) is None:
+                launched.clear()
+                backend.run(*args)
+                seen += [(*launch, real) for launch in launched]
+    finally:
+        JITFunction.run = original
+    return seen
+
+
+def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """The specialisation that the JIT would make of these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
+            attributes[(index,)] = [["tt.divisibility", 16]]  # torch's allocations are; row views of 16 bytes too
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) -> dict:
+    """Compile one specialisation for one target."""
+    compiled = triton.compile(source, target=TARGETS[name], options=options)
+    assembly = compiled.asm
+    if name.startswith("gfx"):
+        text = assembly["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        found = re.findall(r"(?:buffer|global)_(load|store)_([a-z]+?)(?:x(\d))?(?:_\w+)?\b", text)
+        accesses = [(kind == "load", AMD_BYTES[unit] * int(count or 1)) for kind, unit, count in found]
+    else:
+        text = assembly["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(assembly["cubin"])
+            file.flush()
+            usage = subprocess.run(
+                [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; nothing else of a Triton kernel lives on the stack
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        found = re.findall(r"(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", text)
+        accesses = [(kind == "ld", int(count or 1) * int(bits) // 8) for kind, count, bits in found]
+        copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;\n]*?0x(\w+)", text)
+        accesses += [(True, int(size, 16)) for size in copies]
+    constants = {p.name: source.constants[(i,)] for i, p in enumerate(kernel.params) if (i,) in source.constants}
+    return {
+        "kernel": kernel.__name__,
+        "target": name,
+        "types": sorted({t for t in source.signature.values() if t.startswith("*")}),
+        "constants": constants,
+        "options": options,
+        "registers": registers,
+        "spills": spills,
+        "shared": compiled.metadata.shared,
+        "loads": sorted({size for load, size in accesses if load}),
+        "stores": sorted({size for load, size in accesses if not load}),
+        "tensor_cores": TENSOR_CORES.search(text) is not None,
+    }
+
+
+def main(targets: list[str]) -> None:
+    torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
+    records, done = [], set()
+    for op in OPS.values():
+        if op.compose is not None or isinstance(op.backend("triton"), str):
+            continue
+        calls = calls_of(op)
+        on_each = ([(target, *launch) for launch in launches(op, calls, target)] for target in targets)
+        for target, kernel, arguments, options, real in itertools.chain(*zip(*on_each, strict=True)):
+            source = source_of(kernel, arguments)
+            facts = source.signature, source.constants, source.attrs, options
+            key = (target, kernel.__name__, *map(str, facts))
+            if key in done:
+                continue
+            done.add(key)
+            records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})
+    json.dump(records, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(TARGETS))

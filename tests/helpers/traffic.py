@@ -1,0 +1,202 @@
+"""The bytes that a call's kernels move and the launches that it makes: counted under Triton's interpreter and under
+the CUDA emulation, where every load and store is seen.
+
+    TRITON_INTERPRET=1 python -m tests.helpers.traffic > traffic.json
+
+Two counts. What a sceptic asks of a memory-bound kernel is the first, what a cache may hide is in the second:
+
+* `distinct`: each byte of global memory once per launch for loads and once for stores. That is what DRAM sees where
+  a cache holds what a launch reads again (a weight that every row is multiplied by). What one launch writes and the
+  next one reads (indexes, partial sums) counts both times, and so does an input that two launches read.
+* `requested`: the bytes of every lane that a mask lets through, each time. A row that is read twice counts twice, and a
+  number that eight threads read eight times.
+
+On a GPU a load takes whole sectors of 32 bytes: rows that fill none are not looked at here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vlmfast
+from tests.emulation import build
+from tests.emulation.backend import check_library, check_loader
+from vlmfast import backends
+from vlmfast.registry import OPS, Op
+
+BACKENDS = ("triton", "emulated")
+ENOUGH = 1e6  # bytes of a call, for which what is done once per launch does not matter
+# What no memory traffic bounds, and why.
+COMPUTE = {
+    "received_attention": "multiplies each query with all keys of its segment",
+    "pixel_shuffle_linear": "a product of torch's, whose traffic nobody counts",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a call moves."""
+
+    launches: int
+    distinct: int
+    requested: int
+
+
+def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
+    """A real shape of the op in bfloat16 that is large enough, and its arguments; the largest if none is.
+
+    Of a batch of images the first one: Triton's interpreter would take a minute for five.
+    """
+    label, args = "", ()
+    for label, args in op.workloads("cpu", torch.bfloat16):  # noqa: B007
+        if op.bytes(*args) >= ENOUGH:
+            break
+    if op.stem == "token_merge":
+        label, args = f"1 of {label}", tuple(a[:1] if isinstance(a, Tensor) else a for a in args)
+    return label, args
+
+
+def has_kernels(op: Op, backend: str) -> bool:
+    """Whether there is anything to count."""
+    return backend != "emulated" or (build.CSRC / op.stem / "cuda.cu").exists()
+
+
+def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
+    """Run one call on a backend, and count."""
+    return {"triton": _interpreted, "emulated": _emulated}[backend](op, args)
+
+
+# ---- CUDA ----
+
+
+def _emulated(op: Op, args: tuple[Any, ...]) -> Traffic:
+    library = check_library(op.stem)
+    library.vlmfast_emulation_schedule(0)
+    with mock.patch.dict(backends.LOADERS, {"checked": check_loader}), vlmfast.use("checked"):
+        before = _counters(library)
+        op.function(*args)
+        launches, _, loaded, stored, *distinct = (a - b for a, b in zip(_counters(library), before, strict=True))
+    return Traffic(launches, sum(distinct), loaded + stored)
+
+
+def _counters(library: ctypes.CDLL) -> list[int]:
+    accesses, distinct = (ctypes.c_uint64 * 4)(), (ctypes.c_uint64 * 2)()
+    library.vlmfast_emulation_counters(accesses)
+    library.vlmfast_emulation_distinct(distinct)
+    return [*accesses, *distinct]
+
+
+# ---- Triton ----
+
+
+class _Launch:
+    """The bytes of one launch's tensors, each loaded or not, stored or not."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+        self.begin = np.array(sorted(storages), dtype=np.int64)
+        sizes = np.array([storages[int(begin)] for begin in self.begin], dtype=np.int64)
+        self.end = self.begin + sizes
+        self.shift = self.begin - np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        self.touched = {kind: np.zeros(int(sizes.sum()), dtype=bool) for kind in ("loaded", "stored")}
+        self.requested = 0
+
+    def access(self, kind: str, pointers: Any, mask: np.ndarray) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1  # a bool is a byte
+        addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.int64)
+        self.requested += size * addresses.size
+        if addresses.size == 0:
+            return
+        breaks = np.flatnonzero(np.diff(addresses) != size)  # few, as lanes mostly lie side by side
+        first, last = addresses[np.concatenate([[0], breaks + 1])], addresses[np.concatenate([breaks, [-1]])]
+        owner = np.searchsorted(self.begin, first, side="right") - 1
+        assert (owner >= 0).all(), "an access before all tensors"
+        assert (last + size <= self.end[owner]).all(), "an access behind the end of a tensor"
+        for begin, end in zip(first - self.shift[owner], last + size - self.shift[owner], strict=True):
+            self.touched[kind][begin:end] = True
+
+    def distinct(self) -> int:
+        return sum(int(touched.sum()) for touched in self.touched.values())
+
+
+@contextmanager
+def watched() -> Iterator[list[_Launch]]:
+    """What the launches inside the block touch."""
+    from triton.runtime import interpreter
+
+    launches: list[_Launch] = []
+    builder, execute = interpreter.interpreter_builder, interpreter.GridExecutor.__call__
+
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
+        launches.append(_Launch([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]))
+        execute(executor, *args, **kwargs)
+
+    def watch(name: str, kinds: tuple[str, ...], mask_at: int | None) -> Any:
+        original: Callable[..., Any] = getattr(builder, name)
+
+        @functools.wraps(original)
+        def access(*args: Any) -> Any:
+            pointers = args[1] if name == "create_atomic_rmw" else args[0]
+            mask = np.True_ if mask_at is None else args[mask_at].data
+            for kind in kinds:
+                launches[-1].access(kind, pointers, mask)
+            return original(*args)
+
+        return mock.patch.object(builder, name, access)
+
+    with (
+        mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+        watch("create_masked_load", ("loaded",), 1),  # those without a mask end there too
+        watch("create_masked_store", ("stored",), 2),
+        watch("create_atomic_rmw", ("loaded", "stored"), 3),
+        watch("create_atomic_cas", ("loaded", "stored"), None),
+    ):
+        yield launches
+
+
+def _interpreted(op: Op, args: tuple[Any, ...]) -> Traffic:
+    with watched() as launches, vlmfast.use("triton"):
+        op.function(*args)
+    return total(launches)
+
+
+def total(launches: list[_Launch]) -> Traffic:
+    """Of all launches together."""
+    return Traffic(len(launches), sum(one.distinct() for one in launches), sum(one.requested for one in launches))
+
+
+def main() -> None:
+    """Write what every memory-bound op moves, as JSON: ratios are to `op.bytes`."""
+    from tests.helpers import interpreter
+
+    interpreter.repair()
+    torch.manual_seed(0)
+    records = []
+    for op in OPS.values():
+        if op.name in COMPUTE:
+            continue
+        label, args = workload(op)
+        budget = op.bytes(*args)
+        for backend in (name for name in BACKENDS if has_kernels(op, name)):
+            moved = count(op, backend, args)
+            ratios = {"ratio": round(moved.distinct / budget, 4), "requested_ratio": round(moved.requested / budget, 4)}
+            counted = {"launches": moved.launches, "counted_bytes": moved.distinct, "op_bytes": budget, **ratios}
+            name = "cuda" if backend == "emulated" else backend
+            records.append({"op": op.name, "backend": name, "workload": label, "dtype": "bfloat16", **counted})
+    json.dump(records, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

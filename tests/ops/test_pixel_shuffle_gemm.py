@@ -1,0 +1,112 @@
+"""What the generated tests of the product through the shuffle cannot say: several tiles, real widths, choices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vlmfast
+from tests.helpers import cases
+from vlmfast.ops import pixel_shuffle_calls as calls
+from vlmfast.registry import OPS
+
+OP = OPS["pixel_shuffle_gemm"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch):
+    """The kernels with tiles so small that a product of a few tokens has many."""
+    cases.require(OP, "triton")
+    from vlmfast.kernels import pixel_shuffle_gemm
+
+    tile = pixel_shuffle_gemm.Product(16, 16, 16, warps=4, stages=2)
+    monkeypatch.setattr(pixel_shuffle_gemm, "HALF", (tile,))
+    monkeypatch.setattr(pixel_shuffle_gemm, "WIDE", (tile,))
+    monkeypatch.setattr(pixel_shuffle_gemm, "GROUP", 2)
+    with vlmfast.use("triton"):
+        yield pixel_shuffle_gemm
+
+
+def call(dtype: torch.dtype, norm: int, batch: int = 3, mean: float = 10.0) -> tuple:
+    """A product of 5 x 6 tokens of each image, of features that are far from zero."""
+    x = torch.randn(batch, 120, 24, device=DEVICE).to(dtype) + mean
+    weight = (torch.randn(40, 96, device=DEVICE) * 96**-0.5).to(dtype)
+    bias, *vectors = (torch.randn(size, device=DEVICE).to(dtype) for size in (40, norm * 24, norm * 24))
+    vectors = vectors if norm else (None, None)
+    return x, weight, bias, (10, 12), 2, "column", 1.0, *vectors, 1e-6, "gelu"
+
+
+@pytest.mark.parametrize("norm", [0, 1, 4], ids=["none", "patch", "token"])
+def test_tiles_meet(kernels, norm: int) -> None:
+    """Blocks of tokens in one group and in three, the last of which are not full; blocks of columns beside them."""
+    for batch in (1, 3):
+        args = call(torch.float32, norm, batch)
+        exact = OP.reference(*cases.widened(args))
+        torch.testing.assert_close(OP.function(*args).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 64])
+def test_groups_of_any_size_cover_all_blocks(kernels, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "GROUP", group)
+    args = call(torch.float32, 0)
+    torch.testing.assert_close(OP.function(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_no_bit_depends_on_the_layout(dtype: torch.dtype) -> None:
+    cases.require(OP, "triton")
+    for sample in list(OP.samples(DEVICE, dtype))[:4]:
+        want = cases.run(OP, "triton", sample)
+        for layout in (cases.offset, cases.padded, cases.oddly_padded, cases.transposed, cases.every_other):
+            args = tuple(layout(a) if cases.is_tensor(a) else a for a in sample)
+            assert torch.equal(*cases.run(OP, "triton", args), *want), layout.__name__
+
+
+@pytest.mark.parametrize("norm", [1, 4], ids=["patch", "token"])
+def test_tokens_are_rounded_before_the_product(kernels, norm: int) -> None:
+    """As between two modules: a norm that is folded into the product leaves that rounding out."""
+    args = call(torch.bfloat16, norm)
+    got, upstream = OP.function(*args), calls.linear_upstream(*args)()
+    assert (got != upstream).double().mean() < 0.02  # another order of sums
+    x, weight, bias, *layout, gamma, beta, eps, _ = (a.float() if cases.is_float(a) else a for a in args)
+    tokens = OPS["pixel_shuffle_norm"].reference(x, gamma, beta, *layout, eps)
+    folded = F.gelu((tokens @ weight.t() + bias).bfloat16())
+    assert (folded != upstream).double().mean() > 0.05
+
+
+@pytest.mark.parametrize("norm", [1, 4], ids=["patch", "token"])
+def test_moments_of_features_far_from_zero(kernels, norm: int) -> None:
+    """The mean of the squares less the square of the mean would be wrong by a tenth."""
+    args = call(torch.float32, norm, mean=1000.0)
+    exact = OP.reference(*cases.widened(args))
+    torch.testing.assert_close(OP.function(*args).double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_the_tile_fits_the_gpu() -> None:
+    """The largest that fits the shared memory and leaves no multiprocessor without a program."""
+    cases.require(OP, "triton")
+    from vlmfast.kernels.pixel_shuffle_gemm import HALF, WIDE, product_of
+
+    h100, a100, mi300 = (132, 227 << 10), (108, 163 << 10), (304, 64 << 10)
+    assert product_of(16384, 3584, 2, *h100) == HALF[0]
+    assert product_of(16384, 3584, 2, *a100) == HALF[1]
+    assert product_of(16384, 3584, 2, *mi300) == HALF[3]
+    assert product_of(4096, 960, 2, *h100) == HALF[0]
+    assert product_of(1024, 3584, 2, *h100) == HALF[1]
+    assert product_of(1024, 960, 2, *h100) == HALF[2]
+    assert product_of(256, 3584, 2, *h100) == HALF[3]
+    assert product_of(16384, 3584, 4, *h100) == WIDE[0]
+
+
+def test_reasons() -> None:
+    cases.require(OP, "triton")
+    unsupported = OP.backend("triton").unsupported
+    x, weight = torch.ones(1, 16, 8), torch.ones(5, 32)
+    assert unsupported(x, weight) is None or torch.cuda.is_available()
+    assert "several dtypes" in unsupported(x, weight.half())
+    assert "several dtypes" in unsupported(x, weight, torch.ones(5).bfloat16())
+    assert "0 channels" in unsupported(x[..., :0], weight[:, :0])
+    assert "16385 channels" in unsupported(torch.empty(1, 16, 16385, device="meta"), weight)
+    assert "more than" in unsupported(torch.empty(1 << 27, 16, 8, device="meta"), weight)

@@ -1,0 +1,129 @@
+"""Edge cases of RMSNorm that the generated tests do not reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlmfast
+from tests.helpers.cases import DTYPES, require
+from vlmfast.registry import OPS
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = ("native", "triton", "emulated")
+DEFINITION = OPS["rms_norm"].reference
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest):
+    require(OPS["rms_norm"], request.param)
+    with vlmfast.use(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_one_element(backend: str, dtype: torch.dtype):
+    """Not among the samples: the gradient of such a row is zero but for eps, and what is left is noise."""
+    x, weight = torch.tensor([[-3.0], [-1.0], [0.5], [2.0], [4.0]]).to(dtype), torch.tensor([1.5]).to(dtype)
+    assert torch.equal(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
+    grad_x, grad_weight = OPS["rms_norm_backward"].function(torch.ones_like(x), x, weight)
+    assert grad_x.abs().max() < 1e-3
+    torch.testing.assert_close(grad_weight, torch.ones_like(weight), rtol=1e-2, atol=0.0)  # two -1, three 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(backend: str, dtype: torch.dtype, value: float):
+    x, weight = torch.randn(3, 96).to(dtype), torch.randn(96).to(dtype)
+    x[1, 50] = value
+    got, want = vlmfast.rms_norm(x, weight), DEFINITION(x, weight)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want[1].isnan().any()
+    assert not got[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_subnormal_and_huge_values(backend: str, dtype: torch.dtype):
+    """Subnormals are not flushed; a sum of squares that overflows gives zeros, as Hugging Face's does."""
+    x, weight = torch.randn(3, 128).to(dtype), torch.randn(128).to(dtype)
+    x[0] *= 1e-40
+    x[1] *= 1e30
+    weight[:4] = 1e-39
+    got, want = vlmfast.rms_norm(x, weight), DEFINITION(x, weight)
+    assert want[2, :4].abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_more_rows_than_threads_or_blocks(backend: str):
+    rows = 600 if backend != "native" else 70_000  # interpreters are slow; the native op splits from 32k elements on
+    x, weight = torch.randn(rows, 64), torch.randn(64)
+    torch.testing.assert_close(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
+    grads = OPS["rms_norm_backward"].function(x, x, weight)
+    exact = OPS["rms_norm_backward"].reference(x.double(), x.double(), weight.double())
+    for got, want in zip(grads, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
+@pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
+def test_every_cpu_level_gives_the_same_bits(level: str):
+    """The level is chosen once per process: the generated tests run again under a lower one."""
+    require(OPS["rms_norm"], "native")
+    own = {"DEFAULT": "baseline", "AVX2": "v3"}.get(torch.backends.cpu.get_cpu_capability())
+    if level == own and not os.environ.keys() & {"ATEN_CPU_CAPABILITY", "VLMFAST_CPU_LEVEL"}:
+        pytest.skip("it is the level of this processor, at which the generated tests run anyway")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops/test_generated.py",
+        "-k",
+        "cpu-native",
+    ]
+    environment = {**os.environ, "VLMFAST_CPU_LEVEL": level}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "which this processor does not have" in ran.stdout:
+        pytest.skip(f"this processor is older than {level}")
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert " passed" in ran.stdout
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """The bit patterns; a NaN's own are of no account."""
+    return torch.where(values.isnan(), torch.full_like(values, float("nan")), values).view(torch.int16)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+@pytest.mark.parametrize("weight_exponent", [-133, -126, -60, 0, 100])
+@pytest.mark.parametrize("hidden", [64, 100, 128, 2048])
+def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, variant: str):
+    """The native op lets the processor round a row only where it cannot meet a subnormal, which it makes a zero."""
+    require(OPS["rms_norm"], "native")
+    generator = torch.Generator().manual_seed(hidden)
+    exponents = torch.arange(-133, 127).repeat_interleave(2)  # of one element of each row, among ordinary ones
+    x = torch.randn(len(exponents), hidden, generator=generator)
+    residual, weight = torch.randn(x.shape, generator=generator), torch.randn(hidden, generator=generator)
+    x[:, 7] = torch.tensor([1.5 * 2.0**exponent for exponent in exponents.tolist()])
+    residual[:, 7] = -1.25 * x[:, 7]
+    residual[::3] *= 2.0**-120
+    x[::5, 9], x[::7], residual[::7] = 0.0, x[::7] * 2.0**-125, 0.0
+    x[1::7] *= 2.0**-70  # their squares are subnormal, and rounded before they are added
+    x[:4, 3] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38])
+    weight[7], weight[11] = 1.5 * 2.0**weight_exponent, 0.0
+    x, residual, weight = (values.to(torch.bfloat16) for values in (x, residual, weight))
+    for eps in (1e-6, 0.0, 1e30):
+        with vlmfast.use("native"):
+            got = vlmfast.rms_norm(x, weight, eps, variant), *vlmfast.add_rms_norm(x, residual, weight, eps, variant)
+        want = DEFINITION(x, weight, eps, variant), *OPS["add_rms_norm"].reference(x, residual, weight, eps, variant)
+        for name, ours, theirs in zip(("y", "y of the sum", "sum"), got, want, strict=True):
+            assert torch.equal(_bits(ours), _bits(theirs)), (name, eps)

@@ -1,0 +1,224 @@
+"""The pixel shuffle of every family that has one: the tokens of upstream, one copy, nothing behind it changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlmfast
+from tests.helpers.patches_models import DTYPES, EACH_FAMILY, logits, patched, replaceable, tiny
+from vlmfast.patches import Family, pixel_shuffle
+from vlmfast.patches.upstream import Site
+
+
+def sites(family: Family) -> list[str]:
+    return [site for site, function in family.replace.items() if function.__module__ == pixel_shuffle.__name__]
+
+
+EACH_SHUFFLE = [p for p in EACH_FAMILY if sites(p.values[0])]
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+def shuffling(model: nn.Module, family: Family) -> tuple[nn.Module, str]:
+    """The module with the replaced method, and the name of that method."""
+    (site,) = map(Site.parse, sites(family))
+    (module,) = [m for m in model.modules() if any(site.names(cls) for cls in type(m).__mro__)]
+    return module, site.method
+
+
+def arguments(model: nn.Module, family: Family, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Patches behind or before a CLS token, as the towers leave them: squares, and maps where upstream takes them."""
+    _, method = shuffling(model, family)
+    if family.model_types[0] == "internvl":
+        for height, width, factor in ((4, 4, 0.5), (2, 6, 0.5), (8, 4, 0.25)):
+            yield torch.randn(3, height * width + 1, 32, dtype=dtype)[:, 1:].reshape(3, height, width, 32), factor
+        return
+    for batch, side in ((1, 4), (3, 8)):
+        patches = torch.randn(batch, side**2 + 1, 32, dtype=dtype)[:, :-1]
+        yield from [(patches,)] if method == "forward" else [(patches, 2), (patches, 4)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_tokens_are_those_of_upstream(family: Family, dtype: torch.dtype):
+    model, _ = tiny(family, dtype)
+    module, method = shuffling(model, family)
+    for args in arguments(model, family, dtype):
+        want = getattr(module, method)(args[0].contiguous(), *args[1:])
+        with vlmfast.patch(model):
+            got = getattr(module, method)(*args)
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_gradients_are_those_of_upstream(family: Family, dtype: torch.dtype):
+    model, _ = tiny(family, dtype)
+    module, method = shuffling(model, family)
+    for first, *rest in arguments(model, family, dtype):
+        grads = []
+        for original in (copy.deepcopy(model), model):
+            x = first.detach().clone().requires_grad_()
+            module, _ = shuffling(original, family)
+            if original is model:
+                vlmfast.patch(model)
+            output = getattr(module, method)(x, *rest)
+            output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype))
+            grads.append(x.grad)
+        vlmfast.unpatch(model)
+        assert torch.equal(*grads)
+
+
+class Copies(TorchDispatchMode):
+    """Notes each copy; our op is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("clone", "copy_", "_reshape_alias_copy", "contiguous", "pixel_shuffle"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_patches_are_moved_once(family: Family):
+    """The slice that leaves the CLS token out included."""
+    model, _ = tiny(family)
+    module, method = shuffling(model, family)
+    for args in arguments(model, family, torch.float32):
+        with vlmfast.patch(model), Copies() as ours, torch.no_grad():
+            getattr(module, method)(*args)
+        assert ours.seen == ["pixel_shuffle"]
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_what_is_no_square_or_does_not_divide_is_an_error(family: Family):
+    model, _ = tiny(family)
+    vlmfast.patch(model)
+    module, method = shuffling(model, family)
+    patches = torch.ones(1, 3, 4, 32) if family.model_types[0] == "internvl" else torch.ones(1, 9, 32)
+    with pytest.raises(ValueError, match=r"grid must be divisible by scale, 2, got \(3, [34]\)"):
+        getattr(module, method)(patches)
+    if patches.dim() == 3:
+        with pytest.raises(ValueError, match=r"x must have shape \(B, 16, C\) for a grid of \(4, 4\)"):
+            getattr(module, method)(torch.ones(1, 17, 32))
+
+
+def test_ratio_that_is_no_reciprocal():
+    model, _ = tiny("internvl")
+    vlmfast.patch(model)
+    with pytest.raises(ValueError, match=r"the ratio of a pixel shuffle must be 1 / an integer, got 0\.75"):
+        model.model.pixel_shuffle(torch.ones(1, 4, 4, 32), 0.75)
+
+
+# ---- what stands behind the shuffle ----
+
+
+def behind(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """The modules that take the tokens."""
+    module, _ = shuffling(model, family)
+    part = getattr(module, "multi_modal_projector", module)
+    return {name: child for name, child in part.named_modules() if child is not part}
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_hooks_behind_the_shuffle_see_what_they_saw(family: Family):
+    model, inputs = tiny(family)
+    seen: list[tuple[str, Tensor]] = []
+    for name, child in behind(model, family).items():
+        child.register_forward_hook(lambda _, args, output, name=name: seen.append((name, output)))
+    logits(model, inputs)
+    want = seen.copy()
+    seen.clear()
+    with vlmfast.patch(model, only=sites(family)):
+        logits(model, inputs)
+    assert len(want) >= len(behind(model, family)) > 0
+    assert [name for name, _ in seen] == [name for name, _ in want]
+    assert all(torch.equal(got, output) for (_, got), (_, output) in zip(seen, want, strict=True))
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_adapters_behind_the_shuffle_are_used_and_trained(family: Family):
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny(family)
+    plain = logits(model, inputs)
+    ids = {id(child) for child in behind(model, family).values() if isinstance(child, nn.Linear)}
+    targets = [name for name, module in model.named_modules() if id(module) in ids]
+    wrapper = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    want = logits(wrapper, inputs)
+    assert targets
+    assert not torch.equal(want, plain)
+    with vlmfast.patch(wrapper, only=sites(family)):
+        assert torch.equal(logits(wrapper, inputs), want)
+        wrapper(**inputs).logits.sum().backward()
+    trained = [p for name, p in wrapper.named_parameters() if "lora_" in name]
+    assert len(trained) == 2 * len(targets)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_dropout_is_that_of_upstream(family: Family):
+    model, inputs = tiny(family)
+    model.train()
+    dropping = [child for child in behind(model, family).values() if hasattr(child, "dropout")]
+    for child in dropping:
+        child.dropout = 0.5
+
+    def seeded(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return logits(model, inputs)
+
+    want, other = seeded(0), seeded(1)
+    assert torch.equal(want, other) != bool(dropping)
+    with vlmfast.patch(model, only=sites(family)):
+        assert torch.equal(seeded(0), want)
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_only_the_shuffle(family: Family):
+    model, inputs = tiny(family)
+    want = logits(model, inputs)
+    vlmfast.patch(model, only=sites(family))
+    assert patched(model) == [shuffling(model, family)[0]]
+    assert patched(model)[0] in replaceable(model)
+    assert torch.equal(logits(model, inputs), want)
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("family", EACH_SHUFFLE)
+def test_compiles_into_one_graph(family: Family):
+    model, _ = tiny(family)
+    module, method = shuffling(model, family)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list) -> Any:
+        seen.extend(node.target.name() for node in graph.graph.nodes if "vlmfast" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    vlmfast.patch(model)
+    for args in arguments(model, family, torch.float32):
+        seen.clear()
+        with torch.no_grad():
+            want = getattr(module, method)(*args)
+            compiled = torch.compile(getattr(module, method), backend=backend, fullgraph=True, dynamic=False)
+            assert torch.equal(compiled(*args), want)
+        assert seen == ["vlmfast::pixel_shuffle"]
+    torch._dynamo.reset()

@@ -1,0 +1,73 @@
+"""The mask with which upstream's own masked_scatter places embeddings, where it meets more than a plain forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmfast
+from tests.helpers.patches_models import logits, tiny
+from vlmfast.patches.masked_rows import PlaceholderMask
+
+PLAIN = torch.tensor([[True, False, True], [False, True, False]])[..., None]
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+@pytest.mark.parametrize(
+    "scatter",
+    [
+        lambda x, mask, source: x.masked_scatter(mask, source),
+        lambda x, mask, source: x.masked_scatter(mask=mask, source=source),
+        lambda x, mask, source: torch.masked_scatter(x, mask, source=source),
+        lambda x, mask, source: torch.masked_scatter(input=x, mask=mask, source=source),
+        lambda x, mask, source: x.clone().masked_scatter_(mask, source=source),
+    ],
+    ids=["method", "keywords", "function", "function with keywords", "in place"],
+)
+def test_every_way_to_scatter_places_and_counts(scatter):
+    x, features, mask = torch.randn(2, 3, 4), torch.randn(3, 4), PLAIN.as_subclass(PlaceholderMask)
+    got = scatter(x, mask, features)
+    assert type(got) is Tensor
+    assert torch.equal(got, x.masked_scatter(PLAIN, features))
+    with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 4, got 3"):
+        scatter(x, mask, torch.randn(4, 4))  # upstream's own scatter would drop the last row
+
+
+def test_deepcopy():
+    twin = copy.deepcopy({"mask": PLAIN.as_subclass(PlaceholderMask)})["mask"]
+    assert type(twin) is PlaceholderMask
+    assert torch.equal(twin.as_subclass(Tensor), PLAIN)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_patched_model_is_exported(strict: bool):
+    model, inputs = tiny("llava")
+    want = logits(model, inputs)
+    model.config.use_cache = False
+    with vlmfast.patch(model):
+        exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=strict)
+    assert torch.equal(exported.module()(**inputs, use_cache=False).logits, want)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+def test_features_that_are_passed_along_with_every_token(family: str):
+    """Up to transformers 5.17 ``generate`` keeps them as an argument, though only the prompt has a place for them."""
+    model, inputs = tiny(family)
+    with torch.no_grad():
+        found = model.model.get_image_features(inputs.pop("pixel_values"))
+    features = getattr(found, "pooler_output", found)
+    call = {**inputs, "image_hidden_states": features, "max_new_tokens": 3, "do_sample": False}
+    try:
+        want = model.generate(**call)
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"this transformers does not take them: {error}"[:120])
+    with vlmfast.patch(model):
+        assert torch.equal(model.generate(**call), want)

@@ -1,0 +1,409 @@
+"""What `vlmfast.patch` is asked for, what it refuses, and models inside the wrappers of others."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import warnings
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+import vlmfast
+from tests.helpers.patches_models import (
+    assert_same,
+    logits,
+    patched,
+    replaceable,
+    rms_norms,
+    skip_unless_known,
+    state,
+    tiny,
+)
+from vlmfast.patches import apply, families, upstream
+from vlmfast.patches.upstream import Site, digest, mismatch
+
+LLAMA = "llama.LlamaRMSNorm.forward"
+VISION = "internvl.InternVLVisionRMSNorm.forward"
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+# ---- only, exclude, report ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "classes"),
+    [
+        ({"only": VISION}, {"InternVLVisionRMSNorm"}),
+        ({"only": ["internvl.*Model.*", "qwen3.*"]}, {"InternVLModel", "Qwen3RMSNorm"}),
+        ({"exclude": "internvl.*"}, {"Qwen3RMSNorm"}),
+        ({"only": "*RMSNorm.forward", "exclude": iter(["qwen*", "internvl.*Vision*"])}, None),
+    ],
+)
+def test_only_and_exclude(arguments: dict, classes: set[str] | None):
+    model, _ = tiny("internvl")
+    if classes is None:
+        with pytest.raises(RuntimeError, match=f"nothing was replaced.*{VISION}: left out by only or exclude"):
+            vlmfast.patch(model, **arguments)
+        assert not patched(model)
+    else:
+        vlmfast.patch(model, **arguments)
+        assert {type(module).__name__ for module in patched(model)} == classes
+
+
+def test_report():
+    model, _ = tiny("internvl")
+    patch = vlmfast.patch(model, exclude="internvl.*")
+    first, *sites, rest = patch.report().splitlines()
+    assert first == "<Patch of internvl: 9 modules, 1 site>:"
+    assert sorted(map(str.split, sites)) == [
+        ["internvl.InternVLModel.get_placeholder_mask", "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["internvl.InternVLModel.pixel_shuffle", "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["internvl.InternVLMultiModalProjector.forward", "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        [VISION, "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["qwen3.Qwen3RMSNorm.forward", "9", "modules"],
+    ]
+    absent = sum(reason == apply.ABSENT for reason in patch.skipped.values())
+    assert absent > 1
+    assert rest == f"  {absent} other sites of this family: no module with this method in the model"
+    patch.undo()
+    assert repr(patch) == "<Patch of internvl: undone, 1 site>"
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"only": "qwen2.*"},
+            ValueError,
+            r"only: 'qwen2\.\*' matches no site of qwen3_vl; its sites are qwen3_vl\.Qwen3VLModel",
+        ),
+        ({"exclude": ["*", "x"]}, ValueError, "exclude: 'x' matches no site of qwen3_vl"),
+        ({"only": [3]}, TypeError, "only must be a pattern or patterns of site names, got 3"),
+    ],
+)
+def test_bad_patterns(arguments: dict, error: type[Exception], message: str):
+    model, _ = tiny("qwen3_vl")
+    with pytest.raises(error, match=message):
+        vlmfast.patch(model, **arguments)
+    assert not patched(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        vlmfast.patch("Qwen/Qwen3-VL-2B-Instruct")
+    with pytest.raises(ValueError, match=r"a module with config\.model_type, got Linear"):
+        vlmfast.patch(nn.Linear(2, 2))
+    two = nn.ModuleList([tiny("llama")[0], tiny("llama")[0]])
+    with pytest.raises(ValueError, match="one Hugging Face model, got LlamaForCausalLM, LlamaForCausalLM: patch each"):
+        vlmfast.patch(two)
+
+
+def test_unknown_family():
+    model, _ = tiny("llama")
+    model.config.model_type = "t5"
+    with pytest.raises(ValueError, match=r"no patch for the model type 't5'; known are gemma, .*qwen3_vl"):
+        vlmfast.patch(model)
+
+
+def test_second_patch():
+    model, _ = tiny("llava")
+    patch = vlmfast.patch(model)
+    for again in (model, model.model.language_model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="model is patched already"):
+            vlmfast.patch(again)
+    patch.undo()
+    vlmfast.patch(model.model.language_model).undo()
+    assert not patched(model)
+
+
+def test_unpatch_reaches_a_copy():
+    model, _ = tiny("llama")
+    before = state(model)
+    patch = vlmfast.patch(model)
+    twin = copy.deepcopy(model)
+    assert vlmfast.unpatch(twin) == len(patched(model)) > 0
+    assert not patched(twin)
+    vlmfast.patch(twin).undo()
+    assert patched(model)
+    patch.undo()
+    assert state(model) == before
+    assert vlmfast.unpatch(model) == 0
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        vlmfast.unpatch("llama")
+
+
+def test_weights_that_the_ops_refuse_are_left_alone():
+    model, inputs = tiny("llama")
+    want = logits(model.double(), inputs)
+    with pytest.raises(RuntimeError, match=r"nothing was replaced.*its weights are torch\.float64"):
+        vlmfast.patch(model)
+    assert_same(logits(model, inputs), want)
+
+
+def test_unknown_bodies(monkeypatch):
+    skip_unless_known("qwen3_5")
+    model, _ = tiny("qwen3_5")
+    gated = "qwen3_5.Qwen3_5RMSNormGated.forward"
+    known = dict(upstream.lock())
+    monkeypatch.setattr(upstream, "lock", lambda: {**known, gated: {"0123456789abcdef": ["9.9.9"]}})
+    with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
+        patch = vlmfast.patch(model)
+    assert caught[0].filename == __file__
+    assert {type(m).__name__ for m in patched(model)} == {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
+    assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
+    patch.undo()
+    monkeypatch.setattr(upstream, "lock", dict)
+    with pytest.raises(
+        RuntimeError, match=r"nothing was replaced in this qwen3_5 model .*Gated.forward: its body is not"
+    ):
+        vlmfast.patch(model)
+    assert not patched(model)
+
+
+NORM = """
+def scaled(x):
+    return {scaled}
+
+class Norm:
+    def _norm(self, x):
+        return {normed}
+
+    def forward(self, x):
+        return self._norm(x)
+"""
+
+
+def test_body_includes_the_methods_and_functions_it_calls(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    bodies = {"plain": "x", "negated": "-x", "with_blanks": "x  ", "through": "scaled(x)"}
+    cases = {name: {"scaled": "x", "normed": body} for name, body in bodies.items()}
+    cases["twice"], digests = {"scaled": "2 * x", "normed": "scaled(x)"}, {}
+    for name, texts in cases.items():
+        (tmp_path / f"norm_{name}.py").write_text(NORM.format(**texts))
+        digests[name] = digest(importlib.import_module(f"norm_{name}").Norm, "forward")
+    assert digests["plain"] == digests["with_blanks"]
+    assert len(set(digests.values())) == 4
+
+
+def test_changed_upstream():
+    cls = type(rms_norms(tiny("llama")[0])[0])
+    site = Site.parse(LLAMA)
+    right = families()["llama"].replace[LLAMA]
+    assert mismatch(site, cls, right) is None
+    assert "its parameters are (self, hidden_states), expected (self, x)" in mismatch(site, cls, lambda self, x: x)
+    assert "expected (self, hidden_states=None)" in mismatch(site, cls, lambda self, hidden_states=None: hidden_states)
+    unreadable = type("LlamaRMSNorm", (cls,), {"forward": eval("lambda self, hidden_states: hidden_states")})
+    assert "its source cannot be read" in mismatch(site, unreadable, right)
+
+
+def test_replaced_by_somebody_else():
+    model, inputs = tiny("internvl")
+    theirs = rms_norms(model.model.vision_tower)[0]
+    theirs.forward = MethodType(lambda self, hidden_states: hidden_states, theirs)  # as kernels.kernelize does
+    with pytest.warns(UserWarning, match="forward was already replaced on 1 of 8 modules"):
+        patch = vlmfast.patch(model)
+    assert VISION not in patch.replaced
+    assert not patched(model.model.vision_tower)
+    logits(model, inputs)
+
+
+def test_modules_of_a_subclass_are_left_alone():
+    model, _ = tiny("internvl")
+    module = rms_norms(model.model.vision_tower)[0]
+    module.__class__ = type("FastRMSNorm", (type(module),), {})
+    with pytest.warns(UserWarning, match=r"modules are of a subclass \(FastRMSNorm\)"):
+        vlmfast.patch(model)
+    assert not patched(model.model.vision_tower)
+
+
+def test_nothing_is_left_of_a_patch_that_failed(monkeypatch):
+    model, _ = tiny("qwen3_vl")
+    before, calls = state(model), []
+
+    def failing(module: nn.Module, cls: type) -> None:
+        calls.append(module)
+        if len(calls) == 4:
+            raise MemoryError
+        set_class(module, cls)
+
+    set_class = apply.set_class
+    monkeypatch.setattr(apply, "set_class", failing)
+    with pytest.raises(MemoryError):
+        vlmfast.patch(model)
+    assert len(calls) == 4 + 3
+    assert state(model) == before
+
+
+def test_undo_refuses_a_class_changed_since():
+    model, _ = tiny("llama")
+    patch = vlmfast.patch(model)
+    module = patched(model)[2]
+    ours = type(module)
+    module.__class__ = type("FSDPLlamaRMSNorm", (ours,), {})
+    with pytest.raises(RuntimeError, match=r"given another class after the patch \(FSDPLlamaRMSNorm\)"):
+        patch.undo()
+    assert len(patched(model)) == len(rms_norms(model)), "all or nothing"
+    module.__class__ = ours
+    patch.undo()
+    assert not patched(model)
+
+
+def test_error_in_the_block_undoes_the_patch():
+    model, _ = tiny("llama")
+
+    def fail() -> None:
+        with vlmfast.patch(model):
+            assert patched(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not patched(model)
+
+
+def test_no_warning_without_cause():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vlmfast.patch(tiny("internvl")[0]).undo()
+
+
+# ---- sub-models and wrappers ----
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("qwen2_5_vl", "model.visual"),
+        ("qwen2_5_vl", "model.language_model"),
+        ("qwen3_vl", "model.language_model"),
+        ("internvl", "model.vision_tower"),
+        ("llava", "model.language_model"),
+        ("llama4", "language_model"),
+    ],
+)
+def test_sub_model(family: str, path: str):
+    model, inputs = tiny(family)
+    part = model.get_submodule(path)
+    want = logits(model, inputs)
+    with vlmfast.patch(part):
+        assert patched(model) == patched(part) == replaceable(part) != []
+        assert_same(logits(model, inputs), want)
+    with pytest.raises(RuntimeError, match="nothing was replaced"):
+        vlmfast.patch(tiny("llama4")[0].vision_model.model)
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel and others: hides the attributes of the model."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_wrapped():
+    model, inputs = tiny("llava")
+    wrapper = Wrapper(Wrapper(model))
+    want = logits(wrapper, inputs)
+    with vlmfast.patch(wrapper):
+        assert patched(model) == replaceable(model)
+        assert_same(logits(wrapper, inputs), want)
+
+
+def test_peft():
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny("llava")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["input_layernorm"], init_lora_weights=False)
+    wrapper = peft.get_peft_model(model, config)
+    want = logits(wrapper, inputs)
+    with vlmfast.patch(wrapper):
+        assert patched(wrapper) == replaceable(wrapper)
+        assert len(rms_norms(wrapper)) == 5 + 2  # with the trained copies of two of them
+        assert_same(logits(wrapper, inputs), want)
+    with vlmfast.patch(model):
+        assert_same(logits(wrapper, inputs), want)
+
+
+class Hook:
+    """An imitation of accelerate's hooks, which keep the method on the instance."""
+
+    @staticmethod
+    def add(module: nn.Module) -> None:
+        module._hf_hook, module._old_forward = Hook(), module.forward
+
+        def forward(module, *args, **kwargs):
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = functools.update_wrapper(functools.partial(forward, module), module._old_forward)
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        module.forward = module._old_forward
+        del module._hf_hook, module._old_forward
+
+
+def real_hooks():
+    hooks = pytest.importorskip("accelerate.hooks")
+    return lambda m: hooks.add_hook_to_module(m, hooks.ModelHook()), hooks.remove_hook_from_module
+
+
+@pytest.mark.parametrize("hooks", [lambda: (Hook.add, Hook.remove), real_hooks], ids=["imitation", "accelerate"])
+def test_accelerate_hooks(hooks):
+    add, remove = hooks()
+    model, inputs = tiny("llava")
+    want = logits(model, inputs)
+    norms = rms_norms(model)
+    ours = families()["llava"].replace[LLAMA]
+    plain = type(norms[0]).forward
+
+    for module in model.modules():
+        add(module)
+    before = {name: (cls, set(attributes)) for name, (cls, attributes) in state(model).items()}
+    patch = vlmfast.patch(model)
+    assert patched(model) == replaceable(model)
+    assert {module._old_forward.__func__ for module in norms} == {ours}
+    assert_same(logits(model, inputs), want)
+    twin = copy.deepcopy(model)
+    assert all(module._old_forward.__self__ is module for module in rms_norms(twin))
+    patch.undo()
+    assert {module._old_forward.__func__ for module in norms} == {plain}
+    assert {name: (cls, set(attributes)) for name, (cls, attributes) in state(model).items()} == before
+    assert torch.equal(logits(model, inputs), want)
+
+    with vlmfast.patch(model):  # hooks removed under the patch
+        for module in model.modules():
+            remove(module)
+        assert {module.forward.__func__ for module in norms} == {ours}
+        assert_same(logits(model, inputs), want)
+    assert {module.forward.__func__ for module in norms} == {plain}
+
+    with vlmfast.patch(model):  # hooks added under the patch
+        for module in model.modules():
+            add(module)
+    assert {module._old_forward.__func__ for module in norms} == {plain}
+    assert torch.equal(logits(model, inputs), want)
+
+
+def test_accelerate_offload():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = tiny("llava")
+    want = logits(model, inputs)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    with vlmfast.patch(model):
+        assert_same(logits(model, inputs), want)
+    assert torch.equal(logits(model, inputs), want)

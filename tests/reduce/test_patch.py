@@ -1,0 +1,267 @@
+"""Reduced prompts as a patch: what it refuses, what it leaves as it was, training, compilation, wrappers."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import vlmfast
+from tests.helpers.patches_models import patched, state, tiny
+from tests.helpers.reduce_models import EACH_FAMILY, METHODS, Talk
+from vlmfast.patches import Family, apply
+from vlmfast.reduce.prompt import takes_features
+
+METHOD = METHODS[0]
+PROMPTS = ((10, 0, 11, 12), (13, 14, 15, 1, 2, 16))
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+def tower_of(talk: Talk) -> nn.Module:
+    base = talk.model.base_model
+    return getattr(base, "vision_tower", None) or base.visual
+
+
+def settled(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
+    """Its state, without what every prefill leaves behind, in Qwen-VL or where hidden states are asked for."""
+    left = ("rope_deltas", "_output_capturing_hooks_installed")
+    return {
+        name: (cls, {key: value for key, value in attributes.items() if key not in left})
+        for name, (cls, attributes) in state(model).items()
+    }
+
+
+# ---- the patch itself ----
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_undo_and_copy(family: Family):
+    talk = Talk.of(family)
+    inputs = talk.batch(*PROMPTS)
+    full, before = logits(talk.model, inputs), settled(talk.model)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        short = logits(talk.model, inputs)
+        assert short.shape[1] < full.shape[1]
+        twin = copy.deepcopy(talk.model)
+        assert isinstance(talk.model, before[""][0])
+    assert settled(talk.model) == before
+    assert torch.equal(logits(talk.model, inputs), full)
+    assert torch.equal(logits(twin, inputs), short)
+    vlmfast.unpatch(twin)
+    assert torch.equal(logits(twin, inputs), full)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_saved_model_is_the_original(family: Family):
+    model, inputs = tiny(family)
+    file = io.BytesIO()
+    with vlmfast.patch(model, reduce=METHOD):
+        torch.save(model, file)
+    assert b"vlmfast" not in file.getvalue()
+    file.seek(0)
+    assert torch.equal(logits(torch.load(file, weights_only=False), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_tower_runs_once_for_each_prompt(family: Family):
+    talk = Talk.of(family)
+    runs: list[int] = []
+    tower_of(talk).register_forward_hook(lambda *_: runs.append(1))
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        talk.model.generate(**talk.batch(*PROMPTS), max_new_tokens=3, do_sample=False)
+        assert len(runs) == 1
+        logits(talk.model, talk.batch(*PROMPTS))
+        assert len(runs) == 2
+        logits(talk.model, talk.batch((10, 11)))
+    if talk.compressible:
+        vlmfast.compress_inputs(talk.model, talk.batch(*PROMPTS), METHOD)
+        assert len(runs) == 3
+
+
+def test_report_and_images():
+    talk = Talk.of("llava")
+    patch = vlmfast.patch(talk.model, reduce=METHOD)
+    assert patch.report().splitlines()[-1] == f"  {METHOD}: no prompt with images yet"
+    logits(talk.model, talk.batch(*PROMPTS))
+    assert [(image.total, len(image.features)) for image in patch.images] == [(16, 12)] * 3
+    last = "visual tokens of the last prompt 16 -> 12, 16 -> 12, 16 -> 12; prompt 40 -> 32 (20.0% saved)"
+    assert patch.report().splitlines()[-1] == f"  {METHOD}: {last}"
+    assert not any(image.features.requires_grad for image in patch.images)
+    patch.undo()
+    alone = vlmfast.patch(talk.model, exclude="*", reduce=METHOD)
+    # up to transformers 5.17 the base model encodes the images, and is told what they are reduced to
+    ours = [talk.model] if takes_features(talk.model) else [talk.model, talk.model.model]
+    assert patched(talk.model) == ours
+    assert repr(alone) == f"<Patch of llava: {len(ours)} module{'s' * (len(ours) > 1)}, 0 sites>"
+
+
+# ---- refusals ----
+
+
+def test_refusals(monkeypatch):
+    talk = Talk.of("llava")
+    model = talk.model
+    with pytest.raises(TypeError, match=r"reduce must be a method such as .*, got int"):
+        vlmfast.patch(model, reduce=64)
+    with pytest.raises(TypeError, match=r"method must be one such as .*, got str"):
+        vlmfast.compress_inputs(model, {}, "visionzip")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be reduced; those of these families can: .*llava"):
+        vlmfast.patch(tiny("llama")[0], reduce=METHOD)
+    with pytest.raises(
+        ValueError, match=r"needs the model with its vision tower and its language head, got LlavaModel"
+    ):
+        vlmfast.patch(model.model, reduce=METHOD)
+    text = tiny("qwen3_vl")[0].model.language_model
+    with pytest.raises(ValueError, match="language head, got Qwen3VLTextModel"):
+        vlmfast.patch(text, reduce=METHOD)
+    with pytest.raises(ValueError, match="Llama4ForConditionalGeneration cannot be reduced"):
+        vlmfast.patch(tiny("llama4")[0], reduce=METHOD)
+    newer = "_prepare_position_ids_for_generation"
+    monkeypatch.setattr(apply, "hasattr", lambda owner, name: name != newer and hasattr(owner, name), raising=False)
+    with pytest.raises(ValueError, match=r"reduce needs transformers 5\.17 or later"):
+        vlmfast.patch(model, reduce=METHOD)
+    monkeypatch.undo()
+    model.forward = lambda **inputs: None
+    with pytest.raises(
+        RuntimeError, match="prompts cannot be shortened: forward was already replaced on 1 of 1 module"
+    ):
+        vlmfast.patch(model, reduce=METHOD)
+    del model.forward
+    assert not patched(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input_ids": None}, ValueError, r"input_ids must be a tensor \(B, L\) .*, got none"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
+        ({"inputs_embeds": torch.ones(2, 4, 64)}, ValueError, "inputs_embeds cannot be given where"),
+        ({"logits_to_keep": torch.tensor([1])}, ValueError, "logits_to_keep must be an int"),
+        ({"input_ids": torch.full((2, 40), 9)}, ValueError, "there are images and no placeholders"),
+        ({"pixel_values": torch.ones(2, 3, 28, 28)}, ValueError, r"sample 1 has 32, and the next images have \[16\]"),
+        ({"pixel_values": torch.ones(4, 3, 28, 28)}, ValueError, r"48 placeholders, and images of \[16, 16, 16, 16\]"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: str):
+    talk = Talk.of("llava")
+    inputs = {**talk.batch(*PROMPTS), **change}
+    with vlmfast.patch(talk.model, reduce=METHOD), pytest.raises(error, match=message):
+        logits(talk.model, inputs)
+
+
+def test_budgets_and_callers_that_do_not_fit():
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    with vlmfast.patch(talk.model, reduce=vlmfast.VisionZip(dominant=17, contextual=0)):
+        with pytest.raises(ValueError, match=r"makes 17 tokens of an image that has 16 placeholders"):
+            logits(talk.model, inputs)
+        with pytest.raises(ValueError, match="assistant_model cannot be given"):
+            talk.model.generate(**inputs, assistant_model=talk.model)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        first = talk.model(**inputs, use_cache=True)
+        with pytest.raises(ValueError, match="images in a forward call after a cached prompt"):
+            talk.model(**inputs, past_key_values=first.past_key_values)
+
+
+# ---- training ----
+
+
+def training_step(talk: Talk, inputs: dict) -> tuple[int, torch.Tensor]:
+    """How often the layers of the language model ran, and the gradients in one vector."""
+    model, calls = talk.model, []
+    model.train()
+    layers = model.base_model.language_model.layers
+    handle = layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    handle.remove()
+    return len(calls), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_training_reaches_projector_and_tower(family: Family):
+    talk = Talk.of(family)
+    inputs = talk.batch(*PROMPTS)
+    with vlmfast.patch(talk.model, exclude="*", reduce=METHOD):
+        calls, plain = training_step(talk, inputs)
+        reached = {name for name, p in talk.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        kind = "visual" if hasattr(talk.model.base_model, "visual") else "vision_tower"
+        assert any(kind in name for name in reached)
+        assert any("projector" in name or "merger" in name for name in reached)
+        talk.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        more, checkpointed = training_step(talk, inputs)
+    assert more > calls
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
+
+
+# ---- wrappers ----
+
+
+def test_compiled_forward():
+    torch._dynamo.reset()
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        want = logits(talk.model, inputs)
+        compiled = torch.compile(talk.model, backend="eager")
+        torch.testing.assert_close(logits(compiled, inputs), want, rtol=1e-5, atol=1e-5)
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+            logits(torch.compile(talk.model, backend="eager", fullgraph=True), inputs)
+        text = talk.batch((10, 11, 12))
+        torch.compile(talk.model, backend="eager", fullgraph=True)(**text)
+    torch._dynamo.reset()
+
+
+def test_inside_peft():
+    peft = pytest.importorskip("peft")
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    wrapped = peft.get_peft_model(
+        talk.model, peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    )
+    wrapped.eval()
+    with vlmfast.patch(wrapped, reduce=METHOD) as patch:
+        out = wrapped.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+        assert patch.reduction.after < patch.reduction.before
+        assert wrapped(**inputs).logits.shape[1] == patch.reduction.after
+
+
+# ---- inputs shortened beforehand ----
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_compressed_inputs_are_what_the_patch_makes(family: Family):
+    talk = Talk.of(family)
+    inputs = talk.batch(*PROMPTS)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with vlmfast.patch(talk.model, exclude="*", reduce=METHOD), torch.no_grad():
+        want = talk.model(**inputs)
+    before = {name: value.clone() for name, value in inputs.items()}
+    if not talk.compressible:
+        with pytest.raises(ValueError, match="with DeepStack needs a transformers with mm_encoder_outputs"):
+            vlmfast.compress_inputs(talk.model, inputs, METHOD)
+        return
+    with torch.no_grad():
+        short = vlmfast.compress_inputs(talk.model, inputs, METHOD)
+        got = talk.model(**short)
+    assert inputs.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in inputs.items())
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.loss, want.loss)
+    text = talk.batch((10, 11))
+    assert vlmfast.compress_inputs(talk.model, text, METHOD).keys() == text.keys()

@@ -1,0 +1,203 @@
+"""A prompt with reduced visual tokens, against the language model run by hand on each sample alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlmfast
+from tests.helpers.reduce_models import EACH_FAMILY, EACH_METHOD, METHODS, ByHand, Talk, run
+from vlmfast.patches import Family
+from vlmfast.reduce import EvenTokens, Method, RandomTokens, VisionZip
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ONE = (10, 0, 11, 12)
+# text alone, one image, two of other sizes, two with text between
+RAGGED = ((10, 11, 12), ONE, (13, 1, 2, 14), (0, 15, 2, 16, 17, 18))
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict) -> Tensor:
+    return model(**inputs).logits
+
+
+@torch.no_grad()
+def assert_by_hand(got: Tensor, talk: Talk, method: Method, prompts: tuple, side: str = "left") -> None:
+    """Each row of (B, N, V) is what the sample gives alone."""
+    lengths = []
+    for row, prompt in zip(got, prompts, strict=True):
+        want = ByHand.of(talk, method, prompt).logits()
+        lengths.append(len(want))
+        torch.testing.assert_close(row[-len(want) :] if side == "left" else row[: len(want)], want, **CLOSE)
+    assert got.shape[1] == max(lengths), "more padding than needed"
+
+
+# ---- what the language model sees ----
+
+
+@pytest.mark.parametrize("method", EACH_METHOD)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_forward_is_that_of_each_sample_by_hand(family: Family, method: Method):
+    talk = Talk.of(family)
+    with vlmfast.patch(talk.model, reduce=method):
+        for side in ("left", "right"):
+            got = logits(talk.model, talk.batch(*RAGGED, side=side))
+            assert_by_hand(got, talk, method, RAGGED, side)
+        one = talk.batch(ONE)
+        del one["attention_mask"]
+        assert_by_hand(logits(talk.model, one), talk, method, (ONE,))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_other_tokens_or_positions_would_be_noticed(family: Family):
+    """The controls of the comparison above: its tolerance is far below what a mistake changes."""
+    talk, method = Talk.of(family), RandomTokens(0.5, seed=3)
+    with torch.no_grad():
+        want = ByHand.of(talk, method, ONE)
+        last = want.logits()[-1]
+        assert (ByHand.of(talk, RandomTokens(0.5, seed=4), ONE).logits()[-1] - last).abs().max() > 1e-3
+        if want.positions is not None:
+            moved = ByHand.of(talk, method, ONE)
+            moved.positions[:, :, -3:] += 1
+            assert (moved.logits()[-1] - last).abs().max() > 1e-3
+        for level in range(len(want.levels)):
+            less = ByHand.of(talk, method, ONE)
+            less.levels[level] = torch.zeros_like(less.levels[level])
+            assert (less.logits() - want.logits()).abs().max() > 1e-3  # what the last layer adds stays where it is
+
+
+@pytest.mark.parametrize("method", [*METHODS, RandomTokens(0.5)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_dropped_columns_are_as_good_as_masked(family: Family, method: Method):
+    """The full prompt, with rubbish in the dropped columns and a mask over them."""
+    talk = Talk.of(family)
+    if "linear_attention" in (getattr(talk.model.config.get_text_config(), "layer_types", None) or ()):
+        pytest.skip("a masked token still is a step of linear attention")
+    short = ByHand.of(talk, method, ONE)
+    length = len(talk.ids(*ONE))
+    embeddings = torch.randn(1, length, short.embeddings.shape[2])
+    embeddings[:, short.columns] = short.embeddings
+    mask = torch.zeros(1, length, dtype=torch.long).index_fill(1, short.columns, 1)
+    visual = torch.tensor([talk.ids(*ONE)]) == talk.model.config.image_token_id
+    inside = mask[visual].bool()
+    levels = [torch.randn(len(inside), level.shape[1]) for level in short.levels]
+    for level, rows in zip(levels, short.levels, strict=True):
+        level[inside] = rows
+    positions = short.full if short.full is not None else mask.cumsum(1) - 1
+    want = talk.model.lm_head(run(talk, embeddings, positions, visual, levels, mask))[0, short.columns]
+    with vlmfast.patch(talk.model, reduce=method):
+        got = logits(talk.model, talk.batch(ONE))[0]
+    # a gap in positions of one axis is a new sample to transformers, so that a mask by itself tells nothing
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert (got - run_unmasked(talk, embeddings, positions, visual, levels)[0, short.columns]).abs().max() > 1e-3
+
+
+def run_unmasked(talk: Talk, *arguments) -> Tensor:
+    with torch.no_grad():
+        return talk.model.lm_head(run(talk, *arguments))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_samples_of_a_ragged_batch_are_as_alone(family: Family):
+    talk, method = Talk.of(family), METHODS[0]
+    with vlmfast.patch(talk.model, reduce=method):
+        together = logits(talk.model, talk.batch(*RAGGED))
+        for row, prompt in zip(together, RAGGED, strict=True):
+            alone = logits(talk.model, talk.batch(prompt))[0]
+            torch.testing.assert_close(row[-len(alone) :], alone, **CLOSE)
+
+
+# ---- nothing reduced ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_keeping_everything_changes_no_bit(family: Family, dtype: torch.dtype):
+    talk = Talk.of(family, dtype)
+    inputs = talk.batch(*RAGGED)
+    want, ids = logits(talk.model, inputs), talk.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    keep = [EvenTokens(1.0), *keep_all_by_visionzip(talk)]
+    for method in keep:
+        with vlmfast.patch(talk.model, exclude="*", reduce=method):
+            got = logits(talk.model, inputs)
+            real = inputs["attention_mask"].bool()
+            assert torch.equal(got[real], want[real])
+            assert torch.equal(talk.model.generate(**inputs, max_new_tokens=4, do_sample=False), ids)
+
+
+def keep_all_by_visionzip(talk: Talk) -> list[Method]:
+    """With a CLS token one patch has to go for it."""
+    return [] if shows_cls(talk) else [VisionZip(dominant=1.0, contextual=0)]
+
+
+def shows_cls(talk: Talk) -> bool:
+    """Whether a CLS token can stand beside the patches: InternVL's is left behind when these are joined."""
+    tower = getattr(talk.model.base_model, "vision_tower", None)
+    return tower is not None and vlmfast.reduce.towers.has_cls(tower) and talk.family.model_types[0] != "internvl"
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_budgets_of_nothing(family: Family):
+    """No token left, none merged, or merged ones alone; a CLS token is kept, so that there one has to be dominant."""
+    talk, prompts = Talk.of(family), RAGGED[1:3]
+    inputs = talk.batch(*prompts)
+    for method in (EvenTokens(0), VisionZip(dominant=1, contextual=0), VisionZip(dominant=0, contextual=2)):
+        with vlmfast.patch(talk.model, reduce=method):
+            if method == VisionZip(dominant=0, contextual=2) and not keep_all_by_visionzip(talk):
+                with pytest.raises(ValueError, match=r"dominant must be at least 1 of 16 .* CLS token, .* got 0"):
+                    logits(talk.model, inputs)
+            else:
+                assert_by_hand(logits(talk.model, inputs), talk, method, prompts)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_prompts_without_images_are_left_alone(family: Family):
+    talk = Talk.of(family)
+    texts = talk.batch((10, 11, 12, 13), (14, 15))
+    want, ids = logits(talk.model, texts), talk.model.generate(**texts, max_new_tokens=4, do_sample=False)
+    with vlmfast.patch(talk.model, exclude="*", reduce=METHODS[0]) as patch:
+        assert torch.equal(logits(talk.model, texts), want)
+        assert torch.equal(talk.model.generate(**texts, max_new_tokens=4, do_sample=False), ids)
+        assert patch.images == []
+
+
+# ---- dtypes, labels, training ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_half_precision(family: Family, dtype: torch.dtype):
+    talk = Talk.of(family, dtype)
+    with vlmfast.patch(talk.model, reduce=METHODS[0]):
+        got = logits(talk.model, talk.batch(*RAGGED))
+        assert got.dtype == dtype
+        assert got.isfinite().all()
+        out = talk.model.generate(**talk.batch(*RAGGED), max_new_tokens=3, do_sample=False)
+        assert out.shape[1] == talk.batch(*RAGGED)["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_loss_is_that_of_the_short_prompt(family: Family):
+    talk, method = Talk.of(family), METHODS[0]
+    prompts = RAGGED[1:]
+    inputs = talk.batch(*prompts)
+    # the first token of a sample is not predicted, also not from padding
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) <= 1, -100)
+    labels = labels.masked_fill(labels == talk.model.config.image_token_id, -100)
+    with vlmfast.patch(talk.model, reduce=method), torch.no_grad():
+        loss = talk.model(**inputs, labels=labels).loss
+    losses = []
+    for prompt in prompts:
+        short = ByHand.of(talk, method, prompt)
+        ids = torch.tensor(talk.ids(*prompt))[short.columns]
+        wanted = (ids != talk.model.config.image_token_id)[1:]
+        rows = torch.log_softmax(short.logits().double(), -1)[:-1]
+        losses += (-rows.gather(1, ids[1:, None])[:, 0][wanted]).tolist()
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)

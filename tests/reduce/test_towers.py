@@ -1,0 +1,81 @@
+"""The scores and the metric of a tower, against its own attention maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.patches_models import tiny
+from vlmfast.reduce.methods import EvenTokens, VisionZip
+from vlmfast.reduce.towers import encode, has_cls
+
+TOWERS = {"llava": True, "vipllava": True, "llava_onevision": False, "internvl": True}
+
+
+def tower_of(model_type: str) -> tuple[nn.Module, Tensor, list[int]]:
+    model, inputs = tiny(model_type)
+    layer = getattr(model.config, "vision_feature_layer", None) or model.config.vision_feature_layers
+    pixels = inputs["pixel_values"].reshape(-1, *inputs["pixel_values"].shape[-3:])
+    return model.model.vision_tower, pixels, [layer] if isinstance(layer, int) else list(layer)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_scores_and_metric_are_those_of_the_layer(model_type: str):
+    tower, pixels, layers = tower_of(model_type)
+    got = encode(tower, pixels, layers)
+    assert not any(module._forward_hooks for name, module in tower.named_modules() if name.endswith(("proj", "norm")))
+    tower.set_attn_implementation("eager")
+    want = tower(pixels, output_attentions=True, output_hidden_states=True)
+    states = len(want.hidden_states)
+    number = max(layer % states for layer in layers) - 1
+    maps = [want.attentions[index] for index in range(states - 1)]
+    scores = [weights[:, :, 0, 1:].sum(1) if TOWERS[model_type] else weights.mean(1).sum(1) for weights in maps]
+    torch.testing.assert_close(got.scores(), scores[number], rtol=1e-4, atol=1e-5)
+    assert (got.scores() - scores[number - 1]).abs().max() > 1e-3, "another layer would do as well"
+    hidden = torch.cat([want.hidden_states[layer] for layer in layers], -1)
+    torch.testing.assert_close(got.hidden, hidden, rtol=1e-4, atol=1e-4)
+    assert got.has_cls == has_cls(tower) == TOWERS[model_type]
+    layer = next(child for child in tower.encoder.children() if isinstance(child, nn.ModuleList))[number]
+    attention = getattr(layer, "self_attn", None) or layer.attention
+    inputs: list[Tensor] = []
+    (getattr(attention, "k_norm", None) or attention.k_proj).register_forward_hook(
+        lambda _, args, output: inputs.append(output)
+    )
+    tower(pixels)
+    heads = inputs[0].unflatten(-1, (attention.num_heads, -1)).mean(2)[:, int(TOWERS[model_type]) :]
+    torch.testing.assert_close(got.metric(), heads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_images_of_a_batch_are_apart(model_type: str):
+    tower, pixels, layers = tower_of(model_type)
+    together = encode(tower, pixels, layers)
+    alone = encode(tower, pixels[:1], layers)
+    torch.testing.assert_close(together.scores()[:1], alone.scores(), rtol=1e-4, atol=1e-5)
+
+
+def test_cls_token_stands_in_front_where_it_is_kept():
+    tower, pixels, layers = tower_of("llava")
+    images = encode(tower, pixels, layers)
+    selection = VisionZip(dominant=5, contextual=3).select(images.visual_tokens())
+    rows = images.reduce(selection)
+    assert rows.shape == (2, 8, 32)
+    assert torch.equal(rows[:, 0], images.hidden[:, 0])
+    for image in range(2):
+        assert torch.equal(rows[image, 1:5], images.hidden[image, 1 + selection.kept[image]])
+    even = EvenTokens(4).select(images.visual_tokens())
+    assert torch.equal(images.reduce(even), images.hidden[:, 1::4])
+
+
+def test_refusals():
+    tower, pixels, _ = tower_of("llava")
+    for layer in (0, -3, 3, -4, [-1, 0]):
+        with pytest.raises(ValueError, match="vision_feature_layer must name outputs of the 2 layers"):
+            encode(tower, pixels, layer)
+    with pytest.raises(ValueError, match="must be of the kind of CLIP, SigLIP or InternVL, got Linear"):
+        encode(nn.Linear(2, 2), pixels, -1)
+    tower.encoder.layers[-1].self_attn.k_proj = None
+    del tower.encoder.layers[-1].self_attn.scale
+    with pytest.raises(ValueError, match="must project queries and keys by themselves, got CLIPAttention"):
+        encode(tower, pixels, -1)
