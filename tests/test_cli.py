@@ -12,6 +12,7 @@ from PIL import Image
 
 import vlmfast
 from tests.conftest import shortens_prompts
+from tests.helpers.tiny_types import build
 from vlmfast import demo
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory):
     from tests.helpers.patches_models import llava_processor
 
     path = tmp_path_factory.mktemp("llava")
-    families()["llava"].tiny()[0].save_pretrained(path)
+    build("llava")[0].save_pretrained(path)
     llava_processor().save_pretrained(path)
     return path
 

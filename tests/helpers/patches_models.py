@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
+from tests.helpers.tiny_types import TINY, build
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
@@ -35,11 +36,11 @@ def skip_unless_known(model_type: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
 
 
-def tiny(family: Family | str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-    if isinstance(family, str):
-        family = families()[family]
-    skip_unless_known(family.model_types[0])
-    model, inputs = family.tiny()
+def tiny(name: Family | str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    """The tiny model of that type, or of the first type of a family that has one."""
+    model_type = name if isinstance(name, str) else next(known for known in name.model_types if known in TINY)
+    skip_unless_known(model_type)
+    model, inputs = build(model_type)
     return model.to(dtype), {name: cast(value, dtype) for name, value in inputs.items()}
 
 

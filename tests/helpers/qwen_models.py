@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers import tiny_models as parts
 from tests.helpers.patches_models import tiny
-from vlmfast.patches import tiny as parts
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 Grid = tuple[int, int, int]

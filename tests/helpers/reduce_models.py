@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.patches_models import cast, tiny
+from tests.helpers.tiny_models import IMAGE, VISION_END, VISION_START, pixels
 from vlmfast.patches import Family, families
-from vlmfast.patches.tiny import IMAGE, VISION_END, VISION_START, pixels
 from vlmfast.reduce import EvenTokens, Method, ReducedImage, VisionZip
 
 WORD = 7  # ids from here on are words

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import vlmfast
-from vlmfast.patches import tiny
+from tests.helpers import tiny_models as tiny
 
 WIDTH = 64  # of tiny.text
 PROMPT = torch.tensor([[1, 3, 3, 9, 3, 8], [0, 0, 3, 7, 3, 3]])  # the second prompt is padded on the left

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import vlmfast
-from vlmfast.patches import tiny
+from tests.helpers import tiny_models as tiny
 
 VALID = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

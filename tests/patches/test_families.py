@@ -27,6 +27,7 @@ from tests.helpers.patches_models import (
     state,
     tiny,
 )
+from tests.helpers.tiny_models import language_model
 from vlmfast.patches import Family, families, language
 from vlmfast.patches.lock import merged
 from vlmfast.patches.swap import patched_class
@@ -125,7 +126,7 @@ def test_every_module_that_can_be_is_replaced_and_only_those(family: Family):
 @pytest.mark.parametrize("model_type", language.FAMILY.model_types)
 def test_every_language_model(model_type: str):
     extra = {"sliding_window": 64} if "gemma" in model_type else {}
-    model, inputs = language.tiny.language_model(model_type, **extra)
+    model, inputs = language_model(model_type, **extra)
     want = logits(model, inputs)
     with vlmfast.patch(model):
         assert patched(model) == rms_norms(model) != []

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
 from tests.helpers.patches_models import DTYPES, EACH_FAMILY, cast, logits, tiny
+from tests.helpers.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 from vlmfast.ops.masked_rows import row_index
 from vlmfast.patches import Family, families, masked_rows
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
-from vlmfast.patches.tiny import IMAGE, VIDEO, VISION_END, VISION_START
 from vlmfast.patches.upstream import Site, source
 
 NORMS = "*RMSNorm*.forward"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import vlmfast
+from tests.helpers import tiny_models as parts
 from tests.helpers.qwen_models import BROAD, NAMES, SMALL, TALL, WIDE, Grid, inputs_of, model_of
 from vlmfast import EvenTokens, VisionZip
-from vlmfast.patches import tiny as parts
 from vlmfast.reduce import ReducedImage
 from vlmfast.reduce.prompt import takes_features
 

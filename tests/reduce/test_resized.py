@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import vlmfast
 from tests.helpers.patches_models import DTYPES, tiny
 from tests.helpers.reduce_oracle import kept_part, zipped
+from tests.helpers.tiny_models import IMAGE
 from tests.reduce.test_crops import GRIDS, PINPOINTS, SIDE, crop_model, images, reduced, tower_of
-from vlmfast.patches.tiny import IMAGE
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
 from vlmfast.reduce.crops import reduce_onevision
 from vlmfast.reduce.methods import VisualTokens

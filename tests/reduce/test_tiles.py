@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import vlmfast
+from tests.helpers import tiny_models as tiny
 from tests.helpers.patches_models import DTYPES, skip_unless_known
 from tests.helpers.reduce_oracle import Tower, encoded, zipped
-from vlmfast.patches import families, tiny
+from vlmfast.patches import families
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
 from vlmfast.reduce.towers import encode
 
