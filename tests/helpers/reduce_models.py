@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from tests.helpers.patches_models import cast, tiny
 from tests.helpers.tiny_models import IMAGE, VISION_END, VISION_START, pixels
-from vlmfast.patches import Family, families
 from vlmfast.reduce import EvenTokens, Method, ReducedImage, VisionZip
+from vlmfast.reduce.families import REDUCERS
 
 WORD = 7  # ids from here on are words
-REDUCIBLE = [family for family in dict.fromkeys(families().values()) if family.reducer is not None]
-EACH_FAMILY = [pytest.param(family, id=family.model_types[0]) for family in REDUCIBLE]
+EACH_TYPE = tuple(REDUCERS)
 METHODS = (VisionZip(dominant=0.5, contextual=0.25), EvenTokens(0.25))  # that choose alike in any batch
 EACH_METHOD = [pytest.param(method, id=type(method).__name__) for method in METHODS]
 
@@ -31,24 +30,23 @@ class Talk:
     """A model, and how to write prompts for it.
 
     Attributes:
-        family: its family.
+        model_type: its type.
         model: tiny and random.
         wants_types: whether its inputs have ``mm_token_type_ids``.
         pictures: the vision inputs of single images, of several sizes where the model takes them.
         counts: how many placeholders each has.
     """
 
-    family: Family
+    model_type: str
     model: Any
     wants_types: bool
     pictures: list[dict[str, Tensor]]
     counts: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, family: Family | str, dtype: torch.dtype = torch.float32) -> Talk:
-        family = families()[family] if isinstance(family, str) else family
-        model, inputs = tiny(family, dtype)
-        talk = cls(family, model, "mm_token_type_ids" in inputs, [])
+    def of(cls, model_type: str, dtype: torch.dtype = torch.float32) -> Talk:
+        model, inputs = tiny(model_type, dtype)
+        talk = cls(model_type, model, "mm_token_type_ids" in inputs, [])
         for number in range(3):
             picture = _picture(model, inputs, number)
             talk.pictures.append({name: cast(value, dtype) for name, value in picture.items()})
@@ -138,7 +136,8 @@ class ByHand:
     def of(cls, talk: Talk, method: Method, prompt: tuple[int, ...], tail: list[int] | None = None) -> ByHand:
         base, ids = talk.model.base_model, talk.ids(*prompt) + (tail or [])
         numbers = [part for part in prompt if part < 3]
-        images: list[ReducedImage] = talk.family.reducer(base, talk.vision(*numbers), method) if numbers else []
+        reduce = REDUCERS[talk.model_type].reduce
+        images: list[ReducedImage] = reduce(base, talk.vision(*numbers), method) if numbers else []
         columns, rows, at = [], [], 0
         levels: list[list[Tensor]] = [[] for _ in (images[0].levels if images else ())]
         embed = base.get_input_embeddings()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.helpers.patches_models import DTYPES, tiny
 from tests.helpers.reduce_oracle import Reduced, Token, Tower, encoded, kept_part, model_order, published_order, zipped
-from vlmfast.patches import families
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
+from vlmfast.reduce.families import REDUCERS
 from vlmfast.reduce.packing import pack_numbers, packer
 from vlmfast.reduce.towers import encode
 
@@ -52,7 +52,7 @@ def images(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> 
 
 def reduced(base: nn.Module, inputs: dict[str, Any], method: Method) -> list[ReducedImage]:
     with torch.no_grad():
-        return families()[base.config.model_type].reducer(base, inputs, method)
+        return REDUCERS[base.config.model_type].reduce(base, inputs, method)
 
 
 def tower_of(base: nn.Module, pixels: Tensor, has_cls: bool) -> Tower:
@@ -234,7 +234,7 @@ def test_scores_are_those_of_the_eager_map(model_type: str):
 
 def test_gradients_reach_the_tower_and_the_newline():
     base, inputs = crop_model("llava_next"), images([(28, 56)])
-    (image,) = families()["llava_next"].reducer(base, inputs, VisionZip(4, 2, packing="model"))
+    (image,) = REDUCERS["llava_next"].reduce(base, inputs, VisionZip(4, 2, packing="model"))
     image.features.sum().backward()
     weights = [
         base.image_newline,

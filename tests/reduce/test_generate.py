@@ -11,8 +11,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 import vlmfast
-from tests.helpers.reduce_models import EACH_FAMILY, METHODS, WORD, ByHand, Talk
-from vlmfast.patches import Family
+from tests.helpers.reduce_models import EACH_TYPE, METHODS, WORD, ByHand, Talk
 
 METHOD = METHODS[0]
 STEPS = 4
@@ -44,9 +43,9 @@ def assert_same(out, ids: Tensor, want: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), want[1], rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_tokens_are_those_of_each_sample_by_hand(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_tokens_are_those_of_each_sample_by_hand(model_type: str):
+    talk = Talk.of(model_type)
     want, inputs = by_hand(talk), talk.batch(*PROMPTS)
     ids = inputs["input_ids"]
     with vlmfast.patch(talk.model, reduce=METHOD) as patch:
@@ -70,10 +69,10 @@ def can_do_without_cache(talk: Talk) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_sampling_and_beams_are_those_of_the_short_prompt(family: Family):
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_sampling_and_beams_are_those_of_the_short_prompt(model_type: str):
     """Against the same search of the model that is not patched, on inputs that were shortened beforehand."""
-    talk = Talk.of(family)
+    talk = Talk.of(model_type)
     if not talk.compressible:
         pytest.skip("inputs of this model cannot be shortened beforehand")
     inputs = talk.batch(*PROMPTS)
@@ -96,9 +95,9 @@ def test_sampling_and_beams_are_those_of_the_short_prompt(family: Family):
         assert torch.equal(out[:, length:], want), search
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_positions_in_decoding(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_positions_in_decoding(model_type: str):
+    talk = Talk.of(model_type)
     prompt = PROMPTS[2]
     seen: list[Tensor] = []
 
@@ -124,9 +123,9 @@ def test_positions_in_decoding(family: Family):
 # ---- lengths ----
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY[:2])
-def test_max_length_counts_the_full_prompt(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE[:2])
+def test_max_length_counts_the_full_prompt(model_type: str):
+    talk = Talk.of(model_type)
     inputs = talk.batch(*PROMPTS)
     length = inputs["input_ids"].shape[1]
     model = talk.model
@@ -168,9 +167,9 @@ class Words(BaseStreamer):
         self.ended += 1
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_streamer_and_dict(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_streamer_and_dict(model_type: str):
+    talk = Talk.of(model_type)
     inputs = talk.batch(PROMPTS[2])
     want, _ = by_hand(talk, PROMPTS[2:])
     words = Words()
@@ -200,9 +199,9 @@ def turn(talk: Talk, ids: Tensor, mask: Tensor, vision: dict, cache: DynamicCach
 
 
 @pytest.mark.parametrize("given", ["own", "returned"])
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_second_turn_of_text(family: Family, given: str):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_second_turn_of_text(model_type: str, given: str):
+    talk = Talk.of(model_type)
     prompts, more = PROMPTS[1:], torch.tensor([[20, 21, 22], [23, 24, 25]])
     first = talk.batch(*prompts)
     cache = DynamicCache(config=talk.model.config.get_text_config()) if given == "own" else None
@@ -220,9 +219,9 @@ def test_second_turn_of_text(family: Family, given: str):
     assert_same(third, again, by_hand(talk, prompts, again[:, start:].tolist()))
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_second_turn_with_another_image(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_second_turn_with_another_image(model_type: str):
+    talk = Talk.of(model_type)
     prompt, later = PROMPTS[1], (20, 1, 21)
     first = talk.batch(prompt)
     with vlmfast.patch(talk.model, reduce=METHOD):
@@ -262,10 +261,10 @@ def test_second_turn_of_new_ids_alone():
     assert_same(second, new, by_hand(talk, PROMPTS[1:2], [tail]))
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_loop_of_the_callers_own(family: Family):
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_loop_of_the_callers_own(model_type: str):
     """Prefill by forward, then steps with a mask that counts on from the full prompt."""
-    talk = Talk.of(family)
+    talk = Talk.of(model_type)
     prompts = PROMPTS if not hasattr(talk.model.base_model, "get_rope_index") else PROMPTS[2:]
     want, inputs = by_hand(talk, prompts), talk.batch(*prompts)
     found, logits = [], []

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmfast
-from tests.helpers.reduce_models import EACH_FAMILY, EACH_METHOD, METHODS, ByHand, Talk, run
-from vlmfast.patches import Family
+from tests.helpers.reduce_models import EACH_METHOD, EACH_TYPE, METHODS, ByHand, Talk, run
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, VisionZip
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -43,9 +42,9 @@ def assert_by_hand(got: Tensor, talk: Talk, method: Method, prompts: tuple, side
 
 
 @pytest.mark.parametrize("method", EACH_METHOD)
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_forward_is_that_of_each_sample_by_hand(family: Family, method: Method):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_forward_is_that_of_each_sample_by_hand(model_type: str, method: Method):
+    talk = Talk.of(model_type)
     with vlmfast.patch(talk.model, reduce=method):
         for side in ("left", "right"):
             got = logits(talk.model, talk.batch(*RAGGED, side=side))
@@ -55,10 +54,10 @@ def test_forward_is_that_of_each_sample_by_hand(family: Family, method: Method):
         assert_by_hand(logits(talk.model, one), talk, method, (ONE,))
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_other_tokens_or_positions_would_be_noticed(family: Family):
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_other_tokens_or_positions_would_be_noticed(model_type: str):
     """The controls of the comparison above: its tolerance is far below what a mistake changes."""
-    talk, method = Talk.of(family), RandomTokens(0.5, seed=3)
+    talk, method = Talk.of(model_type), RandomTokens(0.5, seed=3)
     with torch.no_grad():
         want = ByHand.of(talk, method, ONE)
         last = want.logits()[-1]
@@ -74,10 +73,10 @@ def test_other_tokens_or_positions_would_be_noticed(family: Family):
 
 
 @pytest.mark.parametrize("method", [*METHODS, RandomTokens(0.5)], ids=lambda method: type(method).__name__)
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_dropped_columns_are_as_good_as_masked(family: Family, method: Method):
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_dropped_columns_are_as_good_as_masked(model_type: str, method: Method):
     """The full prompt, with rubbish in the dropped columns and a mask over them."""
-    talk = Talk.of(family)
+    talk = Talk.of(model_type)
     if "linear_attention" in (getattr(talk.model.config.get_text_config(), "layer_types", None) or ()):
         pytest.skip("a masked token still is a step of linear attention")
     short = ByHand.of(talk, method, ONE)
@@ -104,9 +103,9 @@ def run_unmasked(talk: Talk, *arguments) -> Tensor:
         return talk.model.lm_head(run(talk, *arguments))
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_samples_of_a_ragged_batch_are_as_alone(family: Family):
-    talk, method = Talk.of(family), METHODS[0]
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_samples_of_a_ragged_batch_are_as_alone(model_type: str):
+    talk, method = Talk.of(model_type), METHODS[0]
     with vlmfast.patch(talk.model, reduce=method):
         together = logits(talk.model, talk.batch(*RAGGED))
         for row, prompt in zip(together, RAGGED, strict=True):
@@ -118,9 +117,9 @@ def test_samples_of_a_ragged_batch_are_as_alone(family: Family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_keeping_everything_changes_no_bit(family: Family, dtype: torch.dtype):
-    talk = Talk.of(family, dtype)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_keeping_everything_changes_no_bit(model_type: str, dtype: torch.dtype):
+    talk = Talk.of(model_type, dtype)
     inputs = talk.batch(*RAGGED)
     want, ids = logits(talk.model, inputs), talk.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     keep = [EvenTokens(1.0), *keep_all_by_visionzip(talk)]
@@ -140,13 +139,13 @@ def keep_all_by_visionzip(talk: Talk) -> list[Method]:
 def shows_cls(talk: Talk) -> bool:
     """Whether a CLS token can stand beside the patches: InternVL's is left behind when these are joined."""
     tower = getattr(talk.model.base_model, "vision_tower", None)
-    return tower is not None and vlmfast.reduce.towers.has_cls(tower) and talk.family.model_types[0] != "internvl"
+    return tower is not None and vlmfast.reduce.towers.has_cls(tower) and talk.model_type != "internvl"
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_budgets_of_nothing(family: Family):
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_budgets_of_nothing(model_type: str):
     """No token left, none merged, or merged ones alone; a CLS token is kept, so that there one has to be dominant."""
-    talk, prompts = Talk.of(family), RAGGED[1:3]
+    talk, prompts = Talk.of(model_type), RAGGED[1:3]
     inputs = talk.batch(*prompts)
     for method in (EvenTokens(0), VisionZip(dominant=1, contextual=0), VisionZip(dominant=0, contextual=2)):
         with vlmfast.patch(talk.model, reduce=method):
@@ -157,9 +156,9 @@ def test_budgets_of_nothing(family: Family):
                 assert_by_hand(logits(talk.model, inputs), talk, method, prompts)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_prompts_without_images_are_left_alone(family: Family):
-    talk = Talk.of(family)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_prompts_without_images_are_left_alone(model_type: str):
+    talk = Talk.of(model_type)
     texts = talk.batch((10, 11, 12, 13), (14, 15))
     want, ids = logits(talk.model, texts), talk.model.generate(**texts, max_new_tokens=4, do_sample=False)
     with vlmfast.patch(talk.model, exclude="*", reduce=METHODS[0]) as patch:
@@ -172,9 +171,9 @@ def test_prompts_without_images_are_left_alone(family: Family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_half_precision(family: Family, dtype: torch.dtype):
-    talk = Talk.of(family, dtype)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_half_precision(model_type: str, dtype: torch.dtype):
+    talk = Talk.of(model_type, dtype)
     with vlmfast.patch(talk.model, reduce=METHODS[0]):
         got = logits(talk.model, talk.batch(*RAGGED))
         assert got.dtype == dtype
@@ -183,9 +182,9 @@ def test_half_precision(family: Family, dtype: torch.dtype):
         assert out.shape[1] == talk.batch(*RAGGED)["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
-def test_loss_is_that_of_the_short_prompt(family: Family):
-    talk, method = Talk.of(family), METHODS[0]
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_loss_is_that_of_the_short_prompt(model_type: str):
+    talk, method = Talk.of(model_type), METHODS[0]
     prompts = RAGGED[1:]
     inputs = talk.batch(*prompts)
     # the first token of a sample is not predicted, also not from padding

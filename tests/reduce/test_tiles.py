@@ -12,8 +12,8 @@ import vlmfast
 from tests.helpers import tiny_models as tiny
 from tests.helpers.patches_models import DTYPES, skip_unless_known
 from tests.helpers.reduce_oracle import Tower, encoded, zipped
-from vlmfast.patches import families
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
+from vlmfast.reduce.families import REDUCERS
 from vlmfast.reduce.towers import encode
 
 TOKENS = 4  # along a side of a tile, each of 2 x 2 patches
@@ -40,7 +40,7 @@ def tile_model(layer: int = -1, norm: str = "rms_norm", mean_pooling: bool = Tru
 
 def reduced(base: nn.Module, pixels: Tensor, method: Method, **inputs: Any) -> list[ReducedImage]:
     with torch.no_grad():
-        return families()["internvl"].reducer(base, {"pixel_values": pixels, **inputs}, method)
+        return REDUCERS["internvl"].reduce(base, {"pixel_values": pixels, **inputs}, method)
 
 
 def tower_of(base: nn.Module, pixels: Tensor, layer: int) -> Tower:

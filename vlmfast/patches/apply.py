@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from vlmfast.checks import DTYPES
-from vlmfast.patches.family import Family, families
+from vlmfast.modules import hugging_face_model, replaced_on_instances
+from vlmfast.patches.family import families
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
-from vlmfast.reduce.generation import Reduction
+from vlmfast.reduce.generation import Reduction, shortening
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
 
@@ -139,7 +140,7 @@ def patch(
         )
     family = families()[model_type]
     replace = family.replace
-    reduction, shortening = (None, {}) if reduce is None else _reduction(host, reduce)
+    reduction = None if reduce is None else shortening(host, reduce)
     chosen = _choose(model_type, replace, only, exclude)
     methods, skipped = _plan(host, {site: replace[site] for site in chosen})
     skipped |= {site: "left out by only or exclude" for site in replace if site not in chosen}
@@ -150,7 +151,7 @@ def patch(
     for site in chosen:
         if skipped.get(site, ABSENT) != ABSENT:
             warnings.warn(f"{site} is not patched: {skipped[site]}", stacklevel=2)
-    return _swap(host, model_type, methods, skipped, shortening, reduction)
+    return _swap(host, model_type, methods, skipped, reduction)
 
 
 def unpatch(model: nn.Module) -> int:
@@ -172,61 +173,6 @@ def unpatch(model: nn.Module) -> int:
         set_class(module, vars(type(module))["original_class"])
     trace_anew()
     return len(patched)
-
-
-def hugging_face_model(model: object) -> nn.Module:
-    """The one outermost module in ``model`` that has a ``config.model_type``."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-    def outermost(module: nn.Module) -> list[nn.Module]:
-        if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
-            return [module]
-        return [found for child in module.children() for found in outermost(child)]
-
-    found = outermost(model)
-    if not found:
-        raise ValueError(f"model must be or hold a module with config.model_type, got {type(model).__name__}")
-    if len(found) > 1:
-        names = ", ".join(type(module).__name__ for module in found)
-        raise ValueError(f"model must hold one Hugging Face model, got {names}: patch each of them")
-    return found[0]
-
-
-Functions = dict[type, dict[str, Callable[..., Any]]]  # class -> method -> replacement
-
-
-def _reduction(host: nn.Module, method: object) -> tuple[Reduction, Functions]:
-    """What shortens the prompts of this model, and the methods that do so."""
-    if not isinstance(method, Method):
-        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
-    model, family = reducible(host)
-    if reason := _replaced([model], type(model), "forward") or _replaced([model], type(model), "generate"):
-        raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    reduction = Reduction(family, method)
-    return reduction, reduction.methods(model)
-
-
-def reducible(host: Any) -> tuple[nn.Module, Family]:
-    """A model whose visual tokens can be reduced, out of the wrapper of PEFT if it is in one, and its family.
-
-    Raises:
-        ValueError: if they cannot.
-    """
-    from transformers import GenerationMixin
-
-    model = host.get_base_model() if hasattr(host, "get_base_model") else host
-    name = type(model).__name__
-    base = getattr(model, "base_model", None)
-    family = families().get(model.config.model_type)
-    if family is None or family.reducer is None:
-        known = ", ".join(sorted(model_type for model_type, other in families().items() if other.reducer is not None))
-        raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
-    if not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # what decoding goes on from
-        raise ValueError("reduce needs transformers 5.17 or later")
-    if base is None or base is model or not hasattr(base, "get_image_features") or not hasattr(model, "generate"):
-        raise ValueError(f"reduce needs the model with its vision tower and its language head, got {name}")
-    return model, family
 
 
 def _choose(
@@ -284,17 +230,7 @@ def _obstacle(site: Site, modules: list[nn.Module], function: Callable[..., Any]
     dtypes = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
     if unsupported := ", ".join(str(dtype) for dtype in dtypes - DTYPES):
         return f"its weights are {unsupported}, and the ops take float32, float16 and bfloat16"
-    return mismatch(site, cls, function) or _replaced(modules, cls, site.method)
-
-
-def _replaced(modules: list[nn.Module], cls: type, method: str) -> str | None:
-    """Whether somebody else replaced the method on instances (``kernelize`` does), where it would hide ours."""
-    taken = 0
-    for module in modules:
-        # accelerate's hooks call the method that they keep here
-        bound = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
-        taken += bound is not None and getattr(bound, "__func__", None) is not getattr(cls, method)
-    return f"{method} was already replaced on {taken} of {_count(len(modules), 'module')}" if taken else None
+    return mismatch(site, cls, function) or replaced_on_instances(modules, cls, site.method)
 
 
 def _swap(
@@ -302,12 +238,11 @@ def _swap(
     model_type: str,
     methods: Methods,
     skipped: dict[str, str],
-    others: Functions | None = None,
     reduction: Reduction | None = None,
 ) -> Patch:
     """Carry out the plan, and replace other methods that are no sites; what was done before a failure is undone."""
     functions = {cls: {name: f for name, (_, f) in entries.items()} for cls, entries in methods.items()}
-    for cls, entries in (others or {}).items():
+    for cls, entries in (reduction.replacements() if reduction else {}).items():
         functions[cls] = functions.get(cls, {}) | entries
     swapped = {cls: patched_class(cls, entries) for cls, entries in functions.items()}
     modules = [module for module in host.modules() if type(module) in swapped]

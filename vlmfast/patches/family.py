@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from vlmfast.reduce.images import Reducer
-
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -23,15 +21,11 @@ class Family:
         model_types: the values of ``config.model_type`` that it covers, those of the sub-models included.
         replace: site, "<model folder>.<Class>.<method>" of transformers -> a function with the same parameters.
         tiny: builds a small random model and its inputs, for tests and demonstrations.
-        reducer: encodes and reduces the images of a prompt, for ``patch(model, reduce=...)``; None where it cannot.
-        one_tensor: whether its ``get_image_features`` gives images as one tensor (images, tokens, D), not as a list.
     """
 
     model_types: tuple[str, ...]
     replace: Mapping[str, Callable[..., Any]]
     tiny: Callable[[], tuple[nn.Module, dict[str, Any]]]
-    reducer: Reducer | None = None
-    one_tensor: bool = False
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from vlmfast.patches.masked_rows import image_mask
 from vlmfast.patches.merger import project_tokens
 from vlmfast.patches.pixel_shuffle import shuffle_map
 from vlmfast.patches.rms_norm import llama_rms_norm
-from vlmfast.reduce.shuffled import reduce_tiles
 
 FAMILY = Family(
     model_types=("internvl", "internvl_vision"),
@@ -25,6 +24,4 @@ FAMILY = Family(
         image_token_id=tiny.IMAGE,
         downsample_ratio=0.5,
     ),
-    reducer=reduce_tiles,
-    one_tensor=True,
 )

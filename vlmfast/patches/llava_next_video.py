@@ -4,7 +4,6 @@ from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
 from vlmfast.patches.masked_rows import image_and_video_masks
-from vlmfast.reduce.crops import reduce_next
 
 FAMILY = Family(
     model_types=("llava_next_video",),
@@ -12,5 +11,4 @@ FAMILY = Family(
     tiny=lambda: tiny.llava_tiles(
         "llava_next_video", language="gemma", video_token_index=tiny.VIDEO, vision_feature_layer=-2
     ),
-    reducer=reduce_next,
 )

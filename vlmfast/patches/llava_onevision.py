@@ -4,7 +4,6 @@ from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
 from vlmfast.patches.masked_rows import image_and_video_masks
-from vlmfast.reduce.crops import reduce_onevision
 
 FAMILY = Family(
     model_types=("llava_onevision",),
@@ -17,5 +16,4 @@ FAMILY = Family(
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     ),
-    reducer=reduce_onevision,
 )

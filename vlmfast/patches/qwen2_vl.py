@@ -5,7 +5,6 @@ from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_and_video_masks
 from vlmfast.patches.merger import qwen2_merge_patches
 from vlmfast.patches.rms_norm import llama_rms_norm
-from vlmfast.reduce.qwen import reduce_qwen
 
 VISION = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
 
@@ -18,5 +17,4 @@ FAMILY = Family(
         "qwen2.Qwen2RMSNorm.forward": llama_rms_norm,
     },
     tiny=lambda: tiny.qwen("qwen2_vl", text_config=tiny.text(**tiny.mrope([2, 3, 3])), vision_config=VISION),
-    reducer=reduce_qwen,
 )

@@ -14,7 +14,6 @@ from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import image_and_video_masks
 from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.rms_norm import gemma_rms_norm
-from vlmfast.reduce.qwen import reduce_qwen
 
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
@@ -51,5 +50,4 @@ FAMILY = Family(
         "qwen3_5.Qwen3_5RMSNormGated.forward": gated_rms_norm,
     },
     tiny=lambda: tiny_hybrid("qwen3_5"),
-    reducer=reduce_qwen,
 )

@@ -5,7 +5,6 @@ from vlmfast.patches.masked_rows import image_and_video_masks
 from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.qwen3_5 import gated_rms_norm, tiny_hybrid
 from vlmfast.patches.rms_norm import gemma_rms_norm
-from vlmfast.reduce.qwen import reduce_qwen
 
 SIZES = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 
@@ -18,5 +17,4 @@ FAMILY = Family(
         "qwen3_5_moe.Qwen3_5MoeRMSNormGated.forward": gated_rms_norm,
     },
     tiny=lambda: tiny_hybrid("qwen3_5_moe", num_experts=4, num_experts_per_tok=2, **SIZES),
-    reducer=reduce_qwen,
 )

@@ -5,7 +5,6 @@ from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import deepstack_process, image_and_video_masks
 from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.rms_norm import llama_rms_norm
-from vlmfast.reduce.qwen import reduce_qwen
 
 FAMILY = Family(
     model_types=("qwen3_vl", "qwen3_vl_text", "qwen3_vl_vision"),
@@ -20,5 +19,4 @@ FAMILY = Family(
         text_config=tiny.text(head_dim=16, **tiny.mrope([4, 2, 2], mrope_interleaved=True)),
         vision_config=tiny.qwen3_vision(deepstack_visual_indexes=[0, 1]),
     ),
-    reducer=reduce_qwen,
 )

@@ -5,7 +5,6 @@ from vlmfast.patches.family import Family
 from vlmfast.patches.masked_rows import deepstack_process, image_and_video_masks
 from vlmfast.patches.merger import merge_patches
 from vlmfast.patches.rms_norm import llama_rms_norm
-from vlmfast.reduce.qwen import reduce_qwen
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
 
@@ -22,5 +21,4 @@ FAMILY = Family(
         text_config=tiny.text(head_dim=16, **EXPERTS, **tiny.mrope([4, 2, 2], mrope_interleaved=True)),
         vision_config=tiny.qwen3_vision(deepstack_visual_indexes=[0, 1]),
     ),
-    reducer=reduce_qwen,
 )

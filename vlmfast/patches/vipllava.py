@@ -4,12 +4,9 @@ from vlmfast.patches import tiny
 from vlmfast.patches.family import Family
 from vlmfast.patches.language import LANGUAGE_MODELS
 from vlmfast.patches.masked_rows import image_mask
-from vlmfast.reduce.llava import reduce_images
 
 FAMILY = Family(
     model_types=("vipllava",),
     replace={"vipllava.VipLlavaModel.get_placeholder_mask": image_mask, **LANGUAGE_MODELS},
     tiny=lambda: tiny.llava("vipllava", language="llama", vision_feature_layers=[-1, -2]),
-    reducer=reduce_images,
-    one_tensor=True,
 )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patches.apply import hugging_face_model, reducible
-from vlmfast.reduce.generation import with_features
+from vlmfast.modules import hugging_face_model
+from vlmfast.reduce.generation import reducible, with_features
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import ShortPrompt, base_of, shorten, takes_features
 
@@ -41,12 +41,12 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
-    host, family = reducible(hugging_face_model(model))
+    host, reducer = reducible(hugging_face_model(model))
     if inputs.get("pixel_values") is None:
         return dict(inputs)
-    prompt = shorten(host, family, method, inputs)
-    if takes_features(host):
-        return with_features(base_of(host), family, prompt)
+    prompt = shorten(host, reducer, method, inputs)
+    if takes_features(type(host)):
+        return with_features(base_of(host), reducer, prompt)
     return _with_embeddings(base_of(host), prompt)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patches.family import Family
+from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.columns import Columns
+from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
@@ -39,24 +40,28 @@ class Reduction:
     """How the prompts of a patched model are shortened, and what became of the last one.
 
     Attributes:
-        family: the model's family.
+        model_class: the class of the model with its head.
+        base_class: the class of the model without it.
+        reducer: of the model's type.
         method: how visual tokens are reduced.
         images: the images of the last prompt that had any, without gradients.
         before: columns of that prompt.
         after: columns of what the language model saw of it.
     """
 
-    family: Family
+    model_class: type[Any]
+    base_class: type[Any]
+    reducer: Reducer
     method: Method
     images: list[ReducedImage] = field(default_factory=list)
     before: int = 0
     after: int = 0
 
-    def methods(self, model: nn.Module) -> dict[type, dict[str, Callable[..., Any]]]:
-        """What to replace in which class, for a model with its head."""
-        cls, base = type(model), type(base_of(model))
+    def replacements(self) -> dict[type, dict[str, Callable[..., Any]]]:
+        """Return the replacement of each method: class -> method -> function."""
+        cls, base = self.model_class, self.base_class
         found = {cls: {"forward": _forward(self, cls), "generate": _generate(self, cls)}}
-        if not takes_features(model):
+        if not takes_features(cls):
             found[base] = {"get_image_features": _get_image_features(base)}
         return found
 
@@ -73,7 +78,7 @@ class Reduction:
 
     def shorten(self, model: nn.Module, arguments: Mapping[str, Any], cached: Cached | None) -> ShortPrompt:
         """`shorten`, noted for the report."""
-        prompt = shorten(model, self.family, self.method, arguments, cached)
+        prompt = shorten(model, self.reducer, self.method, arguments, cached)
         if prompt.images:
             self.images = [
                 replace(image, features=image.features.detach(), levels=tuple(level.detach() for level in image.levels))
@@ -89,13 +94,13 @@ class Reduction:
             yield prompt.arguments
             return
         base = base_of(model)
-        if takes_features(model):
-            yield with_features(base, self.family, prompt)
+        if takes_features(type(model)):
+            yield with_features(base, self.reducer, prompt)
             return
         pixels = prompt.vision["pixel_values"]
 
         def ready(pixel_values: Tensor) -> Any:
-            return features(base, self.family, prompt.samples, max(1, pixel_values.shape[0] // pixels.shape[0]))
+            return features(base, self.reducer, prompt.samples, max(1, pixel_values.shape[0] // pixels.shape[0]))
 
         token = _ready.set(ready)
         try:
@@ -104,10 +109,53 @@ class Reduction:
             _ready.reset(token)
 
 
-def with_features(base: Any, family: Family, prompt: ShortPrompt) -> dict[str, Any]:
+def shortening(model: nn.Module, method: object) -> Reduction:
+    """Say how prompts of this model are shortened with this method: its `Reduction.replacements` do it.
+
+    Args:
+        model: a Hugging Face model with its head, perhaps in the wrapper of PEFT.
+        method: how visual tokens are reduced.
+
+    Raises:
+        TypeError: if ``method`` is none. ValueError: if the visual tokens of the model cannot be reduced. RuntimeError:
+            if a method to be replaced is hidden by one on the instance.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+    model, reducer = reducible(model)
+    for name in ("forward", "generate"):
+        if reason := replaced_on_instances([model], type(model), name):
+            raise RuntimeError(f"prompts cannot be shortened: {reason}")
+    return Reduction(type(model), type(base_of(model)), reducer, method)
+
+
+def reducible(host: Any) -> tuple[nn.Module, Reducer]:
+    """Return a model whose visual tokens can be reduced, out of the wrapper of PEFT if it is in one, and its reducer.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    from transformers import GenerationMixin
+
+    model = host.get_base_model() if hasattr(host, "get_base_model") else host
+    name = type(model).__name__
+    base = getattr(model, "base_model", None)
+    model_type: str = model.config.model_type
+    if not model_type.startswith(tuple(REDUCERS)):  # "qwen3_vl_text" is a part of a model whose tokens can be
+        known = ", ".join(REDUCERS)
+        raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
+    if not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # what decoding goes on from
+        raise ValueError("reduce needs transformers 5.17 or later")
+    is_whole = base not in (None, model) and hasattr(base, "get_image_features") and hasattr(model, "generate")
+    if model_type not in REDUCERS or not is_whole:
+        raise ValueError(f"reduce needs the model with its vision tower and its language head, got {name}")
+    return model, REDUCERS[model_type]
+
+
+def with_features(base: Any, reducer: Reducer, prompt: ShortPrompt) -> dict[str, Any]:
     """The arguments of a call, with the images, and videos beside them, as ``mm_encoder_outputs``."""
     arguments = dict(prompt.arguments)
-    outputs = {"image": features(base, family, prompt.samples)}
+    outputs = {"image": features(base, reducer, prompt.samples)}
     if arguments.get("pixel_values_videos") is not None:
         video = named({**prompt.vision, **arguments}, parameters(type(base).get_video_features))
         outputs["video"] = base.get_video_features(**video, return_dict=True)

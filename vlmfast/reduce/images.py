@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
-
-from vlmfast.reduce.methods import Method
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,3 @@ class ReducedImage:
     grid: tuple[int, int]
     kept: tuple[Tensor, ...]
     merged: tuple[Tensor, ...]
-
-
-# (the base model, the vision inputs such as pixel_values and image_sizes, the method) -> the images in prompt order.
-# A family's table names one; it runs the tower once, with every layer's attention as it is configured.
-Reducer = Callable[[nn.Module, Mapping[str, Any], Method], list[ReducedImage]]

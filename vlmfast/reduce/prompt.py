@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patches.family import Family
 from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
+from vlmfast.reduce.families import Reducer
 from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
 
@@ -74,19 +74,19 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
 
 
-def takes_features(model: nn.Module) -> bool:
-    """Whether the model takes images that are encoded already, as ``mm_encoder_outputs``."""
-    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+def takes_features(model_class: type[Any]) -> bool:
+    """Tell whether these models take images that are encoded already, as ``mm_encoder_outputs``."""
+    return "mm_encoder_outputs" in inspect.signature(model_class.forward).parameters
 
 
 def shorten(
-    model: nn.Module, family: Family, method: Method, arguments: Mapping[str, Any], cached: Cached | None = None
+    model: nn.Module, reducer: Reducer, method: Method, arguments: Mapping[str, Any], cached: Cached | None = None
 ) -> ShortPrompt:
     """Encode and reduce the images, and rewrite the prompt.
 
     Args:
         model: a model with its head.
-        family: its family.
+        reducer: of its type.
         method: how visual tokens are reduced.
         arguments: those of ``forward`` or ``generate``, by name, with ``input_ids`` of the full prompt.
         cached: what the cache among them holds, or None where it is empty.
@@ -100,7 +100,7 @@ def shorten(
     start = 0 if cached is None else cached.columns.total
     is_image = ids == base.config.image_token_id
     counts = torch.stack([is_image[:, :start].sum(1), is_image[:, start:].sum(1)]).tolist()
-    samples = _encode(base, family, method, vision, *counts)
+    samples = _encode(base, reducer, method, vision, *counts)
     columns = drop_columns(
         is_image[:, start:] & any(samples),
         full_mask[:, start:].bool(),
@@ -127,14 +127,14 @@ def shorten(
 
 
 def _encode(
-    base: Any, family: Family, method: Method, vision: Mapping[str, Any], cached: list[int], new: list[int]
+    base: Any, reducer: Reducer, method: Method, vision: Mapping[str, Any], cached: list[int], new: list[int]
 ) -> list[list[ReducedImage]]:
     """The images of each sample, from the numbers of placeholders that it has in the cache and after that."""
     if "pixel_values" not in vision or (any(cached) and not any(new)):
         return [[] for _ in new]  # what is in the cache is not encoded again
     if not any((*cached, *new)):
         raise ValueError("the images must fit the placeholders of the prompts: there are images and no placeholders")
-    images = family.reducer(base, vision, method)  # type: ignore[misc]  # `reducible` has seen to it
+    images = reducer.reduce(base, vision, method)
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
@@ -164,7 +164,7 @@ def _check(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
-    if arguments.get("pixel_values_videos") is not None and not takes_features(model):
+    if arguments.get("pixel_values_videos") is not None and not takes_features(type(model)):
         raise ValueError("pixel_values_videos beside reduced images needs a transformers with mm_encoder_outputs")
 
 
@@ -205,20 +205,20 @@ def _positions(
     return torch.cat([text[None], columns.take(found, 0)]), deltas
 
 
-def features(base: Any, family: Family, samples: list[list[ReducedImage]], times: int = 1) -> Any:
+def features(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
     """What ``get_image_features`` of the base model returns, for reduced images, each sample so many times."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     images = [image for sample in samples for _ in range(times) for image in sample]
     rows: Any = [image.features for image in images]
-    if family.one_tensor:
+    if reducer.one_tensor:
         sizes = {row.shape[0] for row in rows}
         rows = torch.stack(rows) if len(sizes) == 1 else _blocks(rows)
     module = sys.modules[type(base).__module__]
     if not images[0].levels:
         return BaseModelOutputWithPooling(pooler_output=rows)
     levels: Any = [list(level) for level in zip(*(image.levels for image in images), strict=True)]
-    if not takes_features(base):
+    if not takes_features(type(base)):
         levels = [torch.cat(level) for level in levels]
     return module.BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
 

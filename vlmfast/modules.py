@@ -1,0 +1,42 @@
+"""Find the Hugging Face model in a module, and tell methods that others replaced on instances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def hugging_face_model(model: object) -> nn.Module:
+    """Find the one outermost module in ``model`` that has a ``config.model_type``.
+
+    Raises:
+        TypeError: if ``model`` is not a module. ValueError: if it holds none, or several.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+    def outermost(module: nn.Module) -> list[nn.Module]:
+        if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
+            return [module]
+        return [found for child in module.children() for found in outermost(child)]
+
+    found = outermost(model)
+    if not found:
+        raise ValueError(f"model must be or hold a module with config.model_type, got {type(model).__name__}")
+    if len(found) > 1:
+        names = ", ".join(type(module).__name__ for module in found)
+        raise ValueError(f"model must hold one Hugging Face model, got {names}: patch each of them")
+    return found[0]
+
+
+def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) -> str | None:
+    """Say on how many of these modules of ``cls`` somebody else replaced the method, which would hide ours."""
+    modules, taken = list(modules), 0
+    for module in modules:
+        # accelerate's hooks call the method that they keep here; `kernelize` assigns to the instance
+        bound = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
+        if bound is not None and getattr(bound, "__func__", None) is not getattr(cls, method):
+            taken += 1
+    plural = "" if len(modules) == 1 else "s"
+    return f"{method} was already replaced on {taken} of {len(modules)} module{plural}" if taken else None

@@ -1,0 +1,46 @@
+"""The reducer of each model type: it encodes the images of a prompt and reduces their visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmfast.reduce.crops import reduce_next, reduce_onevision
+from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.llava import reduce_images
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.qwen import reduce_qwen
+from vlmfast.reduce.shuffled import reduce_tiles
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """How the images of one type of model are reduced.
+
+    Attributes:
+        reduce: (the base model, the vision inputs such as pixel_values, the method) -> the images in prompt order. It
+            runs the tower once, with every layer's attention as it is configured.
+        one_tensor: whether ``get_image_features`` gives images as one tensor (images, tokens, D), not as a list.
+    """
+
+    reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
+    one_tensor: bool = False
+
+
+QWEN, LLAVA_NEXT = Reducer(reduce_qwen), Reducer(reduce_next)
+
+REDUCERS: Mapping[str, Reducer] = {
+    "internvl": Reducer(reduce_tiles, one_tensor=True),
+    "llava": Reducer(reduce_images),
+    "llava_next": LLAVA_NEXT,
+    "llava_next_video": LLAVA_NEXT,
+    "llava_onevision": Reducer(reduce_onevision),
+    "qwen2_5_vl": QWEN,
+    "qwen2_vl": QWEN,
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
+    "vipllava": Reducer(reduce_images, one_tensor=True),
+}
