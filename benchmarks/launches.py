@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from vlmfast.benchmarks.counting import Count, Device
+from vlmfast.benchmarks import counting
 from vlmfast.benchmarks.forwards import Answer, twin, variants
 from vlmfast.benchmarks.published import Published, chosen
 from vlmfast.console import one_line, table
@@ -36,18 +36,17 @@ def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]
     except Exception as error:  # a transformers that lacks the model, say
         yield {"variant": "all", "error": one_line(error)}
         return
-    device = Device()
-    device.move(model)
-    on_device = {name: device.put(value) for name, value in inputs.items()}
+    counting.move(model)
+    on_device = {name: counting.put(value) for name, value in inputs.items()}
     for variant, arguments in variants(published).items():
-        with device.count():
+        with counting.count():
             answer = Answer(twin(model, arguments), on_device)
-        with device.count() as prefill:
+        with counting.count() as prefill:
             logits = answer.prompt()
-        with device.count():
+        with counting.count():
             answer.begin(logits)
         length = answer.cached()
-        with device.count() as decode:
+        with counting.count() as decode:
             answer.forward()
         yield {
             "variant": variant,
@@ -58,8 +57,9 @@ def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]
         }
 
 
-def _described(found: Count) -> dict[str, Any]:
-    return {"launches": found.launches, "syncs": found.syncs, "waits": dict(found.waits.most_common())}
+def _described(found: counting.Count) -> dict[str, Any]:
+    waits = dict(found.waits.most_common())
+    return {"launches": found.launches.total(), "syncs": found.waits.total(), "waits": waits}
 
 
 def run(names: Sequence[str], console: Console, save: Save = lambda records: None) -> list[dict[str, Any]]:

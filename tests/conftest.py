@@ -58,14 +58,3 @@ def four_threads():
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def llava(monkeypatch):
-    """The little LLaVA as the only model of the benchmark, under its own name, and one round."""
-    from tests.benchmarks.test_counting import little
-    from vlmfast.benchmarks import models, published
-
-    monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})
-    monkeypatch.setattr(models, "ROUNDS", {"cpu": 1})
-    return published.MODELS["llava-1.5-7b"]

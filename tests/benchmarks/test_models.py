@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.benchmarks.test_counting import little
 from tests.conftest import shortens_prompts
+from tests.helpers.published_models import little
 from vlmfast import cli
 from vlmfast.benchmarks import html, models, modes, published, report, timing
 from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
