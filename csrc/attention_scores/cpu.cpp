@@ -1,5 +1,4 @@
-// The attention scores on the CPU: arguments, parts of the work and threads. The arithmetic is in
-// attention_scores_kernels.cpp.
+// The attention scores on the CPU: arguments, parts of the work and threads. The arithmetic is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
 #include <cmath>
@@ -8,26 +7,14 @@
 #include <vector>
 
 #include "attention_scores/cpu_kernels.h"
-#include "attention_scores/schema.h"
+#include "attention_scores/ops.h"
 #include "common/common.h"
 
 namespace vlmfast {
 namespace {
 
-const AttentionScoresKernels& kernels() {
-  static const AttentionScoresKernels table =
-      at_cpu_level([](auto level) { return attention_scores_kernels<level>(); });
-  return table;
-}
-
-// A tensor whose last dimension is adjacent in memory: copied once where it is not.
-Tensor with_adjacent_elements(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
-}
-
-float scale_of(const std::optional<double>& scale, int64_t size) {
-  return static_cast<float>(scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(size)));
+float softmax_scale(const std::optional<double>& scale, int64_t head_dim) {
+  return static_cast<float>(scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(head_dim)));
 }
 
 // Floats at a multiple of 64 bytes, so that no register of them lies across two lines of the cache.
@@ -47,84 +34,71 @@ class Floats {
 
 // ---- the ops ----
 
-Tensor cls_attention(const Tensor& query, const Tensor& key, std::optional<double> scale, int64_t cls_index) {
-  STD_TORCH_CHECK(query.dim() == 3, "query must have shape (B, H, D), got ", query.dim(), " dimensions");
-  const int64_t batch = query.size(0), heads = query.size(1), size = query.size(2);
-  STD_TORCH_CHECK(key.dim() == 4 && key.size(0) == batch && key.size(1) == heads && key.size(2) > 0 &&
-                      key.size(3) == size && heads > 0 && size > 0,
-                  "key must have shape (", batch, ", ", heads, ", T, ", size, ") with T >= 1");
-  STD_TORCH_CHECK(dtype_of(key) == dtype_of(query), "key must have the dtype of query");
-  const int64_t tokens = key.size(2), row = padded_tokens(tokens);
-  STD_TORCH_CHECK(-tokens <= cls_index && cls_index < tokens, "cls_index must be within -T and T - 1, got ", cls_index);
+Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
+                     int64_t cls_index) {
+  Size batch("batch"), heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1);
+  Size tokens = Size("tokens").at_least(1);
+  FloatDtype dtype;
+  const View query("query", query_tensor, {batch, heads, head_dim}, dtype);
+  const View key("key", key_tensor, {batch, heads, tokens, head_dim}, dtype);
+  check_within("cls_index", cls_index, -tokens, tokens - 1);
   const int64_t cls = cls_index < 0 ? cls_index + tokens : cls_index;
-  const Tensor q = with_adjacent_elements(query), k = with_adjacent_elements(key);
-  const int64_t sizes[] = {batch, tokens - 1};
-  Tensor scores = allocate(sizes, 2, query, aoti_torch_dtype_float32());
-  float* const to = static_cast<float*>(scores.mutable_data_ptr());
-  const int64_t width = static_cast<int64_t>(q.element_size());
-  const char *const q_data = static_cast<const char*>(q.const_data_ptr()), *const k_data = static_cast<const char*>(
-                                                                               k.const_data_ptr());
+  Tensor scores = allocate({batch, tokens - 1}, query_tensor, Dtype::kFloat32);
+  float* to = static_cast<float*>(scores.mutable_data_ptr());
+  const int64_t row = padded(tokens), work = tokens * head_dim;
   const Floats weights(batch * heads * row);
 
-  parallel_rows(batch * heads, row_ranges(batch * heads, tokens * size), [&](int64_t begin, int64_t end, int64_t) {
-    const Floats room((end - begin) * padded_tokens(size));
+  parallel_rows(batch * heads, row_ranges(batch * heads, work), [&](int64_t begin, int64_t end, int64_t) {
+    const Floats room((end - begin) * padded(head_dim));
     while (begin < end) {
-      const int64_t image = begin / heads, last = std::min(end, (image + 1) * heads);
-      const ClsAttention args{dtype_of(q),
-                              scale_of(scale, size),
+      const int64_t b = begin / heads, last = std::min(end, (b + 1) * heads);
+      const ClsAttention args{softmax_scale(scale, head_dim),
                               tokens,
-                              size,
-                              {q_data + image * q.stride(0) * width, q.stride(1), 0},
-                              {k_data + image * k.stride(0) * width, k.stride(1), k.stride(2)},
-                              weights.data() + image * heads * row};
-      kernels().cls(args, begin - image * heads, last - image * heads, room.data());
+                              head_dim,
+                              {query.at(b), query.stride(1), 0},
+                              {key.at(b), key.stride(1), key.stride(2)},
+                              weights.data() + b * heads * row};
+      kernels<AttentionScoresKernels>().cls[dtype](args, begin - b * heads, last - b * heads, room.data());
       begin = last;
     }
   });
   std::vector<double> sums(tokens);
-  for (int64_t image = 0; image < batch; ++image) {
+  for (int64_t b = 0; b < batch; ++b) {
     std::fill(sums.begin(), sums.end(), 0.0);
     for (int64_t head = 0; head < heads; ++head) {
-      const float* from = weights.data() + (image * heads + head) * row;
+      const float* from = weights.data() + (b * heads + head) * row;
       for (int64_t token = 0; token < tokens; ++token) sums[token] += from[token];
     }
-    float* const image_scores = to + image * (tokens - 1);
-    for (int64_t token = 0; token < cls; ++token) image_scores[token] = static_cast<float>(sums[token]);
-    for (int64_t token = cls + 1; token < tokens; ++token) image_scores[token - 1] = static_cast<float>(sums[token]);
+    for (int64_t token = 0; token < tokens; ++token) {
+      if (token != cls) *to++ = static_cast<float>(sums[token]);
+    }
   }
   return scores;
 }
 
-// Where each segment begins and, last, T.
-std::vector<int64_t> bounds_of(const std::optional<Tensor>& cu_seqlens, int64_t tokens) {
+// Where each segment begins and, last, the number of tokens.
+std::vector<int64_t> segment_bounds(const std::optional<Tensor>& cu_seqlens, int64_t tokens) {
   if (!cu_seqlens.has_value()) return {0, tokens};
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(cu_seqlens->get(), &dtype));
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_int32() && cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
-                  "cu_seqlens must be int32 of shape (segments + 1,)");
-  const int64_t count = cu_seqlens->size(0), stride = cu_seqlens->stride(0);
-  const int32_t* const from = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
-  std::vector<int64_t> bounds(count);
-  for (int64_t i = 0; i < count; ++i) bounds[i] = from[i * stride];
+  Size count = Size("segments + 1").at_least(1);
+  const View numbers("cu_seqlens", *cu_seqlens, {count}, Dtype::kInt32);
+  const int32_t* const from = numbers.data_as<int32_t>();
+  std::vector<int64_t> bounds(from, from + count);
   STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == tokens && std::is_sorted(bounds.begin(), bounds.end()),
                   "cu_seqlens must rise from 0 to ", tokens, ", the tokens of query");
   return bounds;
 }
 
-// So many queries are one part of the work, whatever the number of threads: sums are then taken in one order.
+// One part of the work, whatever the number of threads, has so many queries: sums are then taken in one order.
 constexpr int64_t kPartRows = 512;
 
-Tensor received_attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& cu_seqlens,
+Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,
                           int64_t group, std::optional<double> scale) {
-  STD_TORCH_CHECK(query.dim() == 3 && query.size(0) > 0 && query.size(2) > 0,
-                  "query must have shape (H, T, D) with a head and a channel");
-  const int64_t heads = query.size(0), tokens = query.size(1), size = query.size(2);
-  STD_TORCH_CHECK(key.dim() == 3 && key.size(0) == heads && key.size(1) == tokens && key.size(2) == size,
-                  "key must have the shape of query, (", heads, ", ", tokens, ", ", size, ")");
-  STD_TORCH_CHECK(dtype_of(key) == dtype_of(query), "key must have the dtype of query");
+  Size heads = Size("heads").at_least(1), tokens("tokens"), head_dim = Size("head_dim").at_least(1);
+  FloatDtype dtype;
+  const View query("query", query_tensor, {heads, tokens, head_dim}, dtype);
+  const View key("key", key_tensor, {heads, tokens, head_dim}, dtype);
   STD_TORCH_CHECK(group > 0 && tokens % group == 0, "group must divide the ", tokens, " tokens, got ", group);
-  const std::vector<int64_t> bounds = bounds_of(cu_seqlens, tokens);
-  const Tensor q = with_adjacent_elements(query), k = with_adjacent_elements(key);
+  const std::vector<int64_t> bounds = segment_bounds(cu_seqlens, tokens);
 
   std::vector<AttentionPart> parts;
   int64_t room = 0, longest = 0;
@@ -134,7 +108,7 @@ Tensor received_attention(const Tensor& query, const Tensor& key, const std::opt
       longest = std::max(longest, end - begin);
       for (int64_t row = begin; row < end; row += kPartRows) {
         parts.push_back({head, begin, end, row, std::min(end, row + kPartRows), nullptr});
-        room += padded_tokens(end - begin);
+        room += padded(end - begin);
       }
     }
   }
@@ -142,27 +116,25 @@ Tensor received_attention(const Tensor& query, const Tensor& key, const std::opt
   float* at = partials.data();
   for (AttentionPart& part : parts) {
     part.sums = at;
-    at += padded_tokens(part.end - part.begin);
+    at += padded(part.end - part.begin);
   }
-  const ReceivedAttention args{dtype_of(q),
-                               scale_of(scale, size),
-                               size,
-                               {q.const_data_ptr(), q.stride(0), q.stride(1)},
-                               {k.const_data_ptr(), k.stride(0), k.stride(1)}};
+  const ReceivedAttention args{softmax_scale(scale, head_dim),
+                               head_dim,
+                               {query.data(), query.stride(0), query.stride(1)},
+                               {key.data(), key.stride(0), key.stride(1)}};
   const int64_t count = static_cast<int64_t>(parts.size());
-  if (count > 0) {
-    const int64_t work = heads * tokens * longest / count * size;
-    parallel_rows(count, row_ranges(count, work), [&](int64_t begin, int64_t end, int64_t) {
-      const Floats workspace(kernels().received_workspace(size, longest));
-      kernels().received(args, &parts[begin], end - begin, workspace.data());
-    });
-  }
+  const int64_t work = count == 0 ? 0 : heads * tokens * longest / count * head_dim;
+  const auto& table = kernels<AttentionScoresKernels>();
+  parallel_rows(count, row_ranges(count, work), [&](int64_t begin, int64_t end, int64_t) {
+    const Floats workspace(table.received_workspace(head_dim, longest));
+    table.received[dtype](args, parts.data() + begin, end - begin, workspace.data());
+  });
   std::vector<double> sums(tokens);
   for (const AttentionPart& part : parts) {
     for (int64_t token = part.begin; token < part.end; ++token) sums[token] += part.sums[token - part.begin];
   }
   const int64_t groups = tokens / group;
-  Tensor scores = allocate(&groups, 1, query, aoti_torch_dtype_float32());
+  Tensor scores = allocate({groups}, query_tensor, Dtype::kFloat32);
   float* const to = static_cast<float*>(scores.mutable_data_ptr());
   for (int64_t i = 0; i < groups; ++i) {
     double sum = 0;
@@ -175,12 +147,5 @@ Tensor received_attention(const Tensor& query, const Tensor& key, const std::opt
 }  // namespace
 }  // namespace vlmfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
-  m.def(vlmfast::kClsAttentionSchema);
-  m.def(vlmfast::kReceivedAttentionSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
-  m.impl("cls_attention", TORCH_BOX(&vlmfast::cls_attention));
-  m.impl("received_attention", TORCH_BOX(&vlmfast::received_attention));
-}
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)

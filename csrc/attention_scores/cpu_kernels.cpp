@@ -55,8 +55,8 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
 // leaves the keys in memory.
 template <class T>
 VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
-  const int64_t tokens = args.tokens, size = args.size, row_size = padded_tokens(tokens);
-  const int64_t query_size = padded_tokens(size);
+  const int64_t tokens = args.tokens, size = args.head_dim, row_size = padded(tokens);
+  const int64_t query_size = padded(size);
   for (int64_t first = 0; first < tokens; first += kLanes) {
     for (int64_t head = begin; head < end; ++head) {
       const T* keys[kLanes];
@@ -87,7 +87,7 @@ VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_
 }
 
 VLMFAST_INLINE void softmax(float* row, int64_t tokens, float exponent_scale) {
-  const int64_t size = padded_tokens(tokens);
+  const int64_t size = padded(tokens);
   for (int64_t token = tokens; token < size; ++token) row[token] = -__builtin_inff();
   Float largest = Float{} - __builtin_inff(), sum = {};
   for (int64_t token = 0; token < size; token += kLanes) {
@@ -108,17 +108,17 @@ VLMFAST_INLINE void softmax(float* row, int64_t tokens, float exponent_scale) {
 
 template <class T>
 void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
-  const int64_t query_size = padded_tokens(args.size), row_size = padded_tokens(args.tokens);
+  const int64_t query_size = padded(args.head_dim), row_size = padded(args.tokens);
   for (int64_t head = begin; head < end; ++head) {
     const T* from = row_of<T>(args.query, head, 0);
     float* to = query + (head - begin) * query_size;
-    each_block(args.size, [&](int64_t offset, auto count) {
-      store(to + offset, load(from + offset, count) * sign_of(args.scale));
+    each_block(args.head_dim, [&](int64_t offset, auto count) {
+      store(to + offset, load(from + offset, count) * sign_of(args.softmax_scale));
     });
   }
   cls_products<T>(args, begin, end, query);
   for (int64_t head = begin; head < end; ++head) {
-    softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.scale));
+    softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.softmax_scale));
   }
 }
 
@@ -232,8 +232,8 @@ VLMFAST_INLINE void add_columns(const Workspace& at, int64_t rows, int64_t token
 
 template <class T>
 void received(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace) {
-  const int64_t size = args.size;
-  const float sign = sign_of(args.scale), scale = exponent_scale(args.scale);
+  const int64_t size = args.head_dim;
+  const float sign = sign_of(args.softmax_scale), scale = exponent_scale(args.softmax_scale);
   for (int64_t i = 0; i < count; ++i) {
     const AttentionPart& part = parts[i];
     const int64_t tokens = part.end - part.begin, most_rows = strip_rows(tokens);
@@ -242,7 +242,7 @@ void received(const ReceivedAttention& args, const AttentionPart* parts, int64_t
       pack<kPanel, T>(tokens, size, [&](int64_t token) { return row_of<T>(args.key, part.head, part.begin + token); },
                       1.0f, at.keys);
     }
-    std::memset(part.sums, 0, padded_tokens(tokens) * sizeof(float));
+    std::memset(part.sums, 0, padded(tokens) * sizeof(float));
     for (int64_t first = part.first_row; first < part.last_row; first += most_rows) {
       const int64_t left = part.last_row - first, present = left < most_rows ? left : most_rows;
       const int64_t rows = whole_tiles(present);
@@ -262,22 +262,11 @@ int64_t received_workspace(int64_t size, int64_t longest) {
   return columns * size + strip + kMostRows * (2 * kLanes + size);
 }
 
-// ---- by dtype ----
-
-void any_cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
-  for_dtype(args.dtype, [&](auto element) { cls<typename decltype(element)::type>(args, begin, end, query); });
-}
-
-void any_received(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace) {
-  for_dtype(args.dtype,
-            [&](auto element) { received<typename decltype(element)::type>(args, parts, count, workspace); });
-}
-
 }  // namespace
 
 template <>
-AttentionScoresKernels attention_scores_kernels<CpuLevel::VLMFAST_ISA>() {
-  return {any_cls, any_received, received_workspace};
+AttentionScoresKernels kernels_at<AttentionScoresKernels, CpuLevel::VLMFAST_ISA>() {
+  return {VLMFAST_BY_DTYPE(cls), VLMFAST_BY_DTYPE(received), received_workspace};
 }
 
 }  // namespace vlmfast

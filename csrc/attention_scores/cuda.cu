@@ -16,7 +16,7 @@
 
 #include "attention_scores/cls_attention.cuh"
 #include "attention_scores/received_attention.cuh"
-#include "attention_scores/schema.h"
+#include "attention_scores/ops.h"
 #include "common/cuda_torch.h"
 
 namespace vlmfast {
@@ -108,14 +108,4 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor,
 }  // namespace
 }  // namespace vlmfast
 
-#ifdef VLMFAST_EMULATED  // elsewhere attention_scores.cpp defines them
-STABLE_TORCH_LIBRARY_FRAGMENT(VLMFAST_CUDA_LIBRARY, m) {
-  m.def(vlmfast::kClsAttentionSchema);
-  m.def(vlmfast::kReceivedAttentionSchema);
-}
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(VLMFAST_CUDA_LIBRARY, VLMFAST_CUDA_KEY, m) {
-  m.impl("cls_attention", TORCH_BOX(&vlmfast::cls_attention));
-  m.impl("received_attention", TORCH_BOX(&vlmfast::received_attention));
-}
+VLMFAST_REGISTER_CUDA_OPS()

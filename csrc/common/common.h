@@ -10,14 +10,9 @@
 #include <utility>
 
 #include "common/types.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
+#include "common/view.h"
 
 namespace vlmfast {
-
-using torch::stable::Tensor;
 
 inline Variant parse_variant(std::string_view name) {
   STD_TORCH_CHECK(name == "llama" || name == "gemma", "variant must be one of 'llama', 'gemma', got '", name, "'");
@@ -32,16 +27,6 @@ inline TokenOrder parse_order(std::string_view name) {
 inline Merge parse_merge(std::string_view name) {
   STD_TORCH_CHECK(name == "reference" || name == "mean", "merge must be one of 'reference', 'mean', got '", name, "'");
   return name == "reference" ? Merge::kReference : Merge::kMean;
-}
-
-// Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
-inline Dtype dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
-  if (dtype == aoti_torch_dtype_float16()) return Dtype::kFloat16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "the tensors must be float32, float16 or bfloat16");
-  return Dtype::kFloat32;
 }
 
 // A fresh contiguous tensor on the device of `like`, of a dtype in the shim's numbers (aoti_torch_dtype_int64() ...).
@@ -59,6 +44,10 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like, i
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+inline Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
+  return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like, shim_dtype(dtype));
 }
 
 inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like) {
@@ -157,6 +146,15 @@ struct WordArgument {
 };
 
 }  // namespace vlmfast
+
+// An op is one line of its family's ops.h, from which its definition and its implementations follow: VLMFAST_OPS there
+// is a list of (name, the rest of the schema), and each op is the function of this name.
+#define VLMFAST_DEFINE_OP(name, signature) m.def(#name signature);
+#define VLMFAST_IMPLEMENT_OP(name, signature) m.impl(#name, TORCH_BOX(&vlmfast::name));
+#define VLMFAST_DEFINE_OPS(library) \
+  STABLE_TORCH_LIBRARY_FRAGMENT(library, m) { VLMFAST_OPS(VLMFAST_DEFINE_OP) }
+#define VLMFAST_IMPLEMENT_OPS(library, key) \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) { VLMFAST_OPS(VLMFAST_IMPLEMENT_OP) }
 
 template <>
 struct torch::stable::detail::ToImpl<vlmfast::Variant> : vlmfast::WordArgument<vlmfast::parse_variant> {};

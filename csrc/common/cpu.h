@@ -59,6 +59,13 @@ auto at_cpu_level(const Function& function) {
   return function(std::integral_constant<CpuLevel, CpuLevel::baseline>{});
 }
 
+// The kernels of a family for the chosen level.
+template <class Kernels>
+const Kernels& kernels() {
+  static const Kernels table = at_cpu_level([](auto level) { return kernels_at<Kernels, level>(); });
+  return table;
+}
+
 // Below this many elements one thread is faster than waking a second.
 constexpr int64_t kParallelElements = 32768;
 

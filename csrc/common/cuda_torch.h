@@ -93,6 +93,9 @@ int64_t count_in(const Tensor& tensor, int64_t elements) {
 
 #ifdef VLMFAST_EMULATED
 #include "torch_host.h"
+#define VLMFAST_REGISTER_CUDA_OPS()        \
+  VLMFAST_DEFINE_OPS(VLMFAST_CUDA_LIBRARY) \
+  VLMFAST_IMPLEMENT_OPS(VLMFAST_CUDA_LIBRARY, CPU)
 #else
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -102,6 +105,7 @@ int64_t count_in(const Tensor& tensor, int64_t elements) {
 
 #define VLMFAST_CUDA_LIBRARY vlmfast_native
 #define VLMFAST_CUDA_KEY CUDA
+#define VLMFAST_REGISTER_CUDA_OPS() VLMFAST_IMPLEMENT_OPS(vlmfast_native, CUDA)  // each cpu.cpp defines the ops
 
 namespace vlmfast {
 
@@ -174,6 +178,8 @@ void with_dtype(Dtype dtype, Function&& function) {
       return function(__half());
     case Dtype::kBFloat16:
       return function(__nv_bfloat16());
+    default:
+      STD_TORCH_CHECK(false, "the tensors must be float32, float16 or bfloat16");
   }
 }
 

@@ -91,7 +91,7 @@ struct Quick<BFloat16> {
   };
 
  private:
-  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Words __attribute__((vector_size(kRegisterBytes)));
   static constexpr __mmask32 kEach = ~__mmask32{};  // see kAll in vector.h
 
   static VLMFAST_INLINE Bits pack(const Block& block) {

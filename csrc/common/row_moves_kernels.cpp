@@ -12,7 +12,7 @@ template <class T, bool past_caches>
 VLMFAST_INLINE void write(T* to, const T* block, Whole) {
   if constexpr (past_caches) {
 #pragma GCC unroll 8
-    for (int offset = 0; offset < kBlock; offset += kVectorBytes / sizeof(T)) {
+    for (int offset = 0; offset < kBlock; offset += kRegisterBytes / sizeof(T)) {
       stream(to + offset, load_unaligned<Bits>(block + offset));
     }
   } else {

@@ -6,7 +6,25 @@
 
 namespace vlmfast {
 
-enum class Dtype { kFloat32, kFloat16, kBFloat16 };
+// The dtypes of tensors: those of the arithmetic first, then masks and numbers.
+enum class Dtype { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64, kOther };
+
+// One function for each dtype of the arithmetic; VLMFAST_BY_DTYPE makes it of a template in csrc/*/*_kernels.cpp.
+template <class Function>
+struct ByDtype {
+  Function* functions[3];
+  Function* operator[](Dtype dtype) const { return functions[static_cast<int>(dtype)]; }
+};
+#define VLMFAST_BY_DTYPE(kernel)                       \
+  {                                                    \
+    {                                                  \
+      kernel<float>, kernel<Float16>, kernel<BFloat16> \
+    }                                                  \
+  }
+
+// Floats that the kernels work on at a time, and a size rounded up to so many: a multiple of every level's registers.
+constexpr int kBlock = 32;
+constexpr int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
 
 // The order of the arithmetic: "llama" rounds before the weight, "gemma" multiplies by 1 + weight and rounds once.
 enum class Variant { kLlama, kGemma };
@@ -21,10 +39,14 @@ enum class Merge { kReference, kMean };
 // Each level holds sums of 16 of the level below, so that the error grows with the logarithm of the rows.
 constexpr int kPartialLevels = 3;
 constexpr int kPartialStep = 16;
-constexpr int64_t partial_size(int64_t size) { return (size + 31) / 32 * 32 * kPartialLevels; }
+constexpr int64_t partial_size(int64_t size) { return padded(size) * kPartialLevels; }
 
 // The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI, and the fourth with the
 // conversions to bfloat16. Other processors have the baseline alone.
 enum class CpuLevel { baseline, v3, v4, v4_bf16 };
+
+// The kernels of a family as compiled for a level: each *_kernels.cpp defines it for its own struct of functions.
+template <class Kernels, CpuLevel level>
+Kernels kernels_at();
 
 }  // namespace vlmfast

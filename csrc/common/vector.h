@@ -22,18 +22,17 @@ namespace vlmfast {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kRegisterBytes = 32;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kRegisterBytes = 16;
 #endif
-constexpr int kLanes = kVectorBytes / 4;  // floats in a register
-constexpr int kBlock = 32;                // floats in a block
-constexpr int kParts = kBlock / kLanes;   // registers in a block
+constexpr int kLanes = kRegisterBytes / 4;  // floats in a register
+constexpr int kParts = kBlock / kLanes;     // registers in a block
 
-typedef float Float __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef float Float __attribute__((vector_size(kRegisterBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -49,7 +48,7 @@ VLMFAST_INLINE V load_unaligned(const T* from) {
   return value;
 }
 
-// A store past the caches, to a multiple of kVectorBytes; other threads see it after finish_streams().
+// A store past the caches, to a multiple of kRegisterBytes; other threads see it after finish_streams().
 VLMFAST_INLINE void stream(void* to, Bits value) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
@@ -147,7 +146,7 @@ typedef __m128i Halves;
 VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm256_cvtph_ps(halves); }
 VLMFAST_INLINE Halves to_halves(Float value) { return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
 #else
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 
 VLMFAST_INLINE Float from_halves(Halves halves) {
   const Bits bits = __builtin_convertvector(halves, Bits), magnitude = bits & 0x7fffu;
@@ -186,7 +185,7 @@ VLMFAST_INLINE void store(Float16* to, const Block& block) {
 VLMFAST_INLINE Float load_in_order(const float* from) { return load_unaligned<Float>(from); }
 VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(load_unaligned<Halves>(from)); }
 VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
-  typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t Words __attribute__((vector_size(kRegisterBytes / 2)));
   return (Float)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
 }
 

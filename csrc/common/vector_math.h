@@ -6,7 +6,7 @@
 namespace vlmfast {
 namespace {
 
-typedef double Double __attribute__((vector_size(kVectorBytes)));
+typedef double Double __attribute__((vector_size(kRegisterBytes)));
 constexpr int kDoubles = kLanes / 2;  // in a register
 
 // a * b + c, rounded once where that is one instruction, and twice elsewhere.

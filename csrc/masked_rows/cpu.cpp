@@ -6,7 +6,7 @@
 
 #include "common/common.h"
 #include "common/row_moves.h"
-#include "masked_rows/schema.h"
+#include "masked_rows/ops.h"
 
 namespace vlmfast {
 namespace {
@@ -224,20 +224,5 @@ Tensor compact_tokens_backward(const Tensor& grad_tokens, const Tensor& invalid,
 }  // namespace
 }  // namespace vlmfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
-  m.def(vlmfast::kRowIndexSchema);
-  m.def(vlmfast::kDeepstackAddSchema);
-  m.def(vlmfast::kPlaceEmbeddingsSchema);
-  m.def(vlmfast::kSplitRowsSchema);
-  m.def(vlmfast::kCompactTokensSchema);
-  m.def(vlmfast::kCompactTokensBackwardSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
-  m.impl("row_index", TORCH_BOX(&vlmfast::row_index));
-  m.impl("deepstack_add", TORCH_BOX(&vlmfast::deepstack_add));
-  m.impl("place_embeddings", TORCH_BOX(&vlmfast::place_embeddings));
-  m.impl("split_rows", TORCH_BOX(&vlmfast::split_rows));
-  m.impl("compact_tokens", TORCH_BOX(&vlmfast::compact_tokens));
-  m.impl("compact_tokens_backward", TORCH_BOX(&vlmfast::compact_tokens_backward));
-}
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)

@@ -21,7 +21,7 @@
 #include "common/cuda_torch.h"
 #include "common/row_moves.cuh"
 #include "common/row_ranks.cuh"
-#include "masked_rows/schema.h"
+#include "masked_rows/ops.h"
 
 namespace vlmfast {
 namespace {
@@ -335,22 +335,4 @@ Tensor compact_tokens_backward(const Tensor& grad_tokens, const Tensor& invalid,
 }  // namespace
 }  // namespace vlmfast
 
-#ifdef VLMFAST_EMULATED  // elsewhere masked_rows.cpp defines them
-STABLE_TORCH_LIBRARY_FRAGMENT(VLMFAST_CUDA_LIBRARY, m) {
-  m.def(vlmfast::kRowIndexSchema);
-  m.def(vlmfast::kDeepstackAddSchema);
-  m.def(vlmfast::kPlaceEmbeddingsSchema);
-  m.def(vlmfast::kSplitRowsSchema);
-  m.def(vlmfast::kCompactTokensSchema);
-  m.def(vlmfast::kCompactTokensBackwardSchema);
-}
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(VLMFAST_CUDA_LIBRARY, VLMFAST_CUDA_KEY, m) {
-  m.impl("row_index", TORCH_BOX(&vlmfast::row_index));
-  m.impl("deepstack_add", TORCH_BOX(&vlmfast::deepstack_add));
-  m.impl("place_embeddings", TORCH_BOX(&vlmfast::place_embeddings));
-  m.impl("split_rows", TORCH_BOX(&vlmfast::split_rows));
-  m.impl("compact_tokens", TORCH_BOX(&vlmfast::compact_tokens));
-  m.impl("compact_tokens_backward", TORCH_BOX(&vlmfast::compact_tokens_backward));
-}
+VLMFAST_REGISTER_CUDA_OPS()

@@ -9,7 +9,7 @@
 #include "common/common.h"
 #include "common/row_moves.h"
 #include "pixel_shuffle/cpu_kernels.h"
-#include "pixel_shuffle/schema.h"
+#include "pixel_shuffle/ops.h"
 
 namespace vlmfast {
 namespace {
@@ -197,16 +197,5 @@ std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& gra
 }  // namespace
 }  // namespace vlmfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
-  m.def(vlmfast::kPixelShuffleSchema);
-  m.def(vlmfast::kPixelUnshuffleSchema);
-  m.def(vlmfast::kPixelShuffleNormSchema);
-  m.def(vlmfast::kPixelShuffleNormBackwardSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
-  m.impl("pixel_shuffle", TORCH_BOX(&vlmfast::pixel_shuffle));
-  m.impl("pixel_unshuffle", TORCH_BOX(&vlmfast::pixel_unshuffle));
-  m.impl("pixel_shuffle_norm", TORCH_BOX(&vlmfast::pixel_shuffle_norm));
-  m.impl("pixel_shuffle_norm_backward", TORCH_BOX(&vlmfast::pixel_shuffle_norm_backward));
-}
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)

@@ -22,7 +22,7 @@
 #include "common/row_policy.cuh"
 #include "pixel_shuffle/patch_map.cuh"
 #include "pixel_shuffle/patch_norm.cuh"
-#include "pixel_shuffle/schema.h"
+#include "pixel_shuffle/ops.h"
 
 namespace vlmfast {
 namespace {
@@ -223,18 +223,4 @@ std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& gra
 }  // namespace
 }  // namespace vlmfast
 
-#ifdef VLMFAST_EMULATED  // elsewhere pixel_shuffle.cpp defines them
-STABLE_TORCH_LIBRARY_FRAGMENT(VLMFAST_CUDA_LIBRARY, m) {
-  m.def(vlmfast::kPixelShuffleSchema);
-  m.def(vlmfast::kPixelUnshuffleSchema);
-  m.def(vlmfast::kPixelShuffleNormSchema);
-  m.def(vlmfast::kPixelShuffleNormBackwardSchema);
-}
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(VLMFAST_CUDA_LIBRARY, VLMFAST_CUDA_KEY, m) {
-  m.impl("pixel_shuffle", TORCH_BOX(&vlmfast::pixel_shuffle));
-  m.impl("pixel_unshuffle", TORCH_BOX(&vlmfast::pixel_unshuffle));
-  m.impl("pixel_shuffle_norm", TORCH_BOX(&vlmfast::pixel_shuffle_norm));
-  m.impl("pixel_shuffle_norm_backward", TORCH_BOX(&vlmfast::pixel_shuffle_norm_backward));
-}
+VLMFAST_REGISTER_CUDA_OPS()

@@ -7,7 +7,7 @@
 #include "common/common.h"
 #include "common/row_moves.h"
 #include "token_merge/cpu_kernels.h"
-#include "token_merge/schema.h"
+#include "token_merge/ops.h"
 
 namespace vlmfast {
 namespace {
@@ -238,16 +238,5 @@ Tensor merge_rows_backward(const Tensor& grad_tokens, const Tensor& slots, int64
 }  // namespace
 }  // namespace vlmfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
-  m.def(vlmfast::kTopTokensSchema);
-  m.def(vlmfast::kMergeSlotsSchema);
-  m.def(vlmfast::kMergeRowsSchema);
-  m.def(vlmfast::kMergeRowsBackwardSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
-  m.impl("top_tokens", TORCH_BOX(&vlmfast::top_tokens));
-  m.impl("merge_slots", TORCH_BOX(&vlmfast::merge_slots));
-  m.impl("merge_rows", TORCH_BOX(&vlmfast::merge_rows));
-  m.impl("merge_rows_backward", TORCH_BOX(&vlmfast::merge_rows_backward));
-}
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)

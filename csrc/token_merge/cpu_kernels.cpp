@@ -48,7 +48,7 @@ int64_t packed_targets(int64_t targets, int64_t size) { return panel_columns(tar
 // 1 / |row|, and 0 of a row of zeros: its cosine with all others is then 0.
 template <class T>
 VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
   Double squares[2] = {};
   each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
     const Block block = load(row + offset, count);

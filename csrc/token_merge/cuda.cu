@@ -22,7 +22,7 @@
 
 #include "common/cuda_torch.h"
 #include "common/token_choice.cuh"
-#include "token_merge/schema.h"
+#include "token_merge/ops.h"
 #include "token_merge/token_rows.cuh"
 #include "token_merge/token_slots.cuh"
 
@@ -169,18 +169,4 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
 }  // namespace
 }  // namespace vlmfast
 
-#ifdef VLMFAST_EMULATED  // elsewhere token_merge.cpp defines them
-STABLE_TORCH_LIBRARY_FRAGMENT(VLMFAST_CUDA_LIBRARY, m) {
-  m.def(vlmfast::kTopTokensSchema);
-  m.def(vlmfast::kMergeSlotsSchema);
-  m.def(vlmfast::kMergeRowsSchema);
-  m.def(vlmfast::kMergeRowsBackwardSchema);
-}
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(VLMFAST_CUDA_LIBRARY, VLMFAST_CUDA_KEY, m) {
-  m.impl("top_tokens", TORCH_BOX(&vlmfast::top_tokens));
-  m.impl("merge_slots", TORCH_BOX(&vlmfast::merge_slots));
-  m.impl("merge_rows", TORCH_BOX(&vlmfast::merge_rows));
-  m.impl("merge_rows_backward", TORCH_BOX(&vlmfast::merge_rows_backward));
-}
+VLMFAST_REGISTER_CUDA_OPS()

@@ -1,0 +1,335 @@
+// Tensors as kernels see them: shape and dtype of an argument are declared, checked and bound in one statement.
+//
+//   Size batch("batch"), tokens("tokens"), hidden("hidden"), visual("visual");
+//   FloatDtype dtype;
+//   const View x("hidden_states", hidden_states, {{batch, tokens}, hidden}, dtype);
+//   const View mask("mask", mask_tensor, {{batch, tokens}}, Dtype::kBool);
+//   const View embeds("visual_embeds", visual_embeds, {visual, hidden}, dtype);
+//
+// The first tensor that has a size binds it, the later ones must have the same. Sizes in braces are one dimension of the
+// view. Errors say which argument was expected to have which shape, and which it has:
+//   visual_embeds must have shape (visual, hidden) = (visual, 64), got (5, 65)
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "common/types.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace vlmfast {
+
+using torch::stable::Tensor;
+
+// ---- dtypes ----
+
+constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "of another dtype"};
+constexpr int64_t kDtypeWidths[] = {4, 2, 2, 1, 4, 8, 0};
+
+inline const char* name_of(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
+
+// Bytes of an element.
+inline int64_t width_of(Dtype dtype) { return kDtypeWidths[static_cast<int>(dtype)]; }
+
+// The number of a dtype in torch's C shim.
+inline int32_t shim_dtype(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return aoti_torch_dtype_float32();
+    case Dtype::kFloat16:
+      return aoti_torch_dtype_float16();
+    case Dtype::kBFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case Dtype::kBool:
+      return aoti_torch_dtype_bool();
+    case Dtype::kInt32:
+      return aoti_torch_dtype_int32();
+    case Dtype::kInt64:
+      return aoti_torch_dtype_int64();
+    default:
+      return -1;
+  }
+}
+
+// Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
+inline Dtype dtype_of(const Tensor& tensor) {
+  int32_t number;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  for (const Dtype dtype :
+       {Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBool, Dtype::kInt64, Dtype::kInt32}) {
+    if (number == shim_dtype(dtype)) return dtype;
+  }
+  return Dtype::kOther;
+}
+
+// A dtype that tensors of a call share: that of the first one, which must be floating.
+class FloatDtype {
+ public:
+  operator Dtype() const { return dtype_; }
+
+  void bind(const char* name, Dtype found) {
+    if (owner_ != nullptr && found == dtype_) return;
+    STD_TORCH_CHECK(owner_ == nullptr, name, " must be ", name_of(dtype_), ", the dtype of ", owner_, ", got ",
+                    name_of(found));
+    STD_TORCH_CHECK(found <= Dtype::kBFloat16, name, " must be float32, float16 or bfloat16, got ", name_of(found));
+    owner_ = name;
+    dtype_ = found;
+  }
+
+ private:
+  const char* owner_ = nullptr;
+  Dtype dtype_ = Dtype::kOther;
+};
+
+// ---- sizes ----
+
+// A size that tensors of a call share: that of the first one, or a given number.
+class Size {
+ public:
+  explicit Size(const char* name, int64_t value = kUnbound) : name_(name), value_(value) {}
+
+  Size at_least(int64_t least) const {
+    Size bounded = *this;
+    bounded.least_ = least;
+    return bounded;
+  }
+  Size at_most(int64_t most) const {
+    Size bounded = *this;
+    bounded.most_ = most;
+    return bounded;
+  }
+
+  operator int64_t() const { return value_; }
+
+  bool bind(int64_t found) {
+    if (value_ != kUnbound) return value_ == found;
+    if (found < least_ || found > most_) return false;
+    value_ = found;
+    return true;
+  }
+
+  const char* name() const { return name_; }
+  bool bound() const { return value_ != kUnbound; }
+  // The bounds of a size that is not bound, for messages.
+  void describe_bounds(std::ostream& message) const {
+    if (bound()) return;
+    if (least_ > 0) message << ", " << name_ << " >= " << least_;
+    if (most_ < kUnlimited) message << ", " << name_ << " <= " << most_;
+  }
+
+ private:
+  static constexpr int64_t kUnbound = -1, kUnlimited = std::numeric_limits<int64_t>::max();
+  const char* name_;
+  int64_t value_, least_ = 0, most_ = kUnlimited;
+};
+
+// Any number of leading sizes that tensors of a call share: those of the first one. As a number: their product.
+class Leading {
+ public:
+  operator int64_t() const { return count_; }
+
+  bool bind(const int64_t* sizes, int64_t dims) {
+    if (sizes_ == nullptr) {
+      sizes_ = sizes;
+      dims_ = dims;
+      for (int64_t dim = 0; dim < dims; ++dim) count_ *= sizes[dim];
+    }
+    if (dims != dims_) return false;
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      if (sizes[dim] != sizes_[dim]) return false;
+    }
+    return true;
+  }
+
+  bool bound() const { return sizes_ != nullptr; }
+  const int64_t* begin() const { return sizes_; }
+  const int64_t* end() const { return sizes_ + dims_; }
+
+ private:
+  const int64_t* sizes_ = nullptr;  // of the first tensor, which outlives the call
+  int64_t dims_ = 0, count_ = 1;
+};
+
+// A dimension of a view: one size, several in braces, or all that lead.
+struct Dim {
+  Size* sizes[2] = {};
+  Leading* leading = nullptr;
+
+  Dim(Size& size) : sizes{&size} {}
+  Dim(Size& outer, Size& inner) : sizes{&outer, &inner} {}
+  Dim(Leading& all) : leading(&all) {}
+
+  int64_t dims() const { return leading != nullptr ? 0 : sizes[1] != nullptr ? 2 : 1; }  // of the tensor
+};
+
+// A number among the arguments.
+inline void check_within(const char* name, int64_t value, int64_t least, int64_t most) {
+  STD_TORCH_CHECK(least <= value && value <= most, name, " must be within ", least, " and ", most, ", got ", value);
+}
+
+// ---- views ----
+
+namespace detail {
+
+[[noreturn]] inline void refuse_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank) {
+  std::ostringstream names, values, bounds;
+  bool bound = false;
+  const char* separator = "";
+  const auto add = [&](auto name, auto value) {
+    names << separator << name;
+    values << separator << value;
+    separator = ", ";
+  };
+  for (const Dim* dim = shape; dim < shape + rank; ++dim) {
+    if (dim->leading != nullptr) {
+      names << separator << "...";
+      if (!dim->leading->bound()) values << separator << "...";
+      for (const int64_t size : *dim->leading) {
+        values << separator << size;
+        separator = ", ";
+      }
+      separator = ", ";
+      bound = bound || dim->leading->bound();
+    }
+    for (const Size* size : dim->sizes) {
+      if (size == nullptr) continue;
+      size->bound() ? add(size->name(), int64_t{*size}) : add(size->name(), size->name());
+      size->describe_bounds(bounds);
+      bound = bound || size->bound();
+    }
+  }
+  std::ostringstream got;
+  separator = "";
+  for (const int64_t size : tensor.sizes()) {
+    got << separator << size;
+    separator = ", ";
+  }
+  const std::string expected = bound ? ") = (" + values.str() : "";
+  STD_TORCH_CHECK(false, name, " must have shape (", names.str(), expected, ")", bounds.str(), ", got (", got.str(),
+                  ")");
+  std::abort();
+}
+
+// The stride of dimensions from `begin` to `end` as one, 0 where no kernel takes a step; false where they have none.
+inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin, int64_t end, int64_t& stride) {
+  int64_t inner = 1;
+  stride = 0;
+  for (int64_t dim = end; dim-- > begin;) {
+    if (sizes[dim] == 1) continue;
+    if (inner == 1) stride = strides[dim];
+    if (strides[dim] != stride * inner) return false;
+    inner *= sizes[dim];
+  }
+  return true;
+}
+
+// Binds the sizes of a tensor and finds those of a view, and its strides: false where the tensor has none, because
+// dimensions that are one have no common stride, or elements of the last dimension are not adjacent.
+inline bool bind_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank, int64_t* view_sizes,
+                       int64_t* view_strides) {
+  const int64_t dims = tensor.dim();
+  const int64_t* const sizes = tensor.sizes().data();
+  const int64_t* const strides = tensor.strides().data();
+  int64_t named = 0;
+  for (int i = 0; i < rank; ++i) named += shape[i].dims();
+  const bool open = shape[0].leading != nullptr;  // any rank from that of the named sizes on
+  if (open ? dims < named : dims != named) refuse_shape(name, tensor, shape, rank);
+  bool fits = true;
+  int64_t begin = 0, elements = 1;
+  for (int i = 0; i < rank; ++i) {
+    const Dim& dim = shape[i];
+    const int64_t end = begin + (dim.leading != nullptr ? dims - named : dim.dims());
+    bool same = dim.leading == nullptr || dim.leading->bind(sizes, end);
+    view_sizes[i] = 1;
+    for (int64_t at = begin; at < end; ++at) {
+      view_sizes[i] *= sizes[at];
+      if (dim.leading == nullptr) same = same && dim.sizes[at - begin]->bind(sizes[at]);
+    }
+    if (!same) refuse_shape(name, tensor, shape, rank);
+    fits = collapse(sizes, strides, begin, end, view_strides[i]) && fits;
+    elements *= view_sizes[i];
+    begin = end;
+  }
+  return elements == 0 || (fits && (view_sizes[rank - 1] == 1 || view_strides[rank - 1] == 1));
+}
+
+}  // namespace detail
+
+// A tensor, or none, as `rank` dimensions, the last one of adjacent elements: read in place where its strides allow
+// it, copied once where they do not.
+template <int rank>
+class View {
+ public:
+  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], FloatDtype& dtype) : dtype_(dtype_of(tensor)) {
+    dtype.bind(name, dtype_);
+    bind(name, tensor, shape);
+  }
+
+  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], Dtype dtype) : dtype_(dtype_of(tensor)) {
+    STD_TORCH_CHECK(dtype_ == dtype, name, " must be ", name_of(dtype), ", got ", name_of(dtype_));
+    bind(name, tensor, shape);
+  }
+
+  // The view of a tensor that is not given is false, has no data and no strides.
+  template <class AnyDtype>
+  View(const char* name, const std::optional<Tensor>& tensor, const Dim (&shape)[rank], AnyDtype&& dtype) {
+    if (tensor.has_value()) *this = View(name, *tensor, shape, dtype);
+  }
+  View() = default;
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  const void* data() const { return data_; }
+  template <class T>
+  const T* data_as() const {
+    return static_cast<const T*>(data_);
+  }
+  // Where the element begins that leading indices, and maybe the last, are the place of.
+  template <class... Index>
+  const char* at(Index... index) const {
+    static_assert(sizeof...(index) <= rank);
+    const int64_t indices[] = {index...};
+    int64_t elements = 0;
+    for (size_t i = 0; i < sizeof...(index); ++i) elements += indices[i] * strides_[i];
+    return static_cast<const char*>(data_) + elements * width();
+  }
+
+  int64_t size(int dim) const { return sizes_[dim]; }
+  int64_t stride(int dim) const { return strides_[dim]; }  // in elements
+  int64_t width() const { return width_of(dtype_); }       // bytes of an element
+  Dtype dtype() const { return dtype_; }
+
+  int64_t numel() const {
+    int64_t elements = 1;
+    for (const int64_t size : sizes_) elements *= size;
+    return elements;
+  }
+
+ private:
+  void bind(const char* name, const Tensor& tensor, const Dim (&shape)[rank]) {
+    if (detail::bind_shape(name, tensor, shape, rank, sizes_, strides_)) {
+      data_ = tensor.const_data_ptr();
+      return;
+    }
+    copy_ = torch::stable::contiguous(tensor);
+    data_ = copy_->const_data_ptr();
+    int64_t stride = 1;
+    for (int dim = rank; dim-- > 0; stride *= sizes_[dim]) strides_[dim] = stride;
+  }
+
+  const void* data_ = nullptr;  // of the tensor, which outlives the call, or of the copy
+  int64_t sizes_[rank] = {}, strides_[rank] = {};
+  Dtype dtype_ = Dtype::kOther;
+  std::optional<Tensor> copy_;
+};
+
+}  // namespace vlmfast
