@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from tests.helpers.tiny_types import TINY, build
+from tests.helpers.tiny_types import SINCE, TINY, build
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
@@ -34,6 +35,8 @@ EACH_FAMILY = [pytest.param(family, id=family.model_types[0]) for family in dict
 def skip_unless_known(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    if Version(transformers.__version__) < Version(SINCE.get(model_type, "0")):
+        pytest.skip(f"the tiny {model_type} needs transformers {SINCE[model_type]}")
 
 
 def tiny(name: Family | str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:

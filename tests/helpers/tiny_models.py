@@ -18,6 +18,7 @@ QWEN_TOKENS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+GRID = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
 Built = tuple[nn.Module, dict[str, Any]]  # a model and its inputs
 
 
@@ -79,8 +80,9 @@ def mrope(sections: list[int], **config: Any) -> dict[str, Any]:
 def model(model_type: str, **config: Any) -> nn.Module:
     """Build a random model of that type."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISUAL
 
-    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if model_type in VISUAL else AutoModelForCausalLM
     return randomised(lambda: auto.from_config(AutoConfig.for_model(model_type, **copy.deepcopy(config))))
 
 
@@ -88,13 +90,13 @@ def randomised(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model in evaluation mode, the same at each call.
 
     One-dimensional parameters are moved off their initial ones and zeros, which would hide a weight that is not used,
-    and matrices are made larger, so that every layer leaves a trace in the output.
+    and so are matrices of zeros; others are made larger, so that every layer leaves a trace in the output.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         result = build().eval()
         for parameter in result.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 and parameter.any():
                 parameter.mul_(3.0)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -118,13 +120,6 @@ def pixels(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def with_token_types(result: nn.Module, inputs: dict[str, Any]) -> Built:
-    """Add what tells images from text, where the model asks for it."""
-    if "mm_token_type_ids" in inspect.signature(result.forward).parameters:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
-    return result, inputs
-
-
 # ---- models with inputs ----
 
 
@@ -133,25 +128,38 @@ def language_model(model_type: str, **config: Any) -> Built:
     return model(model_type, **text(**config)), prompts(image_tokens=4)
 
 
+def with_images(result: nn.Module, image_tokens: int, shape: tuple[int, ...], inputs: dict[str, Tensor]) -> Built:
+    """Add two prompts, pixels of that shape for both, and other inputs."""
+    found = {**prompts(image_tokens), "pixel_values": pixels(*shape), **{name: x.clone() for name, x in inputs.items()}}
+    if "mm_token_type_ids" in inspect.signature(result.forward).parameters:
+        found["mm_token_type_ids"] = (found["input_ids"] == IMAGE).int()
+    return result, found
+
+
+def images(
+    model_type: str,
+    image_tokens: int = 4,
+    shape: tuple[int, ...] = (2, 3, 28, 28),
+    inputs: dict[str, Tensor] | None = None,
+    **config: Any,
+) -> Built:
+    """Build a model that takes one image for each prompt, by default of 28 x 28."""
+    return with_images(model(model_type, **config), image_tokens, shape, inputs or {})
+
+
+def patches(model_type: str, values: int = 3 * 2 * 4 * 4, image_tokens: int = 4, **config: Any) -> Built:
+    """Build a model that takes images as rows of patches: here 4 x 4 patches for each prompt, of so many values."""
+    return images(model_type, image_tokens, (2 * 16, values), GRID, **config)
+
+
 def qwen(model_type: str, **config: Any) -> Built:
-    """Build a model that takes images as rows of patches: here 4 x 4 patches of 3 x 2 x 4 x 4 values."""
-    return with_patches(model(model_type, **config, **QWEN_TOKENS))
-
-
-def with_patches(result: nn.Module) -> Built:
-    """Add the inputs of `qwen`."""
-    images = {"pixel_values": pixels(2 * 16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
-    return with_token_types(result, {**prompts(image_tokens=4), **images})
-
-
-def image_rows(model_type: str, image_tokens: int = 4, **config: Any) -> Built:
-    """Build a model that takes one image of 28 x 28 for each prompt."""
-    return model(model_type, **config), {**prompts(image_tokens), "pixel_values": pixels(2, 3, 28, 28)}
+    """Build a Qwen-VL model or one that names its tokens alike."""
+    return patches(model_type, **config, **QWEN_TOKENS)
 
 
 def llava(model_type: str, language: str, **config: Any) -> Built:
     """Build a LLaVA on CLIP."""
-    return image_rows(
+    return images(
         model_type,
         image_tokens=16,
         text_config=text(model_type=language),
@@ -171,20 +179,17 @@ def llava_tiles(model_type: str, language: str, tower: str = "clip_vision_model"
         image_grid_pinpoints=[[28, 56], [56, 28]],
         **config,
     )
-    inputs = prompts(image_tokens=16 + 4 * (8 + 1))
-    inputs["pixel_values"] = pixels(2, 3, 3, 28, 28)
-    inputs["image_sizes"] = torch.tensor([[28, 56], [28, 56]])
-    return result, inputs
+    return with_images(result, 16 + 4 * (8 + 1), (2, 3, 3, 28, 28), {"image_sizes": torch.tensor([[28, 56], [28, 56]])})
 
 
 def idefics(model_type: str, language: str, **config: Any) -> Built:
     """Build an Idefics or SmolVLM, which take a list of images for each prompt."""
-    result = model(
+    return images(
         model_type,
+        shape=(2, 1, 3, 28, 28),
         text_config=text(model_type=language),
         vision_config=vision(),
         image_token_id=IMAGE,
         pad_token_id=0,
         **config,
     )
-    return result, {**prompts(image_tokens=4), "pixel_values": pixels(2, 1, 3, 28, 28)}
