@@ -10,11 +10,11 @@ namespace vlmfast {
 // Rows of one head, of which those from `count` on do not exist.
 template <typename scalar_t>
 struct TileRows {
-  RowPointer<scalar_t> rows;
-  int count, size;
+  Input<scalar_t, 2> rows;
+  int count, head_dim;
 };
 
-// Products on tensor cores: a warp has kOwnTiles tiles of 16 rows in registers, as the first operand of each product.
+// Logits on tensor cores: a warp has kOwnTiles tiles of 16 rows in registers, as the first operand of each matmul.
 // Rows of up to kSteps * 16 elements, zeros behind their end; kVec elements to a load. Depths are taken in an order in
 // which the four that a thread needs of a row are neighbours: both operands take the same one.
 template <typename scalar_t_, int kSteps, int kVec>
@@ -41,7 +41,7 @@ struct TensorTiles {
 
   __device__ __forceinline__ explicit TensorTiles(Shared& shared) : shared(shared) {}
 
-  // Where in a block this thread's rows are, and in a tile its columns of a part.
+  // Return where in a block this thread's rows are, and in a tile its columns of a part.
   __device__ __forceinline__ static int row(int r) {
     const int lane = threadIdx.x % kWarp;
     return threadIdx.x / kWarp * (kOwnTiles * 16) + r / 2 * 16 + r % 2 * 8 + lane / 4;
@@ -50,7 +50,7 @@ struct TensorTiles {
     return part * (kPartColumns * kLanes) + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
   }
 
-  // function(load, row, depth) for the vectors of a tile that are this thread's to move.
+  // Calls function(load, row, depth) for the vectors of a tile that are this thread's to move.
   template <typename Function>
   __device__ __forceinline__ static void for_loads(Function function) {
     constexpr int kUnrolled = kAhead ? kLoads : 4;
@@ -61,7 +61,7 @@ struct TensorTiles {
     }
   }
   __device__ __forceinline__ static Vec load(const TileRows<scalar_t>& from, int row, int depth) {
-    if (row < from.count && depth < from.size) return Vec::load(from.rows[row] + depth);
+    if (row < from.count && depth < from.head_dim) return Vec::load(from.rows.at(row) + depth);
     return Vec{};
   }
 
@@ -112,7 +112,7 @@ struct TensorTiles {
     __syncthreads();
   }
 
-  // visit(part, products) for the parts of that tile.
+  // Calls visit(part, logits) for the parts of that tile.
   template <typename Visit>
   __device__ __forceinline__ void multiply(const TileRows<scalar_t>&, const TileRows<scalar_t>&, int, int, int buffer,
                                            Visit visit) {
@@ -134,18 +134,18 @@ struct TensorTiles {
           }
         }
       }
-      float products[kRows][kPartColumns];
+      float logits[kRows][kPartColumns];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int c = 0; c < kPartColumns; ++c) products[r][c] = sums[r / 2][c / 2][r % 2 * 2 + c % 2];
+        for (int c = 0; c < kPartColumns; ++c) logits[r][c] = sums[r / 2][c / 2][r % 2 * 2 + c % 2];
       }
-      visit(part, products);
+      visit(part, logits);
     }
   }
 };
 
-// Products of any dtype and any length by multiply-adds in float32: both operands come by kDepth elements at a time.
+// Logits of any dtype and any length by multiply-adds in float32: both operands come by kDepth elements at a time.
 template <typename scalar_t_>
 struct PlainTiles {
   using scalar_t = scalar_t_;
@@ -175,12 +175,12 @@ struct PlainTiles {
 #pragma unroll
       for (int i = threadIdx.x; i < kColumns * kDepth; i += kThreads) {
         const int row = first_row + i / kDepth, depth = first_depth + i % kDepth;
-        const bool exists = row < from.count && depth < from.size;
-        to[i / kDepth][i % kDepth] = exists ? to_float(from.rows[row][depth]) : 0.f;
+        const bool exists = row < from.count && depth < from.head_dim;
+        to[i / kDepth][i % kDepth] = exists ? to_float(from.rows.at(row)[depth]) : 0.f;
       }
     };
-    float products[kRows][kPartColumns] = {};
-    for (int first_depth = 0; first_depth < own.size; first_depth += kDepth) {
+    float logits[kRows][kPartColumns] = {};
+    for (int first_depth = 0; first_depth < own.head_dim; first_depth += kDepth) {
       __syncthreads();  // the elements before these are done
       copy(own, own_first, first_depth, shared.own);
       copy(others, first, first_depth, shared.others);
@@ -199,10 +199,10 @@ struct PlainTiles {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int c = 0; c < kPartColumns; ++c) products[r][c] += sums[r][c];
+        for (int c = 0; c < kPartColumns; ++c) logits[r][c] += sums[r][c];
       }
     }
-    visit(0, products);
+    visit(0, logits);
   }
 };
 

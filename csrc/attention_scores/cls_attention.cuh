@@ -1,10 +1,7 @@
 // The CLS row of an attention map, summed over the heads. One launch reads the keys, in blocks of one head and some
-// tokens; it leaves the products and, of each 32 of them, the maximum and the sum of the exponentials. Another one
-// joins those to the normaliser of each head and sums over the heads.
+// tokens; it leaves the logits and, for each 32 of them, the maximum and the sum of the exponentials. Another one joins
+// those to the normaliser of each head and sums over the heads.
 #pragma once
-
-#include <algorithm>
-#include <type_traits>
 
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
@@ -12,7 +9,7 @@
 
 namespace vlmfast {
 
-// The largest logit and the sum of the exponentials of all, in powers of two. Any number of them can be joined.
+// The largest logit and the sum of all exponentials, in powers of two. Any number of them can be joined.
 struct Normaliser {
   float maximum = -INFINITY, sum = 0.f;
 
@@ -28,48 +25,52 @@ struct Normaliser {
   __device__ __forceinline__ void join_lanes() {
 #pragma unroll
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const float other_maximum = __shfl_xor_sync(0xffffffffu, maximum, offset, kLanes);
-      join(other_maximum, __shfl_xor_sync(0xffffffffu, sum, offset, kLanes));
+      const float other_maximum = __shfl_xor_sync(kAllLanes, maximum, offset, kLanes);
+      join(other_maximum, __shfl_xor_sync(kAllLanes, sum, offset, kLanes));
     }
   }
 };
 
 struct ClsSizes {
-  int64_t batch, heads, tokens, size;
+  int64_t batch, heads, tokens;
+  int head_dim;
   int64_t chunks;  // of a head's tokens
   int64_t cls;     // where the CLS token stands
-  float factor;    // of the products, for powers of two
+  float factor;    // of the logits, for powers of two
 };
 
 struct ClsPolicy {
   static constexpr int kThreads = 128;
-  static constexpr int kChunk = kThreads;        // tokens of a block, enough blocks for five crops of 16 heads
+  static constexpr int kChunk = kThreads;        // tokens of a block: enough blocks for five crops of 16 heads
   static constexpr int kParts = kChunk / kWarp;  // of a chunk: a warp makes one
   static constexpr int kRows = 4;                // keys in flight of each group of threads
   static constexpr int kHeads = 32;              // whose normalisers wait in shared memory
 };
 
+// Rows longer than registers hold are read again for each key.
+template <int kVec>
+using LongHeadRow = RowPolicy<kVec, 32, 2, 5, true>;
+
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
-    cls_products_kernel(ImagePointer<scalar_t> query,  // (batch, heads, size)
-                        HeadPointer<scalar_t> key,     // (batch, heads, tokens, size)
-                        float2* __restrict__ parts,    // (batch, heads, chunks * kParts)
-                        float* __restrict__ products,  // (batch, heads, tokens)
-                        ClsSizes sizes) {
+    cls_logits_kernel(Input<scalar_t, 3> query,    // (batch, heads, head_dim)
+                      Input<scalar_t, 4> key,      // (batch, heads, tokens, head_dim)
+                      float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
+                      float* __restrict__ logits,  // (batch, heads, tokens), without their factor
+                      ClsSizes sizes) {
   constexpr int kVec = Policy::kVec, kRows = ClsPolicy::kRows, kChunk = ClsPolicy::kChunk;
   using Vec = Vector<scalar_t, kVec>;
   static_assert(Policy::kThreadsPerRow <= kWarp && Policy::kThreads == ClsPolicy::kThreads, "rows are warps' own");
   __shared__ GroupSum<Policy::kThreadsPerRow, 1> group_sum;
-  __shared__ float chunk_products[kChunk];
-  const int size = static_cast<int>(sizes.size);
+  __shared__ float chunk_logits[kChunk];
 
   for (int64_t work = blockIdx.x; work < sizes.batch * sizes.heads * sizes.chunks; work += gridDim.x) {
     const int64_t head_index = work / sizes.chunks, chunk = work % sizes.chunks;
-    const int64_t image = head_index / sizes.heads, head = head_index % sizes.heads, first = chunk * kChunk;
+    const int64_t batch = head_index / sizes.heads, head = head_index % sizes.heads, first = chunk * kChunk;
     const int count = static_cast<int>(min(sizes.tokens - first, int64_t{kChunk}));
-    const scalar_t* const query_row = query.at(image, head);
+    const scalar_t* const query_row = query.at(batch, head);
     Vec queries[Policy::kVectors];
-    Policy::for_kept(size, [&](int k, int column) { queries[k] = Vec::load(query_row + column); });
+    Policy::for_kept(sizes.head_dim, [&](int k, int column) { queries[k] = Vec::load(query_row + column); });
     __syncthreads();  // the chunk before this one is done
 
     for (int base = 0; base < count; base += Policy::kRowsPerBlock * kRows) {
@@ -78,26 +79,27 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
       for (int row = 0; row < kRows; ++row) {
         const int token = base + row * Policy::kRowsPerBlock + Policy::group();
         if (token >= count) continue;
-        const scalar_t* const key_row = key.at(image, head, first + token);
-        Policy::for_kept(size, [&](int k, int column) { values[row][k] = Vec::load(key_row + column); });
+        const scalar_t* const key_row = key.at(batch, head, first + token);
+        Policy::for_kept(sizes.head_dim, [&](int k, int column) { values[row][k] = Vec::load(key_row + column); });
       }
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         const int token = base + row * Policy::kRowsPerBlock + Policy::group();
-        const int end = token < count ? size : 0;  // a group past the last one only takes part in the shuffles
-        float product[1] = {0.f};
+        const int end =
+            token < count ? sizes.head_dim : 0;  // a group past the last one only takes part in the shuffles
+        float logit[1] = {0.f};
         const auto add = [&](const Vec& own, const Vec& other) {
           float sum = 0.f;
 #pragma unroll
           for (int i = 0; i < kVec; ++i) sum += own[i] * other[i];
-          product[0] += sum;
+          logit[0] += sum;
         };
         Policy::for_kept(end, [&](int k, int) { add(queries[k], values[row][k]); });
         Policy::for_rest(end, [&](int column) {
-          add(Vec::load(query_row + column), Vec::load(key.at(image, head, first + token) + column));
+          add(Vec::load(query_row + column), Vec::load(key.at(batch, head, first + token) + column));
         });
-        group_sum.add_up(product, 0);
-        if (token < count && Policy::first() == 0) chunk_products[token] = product[0];
+        group_sum.add_up(logit, 0);
+        if (token < count && Policy::first() == 0) chunk_logits[token] = logit[0];
       }
     }
     __syncthreads();
@@ -105,9 +107,9 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
     const int token = threadIdx.x;
     Normaliser part;
     if (token < count) {
-      products[head_index * sizes.tokens + first + token] = chunk_products[token];
-      part.maximum = chunk_products[token] * sizes.factor;
-      part.sum = fast_exp2(fmaf(chunk_products[token], sizes.factor, -part.maximum));
+      logits[head_index * sizes.tokens + first + token] = chunk_logits[token];
+      part.maximum = chunk_logits[token] * sizes.factor;
+      part.sum = fast_exp2(fmaf(chunk_logits[token], sizes.factor, -part.maximum));
     }
     part.join_lanes<kWarp>();
     if (token % kWarp == 0) {
@@ -117,16 +119,16 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
 }
 
 inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
-    cls_scores_kernel(const float2* __restrict__ parts,    // (batch, heads, chunks * kParts)
-                      const float* __restrict__ products,  // (batch, heads, tokens)
-                      float* __restrict__ scores,          // (batch, tokens - 1)
+    cls_scores_kernel(const float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
+                      const float* __restrict__ logits,  // (batch, heads, tokens)
+                      float* __restrict__ scores,        // (batch, tokens - 1)
                       ClsSizes sizes) {
   constexpr int kHeads = ClsPolicy::kHeads, kWarps = ClsPolicy::kThreads / kWarp;
   __shared__ float2 normalisers[kHeads];  // the maximum and the inverse of the sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t parts_per_head = sizes.chunks * ClsPolicy::kParts;
   for (int64_t work = blockIdx.x; work < sizes.batch * sizes.chunks; work += gridDim.x) {
-    const int64_t image = work / sizes.chunks;
+    const int64_t batch = work / sizes.chunks;
     const int64_t token = work % sizes.chunks * ClsPolicy::kChunk + threadIdx.x;
     const bool wanted = token < sizes.tokens && token != sizes.cls;
     float score = 0.f;
@@ -134,7 +136,7 @@ inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
       const int count = static_cast<int>(min(sizes.heads - first, int64_t{kHeads}));
       __syncthreads();  // the heads before these are done
       for (int head = warp; head < count; head += kWarps) {
-        const float2* const head_parts = parts + (image * sizes.heads + first + head) * parts_per_head;
+        const float2* const head_parts = parts + (batch * sizes.heads + first + head) * parts_per_head;
         Normaliser whole;
         for (int64_t part = lane; part < parts_per_head; part += kWarp) {
           whole.join(head_parts[part].x, head_parts[part].y);
@@ -144,41 +146,15 @@ inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
       }
       __syncthreads();
       if (!wanted) continue;
-      const float* const own = products + (image * sizes.heads + first) * sizes.tokens + token;
+      const float* const own = logits + (batch * sizes.heads + first) * sizes.tokens + token;
 #pragma unroll 4
       for (int head = 0; head < count; ++head) {
         const float2 normaliser = normalisers[head];
         score += fast_exp2(fmaf(own[head * sizes.tokens], sizes.factor, -normaliser.x)) * normaliser.y;
       }
     }
-    if (wanted) scores[image * (sizes.tokens - 1) + token - (token > sizes.cls)] = score;
+    if (wanted) scores[batch * (sizes.tokens - 1) + token - (token > sizes.cls)] = score;
   }
-}
-
-template <typename scalar_t>
-void launch_cls_attention(const DeviceScope& scope, const ImagePointer<scalar_t>& query,
-                          const HeadPointer<scalar_t>& key, float2* parts, float* products, float* scores,
-                          const ClsSizes& sizes) {
-  const auto with_policy = [&](auto policy) {
-    check_cuda(launch(cls_products_kernel<scalar_t, decltype(policy)>,
-                      dim3(std::min(sizes.batch * sizes.heads * sizes.chunks, kMaxBlocks)), dim3(ClsPolicy::kThreads),
-                      0, scope.stream(), query, key, parts, products, sizes));
-  };
-  const auto in_vectors = [&](auto vec) {
-    constexpr int kVec = decltype(vec)::value;
-    using Short = RowPolicy<kVec, 8, 2, 5>;  // up to 128 elements in half precision
-    using Long = RowPolicy<kVec, 32, 2, 5, true>;
-    if (sizes.size <= Short::kColumns) return with_policy(Short());
-    with_policy(Long());
-  };
-  const bool fit = vectors_fit(kVectorBytes, sizes.size, {query.rows(), query.images()});
-  if (fit && key.aligned_to(kVectorBytes)) {
-    in_vectors(std::integral_constant<int, kVectorBytes / sizeof(scalar_t)>());
-  } else {
-    in_vectors(std::integral_constant<int, 1>());
-  }
-  check_cuda(launch(cls_scores_kernel, dim3(std::min(sizes.batch * sizes.chunks, kMaxBlocks)),
-                    dim3(ClsPolicy::kThreads), 0, scope.stream(), parts, products, scores, sizes));
 }
 
 }  // namespace vlmfast

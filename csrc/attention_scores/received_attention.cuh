@@ -1,10 +1,7 @@
-// The attention that each token gets: the normaliser of each row of the map, then the sums of its columns, then their
-// mean over heads and groups. The first two are one kernel: the second pass has the keys in the place of the queries,
-// so that its sums, too, run along the rows of a block. No atomics, and the map is never stored.
+// The attention that each token receives: the normaliser of each row of the map, then the sums of its columns, then
+// their mean over heads and groups. The first two are one kernel: the second pass has the keys in the place of the
+// queries, so that its sums, too, run along the rows of a block. No atomics, and the map is never stored.
 #pragma once
-
-#include <algorithm>
-#include <type_traits>
 
 #include "attention_scores/attention_tiles.cuh"
 #include "attention_scores/cls_attention.cuh"
@@ -15,11 +12,11 @@ namespace vlmfast {
 
 struct ReceivedSizes {
   int64_t heads;
-  int tokens, size, bounds;
+  int tokens, head_dim, bounds;
   const int32_t* cu_seqlens;  // (bounds,), or null for one segment
-  float factor;               // of the products, for powers of two
+  float factor;               // of the logits, for powers of two
 
-  // The segment that a token is in: from where to where. Within the tokens, whatever cu_seqlens holds.
+  // Returns the begin and the end of a token's segment: within the tokens, whatever cu_seqlens holds.
   __device__ __forceinline__ int2 segment(int token) const {
     if (cu_seqlens == nullptr) return make_int2(0, tokens);
     int low = 0, high = bounds;  // of the bounds that are not above the token
@@ -44,19 +41,19 @@ struct RowNormalisers {
   Normaliser rows[Tiles::kRows];
 
   template <typename Inside>
-  __device__ __forceinline__ void take(const float (&products)[Tiles::kRows][Tiles::kPartColumns], int, const float2*,
+  __device__ __forceinline__ void take(const float (&logits)[Tiles::kRows][Tiles::kPartColumns], int, const float2*,
                                        float factor, Inside inside) {
 #pragma unroll
     for (int r = 0; r < Tiles::kRows; ++r) {
       float largest = rows[r].maximum;
 #pragma unroll
       for (int c = 0; c < Tiles::kPartColumns; ++c) {
-        if (inside(r, c)) largest = max(largest, products[r][c] * factor);
+        if (inside(r, c)) largest = max(largest, logits[r][c] * factor);
       }
       float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < Tiles::kPartColumns; ++c) {
-        if (inside(r, c)) sum += fast_exp2(fmaf(products[r][c], factor, -largest));
+        if (inside(r, c)) sum += fast_exp2(fmaf(logits[r][c], factor, -largest));
       }
       rows[r].join(largest, sum);
     }
@@ -68,15 +65,15 @@ struct RowNormalisers {
   }
 };
 
-// The second pass, in which rows are keys and columns queries: what each key gets of all of them.
+// The second pass, in which rows are keys and columns queries: the attention that each key receives.
 template <typename Tiles>
-struct ColumnSums {
+struct ReceivedSums {
   using Result = float;
   static constexpr bool kNeedsNormalisers = true;
   float received[Tiles::kRows] = {};
 
   template <typename Inside>
-  __device__ __forceinline__ void take(const float (&products)[Tiles::kRows][Tiles::kPartColumns], int part,
+  __device__ __forceinline__ void take(const float (&logits)[Tiles::kRows][Tiles::kPartColumns], int part,
                                        const float2* normalisers, float factor, Inside inside) {
     float sums[Tiles::kRows] = {};  // on their own: the error grows with the number of tiles
 #pragma unroll
@@ -84,7 +81,7 @@ struct ColumnSums {
       const float2 normaliser = normalisers[Tiles::column(part, c)];
 #pragma unroll
       for (int r = 0; r < Tiles::kRows; ++r) {
-        if (inside(r, c)) sums[r] += fast_exp2(fmaf(products[r][c], factor, -normaliser.x)) * normaliser.y;
+        if (inside(r, c)) sums[r] += fast_exp2(fmaf(logits[r][c], factor, -normaliser.x)) * normaliser.y;
       }
     }
 #pragma unroll
@@ -108,8 +105,8 @@ struct ReceivedShared {
 
 template <typename Tiles, template <typename> typename Pass>
 __global__ void __launch_bounds__(Tiles::kThreads, 1)
-    received_pass_kernel(ImagePointer<typename Tiles::scalar_t> own_rows,     // (heads, tokens, size)
-                         ImagePointer<typename Tiles::scalar_t> other_rows,   // (heads, tokens, size)
+    received_pass_kernel(Input<typename Tiles::scalar_t, 3> own_rows,         // (heads, tokens, head_dim)
+                         Input<typename Tiles::scalar_t, 3> other_rows,       // (heads, tokens, head_dim)
                          const float2* __restrict__ normalisers,              // (heads, tokens), of the other rows
                          typename Pass<Tiles>::Result* __restrict__ results,  // (heads, tokens), of the own rows
                          ReceivedSizes sizes) {
@@ -120,8 +117,8 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   for (int64_t work = blockIdx.x; work < sizes.heads * blocks_per_head; work += gridDim.x) {
     const int64_t head = work / blocks_per_head;
     const int own_first = static_cast<int>(work % blocks_per_head) * Tiles::kOwnRows;
-    const TileRows<scalar_t> own{{own_rows.at(head, 0), own_rows.row_stride}, sizes.tokens, sizes.size};
-    const TileRows<scalar_t> others{{other_rows.at(head, 0), other_rows.row_stride}, sizes.tokens, sizes.size};
+    const TileRows<scalar_t> own{{own_rows.at(head, 0), {own_rows.strides[1]}}, sizes.tokens, sizes.head_dim};
+    const TileRows<scalar_t> others{{other_rows.at(head, 0), {other_rows.strides[1]}}, sizes.tokens, sizes.head_dim};
     const float2* const head_normalisers = normalisers + head * sizes.tokens;
     int2 segments[kRows];
 #pragma unroll
@@ -145,9 +142,9 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
       tiles.stage(others, first, buffer);
       if (first + kColumns < last_segment.y) tiles.fetch(others, first + kColumns);
       const bool whole = first >= last_segment.x && first + kColumns <= first_segment.y;
-      tiles.multiply(own, others, own_first, first, buffer, [&](int part, const auto& products) {
+      tiles.multiply(own, others, own_first, first, buffer, [&](int part, const auto& logits) {
         const auto take = [&](auto inside) {
-          pass.take(products, part, shared->normalisers[buffer], sizes.factor, inside);
+          pass.take(logits, part, shared->normalisers[buffer], sizes.factor, inside);
         };
         if (whole) {  // every row's segment holds every column
           take([](int, int) { return true; });
@@ -190,42 +187,27 @@ inline __global__ void __launch_bounds__(MeanPolicy::kThreads)
   }
 }
 
-template <typename Tiles>
-void launch_received_passes(const DeviceScope& scope, const ImagePointer<typename Tiles::scalar_t>& query,
-                            const ImagePointer<typename Tiles::scalar_t>& key, float2* normalisers, float* received,
-                            const ReceivedSizes& sizes) {
-  const int64_t blocks = sizes.heads * ((sizes.tokens + Tiles::kOwnRows - 1) / Tiles::kOwnRows);
-  const dim3 grid(std::min(blocks, kMaxBlocks)), block(Tiles::kThreads);
-  constexpr size_t kShared = sizeof(ReceivedShared<Tiles>);
-  check_cuda(launch(received_pass_kernel<Tiles, RowNormalisers>, grid, block, kShared, scope.stream(), query, key,
-                    static_cast<const float2*>(nullptr), normalisers, sizes));
-  check_cuda(launch(received_pass_kernel<Tiles, ColumnSums>, grid, block, kShared, scope.stream(), key, query,
-                    normalisers, received, sizes));
-}
-
 template <typename T>
 struct Type {
   using type = T;
 };
 
-// Both passes: on tensor cores for heads of up to 128 elements in half precision.
-template <typename scalar_t>
-void launch_received_passes_of(const DeviceScope& scope, const ImagePointer<scalar_t>& query,
-                               const ImagePointer<scalar_t>& key, float2* normalisers, float* received,
-                               const ReceivedSizes& sizes) {
-  const auto with_tiles = [&](auto type) {
-    launch_received_passes<typename decltype(type)::type>(scope, query, key, normalisers, received, sizes);
-  };
-  if constexpr (sizeof(scalar_t) == 2) {
+// Calls function(a Type of tiles): tensor cores for heads of up to 128 elements in half precision.
+template <typename Function>
+void with_tiles(Dtype dtype, int64_t head_dim, bool in_vectors, Function&& function) {
+  const auto choose = [&](auto zero) {
+    using scalar_t = decltype(zero);
     constexpr int kVec = kVectorBytes / sizeof(scalar_t), kMostSteps = 8;
-    const bool fit = vectors_fit(kVectorBytes, sizes.size, {query.rows(), query.images(), key.rows(), key.images()});
-    const int steps = (sizes.size + 15) / 16;
-    if (fit && steps <= 4) return with_tiles(Type<TensorTiles<scalar_t, 4, kVec>>());
-    if (fit && steps <= 5) return with_tiles(Type<TensorTiles<scalar_t, 5, kVec>>());
-    if (fit && steps <= kMostSteps) return with_tiles(Type<TensorTiles<scalar_t, kMostSteps, kVec>>());
-    if (steps <= kMostSteps) return with_tiles(Type<TensorTiles<scalar_t, kMostSteps, 1>>());
-  }
-  with_tiles(Type<PlainTiles<scalar_t>>());
+    const int64_t steps = (head_dim + 15) / 16;
+    if (in_vectors && steps <= 4) return function(Type<TensorTiles<scalar_t, 4, kVec>>());
+    if (in_vectors && steps <= 5) return function(Type<TensorTiles<scalar_t, 5, kVec>>());
+    if (in_vectors && steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, kVec>>());
+    if (steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, 1>>());
+    function(Type<PlainTiles<scalar_t>>());
+  };
+  if (dtype == Dtype::kFloat32) function(Type<PlainTiles<float>>());
+  if (dtype == Dtype::kFloat16) choose(__half());
+  if (dtype == Dtype::kBFloat16) choose(__nv_bfloat16());
 }
 
 }  // namespace vlmfast

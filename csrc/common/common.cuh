@@ -1,4 +1,4 @@
-// Shared by the CUDA kernels: conversions, vectors, sums over threads; and what their launchers need of torch.
+// Shared by the CUDA kernels: conversions, vectors, sums and counts over the threads of a block.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -8,6 +8,7 @@
 namespace vlmfast {
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- conversions: arithmetic is in float32, whatever the storage ----
 
@@ -56,7 +57,7 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
 };
 
-// ---- sums ----
+// ---- sums and counts ----
 
 // Sums over groups of kThreads neighbouring threads: parts of a warp, or a whole block. Lives in shared memory.
 template <int kThreads, int kSums>
@@ -72,7 +73,7 @@ struct GroupSum {
     for (int i = 0; i < kSums; ++i) {
 #pragma unroll
       for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], offset, kLanes);
+        sums[i] += __shfl_xor_sync(kAllLanes, sums[i], offset, kLanes);
       }
     }
     if constexpr (kWarps > 1) {
@@ -89,6 +90,34 @@ struct GroupSum {
         for (int warp = 0; warp < kWarps; ++warp) sums[i] += buffer[i][warp];
       }
     }
+  }
+};
+
+// The lanes of a warp before the thread's own.
+__device__ __forceinline__ unsigned earlier_lanes() { return (1u << threadIdx.x % kWarp) - 1; }
+
+// Adds up what the warps of a block have counted. Lives in shared memory.
+template <int kThreads>
+struct BlockCount {
+  static constexpr int kWarps = kThreads / kWarp;
+  struct Sums {
+    int earlier_warps, block;
+  };
+  int warp_counts[2][kWarps];
+
+  // `turn` counts the calls: two buffers in turn spare a barrier, as in GroupSum.
+  __device__ __forceinline__ Sums add_up(int warp_count, int turn) {
+    int (&buffer)[kWarps] = warp_counts[turn % 2];
+    const int own_warp = threadIdx.x / kWarp;
+    if (threadIdx.x % kWarp == 0) buffer[own_warp] = warp_count;
+    __syncthreads();
+    Sums sums{0, 0};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < own_warp) sums.earlier_warps += buffer[warp];
+      sums.block += buffer[warp];
+    }
+    return sums;
   }
 };
 

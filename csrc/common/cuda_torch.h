@@ -1,11 +1,9 @@
-// What the launchers of the CUDA kernels need of torch: device, stream, pointers, registration. Stable ABI only.
+// Torch for the launchers of CUDA kernels: device, stream, pointers, dtypes. Stable ABI only.
 #pragma once
 
 #if !defined(VLMFAST_EMULATED) && !defined(USE_CUDA)
 #define USE_CUDA  // torch's C shim declares its CUDA part only then; a CPU-only torch will do to compile it
 #endif
-
-#include <initializer_list>
 
 #include "common/common.h"
 #include "common/cuda_compat.h"
@@ -14,79 +12,43 @@ namespace vlmfast {
 
 constexpr int kVectorBytes = 16;  // the widest load or store
 
-// Rows as a kernel takes them.
-template <typename scalar_t>
-struct RowPointer {
+// A view of `rank` dimensions as a kernel reads it.
+template <typename scalar_t, int rank>
+struct Input {
   const scalar_t* data = nullptr;
-  int64_t stride = 0;  // in elements
+  int64_t strides[rank > 1 ? rank - 1 : 1] = {};  // in elements; those of the last dimension are adjacent
 
-  __device__ __forceinline__ const scalar_t* operator[](int64_t row) const { return data + row * stride; }
-
-  // Does each row start at a multiple of so many bytes?
-  bool aligned_to(int64_t bytes) const {
-    return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride * sizeof(scalar_t) % bytes == 0;
+  // Where the row begins that leading indices are the place of.
+  template <typename... Indices>
+  __device__ __forceinline__ const scalar_t* at(Indices... indices) const {
+    static_assert(sizeof...(indices) == rank - 1);
+    const scalar_t* row = data;
+    int dim = 0;
+    ((row += indices * strides[dim++]), ...);
+    return row;
   }
 };
 
-// Images of rows, as a kernel takes them.
-template <typename scalar_t>
-struct ImagePointer {
-  const scalar_t* data;
-  int64_t image_stride, row_stride;  // in elements
-
-  __device__ __forceinline__ const scalar_t* at(int64_t image, int64_t row) const {
-    return data + image * image_stride + row * row_stride;
+// The strides count elements of scalar_t, which may be narrower than those of the view.
+template <typename scalar_t, int rank>
+Input<scalar_t, rank> as_input(const View<rank>& view) {
+  Input<scalar_t, rank> input{view.template data_as<scalar_t>()};
+  for (int dim = 0; dim < rank - 1; ++dim) {
+    input.strides[dim] = view.stride(dim) * (view.width() / static_cast<int64_t>(sizeof(scalar_t)));
   }
-  RowPointer<scalar_t> rows() const { return {data, row_stride}; }
-  RowPointer<scalar_t> images() const { return {data, image_stride}; }
-};
-
-// A (B, H, T, D) tensor: read in place, whatever the strides; copied once where elements are not adjacent.
-struct Heads {
-  Tensor tensor;  // owns the data
-  int64_t batch, count, rows, size;
-  int64_t batch_stride, head_stride, row_stride;  // in elements; 0 where no kernel takes a step
-
-  explicit Heads(Tensor from) : tensor(std::move(from)) {
-    STD_TORCH_CHECK(tensor.dim() == 4, "key must have shape (B, H, T, D), got ", tensor.dim(), " dimensions");
-    const int64_t* sizes = tensor.sizes().data();
-    batch = sizes[0], count = sizes[1], rows = sizes[2], size = sizes[3];
-    if (size > 1 && tensor.strides()[3] != 1) tensor = torch::stable::contiguous(tensor);
-    const auto stride = [&](int dim) { return sizes[dim] > 1 ? tensor.strides()[dim] : 0; };
-    batch_stride = stride(0), head_stride = stride(1), row_stride = stride(2);
-  }
-
-  const void* data() const { return tensor.const_data_ptr(); }
-};
-
-// The same, as a kernel takes it.
-template <typename scalar_t>
-struct HeadPointer {
-  const scalar_t* data;
-  int64_t batch_stride, head_stride, row_stride;
-
-  __device__ __forceinline__ const scalar_t* at(int64_t batch, int64_t head, int64_t row) const {
-    return data + batch * batch_stride + head * head_stride + row * row_stride;
-  }
-  bool aligned_to(int64_t bytes) const {
-    return RowPointer<scalar_t>{data, batch_stride}.aligned_to(bytes) &&
-           RowPointer<scalar_t>{data, head_stride}.aligned_to(bytes) &&
-           RowPointer<scalar_t>{data, row_stride}.aligned_to(bytes);
-  }
-};
-
-// May rows of `columns` elements be moved in vectors of so many bytes?
-template <typename scalar_t>
-bool vectors_fit(int64_t bytes, int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands) {
-  bool fit = columns * sizeof(scalar_t) % bytes == 0;
-  for (const auto& operand : operands) fit = fit && operand.aligned_to(bytes);
-  return fit;
+  return input;
 }
 
-// So many elements of a tensor, counted in scalar_t, which may be narrower.
-template <typename scalar_t>
-int64_t count_in(const Tensor& tensor, int64_t elements) {
-  return elements * static_cast<int64_t>(tensor.element_size() / sizeof(scalar_t));
+// Whether every row of the views can be moved in vectors of so many bytes.
+template <int... ranks>
+bool vectors_fit(int64_t bytes, const View<ranks>&... views) {
+  const auto fits = [&](const auto& view, int rank) {
+    bool aligned =
+        reinterpret_cast<uintptr_t>(view.data()) % bytes == 0 && view.size(rank - 1) * view.width() % bytes == 0;
+    for (int dim = 0; dim < rank - 1; ++dim) aligned = aligned && view.stride(dim) * view.width() % bytes == 0;
+    return aligned;
+  };
+  return (fits(views, ranks) && ...);
 }
 
 }  // namespace vlmfast
@@ -103,8 +65,6 @@ int64_t count_in(const Tensor& tensor, int64_t elements) {
 
 #include <vector>
 
-#define VLMFAST_CUDA_LIBRARY vlmfast_native
-#define VLMFAST_CUDA_KEY CUDA
 #define VLMFAST_REGISTER_CUDA_OPS() VLMFAST_IMPLEMENT_OPS(vlmfast_native, CUDA)  // each cpu.cpp defines the ops
 
 namespace vlmfast {
@@ -131,21 +91,9 @@ class DeviceScope {
     return counts.at(device_);
   }
 
-  // The strides count elements of scalar_t, which may be narrower than those of the tensor.
-  template <typename scalar_t>
-  RowPointer<scalar_t> input(const Rows& rows) const {
-    return {static_cast<const scalar_t*>(rows.data()), count_in<scalar_t>(rows.tensor, rows.row_stride)};
-  }
-
-  template <typename scalar_t>
-  ImagePointer<scalar_t> input(const Images& images) const {
-    return {static_cast<const scalar_t*>(images.data()), count_in<scalar_t>(images.tensor, images.image_stride),
-            count_in<scalar_t>(images.tensor, images.row_stride)};
-  }
-
-  template <typename scalar_t>
-  HeadPointer<scalar_t> input(const Heads& heads) const {
-    return {static_cast<const scalar_t*>(heads.data()), heads.batch_stride, heads.head_stride, heads.row_stride};
+  template <typename scalar_t, int rank>
+  Input<scalar_t, rank> input(const View<rank>& view) const {
+    return as_input<scalar_t>(view);
   }
 
   template <typename scalar_t>
@@ -168,30 +116,17 @@ inline void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
-// function(scalar_t()) for the storage type of a dtype.
+// Calls function(scalar_t()) for the storage type of a dtype.
 template <typename Function>
 void with_dtype(Dtype dtype, Function&& function) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return function(float());
-    case Dtype::kFloat16:
-      return function(__half());
-    case Dtype::kBFloat16:
-      return function(__nv_bfloat16());
-    default:
-      STD_TORCH_CHECK(false, "the tensors must be float32, float16 or bfloat16");
-  }
+  if (dtype == Dtype::kFloat32) function(float());
+  if (dtype == Dtype::kFloat16) function(__half());
+  if (dtype == Dtype::kBFloat16) function(__nv_bfloat16());
 }
 
-// A float32 buffer of kernels on the current stream.
+// Allocates a float32 buffer for kernels on the current stream.
 inline Tensor float_buffer(int64_t count, const Tensor& like) {
-  const int64_t stride = 1;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(), device_type,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
+  return allocate(&count, 1, like, aoti_torch_dtype_float32());
 }
 
 }  // namespace vlmfast

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <type_traits>
 
 #include "common/common.cuh"
@@ -12,6 +11,12 @@ namespace vlmfast {
 
 // A row that is only moved has no dtype: it is made of these.
 using Word = uint16_t;
+
+// The last size of a view, counted in scalar_t, which may be narrower than its elements.
+template <typename scalar_t, int rank>
+int64_t row_size(const View<rank>& view) {
+  return view.size(rank - 1) * (view.width() / static_cast<int64_t>(sizeof(scalar_t)));
+}
 
 enum class Arithmetic { kNone, kAdd, kMultiply };
 
@@ -79,21 +84,23 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
   }
 }
 
-// Moves `rows` rows in vectors of 16 bytes, of 4, or element by element: in the widest that `operands`, all that is
-// read, allow. What is written is contiguous and begins where torch allocates.
-template <typename scalar_t, typename Move>
-void launch_move(const DeviceScope& scope, int64_t rows, int64_t hidden,
-                 std::initializer_list<RowPointer<scalar_t>> operands, const Move& move) {
+// Moves `rows` rows in vectors of 16 bytes, of 4, or element by element: in the widest that all views that are read
+// allow. What is written is contiguous and begins where torch allocates.
+template <typename scalar_t, typename Move, int... ranks>
+void launch_move(const DeviceScope& scope, int64_t rows, const Move& move, const View<ranks>&... views) {
   if (rows == 0) return;
   const auto in_vectors = [&](auto bytes) {
     constexpr int kVec = decltype(bytes)::value / sizeof(scalar_t);
-    const MovePolicy policy(hidden / kVec);
+    const MovePolicy policy(move.hidden / kVec);
     const int64_t blocks = std::min((rows + policy.rows - 1) / policy.rows, kMaxBlocks);
     check_cuda(launch(move_rows_kernel<scalar_t, kVec, Move>, dim3(blocks), dim3(policy.along, policy.rows), 0,
-                      scope.stream(), move, rows, hidden));
+                      scope.stream(), move, rows, move.hidden));
   };
-  if (vectors_fit(kVectorBytes, hidden, operands)) return in_vectors(std::integral_constant<int, kVectorBytes>());
-  if (vectors_fit(4, hidden, operands)) return in_vectors(std::integral_constant<int, 4>());
+  const auto fit = [&](int64_t bytes) {
+    return move.hidden * sizeof(scalar_t) % bytes == 0 && vectors_fit(bytes, views...);
+  };
+  if (fit(kVectorBytes)) return in_vectors(std::integral_constant<int, kVectorBytes>());
+  if (fit(4)) return in_vectors(std::integral_constant<int, 4>());
   in_vectors(std::integral_constant<int, sizeof(scalar_t)>());
 }
 

@@ -1,8 +1,8 @@
-// The launch policy of kernels that give each row of a tensor to a group of threads, as types.
+// Rows of a tensor, each given to a group of threads: how they are spread, as a type, and how a kernel walks over them.
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
+#include <type_traits>
 
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
@@ -19,14 +19,30 @@ struct RowPolicy {
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   static constexpr int kStep = kThreadsPerRow * kVec;
   static constexpr int kColumns = kStep * kVectors;  // the longest row that registers hold
-  static constexpr bool kUnbounded = kUnbounded_;    // longer ones too: what is beyond is read twice
-  // Of the persistent backward: enough rows in flight to cover the latency of memory, few enough partial sums.
+  static constexpr bool kUnbounded = kUnbounded_;    // longer ones too: their rest is read once for each use
+  // For persistent grids: enough rows in flight to cover the latency of memory, few enough partial sums.
   static constexpr int kBlocksPerMultiprocessor = kBlocksPerMultiprocessor_;
 
   __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerRow; }  // the row within the block
   __device__ __forceinline__ static int first() { return threadIdx.x % kThreadsPerRow * kVec; }
 
-  // function(k, column) for the vectors of a row that the thread keeps, at place k.
+  // Blocks for that many rows, at most so many.
+  static int64_t blocks(int64_t rows, int64_t most) {
+    return std::min((rows + kRowsPerBlock - 1) / kRowsPerBlock, most);
+  }
+
+  // Calls function(row, end) for the rows of the thread's group, whatever the size of the grid. The groups of a block
+  // stay together: one that is past the last row has `end` 0, not `hidden`, and only takes part in the shuffles.
+  template <typename Function>
+  __device__ __forceinline__ static void for_rows(int64_t rows, int hidden, Function function) {
+    const int64_t step = int64_t{gridDim.x} * kRowsPerBlock;
+    for (int64_t block_row = int64_t{blockIdx.x} * kRowsPerBlock; block_row < rows; block_row += step) {
+      const int64_t row = block_row + group();
+      function(row, row < rows ? hidden : 0);
+    }
+  }
+
+  // Calls function(k, column) for the vectors of a row that the thread keeps, at place k.
   template <typename Function>
   __device__ __forceinline__ static void for_kept(int end, Function function) {
 #pragma unroll
@@ -36,7 +52,7 @@ struct RowPolicy {
     }
   }
 
-  // function(column) for those that it has no room for.
+  // Calls function(column) for those that it has no room for.
   template <typename Function>
   __device__ __forceinline__ static void for_rest(int end, Function function) {
     if constexpr (kUnbounded) {
@@ -44,34 +60,49 @@ struct RowPolicy {
       for (int column = first() + kColumns; column < end; column += kStep) function(column);
     }
   }
+
+  // Calls function(values, column) for all of them: those in `kept`, then those that load(column) gives.
+  template <typename Values, typename Load, typename Function>
+  __device__ __forceinline__ static void for_all(int end, const Values (&kept)[kVectors], Load load,
+                                                 Function function) {
+    for_kept(end, [&](int k, int column) { function(kept[k], column); });
+    for_rest(end, [&](int column) { function(load(column), column); });
+  }
 };
 
-// function(policy) for rows of `columns` elements, in vectors of kVec.
-template <int kVec, typename Function>
-void with_row_policy_of(int64_t columns, Function&& function) {
-  using HeadRow = RowPolicy<kVec, 8, 2, 5>;          // up to 128 elements in half precision
-  using NarrowRow = RowPolicy<kVec, 32, 2, 5>;       // 512
-  using MiddleRow = RowPolicy<kVec, 64, 2, 8>;       // 1024
-  using HiddenRow = RowPolicy<kVec, 256, 2, 2>;      // 4096
-  using LongRow = RowPolicy<kVec, 512, 2, 1, true>;  // 8192 and more
-  if (columns <= HeadRow::kColumns) return function(HeadRow());
-  if (columns <= NarrowRow::kColumns) return function(NarrowRow());
-  if (columns <= MiddleRow::kColumns) return function(MiddleRow());
-  if (columns <= HiddenRow::kColumns) return function(HiddenRow());
-  return function(LongRow());
-}
+// Rows of hidden states, by their length.
+template <int kVec>
+using HeadRow = RowPolicy<kVec, 8, 2, 5>;  // up to 128 elements in half precision
+template <int kVec>
+using NarrowRow = RowPolicy<kVec, 32, 2, 5>;  // 512
+template <int kVec>
+using MiddleRow = RowPolicy<kVec, 64, 2, 8>;  // 1024
+template <int kVec>
+using HiddenRow = RowPolicy<kVec, 256, 2, 2>;  // 4096
+template <int kVec>
+using LongRow = RowPolicy<kVec, 512, 2, 1, true>;  // 8192 and more
 
-// function(policy) for rows of `columns` elements: in vectors of 16 bytes where all operands allow it, else one by one.
-template <typename scalar_t, typename Function>
-void with_row_policy(int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands, Function&& function) {
-  if (!vectors_fit(kVectorBytes, columns, operands)) return with_row_policy_of<1>(columns, function);
-  return with_row_policy_of<kVectorBytes / sizeof(scalar_t)>(columns, function);
-}
-
-// Blocks for that many rows, at most so many.
-template <typename Policy>
-int64_t row_blocks(int64_t rows, int64_t most) {
-  return std::min((rows + Policy::kRowsPerBlock - 1) / Policy::kRowsPerBlock, most);
+// Calls function(scalar_t(), policy) for the storage type of a dtype, and the first of the policies whose registers
+// hold a row of `hidden` elements: in vectors of 16 bytes, or element by element.
+template <template <int> class... Policies, typename Function>
+void with_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& function) {
+  const auto choose = [&](auto zero) {
+    bool chosen = false;
+    const auto offer = [&](auto policy) {
+      using Policy = decltype(policy);
+      if (chosen || (hidden > Policy::kColumns && !Policy::kUnbounded)) return;
+      chosen = true;
+      function(zero, policy);
+    };
+    if (in_vectors) {
+      (offer(Policies<kVectorBytes / sizeof(zero)>()), ...);
+    } else {
+      (offer(Policies<1>()), ...);
+    }
+  };
+  if (dtype == Dtype::kFloat32) choose(float());
+  if (dtype == Dtype::kFloat16) choose(__half());
+  if (dtype == Dtype::kBFloat16) choose(__nv_bfloat16());
 }
 
 }  // namespace vlmfast

@@ -1,4 +1,4 @@
-// Which patches of a map make a token.
+// Tells which patches of a map make a token.
 #pragma once
 
 #include "common/cuda_compat.h"
@@ -17,7 +17,7 @@ struct PatchMap {
     unsigned image, patch;  // the patch as it lies in the map
   };
 
-  // Where the number `ordinal` in the order of the tokens, counted through the whole batch, lies.
+  // Returns where the patch lies whose number in the order of the tokens, counted through the whole batch, is `ordinal`.
   __device__ __forceinline__ Place place(unsigned ordinal) const {
     const unsigned in_image = ordinal % patches, token = in_image / per_token;
     const unsigned line = token / token_line, along = token % token_line;
@@ -25,7 +25,7 @@ struct PatchMap {
     return {ordinal / patches, (row * width + column) * scale + step(in_image % per_token)};
   }
 
-  // From the first patch of a token to another one of it.
+  // Returns the distance, in patches, from the first patch of a token to another one of it.
   __device__ __forceinline__ unsigned step(unsigned part) const { return part / scale * width + part % scale; }
 };
 

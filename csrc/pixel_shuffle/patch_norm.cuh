@@ -1,33 +1,30 @@
 // LayerNorm over the patches of a token or over each patch, on the way to the tokens, and its gradients.
 #pragma once
 
-#include "common/column_sums.cuh"
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
+#include "common/partial_sums.cuh"
 #include "common/row_policy.cuh"
 #include "pixel_shuffle/patch_map.cuh"
 
 namespace vlmfast {
 
-// What is normalised together: the patches of a token, or one patch.
+// Rows that are normalised: the patches of a token together, or each patch.
 struct NormRows {
   PatchMap map;
   unsigned patches, channels;  // of a row, of a patch
   int64_t count;
-  int size;  // patches * channels
+  int hidden;  // patches * channels
+  float input_scale, eps;
 
-  // From the first element of a row to that of a column, where patches are so many elements apart.
+  // Returns the distance from the first element of a row to that of a column, where patches are so many elements apart.
   __device__ __forceinline__ int64_t offset(int column, int64_t patch_stride) const {
     const unsigned part = column / channels;
     return map.step(part) * patch_stride + (column - part * channels);
   }
 
-  // The number of a row's first patch in the order of the tokens.
+  // Returns the number of a row's first patch in the order of the tokens.
   __device__ __forceinline__ unsigned first(int64_t row) const { return row * patches; }
-};
-
-struct NormSettings {
-  float input_scale, eps;
 };
 
 template <typename scalar_t, int kVec>
@@ -40,7 +37,7 @@ __device__ __forceinline__ Vector<scalar_t, kVec> load_scaled(const scalar_t* fr
   return values;
 }
 
-// Mean and deviation of a row. float32 cannot hold a mean far from zero well enough: `shift`, the mean of what is
+// Mean and deviation of a row. float32 cannot hold a mean far from zero well enough: `shift`, the mean of the values
 // centred by it, is what it lacks.
 struct Moments {
   float mean, shift, inverse_deviation;
@@ -53,44 +50,36 @@ struct Moments {
 
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
-    pixel_shuffle_norm_kernel(ImagePointer<scalar_t> x,
-                              const scalar_t* __restrict__ weight,  // (size,)
-                              const scalar_t* __restrict__ bias,    // (size,)
-                              scalar_t* __restrict__ y,             // (rows, size)
-                              NormRows rows, NormSettings settings) {
+    pixel_shuffle_norm_kernel(Input<scalar_t, 3> x,                 // (batch, patches, channels)
+                              const scalar_t* __restrict__ weight,  // (hidden,)
+                              const scalar_t* __restrict__ bias,    // (hidden,)
+                              scalar_t* __restrict__ y,             // (rows, hidden)
+                              NormRows rows) {
   constexpr int kVec = Policy::kVec;
   using Vec = Vector<scalar_t, kVec>;
   __shared__ GroupSum<Policy::kThreadsPerRow, 1> row_sums;
   __shared__ GroupSum<Policy::kThreadsPerRow, 2> centred_sums;
-  const int size = rows.size;
 
   int turn = 0;
-  const int64_t row_step = int64_t{gridDim.x} * Policy::kRowsPerBlock;
-  for (int64_t block_row = int64_t{blockIdx.x} * Policy::kRowsPerBlock; block_row < rows.count; block_row += row_step) {
-    const int64_t row = block_row + Policy::group();
-    const int end = row < rows.count ? size : 0;  // a group past the last row only takes part in the shuffles
+  Policy::for_rows(rows.count, rows.hidden, [&](int64_t row, int end) {
     const auto [image, patch] = rows.map.place(rows.first(row));
     const scalar_t* const x_row = x.at(image, patch);
     const auto load = [&](int column) {
-      return load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.row_stride), settings.input_scale);
+      return load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.strides[1]), rows.input_scale);
     };
     Vec kept[Policy::kVectors];
     Policy::for_kept(end, [&](int k, int column) { kept[k] = load(column); });
-    const auto for_row = [&](auto function) {  // function(values, column) for the thread's vectors
-      Policy::for_kept(end, [&](int k, int column) { function(kept[k], column); });
-      Policy::for_rest(end, [&](int column) { function(load(column), column); });
-    };
 
     float sum[1] = {0.f};
-    for_row([&](const Vec& values, int) {
+    Policy::for_all(end, kept, load, [&](const Vec& values, int) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += values[i];
     });
     row_sums.add_up(sum, turn);
-    const float mean = sum[0] / size;
+    const float mean = sum[0] / rows.hidden;
 
     float sums[2] = {0.f, 0.f};  // of centred values and of their squares
-    for_row([&](const Vec& values, int) {
+    Policy::for_all(end, kept, load, [&](const Vec& values, int) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const float centred = values[i] - mean;
@@ -98,123 +87,131 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
         sums[1] += centred * centred;
       }
     });
-    centred_sums.add_up(sums, turn);
-    const Moments moments(mean, sums[0] / size, sums[1] / size, settings.eps);
+    centred_sums.add_up(sums, turn++);
+    const Moments moments(mean, sums[0] / rows.hidden, sums[1] / rows.hidden, rows.eps);
 
-    for_row([&](const Vec& values, int column) {
+    Policy::for_all(end, kept, load, [&](const Vec& values, int column) {
       const Vec weights = Vec::load(weight + column), biases = Vec::load(bias + column);
       Vec output;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) output.set(i, moments.normalise(values[i]) * weights[i] + biases[i]);
-      output.store(y + row * size + column);
+      output.store(y + row * rows.hidden + column);
     });
-    ++turn;
-  }
+  });
 }
+
+// ---- backward ----
+
+// Neighbouring elements of x, which are normalised, and of the gradient of the result.
+template <typename Vec>
+struct NormOperands {
+  Vec x, grad;
+};
+
+// The sums that the gradient of a row is made of. Lives in shared memory.
+template <typename Policy>
+struct NormGradient {
+  GroupSum<Policy::kThreadsPerRow, 2> row_sums;
+  GroupSum<Policy::kThreadsPerRow, 3> centred_sums;
+
+  struct Means {
+    Moments moments;
+    float grad;        // of the scaled gradient: that times the weight
+    float projection;  // of the scaled gradient times the normalised x
+  };
+
+  // Sums over a row, whose operands and columns for_row(function) gives.
+  template <typename Vec, typename scalar_t, typename ForRow>
+  __device__ __forceinline__ Means means(ForRow for_row, const scalar_t* weight, const NormRows& rows, int turn) {
+    float sums[2] = {0.f, 0.f};  // of x, and of the scaled gradient
+    for_row([&](const NormOperands<Vec>& values, int column) {
+      const Vec weights = Vec::load(weight + column);
+#pragma unroll
+      for (int i = 0; i < Policy::kVec; ++i) {
+        sums[0] += values.x[i];
+        sums[1] += values.grad[i] * weights[i];
+      }
+    });
+    row_sums.add_up(sums, turn);
+    const float mean = sums[0] / rows.hidden, mean_grad = sums[1] / rows.hidden;
+
+    float centred_sum[3] = {0.f, 0.f, 0.f};  // of centred x, of its square, of it times the scaled gradient
+    for_row([&](const NormOperands<Vec>& values, int column) {
+      const Vec weights = Vec::load(weight + column);
+#pragma unroll
+      for (int i = 0; i < Policy::kVec; ++i) {
+        const float centred = values.x[i] - mean;
+        centred_sum[0] += centred;
+        centred_sum[1] += centred * centred;
+        centred_sum[2] += values.grad[i] * weights[i] * centred;
+      }
+    });
+    centred_sums.add_up(centred_sum, turn);
+    const Moments moments(mean, centred_sum[0] / rows.hidden, centred_sum[1] / rows.hidden, rows.eps);
+    const float projection = (centred_sum[2] / rows.hidden - mean_grad * moments.shift) * moments.inverse_deviation;
+    return {moments, mean_grad, projection};
+  }
+};
 
 // A persistent grid: each block walks over rows and leaves its part of the gradients of weight and bias in `partials`.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
-    pixel_shuffle_norm_backward_kernel(RowPointer<scalar_t> grad_output,  // tokens
-                                       ImagePointer<scalar_t> x,
-                                       const scalar_t* __restrict__ weight,  // (size,)
-                                       scalar_t* __restrict__ grad_x,        // (images, patches, channels)
-                                       float* __restrict__ partials,         // (gridDim.x, 2, size)
-                                       NormRows rows, NormSettings settings) {
+    pixel_shuffle_norm_backward_kernel(Input<scalar_t, 2> grad_output,       // tokens
+                                       Input<scalar_t, 3> x,                 // (batch, patches, channels)
+                                       const scalar_t* __restrict__ weight,  // (hidden,)
+                                       scalar_t* __restrict__ grad_x,        // (batch, patches, channels)
+                                       float* __restrict__ partials,         // (gridDim.x, 2, hidden)
+                                       NormRows rows) {
   constexpr int kVec = Policy::kVec;
   using Vec = Vector<scalar_t, kVec>;
-  __shared__ GroupSum<Policy::kThreadsPerRow, 2> row_sums;
-  __shared__ GroupSum<Policy::kThreadsPerRow, 3> centred_sums;
-  const int size = rows.size;
-  float* const weight_partial = partials + int64_t{blockIdx.x} * 2 * size;
-  float* const bias_partial = weight_partial + size;
+  using Operands = NormOperands<Vec>;
+  __shared__ NormGradient<Policy> gradient;
+  float* const weight_partial = partials + int64_t{blockIdx.x} * 2 * rows.hidden;
+  float* const bias_partial = weight_partial + rows.hidden;
   float grad_weight[Policy::kVectors][kVec] = {}, grad_bias[Policy::kVectors][kVec] = {};
-  Policy::for_rest(size, [&](int column) {  // too long for registers: this thread alone owns these partial sums
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) weight_partial[column + i] = bias_partial[column + i] = 0.f;
-  });
+  clear_rest<Policy>(weight_partial, rows.hidden);
+  clear_rest<Policy>(bias_partial, rows.hidden);
 
   int turn = 0;
-  const int64_t row_step = int64_t{gridDim.x} * Policy::kRowsPerBlock;
-  for (int64_t block_row = int64_t{blockIdx.x} * Policy::kRowsPerBlock; block_row < rows.count; block_row += row_step) {
-    const int64_t row = block_row + Policy::group();
-    const int end = row < rows.count ? size : 0;  // a group past the last row only takes part in the shuffles
+  Policy::for_rows(rows.count, rows.hidden, [&](int64_t row, int end) {
     const unsigned first = rows.first(row), token = first / rows.map.per_token;
     const auto [image, patch] = rows.map.place(first);
     const scalar_t* const x_row = x.at(image, patch);
-    const scalar_t* const grad_row = grad_output[token] + int64_t{first - token * rows.map.per_token} * rows.channels;
+    const scalar_t* const grad_row =
+        grad_output.at(token) + int64_t{first - token * rows.map.per_token} * rows.channels;
     scalar_t* const grad_x_row = grad_x + (int64_t{image} * rows.map.patches + patch) * rows.channels;
     const auto load = [&](int column) {
-      return load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.row_stride), settings.input_scale);
+      return Operands{load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.strides[1]), rows.input_scale),
+                      Vec::load(grad_row + column)};
     };
-    Vec kept[Policy::kVectors], kept_grads[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) {
-      kept[k] = load(column);
-      kept_grads[k] = Vec::load(grad_row + column);
-    });
-    const auto for_row = [&](auto function) {  // function(values, gradients, weights) for the thread's vectors
-      Policy::for_kept(end, [&](int k, int column) { function(kept[k], kept_grads[k], Vec::load(weight + column)); });
-      Policy::for_rest(
-          end, [&](int column) { function(load(column), Vec::load(grad_row + column), Vec::load(weight + column)); });
-    };
+    Operands kept[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int column) { kept[k] = load(column); });
+    const auto for_row = [&](auto function) { Policy::for_all(end, kept, load, function); };
+    const auto means = gradient.template means<Vec>(for_row, weight, rows, turn++);
 
-    float sums[2] = {0.f, 0.f};  // of x, and of the gradient times the weight
-    for_row([&](const Vec& values, const Vec& grads, const Vec& weights) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        sums[0] += values[i];
-        sums[1] += grads[i] * weights[i];
-      }
-    });
-    row_sums.add_up(sums, turn);
-    const float mean = sums[0] / size, mean_grad = sums[1] / size;
-
-    float products[3] = {0.f, 0.f, 0.f};  // of centred values: sums of them, times themselves, times scaled gradients
-    for_row([&](const Vec& values, const Vec& grads, const Vec& weights) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float centred = values[i] - mean;
-        products[0] += centred;
-        products[1] += centred * centred;
-        products[2] += grads[i] * weights[i] * centred;
-      }
-    });
-    centred_sums.add_up(products, turn);
-    const Moments moments(mean, products[0] / size, products[1] / size, settings.eps);
-    // The mean of scaled gradient * normalised x.
-    const float projection = (products[2] / size - mean_grad * moments.shift) * moments.inverse_deviation;
-
-    // Stores the gradient of x; and function(i, what it adds to the gradients of weight and bias).
-    const auto finish = [&](const Vec& values, const Vec& grads, int column, auto function) {
+    // Stores the gradient of x, and adds to those of weight and bias.
+    const auto finish = [&](const Operands& values, int column, float* weight_sums, float* bias_sums) {
       const Vec weights = Vec::load(weight + column);
       Vec output;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const float normed = moments.normalise(values[i]);
-        const float grad = moments.inverse_deviation * (grads[i] * weights[i] - mean_grad - normed * projection);
-        output.set(i, grad * settings.input_scale);
-        function(i, grads[i] * normed, grads[i]);
+        const float normed = means.moments.normalise(values.x[i]);
+        const float grad =
+            means.moments.inverse_deviation * (values.grad[i] * weights[i] - means.grad - normed * means.projection);
+        output.set(i, grad * rows.input_scale);
+        weight_sums[i] += values.grad[i] * normed;
+        bias_sums[i] += values.grad[i];
       }
       output.store(grad_x_row + rows.offset(column, rows.channels));
     };
-    Policy::for_kept(end, [&](int k, int column) {
-      finish(kept[k], kept_grads[k], column, [&](int i, float weight_term, float bias_term) {
-        grad_weight[k][i] += weight_term;
-        grad_bias[k][i] += bias_term;
-      });
-    });
-    Policy::for_rest(end, [&](int column) {
-      finish(load(column), Vec::load(grad_row + column), column, [&](int i, float weight_term, float bias_term) {
-        weight_partial[column + i] += weight_term;
-        bias_partial[column + i] += bias_term;
-      });
-    });
-    ++turn;
-  }
+    Policy::for_kept(end, [&](int k, int column) { finish(kept[k], column, grad_weight[k], grad_bias[k]); });
+    Policy::for_rest(end,
+                     [&](int column) { finish(load(column), column, weight_partial + column, bias_partial + column); });
+  });
 
-  store_partial<Policy>(grad_weight, weight_partial, size);
+  store_partial<Policy>(grad_weight, weight_partial, rows.hidden);
   __syncthreads();  // the next one has the same shared memory
-  store_partial<Policy>(grad_bias, bias_partial, size);
+  store_partial<Policy>(grad_bias, bias_partial, rows.hidden);
 }
 
 }  // namespace vlmfast

@@ -10,9 +10,9 @@
 #include <optional>
 #include <tuple>
 
-#include "common/column_sums.cuh"
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
+#include "common/partial_sums.cuh"
 #include "common/row_policy.cuh"
 #include "rms_norm/schema.h"
 

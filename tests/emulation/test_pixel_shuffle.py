@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.emulation import build
-from tests.emulation.backend import check_library
-from tests.emulation.test_rms_norm import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, plant, traffic_of
+from tests.emulation.harness import (
+    BOUNDS,
+    DIFFER,
+    MISALIGNED,
+    RACE,
+    WRONG,
+    Call,
+    Fault,
+    Kernels,
+    assert_traffic,
+    checked,
+    compare,
+    every_access,
+    far_rows,
+    in_gaps,
+    planted_faults,
+    sample_calls,
+)
 from tests.helpers import cases
-from tests.ops.test_generated import assert_within
-from vlmfast.registry import OPS
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-NAMES = [op.name for op in OPS.values() if op.stem == "pixel_shuffle" and op.compose is None]
-
-# Of the tensors of a call in turn: rows for vectors of 16, of 4 and of 2 bytes, images with gaps between them.
+# Layouts of the tensors of a call in turn: rows for vectors of 16, of 4 and of 2 bytes, images with gaps between them.
 LAYOUTS = [
     (cases.padded, cases.contiguous),
     (cases.contiguous, cases.padded),
@@ -46,16 +52,7 @@ NORMS = [
 ]
 
 
-def in_gaps(x: Tensor, image_gap: int) -> Tensor:
-    """The same map with gaps between its patches, which vectors fit, and between its images."""
-    batch, patches, channels = x.shape
-    pitch = channels + 16 - channels % 8
-    stride = patches * pitch + image_gap
-    buffer = torch.full((batch * stride,), float("nan"), dtype=x.dtype)
-    return buffer.as_strided(x.shape, (stride, pitch, 1)).copy_(x)
-
-
-def norm_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
     """Both directions of the norm, of rows whose mean is far from zero; some are almost constant."""
     for index, ((batch, channels), grid, scale, each_patch) in enumerate(NORMS):
         noise = torch.randn(batch, grid[0] * grid[1], channels)
@@ -74,7 +71,7 @@ def far_maps() -> tuple[Tensor, Tensor]:
     return rows[None], rows[:, None]
 
 
-def far_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+def far_calls() -> Iterator[Call]:
     weight = torch.randn(64).bfloat16()
     for x in far_maps():
         grid = (x.shape[1], 1)
@@ -87,68 +84,28 @@ def far_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "pixel_shuffle_norm", (grouped, *torch.randn(2, 576).bfloat16(), (3, 3), 3)
 
 
-def sample_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name in NAMES:
-        for index, sample in enumerate(OPS[name].samples("cpu", dtype)):
-            layouts = [LAYOUTS[index % len(LAYOUTS)][place % 2] for place in range(len(sample))]
-            yield name, tuple(f(a) if cases.is_tensor(a) else a for f, a in zip(layouts, sample, strict=True))
+def examine(kernels: Kernels, dtype: torch.dtype) -> None:
+    compare(kernels, sample_calls("pixel_shuffle", LAYOUTS, dtype), same_order=dtype != torch.float32)
+    compare(kernels, (*norm_calls(dtype), *far_calls()))
 
 
-def check(library: str, name: str, args: tuple[Any, ...]) -> tuple[int, int]:
-    """Raise where a call is wrong; how many of its elements are rounded otherwise than the definition's, of all."""
-    op = OPS[name]
-    got = cases.outputs(getattr(getattr(torch.ops, library), name)(*args))
-    reference = cases.outputs(op.reference(*args))
-    differ, total = sum(int((g != r).sum()) for g, r in zip(got, reference, strict=True)), sum(g.numel() for g in got)
-    if op.exact:
-        assert differ == 0, f"{name}: {differ} of {total} elements differ"
-    assert_within(got, reference, cases.outputs(op.reference(*cases.widened(args))))
-    return differ, total
+test_pixel_shuffle = every_access("pixel_shuffle", examine)
 
 
-def examine(library: str, dtype: torch.dtype) -> None:
-    """Raise where a build of the kernels touches what it must not, or is wrong."""
-    differ, total = map(sum, zip(*(check(library, name, args) for name, args in sample_calls(dtype)), strict=True))
-    if dtype != torch.float32:  # in float32 every sum is its own rounding
-        assert differ <= total // 500, f"{differ} of {total} elements are rounded in another order"
-    for name, args in (*norm_calls(dtype), *far_calls()):
-        check(library, name, args)
-
-
-@pytest.fixture(scope="module")
-def checked() -> ctypes.CDLL:
-    return check_library("pixel_shuffle")
-
-
-@pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
-def test_pixel_shuffle(checked: ctypes.CDLL, dtype: torch.dtype, schedule: int) -> None:
-    checked.vlmfast_emulation_schedule(schedule)
-    examine("vlmfast_checked_pixel_shuffle", dtype)
-
-
-def test_bytes_moved(checked: ctypes.CDLL) -> None:
-    """The memory traffic that the header of csrc/pixel_shuffle/cuda.cu promises, and the number of launches."""
-    x = torch.randn(2, 17, 264).bfloat16()[:, 1:]  # read behind the CLS token, not copied
-    moved, grid = x.numel() * 2, (4, 4)
+def test_bytes_moved() -> None:
+    x, grid = torch.randn(2, 17, 264).bfloat16()[:, 1:], (4, 4)  # behind the CLS token
     tokens, weight, bias = torch.randn(2, 4, 1056).bfloat16(), *torch.randn(2, 1056).bfloat16()
-    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked_pixel_shuffle)
-
-    assert traffic("pixel_shuffle", x, grid) == (1, moved, moved)
-    assert traffic("pixel_shuffle", x, grid, 2, "column", 0.3) == (1, moved, moved)
-    assert traffic("pixel_unshuffle", tokens, grid) == (1, moved, moved)
-    for vectors, rows in (((weight, bias), 8), ((weight[:264], bias[:264]), 32)):
-        parameters = rows * vectors[0].nbytes
-        assert traffic("pixel_shuffle_norm", x, *vectors, grid) == (1, moved + 2 * parameters, moved)
-        blocks = 2 if rows == 8 else 5  # persistent ones
-        partials = 16 * blocks * vectors[0].numel() // 2  # written once, read once
-        launches, loaded, stored = traffic("pixel_shuffle_norm_backward", tokens, x, vectors[0], grid)
-        assert (launches, stored) == (2, moved + partials + 2 * vectors[0].nbytes)
-        assert loaded == 2 * moved + 3 * parameters + partials
+    assert_traffic(1, "pixel_shuffle", x, grid)
+    assert_traffic(1, "pixel_shuffle", x, grid, 2, "column", 0.3)
+    assert_traffic(1, "pixel_unshuffle", tokens, grid)
+    for size in (1056, 264):
+        assert_traffic(1, "pixel_shuffle_norm", x, weight[:size], bias[:size], grid)
+        assert_traffic(2, "pixel_shuffle_norm_backward", tokens, x, weight[:size], grid)
 
 
-def test_misfits_are_refused(checked: ctypes.CDLL) -> None:
+def test_misfits_are_refused() -> None:
     """What a kernel would read out of bounds on, where nobody has checked the call before."""
-    ops = torch.ops.vlmfast_checked_pixel_shuffle
+    kernels = checked("pixel_shuffle")
     x, weight, grad = torch.ones(1, 16, 8), torch.ones(32), torch.ones(1, 4, 32)
     for layout in (((4, 3),), ((4, 4), 3), ((4,),), ((4, 4), 0), ((2, 4),), ((-4, -4),), ((4, 4), 2, "diagonal")):
         for name, args in (
@@ -157,26 +114,18 @@ def test_misfits_are_refused(checked: ctypes.CDLL) -> None:
             ("pixel_shuffle_norm", (x, weight, weight)),
         ):
             with pytest.raises(RuntimeError, match="must"):
-                getattr(ops, name)(*args, *layout)
+                kernels(name, *args, *layout)
     for vectors in ((weight[:16], weight), (weight, weight[:8]), (weight.half(), weight)):
-        with pytest.raises(RuntimeError, match="weight must"):
-            ops.pixel_shuffle_norm(x, *vectors, (4, 4))
+        with pytest.raises(RuntimeError, match="norm_(weight|bias) must"):
+            kernels("pixel_shuffle_norm", x, *vectors, (4, 4))
     for other in (grad[:, :3], grad[..., :31], grad.half()):
         with pytest.raises(RuntimeError, match="grad_output must"):
-            ops.pixel_shuffle_norm_backward(other, x, weight, (4, 4))
+            kernels("pixel_shuffle_norm_backward", other, x, weight, (4, 4))
     with pytest.raises(RuntimeError, match="multiple of 4 channels"):
-        ops.pixel_unshuffle(grad[..., :30], (4, 4))
+        kernels("pixel_unshuffle", grad[..., :30], (4, 4))
 
 
-# ---- planted faults ----
-
-DIFFER = "elements differ"
-MAP, NORM, LAUNCH, SUMS = (
-    "patch_map.cuh",
-    "patch_norm.cuh",
-    "cuda.cu",
-    "column_sums.cuh",
-)
+MAP, NORM, LAUNCH = "patch_map.cuh", "patch_norm.cuh", "cuda.cu"
 FAULTS = [
     Fault(
         "dy and dx swapped", MAP, "part / scale * width + part % scale", "part % scale * width + part / scale", DIFFER
@@ -193,15 +142,7 @@ FAULTS = [
     Fault("barrier missing in the reduction", "common.cuh", "      __syncthreads();\n", "", "nobody has written"),
     Fault("barrier missing between partial sums", NORM, "  __syncthreads();", "", RACE),
     Fault("variance uncentred", NORM, "mean = sum[0] / size;", "mean = 0.f;", WRONG),
-    Fault("partial sum dropped", SUMS, "int block = warp;", "int block = warp + 1;", WRONG),
+    Fault("partial sum dropped", "partial_sums.cuh", "int block = warp;", "int block = warp + 1;", WRONG),
 ]
 
-
-@pytest.mark.planted
-@pytest.mark.parametrize("index", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
-def test_planted_fault_is_noticed(tmp_path: Path, index: int) -> None:
-    library = f"vlmfast_pixel_shuffle_fault_{index}"
-    planted = plant(FAULTS[index], "pixel_shuffle", tmp_path)
-    torch.ops.load_library(str(build.build("check", library=library, csrc=planted, cache=tmp_path)))
-    with pytest.raises((AssertionError, RuntimeError), match=FAULTS[index].notice):
-        examine(library, torch.bfloat16)
+test_planted_fault_is_noticed = planted_faults("pixel_shuffle", examine, FAULTS)

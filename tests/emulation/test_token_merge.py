@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.emulation import build
-from tests.emulation.backend import check_library
-from tests.emulation.test_pixel_shuffle import in_gaps
-from tests.emulation.test_rms_norm import BOUNDS, MISALIGNED, RACE, SCHEDULES, WRONG, Fault, far_rows, plant, traffic_of
+from tests.emulation.harness import (
+    BOUNDS,
+    DIFFER,
+    MISALIGNED,
+    RACE,
+    SCHEDULES,
+    UNNOTICED,
+    UNORDERED,
+    WRONG,
+    Call,
+    Fault,
+    Kernels,
+    assert_traffic,
+    checked,
+    compare,
+    every_access,
+    far_rows,
+    in_gaps,
+    planted_faults,
+    sample_calls,
+)
 from tests.helpers import cases
-from tests.ops.test_generated import assert_within
 from vlmfast.ops.token_merge_calls import MERGES
 from vlmfast.registry import OPS
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
-
-NAMES = [op.name for op in OPS.values() if op.stem == "token_merge" and op.compose is None]
-UNNOTICED = "DID NOT RAISE"  # what is to be refused was not
-MISPLACED = "elements differ"
-
-# Of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, crops with gaps between them.
+# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, crops with gaps between them.
 LAYOUTS = [
     (cases.contiguous, cases.padded),
     (cases.padded, cases.transposed),
@@ -41,7 +48,7 @@ def kept_of(batch: int, tokens: int, kept: int) -> Tensor:
     return torch.rand(batch, tokens).argsort(1)[:, :kept].sort(1).values
 
 
-def long_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def long_calls(dtype: torch.dtype) -> Iterator[Call]:
     """More than one step of each loop: keys that no shared memory holds, many targets, members and numbers."""
     yield "top_tokens", (torch.randint(0, 300, (2, 20700)).to(dtype), 9000)
     doubles = torch.randn(1, 7, 24).repeat(1, 50, 1)[:, :330].to(dtype)  # also of targets that are looked at later
@@ -60,7 +67,7 @@ def long_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield "merge_rows_backward", (hidden[:, : 20 + count], slots, count, merge)
 
 
-def far_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+def far_calls() -> Iterator[Call]:
     """Offsets that pass 2 ** 31, from row to row and from crop to crop."""
     for rows in (far_rows()[None], far_rows()[:, None]):
         batch, tokens = rows.shape[:2]
@@ -71,167 +78,116 @@ def far_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "merge_rows_backward", (rows, slots - tokens, 0)
 
 
-def strange_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
-    """Numbers that merge_slots never gives, and calls without them of the same result."""
+def strange_calls(dtype: torch.dtype) -> Iterator[tuple[Call, tuple[Any, ...]]]:
+    """Yield calls with numbers that merge_slots never gives, and arguments without them of the same result."""
     hidden, kept = torch.randn(1, 9, 8).to(dtype), torch.tensor([[2, 5]])
     slots = torch.tensor([[0, 2, -2, 4, -(2**31), -1, 2**31 - 1, -3, 1]], dtype=torch.int32)
     tame = slots.where((slots < 4) & (slots >= -2), -3)
-    yield "merge_rows", (hidden, kept, slots, 2), (hidden, kept, tame, 2)
-    yield "merge_rows_backward", (hidden[:, :4], slots, 2), (hidden[:, :4], tame, 2)
-    yield "merge_rows", (hidden, torch.tensor([[-5, 2**40]]), tame, 2), (hidden, torch.tensor([[0, 8]]), tame, 2)
+    yield ("merge_rows", (hidden, kept, slots, 2)), (hidden, kept, tame, 2)
+    yield ("merge_rows_backward", (hidden[:, :4], slots, 2)), (hidden[:, :4], tame, 2)
+    yield ("merge_rows", (hidden, torch.tensor([[-5, 2**40]]), tame, 2)), (hidden, torch.tensor([[0, 8]]), tame, 2)
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for name in NAMES:
-        for index, sample in enumerate(OPS[name].samples("cpu", dtype)):
-            layouts = [LAYOUTS[index % len(LAYOUTS)][place % 2] for place in range(len(sample))]
-            yield name, tuple(f(a) if cases.is_tensor(a) else a for f, a in zip(layouts, sample, strict=True))
-    yield from long_calls(dtype)
-    yield from far_calls()
-
-
-def examine(library: str, dtype: torch.dtype) -> None:
-    """Raise where a build of the kernels touches what it must not, or is wrong."""
-    kernels = getattr(torch.ops, library)
+def examine(kernels: Kernels, dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="scores must not be NaN"):
-        kernels.top_tokens(torch.tensor([[1.0, torch.nan, 2.0]]).to(dtype), 1)
-    # Whatever is wrong with these, it stays within the crop.
-    kernels.merge_slots(torch.randn(2, 40, 16).to(dtype), torch.full((2, 30), 2**40), 5)
-    kernels.merge_slots(torch.randn(2, 40, 16).to(dtype), torch.full((2, 30), -(2**40)), 5)
-    differ = total = 0
-    pairs = [(name, args, args) for name, args in calls(dtype)]
-    for name, args, like in (*strange_calls(dtype), *pairs):
-        op = OPS[name]
-        got, reference = (cases.outputs(f) for f in (getattr(kernels, name)(*args), op.reference(*like)))
-        if op.exact:
-            wrong = int((got[0] != reference[0]).sum())
-            assert wrong == 0, f"{name}: {wrong} of {got[0].numel()} elements differ"
-        assert_within(got, reference, cases.outputs(op.reference(*cases.widened(like))))
-        differ, total = differ + int((got[0] != reference[0]).sum()), total + got[0].numel()
-    if dtype != torch.float32:  # in float32 every sum is its own rounding
-        assert differ <= total // 500, f"{differ} of {total} elements are rounded in another order"
+        kernels("top_tokens", torch.tensor([[1.0, torch.nan, 2.0]]).to(dtype), 1)
+    for position in (2**40, -(2**40)):  # whatever is wrong with these, it stays within the sequence
+        kernels("merge_slots", torch.randn(2, 40, 16).to(dtype), torch.full((2, 30), position), 5)
+    for call, like in strange_calls(dtype):
+        compare(kernels, [call], like=like)
+    calls = (*sample_calls("token_merge", LAYOUTS, dtype), *long_calls(dtype), *far_calls())
+    compare(kernels, calls, same_order=dtype != torch.float32)
 
 
-@pytest.fixture(scope="module")
-def checked() -> ctypes.CDLL:
-    return check_library("token_merge")
+test_token_merge = every_access("token_merge", examine)
 
 
-@pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
-def test_token_merge(checked: ctypes.CDLL, dtype: torch.dtype, schedule: int) -> None:
-    checked.vlmfast_emulation_schedule(schedule)
-    examine("vlmfast_checked_token_merge", dtype)
-
-
-def test_every_run_gives_the_same_bits(checked: ctypes.CDLL) -> None:
+def test_every_run_gives_the_same_bits() -> None:
+    kernels = checked("token_merge")
     hidden, kept = torch.randn(2, 300, 40), kept_of(2, 300, 9)
     slots = OPS["merge_slots"].reference(hidden, kept, 3)
     runs = []
     for schedule in SCHEDULES:
-        checked.vlmfast_emulation_schedule(schedule)
-        runs.append(torch.ops.vlmfast_checked_token_merge.merge_rows(hidden, kept, slots, 3))
+        kernels.schedule(schedule)
+        runs += kernels("merge_rows", hidden, kept, slots, 3)
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
-def test_bytes_moved(checked: ctypes.CDLL) -> None:
-    """The memory traffic that the header of csrc/token_merge/cuda.cu promises, and the number of launches."""
-    traffic = functools.partial(traffic_of, checked, torch.ops.vlmfast_checked_token_merge)
-    batch, tokens, chosen, contextual = 2, 300, 20, 4
-    scores = torch.randn(batch, tokens)
-    assert traffic("top_tokens", scores, chosen) == (1, scores.nbytes, 8 * batch * chosen)
+def test_bytes_moved() -> None:
+    hidden, metric = torch.randn(2, 300, 1024).bfloat16(), torch.randn(2, 300, 128).bfloat16()
+    kept = kept_of(2, 300, 20)
+    assert_traffic(1, "top_tokens", torch.randn(2, 300), 20)
+    assert_traffic(1, "merge_slots", metric, kept, 4)
+    slots = OPS["merge_slots"].reference(metric, kept, 4)
+    assert_traffic(1, "merge_rows", hidden, kept, slots, 4)
+    assert_traffic(1, "merge_rows_backward", hidden[:, :24], slots, 4)
 
-    kept, metric = kept_of(batch, tokens, chosen), torch.randn(batch, tokens, 128).bfloat16()
-    blocks, searched = 6, 5  # blocks of up to 128 tokens; loads of a search among 20
-    launches, loaded, stored = traffic("merge_slots", metric, kept, contextual)
-    assert (launches, stored) == (1, 4 * batch * tokens)
-    joining = batch * (tokens - chosen - contextual)
-    numbers = 8 * (searched + 1) * (batch * tokens + blocks * contextual)
-    assert 0 <= loaded - 256 * (joining + blocks * contextual) <= numbers
-
-    row, slices = 2048, 4
-    hidden = torch.randn(batch, tokens, 1024).bfloat16()
-    slots = torch.ops.vlmfast_checked_token_merge.merge_slots(metric, kept, contextual)
-    merged = traffic("merge_rows", hidden, kept, slots, contextual)
-    numbers = 4 * batch * contextual * slices * tokens + 8 * 32 * batch * chosen
-    moved = OPS["merge_rows"].bytes(hidden, kept, slots, contextual)
-    rows = batch * (chosen + contextual)
-    assert merged == (1, row * batch * tokens + numbers, row * rows)
-    assert sum(merged[1:]) < 1.05 * moved
-
-    grad = torch.randn(batch, chosen + contextual, 1024).bfloat16()
-    launches, loaded, stored = traffic("merge_rows_backward", grad, slots, contextual)
-    numbers = 4 * (32 + tokens) * batch * tokens  # a block counts the slots of its crop: here one has 160 tokens
-    assert (launches, stored) == (1, row * batch * tokens)
-    assert row * batch * tokens < loaded < row * batch * tokens + numbers
-
-
-# ---- planted faults ----
 
 FAULTS = [
-    Fault("one zero above the other", "token_choice.cuh", "if (bits == kSign) bits = 0;", "", MISPLACED),
-    Fault("last digit left out", "token_choice.cuh", "shift >= 0;", "shift > 0;", f"{MISPLACED}|{BOUNDS}"),
-    Fault("histogram not cleared", "token_choice.cuh", "      histogram[digit] = 0;\n", "", f"{MISPLACED}|nobody"),
+    Fault("one zero above the other", "top_tokens.cuh", "if (bits == kSign) bits = 0;", "", DIFFER),
+    Fault("last digit left out", "top_tokens.cuh", "shift >= 0;", "shift > 0;", f"{DIFFER}|{BOUNDS}"),
+    Fault("histogram not cleared", "top_tokens.cuh", "      histogram[digit] = 0;\n", "", f"{DIFFER}|nobody"),
     Fault(
         "barrier missing behind the digit",
-        "token_choice.cuh",
+        "top_tokens.cuh",
         "      __syncthreads();\n      threshold",
         "      threshold",
-        f"{RACE}|nobody has written",
+        UNORDERED,
     ),
     Fault(
         "one tie too many",
-        "token_choice.cuh",
+        "top_tokens.cuh",
         "equal_rank < wanted)",
         "equal_rank <= wanted)",
         f"{RACE}|{BOUNDS}",
     ),
-    Fault("key too many in the cache", "token_choice.cuh", "position < policy.cached ?", "true ?", "dynamic shared"),
+    Fault("key too many in the cache", "top_tokens.cuh", "position < policy.cached ?", "true ?", "dynamic shared"),
     Fault(
         "NaN unchecked",
-        "token_choice.cuh",
+        "top_tokens.cuh",
         "VLMFAST_DEVICE_ASSERT(numbers,",
         "VLMFAST_DEVICE_ASSERT(true,",
         UNNOTICED,
     ),
-    Fault("last of equal targets", "token_slots.cuh", "similarity > best)", "similarity >= best)", MISPLACED),
-    Fault("last of equal targets later", "token_slots.cuh", "!(best > best_s", "!(best >= best_s", MISPLACED),
+    Fault("last of equal targets", "merge_slots.cuh", "similarity > best)", "similarity >= best)", DIFFER),
+    Fault("last of equal targets later", "merge_slots.cuh", "!(best > best_s", "!(best >= best_s", DIFFER),
     Fault(
         "place of a target off by one",
-        "token_slots.cuh",
+        "merge_slots.cuh",
         "position <= number + rank",
         "position < number + rank",
-        MISPLACED,
+        DIFFER,
     ),
-    Fault("more targets than asked for", "token_slots.cuh", "&& number / step < contextual", "", MISPLACED),
-    Fault("zero length unchecked", "token_slots.cuh", "squares[0] > 0.f ?", "true ?", MISPLACED),
+    Fault("more targets than asked for", "merge_slots.cuh", "&& number / step < contextual", "", DIFFER),
+    Fault("zero length unchecked", "merge_slots.cuh", "squares[0] > 0.f ?", "true ?", DIFFER),
     Fault(
         "barrier missing behind the places",
-        "token_slots.cuh",
+        "merge_slots.cuh",
         "      __syncthreads();\n      for (int base",
         "      for (int base",
-        f"{RACE}|nobody has written",
+        UNORDERED,
     ),
     Fault(
         "kept position unchecked",
-        "token_rows.cuh",
+        "merge_rows.cuh",
         "min(max(kept[crop][rank], int64_t{0}), int64_t{sizes.tokens - 1})",
         "kept[crop][rank]",
         BOUNDS,
     ),
-    Fault("members of the last step alone", "token_rows.cuh", "count += listed;", "count = listed;", WRONG),
-    Fault("warp left out", "token_rows.cuh", "other < kWarps;", "other < kWarps - 1;", WRONG),
+    Fault("members of the last step alone", "merge_rows.cuh", "count += listed;", "count = listed;", WRONG),
+    Fault("warp left out", "merge_rows.cuh", "other < kWarps;", "other < kWarps - 1;", WRONG),
     Fault(
         "barrier missing before the sum",
-        "token_rows.cuh",
+        "merge_rows.cuh",
         "    __syncthreads();\n    const int64_t out_column",
         "    const int64_t out_column",
-        f"{RACE}|nobody has written",
+        UNORDERED,
     ),
-    Fault("mean without its target", "token_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
-    Fault("slot followed anywhere", "token_rows.cuh", "slot < 2 * int64_t{contextual}", "true", WRONG),
+    Fault("mean without its target", "merge_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
+    Fault("slot followed anywhere", "merge_rows.cuh", "slot < 2 * int64_t{contextual}", "true", WRONG),
     Fault(
         "vector too many",
-        "token_rows.cuh",
+        "merge_rows.cuh",
         "k * kStep < hidden - column",
         "k * kStep <= hidden - column",
         f"{RACE}|{BOUNDS}",
@@ -246,12 +202,4 @@ FAULTS = [
     ),
 ]
 
-
-@pytest.mark.planted
-@pytest.mark.parametrize("index", range(len(FAULTS)), ids=[fault.name.replace(" ", "-") for fault in FAULTS])
-def test_planted_fault_is_noticed(tmp_path: Path, index: int) -> None:
-    library = f"vlmfast_token_merge_fault_{index}"
-    planted = plant(FAULTS[index], "token_merge", tmp_path)
-    torch.ops.load_library(str(build.build("check", library=library, csrc=planted, cache=tmp_path)))
-    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=FAULTS[index].notice):
-        examine(library, torch.bfloat16)
+test_planted_fault_is_noticed = planted_faults("token_merge", examine, FAULTS)

@@ -2,7 +2,6 @@
 // launcher has asked a pointer for. The ops live in a namespace of their own, beside the compiled extension's.
 #pragma once
 
-#define VLMFAST_CUDA_KEY CPU
 #ifndef VLMFAST_CUDA_LIBRARY
 #define VLMFAST_CUDA_LIBRARY vlmfast_emulated
 #endif
@@ -20,34 +19,22 @@ class DeviceScope {
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return 1; }  // few, so that persistent kernels have to loop
 
-  template <typename scalar_t>
-  RowPointer<scalar_t> input(const Rows& rows) const {
-    const auto size = static_cast<int64_t>(rows.tensor.element_size());
-    vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * size, rows.row_stride * size, 0);
-    return {static_cast<const scalar_t*>(rows.data()), count_in<scalar_t>(rows.tensor, rows.row_stride)};
-  }
-
-  template <typename scalar_t>
-  ImagePointer<scalar_t> input(const Images& images) const {
-    const auto size = static_cast<int64_t>(images.tensor.element_size());
-    char* const data = static_cast<char*>(const_cast<void*>(images.data()));
-    for (int64_t image = 0; image < images.count; ++image) {
-      vlmfast_emulation_allow(data + image * images.image_stride * size, images.rows, images.size * size,
-                              images.row_stride * size, 0);
+  // Allows a kernel to read the rows of a view, one by one.
+  template <typename scalar_t, int rank>
+  Input<scalar_t, rank> input(const View<rank>& view) const {
+    const int64_t width = view.width(), row_bytes = view.size(rank - 1) * width;
+    const int64_t rows = rank > 1 ? view.size(rank - 2) : 1, pitch = rank > 1 ? view.stride(rank - 2) * width : row_bytes;
+    int64_t groups = 1;
+    for (int dim = 0; dim < rank - 2; ++dim) groups *= view.size(dim);
+    for (int64_t group = 0; group < groups && view.data() != nullptr; ++group) {
+      int64_t elements = 0;
+      for (int64_t dim = rank - 3, rest = group; dim >= 0; rest /= view.size(dim--)) {
+        elements += rest % view.size(dim) * view.stride(dim);
+      }
+      char* const data = static_cast<char*>(const_cast<void*>(view.data())) + elements * width;
+      vlmfast_emulation_allow(data, rows, row_bytes, pitch, 0);
     }
-    return {static_cast<const scalar_t*>(images.data()), count_in<scalar_t>(images.tensor, images.image_stride),
-            count_in<scalar_t>(images.tensor, images.row_stride)};
-  }
-
-  template <typename scalar_t>
-  HeadPointer<scalar_t> input(const Heads& heads) const {
-    const auto size = static_cast<int64_t>(heads.tensor.element_size());
-    char* const data = static_cast<char*>(const_cast<void*>(heads.data()));
-    for (int64_t i = 0; i < heads.batch * heads.count; ++i) {
-      const int64_t offset = i / heads.count * heads.batch_stride + i % heads.count * heads.head_stride;
-      vlmfast_emulation_allow(data + offset * size, heads.rows, heads.size * size, heads.row_stride * size, 0);
-    }
-    return {static_cast<const scalar_t*>(heads.data()), heads.batch_stride, heads.head_stride, heads.row_stride};
+    return as_input<scalar_t>(view);
   }
 
   // Poisoned: an element that no kernel writes is NaN.

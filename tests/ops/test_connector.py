@@ -12,7 +12,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
 from tests.helpers.compat_models import WIDTH, InternVLChatModel, ModalityProjector
-from tests.ops.test_generated import assert_within
+from tests.helpers.rounding import assert_within
 from vlmfast.nn import PixelShuffleConnector
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

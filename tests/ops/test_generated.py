@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -29,39 +28,9 @@ from tests.helpers.cases import (
     runnable,
     widened,
 )
+from tests.helpers.rounding import Tensors, assert_within
 from vlmfast.products import SLOW
 from vlmfast.registry import OPS, Op
-
-Tensors = Sequence[torch.Tensor]
-
-
-def largest(t: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each row."""
-    return t.abs().amax(-1, keepdim=True) if t.dim() else t.abs()
-
-
-def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bool = False) -> None:
-    """Each row's error is at most that of the reference in this dtype and 5 %, and one rounding of the output.
-
-    Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
-    largest number of all outputs, is allowed too; four where a matrix product and an activation follow it, and of 1 at
-    least: GELU makes -0.17 or less of all that is negative, but not of its error.
-    """
-    scale = max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)
-    noise = torch.finfo(torch.float32).eps * (4 * max(1.0, scale) if composed else scale)
-    for g, r, e in zip(got, reference, exact, strict=True):
-        assert g.dtype == r.dtype
-        assert g.shape == r.shape
-        assert g.is_contiguous()
-        assert not g.isnan().any()
-        if not g.is_floating_point():
-            assert torch.equal(g, e)
-        elif g.numel():
-            info = torch.finfo(g.dtype)
-            rounding = info.eps * largest(e).clamp(min=info.smallest_normal)  # subnormals are evenly spaced
-            budget = 1.05 * largest(r.double() - e) + rounding + noise
-            excess = (g.double() - e).abs() - budget
-            assert excess.max() <= 0, f"error {excess.max():.3g} over the budget"
 
 
 def replaced(op: Op):

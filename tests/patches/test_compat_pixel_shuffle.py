@@ -19,7 +19,7 @@ from tests.helpers.compat_models import (
     OlderVisionLanguageModel,
     VisionLanguageModel,
 )
-from tests.ops.test_generated import assert_within
+from tests.helpers.rounding import assert_within
 from vlmfast.compat import internvl, nanovlm, vita
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,13 +1,23 @@
-// Sums over rows, column by column, the same in every run: each block of a persistent grid leaves its part in one row
-// of float32 partial sums, and a second kernel adds those up.
+// Gradients of weights: sums over rows, the same in every run. Each block of a persistent grid leaves its part in one
+// row of float32 partial sums, and a second kernel adds those up.
 #pragma once
 
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
+#include "common/row_policy.cuh"
 
 namespace vlmfast {
 
-// Stores what the threads of a block have summed up, added over the rows that share the block.
+// Clears the columns that are too long for registers: each has one thread of a block, which adds to it in memory.
+template <typename Policy>
+__device__ __forceinline__ void clear_rest(float* __restrict__ partial, int hidden) {
+  Policy::for_rest(hidden, [&](int column) {
+#pragma unroll
+    for (int i = 0; i < Policy::kVec; ++i) partial[column + i] = 0.f;
+  });
+}
+
+// Stores the sums of a block's threads, added over the rows that share the block.
 template <typename Policy>
 __device__ __forceinline__ void store_partial(const float (&sums)[Policy::kVectors][Policy::kVec],
                                               float* __restrict__ partial, int hidden) {

@@ -1,29 +1,25 @@
-// Carries out what merge_slots has decided, and moves gradients back the same way: one launch each, without atomics on
+// Merges tokens as merge_slots has decided, and moves gradients back the same way: one launch each, without atomics on
 // floats and in an order that is the same in every run.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
-#include "common/row_ranks.cuh"
-#include "common/token_choice.cuh"
 #include "common/types.h"
+#include "token_merge/merge_slots.cuh"
+#include "token_merge/top_tokens.cuh"
 
 namespace vlmfast {
 
-// What a call is about. All counts but that of the crops are of one crop.
-struct MergeSizes {
-  int64_t crops, hidden;
-  int tokens, chosen, contextual;  // chosen: the kept rows of the merged tensor
-  Merge merge;
+// A row of any length by a warp.
+template <int kVec>
+using WarpRow = RowPolicy<kVec, kWarp, 1, 1, true>;
 
-  // What the sum of the rows that were merged, `count` of them, is divided by.
-  __device__ __forceinline__ float divisor(int count) const {
-    return merge == Merge::kMean ? 1.f + count : max(count, 1);
-  }
-};
+// Returns what the sum of the `count` rows that were merged is divided by.
+__device__ __forceinline__ float divisor_of(Merge merge, int count) {
+  return merge == Merge::kMean ? 1.f + count : max(count, 1);
+}
 
 // A block for a part of a contextual row, its members spread over the warps; or for kWarps kept rows, one a warp.
 struct MergePolicy {
@@ -35,14 +31,14 @@ struct MergePolicy {
 
   MergePolicy(const MergeSizes& sizes, int vec) {
     const int64_t per_row = (sizes.hidden + kWarp * vec - 1) / (kWarp * vec);
-    const int64_t all_sums = sizes.crops * sizes.contextual * per_row;
-    const int64_t all = all_sums + (sizes.crops * sizes.chosen + kWarps - 1) / kWarps;
+    const int64_t all_sums = sizes.batch * sizes.contextual * per_row;
+    const int64_t all = all_sums + (sizes.batch * sizes.kept_count + kWarps - 1) / kWarps;
     STD_TORCH_CHECK(all < int64_t{1} << 27, "the merged rows must have fewer parts than 2^27");  // counted in 32 bits
     slices = per_row, sums = all_sums, blocks = all;
   }
 };
 
-// A warp moves a row of `hidden` elements, changed by change(vector); a row of zeros where `from` is null.
+// Moves a row of `hidden` elements by one warp, changed by change(vector); `from` is null for zeros.
 template <typename Vec, typename scalar_t, typename Change>
 __device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int64_t hidden, Change change) {
   constexpr int kVec = sizeof(Vec) / sizeof(scalar_t), kStep = kWarp * kVec, kVectors = MergePolicy::kVectors;
@@ -60,8 +56,8 @@ __device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int
   }
 }
 
-// The tokens that a contextual row is made of, in the order of their positions, and what each warp has summed of them.
-// Lives in shared memory.
+// The tokens that a contextual row is made of, in the order of their positions, and the sums of each warp. Lives in
+// shared memory.
 template <int kColumns>
 struct Members {
   float warp_sums[MergePolicy::kWarps][kColumns];
@@ -69,10 +65,9 @@ struct Members {
   int positions[MergePolicy::kMembers];
   int target;
 
-  // Lists those from `first` on, at most so many as there is room for tokens; how many there are. For the whole block,
-  // which must not be done with the last ones before it has met at a barrier.
+  // Collects up to kMembers tokens from `first` on and returns their number. Called by the whole block, after a barrier.
   __device__ __forceinline__ int list(const int32_t* slots, int first, const MergeSizes& sizes, int number, int& turn) {
-    const int end = min(sizes.tokens - first, MergePolicy::kMembers), lane = threadIdx.x % kWarp;
+    const int end = min(sizes.tokens - first, MergePolicy::kMembers);
     int listed = 0;
     for (int begin = first; begin < first + end; begin += MergePolicy::kThreads) {
       const int position = begin + threadIdx.x;
@@ -80,7 +75,7 @@ struct Members {
       const bool joins = slot == sizes.contextual + number;
       const unsigned lanes = __ballot_sync(kAllLanes, joins);
       const auto sums = block_count.add_up(__popc(lanes), turn++);
-      if (joins) positions[listed + sums.earlier_warps + __popc(lanes & ((1u << lane) - 1))] = position;
+      if (joins) positions[listed + sums.earlier_warps + __popc(lanes & earlier_lanes())] = position;
       if (slot == number) atomicMax(&target, position);
       listed += sums.block;
     }
@@ -91,30 +86,31 @@ struct Members {
 
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
-    merge_rows_kernel(ImagePointer<scalar_t> hidden,  // (crops, tokens, hidden)
-                      RowPointer<int64_t> kept,       // (crops, chosen)
-                      RowPointer<int32_t> slots,      // (crops, tokens)
-                      scalar_t* __restrict__ merged,  // (crops, chosen + contextual, hidden)
-                      MergeSizes sizes, MergePolicy policy) {
+    merge_rows_kernel(Input<scalar_t, 3> hidden,      // (batch, tokens, hidden)
+                      Input<int64_t, 2> kept,         // (batch, kept_count)
+                      Input<int32_t, 2> slots,        // (batch, tokens)
+                      scalar_t* __restrict__ merged,  // (batch, kept_count + contextual, hidden)
+                      MergeSizes sizes, Merge merge, MergePolicy policy) {
   using Vec = Vector<scalar_t, kVec>;
   constexpr int kColumns = kWarp * kVec, kWarps = MergePolicy::kWarps, kRows = MergePolicy::kRows;
   VLMFAST_DYNAMIC_SHARED(Members<kColumns>, shared);
   Members<kColumns>& members = *shared;
   const int warp = threadIdx.x / kWarp, own_column = threadIdx.x % kWarp * kVec;
-  const int rows = sizes.chosen + sizes.contextual;
+  const int rows = sizes.kept_count + sizes.contextual;
   int turn = 0;
 
   for (unsigned work = blockIdx.x; work < policy.blocks; work += gridDim.x) {
     if (work >= policy.sums) {
       const unsigned row = (work - policy.sums) * kWarps + warp;
-      const int64_t crop = row / sizes.chosen, rank = row % sizes.chosen;
-      if (crop >= sizes.crops) continue;
-      const int64_t position = min(max(kept[crop][rank], int64_t{0}), int64_t{sizes.tokens - 1});
-      move_row<Vec>(hidden.at(crop, position), merged + (crop * rows + rank) * sizes.hidden, sizes.hidden, [](Vec&) {});
+      const int64_t batch = row / sizes.kept_count, rank = row % sizes.kept_count;
+      if (batch >= sizes.batch) continue;
+      const int64_t position = min(max(kept.at(batch)[rank], int64_t{0}), int64_t{sizes.tokens - 1});
+      move_row<Vec>(hidden.at(batch, position), merged + (batch * rows + rank) * sizes.hidden, sizes.hidden,
+                    [](Vec&) {});
       continue;
     }
     // Neighbouring blocks have neighbouring columns of one contextual row.
-    const int64_t crop = work / policy.slices / sizes.contextual;
+    const int64_t batch = work / policy.slices / sizes.contextual;
     const int number = work / policy.slices % sizes.contextual;
     const int64_t first_column = int64_t{work % policy.slices} * kColumns, column = first_column + own_column;
     __syncthreads();  // the row before this one is done
@@ -122,7 +118,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
     float sums[kVec] = {};
     int count = 0;
     for (int first = 0; first < sizes.tokens; first += MergePolicy::kMembers) {
-      const int listed = members.list(slots[crop], first, sizes, number, turn);
+      const int listed = members.list(slots.at(batch), first, sizes, number, turn);
       count += listed;
       if (column >= sizes.hidden) continue;
       for (int member = warp; member < listed; member += kWarps * kRows) {
@@ -130,7 +126,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
           if (member + k * kWarps < listed) {
-            values[k] = Vec::load(hidden.at(crop, members.positions[member + k * kWarps]) + column);
+            values[k] = Vec::load(hidden.at(batch, members.positions[member + k * kWarps]) + column);
           }
         }
 #pragma unroll
@@ -148,44 +144,44 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
       float sum = 0.f;
 #pragma unroll
       for (int other = 0; other < kWarps; ++other) sum += members.warp_sums[other][threadIdx.x];
-      const float target = to_float(hidden.at(crop, max(members.target, 0))[out_column]);
-      const float divisor = sizes.divisor(count);
-      const float row = sizes.merge == Merge::kMean ? (target + sum) / divisor : target + sum / divisor;
-      merged[(crop * rows + sizes.chosen + number) * sizes.hidden + out_column] = from_float<scalar_t>(row);
+      const float target = to_float(hidden.at(batch, max(members.target, 0))[out_column]);
+      const float divisor = divisor_of(merge, count);
+      const float row = merge == Merge::kMean ? (target + sum) / divisor : target + sum / divisor;
+      merged[(batch * rows + sizes.kept_count + number) * sizes.hidden + out_column] = from_float<scalar_t>(row);
     }
   }
 }
 
-// Tokens of one crop for a block: each counts all slots of its crop, so there are not more blocks than are of use.
+// Tokens of one sequence for a block: each counts all slots of it, so there are not more blocks than are of use.
 struct MergeBackwardPolicy {
   static constexpr int kBlocksPerMultiprocessor = 4;
   static constexpr int kCounts = 2048;  // contextual tokens that are counted at a time
-  int64_t chunk, per_crop, shared_bytes;
+  int64_t chunk, chunks, shared_bytes;  // chunk: tokens; chunks: of a sequence
 
   MergeBackwardPolicy(const MergeSizes& sizes, int64_t multiprocessors) {
     constexpr int64_t kWarps = MergePolicy::kWarps;
     const int64_t most = multiprocessors * kBlocksPerMultiprocessor;
-    const int64_t wanted = (sizes.crops * sizes.tokens + most - 1) / most;
+    const int64_t wanted = (sizes.batch * sizes.tokens + most - 1) / most;
     chunk = std::max((wanted + kWarps - 1) / kWarps * kWarps, kWarps);
-    per_crop = (sizes.tokens + chunk - 1) / chunk;
+    chunks = (sizes.tokens + chunk - 1) / chunk;
     shared_bytes = std::clamp(sizes.contextual, 1, kCounts) * sizeof(int);
   }
 };
 
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(MergePolicy::kThreads)
-    merge_rows_backward_kernel(ImagePointer<scalar_t> grad,         // (crops, chosen + contextual, hidden)
-                               RowPointer<int32_t> slots,           // (crops, tokens)
-                               scalar_t* __restrict__ grad_hidden,  // (crops, tokens, hidden)
-                               MergeSizes sizes, MergeBackwardPolicy policy) {
+    merge_rows_backward_kernel(Input<scalar_t, 3> grad,             // (batch, kept_count + contextual, hidden)
+                               Input<int32_t, 2> slots,             // (batch, tokens)
+                               scalar_t* __restrict__ grad_hidden,  // (batch, tokens, hidden)
+                               MergeSizes sizes, Merge merge, MergeBackwardPolicy policy) {
   using Vec = Vector<scalar_t, kVec>;
   constexpr int kCounts = MergeBackwardPolicy::kCounts, kThreads = MergePolicy::kThreads;
   VLMFAST_DYNAMIC_SHARED(int, counts);  // of the tokens that were merged into each contextual one
   const int contextual = sizes.contextual;
-  for (int64_t work = blockIdx.x; work < sizes.crops * policy.per_crop; work += gridDim.x) {
-    const int64_t crop = work / policy.per_crop, first = work % policy.per_crop * policy.chunk;
+  for (int64_t work = blockIdx.x; work < sizes.batch * policy.chunks; work += gridDim.x) {
+    const int64_t batch = work / policy.chunks, first = work % policy.chunks * policy.chunk;
     const int64_t end = min(first + policy.chunk, int64_t{sizes.tokens});
-    const int32_t* const crop_slots = slots[crop];
+    const int32_t* const own_slots = slots.at(batch);
     for (int first_number = 0; first_number == 0 || first_number < contextual; first_number += kCounts) {
       const int numbers = min(kCounts, contextual - first_number);
       __syncthreads();  // those before these are done
@@ -193,22 +189,22 @@ __global__ void __launch_bounds__(MergePolicy::kThreads)
       __syncthreads();
       for (int begin = 0; begin < sizes.tokens; begin += kThreads) {
         const int position = begin + threadIdx.x;
-        const unsigned slot = position < sizes.tokens ? crop_slots[position] : -1;
+        const unsigned slot = position < sizes.tokens ? own_slots[position] : -1;
         const unsigned number = slot - static_cast<unsigned>(contextual + first_number);
         count_one(counts, number, position < sizes.tokens && number < static_cast<unsigned>(numbers));
       }
       __syncthreads();
       for (int64_t token = first + threadIdx.x / kWarp; token < end; token += MergePolicy::kWarps) {
-        const int64_t slot = crop_slots[token];
+        const int64_t slot = own_slots[token];
         const bool is_contextual = slot >= 0 && slot < 2 * int64_t{contextual}, joined = slot >= contextual;
         const int64_t number = joined ? slot - contextual : slot;
         if (is_contextual ? number < first_number || number >= first_number + numbers : first_number > 0) continue;
-        const int64_t row = number + sizes.chosen;
+        const int64_t row = number + sizes.kept_count;
         const bool has_row = is_contextual || (slot < 0 && row >= 0);
-        const bool shares = is_contextual && (joined || sizes.merge == Merge::kMean);
-        const float divisor = shares ? sizes.divisor(counts[number - first_number]) : 1.f;
-        move_row<Vec>(has_row ? grad.at(crop, row) : nullptr,
-                      grad_hidden + (crop * sizes.tokens + token) * sizes.hidden, sizes.hidden, [&](Vec& values) {
+        const bool shares = is_contextual && (joined || merge == Merge::kMean);
+        const float divisor = shares ? divisor_of(merge, counts[number - first_number]) : 1.f;
+        move_row<Vec>(has_row ? grad.at(batch, row) : nullptr,
+                      grad_hidden + (batch * sizes.tokens + token) * sizes.hidden, sizes.hidden, [&](Vec& values) {
           if (divisor == 1.f) return;  // a copy
 #pragma unroll
           for (int i = 0; i < kVec; ++i) values.set(i, values[i] / divisor);

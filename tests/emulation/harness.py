@@ -1,0 +1,173 @@
+"""Shared parts of the tests of the emulated kernels: tensors, calls, comparisons, traffic, planted faults."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.emulation import build
+from tests.emulation.backend import check_library, open_library
+from tests.helpers import cases, traffic
+from tests.helpers.rounding import assert_within
+from vlmfast.registry import OPS
+
+SCHEDULES = (0, 1, 7)  # the threads and blocks forward, backward, shuffled
+Layout = Callable[[Tensor], Tensor]
+Call = tuple[str, tuple[Any, ...]]  # an op's name and its arguments
+
+# Messages that notice a fault.
+RACE, BOUNDS, MISALIGNED = "race: ", "of an (in|out)put of", "misaligned|type_mismatch"
+UNORDERED = f"{RACE}|nobody has written"  # who comes first depends on the schedule
+WRONG = "over the budget|isnan|in another order"
+DIFFER = "elements differ"
+UNNOTICED = "DID NOT RAISE"  # a call that must be refused was not
+
+
+# ---- tensors and calls ----
+
+
+def far_rows() -> Tensor:
+    """Return three rows whose offsets, in elements, pass 2 ** 31, in pages that are never touched and so take none."""
+    gap, hidden = 2**30, 64
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * gap + hidden)), dtype=torch.bfloat16)
+    return memory.as_strided((3, hidden), (gap, 1)).copy_(torch.randn(3, hidden))
+
+
+def in_gaps(x: Tensor, image_gap: int) -> Tensor:
+    """Return the same map with gaps between its patches, which vectors fit, and between its images."""
+    batch, patches, channels = x.shape
+    pitch = channels + 16 - channels % 8
+    stride = patches * pitch + image_gap
+    buffer = torch.full((batch * stride,), float("nan"), dtype=x.dtype)
+    return buffer.as_strided(x.shape, (stride, pitch, 1)).copy_(x)
+
+
+def sample_calls(stem: str, layouts: Sequence[tuple[Layout, Layout]], dtype: torch.dtype) -> Iterator[Call]:
+    """Yield the samples of a family's ops, their tensors in one pair of layouts after another, in turn."""
+    for op in OPS.values():
+        if op.stem != stem or op.compose is not None:
+            continue
+        for index, sample in enumerate(op.samples("cpu", dtype)):
+            if len({a.dtype for a in sample if cases.is_float(a)}) > 1:
+                continue  # for the definition
+            pair = layouts[index % len(layouts)]
+            yield op.name, tuple(pair[i % 2](a) if cases.is_tensor(a) else a for i, a in enumerate(sample))
+
+
+# ---- kernels ----
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one family, built in check mode."""
+
+    ops: Any  # torch.ops.<library>
+    library: ctypes.CDLL
+
+    def __call__(self, name: str, *args: Any) -> tuple[Tensor, ...]:
+        return cases.outputs(getattr(self.ops, name)(*args))
+
+    def schedule(self, schedule: int) -> None:
+        self.library.vlmfast_emulation_schedule(schedule)
+
+
+def checked(stem: str) -> Kernels:
+    """Return the kernels of csrc/<stem>, built once."""
+    return Kernels(getattr(torch.ops, f"vlmfast_checked_{stem}"), check_library(stem))
+
+
+def compare(kernels: Kernels, calls: Iterable[Call], *, same_order: bool = False, like: Any = None) -> None:
+    """Raise where calls touch what they must not, or give something else than the definitions.
+
+    Args:
+        kernels: the build that runs them.
+        calls: the ops and their arguments.
+        same_order: whether sums are taken in the order of the definitions: few elements then differ by a rounding.
+        like: the arguments for the definition, if they are others.
+    """
+    differ = total = 0
+    for name, args in calls:
+        op, same = OPS[name], args if like is None else like
+        got, reference = kernels(name, *args), cases.outputs(op.reference(*same))
+        wrong = sum(int((g != r).sum()) for g, r in zip(got, reference, strict=True))
+        assert not op.exact or wrong == 0, f"{name}: {wrong} elements differ"
+        assert_within(got, reference, cases.outputs(op.reference(*cases.widened(same))))
+        differ, total = differ + wrong, total + sum(g.numel() for g in got)
+    if same_order:
+        assert differ <= total // 500, f"{differ} of {total} elements are rounded in another order"
+
+
+def assert_traffic(launches: int, name: str, *args: Any) -> None:
+    """Check the launches of a call, and that they touch as many bytes as the op must move, each counted once."""
+    moved, budget = traffic.count(OPS[name], "emulated", args), OPS[name].bytes(*args)
+    assert moved.launches == launches
+    assert moved.distinct == pytest.approx(budget, rel=0.01), name
+
+
+# ---- tests ----
+
+Examine = Callable[[Kernels, torch.dtype], None]
+
+
+def every_access(stem: str, examine: Examine) -> Callable[..., None]:
+    """Make the test that examines a family's kernels in each dtype, and the threads in each order."""
+
+    @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
+    def test(dtype: torch.dtype, schedule: int) -> None:
+        kernels = checked(stem)
+        kernels.schedule(schedule)
+        examine(kernels, dtype)
+
+    return test
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An edit of the sources that must not go unnoticed, and the message that notices it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    notice: str
+
+
+def planted_faults(stem: str, examine: Examine, faults: Sequence[Fault]) -> Callable[..., None]:
+    """Make the test that examines a family's kernels with each fault in turn."""
+
+    @pytest.mark.planted
+    @pytest.mark.parametrize("fault", faults, ids=[fault.name.replace(" ", "-") for fault in faults])
+    def test(fault: Fault, tmp_path: Path) -> None:
+        library = f"vlmfast_{stem}_{re.sub(r'[^a-z0-9]+', '_', fault.name.lower())}"
+        path = build.build("check", library=library, csrc=_plant(fault, stem, tmp_path), cache=tmp_path)
+        torch.ops.load_library(str(path))
+        with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
+            examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
+
+    return test
+
+
+def _plant(fault: Fault, stem: str, into: Path) -> Path:
+    """Copy one family with the fault in it, and with bfloat16 kernels alone: a third of the time to compile."""
+    planted = False
+    for source in build.CSRC.glob("*/*.*"):
+        if source.suffix == ".cpp" or (source.suffix == ".cu" and source.parent.name != stem):
+            continue
+        text = source.read_text()
+        if source.name == fault.file and fault.old in text:
+            text, planted = text.replace(fault.old, fault.new), True
+        text = re.sub(r"if \(dtype == Dtype::kFloat(32|16)\) .*;\n", "", text)
+        copy = into / source.relative_to(build.CSRC)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(text)
+    assert planted, f"{fault.file} has changed: nowhere to plant the fault"
+    return into

@@ -1,0 +1,40 @@
+"""The error that an op may have: that of the definition in the same dtype, and one rounding of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tests.helpers.cases import is_float
+
+Tensors = Sequence[torch.Tensor]
+
+
+def largest(t: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of each row."""
+    return t.abs().amax(-1, keepdim=True) if t.dim() else t.abs()
+
+
+def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bool = False) -> None:
+    """Check that each row's error is at most that of the reference in this dtype and 5 %, and one rounding of the output.
+
+    Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
+    largest number of all outputs, is allowed too; four where a matrix product and an activation follow it, and of 1 at
+    least: GELU makes -0.17 or less of all that is negative, but not of its error.
+    """
+    scale = max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)
+    noise = torch.finfo(torch.float32).eps * (4 * max(1.0, scale) if composed else scale)
+    for g, r, e in zip(got, reference, exact, strict=True):
+        assert g.dtype == r.dtype
+        assert g.shape == r.shape
+        assert g.is_contiguous()
+        assert not g.isnan().any()
+        if not g.is_floating_point():
+            assert torch.equal(g, e)
+        elif g.numel():
+            info = torch.finfo(g.dtype)
+            rounding = info.eps * largest(e).clamp(min=info.smallest_normal)  # subnormals are evenly spaced
+            budget = 1.05 * largest(r.double() - e) + rounding + noise
+            excess = (g.double() - e).abs() - budget
+            assert excess.max() <= 0, f"error {excess.max():.3g} over the budget"
