@@ -29,7 +29,8 @@ float exponent_factor(std::optional<double> scale, int64_t head_dim) {
 
 Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
                      int64_t cls_index) {
-  Size batch("batch"), heads("heads"), tokens("tokens"), head_dim = Size("head_dim").within(1, kMost);
+  Size batch("batch"), heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size tokens = Size("tokens").at_least(1);
   FloatDtype dtype;
   const View query("query", query_tensor, {batch, heads, head_dim}, dtype);
   const View key("key", key_tensor, {batch, heads, tokens, head_dim}, dtype);
@@ -57,8 +58,9 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
 
 Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,
                           int64_t group, std::optional<double> scale) {
-  Size heads("heads"), tokens = Size("tokens").within(0, kMost), head_dim = Size("head_dim").within(1, kMost);
-  Size bounds = Size("segments + 1").within(0, kMost);
+  Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size tokens = Size("tokens").at_most(kMost);
+  Size bounds = Size("segments + 1").at_most(kMost);
   FloatDtype dtype;
   const View query("query", query_tensor, {heads, tokens, head_dim}, dtype);
   const View key("key", key_tensor, {heads, tokens, head_dim}, dtype);

@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor> split_rows(const Tensor& x_tensor, const Tensor& mask
 std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens_tensor, const Tensor& invalid_tensor,
                                                   int64_t keep, const std::optional<Tensor>& given_order,
                                                   bool pad_left) {
-  Size batch("batch"), tokens = Size("tokens").within(0, kMost), hidden("hidden"), kept_count("keep", keep);
+  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden"), kept_count("keep", keep);
   FloatDtype dtype;
   const View x("tokens", tokens_tensor, {{batch, tokens}, hidden}, dtype);
   const View invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool);
@@ -289,10 +289,10 @@ std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens_tensor, c
 }
 
 Tensor compact_tokens_backward(const Tensor& grad_tensor, const Tensor& invalid_tensor, bool pad_left) {
-  Size batch("batch"), tokens = Size("tokens").within(0, kMost), hidden("hidden");
+  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden");
   FloatDtype dtype;
   const View invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool);
-  Size kept_count = Size("keep").within(0, tokens);
+  Size kept_count = Size("keep").at_most(tokens);
   const View grad("grad_tokens", grad_tensor, {{batch, kept_count}, hidden}, dtype);
   Tensor unpacked = allocate({batch, tokens, hidden}, grad_tensor, dtype);
   if (batch * tokens == 0) return unpacked;

@@ -83,7 +83,7 @@ struct PatchSizes {
   Size batch, patches, tokens, channels{"channels"};
 
   explicit PatchSizes(const PatchMap& map)
-      : batch(Size("batch").within(0, kMost / std::max<int64_t>(map.patches, 1))),
+      : batch(Size("batch").at_most(kMost / std::max<int64_t>(map.patches, 1))),
         patches("patches", map.patches),
         tokens("tokens", map.patches / map.per_token) {}
 };
@@ -130,7 +130,7 @@ Tensor pixel_unshuffle(const Tensor& x_tensor, std::vector<int64_t> grid, int64_
 struct NormArguments {
   PatchMap map;
   PatchSizes sizes;
-  Size hidden = Size("hidden").within(0, (int64_t{1} << 30) - 1);  // columns are counted in 32 bits
+  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
   FloatDtype dtype;
   View<3> x;
   View<1> weight;

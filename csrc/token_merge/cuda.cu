@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // positions, slots and columns of a metric are counted in 32 bits
 
 Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
-  Size batch("batch"), tokens = Size("tokens").within(0, kMost);
+  Size batch("batch"), tokens = Size("tokens").at_most(kMost);
   FloatDtype dtype;
   const View scores("scores", scores_tensor, {batch, tokens}, dtype);
   check_within("k", k, 0, tokens);
@@ -40,10 +40,10 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
 }
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
-  Size batch("batch"), tokens = Size("tokens").within(0, kMost), hidden = Size("columns").within(0, kMost);
+  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden = Size("columns").at_most(kMost);
   FloatDtype dtype;
   const View metric("metric", metric_tensor, {batch, tokens, hidden}, dtype);
-  Size kept_count = Size("kept_count").within(0, tokens);
+  Size kept_count = Size("kept_count").at_most(tokens);
   const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
   check_within("contextual", contextual, 0, tokens - kept_count);
   Tensor slots = allocate({batch, tokens}, metric_tensor, Dtype::kInt32);
@@ -64,10 +64,10 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
 
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
-  Size batch("batch"), tokens = Size("tokens").within(0, kMost), hidden("hidden");
+  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden");
   FloatDtype dtype;
   const View rows("hidden", hidden_tensor, {batch, tokens, hidden}, dtype);
-  Size kept_count = Size("kept_count").within(0, tokens);
+  Size kept_count = Size("kept_count").at_most(tokens);
   const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
   const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);
   check_within("contextual", contextual, 0, tokens - kept_count);
@@ -88,7 +88,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
 }
 
 Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor, int64_t contextual, Merge merge) {
-  Size batch("batch"), rows = Size("rows").within(0, kMost), tokens = Size("tokens").within(0, kMost), hidden("hidden");
+  Size batch("batch"), rows = Size("rows").at_most(kMost), tokens = Size("tokens").at_most(kMost), hidden("hidden");
   FloatDtype dtype;
   const View grad("grad_tokens", grad_tensor, {batch, rows, hidden}, dtype);
   const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);

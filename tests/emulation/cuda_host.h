@@ -322,10 +322,13 @@ inline void forget_error() {}  // launches return their errors and keep none
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
-  // The arguments are read from the launcher's stack, which no kernel may touch otherwise: not instrumented.
-  auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(static_cast<Params>(args)...); };
-  return emulation::launch([](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, grid, block,
-                           shared_bytes);
+  const auto run = [&](Params... params) {
+    // They are read from the launcher's stack, which no kernel may touch otherwise: not instrumented.
+    auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(params...); };
+    return emulation::launch([](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, grid, block,
+                             shared_bytes);
+  };
+  return run(static_cast<Params>(args)...);
 }
 
 }  // namespace vlmfast

@@ -27,7 +27,8 @@ from tests.emulation.harness import (
 from tests.helpers import cases
 from vlmfast.registry import OPS
 
-# Layouts of the tensors of a call in turn: heads for vectors of 16 bytes and for single elements, as a projection leaves them.
+# Layouts of the tensors of a call in turn: heads for vectors of 16 bytes and for single elements, as a projection
+# leaves them.
 LAYOUTS = [
     (cases.contiguous, cases.transposed),
     (cases.padded, cases.contiguous),
@@ -55,7 +56,7 @@ def cls_calls(dtype: torch.dtype) -> Iterator[Call]:
             torch.randn(batch, heads, head_dim).to(dtype),
             torch.randn(batch, heads, tokens, head_dim).to(dtype),
         )
-        yield "cls_attention", (query, key, *rest)
+        yield "cls_attention", (query.to(dtype), key.to(dtype), *rest)
     far = far_rows()  # offsets that pass 2 ** 31, from token to token, from head to head, from image to image
     yield "cls_attention", (far[None, :1], far[None, None])
     yield "cls_attention", (far[None], far[None, :, None].expand(1, 3, 2, 64))
@@ -122,33 +123,25 @@ FAULTS = [
         UNORDERED,
     ),
     Fault(
-        "maximum not taken off",
-        "cls_attention.cuh",
-        "-normaliser.x)) * normaliser.y;",
-        "0.f)) * normaliser.y;",
-        WRONG,
+        "maximum not taken off", "cls_attention.cuh", "-normaliser.x)) * normaliser.y;", "0.f)) * normaliser.y;", WRONG
     ),
     Fault("CLS column kept", "cls_attention.cuh", "&& token != sizes.cls", "", f"{BOUNDS}|{RACE}|{WRONG}"),
+    Fault("sums joined without their maxima", "cls_attention.cuh", "sum * fast_exp2(maximum - largest)", "sum", WRONG),
     Fault(
-        "sums joined without their maxima",
-        "cls_attention.cuh",
-        "sum * fast_exp2(maximum - largest)",
-        "sum",
+        "key of another image",
+        "cuda_torch.h",
+        "(row += indices * strides[dim++])",
+        "(row += indices * (rank == 4 && dim == 0 ? 0 : strides[dim]), ++dim)",
         WRONG,
     ),
-    Fault("key of another image", "cuda_torch.h", "data + batch * batch_stride + head", "data + head", WRONG),
     Fault(
-        "token too many",
-        "cls_attention.cuh",
-        "if (token >= count) continue;",
-        "if (token > count) continue;",
-        BOUNDS,
+        "token too many", "cls_attention.cuh", "if (token >= count) continue;", "if (token > count) continue;", BOUNDS
     ),
     Fault(
         "alignment of keys unchecked",
-        "cls_attention.cuh",
-        "fit && key.aligned_to(kVectorBytes)",
-        "fit",
+        "cuda.cu",
+        "(kVectorBytes, query, key), run",
+        "(kVectorBytes, query), run",
         MISALIGNED,
     ),
     Fault("buffer used twice", "received_attention.cuh", "buffer ^= 1)", "buffer ^= 0)", RACE),
@@ -167,20 +160,8 @@ FAULTS = [
         WRONG,
     ),
     Fault("tile taken for whole", "received_attention.cuh", "first >= last_segment.x &&", "", WRONG),
-    Fault(
-        "bound searched wrong",
-        "received_attention.cuh",
-        "[middle] <= token",
-        "[middle] < token",
-        WRONG,
-    ),
-    Fault(
-        "bounds unchecked",
-        "received_attention.cuh",
-        "max(begin, 0)",
-        "begin",
-        f"{BOUNDS}|before all tensors",
-    ),
+    Fault("bound searched wrong", "received_attention.cuh", "[middle] <= token", "[middle] < token", WRONG),
+    Fault("bounds unchecked", "received_attention.cuh", "max(begin, 0)", "begin", f"{BOUNDS}|before all tensors"),
     Fault(
         "row past the end stored",
         "received_attention.cuh",
@@ -205,17 +186,11 @@ FAULTS = [
     Fault(
         "depth behind the end of a row",
         "attention_tiles.cuh",
-        "row < from.count && depth < from.size) return",
+        "row < from.count && depth < from.head_dim) return",
         "row < from.count) return",
         BOUNDS,
     ),
-    Fault(
-        "last step left out",
-        "attention_tiles.cuh",
-        "depth < kDepth; ++depth",
-        "depth < kDepth - 1; ++depth",
-        WRONG,
-    ),
+    Fault("last step left out", "attention_tiles.cuh", "depth < kDepth; ++depth", "depth < kDepth - 1; ++depth", WRONG),
 ]
 
 test_planted_fault_is_noticed = planted_faults("attention_scores", examine, FAULTS)

@@ -113,8 +113,10 @@ def test_mask_of_any_bytes() -> None:
 
 
 FAULTS = [
-    Fault("barrier missing in the scan", "mask_ranks.cuh", "    __syncthreads();\n", "", "nobody has written"),
-    Fault("one buffer for two barriers", "mask_ranks.cuh", "warp_counts[turn % 2]", "warp_counts[0]", RACE),
+    Fault(
+        "barrier missing in the scan", "common.cuh", "    __syncthreads();\n    Sums", "    Sums", "nobody has written"
+    ),
+    Fault("one buffer for two barriers", "common.cuh", "warp_counts[turn % 2]", "warp_counts[0]", RACE),
     Fault("chunk begins late", "mask_ranks.cuh", "first = begin; first", "first = begin + 1; first", MISCOUNTED),
     Fault("chunk counts itself", "mask_ranks.cuh", "count(0, begin)", "count(0, end)", MISCOUNTED),
     Fault("nothing carried on", "mask_ranks.cuh", "      before += sums.block;\n", "", MISCOUNTED),
@@ -124,14 +126,16 @@ FAULTS = [
     Fault("total unchecked", "cuda.cu", "&& !(last &&", "&& !(false &&", UNNOTICED),
     Fault("order unchecked", "cuda.cu", "position >= 0 && position < tokens,", "true,", UNNOTICED),
     Fault(
-        "stride of another tensor",
-        "cuda.cu",
-        ": embeds[number]}",
-        ": embeds.data + number * x.stride}",
-        BOUNDS,
+        "stride of another tensor", "cuda.cu", ": embeds.at(number)}", ": embeds.data + number * x.strides[0]}", BOUNDS
     ),
-    Fault("32-bit row offset", "cuda_torch.h", "data + row * stride;", "data + int(row) * int(stride);", "overflow"),
-    Fault("alignment unchecked", "cuda_torch.h", "fit = fit && operand", "operand", MISALIGNED),
+    Fault(
+        "32-bit row offset",
+        "cuda_torch.h",
+        "indices * strides[dim++]",
+        "int(indices) * int(strides[dim++])",
+        "overflow",
+    ),
+    Fault("alignment unchecked", "cuda_torch.h", "view.stride(dim) * view.width() % bytes == 0", "true", MISALIGNED),
     Fault("vector too many", "row_moves.cuh", "k * step < hidden", "k * step <= hidden", BOUNDS),
 ]
 

@@ -93,8 +93,8 @@ test_pixel_shuffle = every_access("pixel_shuffle", examine)
 
 
 def test_bytes_moved() -> None:
-    x, grid = torch.randn(2, 17, 264).bfloat16()[:, 1:], (4, 4)  # behind the CLS token
-    tokens, weight, bias = torch.randn(2, 4, 1056).bfloat16(), *torch.randn(2, 1056).bfloat16()
+    x, grid = torch.randn(60, 17, 264).bfloat16()[:, 1:], (4, 4)  # behind the CLS token
+    tokens, weight, bias = torch.randn(60, 4, 1056).bfloat16(), *torch.randn(2, 1056).bfloat16()
     assert_traffic(1, "pixel_shuffle", x, grid)
     assert_traffic(1, "pixel_shuffle", x, grid, 2, "column", 0.3)
     assert_traffic(1, "pixel_unshuffle", tokens, grid)
@@ -116,7 +116,7 @@ def test_misfits_are_refused() -> None:
             with pytest.raises(RuntimeError, match="must"):
                 kernels(name, *args, *layout)
     for vectors in ((weight[:16], weight), (weight, weight[:8]), (weight.half(), weight)):
-        with pytest.raises(RuntimeError, match="norm_(weight|bias) must"):
+        with pytest.raises(RuntimeError, match=r"norm_(weight|bias) must"):
             kernels("pixel_shuffle_norm", x, *vectors, (4, 4))
     for other in (grad[:, :3], grad[..., :31], grad.half()):
         with pytest.raises(RuntimeError, match="grad_output must"):
@@ -125,7 +125,7 @@ def test_misfits_are_refused() -> None:
         kernels("pixel_unshuffle", grad[..., :30], (4, 4))
 
 
-MAP, NORM, LAUNCH = "patch_map.cuh", "patch_norm.cuh", "cuda.cu"
+MAP, NORM, TORCH = "patch_map.cuh", "patch_norm.cuh", "cuda_torch.h"
 FAULTS = [
     Fault(
         "dy and dx swapped", MAP, "part / scale * width + part % scale", "part % scale * width + part / scale", DIFFER
@@ -133,15 +133,21 @@ FAULTS = [
     Fault(
         "column order as row order", MAP, "by_column ? along : line", "by_column ? line : along", f"{DIFFER}|{BOUNDS}"
     ),
-    Fault("token stride ignored", NORM, "offset(column, x.row_stride)", "offset(column, rows.channels)", BOUNDS),
+    Fault("token stride ignored", NORM, "offset(column, x.strides[1])", "offset(column, rows.channels)", BOUNDS),
     Fault(
         "32-bit offset", NORM, "map.step(part) * patch_stride", "int(map.step(part)) * int(patch_stride)", "overflow"
     ),
-    Fault("vectors across patches", LAUNCH, "{y_data, call.x.size}", "{y_data, call.rows.size}", BOUNDS),
-    Fault("alignment of images unchecked", "cuda_torch.h", "{data, image_stride}", "{data, 0}", MISALIGNED),
+    Fault("vectors across patches", TORCH, "view.size(rank - 1) * view.width() % bytes == 0", "true", BOUNDS),
+    Fault(
+        "alignment of images unchecked",
+        TORCH,
+        "for (int dim = 0; dim < rank - 1; ++dim) aligned",
+        "for (int dim = rank > 2; dim < rank - 1; ++dim) aligned",
+        MISALIGNED,
+    ),
     Fault("barrier missing in the reduction", "common.cuh", "      __syncthreads();\n", "", "nobody has written"),
     Fault("barrier missing between partial sums", NORM, "  __syncthreads();", "", RACE),
-    Fault("variance uncentred", NORM, "mean = sum[0] / size;", "mean = 0.f;", WRONG),
+    Fault("variance uncentred", NORM, "mean = sum[0] / rows.hidden;", "mean = 0.f;", WRONG),
     Fault("partial sum dropped", "partial_sums.cuh", "int block = warp;", "int block = warp + 1;", WRONG),
 ]
 

@@ -34,7 +34,8 @@ from tests.helpers import cases
 from vlmfast.ops.token_merge_calls import MERGES
 from vlmfast.registry import OPS
 
-# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, crops with gaps between them.
+# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, sequences with gaps
+# between them.
 LAYOUTS = [
     (cases.contiguous, cases.padded),
     (cases.padded, cases.transposed),
@@ -137,41 +138,31 @@ FAULTS = [
     Fault(
         "one tie too many",
         "top_tokens.cuh",
-        "equal_rank < wanted)",
-        "equal_rank <= wanted)",
+        "equal_rank < threshold.wanted)",
+        "equal_rank <= threshold.wanted)",
         f"{RACE}|{BOUNDS}",
     ),
     Fault("key too many in the cache", "top_tokens.cuh", "position < policy.cached ?", "true ?", "dynamic shared"),
     Fault(
-        "NaN unchecked",
-        "top_tokens.cuh",
-        "VLMFAST_DEVICE_ASSERT(numbers,",
-        "VLMFAST_DEVICE_ASSERT(true,",
-        UNNOTICED,
+        "NaN unchecked", "top_tokens.cuh", "VLMFAST_DEVICE_ASSERT(numbers,", "VLMFAST_DEVICE_ASSERT(true,", UNNOTICED
     ),
     Fault("last of equal targets", "merge_slots.cuh", "similarity > best)", "similarity >= best)", DIFFER),
     Fault("last of equal targets later", "merge_slots.cuh", "!(best > best_s", "!(best >= best_s", DIFFER),
-    Fault(
-        "place of a target off by one",
-        "merge_slots.cuh",
-        "position <= number + rank",
-        "position < number + rank",
-        DIFFER,
-    ),
+    Fault("place of a target off by one", "merge_slots.cuh", "kept <= number + rank", "kept < number + rank", DIFFER),
     Fault("more targets than asked for", "merge_slots.cuh", "&& number / step < contextual", "", DIFFER),
     Fault("zero length unchecked", "merge_slots.cuh", "squares[0] > 0.f ?", "true ?", DIFFER),
     Fault(
         "barrier missing behind the places",
         "merge_slots.cuh",
-        "      __syncthreads();\n      for (int base",
-        "      for (int base",
+        "    __syncthreads();\n    for (int base",
+        "    for (int base",
         UNORDERED,
     ),
     Fault(
         "kept position unchecked",
         "merge_rows.cuh",
-        "min(max(kept[crop][rank], int64_t{0}), int64_t{sizes.tokens - 1})",
-        "kept[crop][rank]",
+        "min(max(kept.at(batch)[rank], int64_t{0}), int64_t{sizes.tokens - 1})",
+        "kept.at(batch)[rank]",
         BOUNDS,
     ),
     Fault("members of the last step alone", "merge_rows.cuh", "count += listed;", "count = listed;", WRONG),
@@ -192,13 +183,15 @@ FAULTS = [
         "k * kStep <= hidden - column",
         f"{RACE}|{BOUNDS}",
     ),
-    Fault("alignment of crops unchecked", "cuda.cu", "{x.rows(), x.images()}", "{x.rows()}", MISALIGNED),
     Fault(
-        "32-bit offset",
+        "alignment of sequences unchecked",
         "cuda_torch.h",
-        "data + image * image_stride + row * row_stride;",
-        "data + int(image) * int(image_stride) + int(row) * int(row_stride);",
-        "overflow",
+        "for (int dim = 0; dim < rank - 1; ++dim) aligned",
+        "for (int dim = rank > 2; dim < rank - 1; ++dim) aligned",
+        MISALIGNED,
+    ),
+    Fault(
+        "32-bit offset", "cuda_torch.h", "indices * strides[dim++]", "int(indices) * int(strides[dim++])", "overflow"
     ),
 ]
 

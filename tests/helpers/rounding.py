@@ -17,7 +17,7 @@ def largest(t: torch.Tensor) -> torch.Tensor:
 
 
 def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bool = False) -> None:
-    """Check that each row's error is at most that of the reference in this dtype and 5 %, and one rounding of the output.
+    """Check that a row's error is at most that of the reference in this dtype, 5 %, and one rounding of the output.
 
     Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
     largest number of all outputs, is allowed too; four where a matrix product and an activation follow it, and of 1 at
