@@ -38,7 +38,7 @@ static: $(VENV)/built $(VENV)/tools        ## count traffic, registers and width
 	$(BIN)/python scripts/static_report.py
 
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
-	$(PYTHON) -m vlmfast.benchmarks.gpu_report  # the machine's own Python and CUDA torch: nothing is downloaded
+	$(PYTHON) -m vlmfast bench gpu  # the machine's own Python and CUDA torch: nothing is downloaded
 
 docs: $(VENV)/built $(VENV)/tools          ## regenerate docs/ops.md
 	$(BIN)/python scripts/make_docs.py

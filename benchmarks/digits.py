@@ -1,6 +1,6 @@
 """Accuracy against token budget, of a small LLaVA trained from scratch.
 
-    python -m vlmfast.benchmarks.digits [--out FOLDER]
+    python -m vlmfast bench digits [--out FOLDER]
 
 Random weights cannot show what a reduction of tokens costs, so here a model is trained for a few minutes: on pictures
 composed of scikit-learn's digits, which are scans of handwriting, and questions about them. Some quarters of a picture
@@ -13,9 +13,9 @@ It says how the methods compare on this task. It says nothing about the accuracy
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 import vlmfast
 from vlmfast.benchmarks import report
+from vlmfast.console import CommandError, console, table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,7 +69,7 @@ class Digits:
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, batch: int) -> Pictures:
-        """Digits anywhere in their quarter on the grid of the patches, on a noisy ground."""
+        """Draw digits anywhere in their quarter on the grid of the patches, on a noisy ground."""
         generator = self.generator
         canvas = 0.15 * torch.rand(batch, SIDE, SIDE, generator=generator)
         chosen = torch.randint(len(self.labels), (batch, QUARTERS), generator=generator)
@@ -86,7 +86,7 @@ class Digits:
 
 
 def questions(pictures: Pictures, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids of one prompt per picture, which asks for quarters in the given order, (B, n), and the labels."""
+    """Return the ids of one prompt per picture, which asks for quarters in the given order, (B, n), and the labels."""
     asked = torch.stack([QUESTION + order, ANSWER + pictures.contents.gather(1, order)], 2).flatten(1)
     head = torch.tensor([BOS, *[IMAGE] * PATCHES]).expand(len(order), -1)
     ids = torch.cat([head, asked], 1)
@@ -96,7 +96,7 @@ def questions(pictures: Pictures, order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positions(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Positions of prompts whose text comes sooner or later behind the image, by up to a share of its tokens.
+    """Return positions of prompts whose text comes sooner or later behind the image, by up to a share of its tokens.
 
     Real models know prompts of every length. One that has only ever met its questions 64 positions behind the image's
     first token is at a loss when they come sooner, whatever the tokens hold.
@@ -111,7 +111,7 @@ def _positions(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def build(seed: int) -> nn.Module:
-    """A LLaVA on a CLIP tower, as wide as a few minutes on two cores allow."""
+    """Build a LLaVA on a CLIP tower, as wide as a few minutes on two cores allow."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -141,33 +141,26 @@ def build(seed: int) -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the model is trained."""
-
-    steps: int
-    batch: int
-    learning_rate: float
-    seed: int
+LEARNING_RATE = 3e-3
 
 
-def train(model: nn.Module, training: Training, console: Console) -> list[float]:
-    """Answers and, from the CLS token, presence; the loss of the answers at every hundredth step."""
-    data = Digits(train=True, seed=training.seed)
+def train(model: nn.Module, options: Namespace, console: Console) -> list[float]:
+    """Train answers and, from the CLS token, presence; return the loss of the answers at every hundredth step."""
+    data = Digits(train=True, seed=options.seed)
     presence = nn.Linear(model.config.vision_config.hidden_size, 10)
-    optimiser = torch.optim.AdamW([*model.parameters(), *presence.parameters()], lr=training.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, training.learning_rate, training.steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW([*model.parameters(), *presence.parameters()], lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, options.steps, pct_start=0.1)
     cls: list[Tensor] = []
     tower = model.model.vision_tower
     hook = tower.register_forward_hook(lambda module, args, output: cls.append(output.pooler_output))
     losses, recent = [], []
     model.train()
-    for step in track(range(training.steps), "training", console=console):
-        pictures = data.draw(training.batch)
-        order = torch.rand(training.batch, QUARTERS, generator=data.generator).argsort(1)
+    for step in track(range(options.steps), "training", console=console):
+        pictures = data.draw(options.batch)
+        order = torch.rand(options.batch, QUARTERS, generator=data.generator).argsort(1)
         ids, labels = questions(pictures, order)
         inputs = {"input_ids": ids, "pixel_values": pictures.pixels, "labels": labels}
-        share = min(1.0, step / (0.6 * training.steps))  # all at once, it learns in several times as many steps
+        share = min(1.0, step / (0.6 * options.steps))  # all at once, it learns in several times as many steps
         inputs["position_ids"] = _positions(ids, share, data.generator)
         inputs["attention_mask"] = torch.ones_like(ids)  # without one, positions that go back begin a new sequence
         loss = model(**inputs).loss
@@ -191,7 +184,7 @@ def train(model: nn.Module, training: Training, console: Console) -> list[float]
 
 @torch.no_grad()
 def accuracy(model: nn.Module, pictures: Pictures, method: vlmfast.reduce.Method | None) -> dict[str, float]:
-    """The share of right answers: of all, and of those about a quarter that holds a digit."""
+    """Return the share of right answers: of all, and of those about a quarter that holds a digit."""
     model.eval()
     right = []
     for quarter in range(QUARTERS):
@@ -209,7 +202,7 @@ def accuracy(model: nn.Module, pictures: Pictures, method: vlmfast.reduce.Method
 
 
 def methods(budget: int) -> dict[str, vlmfast.reduce.Method]:
-    """The methods at one budget of tokens; VisionZip merges into a sixth of them, as published (54 + 10)."""
+    """Return the methods at one budget of tokens; VisionZip merges into a sixth of them, as published (54 + 10)."""
     contextual = max(1, round(budget / 6.4))
     return {
         "VisionZip": vlmfast.VisionZip(dominant=budget - contextual, contextual=contextual),
@@ -222,7 +215,7 @@ BUDGETS = (48, 32, 24, 16, 12, 8, 6, 4)
 
 
 def measure(model: nn.Module, pictures: Pictures, console: Console) -> list[dict[str, Any]]:
-    """One record for each method and budget, the whole picture first."""
+    """Return one record for each method and budget, the whole picture first."""
     records = [{"method": "all tokens", "tokens": PATCHES, **accuracy(model, pictures, None)}]
     for budget in track(BUDGETS, "measuring", console=console):
         for name, method in methods(budget).items():
@@ -232,62 +225,56 @@ def measure(model: nn.Module, pictures: Pictures, console: Console) -> list[dict
 
 
 def show(console: Console, records: list[dict[str, Any]]) -> None:
-    """A line for each budget."""
-    names = list(methods(max(BUDGETS)))
-    table = Table("tokens", *names)
-    table.add_row(str(PATCHES), *[f"{records[0]['digits']:.1%}"] * len(names))
+    """Print a line for each budget."""
+    whole, *reduced = records
+    names = list(methods(PATCHES))
+    lines = table("tokens", *names)
+    lines.add_row(str(PATCHES), *(f"{whole['digits']:.1%}" for _ in names))
     for budget in BUDGETS:
-        shares = {r["method"]: r["digits"] for r in records if r["tokens"] == budget}
-        table.add_row(str(budget), *[f"{shares[name]:.1%}" for name in names])
+        lines.add_row(str(budget), *(f"{r['digits']:.1%}" for r in reduced if r["tokens"] == budget))
     console.print("right answers about a quarter that holds a digit (chance is 10%)")
-    console.print(table)
+    console.print(lines)
 
 
 def plot(path: Path, records: list[dict[str, Any]], test_pictures: int) -> None:
-    """Accuracy over the number of tokens."""
-    import matplotlib as mpl
+    """Draw accuracy over the number of tokens."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.axhline(records[0]["digits"], color="grey", linestyle="--", label=f"all {PATCHES} tokens")
-    for name in methods(max(BUDGETS)):
-        points = [(r["tokens"], r["digits"]) for r in records if r["method"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    whole, *reduced = records
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(whole["digits"], color="grey", linestyle="--", label=f"all {PATCHES} tokens")
+    for name in methods(PATCHES):
+        axes.plot(BUDGETS, [r["digits"] for r in reduced if r["method"] == name], marker="o", label=name)
     axes.axhline(0.1, color="lightgrey", linestyle=":", label="chance")
     axes.set(xscale="log", xlabel="visual tokens", ylabel="right answers", ylim=(0, 1))
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
     axes.set_xticks([], minor=True)
-    axes.set_title(
-        f"Which digit is in this quarter? ({test_pictures} test pictures, small LLaVA trained on them)", size=9
-    )
+    title = f"Which digit is in this quarter? ({test_pictures} test pictures, small LLaVA trained on them)"
+    axes.set_title(title, size=9)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
-def main() -> int:
-    """Train, measure, write ``digits.json`` and ``digits.png``."""
-    parser = argparse.ArgumentParser(prog="python -m vlmfast.benchmarks.digits", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="of the training (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures per step (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    parser.add_argument("--test-pictures", type=int, default=500, help="default %(default)s")
-    options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+def run(options: Namespace) -> int:
+    """Train and measure as the command line says, and write ``digits.json`` and ``digits.png``."""
+    out = console()
     if not options.out.is_dir():
-        parser.error(f"--out: there is no folder {options.out}")
-    training = Training(options.steps, options.batch, 3e-3, options.seed)
-    model = build(training.seed)
-    losses = train(model, training, console)
-    pictures = Digits(train=False, seed=training.seed + 1).draw(options.test_pictures)
-    records = measure(model, pictures, console)
-    show(console, records)
+        raise CommandError(f"--out: there is no folder {options.out}")
+    model = build(options.seed)
+    losses = train(model, options, out)
+    pictures = Digits(train=False, seed=options.seed + 1).draw(options.test_pictures)
+    records = measure(model, pictures, out)
+    show(out, records)
     found = {
         "environment": report.environment("cpu"),
-        "training": vars(training) | {"loss_every_100_steps": [round(loss, 4) for loss in losses]},
+        "training": {
+            "steps": options.steps,
+            "batch": options.batch,
+            "learning_rate": LEARNING_RATE,
+            "seed": options.seed,
+            "loss_every_100_steps": [round(loss, 4) for loss in losses],
+        },
         "test_pictures": options.test_pictures,
         "records": records,
     }
@@ -297,4 +284,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vlmfast.benchmarks.command import moved
+
+    sys.exit(moved("digits"))

@@ -17,16 +17,16 @@ from vlmfast.reduce.generation import MEMORY
 STEPS = 8  # of decoding, after each prefill
 
 
-def variants(published: Published) -> dict[str, dict[str, Any] | None]:
-    """Name -> the arguments of ``vlmfast.patch``, or None for the model as it is."""
+def patches_of(recipe: Published) -> dict[str, dict[str, Any] | None]:
+    """Return for each variant the arguments of ``vlmfast.patch``, or None for the model as it is."""
     found: dict[str, dict[str, Any] | None] = {"original": None, "patched": {}}
-    if published.method is not None:
-        found["reduced"] = {"reduce": published.method}
+    if recipe.method is not None:
+        found["reduced"] = {"reduce": recipe.method}
     return found
 
 
 def twin(model: nn.Module, patch: dict[str, Any] | None) -> nn.Module:
-    """A copy of the model, with the same weights in memory; patched unless ``patch`` is None."""
+    """Copy the model, with the same weights in memory, and patch the copy unless ``patch`` is None."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     if patch is not None:
@@ -36,12 +36,12 @@ def twin(model: nn.Module, patch: dict[str, Any] | None) -> nn.Module:
     return result
 
 
-class Answer:
-    """One prompt and its greedy answer, as often as one likes; each begins with `prefill`.
+class Decoding:
+    """The greedy answer to one prompt, as often as one likes; each begins with `prefill`.
 
     Args:
         model: a model with its head.
-        inputs: of one prompt, unpadded and without a mask, as ``generate`` would pass them on.
+        inputs: one unpadded prompt, as ``generate`` would pass it on; a mask is left out.
         length: columns of a static cache; None for one that grows.
     """
 
@@ -58,11 +58,11 @@ class Answer:
         self.position = torch.zeros((planes, 1, 1) if planes > 1 else (1, 1), dtype=torch.long, device=self.device)
 
     def prefill(self) -> Tensor:
-        """Logits of the first new token, (1, 1, vocabulary), after which `step` may follow."""
+        """Return the logits of the first new token, (1, 1, vocabulary), after which `step` may follow."""
         return self.begin(self.prompt())
 
     def prompt(self) -> Tensor:
-        """The forward of the prefill alone."""
+        """Run the forward of the prefill alone."""
         self._empty_cache()
         logits: Tensor = self.model(**self.inputs, past_key_values=self.cache, **self.settings).logits
         return logits
@@ -79,7 +79,7 @@ class Answer:
         return self._choose(logits)
 
     def forward(self) -> Tensor:
-        """The forward of one step alone: logits of the token after `token`."""
+        """Run the forward of one step alone: logits of the token after `token`."""
         output = self.model(
             input_ids=self.token, position_ids=self.position, past_key_values=self.cache, **self.settings
         )
@@ -87,17 +87,17 @@ class Answer:
         return logits
 
     def step(self) -> Tensor:
-        """One step of decoding. Nothing in it needs the host, so it can be captured in a graph."""
+        """Decode one token. Nothing in it needs the host, so it can be captured in a graph."""
         logits = self.forward()
         self.position.add_(1)
         return self._choose(logits)
 
     def cache_bytes(self) -> int:
-        """What the keys and values of all layers take."""
+        """Return the bytes of the keys and values of all layers."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
     def cached(self) -> int:
-        """Columns that the cache holds."""
+        """Return how many columns the cache holds."""
         return int(self.cache.get_seq_length())
 
     def _choose(self, logits: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """``make gpu-report``: on a machine with a GPU, build, run the GPU tests and the benchmarks, and keep what came out.
 
-    python -m vlmfast.benchmarks.gpu_report [--out FOLDER] [--limit SECONDS]
+    python -m vlmfast bench gpu [--out FOLDER] [--limit SECONDS]
 
 Needs nothing that is not installed already (torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels).
 Each step writes its own log, and the benchmarks write after every workload, so a stop loses only what was running.
@@ -8,7 +8,6 @@ Each step writes its own log, and the benchmarks write after every workload, so 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,6 +25,7 @@ import torch
 
 from vlmfast.benchmarks import report
 from vlmfast.benchmarks.peers import installed
+from vlmfast.console import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]  # not the folder of the link vlmfast/benchmarks
 
@@ -40,13 +41,13 @@ class Step:
 
 
 def steps(out: Path) -> list[Step]:
-    """In order of worth."""
+    """List the steps in order of worth."""
     python = [sys.executable, "-m"]
     bench = [*python, "vlmfast", "bench", "--device", "cuda"]
     # Without torch.compile, which takes longer to compile than all else takes to run.
     peers = ["--peers", *(kind for kind in installed() if kind != "compile")]
     # In order of worth: of what a budget leaves out, the last is missed least.
-    models = [*python, "vlmfast.benchmarks.models", "qwen3-vl-8b", "llava-next-7b", "qwen2.5-vl-7b", "smolvlm-256m"]
+    models = [*python, "vlmfast", "bench", "models", "qwen3-vl-8b", "llava-next-7b", "qwen2.5-vl-7b", "smolvlm-256m"]
     models += ["--device", "cuda", "--modes"]
     compiled = ["rms_norm", "add_rms_norm", "deepstack_add", "--peers", "compile"]
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -69,7 +70,7 @@ def steps(out: Path) -> list[Step]:
 
 
 def _call(command: list[str], log: IO[str], environment: dict[str, str], seconds: float) -> int:
-    """The exit code; what a command that is stopped has started (compilers, say) is stopped with it."""
+    """Run a command; what it has started (compilers, say) is stopped with it."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         return process.wait(seconds)
@@ -79,8 +80,8 @@ def _call(command: list[str], log: IO[str], environment: dict[str, str], seconds
         raise
 
 
-def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
-    """Run one step with its own log; what happened and how long it took."""
+def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
+    """Run one step with its own log, and return what happened and how long it took."""
     start = time.monotonic()
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
     with (out / f"{step.name}.log").open("w") as log:
@@ -93,21 +94,14 @@ def run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     return {"step": step.name, "exit_code": code, "seconds": round(taken, 1)}
 
 
-def main() -> int:
-    """Run every step within the time limit; 0 if all of them ended well."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlmfast.benchmarks.gpu_report", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "gpu-report", help="folder for logs and JSON")
-    parser.add_argument("--limit", type=float, default=530, help="seconds for all steps together (default 530)")
-    options = parser.parse_args()
+def run(options: Namespace) -> int:
+    """Run every step, within ``options.limit`` seconds, into ``options.out``; 0 if all of them ended well."""
     if not torch.cuda.is_available():
-        print("gpu-report needs a GPU, and torch sees none", file=sys.stderr)
-        return 2
+        raise CommandError("bench gpu needs a GPU, and torch sees none")
     options.out.mkdir(parents=True, exist_ok=True)
     deadline, done = time.monotonic() + options.limit, []
     for step in steps(options.out.resolve()):
-        done.append(run(step, options.out, max(1.0, deadline - time.monotonic())))
+        done.append(_run(step, options.out, max(1.0, deadline - time.monotonic())))
         summary = {"environment": report.environment("cuda"), "steps": done}
         (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     folder = re.sub(r"[^a-z0-9]+", "-", report.device_name("cuda").lower()).strip("-")
@@ -116,4 +110,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from vlmfast.benchmarks.command import moved
+
+    sys.exit(moved("gpu"))

@@ -9,19 +9,6 @@ from typing import Any
 from vlmfast.benchmarks import report
 from vlmfast.console import CommandError
 
-# Column of the table of whole models: key of a record -> (head, format)
-MODEL_COLUMNS = {
-    "prefill_ms": ("prefill ms", "{:.2f}"),
-    "prefill_range": ("range", "{:.0%}"),
-    "prefill_speedup": ("x original", "{:.2f}"),
-    "prefill_over_eager": ("x original in eager", "{:.2f}"),
-    "decode_ms": ("token ms", "{:.2f}"),
-    "decode_range": ("range", "{:.0%}"),
-    "decode_speedup": ("x original", "{:.2f}"),
-    "decode_over_eager": ("x original in eager", "{:.2f}"),
-    "cache_bytes": ("KV cache, bytes", "{:,}"),
-    "peak_bytes": ("peak, bytes", "{:,}"),
-}
 COLOURS = {"ours": "#c1121f", "peer": "#457b9d", "limit": "#8d99ae"}
 
 TEMPLATE = """<!doctype html>
@@ -46,7 +33,7 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 {% for record in op.records %}{% for row in record.contenders %}<tr class="{{ row.group }}">
 <td>{{ record.workload if loop.first }}</td><td>{{ row.name }}</td>
 {% if row.error %}<td class="error" colspan="{{ width }}">{{ row.error }}</td>{% else %}{% for key in op.columns %}
-<td>{{ columns[key][1].format(row[key]) if row.get(key) is not none }}</td>{% endfor %}{% endif %}
+<td>{{ cell(columns, key, row) }}</td>{% endfor %}{% endif %}
 </tr>{% endfor %}{% endfor %}</table>
 {% endfor %}
 {% if models %}<h2>Whole models</h2>
@@ -54,9 +41,8 @@ figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: f
 {% for row in models %}<tr>
 <td>{{ row.model }}, {{ row.size }}{{ ", " ~ row.mode if row.mode }}</td><td>{{ row.variant }}</td>
 {% if row.error %}<td class="error" colspan="{{ model_columns|length }}">{{ row.error }}</td>{% else %}
-{% for key in model_columns %}<td>{{ model_columns[key][1].format(row[key]) if row.get(key) is not none }}
-{{- prefill_note(row) if key == "prefill_ms" }}</td>
-{% endfor %}{% endif %}</tr>{% endfor %}</table>
+{% for key in model_columns %}<td>{{ cell(model_columns, key, row) }}</td>{% endfor %}{% endif %}
+</tr>{% endfor %}</table>
 {% endif %}
 </body></html>
 """
@@ -70,16 +56,15 @@ def require() -> None:
 
 
 def page(run: dict[str, Any]) -> str:
-    """The whole file, of what `report.write` wrote."""
+    """Make the whole file from what `report.write` wrote."""
     from jinja2 import Environment
     from markupsafe import Markup
 
     ops = []
-    for name in dict.fromkeys(record["op"] for record in run["records"]):
-        records = [record for record in run["records"] if record["op"] == name]
+    for records in report.by_op(run["records"]):
         ops.append(
             {
-                "name": name,
+                "name": records[0]["op"],
                 "dtype": records[0]["dtype"],
                 "records": records,
                 "columns": report.columns(records),
@@ -95,8 +80,8 @@ def page(run: dict[str, Any]) -> str:
         roofline=roofline,
         legend=report.LEGEND,
         models=run["models"],
-        model_columns=MODEL_COLUMNS,
-        prefill_note=report.prefill_note,
+        model_columns=report.MODEL_COLUMNS,
+        cell=report.cell,
     )
 
 
@@ -123,7 +108,7 @@ def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _bars(records: list[dict[str, Any]]) -> str | None:
-    """The time of every contender on every shape."""
+    """Draw the time of every contender on every shape."""
     rows = [(record["workload"], row) for record in records for row in _timed(record)]
     if not rows:
         return None
@@ -143,7 +128,7 @@ def _bars(records: list[dict[str, Any]]) -> str | None:
 
 
 def _scaling(records: list[dict[str, Any]]) -> str | None:
-    """How the time grows with the rows or tokens, by the bytes that they take."""
+    """Draw how the time grows with the rows or tokens, by the bytes that they take."""
     if len(records) < 2:
         return None
     figure, axes = _figure(5.2, 3.6)
@@ -160,7 +145,7 @@ def _scaling(records: list[dict[str, Any]]) -> str | None:
 
 
 def _roofline(run: dict[str, Any]) -> str:
-    """Speed against arithmetic intensity, below the bandwidth of a copy and the speed of a matrix product."""
+    """Draw speed over arithmetic intensity, below the bandwidth of a copy and the speed of a matmul."""
     where = run["environment"]
     figure, axes = _figure(9, 4.6)
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}

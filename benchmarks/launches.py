@@ -1,4 +1,4 @@
-"""Kernel launches and host synchronisations of whole models: ``python -m vlmfast.benchmarks.models --count``.
+"""Kernel launches and host synchronisations of whole models: ``python -m vlmfast bench launches [model ...]``.
 
 Counted on models with all the layers of the published ones and few channels, on the published image; see `counting` for
 what counts. They depend on no device: it takes a CPU a few seconds for each model.
@@ -6,48 +6,47 @@ what counts. They depend on no device: it takes a CPU a few seconds for each mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from vlmfast.benchmarks import counting
-from vlmfast.benchmarks.forwards import Answer, twin, variants
-from vlmfast.benchmarks.published import Published, chosen
-from vlmfast.console import one_line, table
-
-Save = Callable[[list[dict[str, Any]]], None]
+from vlmfast.benchmarks import counting, models, published, report
+from vlmfast.benchmarks.forwards import Decoding, patches_of, twin
+from vlmfast.benchmarks.published import Published
+from vlmfast.console import console, one_line, table, writable
 
 
-def count(published: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
-    """Launches and waits of one prefill and of one step of decoding, in bfloat16.
+def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
+    """Count the launches and waits of one prefill and of one step of decoding, in bfloat16.
 
     Args:
-        published: the model.
+        recipe: the model.
         size: one of `vlmfast.benchmarks.published.SIZES`.
 
     Yields:
         One record for each variant, without the model's name; one with an ``error`` where it could not be built.
     """
     try:
-        model, inputs = published.build(size, torch.bfloat16, "cpu")
+        model, inputs = recipe.build(size, torch.bfloat16, "cpu")
     except Exception as error:  # a transformers that lacks the model, say
         yield {"variant": "all", "error": one_line(error)}
         return
     counting.move(model)
     on_device = {name: counting.put(value) for name, value in inputs.items()}
-    for variant, arguments in variants(published).items():
+    for variant, arguments in patches_of(recipe).items():
         with counting.count():
-            answer = Answer(twin(model, arguments), on_device)
+            decoding = Decoding(twin(model, arguments), on_device)
         with counting.count() as prefill:
-            logits = answer.prompt()
+            logits = decoding.prompt()
         with counting.count():
-            answer.begin(logits)
-        length = answer.cached()
+            decoding.begin(logits)
+        length = decoding.cached()
         with counting.count() as decode:
-            answer.forward()
+            decoding.forward()
         yield {
             "variant": variant,
             "prompt_tokens": inputs["input_ids"].shape[1],
@@ -62,30 +61,22 @@ def _described(found: counting.Count) -> dict[str, Any]:
     return {"launches": found.launches.total(), "syncs": found.waits.total(), "waits": waits}
 
 
-def run(names: Sequence[str], console: Console, save: Save = lambda records: None) -> list[dict[str, Any]]:
-    """Count every variant of the models.
-
-    Args:
-        names: of models; none for all.
-        console: shows the progress.
-        save: called with all records after each.
-
-    Returns:
-        One record for each model and variant.
-
-    Raises:
-        CommandError: for an unknown name.
-    """
-    records: list[dict[str, Any]] = []
-    for name, published in track(chosen(names).items(), "counting", console=console, transient=True):
-        for found in count(published):
+def run(options: Namespace) -> int:
+    """Count every variant of the models that ``options`` names, or of all; 1 if no model could be built."""
+    writable(options.json)
+    out, records = console(150), []
+    environment = report.environment("cpu")
+    for name in track(options.models or published.MODELS, "counting", console=out, transient=True):
+        for found in count(published.MODELS[name]):
             records.append({"model": name, **found})
-            save(records)
-    return records
+            if options.json is not None:  # after each: a stop loses nothing
+                report.write(options.json, {"environment": environment, "records": records})
+    show(out, records)
+    return models.verdict(out, records)
 
 
 def show(console: Console, records: list[dict[str, Any]]) -> None:
-    """One line for each model and variant."""
+    """Print one line for each model and variant."""
     lines = table("model", "", "tokens", "prefill launches", "syncs", "decode launches", "syncs")
     for column in lines.columns[2:]:
         column.justify = "right"

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from vlmfast.benchmarks.forwards import STEPS, Answer, twin
+from vlmfast.benchmarks.forwards import STEPS, Decoding, twin
 from vlmfast.console import one_line
 
 MODES = ("eager", "compile", "graph")
@@ -27,12 +27,12 @@ class CaptureError(Exception):
     """A capture was begun and not ended: nothing mends what it leaves in this process."""
 
 
-class Contender:
-    """One variant of a model in one mode; `prepare` makes it ready.
+class Variant:
+    """A model as it is or patched, in one mode; `prepare` makes it ready.
 
     Args:
         model: as published; it is left as it is, and its weights are shared.
-        inputs: of the prompt.
+        inputs: those of the prompt.
         patch: the arguments of ``vlmfast.patch``, or None for the model as it is.
 
     Attributes:
@@ -59,7 +59,7 @@ class Contender:
 
     @torch.no_grad()
     def time(self, times: list[tuple[float, float]]) -> None:
-        """Answer the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
+        """Decoding the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
         try:
             prefill = self._seconds(self.prefill)
             steps = self._seconds(lambda: [self.step() for _ in range(STEPS)])
@@ -82,96 +82,96 @@ def _synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def prepare(contender: Contender, mode: str, original: Contender | None = None) -> None:
+def prepare(variant: Variant, mode: str, original: Variant | None = None) -> None:
     """Warm it: compared with the original in eager mode, then compiled or captured and compared.
 
-    What goes wrong is its ``error``. Every contender of a process has to be there before the first one is compiled: a
+    What goes wrong is its ``error``. Every variant of a process has to be there before the first one is compiled: a
     patch has torch.compile forget what it has compiled, which a timed call would then compile again.
 
     Args:
-        contender: what is made ready.
+        variant: what is made ready.
         mode: one of `MODES`.
         original: whose answer has to be that of this variant; None where nothing else answers alike.
     """
-    if contender.error is not None:
+    if variant.error is not None:
         return
     try:
-        before = torch.cuda.memory_allocated() if contender.device.type == "cuda" else 0
-        _prepare(contender, mode, original, before)
+        before = torch.cuda.memory_allocated() if variant.device.type == "cuda" else 0
+        _prepare(variant, mode, original, before)
     except Exception as error:
-        contender.error, contender.spoils = one_line(error), isinstance(error, CaptureError)
+        variant.error, variant.spoils = one_line(error), isinstance(error, CaptureError)
 
 
 @contextlib.contextmanager
-def _peak(contender: Contender, before: int) -> Iterator[None]:
+def _peak(variant: Variant, before: int) -> Iterator[None]:
     """Note the most memory that is taken in the block, beside what was there before the preparation."""
-    if contender.device.type != "cuda":
+    if variant.device.type != "cuda":
         yield
         return
     torch.cuda.reset_peak_memory_stats()
     yield
-    contender.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    variant.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
 
 
-def _prepare(contender: Contender, mode: str, original: Contender | None, before: int) -> None:
-    model, inputs = contender.model, contender.inputs
-    answer = Answer(model, inputs)
-    contender.prefill, contender.step = answer.prefill, answer.step
-    with _peak(contender, before):
-        contender.eager = _say(contender, answer, original)
+def _prepare(variant: Variant, mode: str, original: Variant | None, before: int) -> None:
+    model, inputs = variant.model, variant.inputs
+    answer = Decoding(model, inputs)
+    variant.prefill, variant.step = answer.prefill, answer.step
+    with _peak(variant, before):
+        variant.eager = _say(variant, answer, original)
     length = answer.cached()
-    contender.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
+    variant.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
     if mode == "eager":
         return
-    answer = Answer(model, inputs, length)  # in the place of the first, whose memory is free again
-    contender.prefill, contender.step = answer.prefill, answer.step
+    answer = Decoding(model, inputs, length)  # in the place of the first, whose memory is free again
+    variant.prefill, variant.step = answer.prefill, answer.step
     answer.prefill()  # as it is: it allocates the cache, which a compiled one cannot
     if mode == "compile":
         torch._dynamo.config.recompile_limit = GRAPHS
         # The language model, which is what all families share; the vision tower and the reduction of a prompt, whose
         # shapes depend on values, stay as they are.
         model.get_decoder().compile(dynamic=False)
-        _say(contender, answer, contender)
-        if contender.device.type == "cpu":
+        _say(variant, answer, variant)
+        if variant.device.type == "cpu":
             return  # an answer more is there for its peak alone
     # What a graph needs is taken when it is captured, so that this is a part of its peak.
-    with _peak(contender, before):
+    with _peak(variant, before):
         if mode == "graph":
-            _capture(contender, answer)
-        _say(contender, answer, contender)
+            _capture(variant, answer)
+        _say(variant, answer, variant)
 
 
-def _say(contender: Contender, answer: Answer, like: Contender | None) -> tuple[Tensor, list[Tensor]]:
-    """The logits of one answer and the tokens between them; those of ``like``, whose logits have to be the same.
+def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tensor, list[Tensor]]:
+    """Return the logits of one answer and the tokens between them: those of ``like``, whose logits must be the same.
 
     A token of its own might be another one where two are about as likely, and every logit after it with it.
     """
-    logits, said = [contender.prefill().clone()], []
+    logits, said = [variant.prefill().clone()], []
     for index in range(STEPS):
         if like is not None:
             answer.token.copy_(_eager(like)[1][index])
         said.append(answer.token.clone())
-        logits.append(contender.step().clone())
+        logits.append(variant.step().clone())
     got = torch.cat(logits, 1)
     if like is not None:
-        wanted, key = _eager(like)[0], "difference" if like is contender else "from_original"
-        contender.facts[key] = difference = float((got - wanted).abs().max() / wanted.abs().max())
+        wanted, key = _eager(like)[0], "difference" if like is variant else "from_original"
+        variant.facts[key] = difference = float((got - wanted).abs().max() / wanted.abs().max())
         allowed = TOLERANCE[wanted.dtype]
-        if like is not contender and contender.device.type == "cpu":  # as the tests of patches have it
+        if like is not variant and variant.device.type == "cpu":  # as the tests of patches have it
             allowed = min(allowed, ROUNDINGS * torch.finfo(wanted.dtype).eps)
         if not difference <= allowed:
-            whose = "its own in eager mode" if like is contender else "those of the original"
+            whose = "its own in eager mode" if like is variant else "those of the original"
             raise RuntimeError(f"no speed: its logits differ from {whose} by {difference:.2g} of the largest")
     return got, said
 
 
-def _eager(contender: Contender) -> tuple[Tensor, list[Tensor]]:
-    if contender.eager is None:
-        raise RuntimeError(f"nothing to compare with: {contender.error}")
-    return contender.eager
+def _eager(variant: Variant) -> tuple[Tensor, list[Tensor]]:
+    if variant.eager is None:
+        raise RuntimeError(f"nothing to compare with: {variant.error}")
+    return variant.eager
 
 
-def _capture(contender: Contender, answer: Answer) -> None:
+def _capture(variant: Variant, answer: Decoding) -> None:
     """Replace the step by its CUDA graph, and the prefill by its own where the host never waits in it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -180,16 +180,16 @@ def _capture(contender: Contender, answer: Answer) -> None:
             answer.step()
     torch.cuda.current_stream().wait_stream(stream)
     _without_waiting(answer.step)
-    contender.step = _graph(answer.step)
+    variant.step = _graph(answer.step)
     try:
         _without_waiting(answer.prefill)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        contender.facts["prefill_graph"] = f"none: {one_line(error)}"
+        variant.facts["prefill_graph"] = f"none: {one_line(error)}"
         return
-    contender.prefill = _graph(answer.prefill)
-    contender.facts["prefill_graph"] = "captured"
+    variant.prefill = _graph(answer.prefill)
+    variant.facts["prefill_graph"] = "captured"
 
 
 def _without_waiting(call: Callable[[], Tensor]) -> None:
@@ -207,7 +207,7 @@ def _without_waiting(call: Callable[[], Tensor]) -> None:
 
 
 def _graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The call as a CUDA graph, which returns the same tensor each time."""
+    """Capture the call as a CUDA graph, which returns the same tensor each time."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

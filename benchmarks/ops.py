@@ -155,7 +155,7 @@ def time(found: list[Contender], device: str) -> None:
 
 
 def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:
-    """What is written down of one workload; times in microseconds."""
+    """Write down what was found of one workload; times in microseconds."""
     bytes, flops = op.bytes(*args), op.flops(*args) if op.flops else 0
     by_name = {c.name: c.times for c in found if c.times is not None}
     rows = []

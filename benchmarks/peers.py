@@ -89,7 +89,7 @@ KINDS = ("transformers", "torch", "compile", *PROJECTS)
 
 
 def installed() -> tuple[str, ...]:
-    """The kinds of peers that can be asked for here."""
+    """Return the kinds of peers that can be asked for here."""
     return tuple(k for k in KINDS if k not in PROJECTS or importlib.util.find_spec(PROJECTS[k][0]) is not None)
 
 

@@ -7,14 +7,13 @@ is launched does not depend on the width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmfast.console import CommandError
 from vlmfast.patches import tiny
 from vlmfast.reduce import Method, VisionZip
 
@@ -44,7 +43,7 @@ class Published:
     method: Method | None
 
     def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model in evaluation mode, and the inputs of one prompt with one image; ``size`` is one of `SIZES`."""
+        """Build the model in evaluation mode, of one of the `SIZES`, and the inputs of one prompt with one image."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         smaller = {"full": ({}, {}), "small": (self.small_text, self.small_vision), "narrow": self._narrow()}
@@ -94,7 +93,7 @@ def _pixels(*shape: int) -> Tensor:
 
 
 def _patches(side: int, patch: int) -> Callable[[], dict[str, Tensor]]:
-    """A square image as the processors of Qwen-VL cut it."""
+    """Cut a square image as the processors of Qwen-VL do."""
     return lambda: {
         "pixel_values": _pixels(side * side, 3 * 2 * patch * patch),
         "image_grid_thw": torch.tensor([[1, side, side]]),
@@ -219,14 +218,3 @@ MODELS = {
         None,
     ),
 }
-
-
-def chosen(names: Sequence[str]) -> dict[str, Published]:
-    """The models of these names; all of them where there is none.
-
-    Raises:
-        CommandError: for a name that is not known.
-    """
-    if unknown := [name for name in names if name not in MODELS]:
-        raise CommandError(f"unknown model {', '.join(unknown)}; known: {', '.join(MODELS)}")
-    return {name: MODELS[name] for name in names or MODELS}

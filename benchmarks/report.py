@@ -1,9 +1,8 @@
-"""What a benchmark writes down: where and when it ran, JSON and CSV, and a table to read."""
+"""What a benchmark writes down and shows: where and when it ran, JSON and CSV, and tables to read."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import datetime
 import json
 import platform
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 import vlmfast
 from vlmfast.benchmarks import peers
-from vlmfast.benchmarks.timing import Ceilings
-from vlmfast.console import version
+from vlmfast.console import CommandError, one_line, version
+from vlmfast.console import table as empty_table
 
-# Column of the table and of the CSV: key of a contender's row -> (head, format)
+# Columns of the tables and the CSV: key of a contender's row, or of a whole model's record -> (head, format)
 COLUMNS = {
     "us": ("us", "{:.2f}"),
     "spread": ("spread", "{:.0%}"),
@@ -33,16 +33,30 @@ COLUMNS = {
     "roundings": ("roundings", "{:.2g}"),
     "traffic": ("traffic", "{:.3f}"),
 }
+MODEL_COLUMNS = {
+    "prefill_ms": ("prefill ms", "{:.2f}"),
+    "prefill_range": ("range", "{:.0%}"),
+    "prefill_speedup": ("x original", "{:.2f}"),
+    "prefill_over_eager": ("x eager", "{:.2f}"),
+    "decode_ms": ("token ms", "{:.2f}"),
+    "decode_range": ("range", "{:.0%}"),
+    "decode_speedup": ("x original", "{:.2f}"),
+    "decode_over_eager": ("x eager", "{:.2f}"),
+    "cache_bytes": ("KV MB", "{:.1f}"),
+    "peak_bytes": ("peak MB", "{:.0f}"),
+}
 LEGEND = """us: median; spread: distance of the quartiles; wall us: an eager call, Python included
-of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of a large matrix product, over the time;
+of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of a large matmul, over the time;
 above 100% where the data lie in a cache
 / copy: time over that of a copy of as many bytes; x: how many times faster than; all ratios are of this one run
 roundings: distance from the definition, of peers in roundings of the inputs' dtype; 0 is bit-equal
 traffic: bytes counted over the fewest possible"""
+MODEL_LEGEND = """ms: median of the rounds; range: shortest to longest, over the median; x: median of the rounds' ratios
+compile is of the language model alone; where the host waits in a prefill, it runs as in eager mode (no graph)"""
 
 
 def device_name(device: str) -> str:
-    """The name of the GPU or the processor."""
+    """Return the name of the GPU or the processor."""
     if device != "cpu":
         return torch.cuda.get_device_name()
     try:
@@ -52,8 +66,8 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
-def environment(device: str, machine: Ceilings | None = None) -> dict[str, Any]:
-    """Where and when: device, versions, date, what changes its speed, and what it can do at most."""
+def environment(device: str) -> dict[str, Any]:
+    """Describe where and when: device, versions, date, and what changes its speed."""
     packages = {name: version(name) for name in ("torch", "triton", "transformers")}
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -69,13 +83,11 @@ def environment(device: str, machine: Ceilings | None = None) -> dict[str, Any]:
     }
     if device != "cpu":
         found |= _gpu()
-    if machine is not None:
-        found |= dataclasses.asdict(machine)
     return found
 
 
 def _gpu() -> dict[str, Any]:
-    """What sets the speed of the GPU, as far as its driver tells."""
+    """Ask the driver what sets the speed of the GPU."""
     properties = torch.cuda.get_device_properties()
     found = {"multiprocessors": properties.multi_processor_count, "memory_gb": round(properties.total_memory / 1e9, 1)}
     query = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"]
@@ -88,9 +100,25 @@ def _gpu() -> dict[str, Any]:
     return found | dict(zip(query, map(str.strip, answer.split(",")), strict=False))
 
 
-def prefill_note(record: dict[str, Any]) -> str:
-    """What has to stand beside the prefill of a whole model in mode graph where the host waits in it."""
-    return "" if record.get("prefill_graph", "captured") == "captured" else " (no graph)"
+def read(path: Path) -> dict[str, Any]:
+    """Read what an earlier run wrote: its "environment", the "records" of its ops, and its "models".
+
+    Raises:
+        CommandError: for a file that cannot be read, or is something else.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if "models" not in found:  # of whole models alone, as they were written once
+            found |= {"records": [], "models": found["records"]}
+        for record in found["records"]:
+            record["contenders"]
+        for record in found["models"]:
+            record["model"], record["variant"], record.get("error") or record["prefill_ms"]
+        found["environment"]["device"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = one_line(error) if isinstance(error, OSError) else "it is not what `bench --json` writes"
+        raise CommandError(f"cannot read {path}: {what}") from error
+    return found
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
@@ -102,7 +130,7 @@ def write(path: Path, run: dict[str, Any]) -> None:
 
 
 def write_csv(path: Path, run: dict[str, Any]) -> None:
-    """One line per op, workload and contender."""
+    """Write one line per op, workload and contender."""
     fields = ["op", "workload", "dtype", "bytes", "flops", "name", "group", *COLUMNS, "error"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
@@ -112,14 +140,14 @@ def write_csv(path: Path, run: dict[str, Any]) -> None:
 
 
 def columns(records: list[dict[str, Any]]) -> list[str]:
-    """The columns that say something: on a CPU an eager call is all there is to time."""
+    """Return the columns that say something: on a CPU an eager call is all there is to time."""
     rows = [row for record in records for row in record["contenders"]]
     filled = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     return [key for key in filled if key != "wall_us" or any(row.get("us") != row.get("wall_us") for row in rows)]
 
 
 def table(records: list[dict[str, Any]], kind: str) -> Table:
-    """What was measured of one op."""
+    """Make a table of one op."""
     filled = columns(records)
     shown = Table(title=f"{records[0]['op']}, {records[0]['dtype']}, {kind}", title_justify="left")
     for name in ("shape", "", *(COLUMNS[key][0] for key in filled)):
@@ -130,14 +158,52 @@ def table(records: list[dict[str, Any]], kind: str) -> Table:
             if row["error"] is not None:
                 shown.add_row(*first, style="red")
                 continue
-            cells = [COLUMNS[key][1].format(row[key]) if row.get(key) is not None else "" for key in filled]
+            cells = (cell(COLUMNS, key, row) for key in filled)
             shown.add_row(*first, *cells, style="bold" if row["group"] == "ours" else None)
         shown.add_section()
     return shown
 
 
+def by_op(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Group the records of each op."""
+    return [[r for r in records if r["op"] == name] for name in dict.fromkeys(r["op"] for r in records)]
+
+
+def cell(columns: dict[str, tuple[str, str]], key: str, row: dict[str, Any]) -> str:
+    """Format what a row has in a column; nothing where it has nothing there."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    text = columns[key][1].format(value / 1e6 if key.endswith("_bytes") else value)
+    waited = key == "prefill_ms" and row.get("prefill_graph", "captured") != "captured"
+    return f"{text} (no graph)" if waited else text
+
+
+def show_models(console: Console, records: list[dict[str, Any]]) -> None:
+    """Print one table of whole models; speed-ups are over the original, in the same mode and in eager mode."""
+    lines = empty_table("model", "mode", "", *(head for head, _ in MODEL_COLUMNS.values()))
+    for column in lines.columns[3:]:
+        column.justify = "right"
+    previous, errors = None, []
+    for record in records:
+        group = (record["model"], record.get("mode", ""))
+        heading = ("", "") if group == previous else group
+        previous = group
+        if "error" in record:
+            errors.append(f"{' '.join(group)} {record['variant']}: {record['error']}")
+            lines.add_row(*heading, record["variant"], "no time", style="red")
+        else:
+            lines.add_row(*heading, record["variant"], *(cell(MODEL_COLUMNS, key, record) for key in MODEL_COLUMNS))
+    console.print(lines)
+    if records:
+        console.print(f"{records[0]['size']} sizes, {records[0]['dtype']}")
+        console.print(MODEL_LEGEND, style="dim", highlight=False)
+    for error in errors:
+        console.print(error, style="red", markup=False, soft_wrap=True)
+
+
 def errors(records: list[dict[str, Any]]) -> list[str]:
-    """One line per contender and reason why it has no time."""
+    """Return one line per contender and reason why it has no time."""
     shapes: dict[str, list[str]] = {}
     for record in records:
         for row in record["contenders"]:

@@ -134,7 +134,7 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
 
 
 def _host_seconds(name: str, call: Call) -> float:
-    """What the host takes to queue a call, where nothing else is queued."""
+    """Time what the host takes to queue a call, where nothing else is queued."""
     taken = []
     for _ in range(3):
         torch.cuda.synchronize()

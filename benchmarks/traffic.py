@@ -18,7 +18,7 @@ def _ratios() -> dict[tuple[str, str], float]:
 
 
 def counted(op: str, backend: str) -> float | None:
-    """The bytes that an op's kernels move over the fewest possible, as `make static` counted them.
+    """Return the bytes that an op's kernels move over the fewest possible, as `make static` counted them.
 
     Args:
         op: the op's name.

@@ -26,7 +26,7 @@ MOST_BYTES = 150_000
 
 
 def run(*command: str, interpret: bool) -> Any:
-    """The JSON that a script of the tests writes, in a process with Triton's interpreter or without."""
+    """Return the JSON that a script of the tests writes, in a process with Triton's interpreter or without."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -35,7 +35,7 @@ def run(*command: str, interpret: bool) -> Any:
 
 
 def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One record for those that agree in the keys: the largest of each number, the union of each list."""
+    """Make one record for those that agree in the keys: the largest of each number, the union of each list."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         key = tuple(str(record[k]) for k in keys)
@@ -52,7 +52,7 @@ def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
 
 
 def of_triton() -> list[dict[str, Any]]:
-    """What Triton's compiler makes of the workloads' launches."""
+    """Record what Triton's compiler makes of the workloads' launches."""
     numbers = ("registers", "spills", "shared", "loads", "stores")
     keys = ("op", "kernel", "target", "types")
     records = run("tests/helpers/compile_kernels.py", interpret=False)
@@ -60,7 +60,7 @@ def of_triton() -> list[dict[str, Any]]:
 
 
 def of_cuda(nvcc: str) -> list[dict[str, Any]]:
-    """What nvcc makes of csrc/: kernels for vectors of 16 bytes apart from those for rows that these do not fit."""
+    """Record what nvcc makes of csrc/: kernels for vectors of 16 bytes apart from those for rows that do not fit."""
     records = []
     for name, by_architecture in compile_cuda.compile_all(nvcc).items():
         kernel, _, arguments = name.partition("<")
@@ -74,7 +74,7 @@ def of_cuda(nvcc: str) -> list[dict[str, Any]]:
 
 
 def nvcc_version(nvcc: str) -> str:
-    """Such as 13.0.88."""
+    """Return the version, 13.0.88 for one."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V([\d.]+)", said)
     return found[1] if found else said.strip()

@@ -6,23 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import vlmfast
 from vlmfast import demo, demo_reduce, info
-from vlmfast.console import CommandError
+from vlmfast.benchmarks import command as benchmarks
+from vlmfast.console import DEFAULT, DTYPES, CommandError, positive
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.reduce import Method
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, or 2 for what the user can put right; the demo has its own 1."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
+    options = parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
         exit_code: int = options.command(options)
     except CommandError as error:
@@ -31,68 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse the arguments of a command, whose function is ``command`` of the result."""
+    if arguments[:1] == ["bench"] and not {*arguments[1:2]} & {"-h", "--help", *benchmarks.NAMES}:
+        arguments = ["bench", "ops", *arguments[1:]]  # `bench rms_norm`
     parser = argparse.ArgumentParser(prog="vlmfast", description=vlmfast.__doc__)
     parser.add_argument("--version", action="version", version=f"vlmfast {vlmfast.__version__}")
-    parser.set_defaults(command=None)
+
+    def show_help(options: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(command=show_help)
     commands = parser.add_subparsers(title="commands")
-
-    text = "let a vision-language model describe an image before and after the patch, and compare"
-    command = commands.add_parser("demo", help=text, description=f"{text}. Exit code 1 if the generated ids differ.")
-    command.set_defaults(command=_demo)
-    command.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint; default: a Qwen3-VL with random weights")
-    command.add_argument(
-        "--image", metavar="FILE", type=Path, default=PHOTOGRAPH, help="default: a photograph that comes with vlmfast"
-    )
-    command.add_argument("--prompt", default="Describe this image.", help="default: %(default)s")
-    command.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="default: that of the checkpoint; without --model bfloat16, or float32 where bfloat16 is slow",
-    )
-    command.add_argument("--new-tokens", metavar="N", type=_positive, default=16, help="default: %(default)s")
-    command.add_argument("--repeats", metavar="N", type=_positive, default=5, help="timed runs; default: %(default)s")
-    command.add_argument(
-        "--layers", metavar="N", type=_positive, default=30, help="of the random model; default: %(default)s"
-    )
-    command.add_argument(
-        "--reduce",
-        metavar="METHOD",
-        type=_method,
-        help="then compare with fewer visual tokens: visionzip:54+10, visionzip:0.2+0.05, random:64, even:0.25",
-    )
-    command.add_argument(
-        "--overlay",
-        metavar="FILE",
-        type=Path,
-        default=Path("reduced.png"),
-        help="where --reduce draws which tokens were kept; default: %(default)s",
-    )
-
-    text = "time the ops, and whole models, against their peers and the limits of this machine"
-    command = commands.add_parser(
-        "bench", help=text, description=f"{text}. Exit code 1 if a result of ours is wrong or missing."
-    )
-    command.set_defaults(command=_bench)
-    command.add_argument("ops", metavar="OP", nargs="*", help="such as rms_norm; default: every public op")
-    command.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
-    command.add_argument(
-        "--dtype", choices=DTYPES, help="default: bfloat16; for models float32 on a CPU, bfloat16 on a GPU"
-    )
-    command.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU; default: %(default)s")
-    command.add_argument(
-        "--peers",
-        metavar="PEER",
-        nargs="+",
-        help="of transformers, torch, compile, liger, quack, flashinfer, none; default: those installed",
-    )
-    command.add_argument("--models", metavar="MODEL", nargs="*", help="whole models, such as llava-next-7b; none: all")
-    command.add_argument("--html", metavar="FILE", type=Path, help="a report to look at, with JSON and CSV beside it")
-    command.add_argument("--json", metavar="FILE", type=Path, help="the records, and a CSV beside them")
-    command.add_argument(
-        "--from", dest="source", metavar="FILE", type=Path, help="show what an earlier run wrote with --json"
-    )
+    _add_demo(commands)
+    benchmarks.add(commands)
 
     text = "say what is installed, which backends work here, and which models can be patched"
     command = commands.add_parser("info", help=text, description=text)
@@ -104,16 +53,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=_explain)
     command.add_argument("op", metavar="OP", help="such as rms_norm")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=DEFAULT)
     command.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
-    return parser
+    return parser.parse_args(arguments)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _add_demo(commands: Any) -> None:
+    text = "let a vision-language model describe an image before and after the patch, and compare"
+    command = commands.add_parser("demo", help=text, description=f"{text}. Exit code 1 if the generated ids differ.")
+    command.set_defaults(command=demo.run)
+    command.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint; default: a Qwen3-VL with random weights")
+    command.add_argument(
+        "--image", metavar="FILE", type=Path, default=PHOTOGRAPH, help="default: a photograph that comes with vlmfast"
+    )
+    command.add_argument("--prompt", default="Describe this image.", help=DEFAULT)
+    command.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: that of the checkpoint; without --model bfloat16, or float32 where bfloat16 is slow",
+    )
+    command.add_argument("--new-tokens", metavar="N", type=positive, default=16, help=DEFAULT)
+    command.add_argument("--repeats", metavar="N", type=positive, default=5, help=f"timed runs; {DEFAULT}")
+    command.add_argument("--layers", metavar="N", type=positive, default=30, help=f"of the random model; {DEFAULT}")
+    command.add_argument(
+        "--reduce",
+        metavar="METHOD",
+        type=_method,
+        help="then compare with fewer visual tokens: visionzip:54+10, visionzip:0.2+0.05, random:64, even:0.25",
+    )
+    command.add_argument(
+        "--overlay",
+        metavar="FILE",
+        type=Path,
+        default=Path("reduced.png"),
+        help=f"where --reduce draws which tokens were kept; {DEFAULT}",
+    )
 
 
 def _method(text: str) -> Method:
@@ -121,18 +96,6 @@ def _method(text: str) -> Method:
         return demo_reduce.parse_method(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _demo(options: argparse.Namespace) -> int:
-    choices = {name: value for name, value in vars(options).items() if name != "command"}
-    return demo.run(demo.Options(**choices))
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from vlmfast.benchmarks import bench
-
-    choices = {name: value for name, value in vars(options).items() if name != "command"}
-    return bench.run(bench.Options(**choices))
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from importlib import metadata
@@ -13,18 +14,29 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT = "default: %(default)s"  # of an argument's help
+
 
 class CommandError(Exception):
     """Something that the user can put right; the command prints it and ends with exit code 2."""
 
 
+def positive(text: str) -> int:
+    """Parse the argument of a command, a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def console(columns: int = 120) -> Console:
-    """The terminal; in a pipe or a CI log, where nobody knows the width, plain lines of up to so many columns."""
+    """Return the terminal; in a pipe or a CI log, whose width nobody knows, plain lines of up to ``columns``."""
     return Console(width=None if sys.stdout.isatty() else columns, highlight=False)
 
 
 def version(package: str) -> str | None:
-    """That of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -32,13 +44,13 @@ def version(package: str) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The type and the first line of an error's message."""
+    """Return the type and the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def table(*columns: str) -> Table:
-    """An empty table in the style of all commands."""
+    """Make an empty table in the style of all commands."""
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
@@ -55,17 +67,17 @@ def writable(path: Path | None) -> None:
 
 
 def facts() -> Table:
-    """An empty table of names and values."""
+    """Make an empty table of names and values."""
     return Table(box=None, show_header=False, pad_edge=False)
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the CPU, {"avx2": True, "cpu_name": "...", ...}; empty where torch is too old to tell."""
+    """Return what torch knows of the CPU, {"avx2": True, "cpu_name": "..."}; nothing where torch is too old to tell."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name, or the one to use where none was named."""
+    """Return the device of that name, or the one to use where none was named."""
     if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"--device: cannot use {name}: torch sees no GPU")
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,24 +20,7 @@ from vlmfast.backends import LOADERS, Backend
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
 from vlmfast.patches import Patch, patch
-from vlmfast.reduce import Method
 from vlmfast.registry import OPS, Op
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line of the demo; see `vlmfast.cli` for what each means."""
-
-    model: str | None
-    image: Path
-    prompt: str
-    device: str | None
-    dtype: str | None
-    new_tokens: int
-    repeats: int
-    layers: int
-    reduce: Method | None
-    overlay: Path
 
 
 @dataclass
@@ -49,13 +32,13 @@ class Clock:
     _prompt_seen: bool = False
 
     def put(self, tokens: Tensor) -> None:
-        """Called with the prompt first, then with each new token, already on the host."""
+        """Note the time of a new token, already on the host; the first call brings the prompt."""
         if self._prompt_seen:
             self.arrivals.append(time.perf_counter())
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Called after the last token."""
+        """Do nothing after the last token."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +51,15 @@ class Answer:
     following: list[float]  # seconds from each token to the next
 
 
-def run(options: Options) -> int:
-    """Print the comparison; 0 if patched and original generate the same tokens, 1 if not."""
+def run(options: Namespace) -> int:
+    """Print the comparison; 0 if patched and original generate the same tokens, 1 if not.
+
+    Args:
+        options: what `vlmfast.cli` parsed for ``demo``.
+
+    Raises:
+        CommandError: for what the user can put right.
+    """
     out = console()
     device = usable_device(options.device)
     subject = _load(options, device)
@@ -91,7 +81,7 @@ def run(options: Options) -> int:
         pairs = [_pair(subject, options.new_tokens, patched_first=bool(turn % 2)) for turn in range(options.repeats)]
     _print_times(out, pairs)
     if device.type == "cpu":
-        out.print("On a CPU the matrix products take nearly all of the time: expect a few per cent.")
+        out.print("On a CPU the matmuls take nearly all of the time: expect a few per cent.")
     if options.reduce is not None:
         out.print()
         picture = open_image(options.image)
@@ -102,7 +92,7 @@ def run(options: Options) -> int:
 # ---- load ----
 
 
-def _load(options: Options, device: torch.device) -> Subject:
+def _load(options: Namespace, device: torch.device) -> Subject:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -198,7 +188,7 @@ def _calls() -> Iterator[dict[tuple[str, str], Calls]]:
 # ---- print ----
 
 
-def _describe(out: Console, subject: Subject, options: Options) -> None:
+def _describe(out: Console, subject: Subject, options: Namespace) -> None:
     model, prompt_tokens = subject.model, subject.inputs["input_ids"].shape[1]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     image = f"{options.image.name}, {subject.image_size[0]} x {subject.image_size[1]}"

@@ -38,7 +38,7 @@ class Subject:
 
 
 def open_image(path: Path) -> Any:
-    """The image at ``path`` in RGB."""
+    """Open the image at ``path`` in RGB."""
     from PIL import Image
 
     try:
@@ -71,7 +71,7 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
 
 
 def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.dtype, layers: int) -> Subject:
-    """A Qwen3-VL with random weights.
+    """Build a Qwen3-VL with random weights.
 
     It is as narrow as the smallest vision-language models are (SmolVLM-256M has this width and depth), with a vision
     tower of the width of ViT-S; image processing, DeepStack and generation are those of every Qwen3-VL.

