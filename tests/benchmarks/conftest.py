@@ -1,11 +1,18 @@
-"""One little model in place of the published ones."""
+"""One little model in place of the published ones, and one op with a small workload."""
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from tests.helpers.cases import require
 from tests.helpers.published_models import little
-from vlmfast.benchmarks import models, published
+from vlmfast.benchmarks import models, published, timing
+from vlmfast.registry import OPS
+
+MACHINE = timing.Ceilings(copy_gb_per_s=2.0, gemm_tflop_per_s=0.5)
 
 
 @pytest.fixture
@@ -14,3 +21,16 @@ def llava(monkeypatch):
     monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})
     monkeypatch.setattr(models, "ROUNDS", {"cpu": 1})
     return published.MODELS["llava-1.5-7b"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """rms_norm with one small workload, timed for a moment."""
+    require(OPS["rms_norm"], "native")
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setattr(timing.measure, "__defaults__", (3,))
+    monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
+    workload = ("4x64", (torch.randn(4, 64), torch.randn(64)))
+    op = dataclasses.replace(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
+    monkeypatch.setitem(OPS, "rms_norm", op)
+    return op

@@ -16,7 +16,7 @@ from tests.helpers.cases import each, outputs
 from tests.helpers.published_models import little
 from tests.ops.test_traffic import LAUNCHES
 from vlmfast.benchmarks import counting, launches
-from vlmfast.benchmarks.forwards import STEPS, Answer, twin, variants
+from vlmfast.benchmarks.forwards import STEPS, Decoding, patches_of, twin
 from vlmfast.benchmarks.published import MODELS
 from vlmfast.registry import OPS, Op
 
@@ -179,11 +179,11 @@ def test_a_step_can_be_captured(name: str, monkeypatch):
     original, inputs = model.build("narrow", torch.bfloat16, "cpu")
     counting.move(original)
     on_device = {key: counting.put(value) for key, value in inputs.items()}
-    for variant, arguments in variants(model).items():
+    for variant, arguments in patches_of(model).items():
         if variant == "reduced" and not shortens_prompts():
             continue
         with counting.count():
-            answer = Answer(twin(original, arguments), on_device, inputs["input_ids"].shape[1] + STEPS)
+            answer = Decoding(twin(original, arguments), on_device, inputs["input_ids"].shape[1] + STEPS)
             answer.prefill()
         with counting.count() as prefill:
             answer.prefill()
