@@ -81,7 +81,7 @@ std::vector<int64_t> segment_bounds(const std::optional<Tensor>& cu_seqlens, int
   if (!cu_seqlens.has_value()) return {0, tokens};
   Size count = Size("segments + 1").at_least(1);
   const View numbers("cu_seqlens", *cu_seqlens, {count}, Dtype::kInt32);
-  const int32_t* const from = numbers.data_as<int32_t>();
+  const int32_t* const from = numbers.at<int32_t>();
   std::vector<int64_t> bounds(from, from + count);
   STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == tokens && std::is_sorted(bounds.begin(), bounds.end()),
                   "cu_seqlens must rise from 0 to ", tokens, ", the tokens of query");

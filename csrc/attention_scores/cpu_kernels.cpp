@@ -67,7 +67,7 @@ VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_
         sums[i] = Float{};
       }
       const float* q = query + (head - begin) * query_size;
-      each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
         const Block of_query = load(q + offset);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {

@@ -14,6 +14,8 @@
 
 namespace vlmfast {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
 inline Variant parse_variant(std::string_view name) {
   STD_TORCH_CHECK(name == "llama" || name == "gemma", "variant must be one of 'llama', 'gemma', got '", name, "'");
   return name == "llama" ? Variant::kLlama : Variant::kGemma;
@@ -46,7 +48,7 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like, i
   return Tensor(handle);
 }
 
-inline Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
+inline Tensor allocate(IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
   return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like, shim_dtype(dtype));
 }
 

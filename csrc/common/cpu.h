@@ -105,9 +105,10 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 }
 
 // A fresh contiguous tensor of the dtype of `like` that a kernel is about to fill.
-inline Tensor allocate_output(const int64_t* sizes, int64_t dims, const Tensor& like) {
-  Tensor output = allocate(sizes, dims, like);
-  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+inline Tensor allocate_output(IntHeaderOnlyArrayRef sizes, const Tensor& like) {
+  const Dtype dtype = dtype_of(like);
+  Tensor output = allocate(sizes, like, dtype);
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * width_of(dtype));
   return output;
 }
 

@@ -24,70 +24,62 @@ VLMFAST_INLINE void write(T* to, const T* block, int count) {
   std::memcpy(to, block, count * sizeof(T));
 }
 
-// Rows are fetched two ahead: the processor's own prefetcher stops at the end of a 4 kB page. Of 4096 x 2048 bfloat16,
-// written past the caches, that takes 620 us instead of 720 (EPYC, one thread); one row ahead gains nothing. A smaller
-// output is written into the caches, where its sources are as well: there fetching costs 68 us instead of 52 (512 rows
-// of 4 kB). Nor does memcpy gain anything, which takes 4 times as long where glibc chooses `rep movsb` (from 2 kB) and
-// the target lies 2 or 16 bytes behind the source within a page (Zen 3).
-constexpr int64_t kAhead = 2;
+// Rows are fetched two ahead, because the processor's own prefetcher stops at the end of a 4 kB page. Written past the
+// caches, 4096 x 2048 bfloat16 then take 620 us instead of 720 (EPYC, one thread); one row ahead gains nothing. A smaller
+// output is written into the caches, where its sources are as well: fetching them makes 68 us of 52 (512 rows of 4 kB).
+// memcpy gains nothing either: it takes 4 times as long where glibc chooses `rep movsb` (from 2 kB) and the target lies 2
+// or 16 bytes behind the source within a page (Zen 3).
+constexpr int64_t kRowsAhead = 2;
 
 template <class T, bool past_caches>
 void write_rows(const RowSums& args, int64_t begin, int64_t end) {
   const T zeros[kBlock] = {};
-  const float factor = args.factor;  // a copy: see ForwardRows of rms_norm_kernels.cpp
+  const float factor = args.factor;  // copied, because the compiler must assume that stores alias `args`
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t later = row + kAhead < end ? row + kAhead : row;
+    const int64_t later = row + kRowsAhead < end ? row + kRowsAhead : row;
     const auto at = [&](const char* const* sources, int64_t index) {
       return sources == nullptr ? nullptr : reinterpret_cast<const T*>(sources[index]);
     };
     const T *copied = at(args.copied, row), *later_copied = at(args.copied, later);
     const T *added = at(args.added, row), *later_added = at(args.added, later);
     T* y = reinterpret_cast<T*>(args.y) + row * args.size;
-    const auto fetch = [&](int64_t offset) VLMFAST_INLINE_LAMBDA {
+    const auto fetch = VLMFAST_LAMBDA(int64_t offset) {
       if (later_copied != nullptr) __builtin_prefetch(later_copied + offset);
       if (later_added != nullptr) __builtin_prefetch(later_added + offset);
     };
-    // Asked once a row what it is: within the loop the questions cost as much as the moves.
-    const auto each = [&](const auto& write_block) VLMFAST_INLINE_LAMBDA {
-      each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    // The kind of a row is asked once: within the loop the questions cost as much as the moves.
+    const auto each = VLMFAST_LAMBDA(const auto& write_block) {
+      each_block(args.size, VLMFAST_LAMBDA(int64_t offset, auto count) {
         if (past_caches) fetch(offset);
         write_block(offset, count);
       });
     };
     if (copied == nullptr) {
-      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, zeros, count); });
+      each(VLMFAST_LAMBDA(int64_t offset, auto count) { write<T, past_caches>(y + offset, zeros, count); });
     } else if (added != nullptr) {
-      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      each(VLMFAST_LAMBDA(int64_t offset, auto count) {
         T sum[kBlock];
         store(sum, load(copied + offset, count) + load(added + offset, count));
         write<T, past_caches>(y + offset, sum, count);
       });
     } else if (factor != 1) {
-      each([&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      each(VLMFAST_LAMBDA(int64_t offset, auto count) {
         T product[kBlock];
         store(product, load(copied + offset, count) * factor);
         write<T, past_caches>(y + offset, product, count);
       });
     } else {
-      each([&](int64_t offset, auto count)
-               VLMFAST_INLINE_LAMBDA { write<T, past_caches>(y + offset, copied + offset, count); });
+      each(VLMFAST_LAMBDA(int64_t offset, auto count) { write<T, past_caches>(y + offset, copied + offset, count); });
     }
   }
   if (past_caches) finish_streams();
 }
 
-void any_write_rows(const RowSums& args, int64_t begin, int64_t end) {
-  for_dtype(args.dtype, [&](auto element) {
-    using T = typename decltype(element)::type;
-    args.past_caches ? write_rows<T, true>(args, begin, end) : write_rows<T, false>(args, begin, end);
-  });
-}
-
 }  // namespace
 
 template <>
-RowMovesKernels row_moves_kernels<CpuLevel::VLMFAST_ISA>() {
-  return {any_write_rows};
+RowMovesKernels kernels_at<RowMovesKernels, CpuLevel::VLMFAST_ISA>() {
+  return {{VLMFAST_BY_DTYPE(write_rows, false), VLMFAST_BY_DTYPE(write_rows, true)}};
 }
 
 }  // namespace vlmfast

@@ -10,20 +10,16 @@ namespace vlmfast {
 // Rows to be written one after the other: each is a copy of one row, or zeros, plus another row where there is one, or
 // times a factor.
 struct RowSums {
-  Dtype dtype;
-  int64_t size;               // D
+  int64_t size;               // elements of a row
   const char* const* copied;  // (rows,): null for zeros
   const char* const* added;   // (rows,): null for nothing, then `copied` is not; or null, if no row has one
   float factor;               // of the rows to which nothing is added
-  char* y;                    // (rows, D) contiguous
-  bool past_caches;           // then the rows of y begin at multiples of 64 bytes
+  char* y;                    // (rows, size) contiguous
 };
 
 struct RowMovesKernels {
-  void (*write_rows)(const RowSums& args, int64_t begin, int64_t end);
+  // The second one writes past the caches: rows of y that begin at multiples of 64 bytes.
+  ByDtype<void(const RowSums& args, int64_t begin, int64_t end)> write_rows[2];
 };
-
-template <CpuLevel level>
-RowMovesKernels row_moves_kernels();
 
 }  // namespace vlmfast

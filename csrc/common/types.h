@@ -15,11 +15,11 @@ struct ByDtype {
   Function* functions[3];
   Function* operator[](Dtype dtype) const { return functions[static_cast<int>(dtype)]; }
 };
-#define VLMFAST_BY_DTYPE(kernel)                       \
-  {                                                    \
-    {                                                  \
-      kernel<float>, kernel<Float16>, kernel<BFloat16> \
-    }                                                  \
+#define VLMFAST_BY_DTYPE(kernel, ...)                                                               \
+  {                                                                                                 \
+    {                                                                                               \
+      kernel<float, ##__VA_ARGS__>, kernel<Float16, ##__VA_ARGS__>, kernel<BFloat16, ##__VA_ARGS__> \
+    }                                                                                               \
   }
 
 // Floats that the kernels work on at a time, and a size rounded up to so many: a multiple of every level's registers.
@@ -40,6 +40,9 @@ enum class Merge { kReference, kMean };
 constexpr int kPartialLevels = 3;
 constexpr int kPartialStep = 16;
 constexpr int64_t partial_size(int64_t size) { return padded(size) * kPartialLevels; }
+
+// Sums `count` such partial sums up, which lie one after the other, into `size` elements of the call's dtype.
+using SumPartials = void(int64_t size, const float* partials, int64_t count, void* sums);
 
 // The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI, and the fourth with the
 // conversions to bfloat16. Other processors have the baseline alone.

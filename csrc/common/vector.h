@@ -15,6 +15,7 @@
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
 #define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
+#define VLMFAST_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
 // For loops over arrays of blocks: GCC keeps an array in registers only where it unrolls such a loop early.
 #define VLMFAST_UNROLL _Pragma("GCC unroll 8")
 
@@ -258,7 +259,7 @@ template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;
   constexpr std::integral_constant<int, 1> kSingle;
-  const auto groups = [&](auto rows, auto row_size) VLMFAST_INLINE_LAMBDA {
+  const auto groups = VLMFAST_LAMBDA(auto rows, auto row_size) {
     const int64_t stop = end - (end - begin) % rows;
     if (begin < stop) function(begin, stop, rows, row_size);
     begin = stop;
@@ -336,12 +337,12 @@ VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, 
 // each chain 16 additions at a time, 16 of such sums at a time, and so on; the rest of fewer than four vectors into the
 // first chain; the elements that fill no vector one after the other; then the chains, then the lanes.
 template <class T, int N, class AddTerms>
-VLMFAST_INLINE void torch_sum(int64_t size, const AddTerms& add_terms, float (&sums)[N]) {
+VLMFAST_INLINE void torch_sum(int64_t size, float (&sums)[N], const AddTerms& add_terms) {
   constexpr int kLevels = 3, kStep = 16;
   const int64_t blocks = size / kBlock;
   int64_t block = 0;
   Block running[N] = {}, level[kLevels][N] = {}, last[N] = {};
-  const auto add_until = [&](int64_t end) VLMFAST_INLINE_LAMBDA {
+  const auto add_until = VLMFAST_LAMBDA(int64_t end) {
 #pragma GCC unroll 2
     for (; block < end; ++block) add_terms(block * kBlock, Whole{}, running);
   };

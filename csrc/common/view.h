@@ -289,18 +289,14 @@ class View {
   explicit operator bool() const { return data_ != nullptr; }
 
   const void* data() const { return data_; }
-  template <class T>
-  const T* data_as() const {
-    return static_cast<const T*>(data_);
-  }
-  // Where the element begins that leading indices, and maybe the last, are the place of.
-  template <class... Index>
-  const char* at(Index... index) const {
+  // Where the place begins that the leading indices name.
+  template <class T = char, class... Index>
+  const T* at(Index... index) const {
     static_assert(sizeof...(index) <= rank);
-    const int64_t indices[] = {index...};
+    const int64_t indices[] = {index..., 0};
     int64_t elements = 0;
     for (size_t i = 0; i < sizeof...(index); ++i) elements += indices[i] * strides_[i];
-    return static_cast<const char*>(data_) + elements * width();
+    return reinterpret_cast<const T*>(static_cast<const char*>(data_) + elements * width());
   }
 
   int64_t size(int dim) const { return sizes_[dim]; }

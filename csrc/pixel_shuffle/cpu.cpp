@@ -1,5 +1,5 @@
-// The pixel shuffle ops on the CPU: where patches and tokens lie, outputs and threads. What is only moved goes through
-// row_moves.h, the LayerNorm is in pixel_shuffle_kernels.cpp.
+// The pixel shuffle ops on the CPU: where patches and tokens lie, outputs and threads. Rows that are only moved go
+// through row_moves.h, the LayerNorm is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
 #include <memory>
@@ -13,11 +13,6 @@
 
 namespace vlmfast {
 namespace {
-
-const PixelShuffleKernels& kernels() {
-  static const PixelShuffleKernels table = at_cpu_level([](auto level) { return pixel_shuffle_kernels<level>(); });
-  return table;
-}
 
 // Which patches a token is made of.
 class Layout {
@@ -33,10 +28,11 @@ class Layout {
   int64_t patches() const { return height_ * width_; }
   int64_t tokens() const { return patches() / token_patches(); }
   int64_t token_patches() const { return scale_ * scale_; }
-  // The neighbours along a row of the image are neighbours in the token: one run of elements, where memory has them so.
+  // Neighbours along a row of the image are neighbours in the token: one run of elements, where memory has them so.
   int64_t run_patches(bool adjacent) const { return adjacent ? scale_ : 1; }
 
-  // function(token, part, patch) for each run of a token: `part` counts its patches, `patch` those of the image.
+  // function(token, part, patch) for each run of a token: `part` is its first patch within the token, `patch` within the
+  // image.
   template <class Function>
   void each_run(bool adjacent, const Function& function) const {
     const int64_t rows = height_ / scale_, columns = width_ / scale_, step = run_patches(adjacent);
@@ -59,138 +55,139 @@ class Layout {
   TokenOrder order_;
 };
 
-// Where the runs of all tokens lie in x, in the order of the tokens.
-std::vector<const char*> runs_of(const Sequences& x, const Layout& layout) {
-  std::vector<const char*> runs(x.batch() * layout.patches() / layout.run_patches(x.adjacent()));
-  const char** run = runs.data();
-  for (int64_t image = 0; image < x.batch(); ++image) {
-    layout.each_run(x.adjacent(), [&](int64_t, int64_t, int64_t patch) { *run++ = x.at(image, patch); });
+// The patches of x, and the runs of them that its tokens are made of.
+struct Patches {
+  Layout layout;
+  Size batch{"batch"}, patches, tokens, channels{"channels"};
+  FloatDtype dtype;
+  View<3> x;
+  Size hidden;
+  bool adjacent;  // whether each patch begins where the one before it ends
+
+  Patches(const Tensor& tensor, const std::vector<int64_t>& grid, int64_t scale, TokenOrder order)
+      : layout(grid, scale, order),
+        patches("patches", layout.patches()),
+        tokens("tokens", layout.tokens()),
+        x("x", tensor, {batch, patches, channels}, dtype),
+        hidden("hidden", layout.token_patches() * channels),
+        adjacent(patches < 2 || x.stride(1) == channels) {}
+
+  int64_t run_patches() const { return layout.run_patches(adjacent); }
+  int64_t run_size() const { return run_patches() * channels; }
+
+  // Where the runs of all tokens lie, in the order of the tokens.
+  std::vector<const char*> runs() const {
+    std::vector<const char*> found;
+    found.reserve(batch * patches / run_patches());
+    for (int64_t b = 0; b < batch; ++b) {
+      layout.each_run(adjacent, [&](int64_t, int64_t, int64_t patch) { found.push_back(x.at(b, patch)); });
+    }
+    return found;
   }
-  return runs;
-}
+};
 
 Tensor pixel_shuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale, TokenOrder order, double input_scale) {
-  const Layout layout(grid, scale, order);
-  const Sequences patches("x", x, layout.patches());
-  const int64_t sizes[] = {patches.batch(), layout.tokens(), layout.token_patches() * patches.size()};
-  const int64_t run_size = layout.run_patches(patches.adjacent()) * patches.size();
-  return written_rows(sizes, 3, x, run_size, runs_of(patches, layout).data(), nullptr, input_scale);
+  const Patches from(x, grid, scale, order);
+  return written_rows({from.batch, from.tokens, from.hidden}, x, from.run_size(), from.runs().data(), nullptr,
+                      input_scale);
 }
 
 Tensor pixel_unshuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale, TokenOrder order,
                        double input_scale) {
   const Layout layout(grid, scale, order);
-  const Sequences tokens("x", x, layout.tokens());
-  STD_TORCH_CHECK(tokens.size() % layout.token_patches() == 0, "x must have a multiple of scale**2 channels");
-  const int64_t channels = tokens.size() / layout.token_patches(), run_patches = layout.run_patches(true);
-  std::vector<const char*> runs(tokens.batch() * layout.patches() / run_patches);
-  for (int64_t image = 0; image < tokens.batch(); ++image) {
+  Size batch("batch"), tokens("tokens", layout.tokens()), hidden("hidden");
+  FloatDtype dtype;
+  const View from("x", x, {batch, tokens, hidden}, dtype);
+  STD_TORCH_CHECK(hidden % layout.token_patches() == 0, "x must have a multiple of ", layout.token_patches(),
+                  " channels, got ", hidden);
+  const int64_t channels = hidden / layout.token_patches(), run_patches = layout.run_patches(true);
+  std::vector<const char*> runs(batch * layout.patches() / run_patches);
+  for (int64_t b = 0; b < batch; ++b) {
     layout.each_run(true, [&](int64_t token, int64_t part, int64_t patch) {
-      runs[(image * layout.patches() + patch) / run_patches] = tokens.at(image, token, part * channels);
+      runs[(b * layout.patches() + patch) / run_patches] = from.at(b, token, part * channels);
     });
   }
-  const int64_t sizes[] = {tokens.batch(), layout.patches(), channels};
-  return written_rows(sizes, 3, x, run_patches * channels, runs.data(), nullptr, input_scale);
+  return written_rows({batch, layout.patches(), channels}, x, run_patches * channels, runs.data(), nullptr,
+                      input_scale);
 }
 
 // ---- with a LayerNorm ----
 
-// Refuses a weight or a bias that does not fit.
-Rows norm_vector(const char* name, const Tensor& vector, const Tensor& x, const Layout& layout) {
-  Rows rows(vector);
-  STD_TORCH_CHECK(rows.count == 1 && (rows.size == x.size(2) || rows.size == layout.token_patches() * x.size(2)), name,
-                  " must have shape (", layout.token_patches() * x.size(2), ",) or (", x.size(2), ",)");
-  STD_TORCH_CHECK(dtype_of(vector) == dtype_of(x), name, " must have the dtype of x");
-  return rows;
-}
+// What both directions need to know of a call. The norm is over a token, or over each of its patches.
+struct NormCall : Patches {
+  Size norm_size;
+  View<1> weight;
+  std::vector<const char*> x_runs;
+  ShuffledNorm norm;
 
-ShuffledNorm shuffled_norm(const Sequences& x, const Layout& layout, const std::vector<const char*>& runs,
-                           const Rows& weight, double input_scale, double eps) {
-  const int64_t run_patches = layout.run_patches(x.adjacent());
-  return {dtype_of(weight.tensor),
-          static_cast<float>(input_scale),
-          static_cast<float>(eps),
-          layout.token_patches() / run_patches,
-          run_patches * x.size(),
-          weight.size,
-          runs.data(),
-          weight.data()};
-}
+  NormCall(const Tensor& tensor, const Tensor& norm_weight, const std::vector<int64_t>& grid, int64_t scale,
+           TokenOrder order, double input_scale, double eps)
+      : Patches(tensor, grid, scale, order),
+        norm_size(norm_weight.numel() == channels ? channels : hidden),
+        weight("norm_weight", norm_weight, {norm_size}, dtype),
+        x_runs(runs()),
+        norm{static_cast<float>(input_scale),
+             static_cast<float>(eps),
+             layout.token_patches() / run_patches(),
+             run_size(),
+             norm_size,
+             x_runs.data(),
+             weight.data()} {}
+};
 
 Tensor pixel_shuffle_norm(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
                           std::vector<int64_t> grid, int64_t scale, TokenOrder order, double input_scale,
                           double norm_eps) {
-  const Layout layout(grid, scale, order);
-  const Sequences patches("x", x, layout.patches());
-  const Rows weight = norm_vector("norm_weight", norm_weight, x, layout);
-  const Rows bias = norm_vector("norm_bias", norm_bias, x, layout);
-  STD_TORCH_CHECK(bias.size == weight.size, "norm_bias must have the shape of norm_weight");
-  const int64_t sizes[] = {patches.batch(), layout.tokens(), layout.token_patches() * patches.size()};
-  Tensor y = allocate_output(sizes, 3, x);
+  NormCall call(x, norm_weight, grid, scale, order, input_scale, norm_eps);
+  const View bias("norm_bias", norm_bias, {call.norm_size}, call.dtype);
+  Tensor y = allocate_output({call.batch, call.tokens, call.hidden}, x);
   if (y.numel() == 0) return y;
-  const std::vector<const char*> runs = runs_of(patches, layout);
-  const PixelShuffleNorm args{shuffled_norm(patches, layout, runs, weight, input_scale, norm_eps), bias.data(),
-                              static_cast<char*>(y.mutable_data_ptr())};
-  const int64_t tokens = sizes[0] * sizes[1];
-  parallel_rows(tokens, row_ranges(tokens, sizes[2]),
-                [&](int64_t begin, int64_t end, int64_t) { kernels().norm(args, begin, end); });
+  const PixelShuffleNorm args{call.norm, bias.data(), static_cast<char*>(y.mutable_data_ptr())};
+  const auto norm = kernels<PixelShuffleKernels>().norm[call.dtype];
+  const int64_t tokens = call.batch * call.tokens;
+  parallel_rows(tokens, row_ranges(tokens, call.hidden),
+                [&](int64_t begin, int64_t end, int64_t) { norm(args, begin, end); });
   return y;
-}
-
-// Where each token of the gradient begins.
-std::vector<const char*> tokens_of(const Sequences& grad_output, const Layout& layout) {
-  std::vector<const char*> tokens;
-  tokens.reserve(grad_output.batch() * layout.tokens());
-  for (int64_t image = 0; image < grad_output.batch(); ++image) {
-    for (int64_t token = 0; token < layout.tokens(); ++token) tokens.push_back(grad_output.at(image, token));
-  }
-  return tokens;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& grad_output, const Tensor& x,
                                                                const Tensor& norm_weight, std::vector<int64_t> grid,
                                                                int64_t scale, TokenOrder order, double input_scale,
                                                                double norm_eps) {
-  const Layout layout(grid, scale, order);
-  const Sequences patches("x", x, layout.patches()), grads("grad_output", grad_output, layout.tokens());
-  const Rows weight = norm_vector("norm_weight", norm_weight, x, layout);
-  const int64_t token_size = layout.token_patches() * patches.size(), tokens = patches.batch() * layout.tokens();
-  STD_TORCH_CHECK(grads.batch() == patches.batch() && grads.size() == token_size,
-                  "grad_output must have the shape of the output, (", patches.batch(), ", ", layout.tokens(), ", ",
-                  token_size, ")");
-  STD_TORCH_CHECK(dtype_of(grad_output) == dtype_of(x), "grad_output must have the dtype of x");
-  Tensor grad_x = allocate_output(x.sizes().data(), 3, x);
-  Tensor grad_weight = allocate_like(norm_weight), grad_bias = allocate_like(norm_weight);
+  NormCall call(x, norm_weight, grid, scale, order, input_scale, norm_eps);
+  const View grads("grad_output", grad_output, {{call.batch, call.tokens}, call.hidden}, call.dtype);
+  Tensor grad_x = allocate_output(x.sizes(), x);
+  Tensor grad_weight = allocate({call.norm_size}, x, call.dtype), grad_bias = allocate({call.norm_size}, x, call.dtype);
 
-  const std::vector<const char*> runs = runs_of(patches, layout), grad_tokens = tokens_of(grads, layout);
+  const int64_t tokens = grads.size(0), patch_bytes = call.channels * call.x.width();
+  std::vector<const char*> grad_tokens;
+  grad_tokens.reserve(tokens);
+  for (int64_t token = 0; token < tokens; ++token) grad_tokens.push_back(grads.at(token));
   std::vector<char*> grad_runs;
-  grad_runs.reserve(runs.size());
+  grad_runs.reserve(call.x_runs.size());
   char* const grad_data = static_cast<char*>(grad_x.mutable_data_ptr());
-  const int64_t width = grad_x.element_size(), patch_bytes = patches.size() * width;
-  for (int64_t image = 0; image < patches.batch(); ++image) {
-    layout.each_run(patches.adjacent(), [&](int64_t, int64_t, int64_t patch) {
-      grad_runs.push_back(grad_data + (image * layout.patches() + patch) * patch_bytes);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    call.layout.each_run(call.adjacent, [&](int64_t, int64_t, int64_t patch) {
+      grad_runs.push_back(grad_data + (b * call.patches + patch) * patch_bytes);
     });
   }
 
-  const PixelShuffleNormBackward args{shuffled_norm(patches, layout, runs, weight, input_scale, norm_eps),
-                                      grad_tokens.data(), grad_runs.data()};
-  const int64_t ranges = row_ranges(tokens, token_size), partial = partial_size(weight.size);
-  const int64_t token_bytes = token_size * width;
+  const PixelShuffleNormBackward args{call.norm, grad_tokens.data(), grad_runs.data()};
+  const auto& table = kernels<PixelShuffleKernels>();
+  const int64_t ranges = row_ranges(tokens, call.hidden), partial = partial_size(call.norm_size);
+  const int64_t token_bytes = call.hidden * call.x.width();
   const std::unique_ptr<char[]> buffers(new char[ranges * token_bytes]);
   const std::unique_ptr<float[]> weight_partials(new float[ranges * partial]()),
       bias_partials(new float[ranges * partial]());
   if (grad_x.numel() > 0) {
     parallel_rows(tokens, ranges, [&](int64_t begin, int64_t end, int64_t range) {
-      kernels().norm_backward(args, begin, end, &buffers[range * token_bytes], &weight_partials[range * partial],
-                              &bias_partials[range * partial]);
+      table.norm_backward[call.dtype](args, begin, end, &buffers[range * token_bytes],
+                                      &weight_partials[range * partial], &bias_partials[range * partial]);
     });
   }
-  const auto sum = [&](const float* partials, Tensor& to) {
-    kernels().sum_partials(args.norm.dtype, weight.size, partials, ranges, to.mutable_data_ptr());
-  };
-  sum(weight_partials.get(), grad_weight);
-  sum(bias_partials.get(), grad_bias);
+  const auto sum = table.sum_partials[call.dtype];
+  sum(call.norm_size, weight_partials.get(), ranges, grad_weight.mutable_data_ptr());
+  sum(call.norm_size, bias_partials.get(), ranges, grad_bias.mutable_data_ptr());
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 

@@ -4,7 +4,7 @@
 // The forward takes moments and rounds as torch's layer_norm does, and so equals it to the bit.
 #include "pixel_shuffle/cpu_kernels.h"
 
-#include "common/column_sums.h"
+#include "common/partial_sums.h"
 #include "common/torch_moments.h"
 #include "common/vector.h"
 
@@ -22,7 +22,7 @@ VLMFAST_INLINE void gather(const ShuffledNorm& norm, int64_t token, T* to) {
     if (input_scale == 1) {
       std::memcpy(to, from, size * sizeof(T));
     } else {
-      each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+      each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
         store(to + offset, load(from + offset, count) * input_scale, count);
       });
     }
@@ -52,7 +52,7 @@ VLMFAST_INLINE void scales_of(const T* rows, int64_t size, float eps, Scale (&sc
 
 template <class T, int N>
 VLMFAST_INLINE void normalise(T* rows, int64_t size, const T* weight, const T* bias, const Scale (&scales)[N]) {
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block w = load(weight + offset, count), b = load(bias + offset, count);
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -76,10 +76,9 @@ void norm(const PixelShuffleNorm& args, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end;) {
     const int64_t stop = token + kTogether < end ? token + kTogether : end;
     T* y = reinterpret_cast<T*>(args.y) + token * token_size;
-    const int64_t group_rows = (stop - token) * token_size / norm.size;
+    const int64_t count = (stop - token) * token_size / norm.size;
     for (T* to = y; token < stop; ++token, to += token_size) gather(norm, token, to);
-    in_groups<kTogether>(0, group_rows, norm.size,
-                         [&](int64_t first, int64_t last, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
+    in_groups<kTogether>(0, count, norm.size, VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t size) {
       for (; first < last; first += rows) {
         Scale scales[rows];
         scales_of<T, rows>(y + first * size, size, norm.eps, scales);
@@ -100,27 +99,26 @@ VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output,
   const T* weight = static_cast<const T*>(norm.weight);
   const float elements = static_cast<float>(size), input_scale = norm.input_scale;
   float mean[1], variance[1], means[2];
-  torch_sum<T, 1>(size, [&](int64_t offset, auto count, Block(&term)[1]) VLMFAST_INLINE_LAMBDA {
+  torch_sum<T>(size, mean, VLMFAST_LAMBDA(int64_t offset, auto count, Block(&term)[1]) {
     term[0] = term[0] + load(row + offset, count);
-  }, mean);
+  });
   const Block centre = broadcast(mean[0] / elements);
-  const auto centred = [&](int64_t offset, auto count)
-                           VLMFAST_INLINE_LAMBDA { return load(row + offset, count) - centre; };
-  torch_sum<T, 1>(size, [&](int64_t offset, auto count, Block(&term)[1]) VLMFAST_INLINE_LAMBDA {
+  const auto centred = VLMFAST_LAMBDA(int64_t offset, auto count) { return load(row + offset, count) - centre; };
+  torch_sum<T>(size, variance, VLMFAST_LAMBDA(int64_t offset, auto count, Block(&term)[1]) {
     term[0] = term[0] + centred(offset, count) * centred(offset, count);
-  }, variance);
+  });
   const float inverse = 1.0f / __builtin_sqrtf(variance[0] / elements + norm.eps);
-  const auto weighted = [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  const auto weighted = VLMFAST_LAMBDA(int64_t offset, auto count) {
     return load(grad_output + offset, count) * load(weight + offset, count);
   };
-  torch_sum<T, 2>(size, [&](int64_t offset, auto count, Block(&terms)[2]) VLMFAST_INLINE_LAMBDA {
+  torch_sum<T>(size, means, VLMFAST_LAMBDA(int64_t offset, auto count, Block(&terms)[2]) {
     const Block grad = weighted(offset, count);
     terms[0] = terms[0] + grad;
     terms[1] = terms[1] + grad * (centred(offset, count) * inverse);
-  }, means);
+  });
   const Block mean_grad = broadcast(means[0] / elements);
   const float mean_product = means[1] / elements;
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block grad = load(grad_output + offset, count), normed = centred(offset, count) * inverse;
     store(grad_weight + offset, load(grad_weight + offset) + grad * normed);
     store(grad_bias + offset, load(grad_bias + offset) + grad);
@@ -150,24 +148,11 @@ void norm_backward(const PixelShuffleNormBackward& args, int64_t begin, int64_t 
   }
 }
 
-// ---- by dtype ----
-
-void any_norm(const PixelShuffleNorm& args, int64_t begin, int64_t end) {
-  for_dtype(args.norm.dtype, [&](auto element) { norm<typename decltype(element)::type>(args, begin, end); });
-}
-
-void any_norm_backward(const PixelShuffleNormBackward& args, int64_t begin, int64_t end, char* buffer,
-                       float* grad_weight, float* grad_bias) {
-  for_dtype(args.norm.dtype, [&](auto element) {
-    norm_backward<typename decltype(element)::type>(args, begin, end, buffer, grad_weight, grad_bias);
-  });
-}
-
 }  // namespace
 
 template <>
-PixelShuffleKernels pixel_shuffle_kernels<CpuLevel::VLMFAST_ISA>() {
-  return {any_norm, any_norm_backward, sum_partials};
+PixelShuffleKernels kernels_at<PixelShuffleKernels, CpuLevel::VLMFAST_ISA>() {
+  return {VLMFAST_BY_DTYPE(norm), VLMFAST_BY_DTYPE(norm_backward), VLMFAST_BY_DTYPE(sum_partials)};
 }
 
 }  // namespace vlmfast

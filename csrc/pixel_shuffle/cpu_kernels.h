@@ -1,4 +1,4 @@
-// The CPU kernels of the pixel shuffle with a LayerNorm, as pixel_shuffle.cpp calls them; without one, rows are moved.
+// The CPU kernels of the pixel shuffle with a LayerNorm, as cpu.cpp calls them; without one, rows are moved.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,6 @@ namespace vlmfast {
 // Tokens, each of `token_runs` runs of `run_size` adjacent elements of x, and their LayerNorm over `size` elements: all
 // of a token, or those of each of its patches.
 struct ShuffledNorm {
-  Dtype dtype;
   float input_scale;
   float eps;
   int64_t token_runs;
@@ -35,14 +34,12 @@ struct PixelShuffleNormBackward {
 };
 
 struct PixelShuffleKernels {
-  void (*norm)(const PixelShuffleNorm& args, int64_t begin, int64_t end);
+  ByDtype<void(const PixelShuffleNorm& args, int64_t begin, int64_t end)> norm;
   // buffer: room for a token. grad_weight, grad_bias: partial sums, see types.h.
-  void (*norm_backward)(const PixelShuffleNormBackward& args, int64_t begin, int64_t end, char* buffer,
-                        float* grad_weight, float* grad_bias);
-  void (*sum_partials)(Dtype dtype, int64_t size, const float* partials, int64_t count, void* sums);
+  ByDtype<void(const PixelShuffleNormBackward& args, int64_t begin, int64_t end, char* buffer, float* grad_weight,
+               float* grad_bias)>
+      norm_backward;
+  ByDtype<SumPartials> sum_partials;
 };
-
-template <CpuLevel level>
-PixelShuffleKernels pixel_shuffle_kernels();
 
 }  // namespace vlmfast

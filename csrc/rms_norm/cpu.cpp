@@ -17,7 +17,7 @@ const RmsNormKernels& kernels() {
   return table;
 }
 
-Tensor output_like(const Tensor& x) { return allocate_output(x.sizes().data(), x.dim(), x); }
+Tensor output_like(const Tensor& x) { return allocate_output(x.sizes(), x); }
 
 Tensor forward(const Rows& x, const Rows* residual, const Tensor* new_residual, const Tensor& weight, double eps,
                Variant variant) {

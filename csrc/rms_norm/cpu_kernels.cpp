@@ -3,7 +3,7 @@
 // The forward rounds where Hugging Face's module rounds and sums as torch does, and so equals it to the bit.
 #include "rms_norm/cpu_kernels.h"
 
-#include "common/column_sums.h"
+#include "common/partial_sums.h"
 #include "common/quick_bfloat16.h"
 #include "common/vector.h"
 
@@ -101,7 +101,7 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
       }
     }
   };
-  torch_sum<T>(rows.size, squares, sums);
+  torch_sum<T>(rows.size, sums, squares);
   Scales<N> scales;
   inverse_roots(sums, rows.size, eps, scales.inverse_rms);
   scales.quick = quick;
@@ -199,7 +199,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
       total[N + n] = total[N + n] + weighted(grad, w) * value;
     }
   };
-  torch_sum<T>(size, terms, sums);
+  torch_sum<T>(size, sums, terms);
   inverse_roots(sums, size, args.eps, inverse_rms);
   VLMFAST_UNROLL
   for (int n = 0; n < N; ++n) mean_product[n] = sums[N + n] / static_cast<float>(size) * inverse_rms[n];

@@ -16,20 +16,21 @@ VLMFAST_INLINE Bits ordered_bits(Float scores) {
 }
 
 template <class T>
-bool order(const T* scores, int64_t count, uint32_t* keys) {
+bool order(const void* scores, int64_t count, uint32_t* keys) {
+  const T* const from = static_cast<const T*>(scores);
   Bits invalid = {};
-  const auto step = [&](const T* from) VLMFAST_INLINE_LAMBDA {
-    const Float values = load_in_order(from);
+  const auto step = VLMFAST_LAMBDA(const T* at) {
+    const Float values = load_in_order(at);
     invalid |= (Bits)(values != values);
     return ordered_bits(values);
   };
   int64_t at = 0;
   for (; at + kLanes <= count; at += kLanes) {
-    const Bits bits = step(scores + at);
+    const Bits bits = step(from + at);
     std::memcpy(keys + at, &bits, sizeof(bits));
   }
   T rest[kLanes] = {};
-  std::memcpy(rest, scores + at, (count - at) * sizeof(T));
+  std::memcpy(rest, from + at, (count - at) * sizeof(T));
   const Bits bits = step(rest);
   std::memcpy(keys + at, &bits, (count - at) * sizeof(uint32_t));
   uint32_t any = 0;
@@ -39,18 +40,18 @@ bool order(const T* scores, int64_t count, uint32_t* keys) {
 
 // ---- the most similar targets ----
 
-// In double precision and then rounded, so that the doubles of a target have one cosine, whatever the instruction set.
+// Cosines are taken in double precision and then rounded, so that equal targets have one cosine at every level.
 constexpr int kPanel = kTileVectors * kDoubles;
 constexpr int64_t panel_columns(int64_t targets) { return (targets + kPanel - 1) / kPanel * kPanel; }
 
-int64_t packed_targets(int64_t targets, int64_t size) { return panel_columns(targets) * (size + 1); }
+int64_t packed_targets(int64_t targets, int64_t head_dim) { return panel_columns(targets) * (head_dim + 1); }
 
-// 1 / |row|, and 0 of a row of zeros: its cosine with all others is then 0.
+// 1 / |row|, or 0 for a row of zeros, whose cosine with all others is then 0.
 template <class T>
 VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
   typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
   Double squares[2] = {};
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block block = load(row + offset, count);
     VLMFAST_UNROLL
     for (int part = 0; part < kParts; ++part) {
@@ -68,39 +69,39 @@ VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
   return sum > 0 ? 1 / __builtin_sqrt(sum) : 0.0;
 }
 
-// Of each image the targets, packed, and their inverse lengths.
+// Packs the targets of each sequence, and behind them their inverse lengths.
 template <class T>
-void pack_targets(const MergeSlots& args, int64_t images) {
+void pack_targets(const MergeSlots& args, int64_t batch) {
   const int64_t columns = panel_columns(args.targets);
-  for (int64_t image = 0; image < images; ++image) {
+  for (int64_t b = 0; b < batch; ++b) {
     const auto target = [&](int64_t row) {
-      return reinterpret_cast<const T*>(args.target[image * args.targets + (row < args.targets ? row : 0)]);
+      return reinterpret_cast<const T*>(args.target[b * args.targets + (row < args.targets ? row : 0)]);
     };
-    double* to = args.panels + image * packed_targets(args.targets, args.size);
-    pack<kPanel, T>(args.targets, args.size, target, 1.0f, to);
-    to += columns * args.size;
-    for (int64_t column = 0; column < columns; ++column) to[column] = inverse_length(target(column), args.size);
+    double* to = args.panels + b * packed_targets(args.targets, args.head_dim);
+    pack<kPanel, T>(args.targets, args.head_dim, target, 1.0f, to);
+    to += columns * args.head_dim;
+    for (int64_t column = 0; column < columns; ++column) to[column] = inverse_length(target(column), args.head_dim);
   }
 }
 
-// Of up to kTileRows tokens of one image.
+// Assigns up to kTileRows tokens of one sequence.
 template <class T>
 VLMFAST_INLINE void assign_tile(const MergeSlots& args, const double* panels, int64_t begin, int64_t count,
                                 double* room) {
   const auto row_at = [&](int64_t row) { return reinterpret_cast<const T*>(args.joins[begin + row]); };
-  pack<kTileRows, T>(count, args.size, row_at, 1.0f, room);
+  pack<kTileRows, T>(count, args.head_dim, row_at, 1.0f, room);
   float best[kTileRows];
   int32_t slot[kTileRows];
   double inverse[kTileRows] = {};
   for (int64_t row = 0; row < kTileRows; ++row) {
     best[row] = -__builtin_inff();
     slot[row] = static_cast<int32_t>(args.targets);
-    if (row < count) inverse[row] = inverse_length(row_at(row), args.size);
+    if (row < count) inverse[row] = inverse_length(row_at(row), args.head_dim);
   }
-  const double* target_inverse = panels + panel_columns(args.targets) * args.size;
-  for (int64_t first = 0; first < args.targets; first += kPanel, panels += kPanel * args.size) {
+  const double* target_inverse = panels + panel_columns(args.targets) * args.head_dim;
+  for (int64_t first = 0; first < args.targets; first += kPanel, panels += kPanel * args.head_dim) {
     Double products[kTileRows][kTileVectors];
-    multiply(room, panels, args.size, products);
+    multiply(room, panels, args.head_dim, products);
     const int64_t left = args.targets - first, present = left < kPanel ? left : kPanel;
     for (int64_t row = 0; row < count; ++row) {
       double cosines[kPanel];
@@ -124,10 +125,10 @@ VLMFAST_INLINE void assign_tile(const MergeSlots& args, const double* panels, in
 template <class T>
 void assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
   while (begin < end) {
-    const int64_t image = begin / args.joining, left = (image + 1) * args.joining - begin;
+    const int64_t b = begin / args.joining, left = (b + 1) * args.joining - begin;
     int64_t count = left < end - begin ? left : end - begin;
     if (count > kTileRows) count = kTileRows;
-    assign_tile<T>(args, args.panels + image * packed_targets(args.targets, args.size), begin, count, room);
+    assign_tile<T>(args, args.panels + b * packed_targets(args.targets, args.head_dim), begin, count, room);
     begin += count;
   }
 }
@@ -137,7 +138,7 @@ void assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
 // Adds N rows, in pairs, to the sums of some columns.
 template <int N, class T>
 VLMFAST_INLINE void add_rows(const char* const* rows, int64_t first, int64_t size, float* sums) {
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
     Block block[N];
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) block[n] = load(reinterpret_cast<const T*>(rows[n]) + first + offset, count);
@@ -159,7 +160,7 @@ void merge(const MergedRows& args, int64_t begin, int64_t end) {
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t joined_end = args.joined_end[row], number = joined_end - joined;
     const T* from = reinterpret_cast<const T*>(args.first[row]);
-    T* y = reinterpret_cast<T*>(args.y) + row * args.size;
+    T* y = reinterpret_cast<T*>(args.y) + row * args.hidden;
     if (number == 0) {
       std::memcpy(y + begin, from + begin, (end - begin) * sizeof(T));
       continue;
@@ -173,7 +174,7 @@ void merge(const MergedRows& args, int64_t begin, int64_t end) {
       }
       for (; at < joined_end; ++at) add_rows<1, T>(args.joined + at, first, columns, sums);
       const float count = static_cast<float>(number);
-      each_block(columns, [&](int64_t offset, auto elements) VLMFAST_INLINE_LAMBDA {
+      each_block(columns, VLMFAST_LAMBDA(int64_t offset, auto elements) {
         const Block target = load(from + first + offset, elements), sum = load(sums + offset);
         store(y + first + offset, args.merge == Merge::kMean ? (target + sum) / (1 + count) : target + sum / count,
               elements);
@@ -187,45 +188,20 @@ template <class T>
 void divide(const DividedRows& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* from = reinterpret_cast<const T*>(args.rows[row]);
-    T* y = reinterpret_cast<T*>(args.y) + row * args.size;
-    each_block(args.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+    T* y = reinterpret_cast<T*>(args.y) + row * args.hidden;
+    each_block(args.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
       store(y + offset, load(from + offset, count) / args.divisors[row], count);
     });
   }
 }
 
-// ---- by dtype ----
-
-bool any_order(Dtype dtype, const void* scores, int64_t count, uint32_t* keys) {
-  bool valid = true;
-  for_dtype(dtype, [&](auto element) {
-    valid = order(static_cast<const typename decltype(element)::type*>(scores), count, keys);
-  });
-  return valid;
-}
-
-void any_pack_targets(const MergeSlots& args, int64_t images) {
-  for_dtype(args.dtype, [&](auto element) { pack_targets<typename decltype(element)::type>(args, images); });
-}
-
-void any_assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
-  for_dtype(args.dtype, [&](auto element) { assign<typename decltype(element)::type>(args, begin, end, room); });
-}
-
-void any_merge(const MergedRows& args, int64_t begin, int64_t end) {
-  for_dtype(args.dtype, [&](auto element) { merge<typename decltype(element)::type>(args, begin, end); });
-}
-
-void any_divide(const DividedRows& args, int64_t begin, int64_t end) {
-  for_dtype(args.dtype, [&](auto element) { divide<typename decltype(element)::type>(args, begin, end); });
-}
-
 }  // namespace
 
 template <>
-TokenMergeKernels token_merge_kernels<CpuLevel::VLMFAST_ISA>() {
+TokenMergeKernels kernels_at<TokenMergeKernels, CpuLevel::VLMFAST_ISA>() {
   static_assert(kTileRows <= kMergeRoom);
-  return {any_order, packed_targets, any_pack_targets, any_assign, any_merge, any_divide};
+  return {VLMFAST_BY_DTYPE(order),  packed_targets,          VLMFAST_BY_DTYPE(pack_targets),
+          VLMFAST_BY_DTYPE(assign), VLMFAST_BY_DTYPE(merge), VLMFAST_BY_DTYPE(divide)};
 }
 
 }  // namespace vlmfast

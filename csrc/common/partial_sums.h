@@ -1,4 +1,4 @@
-// Sums down the columns of many rows, which the gradients of weights are: for csrc/*_kernels.cpp alone.
+// The partial sums of a weight's gradient (see types.h): for csrc/*/*_kernels.cpp alone.
 #pragma once
 
 #include "common/vector.h"
@@ -6,10 +6,10 @@
 namespace vlmfast {
 namespace {
 
-// Called after the given number of rows, of which `partial` (see types.h) holds the sums: carries them up the levels,
-// as torch_sum does along a chain.
+// Carries the sums of `partial` up the levels, as torch_sum does along a chain. Called after each row with the number of
+// rows that were added so far.
 VLMFAST_INLINE void carry(float* partial, int64_t size, int64_t rows) {
-  const int64_t stride = partial_size(size) / kPartialLevels;
+  const int64_t stride = padded(size);
   for (int level = 1; level < kPartialLevels && rows % kPartialStep == 0; ++level) {
     float* from = partial + (level - 1) * stride;
     for (int64_t offset = 0; offset < stride; offset += kBlock) {
@@ -21,19 +21,19 @@ VLMFAST_INLINE void carry(float* partial, int64_t size, int64_t rows) {
 }
 
 template <class T>
-void sum_partials(int64_t size, const float* partials, int64_t count, T* sums) {
-  const int64_t stride = partial_size(size) / kPartialLevels;
+void sum_partials(int64_t size, const float* partials, int64_t count, void* sums) {
+  const int64_t stride = padded(size);
   each_block(size, [&](int64_t offset, auto elements) {
     Block sum = load(partials + offset);
     for (int64_t i = 1; i < count * kPartialLevels; ++i) sum = sum + load(partials + i * stride + offset);
-    store(sums + offset, sum, elements);
+    store(static_cast<T*>(sums) + offset, sum, elements);
   });
 }
 
 void sum_partials(Dtype dtype, int64_t size, const float* partials, int64_t count, void* sums) {
   for_dtype(dtype, [&](auto element) {
     using T = typename decltype(element)::type;
-    sum_partials(size, partials, count, static_cast<T*>(sums));
+    sum_partials<T>(size, partials, count, sums);
   });
 }
 
