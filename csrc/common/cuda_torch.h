@@ -32,7 +32,7 @@ struct Input {
 // The strides count elements of scalar_t, which may be narrower than those of the view.
 template <typename scalar_t, int rank>
 Input<scalar_t, rank> as_input(const View<rank>& view) {
-  Input<scalar_t, rank> input{view.template data_as<scalar_t>()};
+  Input<scalar_t, rank> input{view.template at<scalar_t>()};
   for (int dim = 0; dim < rank - 1; ++dim) {
     input.strides[dim] = view.stride(dim) * (view.width() / static_cast<int64_t>(sizeof(scalar_t)));
   }
