@@ -25,14 +25,14 @@ CSRC = Path(__file__).parents[1] / "csrc"
 ARCHITECTURES = (80, 90, 100)
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
 
-# What ptxas -v says of one kernel, in three lines.
+# Three lines of ptxas -v about one kernel.
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\d+)a?'\n"
     r".*\n.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
-# Of the disassembly: the architecture and the kernel of what follows, and global loads and stores.
+# Lines of the disassembly: the architecture and the kernel that follow, and global loads and stores.
 ASSEMBLY = re.compile(r"arch = sm_(\d+)|Function : (\w+)|\b(LDG|LDGSTS|STG)\.([\w.]+)")
 # Kernels that are made for vectors: their dtype, and the number of its elements.
 VECTORS = re.compile(r"kernel<(?:TensorTiles<)?(?P<dtype>[\w ]+), (?:\d+, (?=\d+>)|RowPolicy<)?(?P<count>\d+)")
@@ -41,7 +41,7 @@ SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2, "unsigned short": 2}
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture."""
+    """Registers, memory and accesses of one kernel on one architecture."""
 
     registers: int
     spilled: int  # bytes stored and loaded
@@ -51,13 +51,13 @@ class Usage:
 
 
 def find_nvcc() -> str | None:
-    """The nvcc of CUDA_HOME, or of PATH."""
+    """Find the nvcc of CUDA_HOME, or of PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
 
 
 def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
-    """A cuobjdump, nvcc's or Triton's, and the environment in which it finds its nvdisasm."""
+    """Find a cuobjdump, nvcc's or Triton's, and the environment in which it finds its nvdisasm."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(nvcc).resolve().parent]
     if triton is not None and triton.origin:
@@ -70,7 +70,7 @@ def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    """Names as in the source, without namespaces and arguments; unchanged where there is no c++filt."""
+    """Map names to those of the source, without namespaces and arguments; to themselves where there is no c++filt."""
     if not shutil.which("c++filt"):
         return {name: name for name in names}
     lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
@@ -79,7 +79,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def compile_source(nvcc: str, source: Path, output: Path) -> str:
-    """What ptxas says of a source file's kernels, on all architectures."""
+    """Compile a source file for all architectures, and return what ptxas says of its kernels."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
     include = Path(torch.__file__).parent / "include"
     command = [nvcc, *FLAGS, *targets, f"-I{CSRC}", f"-I{include}", str(source), "-o", str(output)]
@@ -90,7 +90,7 @@ def compile_source(nvcc: str, source: Path, output: Path) -> str:
 
 
 def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
-    """(mangled kernel, architecture, "LDG" or "STG") -> the bytes of its accesses to global memory."""
+    """Map (mangled kernel, architecture, "LDG" or "STG") to the bytes of its accesses to global memory."""
     found: dict[tuple[str, int, str], set[int]] = defaultdict(set)
     architecture, kernel = 0, ""
     for number, name, instruction, modifiers in ASSEMBLY.findall(disassembly):
@@ -105,7 +105,7 @@ def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
 
 
 def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
-    """Kernel -> architecture -> usage."""
+    """Map each kernel, and each architecture of it, to its usage."""
     found: dict[str, dict[int, Usage]] = defaultdict(dict)
     accesses = widths(disassembly)
     for entry in ENTRY.finditer(log):
@@ -119,7 +119,7 @@ def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
 
 
 def table(kernels: dict[str, dict[int, Usage]]) -> str:
-    """One line per kernel: registers on each architecture, bytes spilled and bytes of shared memory on the worst."""
+    """Make a table of registers on each architecture, bytes spilled and of shared memory on the worst."""
     width = max(map(len, kernels))
     lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in ARCHITECTURES), " spilled  shared"])]
     for name, by_architecture in sorted(kernels.items()):
@@ -131,13 +131,13 @@ def table(kernels: dict[str, dict[int, Usage]]) -> str:
 
 
 def in_vectors(name: str) -> bool:
-    """Whether a kernel is made for rows in vectors of 16 bytes."""
+    """Tell whether a kernel is made for rows in vectors of 16 bytes."""
     made_for = VECTORS.search(name)
     return made_for is not None and SIZES.get(made_for["dtype"], 0) * int(made_for["count"]) == 16
 
 
 def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
-    """What must not be."""
+    """List spills, and kernels for vectors of 16 bytes that load none."""
     found = []
     for name, by_architecture in kernels.items():
         for architecture, usage in by_architecture.items():
@@ -149,7 +149,7 @@ def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
 
 
 def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
-    """All kernels of csrc/."""
+    """Compile all kernels of csrc/."""
     disassembler = find_disassembler(nvcc)
     if disassembler is None:
         print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")

@@ -23,12 +23,12 @@ def _load() -> str | None:
 
 
 def loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
-    """As the loaders of `backends.LOADERS`."""
+    """Load an op, as the loaders of `backends.LOADERS` do."""
     return _load() or backends.compiled_backend("emulated", "vlmfast_emulated", op, reference)
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """What a library exports beside its ops."""
+    """Open a library for the functions that it exports beside its ops."""
     library = ctypes.CDLL(str(path))
     library.vlmfast_emulation_error.restype = ctypes.c_char_p
     library.vlmfast_emulation_allow.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]
@@ -37,14 +37,14 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def check_library(stem: str) -> ctypes.CDLL:
-    """The kernels of one family in check mode, as torch.ops.vlmfast_checked_<stem>."""
+    """Load the kernels of one family in check mode, as torch.ops.vlmfast_checked_<stem>."""
     path = build.build("check", library=f"vlmfast_checked_{stem}", sources=[build.CSRC / stem / "cuda.cu"])
     torch.ops.load_library(str(path))
     return open_library(path)
 
 
 def check_loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
-    """As the loaders of `backends.LOADERS`, one family at a time: check mode takes long to compile."""
+    """Load an op's family alone, because check mode takes long to compile."""
     if reason := build.missing():
         return reason
     check_library(stem)

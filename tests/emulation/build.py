@@ -30,7 +30,7 @@ RUNTIME = ("scheduler.cpp", "warp.cpp", "memory.cpp")
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Say why nothing can be compiled here; None if it can."""
     if shutil.which(CXX) is None:
         return f"there is no compiler {CXX}"
     return None
@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _cache() -> Path:
-    """The checkout's build folder, or a temporary one where that cannot be written."""
+    """Return the checkout's build folder, or a temporary one where that cannot be written."""
     directory = CSRC.parent / "build" / "emulation"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _cache() -> Path:
 
 
 def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cache: Path) -> Path:
-    """The output of a compiler command, from the cache where the command and its inputs are unchanged."""
+    """Run a compiler command; the output comes from the cache where the command and its inputs are unchanged."""
     key = hashlib.sha256(repr([CXX, *map(str, command), torch.__version__]).encode())
     for path in sorted(inputs):
         key.update(path.read_bytes())
@@ -67,7 +67,7 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cac
 
 
 def _in_any_order(sources: Iterable[Path]) -> list[Path]:
-    """Processes that build the same at once are to build different files first."""
+    """Shuffle the sources by process, so that processes that build at once begin with different files."""
     return sorted(sources, key=lambda source: hashlib.sha256(f"{source} {os.getpid()}".encode()).digest())
 
 

@@ -27,7 +27,7 @@ class DeviceScope {
     const int64_t rows = rank > 1 ? view.size(rank - 2) : 1, pitch = rank > 1 ? view.stride(rank - 2) * width : row_bytes;
     int64_t groups = 1;
     for (int dim = 0; dim < rank - 2; ++dim) groups *= view.size(dim);
-    for (int64_t group = 0; group < groups && view.data() != nullptr; ++group) {
+    for (int64_t group = 0; group < groups; ++group) {
       int64_t elements = 0;
       for (int64_t dim = rank - 3, rest = group; dim >= 0; rest /= view.size(dim--)) {
         elements += rest % view.size(dim) * view.stride(dim);
