@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patches import tiny
 from vlmfast.reduce import Method, VisionZip
 
 WORDS = 32  # of text in the prompt, besides the image
 SIZES = ("full", "small", "narrow")
+IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 5, 6  # token ids
+QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+QWEN_TOKENS |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Published:
         smaller = {"full": ({}, {}), "small": (self.small_text, self.small_vision), "narrow": self._narrow()}
         text = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **self.text, **smaller[size][0]}
         vision = {**self.vision, **smaller[size][1]}
-        if "out_hidden_size" in vision:
+        if self.model_type.startswith("qwen"):
             vision["out_hidden_size"] = text["hidden_size"]
         config = AutoConfig.for_model(self.model_type, text_config=text, vision_config=vision, **self.rest)
         with torch.device(device), torch.random.fork_rng():
@@ -65,7 +67,7 @@ class Published:
         if "head_dim" in self.text:
             text["head_dim"] = 16
         if scaling := self.text.get("rope_scaling"):
-            text.update(tiny.mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
+            text.update(_mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
         heads = "num_heads" if "num_heads" in self.vision else "num_attention_heads"
         return (
             {**text, "intermediate_size": 96, "vocab_size": 64},
@@ -80,11 +82,11 @@ class Published:
             encoded = model.model.get_image_features(**image, return_dict=True).pooler_output
         visual = sum(rows.shape[:-1].numel() for rows in encoded)
         words = list(range(10, 10 + WORDS))
-        ids = [words[0], tiny.VISION_START, *[tiny.IMAGE] * visual, tiny.VISION_END, *words[1:]]
+        ids = [words[0], VISION_START, *[IMAGE] * visual, VISION_END, *words[1:]]
         inputs = {"input_ids": torch.tensor([ids], device=device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if self.model_type.startswith("qwen"):
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == tiny.IMAGE).int()
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         return {**inputs, **image}
 
 
@@ -100,26 +102,22 @@ def _patches(side: int, patch: int) -> Callable[[], dict[str, Tensor]]:
     }
 
 
-def _llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": mlp,
-        "max_position_embeddings": 32768,
-        **rest,
-    }
-
-
 def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        **rest,
-    }
+    layer = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": mlp}
+    return {"num_hidden_layers": layers, **layer, **rest}
+
+
+def _qwen_vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    return {"depth": layers, "hidden_size": hidden, "num_heads": heads, "intermediate_size": mlp, **rest}
+
+
+def _llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    return _vit(hidden, layers, heads, mlp, num_key_value_heads=kv, max_position_embeddings=32768, **rest)
+
+
+def _mrope(section: list[int], **rest: Any) -> dict[str, Any]:
+    """Configure multimodal rotary embeddings in the notation that every supported transformers reads."""
+    return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "mrope_section": section, **rest}}
 
 
 SMALL_TEXT = _llama(1024, 4, 8, 8, 2752, vocab_size=4096)
@@ -127,7 +125,6 @@ SMALL_GROUPED = {**SMALL_TEXT, "num_key_value_heads": 2}
 SMALL_VIT = _vit(192, 6, 3, 768)
 CLIP = _vit(1024, 24, 16, 4096, model_type="clip_vision_model", image_size=336, patch_size=14, projection_dim=768)
 VICUNA = _llama(4096, 32, 32, 32, 11008, model_type="llama", vocab_size=32064)
-
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 MODELS = {
@@ -135,7 +132,7 @@ MODELS = {
         "llava",
         VICUNA,
         CLIP,
-        {"image_token_index": tiny.IMAGE},
+        {"image_token_index": IMAGE},
         SMALL_TEXT,
         SMALL_VIT,
         lambda: {"pixel_values": _pixels(1, 3, 336, 336)},
@@ -145,7 +142,7 @@ MODELS = {
         "llava_next",
         VICUNA,
         CLIP,
-        {"image_token_index": tiny.IMAGE, "image_grid_pinpoints": PINPOINTS},
+        {"image_token_index": IMAGE, "image_grid_pinpoints": PINPOINTS},
         SMALL_TEXT,
         SMALL_VIT,
         lambda: {"pixel_values": _pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])},
@@ -153,47 +150,22 @@ MODELS = {
     ),
     "qwen2.5-vl-7b": Published(
         "qwen2_5_vl",
-        _llama(3584, 28, 28, 4, 18944, vocab_size=152064, **tiny.mrope([16, 24, 24])),
-        {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-            "patch_size": 14,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        tiny.QWEN_TOKENS,
+        _llama(3584, 28, 28, 4, 18944, vocab_size=152064, **_mrope([16, 24, 24])),
+        _qwen_vit(1280, 32, 16, 3420, patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        QWEN_TOKENS,
         SMALL_GROUPED,
-        {"depth": 4, "hidden_size": 160, "intermediate_size": 432, "num_heads": 2, "fullatt_block_indexes": [3]},
+        _qwen_vit(160, 4, 2, 432, fullatt_block_indexes=[3]),
         _patches(64, 14),
         VisionZip(dominant=0.09, contextual=0.01),
     ),
     "qwen3-vl-8b": Published(
         "qwen3_vl",
-        _llama(
-            4096, 36, 32, 8, 12288, head_dim=128, vocab_size=151936, **tiny.mrope([24, 20, 20], mrope_interleaved=True)
-        ),
-        {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_heads": 16,
-            "out_hidden_size": 4096,
-            "patch_size": 16,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        tiny.QWEN_TOKENS,
+        _llama(4096, 36, 32, 8, 12288, head_dim=128, vocab_size=151936) | _mrope([24, 20, 20], mrope_interleaved=True),
+        _qwen_vit(1152, 27, 16, 4304, patch_size=16, num_position_embeddings=2304)
+        | {"deepstack_visual_indexes": [8, 16, 24]},
+        QWEN_TOKENS,
         SMALL_GROUPED,
-        {
-            "depth": 4,
-            "hidden_size": 144,
-            "intermediate_size": 432,
-            "num_heads": 2,
-            "deepstack_visual_indexes": [1, 2, 3],
-        },
+        _qwen_vit(144, 4, 2, 432, deepstack_visual_indexes=[1, 2, 3]),
         _patches(64, 16),
         VisionZip(dominant=0.09, contextual=0.01),
     ),
@@ -201,7 +173,7 @@ MODELS = {
         "internvl",
         _llama(3584, 28, 28, 4, 18944, model_type="qwen2", vocab_size=151674),
         _vit(1024, 24, 16, 4096, image_size=[448, 448], patch_size=[14, 14], attention_bias=True),
-        {"image_token_id": tiny.IMAGE, "downsample_ratio": 0.5},
+        {"image_token_id": IMAGE, "downsample_ratio": 0.5},
         SMALL_GROUPED,
         SMALL_VIT,
         lambda: {"pixel_values": _pixels(5, 3, 448, 448)},
@@ -211,7 +183,7 @@ MODELS = {
         "smolvlm",
         _llama(576, 30, 9, 3, 1536, model_type="llama", vocab_size=49280),
         _vit(768, 12, 12, 3072, image_size=512, patch_size=16),
-        {"image_token_id": tiny.IMAGE, "scale_factor": 4, "pad_token_id": 0},
+        {"image_token_id": IMAGE, "scale_factor": 4, "pad_token_id": 0},
         {"num_hidden_layers": 10, "vocab_size": 4096},
         _vit(192, 4, 3, 768),
         lambda: {"pixel_values": _pixels(1, 17, 3, 512, 512)},
