@@ -174,7 +174,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def launch(self, op: Op, *args: Any, **kwargs: Any) -> None:
         """Count what the Triton launcher of an op starts; one launch without Triton."""
         backend = op.backend("triton")
-        if isinstance(backend, str):
+        if backend.absent:
             self.found.launches[op.name] += 1
             return
         from triton.runtime.jit import KernelInterface

@@ -60,8 +60,8 @@ def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Co
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         found = [Contender(OURS, "ours", functools.partial(_refused, reasons))]
     found += [Contender(name, "peer", prepare) for name, prepare in peers.of(op, kinds)]
-    found += [Contender(name, "limit", prepare) for name, prepare in op.limits.items()]
-    half = max(1, op.bytes(*args) // 2)
+    found += [Contender(name, "limit", prepare) for name, prepare in op.cases.limits.items()]
+    half = max(1, op.cases.bytes(*args) // 2)
     return [*found, Contender(COPY, "limit", lambda x, *_: bytes_to_copy(half, x.device).clone)]
 
 
@@ -74,7 +74,7 @@ def _ours(op: Op, pin: str | None, *args: Any) -> Call:
     if pin is None:  # the one that a user gets
         return call
     context = contextvars.copy_context()
-    context.run(registry.pinned.set, pin)  # cheaper per call than a `with` around each
+    context.run(registry.order.set, (pin,))  # cheaper per call than a `with` around each
     return functools.partial(context.run, call)
 
 
@@ -121,7 +121,7 @@ def benchmark(
     op: Op, device: str, dtype: torch.dtype, kinds: tuple[str, ...], machine: Ceilings
 ) -> Iterator[dict[str, Any]]:
     """One record per workload: the times of every contender, or why one has none."""
-    for label, args in op.workloads(device, dtype):
+    for label, args in op.cases.workloads(device, dtype):
         found = contenders(op, args, kinds)
         with torch.no_grad():
             try:
@@ -156,7 +156,7 @@ def time(found: list[Contender], device: str) -> None:
 
 def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:
     """Write down what was found of one workload; times in microseconds."""
-    bytes, flops = op.bytes(*args), op.flops(*args) if op.flops else 0
+    bytes, flops = op.cases.bytes(*args), op.cases.flops(*args) if op.cases.flops else 0
     by_name = {c.name: c.times for c in found if c.times is not None}
     rows = []
     for contender in found:

@@ -1,7 +1,7 @@
 """Kernels of other projects that compute what an op of ours does, timed where they are installed.
 
-A peer is prepared from the op's arguments like those in `Op.peers`, in its fastest documented way of being called, and
-imports its package there: what an import or a call raises becomes a row of the table. All of them are forward only.
+A peer is prepared from the op's arguments like those in `Cases.peers`, in its fastest documented way of being called,
+and imports its package there: what an import or a call raises becomes a row of the table. All of them are forward only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.registry import Op, Preparation
+from vlmfast.cases import Preparation
+from vlmfast.registry import Op
 
 Pair = tuple[Tensor, Tensor]
 
@@ -95,10 +96,10 @@ def installed() -> tuple[str, ...]:
 
 def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
     """(name, preparation) of each peer of the op among the kinds."""
-    if "transformers" in kinds and op.upstream is not None:
-        yield "transformers", op.upstream
+    if "transformers" in kinds and op.cases.upstream is not None:
+        yield "transformers", op.cases.upstream
     if "torch" in kinds:
-        yield from op.peers.items()
+        yield from op.cases.peers.items()
     if "compile" in kinds:
         yield "torch.compile", lambda *args: _compiled(op, args)
     for project, (_, ops) in PROJECTS.items():

@@ -64,7 +64,7 @@ from vlmfast.kernels.launch import (
 from vlmfast.kernels.patch_map import layout, load_scaled, locate, offset_of
 from vlmfast.kernels.pixel_shuffle import MAX_FORWARD, centre, forward_tile
 from vlmfast.kernels.products import dot
-from vlmfast.ops.pixel_shuffle_checks import square
+from vlmfast.ops.pixel_shuffle.definition import square
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "ops.md"
+STUB = ROOT / "vlmfast" / "__init__.pyi"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -190,10 +191,17 @@ def run_of(run: Run) -> str:
     return f"## {where['device']}\n\n{facts}\n\n{shown}"
 
 
+def stub() -> str:
+    """The types of the public names, most of which `vlmfast` finds by folder when it is imported."""
+    found = sorted((getattr(getattr(vlmfast, name), "__module__", "vlmfast"), name) for name in vlmfast.__all__)
+    lines = [f"from {origin} import {name} as {name}" for origin, name in found]
+    return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])
+
+
 def main() -> int:
     """Write the files, or compare them."""
     readme = MARKED.sub(lambda match: f"{match[1]}{figures()}\n{match[2]}", README.read_text())
-    wanted = {PAGE: page(), README: readme, ROOT / "docs" / "benchmarks.md": benchmarks()}
+    wanted = {PAGE: page(), STUB: stub(), README: readme, ROOT / "docs" / "benchmarks.md": benchmarks()}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -13,7 +14,7 @@ if not GPU:
 
 from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
-from vlmfast import backends  # noqa: E402
+from vlmfast import backends, registry  # noqa: E402
 
 if not GPU:
     interpreter.repair()
@@ -49,6 +50,13 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def override():
+    """Put a backend in the place of an op's own until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda op, name, backend: stack.enter_context(registry.override(op, name, backend))
 
 
 @pytest.fixture

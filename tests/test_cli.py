@@ -47,8 +47,8 @@ def wrong_rms_norm(x, weight, eps=1e-6, variant="llama"):
     return -OPS["rms_norm"].reference(x, weight, eps, variant)
 
 
-def plant(monkeypatch, op, backend, run):
-    monkeypatch.setitem(OPS[op]._loaded, backend, Backend(backend, run, lambda *args, **kwargs: None))
+def plant(override, op, backend, run):
+    override(OPS[op], backend, Backend(backend, run, lambda *args, **kwargs: None))
 
 
 # ---- demo ----
@@ -89,16 +89,16 @@ def test_demo_uses_the_chat_template(checkpoint, capsys, tmp_path):
     assert "19 tokens with the image" in capsys.readouterr().out  # <s> as well
 
 
-def test_demo_fails_when_the_tokens_differ(checkpoint, capsys, monkeypatch):
-    plant(monkeypatch, "rms_norm", "torch", wrong_rms_norm)
+def test_demo_fails_when_the_tokens_differ(checkpoint, capsys, override):
+    plant(override, "rms_norm", "torch", wrong_rms_norm)
     assert main(["demo", "--model", str(checkpoint), *SHORT]) == 1
     output = capsys.readouterr().out
     assert "generated ids: DIFFERENT from token 1 on" in output
     assert "EQUAL" not in output
 
 
-def test_demo_shows_a_difference_that_changes_no_token(checkpoint, capsys, monkeypatch):
-    plant(monkeypatch, "rms_norm", "torch", lambda *args: OPS["rms_norm"].reference(*args) * (1 + 1e-5))
+def test_demo_shows_a_difference_that_changes_no_token(checkpoint, capsys, override):
+    plant(override, "rms_norm", "torch", lambda *args: OPS["rms_norm"].reference(*args) * (1 + 1e-5))
     assert main(["demo", "--model", str(checkpoint), *SHORT]) == 0
     output = capsys.readouterr().out
     assert "EQUAL" in output
@@ -106,12 +106,12 @@ def test_demo_shows_a_difference_that_changes_no_token(checkpoint, capsys, monke
     assert "largest logit difference: 0 " not in output
 
 
-def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, monkeypatch):
+def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, override):
     def explode(*args, **kwargs):
         raise RuntimeError("planted")
 
     run = Op.run
-    plant(monkeypatch, "rms_norm", "torch", explode)
+    plant(override, "rms_norm", "torch", explode)
     with pytest.raises(RuntimeError, match="planted"):
         main(["demo", "--model", str(checkpoint), *SHORT])
     assert Op.run is run
@@ -222,11 +222,11 @@ def test_info(capsys):
     assert "broken" not in output
 
 
-def test_info_says_what_is_broken(capsys, monkeypatch):
+def test_info_says_what_is_broken(capsys, monkeypatch, override):
     def explode(*args, **kwargs):
         raise RuntimeError("planted\nand more")
 
-    monkeypatch.setitem(OPS["rms_norm"]._loaded, "torch", Backend("torch", explode, explode))
+    override(OPS["rms_norm"], "torch", Backend("torch", explode, explode))
     monkeypatch.setattr("vlmfast.info.families", explode)
     assert main(["info"]) == 0
     output = capsys.readouterr().out
@@ -238,7 +238,7 @@ def test_info_says_what_is_broken(capsys, monkeypatch):
 def test_explain(capsys):
     assert main(["explain", "rms_norm", "--device", "cpu", "--dtype", "float16"]) == 0
     output = capsys.readouterr().out
-    workloads = list(OPS["rms_norm"].workloads("cpu", torch.float16))
+    workloads = list(OPS["rms_norm"].cases.workloads("cpu", torch.float16))
     assert output.count("    torch: runs") == len(workloads)
     assert "rms_norm(x: 600x2048 float16, weight: 2048 float16)" in output
 

@@ -124,7 +124,7 @@ def compiled_kernels() -> list[dict]:
 @pytest.mark.xdist_group("compiled kernels")
 def test_triton_kernels_compile_for_every_target(compiled_kernels: list[dict]):
     for op in PRIMITIVE:
-        if not isinstance(op.backend("triton"), str):
+        if not op.backend("triton").absent:
             assert {r["target"] for r in compiled_kernels if r["op"] == op.name} == set(TARGETS), op.name
 
 

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.torch_internals import function_of, has_kernel
+
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op."""
+    """One implementation of one op; it is called with positional arguments."""
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # why this call cannot run here, or None
     absent_on: Callable[[Tensor], str | None] = lambda x: None  # why it has no kernel where this tensor lies, or None
+    absent: str | None = None  # why there is no such backend at all
 
 
 # Subclasses of Tensor (DTensor, nested tensors, ...) have no memory of their own that a kernel could read.
@@ -29,27 +32,38 @@ PLAIN = (Tensor, torch.nn.Parameter)
 OLDEST_GPU = (8, 0)  # what setup.py compiles csrc/*.cu for
 
 
+def absent(name: str, reason: str) -> Backend:
+    """Make the stand-in of a backend that is not there: it refuses every call."""
+    return Backend(name, lambda *_: None, lambda *_: reason, lambda x: reason, reason)
+
+
+def load(name: str, op: str, family: str, reference: Callable[..., Any]) -> Backend:
+    """Load the backend of that name for one op."""
+    found = LOADERS[name](op, family, reference)
+    return absent(name, found) if isinstance(found, str) else found
+
+
 def subclass(value: Tensor) -> str:
-    """Why a kernel cannot take a tensor whose type is not one of `PLAIN`."""
+    """Say why a kernel cannot take a tensor whose type is not one of `PLAIN`."""
     return f"{type(value).__name__} is a subclass of Tensor"
 
 
 @functools.cache
 def _gpus_are_new_enough() -> bool:
-    """Asked with a GPU tensor at hand: the answer initialises CUDA, after which a process must not fork."""
+    """Ask with a GPU tensor at hand only: the answer initialises CUDA, after which a process must not fork."""
     devices = range(torch.cuda.device_count())
     return min(torch.cuda.get_device_capability(index) for index in devices) >= OLDEST_GPU
 
 
 def contiguous(output: Any) -> Any:
-    """Every op returns fresh contiguous tensors, whatever the layout of its inputs."""
+    """Make the outputs contiguous, as those of every op are, whatever the layout of its inputs."""
     if isinstance(output, tuple):
         return tuple(contiguous(o) for o in output)
     return output.contiguous()
 
 
 def load_extension() -> str | None:
-    """Load the compiled extension; the reason why it is not usable, or None."""
+    """Load the compiled extension, and return the reason why it is not usable, or None."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
         return "the extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
@@ -61,19 +75,17 @@ def load_extension() -> str | None:
 
 
 def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any]) -> Backend | str:
-    """A backend made of the compiled ops of one torch library namespace."""
+    """Make a backend of the compiled op in one torch library namespace."""
     packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
         return f"csrc/ has no {op}"
     overload = packet.default
     torch.library.register_fake(f"{namespace}::{op}", lambda *args, **kwargs: contiguous(fake(*args, **kwargs)))
-    on_cpu, on_gpu = (
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", key) for key in ("CPU", "CUDA")
-    )
+    on_cpu, on_gpu = (has_kernel(f"{namespace}::{op}", key) for key in ("CPU", "CUDA"))
 
-    def unsupported(*args: Any, **kwargs: Any) -> str | None:
+    def unsupported(*args: Any) -> str | None:
         dtype = None
-        for value in (*args, *kwargs.values()) if kwargs else args:
+        for value in args:
             if type(value) not in PLAIN:
                 if isinstance(value, Tensor):
                     return subclass(value)
@@ -90,31 +102,29 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
                 return f"the extension has no {op} for device {value.device.type}"
         return None
 
-    return Backend(name, overload._op, unsupported, unsupported)  # what the overload would call: 0.2 us less
+    return Backend(name, function_of(overload), unsupported, unsupported)
 
 
-def _native(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
+def _native(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:
     return load_extension() or compiled_backend("native", "vlmfast_native", op, reference)
 
 
-def _triton(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
+def _triton(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if importlib.util.find_spec(f"vlmfast.kernels.{stem}") is None:
-        return f"there is no kernels/{stem}.py"
-    module = importlib.import_module(f"vlmfast.kernels.{stem}")
+    if importlib.util.find_spec(f"vlmfast.kernels.{family}") is None:
+        return f"there is no kernels/{family}.py"
+    module = importlib.import_module(f"vlmfast.kernels.{family}")
     if not hasattr(module, op):
-        return f"kernels/{stem}.py has no {op}"
+        return f"kernels/{family}.py has no {op}"
     launch = importlib.import_module("vlmfast.kernels.launch")
     return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"), launch.device_unsupported)
 
 
-def _torch(op: str, stem: str, reference: Callable[..., Any]) -> Backend | str:
-    return Backend(
-        "torch", lambda *args, **kwargs: contiguous(reference(*args, **kwargs)), lambda *args, **kwargs: None
-    )
+def _torch(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:
+    return Backend("torch", lambda *args: contiguous(reference(*args)), lambda *_: None)
 
 
 LOADERS: dict[str, Callable[[str, str, Callable[..., Any]], Backend | str]] = {

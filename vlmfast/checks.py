@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from vlmfast.torch_internals import assert_async, in_function_transform
+
 DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
@@ -72,12 +74,12 @@ def integer(name: str, value: object) -> None:
 
 def expect(condition: Tensor, message: str) -> None:
     """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
-    if not torch._C._are_functorch_transforms_active():  # vmap has no rule for it
-        torch._assert_async(condition, message)
+    if not in_function_transform():  # vmap has no rule for it
+        assert_async(condition, message)
 
 
 def on_host(value: Tensor) -> bool:
-    """Whether the numbers in ``value`` can be read without waiting for a device: not those of a tracer or of vmap."""
+    """Tell whether the numbers in ``value`` can be read without waiting for a device: not a tracer's or vmap's."""
     if not value.is_cpu or type(value) is not Tensor or torch.compiler.is_compiling():
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not in_function_transform()

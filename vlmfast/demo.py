@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlmfast.backends import LOADERS, Backend
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
 from vlmfast.patches import Patch, patch
-from vlmfast.registry import OPS, Op
+from vlmfast.registry import OPS, Op, override
 
 
 @dataclass
@@ -174,15 +175,10 @@ def _calls() -> Iterator[dict[tuple[str, str], Calls]]:
 
         return replace(backend, run=run)
 
-    found = [(entry, name, entry.backend(name)) for entry in OPS.values() for name in LOADERS]
-    try:
-        for entry, name, backend in found:
-            if isinstance(backend, Backend):
-                entry._loaded[name] = noting(entry, backend)
+    with ExitStack() as overrides:
+        for entry, name in itertools.product(OPS.values(), LOADERS):
+            overrides.enter_context(override(entry, name, noting(entry, entry.backend(name))))
         yield noted
-    finally:
-        for entry, name, backend in found:
-            entry._loaded[name] = backend
 
 
 # ---- print ----

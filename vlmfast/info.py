@@ -44,7 +44,7 @@ def explain(name: str, device_name: str | None, dtype: str) -> None:
     device, op = usable_device(device_name), OPS[name]
     function = getattr(importlib.import_module(op.reference.__module__), name)
     names = inspect.signature(function).parameters
-    for _, args in op.workloads(str(device), getattr(torch, dtype)):
+    for _, args in op.cases.workloads(str(device), getattr(torch, dtype)):
         print(f"{name}({', '.join(map(_argument, names, args))})")
         print(textwrap.indent(vlmfast.explain(function, *args), "    "))
 
@@ -116,7 +116,7 @@ def _ops(devices: list[str]) -> Table:
 def _refusal(op: Op, backend: str, device: str) -> str | None:
     """Why the backend cannot run a small bfloat16 call of the op, or None."""
     with vlmfast.use(backend):
-        [(_, reason)] = op.refusals(*next(iter(op.samples(device, torch.bfloat16))))
+        [(_, reason)] = op.refusals(*next(iter(op.cases.samples(device, torch.bfloat16))))
     return reason
 
 
@@ -129,7 +129,7 @@ def _backend(name: str, device: str) -> str:
 
 
 def _first_backend(op: Op, device: str) -> str:
-    args = next(iter(op.samples(device, torch.bfloat16)))
+    args = next(iter(op.cases.samples(device, torch.bfloat16)))
     return next((name for name, reason in op.refusals(*args) if reason is None), "none")
 
 

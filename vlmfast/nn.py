@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vlmfast import checks
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
-from vlmfast.ops.pixel_shuffle_checks import ACTIVATIONS, ORDERS, square
+from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
+from vlmfast.ops.pixel_shuffle.definition import ORDERS, square
 
 # The parts of a connector under the names that transformers and nanoVLM give them
 _NORM = ("layer_norm.",)

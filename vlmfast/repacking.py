@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.ops.masked_rows import compact_tokens
-from vlmfast.ops.masked_rows_calls import check_rows
+from vlmfast.ops.masked_rows.definition import check_rows
 
 IGNORED = -100  # the label that cross entropy leaves out
 
@@ -83,7 +83,7 @@ def _valid(inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         binary = (attention_mask == valid).all()
         message = "attention_mask must hold 0 and 1 only"
         if not checks.on_host(attention_mask):
-            torch._assert_async(binary, message)
+            checks.expect(binary, message)
         elif not binary:
             raise ValueError(f"{message}, got {attention_mask[attention_mask != valid][0].item()}")
     return valid
@@ -91,7 +91,7 @@ def _valid(inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
 
 def _require_room(counts: Tensor, keep: int) -> None:
     if not checks.on_host(counts):
-        torch._assert_async((counts <= keep).all(), "keep must be at least the number of valid tokens of each sequence")
+        checks.expect((counts <= keep).all(), "keep must be at least the number of valid tokens of each sequence")
     elif counts.numel() and (most := int(counts.max())) > keep:
         raise ValueError(f"keep must be at least {most}, the most valid tokens that a sequence has, got {keep}")
 

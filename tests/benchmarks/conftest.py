@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from tests.helpers.cases import require
+from tests.helpers.cases import require, with_cases
 from tests.helpers.published_models import little
 from vlmfast.benchmarks import models, published, timing
 from vlmfast.registry import OPS
@@ -31,6 +29,6 @@ def small(monkeypatch):
     monkeypatch.setattr(timing.measure, "__defaults__", (3,))
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
     workload = ("4x64", (torch.randn(4, 64), torch.randn(64)))
-    op = dataclasses.replace(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
+    op = with_cases(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
     monkeypatch.setitem(OPS, "rms_norm", op)
     return op

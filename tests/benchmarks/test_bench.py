@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import re
 import types
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.conftest import MACHINE
+from tests.helpers.cases import with_cases
 from vlmfast import cli
 from vlmfast.benchmarks import bench, html, models, ops, peers, report, timing
 from vlmfast.registry import OPS
@@ -205,8 +205,8 @@ def test_an_interruption_stops_and_loses_nothing(small, tmp_path: Path, monkeypa
         return measure(*args)
 
     monkeypatch.setattr(ops, "measure", stop)
-    work = small.workloads("cpu", torch.float32) * 3
-    monkeypatch.setitem(OPS, "rms_norm", dataclasses.replace(small, workloads=lambda *_: work))
+    work = small.cases.workloads("cpu", torch.float32) * 3
+    monkeypatch.setitem(OPS, "rms_norm", with_cases(small, workloads=lambda *_: work))
     with pytest.raises(KeyboardInterrupt):
         cli.main(["bench", "rms_norm", "--peers", "none", "--device", "cpu", "--json", str(tmp_path / "out.json")])
     assert len(json.loads((tmp_path / "out.json").read_text())["records"]) == 1

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 
 from tests.conftest import shortens_prompts
 from tests.helpers import traffic
-from tests.helpers.cases import each, outputs
+from tests.helpers.cases import each, launches_of, outputs
 from tests.helpers.published_models import little
-from tests.ops.test_traffic import LAUNCHES
 from vlmfast.benchmarks import counting, launches
 from vlmfast.benchmarks.forwards import STEPS, Decoding, patches_of, twin
 from vlmfast.benchmarks.published import MODELS
@@ -119,11 +118,11 @@ def test_what_counts(name: str):
             torch.testing.assert_close(g, w)
 
 
-@pytest.mark.parametrize("op", each(op for op in OPS.values() if op.compose is None and op.name not in traffic.COMPUTE))
+@pytest.mark.parametrize("op", each(op for op in OPS.values() if op.compose is None and op.cases.compute_bound is None))
 def test_an_op_counts_as_what_its_launcher_starts(op: Op):
     _, args = traffic.workload(op)
     found, _ = counted(op.function, *args)
-    assert found.launches.total() == (LAUNCHES["triton"] | LAUNCHES["both"]).get(op.name, 1), found
+    assert found.launches.total() == launches_of(op, "triton"), found
     assert not found.waits
 
 

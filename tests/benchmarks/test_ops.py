@@ -11,11 +11,11 @@ import torch
 
 import vlmfast
 from tests.benchmarks.conftest import MACHINE
-from tests.helpers.cases import EACH_OP
+from tests.helpers.cases import EACH_OP, with_cases
 from vlmfast import cli
-from vlmfast.backends import Backend
+from vlmfast.backends import LOADERS, Backend
 from vlmfast.benchmarks import ops, peers, timing
-from vlmfast.registry import OPS, Op, pinned
+from vlmfast.registry import OPS, Op, order
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("transformers", "torch")
@@ -30,7 +30,7 @@ def contender(name: str, group: str, us: float | None, **rest) -> ops.Contender:
 
 
 def rows(bytes: int, flops: int, monkeypatch) -> dict[str, dict]:
-    op = dataclasses.replace(OPS["rms_norm"], bytes=lambda *_: bytes, flops=(lambda *_: flops) if flops else None)
+    op = with_cases(OPS["rms_norm"], bytes=lambda *_: bytes, flops=(lambda *_: flops) if flops else None)
     monkeypatch.setattr(ops, "counted", lambda op, backend: {"triton": 1.5, "cuda": 2.5}.get(backend))
     found = [
         contender("vlmfast native", "ours", 10.0, backend="native", roundings=0.5),
@@ -67,7 +67,7 @@ def test_a_record(monkeypatch):
 
 
 def test_a_copy_moves_as_many_bytes_as_the_op():
-    op = dataclasses.replace(OPS["rms_norm"], bytes=lambda *_: 64, limits={})
+    op = with_cases(OPS["rms_norm"], bytes=lambda *_: 64, limits={})
     made = ops.contenders(op, (torch.ones(2), torch.ones(2)), ())[-1].prepare(torch.ones(2))()
     assert 2 * made.nbytes == 64  # read and written
     assert made.all()  # what was never written is read from one page of zeros
@@ -128,17 +128,17 @@ def test_every_contender_is_timed(small, monkeypatch):
     assert found["vlmfast native"]["roundings"] == 0
 
 
-def test_each_contender_runs_on_its_own_backend(small, monkeypatch):
+def test_each_contender_runs_on_its_own_backend(small, override):
     ran = []
     for name in ("native", "triton"):
-        recorder = Backend(name, lambda x, *_, name=name: ran.append((name, pinned.get())) or x, lambda *_, **__: None)
-        monkeypatch.setitem(OPS["rms_norm"]._loaded, name, recorder)
-    ((_, args),) = small.workloads("cpu", torch.float32)
+        run = lambda x, *_, name=name: ran.append((name, tuple(order.get()))) or x  # noqa: E731
+        override(OPS["rms_norm"], name, Backend(name, run, lambda *_: None))
+    ((_, args),) = small.cases.workloads("cpu", torch.float32)
     calls = {c.name: c.prepare(*args) for c in ops.contenders(small, args, ())}
     for _ in range(2):
         calls["vlmfast triton"]()
         calls["vlmfast native"]()
-    assert ran == [("triton", "triton"), ("native", None)] * 2  # the first is what a user gets
+    assert ran == [("triton", ("triton",)), ("native", tuple(LOADERS))] * 2  # the first is what a user gets
 
 
 @pytest.mark.parametrize("op", EACH_OP)
@@ -146,20 +146,20 @@ def test_every_contender_of_every_op_runs(op: Op, monkeypatch):
     """On a small call, without our kernels, which the other tests run, and without waiting for Inductor."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with vlmfast.use("torch"), torch.no_grad():
-        args = next(iter(op.samples("cpu", torch.float32)))
+        args = next(iter(op.cases.samples("cpu", torch.float32)))
         want = op.reference(*args)
         found = ops.contenders(op, args, (*KINDS, "compile"))
-        assert {"torch.compile", "copy", *op.peers, *op.limits} <= {c.name for c in found}
-        assert op.upstream is None or "transformers" in {c.name for c in found}
+        assert {"torch.compile", "copy", *op.cases.peers, *op.cases.limits} <= {c.name for c in found}
+        assert op.cases.upstream is None or "transformers" in {c.name for c in found}
         for contender in found:
             ops.prepare(contender, op, args, want)
             assert contender.error is None, contender.error
-        assert op.flops is None or op.flops(*args) > 0
+        assert op.cases.flops is None or op.cases.flops(*args) > 0
 
 
-def test_a_wrong_result_has_no_speed(small, monkeypatch, capsys):
+def test_a_wrong_result_has_no_speed(small, override, capsys):
     wrong = Backend("native", lambda x, weight, *_: x * 1.01, lambda *_, **__: None)
-    monkeypatch.setitem(OPS["rms_norm"]._loaded, "native", wrong)
+    override(OPS["rms_norm"], "native", wrong)
     row = measured(small)["vlmfast native"]
     assert "us" not in row
     assert "differs from the definition" in row["error"]
@@ -190,7 +190,7 @@ def test_a_peer_that_fails_while_it_is_timed_is_a_row(small, call: str, monkeypa
             raise torch.OutOfMemoryError("planted\nand more")
         return small.reference(*args)
 
-    ((_, args),) = small.workloads("cpu", torch.float32)
+    ((_, args),) = small.cases.workloads("cpu", torch.float32)
     monkeypatch.setitem(peers.PROJECTS, "liger", ("liger", {"rms_norm": lambda *_: fails}))
     monkeypatch.setattr(peers, "installed", lambda: ("liger",))
     found = measured(small, ("liger",))
@@ -202,7 +202,7 @@ def test_a_peer_that_fails_while_it_is_timed_is_a_row(small, call: str, monkeypa
     assert "liger: OutOfMemoryError: planted" in capsys.readouterr().out
 
 
-def test_what_fails_of_ours_while_it_is_timed_is_exit_code_1(small, monkeypatch, tmp_path: Path):
+def test_what_fails_of_ours_while_it_is_timed_is_exit_code_1(small, override, tmp_path: Path):
     calls = []
 
     def fails(x, weight, *_):
@@ -211,7 +211,7 @@ def test_what_fails_of_ours_while_it_is_timed_is_exit_code_1(small, monkeypatch,
             raise RuntimeError("planted")
         return small.reference(x, weight)
 
-    monkeypatch.setitem(OPS["rms_norm"]._loaded, "native", Backend("native", fails, lambda *_, **__: None))
+    override(OPS["rms_norm"], "native", Backend("native", fails, lambda *_, **__: None))
     command = ["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "torch"]
     assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 1
     (record,) = json.loads((tmp_path / "out.json").read_text())["records"]
@@ -242,8 +242,8 @@ def test_a_limit_without_a_time_leaves_the_others_theirs(small, monkeypatch):
     assert "over_copy" not in found["vlmfast native"]
 
 
-def test_an_op_without_a_kernel_says_so(small, monkeypatch, capsys):
+def test_an_op_without_a_kernel_says_so(small, override, capsys):
     for name in ("native", "triton"):
-        monkeypatch.setitem(OPS["rms_norm"]._loaded, name, "not built")
+        override(OPS["rms_norm"], name, "not built")
     assert cli.main(["bench", "rms_norm", "--device", "cpu", "--dtype", "float32", "--peers", "torch"]) == 1
     assert "no kernel runs this call (native: not built; triton: not built)" in capsys.readouterr().out

@@ -54,9 +54,9 @@ def in_gaps(x: Tensor, image_gap: int) -> Tensor:
 def sample_calls(stem: str, layouts: Sequence[tuple[Layout, Layout]], dtype: torch.dtype) -> Iterator[Call]:
     """Yield the samples of a family's ops, their tensors in one pair of layouts after another, in turn."""
     for op in OPS.values():
-        if op.stem != stem or op.compose is not None:
+        if op.family != stem or op.compose is not None:
             continue
-        for index, sample in enumerate(op.samples("cpu", dtype)):
+        for index, sample in enumerate(op.cases.samples("cpu", dtype)):
             if len({a.dtype for a in sample if cases.is_float(a)}) > 1:
                 continue  # for the definition
             pair = layouts[index % len(layouts)]
@@ -108,7 +108,7 @@ def compare(kernels: Kernels, calls: Iterable[Call], *, same_order: bool = False
 
 def assert_traffic(launches: int, name: str, *args: Any) -> None:
     """Check the launches of a call, and that they touch as many bytes as the op must move, each counted once."""
-    moved, budget = traffic.count(OPS[name], "emulated", args), OPS[name].bytes(*args)
+    moved, budget = traffic.count(OPS[name], "emulated", args), OPS[name].cases.bytes(*args)
     assert moved.launches == launches
     assert moved.distinct == pytest.approx(budget, rel=0.01), name
 

@@ -31,7 +31,7 @@ from tests.emulation.harness import (
     sample_calls,
 )
 from tests.helpers import cases
-from vlmfast.ops.token_merge_calls import MERGES
+from vlmfast.ops.token_merge.definition import MERGES
 from vlmfast.registry import OPS
 
 # Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, sequences with gaps

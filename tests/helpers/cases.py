@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
+from vlmfast.cases import Samples
 from vlmfast.registry import OPS, Op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,9 +41,9 @@ def _parameters(*axes: Any) -> list:
     return found
 
 
-DIFFERENTIABLE = [op for op in OPS.values() if op.backward is not None or op.compose is not None]
+DIFFERENTIABLE = [op for op in OPS.values() if op.differentiable]
 PRIMITIVE = [op for op in OPS.values() if op.compose is None]  # not made of others
-REPLACING = [op for op in OPS.values() if op.upstream is not None]  # Hugging Face has a module for it
+REPLACING = [op for op in OPS.values() if op.cases.upstream is not None]  # Hugging Face has a module for it
 
 
 def each(ops: Iterable[Op]) -> list:
@@ -57,6 +59,17 @@ def each_place(ops: Iterable[Op], *axes: Any) -> list:
 EACH_OP = each(OPS.values())
 
 
+def launches_of(op: Op, backend: str) -> int:
+    """How many kernels a call starts."""
+    number = op.cases.launches
+    return number if isinstance(number, int) else number[backend]
+
+
+def with_cases(op: Op, **changes: Any) -> Op:
+    """The op with other cases."""
+    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, **changes))
+
+
 def required(op: Op, backend: str) -> bool:
     """Whether the run was told that the backend must be there, and the op should have it."""
     return backend in REQUIRED and not (op.name in GEMMS and backend in ("native", "emulated"))
@@ -65,9 +78,9 @@ def required(op: Op, backend: str) -> bool:
 def require(op: Op, backend: str) -> None:
     """Skip, with the reason, where the backend is absent; fail where it must be there."""
     found = op.backend(backend)
-    if isinstance(found, str):
-        assert not required(op, backend), f"{backend} must be there: {found}"
-        pytest.skip(found)
+    if found.absent:
+        assert not required(op, backend), f"{backend} must be there: {found.absent}"
+        pytest.skip(found.absent)
 
 
 def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -163,9 +176,9 @@ LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, ex
 AWKWARD = [*((first, 0) for first in range(1, len(LAYOUTS))), (1, 1), (2, 1)]
 
 
-def calls(op: Op, device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def calls(op: Op, device: str, dtype: torch.dtype) -> Samples:
     """Every sample of the op as it is and in three of the awkward layouts, all of which come in turn."""
-    for position, sample in enumerate(op.samples(device, dtype)):
+    for position, sample in enumerate(op.cases.samples(device, dtype)):
         chosen = [AWKWARD[(3 * position + turn) % len(AWKWARD)] for turn in range(3)]
         for first, step in [(0, 0), *chosen]:
             layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))

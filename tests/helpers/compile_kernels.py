@@ -54,10 +54,10 @@ def calls_of(op: Op) -> list[tuple[bool, int, list]]:
         return [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
 
     dtypes = (torch.float32, torch.bfloat16)
-    workloads = [on_meta(args) for dtype in dtypes for _, args in op.workloads("cpu", dtype)]
+    workloads = [on_meta(args) for dtype in dtypes for _, args in op.cases.workloads("cpu", dtype)]
     real = [(True, count, args) for count in MULTIPROCESSORS for args in workloads]
     kinds = itertools.product(MULTIPROCESSORS, dtypes)
-    return real + [(False, count, on_meta(args)) for count, dtype in kinds for args in op.samples("cpu", dtype)]
+    return real + [(False, count, on_meta(args)) for count, dtype in kinds for args in op.cases.samples("cpu", dtype)]
 
 
 def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
@@ -145,7 +145,7 @@ def main(targets: list[str]) -> None:
     torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
     records, done = [], set()
     for op in OPS.values():
-        if op.compose is not None or isinstance(op.backend("triton"), str):
+        if op.compose is not None or op.backend("triton").absent:
             continue
         calls = calls_of(op)
         on_each = ([(target, *launch) for launch in launches(op, calls, target)] for target in targets)

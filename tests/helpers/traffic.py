@@ -38,11 +38,7 @@ from vlmfast.registry import OPS, Op
 
 BACKENDS = ("triton", "emulated")
 ENOUGH = 1e6  # bytes of a call, for which what is done once per launch does not matter
-# What no memory traffic bounds, and why.
-COMPUTE = {
-    "received_attention": "multiplies each query with all keys of its segment",
-    "pixel_shuffle_linear": "a product of torch's, whose traffic nobody counts",
-}
+BOUND_BY_MEMORY = [op for op in OPS.values() if op.cases.compute_bound is None]
 
 
 @dataclass(frozen=True)
@@ -57,20 +53,22 @@ class Traffic:
 def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
     """A real shape of the op in bfloat16 that is large enough, and its arguments; the largest if none is.
 
-    Of a batch of images the first one: Triton's interpreter would take a minute for five.
+    If the first image of a batch is enough, it stands for all: Triton's interpreter would take a minute for five.
     """
     label, args = "", ()
-    for label, args in op.workloads("cpu", torch.bfloat16):  # noqa: B007
-        if op.bytes(*args) >= ENOUGH:
+    for label, args in op.cases.workloads("cpu", torch.bfloat16):
+        batch = args[0].shape[0]
+        first = tuple(a[:1] if isinstance(a, Tensor) and a.shape[0] == batch else a for a in args)
+        if batch > 1 and op.cases.bytes(*first) >= ENOUGH:
+            return f"1 of {label}", first
+        if op.cases.bytes(*args) >= ENOUGH:
             break
-    if op.stem == "token_merge":
-        label, args = f"1 of {label}", tuple(a[:1] if isinstance(a, Tensor) else a for a in args)
     return label, args
 
 
 def has_kernels(op: Op, backend: str) -> bool:
     """Whether there is anything to count."""
-    return backend != "emulated" or (build.CSRC / op.stem / "cuda.cu").exists()
+    return backend != "emulated" or (build.CSRC / op.family / "cuda.cu").exists()
 
 
 def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
@@ -82,7 +80,7 @@ def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
 
 
 def _emulated(op: Op, args: tuple[Any, ...]) -> Traffic:
-    library = check_library(op.stem)
+    library = check_library(op.family)
     library.vlmfast_emulation_schedule(0)
     with mock.patch.dict(backends.LOADERS, {"checked": check_loader}), vlmfast.use("checked"):
         before = _counters(library)
@@ -178,17 +176,15 @@ def total(launches: list[_Launch]) -> Traffic:
 
 
 def main() -> None:
-    """Write what every memory-bound op moves, as JSON: ratios are to `op.bytes`."""
+    """Write what every memory-bound op moves, as JSON: ratios are to `op.cases.bytes`."""
     from tests.helpers import interpreter
 
     interpreter.repair()
     torch.manual_seed(0)
     records = []
-    for op in OPS.values():
-        if op.name in COMPUTE:
-            continue
+    for op in BOUND_BY_MEMORY:
         label, args = workload(op)
-        budget = op.bytes(*args)
+        budget = op.cases.bytes(*args)
         for backend in (name for name in BACKENDS if has_kernels(op, name)):
             moved = count(op, backend, args)
             ratios = {"ratio": round(moved.distinct / budget, 4), "requested_ratio": round(moved.requested / budget, 4)}

@@ -14,7 +14,7 @@ import vlmfast
 from tests.helpers.cases import DTYPES, require
 from vlmfast.registry import OPS
 
-FAMILY = [op for op in OPS.values() if op.stem == "attention_scores"]
+FAMILY = [op for op in OPS.values() if op.family == "attention_scores"]
 BACKENDS = ("native", "triton", "emulated", "torch")
 
 

@@ -29,13 +29,13 @@ from tests.helpers.cases import (
     widened,
 )
 from tests.helpers.rounding import Tensors, assert_within
-from vlmfast.products import SLOW
+from vlmfast.linear import SLOW
 from vlmfast.registry import OPS, Op
 
 
 def replaced(op: Op):
     """The Hugging Face code that the op replaces, as a function; the definition where there is none."""
-    return op.reference if op.upstream is None else lambda *args: op.upstream(*args)()
+    return op.reference if op.cases.upstream is None else lambda *args: op.cases.upstream(*args)()
 
 
 @pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES))
@@ -46,21 +46,21 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     replaces no module of its own, the order is the definition's.
     """
     device, backend = place
-    upstream_sums = op.upstream is not None and platform.machine() == "x86_64"
+    upstream_sums = op.cases.upstream is not None and platform.machine() == "x86_64"
     same_sums = upstream_sums and device == "cpu" and backend in ("native", "torch")
-    same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/products.py
+    same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/linear.py
     differ = total = 0
     # What an op is composed of has been run in every layout; Triton's interpreter takes half a minute for the whole.
     # A product of strided half-precision matrices is rounded twice by torch on a CPU: no measure for one that is not.
     plain = (op.compose is not None or op.name in GEMMS) and place == ("cpu", "triton")
-    for args in runnable(op, backend, op.samples(device, dtype) if plain else calls(op, device, dtype)):
+    for args in runnable(op, backend, op.cases.samples(device, dtype) if plain else calls(op, device, dtype)):
         before = [a.clone() for a in args if is_tensor(a)]
         got = run(op, backend, args)
         for kept, value in zip(before, filter(is_tensor, args), strict=True):
             assert torch.equal(kept, value), "an input was written to"
         defined = outputs(op.reference(*args))
         assert_within(got, defined, outputs(op.reference(*widened(args))), composed=op.compose is not None)
-        upstream = defined if op.upstream is None else outputs(op.upstream(*args)())
+        upstream = defined if op.cases.upstream is None else outputs(op.cases.upstream(*args)())
         for g, u in zip(got, upstream, strict=True):
             assert g.dtype == u.dtype
             if g.dtype != torch.float32 or op.exact or same_sums:
@@ -78,7 +78,7 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
 @pytest.mark.parametrize("op", each(REPLACING))
 def test_definition_equals_hugging_face(op: Op, dtype: torch.dtype):
     for args in calls(op, "cpu", dtype):
-        for r, u in zip(outputs(op.reference(*args)), outputs(op.upstream(*args)()), strict=True):
+        for r, u in zip(outputs(op.reference(*args)), outputs(op.cases.upstream(*args)()), strict=True):
             assert r.dtype == u.dtype
             assert torch.equal(r, u)
 
@@ -110,7 +110,7 @@ def ones(op: Op, args):
 @pytest.mark.parametrize(("op", "place", "dtype"), each_place(DIFFERENTIABLE, DTYPES))
 def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
     device, backend = place
-    for args in runnable(op, backend, op.samples(device, dtype)):
+    for args in runnable(op, backend, op.cases.samples(device, dtype)):
         shapes = outputs(op.reference(*args))
         everything = [torch.randn_like(o) if is_float(o) else None for o in shapes]
         used = [i for i, g in enumerate(everything) if g is not None]
@@ -126,7 +126,7 @@ def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
 def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
     """Inputs that need no gradient get none, and change nothing for the others."""
     device, backend = place
-    args = runnable(op, backend, op.samples(device, torch.float32))[0]
+    args = runnable(op, backend, op.cases.samples(device, torch.float32))[0]
     floats = [i for i, a in enumerate(args) if is_float(a)]
     everything = gradients(lambda *a: run(op, backend, a), args, ones(op, args))
     for wanted in floats:
@@ -144,7 +144,7 @@ def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
 @pytest.mark.parametrize(("op", "place"), each_place([op for op in OPS.values() if op.detached]))
 def test_scores_and_positions_carry_no_gradient(op: Op, place: tuple[str, str]):
     device, backend = place
-    for args in runnable(op, backend, op.samples(device, torch.float32)):
+    for args in runnable(op, backend, op.cases.samples(device, torch.float32)):
         leaves = tuple(a.requires_grad_() if is_float(a) else a for a in args)
         assert not any(o.requires_grad for o in run(op, backend, leaves))
 
@@ -152,7 +152,7 @@ def test_scores_and_positions_carry_no_gradient(op: Op, place: tuple[str, str]):
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_second_gradient(op: Op):
     """The gradient's own gradient comes from the definition: never wrong, never silently missing."""
-    args = [a.double() if is_float(a) else a for a in next(iter(op.samples("cpu", torch.float32)))]
+    args = [a.double() if is_float(a) else a for a in next(iter(op.cases.samples("cpu", torch.float32)))]
     wanted = with_gradient(op, args)
 
     def first(function, dtype):
@@ -169,7 +169,7 @@ def test_second_gradient(op: Op):
 @pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_opcheck(op: Op):
     """torch's own checks of a custom op; on inputs that need a gradient where there is one."""
-    for args in list(op.samples("cpu", torch.float32))[:6]:
+    for args in list(op.cases.samples("cpu", torch.float32))[:6]:
         leaves = tuple(a.requires_grad_(op in DIFFERENTIABLE) if is_float(a) else a for a in args)
         torch.library.opcheck(getattr(torch.ops.vlmfast, op.name).default, leaves)
 
@@ -186,7 +186,8 @@ def test_compiles_into_one_graph(op: Op, dynamic: bool):
     """torch.compile sees one op, breaks no graph, and gives the same results and gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for args in list(op.samples("cpu", torch.float32))[: 2 if dynamic else 4]:  # symbols of a grid take a minute each
+    most = 2 if dynamic else 4  # symbols of a grid take a minute each
+    for args in list(op.cases.samples("cpu", torch.float32))[:most]:
         assert_traced_alike(op, outputs(compiled(*args)), outputs(op.function(*args)))
         if op in DIFFERENTIABLE:
             grads = ones(op, args)
@@ -195,7 +196,7 @@ def test_compiles_into_one_graph(op: Op, dynamic: bool):
 
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
-    args = next(iter(op.samples("cpu", torch.float32)))
+    args = next(iter(op.cases.samples("cpu", torch.float32)))
     floats = with_gradient(op, args)
     results = [index for index, o in enumerate(outputs(op.reference(*args))) if is_float(o)]
     for needed, used in itertools.product([[index] for index in floats] + [floats], [results[:1], results]):
@@ -214,7 +215,7 @@ def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
 @pytest.mark.parametrize("op", EACH_OP)
 def test_triton_launchers_wait_for_nothing(op: Op):
     """What a CUDA graph can hold, as far as that shows without a GPU."""
-    for args in runnable(op, "triton", list(op.samples("cpu", torch.float32))[:2]):
+    for args in runnable(op, "triton", list(op.cases.samples("cpu", torch.float32))[:2]):
         with vlmfast.use("triton"), Recorder() as recorder:
             op.run(*args)
         assert not recorder.names & WAITING
@@ -223,7 +224,7 @@ def test_triton_launchers_wait_for_nothing(op: Op):
 @pytest.mark.parametrize("op", EACH_OP)
 def test_checks_need_no_numbers_of_a_device(op: Op):
     """Meta tensors have none: whatever asked for one would fail."""
-    for args in op.samples("cpu", torch.float32):
+    for args in op.cases.samples("cpu", torch.float32):
         got = outputs(op.function(*(a.to("meta") if is_tensor(a) else a for a in args)))
         for g, want in zip(got, outputs(op.reference(*args)), strict=True):
             assert (g.device.type, g.shape, g.dtype) == ("meta", want.shape, want.dtype)
@@ -231,7 +232,7 @@ def test_checks_need_no_numbers_of_a_device(op: Op):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_bad_calls_are_refused(op: Op):
-    bad = list(op.bad_calls())
+    bad = list(op.cases.bad_calls())
     assert bad
     for call in bad:
         with pytest.raises(call.error, match=call.message):

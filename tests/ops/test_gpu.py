@@ -21,7 +21,7 @@ def poisoned_memory():
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("op", EACH_OP)
 def test_no_host_synchronisation(op: Op, backend: str):
-    for args in runnable(op, backend, op.samples("cuda", torch.bfloat16))[:5]:
+    for args in runnable(op, backend, op.cases.samples("cuda", torch.bfloat16))[:5]:
         with vlmfast.use(backend):
             op.run(*args)  # the first call compiles
             torch.cuda.set_sync_debug_mode("error")
@@ -35,7 +35,7 @@ def test_no_host_synchronisation(op: Op, backend: str):
 @pytest.mark.parametrize("op", EACH_OP)
 def test_cuda_graph(op: Op, backend: str):
     """A captured call replays with new contents of its inputs."""
-    args = runnable(op, backend, op.samples("cuda", torch.bfloat16))[0]
+    args = runnable(op, backend, op.cases.samples("cuda", torch.bfloat16))[0]
     with vlmfast.use(backend):
         op.run(*args)
         torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import vlmfast
 from tests.helpers.cases import DTYPES, WAITING, Recorder, outputs, require
 from vlmfast.registry import OPS, Op
 
-FAMILY = [op for op in OPS.values() if op.stem == "masked_rows"]
+FAMILY = [op for op in OPS.values() if op.family == "masked_rows"]
 BACKENDS = ("native", "triton", "emulated", "torch")
 
 
@@ -194,7 +194,7 @@ def test_outputs_larger_than_the_caches(hidden: int):
 @pytest.mark.parametrize("op", FAMILY, ids=lambda op: op.name)
 def test_the_definition_waits_for_nothing(op: Op):
     """What runs where there is no kernel."""
-    for args in op.samples("cpu", torch.float32):
+    for args in op.cases.samples("cpu", torch.float32):
         with Recorder() as recorder:
             op.reference(*args)
         assert not recorder.names & WAITING
@@ -203,7 +203,7 @@ def test_the_definition_waits_for_nothing(op: Op):
 @pytest.mark.parametrize("op", [op for op in FAMILY if op.name != "row_index"], ids=lambda op: op.name)
 def test_forward_mode(op: Op):
     """It runs the definition, and the ops are linear: the derivative along a change is the change of the result."""
-    args = list(op.samples("cpu", torch.float32))[1]
+    args = list(op.cases.samples("cpu", torch.float32))[1]
     floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     tangents = [torch.randn_like(a) for a in floats]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import vlmfast
 from tests.helpers import cases
-from vlmfast.ops import pixel_shuffle_calls as calls
+from vlmfast.ops.pixel_shuffle import cases as calls
 from vlmfast.registry import OPS
 
 OP = OPS["pixel_shuffle_gemm"]
@@ -57,7 +57,7 @@ def test_groups_of_any_size_cover_all_blocks(kernels, group: int, monkeypatch: p
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_no_bit_depends_on_the_layout(dtype: torch.dtype) -> None:
     cases.require(OP, "triton")
-    for sample in list(OP.samples(DEVICE, dtype))[:4]:
+    for sample in list(OP.cases.samples(DEVICE, dtype))[:4]:
         want = cases.run(OP, "triton", sample)
         for layout in (cases.offset, cases.padded, cases.oddly_padded, cases.transposed, cases.every_other):
             args = tuple(layout(a) if cases.is_tensor(a) else a for a in sample)

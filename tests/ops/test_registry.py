@@ -23,9 +23,9 @@ def call():
 
 
 @pytest.fixture
-def fake_backends(monkeypatch):
+def fake_backends(override):
     """Put stand-ins for the loaded backends of rms_norm: {name: Backend or reason}."""
-    return lambda **loaded: [monkeypatch.setitem(OPS["rms_norm"]._loaded, name, b) for name, b in loaded.items()]
+    return lambda **loaded: [override(OPS["rms_norm"], name, backend) for name, backend in loaded.items()]
 
 
 def constant(value: float, reason: str | None = None) -> Backend:
@@ -44,7 +44,7 @@ def test_first_backend_that_accepts_the_call_runs(call, fake_backends):
 @pytest.mark.parametrize("op", EACH_OP)
 def test_no_kernel_claims_a_device_that_it_does_not_run_on(op: Op):
     args = tuple(
-        a.to("meta") if isinstance(a, torch.Tensor) else a for a in next(iter(op.samples("cpu", torch.float32)))
+        a.to("meta") if isinstance(a, torch.Tensor) else a for a in next(iter(op.cases.samples("cpu", torch.float32)))
     )
     reasons = dict(op.refusals(*args))
     assert reasons.pop("torch") is None
@@ -129,11 +129,11 @@ def test_nothing_is_stored_where_no_gradient_is_needed(call):
     assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == {x.data_ptr(), weight.data_ptr()}
 
 
-def test_the_backward_runs_on_the_backend_of_the_forward(call, fake_backends, monkeypatch):
+def test_the_backward_runs_on_the_backend_of_the_forward(call, fake_backends, override):
     ran = []
     reference = OPS["rms_norm_backward"].reference
     recorder = Backend("native", lambda *a, **k: (ran.append("native"), reference(*a, **k))[1], lambda *_, **__: None)
-    monkeypatch.setitem(OPS["rms_norm_backward"]._loaded, "native", recorder)
+    override(OPS["rms_norm_backward"], "native", recorder)
     x = call[0].requires_grad_()
     with vlmfast.use("torch"):
         y = vlmfast.rms_norm(x, call[1])
@@ -172,14 +172,8 @@ def test_export_sees_one_op(call):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_every_op_has_a_definition_that_runs_everywhere(op):
-    assert isinstance(op.backend("torch"), Backend)
+    assert op.backend("torch").absent is None
     assert list(backends.LOADERS)[:3] == ["native", "triton", "torch"]
-
-
-def test_importing_vlmfast_imports_neither_transformers_nor_triton():
-    code = "import sys, vlmfast; print([m for m in ('transformers', 'triton') if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
 
 
 def test_function_transforms(call):
@@ -197,8 +191,8 @@ def test_function_transforms(call):
 
 
 def test_a_missing_argument_is_one_of_the_op(call):
-    with pytest.raises(TypeError, match=r"^rms_norm\(\) missing 1 required positional argument: 'weight'"):
-        vlmfast.rms_norm(call[0])
+    with pytest.raises(TypeError, match=r"^add_rms_norm\(\) missing . required positional arguments?: 'residual'"):
+        vlmfast.add_rms_norm(call[0])
 
 
 def test_forward_mode(call):
@@ -247,16 +241,16 @@ def test_subclasses_of_tensor_run_the_definition(call):
     x = call[0].as_subclass(Marked)
     for name in ("native", "triton"):
         backend = OPS["rms_norm"].backend(name)
-        if isinstance(backend, Backend):
+        if not backend.absent:
             assert backend.unsupported(x, call[1]) == "Marked is a subclass of Tensor"
             assert name == "triton" or backend.unsupported(call[0], call[1].as_subclass(Marked)) is not None
     assert torch.equal(vlmfast.rms_norm(x, call[1]), OPS["rms_norm"].reference(*call))
 
 
-def test_a_composed_op_gives_the_reason_that_its_parts_share(monkeypatch):
+def test_a_composed_op_gives_the_reason_that_its_parts_share(override):
     op = OPS["merge_tokens"]
     for part, reason in zip(op.parts, ("not built", "not built"), strict=True):
-        monkeypatch.setitem(OPS[part]._loaded, "native", reason)
-    assert op._composed("native") == "not built"
-    monkeypatch.setitem(OPS[op.parts[1]]._loaded, "native", "too old")
-    assert op._composed("native") == f"{op.parts[0]}: not built"
+        override(OPS[part], "native", reason)
+    assert op._composed("native").absent == "not built"
+    override(OPS[op.parts[1]], "native", "too old")
+    assert op._composed("native").absent == f"{op.parts[0]}: not built"

@@ -11,7 +11,7 @@ import vlmfast
 from tests.helpers.cases import DTYPES, require
 from vlmfast.registry import OPS
 
-FAMILY = [op for op in OPS.values() if op.stem == "token_merge"]
+FAMILY = [op for op in OPS.values() if op.family == "token_merge"]
 BACKENDS = ("native", "triton", "emulated", "torch")
 MERGES = ("reference", "mean")
 merge_slots, merge_rows = OPS["merge_slots"].function, OPS["merge_rows"].function

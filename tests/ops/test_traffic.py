@@ -1,4 +1,4 @@
-"""Traffic is counted, not guessed: what each memory-bound op moves, held against `op.bytes`, and its launches."""
+"""Traffic is counted, not guessed: what each memory-bound op moves, held against `op.cases.bytes`, and its launches."""
 
 from __future__ import annotations
 
@@ -12,38 +12,7 @@ from tests.helpers import cases, traffic
 from vlmfast.benchmarks.traffic import counted
 from vlmfast.registry import OPS, Op
 
-MOST = 1.05  # of op.bytes, each byte counted once per launch
-MOST_REQUESTED = {
-    "row_index": (1.75, "the mask before a chunk is counted again, a byte a position"),
-    "merge_slots": (4.8, "each block of tokens reads all targets"),
-    "merge_rows_backward": (3.0, "a row goes to all tokens that it was made of, and each block counts its slots again"),
-    "cls_attention": (1.25, "the normaliser's parts are read for each token"),
-    "rms_norm": (1.55, "a weight for each row of 2048: as much as the row"),
-    "add_rms_norm": (1.3, "the same"),
-    "rms_norm_backward": (1.7, "the same twice, for both passes over a row"),
-    "pixel_shuffle_gemm": (4.0, "each block of columns reads all patches, each of tokens all of the weight"),
-    "pixel_shuffle_norm": (2.05, "weight and bias for each row of 4096"),
-    "pixel_shuffle_norm_backward": (2.05, "a weight for each row, in both passes"),
-}
-MOST_OTHERS_REQUEST = 1.1
-LAUNCHES = {
-    "triton": {"pixel_shuffle_norm_backward": 3},
-    "emulated": {"pixel_shuffle_norm_backward": 2},
-    "both": {
-        "merge_tokens": 2,
-        "visionzip": 3,
-        "deepstack_add": 2,
-        "place_embeddings": 2,
-        "split_rows": 2,
-        "compact_tokens": 2,
-        "compact_tokens_backward": 2,
-        "cls_attention": 2,
-        "pixel_shuffle_gemm": 2,
-        "rms_norm_backward": 2,
-    },
-}
-
-BOUND_BY_MEMORY = [op for op in OPS.values() if op.name not in traffic.COMPUTE]
+MOST = 1.05  # of op.cases.bytes, each byte counted once per launch
 
 
 def require(backend: str) -> None:
@@ -56,23 +25,23 @@ def require(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", traffic.BACKENDS)
-@pytest.mark.parametrize("op", cases.each(BOUND_BY_MEMORY))
+@pytest.mark.parametrize("op", cases.each(traffic.BOUND_BY_MEMORY))
 def test_traffic(op: Op, backend: str) -> None:
     require(backend)
     if not traffic.has_kernels(op, backend):
         assert op.name in cases.GEMMS
         pytest.skip(f"{op.name} has no CUDA kernel")
     _, args = traffic.workload(op)
-    moved, budget = traffic.count(op, backend, args), op.bytes(*args)
-    assert moved.launches == (LAUNCHES[backend] | LAUNCHES["both"]).get(op.name, 1)
+    moved, budget = traffic.count(op, backend, args), op.cases.bytes(*args)
+    assert moved.launches == cases.launches_of(op, backend)
     # from below too: a budget for what is never moved would let anything pass
     assert 0.95 <= moved.distinct / budget <= MOST
-    assert moved.requested / budget <= MOST_REQUESTED.get(op.name, (MOST_OTHERS_REQUEST,))[0]
+    assert moved.requested / budget <= op.cases.requested
 
 
 def test_report_is_of_every_op() -> None:
     """benchmarks/results/static.json: `make static` writes it."""
-    for op in BOUND_BY_MEMORY:
+    for op in traffic.BOUND_BY_MEMORY:
         for backend in ("triton",) if op.name in cases.GEMMS else ("triton", "cuda"):
             ratio = counted(op.name, backend)
             assert ratio is not None
@@ -85,7 +54,7 @@ def test_an_index_given_spares_a_launch() -> None:
     op, mask = OPS["deepstack_add"], torch.rand(2, 90) < 0.5
     args = torch.randn(2, 90, 256), mask, torch.randn(int(mask.sum()), 256), OPS["row_index"].reference(mask)
     moved = traffic.count(op, "triton", args)
-    assert (moved.launches, moved.distinct) == (1, op.bytes(*args))
+    assert (moved.launches, moved.distinct) == (1, op.cases.bytes(*args))
 
 
 def test_counts_of_triton() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import vlmfast.ops.pixel_shuffle as ops
 from vlmfast.compat.instance import Replacements, patch_instance
 from vlmfast.compat.internvl import SHUFFLE_BODY, shuffle_map
-from vlmfast.ops.pixel_shuffle_checks import square
+from vlmfast.ops.pixel_shuffle.definition import square
 from vlmfast.patches import Patch
 
 BODIES = {

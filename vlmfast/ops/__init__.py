@@ -1,1 +1,14 @@
-"""The ops: one file per family, each holding the definitions and all that tests and benchmarks are made from."""
+"""The ops: one folder per family, whose ``__all__`` lists the ops that are public.
+
+``definition.py`` says what the ops are, ``cases.py`` how they are tested and timed.
+"""
+
+import importlib
+import pkgutil
+
+FAMILIES = tuple(found.name for found in pkgutil.iter_modules(__path__) if found.ispkg)
+PUBLIC = {
+    name: getattr(family, name)
+    for family in [importlib.import_module(f"{__name__}.{family}") for family in FAMILIES]
+    for name in family.__all__
+}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.ops.token_merge import merge_rows, merge_slots, top_tokens
-from vlmfast.ops.token_merge_calls import MERGES
+from vlmfast.ops.token_merge.definition import MERGES
 
 
 @dataclass(frozen=True)

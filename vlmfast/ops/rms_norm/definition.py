@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.backends import PLAIN
-from vlmfast.ops import bytes_moved
-from vlmfast.registry import BadCall, op
+from vlmfast.registry import op
 
 VARIANTS = ("llama", "gemma")
 
@@ -82,146 +80,6 @@ def _check_backward(
         _check_twin("grad_residual", grad_residual, x)
 
 
-# ---- the Hugging Face code that the ops replace ----
-
-
-def _norm_module(weight: Tensor, eps: float, variant: str) -> torch.nn.Module:
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-    module: torch.nn.Module = (Qwen2RMSNorm if variant == "llama" else GemmaRMSNorm)(weight.shape[0], eps)
-    if weight.requires_grad:
-        del module.weight  # a parameter would be cut off from the weight's own graph
-        module.weight = weight
-    else:
-        module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return module
-
-
-def _upstream(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
-    module = _norm_module(weight, eps, variant)
-    return lambda: module(x)
-
-
-def _upstream_add(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    module = _norm_module(weight, eps, variant)
-
-    def run() -> tuple[Tensor, Tensor]:
-        hidden_states = residual + x
-        return module(hidden_states), hidden_states
-
-    return run
-
-
-def _upstream_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama", *_: Any
-) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    with torch.enable_grad():
-        output = _norm_module(leaves[1], eps, variant)(leaves[0])
-    return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
-
-
-def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
-    return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-
-
-# ---- calls to test, to refuse and to time ----
-
-_SHAPES = [
-    (1, 64),
-    (7, 96),
-    (3, 5, 128),
-    (2, 3, 4, 72),
-    (33, 128),
-    (5, 1000),
-    (2, 2048),
-    (3, 3584),
-    (0, 64),
-    (3, 0),
-    (4, 2),
-    (3, 7),
-    (2, 8192),
-    (1, 16384),
-]
-
-
-def _samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for index, shape in enumerate(_SHAPES):
-        x = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.1)
-        weight = torch.randn(shape[-1], device=device, dtype=dtype)
-        yield x, weight, (1e-6, 1e-5)[index % 2], VARIANTS[index // 2 % 2]
-    yield torch.randn(4, 64, device=device, dtype=dtype), torch.randn(64, device=device, dtype=dtype)
-    for variant in VARIANTS:  # norms kept in float32 by mixed-precision training
-        x, weight = torch.randn(2, 3, 128, device=device, dtype=dtype), torch.randn(128, device=device)
-        yield x, weight, 1e-6, variant
-
-
-def _add_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for x, *rest in _samples(device, dtype):
-        yield x, torch.randn_like(x), *rest
-
-
-def _backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for index, (x, weight, *rest) in enumerate(_samples(device, dtype)):
-        tail = (None, True) if index % 3 == 0 else (torch.randn_like(x), index % 3 == 1)
-        grad_output = torch.randn_like(rms_norm.op.reference(x, weight, *rest))
-        yield grad_output, x, weight, *(rest or (1e-6, "llama")), *tail
-
-
-def _bad_calls() -> Iterator[BadCall]:
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall(([1.0], weight), TypeError, "x must be a torch.Tensor, got list")
-    yield BadCall((x.double(), weight), TypeError, "x must be float32, float16 or bfloat16, got torch.float64")
-    yield BadCall((x, weight.long()), TypeError, "weight must be float32, float16 or bfloat16, got torch.int64")
-    yield BadCall((x[0, 0], weight), ValueError, "x must have at least one dimension")
-    yield BadCall((x, torch.ones(9)), ValueError, r"weight must have shape \(8,\).*got \(9,\)")
-    yield BadCall((x, torch.ones(1, 8)), ValueError, r"weight must have shape \(8,\).*got \(1, 8\)")
-    yield BadCall((x, weight.to("meta")), ValueError, "weight must be on the device of x, cpu, got meta")
-    yield BadCall((x, weight, float("nan")), ValueError, "eps must be finite and not negative, got nan")
-    yield BadCall((x, weight, -1.0), ValueError, "eps must be finite and not negative, got -1.0")
-    yield BadCall((x, weight, "1e-6"), TypeError, "eps must be a number, got str")
-    yield BadCall((x, weight, 1e-6, "qwen"), ValueError, "variant must be one of 'llama', 'gemma', got 'qwen'")
-
-
-def _add_bad_calls() -> Iterator[BadCall]:
-    for call in _bad_calls():
-        yield BadCall((call.args[0], torch.ones(2, 8), *call.args[1:]), call.error, call.message)
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall((x, torch.ones(8), weight), ValueError, r"residual must have the shape of x, \(2, 8\), got \(8,\)")
-    yield BadCall(
-        (x, x.half(), weight), TypeError, "residual must have the dtype of x, torch.float32, got torch.float16"
-    )
-
-
-def _backward_bad_calls() -> Iterator[BadCall]:
-    for call in _bad_calls():
-        yield BadCall((torch.ones(2, 8), *call.args), call.error, call.message)
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall((torch.ones(3, 8), x, weight), ValueError, r"grad_output must have the shape of x, \(2, 8\)")
-    yield BadCall((x, x, weight, 1e-6, "llama", x[0]), ValueError, "grad_residual must have the shape of x")
-
-
-def _workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Rows x hidden of Qwen3-VL-2B/8B: one decoded token, a prompt with an image, per-head q/k norms, long prompts."""
-    shapes = [(1, 2048), (1, 4096), (600, 2048), (9600, 128), (4096, 4096)]
-    for rows, hidden in [*shapes, (32768, 4096), (131072, 128)] if device != "cpu" else shapes:
-        x = torch.randn(rows, hidden, device=device, dtype=dtype)
-        yield f"{rows}x{hidden}", (x, torch.randn(hidden, device=device, dtype=dtype))
-
-
-def _add_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for label, (x, weight) in _workloads(device, dtype):
-        yield label, (x, torch.randn_like(x), weight)
-
-
-def _backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    for label, (x, weight) in _workloads(device, dtype):
-        yield label, (torch.randn_like(x), x, weight)
-
-
 # ---- gradients ----
 
 
@@ -258,18 +116,7 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 # ---- the definitions ----
 
 
-@op(
-    check=_check,
-    upstream=_upstream,
-    peers={"F.rms_norm": _torch_functional},
-    samples=_samples,
-    bad_calls=_bad_calls,
-    workloads=_workloads,
-    bytes=lambda x, weight, *_: 2 * x.nbytes + weight.nbytes,
-    flops=lambda x, *_: 4 * x.numel(),
-    setup_context=_setup_context,
-    backward=_backward,
-)
+@op(check=_check, gradients=(_setup_context, _backward))
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Tensor:
     """Divide each row by its root mean square and multiply it by a weight.
 
@@ -301,17 +148,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama
     return weight * normed.to(x.dtype)
 
 
-@op(
-    check=_check_add,
-    upstream=_upstream_add,
-    samples=_add_samples,
-    bad_calls=_add_bad_calls,
-    workloads=_add_workloads,
-    bytes=lambda x, residual, weight, *_: 4 * x.nbytes + weight.nbytes,
-    flops=lambda x, *_: 5 * x.numel(),
-    setup_context=_add_setup_context,
-    backward=_add_backward,
-)
+@op(check=_check_add, gradients=(_add_setup_context, _add_backward))
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
 ) -> tuple[Tensor, Tensor]:
@@ -339,15 +176,7 @@ def add_rms_norm(
     return rms_norm.op.reference(new_residual, weight, eps, variant), new_residual
 
 
-@op(
-    check=_check_backward,
-    peers={"transformers": _upstream_backward},
-    samples=_backward_samples,
-    bad_calls=_backward_bad_calls,
-    workloads=_backward_workloads,
-    bytes=bytes_moved.rms_norm_backward,
-    flops=lambda grad_output, x, *_: 12 * x.numel(),
-)
+@op(check=_check_backward)
 def rms_norm_backward(
     grad_output: Tensor,
     x: Tensor,

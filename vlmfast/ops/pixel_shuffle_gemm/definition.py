@@ -2,35 +2,22 @@
 
 kernels/pixel_shuffle_gemm.py counts the bytes and FLOP of both, and what they should take. Nothing in this package
 calls this op: no GPU has timed it yet. `python -m vlmfast bench pixel_shuffle_gemm` does, beside `pixel_shuffle_linear`
-and the product alone, and `make gpu-report` runs that. Where it wins, `_fused` in vlmfast/ops/pixel_shuffle.py is the
-one place that chooses: a line in front of its own returns `pixel_shuffle_gemm(...)` for those shapes.
+and the product alone, and `make gpu-report` runs that. Where it wins, `_fused` in
+vlmfast/ops/pixel_shuffle/connector.py is the one place that chooses: a line in front of its own returns
+`pixel_shuffle_gemm(...)` for those shapes.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from vlmfast.ops import bytes_moved
-from vlmfast.ops import pixel_shuffle_calls as calls
-from vlmfast.ops import pixel_shuffle_checks as checks
-from vlmfast.ops.pixel_shuffle import pixel_shuffle_linear
+from vlmfast.ops.pixel_shuffle.connector import check_linear, pixel_shuffle_linear
 from vlmfast.registry import op
 
 
-@op(
-    check=checks.check_gemm,
-    upstream=calls.linear_upstream,
-    peers={"pixel_shuffle_linear": lambda *args: functools.partial(pixel_shuffle_linear, *args)},
-    limits={"F.linear alone": calls.bare_linear},
-    samples=calls.linear_samples,
-    bad_calls=calls.linear_bad_calls,
-    workloads=calls.linear_workloads,
-    bytes=bytes_moved.gemm,
-    flops=pixel_shuffle_linear.op.flops,
-)
+@op(check=check_linear)
 def pixel_shuffle_gemm(
     x: Tensor,
     weight: Tensor,

@@ -1,4 +1,4 @@
-"""The calls of attention_scores.py's ops: what a good one looks like, which to test, to refuse and to time."""
+"""How the attention scores are tested and timed."""
 
 from __future__ import annotations
 
@@ -10,65 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import checks
-from vlmfast.registry import BadCall
-
-# ---- what a call must look like ----
-
-
-def _check_pair(query: Tensor, key: Tensor) -> None:
-    checks.float_tensor("query", query)
-    checks.float_tensor("key", key)
-    if query.dtype != key.dtype:
-        raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
-    checks.same_device("key", key, "query", query)
-
-
-def _check_scale(scale: float | None) -> None:
-    if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not abs(scale) < math.inf:  # not math.isfinite, which torch.compile cannot trace
-        raise ValueError(f"scale must be finite, got {scale}")
-
-
-def check_cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> None:
-    _check_pair(query, key)
-    if query.dim() != 3 or min(query.shape[1:]) < 1:
-        raise ValueError(f"query must have shape (B, H, D) with a head and a channel, got {tuple(query.shape)}")
-    if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != tuple(query.shape) or key.shape[2] < 1:
-        batch, heads, size = query.shape
-        raise ValueError(f"key must have shape ({batch}, {heads}, T, {size}) with T >= 1, got {tuple(key.shape)}")
-    _check_scale(scale)
-    checks.integer("cls_index", cls_index)
-    if not -key.shape[2] <= cls_index < key.shape[2]:
-        raise ValueError(f"cls_index must be within -T and T - 1 of {key.shape[2]} tokens, got {cls_index}")
-
-
-def check_received_attention(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
-) -> None:
-    _check_pair(query, key)
-    if query.dim() != 3 or query.shape[0] < 1 or query.shape[2] < 1:
-        raise ValueError(f"query must have shape (H, T, D) with a head and a channel, got {tuple(query.shape)}")
-    checks.same_shape("key", key, "query", query)
-    _check_scale(scale)
-    checks.integer("group", group)
-    tokens = query.shape[1]
-    if group < 1 or tokens % group:
-        raise ValueError(f"group must divide the {tokens} tokens, got {group}")
-    if cu_seqlens is None:
-        return
-    checks.integers("cu_seqlens", cu_seqlens, torch.int32)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape (segments + 1,), got {tuple(cu_seqlens.shape)}")
-    checks.same_device("cu_seqlens", cu_seqlens, "query", query)
-    if checks.on_host(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of query, got {bounds}")
-
+from vlmfast.cases import BadCall, Cases, Samples, Workloads
 
 # ---- other ways to compute the same ----
 
@@ -78,7 +20,7 @@ def _factor(query: Tensor, scale: float | None) -> float:
 
 
 def cls_row(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Callable[[], Tensor]:
-    """The row alone, as one would write it; its products are rounded to the dtype."""
+    """Compute the row alone, as one would write it; its logits are rounded to the dtype."""
     factor, row, cls_index = _factor(query, scale), query[:, :, None], cls_index % key.shape[2]
 
     def run() -> Tensor:
@@ -89,7 +31,7 @@ def cls_row(query: Tensor, key: Tensor, scale: float | None = None, cls_index: i
 
 
 def cls_map(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Callable[[], Tensor]:
-    """All rows, as ``output_attentions`` gives them, of which one is used."""
+    """Compute all rows, as ``output_attentions`` gives them, of which one is used."""
     factor, rows, cls_index = _factor(query, scale), torch.randn_like(key), cls_index % key.shape[2]
     rows[:, :, cls_index] = query
 
@@ -135,17 +77,27 @@ def received_map(
     return _received(query, key, cu_seqlens, group, scale, chunk=None)
 
 
+def cls_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
+    """Count each head's logits, which wait in float32 for the sums of the whole row; one score per other token out."""
+    batch, heads, tokens, _head_dim = key.shape
+    return query.nbytes + key.nbytes + 8 * batch * heads * tokens + 4 * batch * (tokens - 1)
+
+
+def received_bytes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, *_: Any) -> int:
+    return 2 * query.nbytes + 4 * query.shape[1] // group
+
+
 def received_flops(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, *_: Any) -> int:
-    """Of the products of queries and keys, once; the kernels compute them twice rather than keep the map."""
-    heads, tokens, size = query.shape
+    """Count the dot products of queries and keys once; the kernels compute them twice rather than keep the map."""
+    heads, tokens, head_dim = query.shape
     lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
-    return 2 * heads * size * sum(length * length for length in lengths)
+    return 2 * heads * head_dim * sum(length * length for length in lengths)
 
 
 # ---- calls to test, to refuse and to time ----
 
 
-def cls_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def cls_samples(device: str, dtype: torch.dtype) -> Samples:
     shapes = [
         (1, 1, 1, 8),
         (2, 3, 17, 64),
@@ -155,16 +107,16 @@ def cls_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         (0, 2, 5, 16),
         (1, 2, 33, 128),
     ]
-    for position, (batch, heads, tokens, size) in enumerate(shapes):
-        query = torch.randn(batch, heads, size, device=device, dtype=dtype)
-        key = torch.randn(batch, heads, tokens, size, device=device, dtype=dtype)
-        yield query, key, *((), (0.5,), (None, -1), (None, tokens // 2))[position % 4]
-    # One token gets nearly everything, and without the maximum taken off it is infinite. The products are exact: of two
-    # large ones that are nearly equal, their rounding would decide.
+    for index, (batch, heads, tokens, head_dim) in enumerate(shapes):
+        query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)
+        key = torch.randn(batch, heads, tokens, head_dim, device=device, dtype=dtype)
+        yield query, key, *((), (0.5,), (None, -1), (None, tokens // 2))[index % 4]
+    # One token gets nearly everything, and without the maximum taken off it is infinite. The logits are exact: between
+    # two large ones that are nearly equal, their rounding would decide.
     yield 30 * query.sign(), key.sign()
 
 
-def received_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def received_samples(device: str, dtype: torch.dtype) -> Samples:
     shapes = [
         ((1, 1, 8), None, 1),
         ((2, 24, 64), [0, 8, 24], 4),
@@ -175,10 +127,10 @@ def received_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...
         ((2, 200, 32), [0, 63, 128, 200], 4),
         ((1, 36, 128), [0, 4, 8, 12, 16, 20, 24, 28, 32, 36], 4),
     ]
-    for position, (shape, bounds, group) in enumerate(shapes):
+    for index, (shape, bounds, group) in enumerate(shapes):
         query, key = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
         cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
-        yield query, key, cu_seqlens, group, *((), (0.5,))[position % 2]
+        yield query, key, cu_seqlens, group, *((), (0.5,))[index % 2]
     yield 30 * query.sign(), key.sign(), cu_seqlens, 1  # see cls_samples
 
 
@@ -222,16 +174,40 @@ def received_bad_calls() -> Iterator[BadCall]:
     yield BadCall((query, key, None, 1, math.inf), ValueError, "scale must be finite, got inf")
 
 
-def cls_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT."""
+def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Take CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT."""
     for batch in (1, 5):
         key = torch.randn(batch, 577, 16, 64, device=device, dtype=dtype).transpose(1, 2)
         yield f"{batch}x16x577x64", (key[:, :, 0], key)
 
 
-def received_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """An image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP-so400m."""
+def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Take an image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP-so400m."""
     query, key = (torch.randn(4096, 16, 80, device=device, dtype=dtype).transpose(0, 1) for _ in range(2))
     yield "16x4096x80", (query, key, None, 4)
     query, key = (torch.randn(5 * 729, 16, 72, device=device, dtype=dtype).transpose(0, 1) for _ in range(2))
     yield "16x(5x729)x72", (query, key, torch.arange(0, 5 * 729 + 1, 729, dtype=torch.int32, device=device))
+
+
+# ---- the cases of each op ----
+
+cls_attention = Cases(
+    samples=cls_samples,
+    bad_calls=cls_bad_calls,
+    workloads=cls_workloads,
+    bytes=cls_bytes,
+    flops=lambda query, key, *_: 2 * key.numel(),
+    peers={"the row in PyTorch": cls_row, "the whole map": cls_map},
+    launches=2,
+    requested=1.25,  # the normaliser's parts are read for each token
+)
+
+received_attention = Cases(
+    samples=received_samples,
+    bad_calls=received_bad_calls,
+    workloads=received_workloads,
+    bytes=received_bytes,
+    flops=received_flops,
+    peers={"PyTorch by chunks": received_chunks, "the whole map": received_map},
+    compute_bound="multiplies each query with all keys of its segment",
+)

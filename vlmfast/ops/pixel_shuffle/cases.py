@@ -1,4 +1,4 @@
-"""The calls of pixel_shuffle.py's ops: the code that they replace, which to test, to refuse and to time."""
+"""How the pixel shuffles and the connector are tested and timed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import GELU, Identity
 
-from vlmfast.ops.pixel_shuffle_checks import ACTIVATIONS, ORDERS, square
-from vlmfast.registry import BadCall
+from vlmfast.cases import BadCall, Cases, Samples, Workloads, partial_sums_bytes
+from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
+from vlmfast.ops.pixel_shuffle.definition import ORDERS, square
 
 # ---- the code that the ops replace ----
 
@@ -83,7 +84,7 @@ def linear_upstream(
 
 
 def bare_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Callable[[], Tensor]:
-    """The product alone, of rows that are shuffled already: the limit."""
+    """Multiply rows that are shuffled already: the limit."""
     rows = torch.randn(x.numel() // weight.shape[1], weight.shape[1], device=x.device).to(x.dtype)
     return lambda: F.linear(rows, weight, bias)
 
@@ -106,46 +107,46 @@ _MAPS = [
 ]
 
 
-def shuffle_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for position, ((batch, channels), grid, scale) in enumerate(_MAPS):
+def shuffle_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, ((batch, channels), grid, scale) in enumerate(_MAPS):
         x = torch.randn(batch, grid[0] * grid[1] + 1, channels, device=device, dtype=dtype)[:, 1:]  # behind a CLS token
-        yield x, grid, scale, ORDERS[position % 2], (1.0, 0.5, 0.3)[position % 3]
+        yield x, grid, scale, ORDERS[index % 2], (1.0, 0.5, 0.3)[index % 3]
 
 
-def unshuffle_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def unshuffle_samples(device: str, dtype: torch.dtype) -> Samples:
     for x, grid, scale, order, input_scale in shuffle_samples(device, dtype):
         tokens = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
         yield tokens, grid, scale, order, input_scale
 
 
-def norm_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for position, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
+def norm_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
         if x.shape[2] == 0:
             continue  # the mean of nothing
-        size = x.shape[2] * (1 if position % 3 == 0 else scale**2)
+        size = x.shape[2] * (1 if index % 3 == 0 else scale**2)
         weight, bias = torch.randn(2, size, device=device, dtype=dtype)
-        offset = 10.0 * (position % 2)  # ViT features have rows whose mean is far from zero
-        yield x + offset, weight, bias, grid, scale, order, input_scale, (1e-5, 1e-6)[position % 2]
+        offset = 10.0 * (index % 2)  # ViT features have rows whose mean is far from zero
+        yield x + offset, weight, bias, grid, scale, order, input_scale, (1e-5, 1e-6)[index % 2]
 
 
-def norm_backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def norm_backward_samples(device: str, dtype: torch.dtype) -> Samples:
     for x, weight, _, grid, scale, order, input_scale, eps in norm_samples(device, dtype):
         grad = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
         yield grad, x, weight, grid, scale, order, input_scale, eps
 
 
-def linear_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for position, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
+def linear_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
         channels = x.shape[2] * scale**2
         if channels == 0:
             continue
-        # The variance of a trained layer: larger products would show the activation's curvature, not the op's error.
+        # The variance of a trained layer: larger tokens would show the activation's curvature, not the op's error.
         weight = torch.randn(24, channels, device=device, dtype=dtype) * channels**-0.5
         bias = torch.randn(24, device=device, dtype=dtype)
-        normalised = (None, channels, x.shape[2])[position // 2 % 3]
+        normalised = (None, channels, x.shape[2])[index // 2 % 3]
         norm = [None, None] if normalised is None else list(torch.randn(2, normalised, device=device, dtype=dtype))
-        activation = (None, "gelu", "gelu_tanh")[position % 3]
-        layout = x, weight, (None, bias)[position % 2], grid, scale, order, input_scale
+        activation = (None, "gelu", "gelu_tanh")[index % 3]
+        layout = x, weight, (None, bias)[index % 2], grid, scale, order, input_scale
         yield *layout, *norm, 1e-6, activation
 
 
@@ -229,33 +230,97 @@ def _connectors(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, 
             yield f"{images} x {label}", x, ((side, side), *rest)
 
 
-def shuffle_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def shuffle_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, x, (grid, scale, *_) in _connectors(device, dtype):
-        if "896" not in label:  # the width behind the product does not matter here
+        if "896" not in label:  # the width behind the shuffle does not matter here
             yield label.split(" to ")[0], (x, grid, scale)
 
 
-def unshuffle_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def unshuffle_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (x, grid, scale) in shuffle_workloads(device, dtype):
         yield label, (x.view(x.shape[0], -1, x.shape[2] * scale**2), grid, scale)
 
 
-def norm_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def norm_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (x, grid, scale) in shuffle_workloads(device, dtype):
         if "InternViT" in label:
             weight, bias = torch.randn(2, x.shape[2] * scale**2, device=device, dtype=dtype)
             yield label, (x, weight, bias, grid, scale)
 
 
-def norm_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def norm_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (x, weight, _, grid, scale) in norm_workloads(device, dtype):
         yield label, (torch.randn_like(x).view(x.shape[0], -1, weight.shape[0]), x, weight, grid, scale)
 
 
-def linear_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def linear_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, x, (grid, scale, out, norm, activation) in _connectors(device, dtype):
         channels = x.shape[2] * scale**2
         weight = torch.randn(out, channels, device=device, dtype=dtype) * channels**-0.5
         bias, *vectors = (torch.randn(size, device=device, dtype=dtype) for size in (out, channels, channels))
         layout = (x, weight, bias if norm else None, grid, scale, "row", 1.0)
         yield label, (*layout, *(vectors if norm else (None, None)), 1e-5, activation)
+
+
+# ---- the bytes of calls ----
+
+
+def norm_backward_bytes(grad_output: Tensor, x: Tensor, weight: Tensor, *_: Any) -> int:
+    """Count two operands in and one out; the weight, and the gradients of two parameters with their partial sums."""
+    channels = weight.shape[0]
+    return 3 * x.nbytes + 3 * weight.nbytes + 2 * partial_sums_bytes(x, channels, x.numel() // max(channels, 1))
+
+
+def linear_bytes(x: Tensor, weight: Tensor, *_: Any) -> int:
+    """Count patches and weight in, tokens out; what is between the shuffle and the Linear is left out."""
+    return x.nbytes + weight.nbytes + x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
+
+
+# ---- the cases of each op ----
+
+pixel_shuffle = Cases(
+    samples=shuffle_samples,
+    bad_calls=shuffle_bad_calls,
+    workloads=shuffle_workloads,
+    bytes=lambda x, *_: 2 * x.nbytes,
+    upstream=shuffle_upstream,
+    limits={"x.clone()": lambda x, *_: x.clone},
+)
+
+pixel_unshuffle = Cases(
+    samples=unshuffle_samples,
+    bad_calls=unshuffle_bad_calls,
+    workloads=unshuffle_workloads,
+    bytes=lambda x, *_: 2 * x.nbytes,
+)
+
+pixel_shuffle_norm = Cases(
+    samples=norm_samples,
+    bad_calls=norm_bad_calls,
+    workloads=norm_workloads,
+    bytes=lambda x, weight, bias, *_: 2 * x.nbytes + weight.nbytes + bias.nbytes,
+    flops=lambda x, *_: 8 * x.numel(),
+    upstream=norm_upstream,
+    requested=2.05,  # weight and bias for each row of 4096
+)
+
+pixel_shuffle_norm_backward = Cases(
+    samples=norm_backward_samples,
+    bad_calls=norm_backward_bad_calls,
+    workloads=norm_backward_workloads,
+    bytes=norm_backward_bytes,
+    flops=lambda grad_output, x, *_: 16 * x.numel(),
+    launches={"triton": 3, "emulated": 2},
+    requested=2.05,  # a weight for each row, in both passes
+)
+
+pixel_shuffle_linear = Cases(
+    samples=linear_samples,
+    bad_calls=linear_bad_calls,
+    workloads=linear_workloads,
+    bytes=linear_bytes,
+    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+    upstream=linear_upstream,
+    limits={"F.linear alone": bare_linear},
+    compute_bound="a matrix multiplication of torch's, whose traffic nobody counts",
+)

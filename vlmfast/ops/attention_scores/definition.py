@@ -7,26 +7,75 @@ sums of its columns, which need the normaliser of each row (H T numbers) and no 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from vlmfast.ops import attention_scores_calls as calls
-from vlmfast.ops import bytes_moved
+from vlmfast import checks
 from vlmfast.registry import op
 
 ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a time
 
 
-@op(
-    check=calls.check_cls_attention,
-    peers={"the row in PyTorch": calls.cls_row, "the whole map": calls.cls_map},
-    samples=calls.cls_samples,
-    bad_calls=calls.cls_bad_calls,
-    workloads=calls.cls_workloads,
-    flops=lambda query, key, *_: 2 * key.numel(),
-    bytes=bytes_moved.cls_attention,
-    detached=True,
-)
+# ---- what a call must look like ----
+
+
+def _check_pair(query: Tensor, key: Tensor) -> None:
+    checks.float_tensor("query", query)
+    checks.float_tensor("key", key)
+    if query.dtype != key.dtype:
+        raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
+    checks.same_device("key", key, "query", query)
+
+
+def _check_scale(scale: float | None) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not abs(scale) < math.inf:  # not math.isfinite, which torch.compile cannot trace
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _check_cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> None:
+    _check_pair(query, key)
+    if query.dim() != 3 or min(query.shape[1:]) < 1:
+        raise ValueError(f"query must have shape (B, H, D) with a head and a channel, got {tuple(query.shape)}")
+    if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != tuple(query.shape) or key.shape[2] < 1:
+        batch, heads, head_dim = query.shape
+        raise ValueError(f"key must have shape ({batch}, {heads}, T, {head_dim}) with T >= 1, got {tuple(key.shape)}")
+    _check_scale(scale)
+    checks.integer("cls_index", cls_index)
+    if not -key.shape[2] <= cls_index < key.shape[2]:
+        raise ValueError(f"cls_index must be within -T and T - 1 of {key.shape[2]} tokens, got {cls_index}")
+
+
+def _check_received_attention(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
+) -> None:
+    _check_pair(query, key)
+    if query.dim() != 3 or query.shape[0] < 1 or query.shape[2] < 1:
+        raise ValueError(f"query must have shape (H, T, D) with a head and a channel, got {tuple(query.shape)}")
+    checks.same_shape("key", key, "query", query)
+    _check_scale(scale)
+    checks.integer("group", group)
+    tokens = query.shape[1]
+    if group < 1 or tokens % group:
+        raise ValueError(f"group must divide the {tokens} tokens, got {group}")
+    if cu_seqlens is None:
+        return
+    checks.integers("cu_seqlens", cu_seqlens, torch.int32)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (segments + 1,), got {tuple(cu_seqlens.shape)}")
+    checks.same_device("cu_seqlens", cu_seqlens, "query", query)
+    if checks.on_host(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of query, got {bounds}")
+
+
+@op(check=_check_cls_attention, detached=True)
 def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
     """Sum over the heads the attention that the CLS token pays to each other token.
 
@@ -57,16 +106,7 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
     return torch.cat([scores[:, :index], scores[:, index + 1 :]], 1)
 
 
-@op(
-    check=calls.check_received_attention,
-    peers={"PyTorch by chunks": calls.received_chunks, "the whole map": calls.received_map},
-    samples=calls.received_samples,
-    bad_calls=calls.received_bad_calls,
-    workloads=calls.received_workloads,
-    flops=calls.received_flops,
-    bytes=lambda query, key, cu_seqlens=None, group=1, *_: 2 * query.nbytes + 4 * query.shape[1] // group,
-    detached=True,
-)
+@op(check=_check_received_attention, detached=True)
 def received_attention(
     query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The calls of token_merge.py's ops: what a good one looks like, which to test, to refuse and to time."""
+"""How the choice and the merging of tokens are tested and timed."""
 
 from __future__ import annotations
 
@@ -8,124 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import checks
-from vlmfast.registry import BadCall
-
-MERGES = ("reference", "mean")
-
-# ---- what a call must look like ----
-
-
-def _check_matrix(name: str, value: Tensor) -> None:
-    checks.float_tensor(name, value)
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, N), got {tuple(value.shape)}")
-
-
-def _check_rows(name: str, value: Tensor, size: str) -> None:
-    checks.float_tensor(name, value)
-    if value.dim() != 3:
-        raise ValueError(f"{name} must have shape (B, N, {size}), got {tuple(value.shape)}")
-
-
-def _check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless both have the same tokens."""
-    if value.shape[:2] != other.shape[:2]:
-        raise ValueError(
-            f"{name} must have the first two sizes of {other_name}, {tuple(other.shape[:2])}, got {tuple(value.shape)}"
-        )
-    checks.same_device(name, value, other_name, other)
-
-
-def _check_number(name: str, value: int, most: int, of: str) -> None:
-    checks.integer(name, value)
-    if not 0 <= value <= most:
-        raise ValueError(f"{name} must be within 0 and {most}, {of}, got {value}")
-
-
-def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
-    checks.integers("kept", kept, torch.int64)
-    batch, tokens = rows.shape[:2]
-    if kept.dim() != 2 or kept.shape[0] != batch or kept.shape[1] > tokens:
-        raise ValueError(f"kept must have shape ({batch}, k) with k <= {tokens}, got {tuple(kept.shape)}")
-    checks.same_device("kept", kept, name, rows)
-    if checks.on_host(kept) and kept.numel():
-        rises = bool((kept[:, 1:] > kept[:, :-1]).all())
-        if not rises or int(kept[:, 0].min()) < 0 or int(kept[:, -1].max()) >= tokens:
-            raise ValueError(f"kept must be ascending within 0 and {tokens - 1} in each row")
-
-
-def _check_contextual(contextual: int, tokens: int, kept: int) -> None:
-    checks.integer("contextual", contextual)
-    if not 0 <= contextual <= tokens - kept:
-        raise ValueError(
-            f"contextual must be within 0 and {tokens - kept}, the tokens that are left of {tokens} when {kept} are "
-            f"kept, got {contextual}"
-        )
-
-
-def check_top_tokens(scores: Tensor, k: int) -> None:
-    _check_matrix("scores", scores)
-    _check_number("k", k, scores.shape[1], "the tokens of a row")
-    if checks.on_host(scores) and bool(scores.isnan().any()):
-        raise ValueError("scores must not be NaN, got one that is")
-
-
-def check_merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> None:
-    _check_rows("metric", metric, "M")
-    _check_kept(kept, "metric", metric)
-    _check_contextual(contextual, metric.shape[1], kept.shape[1])
-
-
-def _check_slots(slots: Tensor) -> None:
-    checks.integers("slots", slots, torch.int32)
-    if slots.dim() != 2:
-        raise ValueError(f"slots must have shape (B, N), got {tuple(slots.shape)}")
-
-
-def check_merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    _check_rows("hidden", hidden, "D")
-    _check_kept(kept, "hidden", hidden)
-    _check_slots(slots)
-    _check_beside("slots", slots, "hidden", hidden)
-    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
-    checks.one_of("merge", merge, MERGES)
-
-
-def check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    _check_rows("grad_tokens", grad_tokens, "D")
-    _check_slots(slots)
-    batch, tokens = slots.shape
-    if grad_tokens.shape[0] != batch or grad_tokens.shape[1] > tokens:
-        raise ValueError(
-            f"grad_tokens must have shape ({batch}, k + C, D) with k + C <= {tokens}, got {tuple(grad_tokens.shape)}"
-        )
-    checks.same_device("slots", slots, "grad_tokens", grad_tokens)
-    _check_number("contextual", contextual, grad_tokens.shape[1], "the rows of grad_tokens")
-    checks.one_of("merge", merge, MERGES)
-
-
-def check_merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> None:
-    _check_rows("hidden", hidden, "D")
-    _check_rows("metric", metric, "M")
-    _check_beside("metric", metric, "hidden", hidden)
-    _check_kept(kept, "hidden", hidden)
-    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
-    checks.one_of("merge", merge, MERGES)
-
-
-def check_visionzip(
-    hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
-) -> None:
-    _check_rows("hidden", hidden, "D")
-    _check_rows("metric", metric, "M")
-    _check_beside("metric", metric, "hidden", hidden)
-    check_top_tokens(scores, 0)
-    _check_beside("scores", scores, "hidden", hidden)
-    _check_number("dominant", dominant, hidden.shape[1], "the tokens of a row")
-    _check_contextual(contextual, hidden.shape[1], dominant)
-    checks.one_of("merge", merge, MERGES)
-
+from vlmfast.cases import BadCall, Cases, Samples, Workloads, row_bytes
+from vlmfast.ops.token_merge import definition
+from vlmfast.ops.token_merge.definition import MERGES
 
 # ---- other ways to compute the same ----
 
@@ -137,7 +22,7 @@ def topk(scores: Tensor, k: int) -> Callable[[], Tensor]:
 def merge_plain(
     hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference"
 ) -> Callable[[], Tensor]:
-    """Batched and without a loop, in the dtype of the model."""
+    """Merge a whole batch without a loop, in the dtype of the model."""
 
     def run() -> Tensor:
         batch, tokens, size = hidden.shape
@@ -196,7 +81,7 @@ def _chosen(batch: int, tokens: int, kept: int, device: str) -> Tensor:
     return torch.rand(batch, tokens, device=device).argsort(1)[:, :kept].sort(1).values
 
 
-def top_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def top_samples(device: str, dtype: torch.dtype) -> Samples:
     for batch, tokens, *_, kept, _ in _SIZES:
         yield torch.randn(batch, tokens, device=device, dtype=dtype), kept
     yield torch.zeros(2, 33, device=device, dtype=dtype), 7  # ties
@@ -206,7 +91,7 @@ def top_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield torch.rand(1, 4500, device=device).to(dtype), 2000
 
 
-def slots_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def slots_samples(device: str, dtype: torch.dtype) -> Samples:
     for batch, tokens, _, size, kept, contextual in _SIZES:
         metric = torch.randn(batch, tokens, size, device=device, dtype=dtype)
         yield metric, _chosen(batch, tokens, kept, device), contextual
@@ -217,33 +102,31 @@ def slots_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield zeros, _chosen(1, 150, 10, device), 20
 
 
-def rows_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    from vlmfast.ops.token_merge import merge_slots
-
-    for position, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
-        size = _SIZES[position % len(_SIZES)][2]
+def rows_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
+        size = _SIZES[index % len(_SIZES)][2]
         hidden = torch.randn(*metric.shape[:2], size, device=device, dtype=dtype)
-        slots = merge_slots.op.reference(metric, kept, contextual)
-        kept = kept[:, :0] if position % 3 == 2 else kept
-        yield hidden, kept, slots, contextual, MERGES[position % 2]
+        slots = definition.merge_slots.op.reference(metric, kept, contextual)
+        kept = kept[:, :0] if index % 3 == 2 else kept
+        yield hidden, kept, slots, contextual, MERGES[index % 2]
     one = torch.full_like(slots, contextual)  # everything joins the first target, and nothing the others
     one[:, :contextual] = torch.arange(contextual, device=device)
     yield hidden, kept[:, :0], one, contextual
 
 
-def rows_backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def rows_backward_samples(device: str, dtype: torch.dtype) -> Samples:
     for hidden, kept, slots, contextual, *merge in rows_samples(device, dtype):
         rows = kept.shape[1] + contextual
         yield torch.randn(hidden.shape[0], rows, hidden.shape[2], device=device, dtype=dtype), slots, contextual, *merge
 
 
-def merge_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for position, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
-        hidden = torch.randn(*metric.shape[:2], _SIZES[position % len(_SIZES)][2], device=device, dtype=dtype)
-        yield hidden, metric, kept, contextual, *((), ("mean",))[position % 2]
+def merge_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
+        hidden = torch.randn(*metric.shape[:2], _SIZES[index % len(_SIZES)][2], device=device, dtype=dtype)
+        yield hidden, metric, kept, contextual, *((), ("mean",))[index % 2]
 
 
-def visionzip_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def visionzip_samples(device: str, dtype: torch.dtype) -> Samples:
     for hidden, metric, kept, contextual, *merge in merge_samples(device, dtype):
         scores = torch.randn(hidden.shape[:2], device=device).to(dtype)
         yield hidden, metric, scores, kept.shape[1], contextual, *merge
@@ -342,34 +225,130 @@ def visionzip_bad_calls() -> Iterator[BadCall]:
 _WORKLOADS = [("5x576x1024", 5, 576, 1024, 64, 26, 5), ("1x1024x3584", 1, 1024, 3584, 80, 460, 51)]
 
 
-def top_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def top_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for _, batch, tokens, *_, kept, _ in _WORKLOADS:
         yield f"{batch}x{tokens}", (torch.rand(batch, tokens, device=device), kept)
 
 
-def visionzip_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def visionzip_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, batch, tokens, size, metric_size, kept, contextual in _WORKLOADS:
         hidden, metric = (torch.randn(batch, tokens, s, device=device, dtype=dtype) for s in (size, metric_size))
         yield label, (hidden, metric, torch.rand(batch, tokens, device=device), kept, contextual)
 
 
-def merge_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def merge_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (hidden, metric, _, kept, contextual) in visionzip_workloads(device, dtype):
         yield label, (hidden, metric, _chosen(hidden.shape[0], hidden.shape[1], kept, device), contextual)
 
 
-def slots_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def slots_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (_, *rest) in merge_workloads(device, dtype):
         yield label, tuple(rest)
 
 
-def rows_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    from vlmfast.ops.token_merge import merge_slots
-
+def rows_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (hidden, metric, kept, contextual) in merge_workloads(device, dtype):
-        yield label, (hidden, kept, merge_slots.op.reference(metric, kept, contextual), contextual)
+        yield label, (hidden, kept, definition.merge_slots.op.reference(metric, kept, contextual), contextual)
 
 
-def rows_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def rows_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (hidden, kept, slots, contextual) in rows_workloads(device, dtype):
         yield label, (hidden[:, : kept.shape[1] + contextual].contiguous(), slots, contextual)
+
+
+# ---- the bytes of calls ----
+
+
+def top_bytes(scores: Tensor, k: int) -> int:
+    """Count scores in, positions out."""
+    return scores.nbytes + 8 * scores.shape[0] * k
+
+
+def slots_bytes(metric: Tensor, kept: Tensor, contextual: int) -> int:
+    """Leave out the metric of kept tokens, which nobody asks for."""
+    compared = metric.shape[0] * (metric.shape[1] - kept.shape[1]) if contextual else 0
+    return row_bytes(metric) * compared + kept.nbytes + 4 * metric.shape[0] * metric.shape[1]
+
+
+def rows_bytes(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, *_: Any) -> int:
+    """Count tokens with a slot in, kept and contextual rows out."""
+    read = kept.numel() + int((slots >= 0).sum())
+    return row_bytes(hidden) * (read + kept.numel() + kept.shape[0] * contextual) + kept.nbytes + slots.nbytes
+
+
+def rows_backward_bytes(grad_tokens: Tensor, slots: Tensor, *_: Any) -> int:
+    """Count each row once in, and out for every token that it was made of."""
+    return grad_tokens.nbytes + slots.nbytes + slots.numel() * row_bytes(grad_tokens)
+
+
+def merge_bytes(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, *_: Any) -> int:
+    """Add the slots that `merge_rows` reads to `merge_slots`."""
+    batch, tokens = hidden.shape[:2]
+    read = tokens - kept.shape[1] if contextual else 0
+    return batch * (row_bytes(hidden) * (read + contextual) + 4 * tokens) + slots_bytes(metric, kept, contextual)
+
+
+def visionzip_bytes(hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, *_: Any) -> int:
+    """Add up `top_tokens`, whose choice both others read, `merge_slots` and `merge_rows`."""
+    batch, tokens = hidden.shape[:2]
+    kept = scores.new_empty(batch, dominant, dtype=torch.int64, device="meta")
+    read = tokens if contextual else dominant
+    merged = batch * (row_bytes(hidden) * (read + dominant + contextual) + 4 * tokens) + kept.nbytes
+    return top_bytes(scores, dominant) + slots_bytes(metric, kept, contextual) + merged
+
+
+# ---- the cases of each op ----
+
+top_tokens = Cases(
+    samples=top_samples,
+    bad_calls=top_bad_calls,
+    workloads=top_workloads,
+    bytes=top_bytes,
+    peers={"torch.topk": topk},
+)
+
+merge_slots = Cases(
+    samples=slots_samples,
+    bad_calls=slots_bad_calls,
+    workloads=slots_workloads,
+    bytes=slots_bytes,
+    flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
+    requested=4.8,  # each block of tokens reads all targets
+)
+
+merge_rows = Cases(
+    samples=rows_samples,
+    bad_calls=rows_bad_calls,
+    workloads=rows_workloads,
+    bytes=rows_bytes,
+    flops=lambda hidden, *_: hidden.numel(),
+)
+
+merge_rows_backward = Cases(
+    samples=rows_backward_samples,
+    bad_calls=rows_backward_bad_calls,
+    workloads=rows_backward_workloads,
+    bytes=rows_backward_bytes,
+    flops=lambda grad_tokens, *_: grad_tokens.numel(),
+    requested=3.0,  # a row goes to all tokens that it was made of, and each block counts its slots again
+)
+
+merge_tokens = Cases(
+    samples=merge_samples,
+    bad_calls=merge_bad_calls,
+    workloads=merge_workloads,
+    bytes=merge_bytes,
+    flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
+    peers={"PyTorch": merge_plain},
+    launches=2,
+)
+
+visionzip = Cases(
+    samples=visionzip_samples,
+    bad_calls=visionzip_bad_calls,
+    workloads=visionzip_workloads,
+    bytes=visionzip_bytes,
+    flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
+    peers={"PyTorch": visionzip_plain},
+    launches=3,
+)

@@ -1,25 +1,12 @@
-"""Pixel shuffle: S x S neighbouring patches become one token of S * S as many channels, alone and before a projection.
+"""Pixel shuffle: S x S neighbouring patches become one token of S * S as many channels, alone or with a LayerNorm.
 
-Where the patches are, is arithmetic: no patch is moved twice. Upstream permutes the map two times, each a full copy,
-then normalises and multiplies in passes of their own. Two designs, counted for one InternVL tile (1024 patches of 1024
-channels in bfloat16: 256 tokens of 4096 channels, projected to N):
-
-* One pass for the gather, the input scale and the LayerNorm, which reads the tower's output where it lies, then the
-  vendor's product. The pass moves 4.2 MB, where upstream moves 17; the product is 2.1 N MFLOP and reads 8 N kB of
-  weights (N = 3584: 7.5 GFLOP, 29 MB).
-* A product of our own that reads its tiles through the shuffle: vlmfast/ops/pixel_shuffle_gemm.py. It saves half of
-  the pass, or all of it where there is no LayerNorm, and has to be nearly as fast as the vendor's.
-
-`pixel_shuffle_linear` is the first. On a CPU nearly all of the time is the product's, which is done in float32 where
-the processor cannot multiply half-precision numbers (vlmfast/products.py). Where it can, N = 896 takes 4.2 ms (EPYC
-with AVX-512 and bfloat16 instructions, one thread): oneDNN's product 3.8, the pass 0.22, GELU 0.05, and the pass
-without the LayerNorm 0.05. That is all the second could save, if it were within 1 % of oneDNN. By the data sheet of an
-H100 (3.35 TB/s, 989 TFLOP/s) the pass of the first is 1.3 us beside 7.6 us of product for N = 3584, and beside 1.9 us
-for N = 896, unless the tokens stay in the second-level cache. No GPU has timed the second against it.
+Patch positions are computed, not stored, so each patch moves once. Upstream permutes the map two times, each a full
+copy, then normalises in passes of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.ops import bytes_moved
-from vlmfast.ops import pixel_shuffle_calls as calls
-from vlmfast.ops import pixel_shuffle_checks as checks
-from vlmfast.products import linear
+from vlmfast import checks
+from vlmfast.backends import PLAIN
 from vlmfast.registry import op
+
+ORDERS = ("row", "column")
 
 
 def _shuffled(x: Tensor, grid: Sequence[int], scale: int, order: str, input_scale: float) -> Tensor:
@@ -41,6 +28,123 @@ def _shuffled(x: Tensor, grid: Sequence[int], scale: int, order: str, input_scal
     blocks = blocks.permute(0, 3, 1, 2, 4, 5) if order == "column" else blocks.permute(0, 1, 3, 2, 4, 5)
     tokens = blocks.reshape(batch, height * width // scale**2, scale**2 * channels)
     return tokens if input_scale == 1.0 else tokens * input_scale
+
+
+# ---- what a call must look like ----
+
+
+def square(x: Tensor) -> tuple[int, int]:
+    """Return the grid of a square of patches."""
+    side = math.isqrt(x.shape[1])
+    if side * side != x.shape[1]:
+        raise ValueError(f"grid must be given: the {x.shape[1]} patches of x are no square")
+    return side, side
+
+
+def _check_layout(grid: Sequence[int], scale: int, order: str, input_scale: float) -> None:
+    if not isinstance(scale, (int, torch.SymInt)) or isinstance(scale, bool) or scale < 1:
+        raise ValueError(f"scale must be an int of at least 1, got {scale!r}")
+    sides = tuple(grid) if isinstance(grid, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in sides):
+        raise ValueError(f"grid must be (height, width), got {grid!r}")
+    if min(sides) < 0 or any(side % scale for side in sides):
+        raise ValueError(f"grid must be divisible by scale, {scale}, got {sides}")
+    checks.one_of("order", order, ORDERS)
+    number = isinstance(input_scale, (int, float)) and not isinstance(input_scale, bool)
+    if not (number and abs(input_scale) < math.inf):  # not math.isfinite, which torch.compile cannot trace
+        raise ValueError(f"input_scale must be a finite number, got {input_scale!r}")
+
+
+def _check_tokens(name: str, x: Tensor, tokens: int, grid: Sequence[int]) -> None:
+    checks.float_tensor(name, x)
+    if x.dim() != 3 or x.shape[1] != tokens:
+        raise ValueError(f"{name} must have shape (B, {tokens}, C) for a grid of {tuple(grid)}, got {tuple(x.shape)}")
+
+
+def check_pixel_shuffle(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> None:
+    """Raise unless the arguments are those of `pixel_shuffle`."""
+    # What nearly every call brings, without the calls below: 0.9 us instead of 3.2.
+    if (
+        type(x) in PLAIN
+        and x.dtype in checks.DTYPES
+        and type(grid) in (tuple, list)
+        and len(grid) == 2
+        and type(grid[0]) is int
+        and type(grid[1]) is int
+        and type(scale) is int
+        and grid[0] >= 0
+        and grid[1] >= 0
+        and scale > 0
+        and grid[0] % scale == 0
+        and grid[1] % scale == 0
+        and len(shape := x.shape) == 3
+        and shape[1] == grid[0] * grid[1]
+        and order in ORDERS
+        and type(input_scale) is float
+        and abs(input_scale) < math.inf
+    ):
+        return
+    _check_layout(grid, scale, order, input_scale)
+    _check_tokens("x", x, grid[0] * grid[1], grid)
+
+
+def _check_pixel_unshuffle(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> None:
+    _check_layout(grid, scale, order, input_scale)
+    _check_tokens("x", x, grid[0] * grid[1] // scale**2, grid)
+    if x.shape[2] % scale**2:
+        raise ValueError(f"x must have a multiple of scale**2 = {scale**2} channels, got {x.shape[2]}")
+
+
+def check_norm_vector(name: str, value: Tensor, x: Tensor, scale: int) -> None:
+    """Raise unless ``value`` has one element for each channel of a token or of a patch."""
+    checks.float_tensor(name, value)
+    channels = x.shape[2]
+    if value.dim() != 1 or value.shape[0] not in (channels, scale**2 * channels):
+        raise ValueError(
+            f"{name} must have shape ({scale**2 * channels},), the channels of a token, or ({channels},), those of a "
+            f"patch, got {tuple(value.shape)}"
+        )
+    checks.same_device(name, value, "x", x)
+
+
+def _check_norm(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: Sequence[int],
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> None:
+    check_pixel_shuffle(x, grid, scale, order, input_scale)
+    check_norm_vector("norm_weight", norm_weight, x, scale)
+    checks.float_tensor("norm_bias", norm_bias)
+    checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
+    checks.same_device("norm_bias", norm_bias, "x", x)
+    checks.epsilon("norm_eps", norm_eps)
+
+
+def _check_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    grid: Sequence[int],
+    scale: int = 2,
+    order: str = "row",
+    input_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> None:
+    _check_norm(x, norm_weight, norm_weight, grid, scale, order, input_scale, norm_eps)
+    checks.float_tensor("grad_output", grad_output)
+    expected = (x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2)
+    if grad_output.shape != expected:
+        raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")
+    checks.same_device("grad_output", grad_output, "x", x)
 
 
 # ---- gradients ----
@@ -63,18 +167,7 @@ def _unshuffle_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]
 # ---- the definitions ----
 
 
-@op(
-    check=checks.check_pixel_shuffle,
-    upstream=calls.shuffle_upstream,
-    limits={"x.clone()": lambda x, *_: x.clone},
-    samples=calls.shuffle_samples,
-    bad_calls=calls.shuffle_bad_calls,
-    workloads=calls.shuffle_workloads,
-    bytes=lambda x, *_: 2 * x.nbytes,
-    setup_context=_setup_context,
-    backward=_backward,
-    exact=True,
-)
+@op(check=check_pixel_shuffle, gradients=(_setup_context, _backward), exact=True)
 def pixel_shuffle(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> Tensor:
@@ -103,16 +196,7 @@ def pixel_shuffle(
     return _shuffled(x, grid, scale, order, input_scale)
 
 
-@op(
-    check=checks.check_pixel_unshuffle,
-    samples=calls.unshuffle_samples,
-    bad_calls=calls.unshuffle_bad_calls,
-    workloads=calls.unshuffle_workloads,
-    bytes=lambda x, *_: 2 * x.nbytes,
-    setup_context=_setup_context,
-    backward=_unshuffle_backward,
-    exact=True,
-)
+@op(check=_check_pixel_unshuffle, gradients=(_setup_context, _unshuffle_backward), exact=True)
 def pixel_unshuffle(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> Tensor:
@@ -158,17 +242,7 @@ def _norm_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     return *(grad if need else None for grad, need in needed), *nothing[3:]
 
 
-@op(
-    check=checks.check_norm,
-    upstream=calls.norm_upstream,
-    samples=calls.norm_samples,
-    bad_calls=calls.norm_bad_calls,
-    workloads=calls.norm_workloads,
-    bytes=lambda x, weight, bias, *_: 2 * x.nbytes + weight.nbytes + bias.nbytes,
-    flops=lambda x, *_: 8 * x.numel(),
-    setup_context=_norm_setup_context,
-    backward=_norm_backward,
-)
+@op(check=_check_norm, gradients=(_norm_setup_context, _norm_backward))
 def pixel_shuffle_norm(
     x: Tensor,
     norm_weight: Tensor,
@@ -213,14 +287,7 @@ def pixel_shuffle_norm(
     return F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, norm_eps)
 
 
-@op(
-    check=checks.check_norm_backward,
-    samples=calls.norm_backward_samples,
-    bad_calls=calls.norm_backward_bad_calls,
-    workloads=calls.norm_backward_workloads,
-    bytes=bytes_moved.norm_backward,
-    flops=lambda grad_output, x, *_: 16 * x.numel(),
-)
+@op(check=_check_norm_backward)
 def pixel_shuffle_norm_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -277,98 +344,3 @@ def pixel_shuffle_norm_backward(
         (grad * normed).sum((0, 1, 2)).to(norm_weight.dtype),
         grad.sum((0, 1, 2)).to(norm_weight.dtype),
     )
-
-
-def _fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    grid: Sequence[int] | None = None,
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    activation: str | None = None,
-) -> Tensor:
-    grid = checks.square(x) if grid is None else grid
-    if norm_weight is not None:
-        norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
-        tokens = pixel_shuffle_norm(x, norm_weight, norm_bias, grid, scale, order, input_scale, norm_eps)
-    elif grid[1] == scale and input_scale == 1.0:  # the patches of a token are neighbours: Qwen-VL's order
-        tokens = x.reshape(x.shape[0], -1, scale**2 * x.shape[2])
-    else:
-        tokens = pixel_shuffle(x, grid, scale, order, input_scale)
-    projected = linear(tokens, weight, bias)
-    if activation is None:
-        return projected
-    if projected.requires_grad or torch.compiler.is_compiling():
-        return F.gelu(projected, approximate=checks.ACTIVATIONS[activation])
-    activated: Tensor = torch.ops.aten.gelu_(projected, approximate=checks.ACTIVATIONS[activation])
-    return activated
-
-
-@op(
-    compose=_fused,
-    parts=("pixel_shuffle", "pixel_shuffle_norm"),
-    check=checks.check_linear,
-    upstream=calls.linear_upstream,
-    limits={"F.linear alone": calls.bare_linear},
-    samples=calls.linear_samples,
-    bad_calls=calls.linear_bad_calls,
-    workloads=calls.linear_workloads,
-    bytes=bytes_moved.linear,
-    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
-)
-def pixel_shuffle_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    grid: Sequence[int] | None = None,
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    activation: str | None = None,
-) -> Tensor:
-    """`pixel_shuffle`, a LayerNorm if there is a weight for one, a linear layer and an activation.
-
-    Args:
-        x: (B, height * width, C) float32, float16 or bfloat16, row-major patches; any strides, such as those of a
-            slice that leaves the CLS token out.
-        weight: (out, scale**2 * C) of the linear layer.
-        bias: (out,) or None.
-        grid: (height, width) of the patches, both divisible by ``scale``; None for a square.
-        scale: patches along each side of a token.
-        order: how the tokens are numbered: "row", or "column" (InternVL v1 leaves the map transposed).
-        input_scale: multiplies ``x``, rounded to its dtype; VITA has 0.5.
-        norm_weight: (scale**2 * C,) for a LayerNorm after the shuffle, (C,) for one before it, or None.
-        norm_bias: as ``norm_weight``.
-        norm_eps: added to the variance.
-        activation: None, "gelu" (exact) or "gelu_tanh".
-
-    Returns:
-        (B, height * width / scale**2, out) contiguous, of the dtype of ``x``.
-
-    Raises:
-        TypeError: for a tensor of another dtype. ValueError: for shapes, a grid, a scale, an order or an activation
-            that do not fit.
-
-    Source:
-        InternVLMultiModalProjector, Idefics3Connector and Qwen3VLVisionPatchMerger of transformers 5.23.
-    """
-    grid = checks.square(x) if grid is None else grid
-    if norm_weight is not None and norm_weight.shape[0] == x.shape[2]:
-        scaled = x if input_scale == 1.0 else x * input_scale
-        tokens = _shuffled(
-            F.layer_norm(scaled, norm_weight.shape, norm_weight, norm_bias, norm_eps), grid, scale, order, 1.0
-        )
-    else:
-        tokens = _shuffled(x, grid, scale, order, input_scale)
-        if norm_weight is not None:
-            tokens = F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, norm_eps)
-    projected = F.linear(tokens, weight, bias)
-    return projected if activation is None else F.gelu(projected, approximate=checks.ACTIVATIONS[activation])

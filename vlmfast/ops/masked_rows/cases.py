@@ -1,4 +1,4 @@
-"""The calls of masked_rows.py's ops: what a good one looks like, which to test, to refuse and to time."""
+"""How the ops on masked rows are tested and timed."""
 
 from __future__ import annotations
 
@@ -8,94 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast import checks
-from vlmfast.registry import BadCall
-
-# ---- what a call must look like ----
-
-
-def check_row_index(mask: Tensor) -> None:
-    checks.bool_matrix("mask", mask)
-    if mask.numel() >= 2**31:
-        raise ValueError(f"mask must have fewer than 2**31 positions, got {mask.numel()}")
-
-
-def check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
-    checks.float_tensor(name, x)
-    if x.dim() != 3:
-        raise ValueError(f"{name} must have shape (B, T, D), got {tuple(x.shape)}")
-    checks.bool_matrix(mask_name, mask)
-    if mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"{mask_name} must have shape {tuple(x.shape[:2])}, the first sizes of {name}, got {tuple(mask.shape)}"
-        )
-    checks.same_device(mask_name, mask, name, x)
-    if index is not None:
-        checks.integers("index", index, torch.int32)
-        checks.same_shape("index", index, mask_name, mask)
-        checks.same_device("index", index, name, x)
-        if checks.on_host(mask) and checks.on_host(index) and not torch.equal(index >= 0, mask):
-            raise ValueError(f"index must be what row_index gives for {mask_name}, got that of another mask")
-
-
-def _check_count(mask_name: str, mask: Tensor, rows_name: str, rows: int) -> None:
-    if checks.on_host(mask) and (found := int(mask.count_nonzero())) != rows:
-        raise ValueError(f"{mask_name} must be true at as many positions as {rows_name}, {rows}, got {found}")
-
-
-def _check_embeds(name: str, x: Tensor, mask_name: str, mask: Tensor, embeds_name: str, embeds: Tensor) -> None:
-    checks.float_tensor(embeds_name, embeds)
-    if embeds.dim() != 2 or embeds.shape[1] != x.shape[2]:
-        raise ValueError(
-            f"{embeds_name} must have shape (V, {x.shape[2]}), the last size that of {name}, got {tuple(embeds.shape)}"
-        )
-    checks.same_device(embeds_name, embeds, name, x)
-    _check_count(mask_name, mask, f"{embeds_name} has rows", embeds.shape[0])
-
-
-def check_deepstack_add(
-    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
-) -> None:
-    check_rows("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, index)
-    _check_embeds("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, "visual_embeds", visual_embeds)
-
-
-def check_place_embeddings(
-    inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
-) -> None:
-    check_rows("inputs_embeds", inputs_embeds, "mask", mask, index)
-    _check_embeds("inputs_embeds", inputs_embeds, "mask", mask, "image_embeds", image_embeds)
-
-
-def check_split_rows(x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True) -> None:
-    check_rows("x", x, "mask", mask, index)
-    _check_count("mask", mask, "rows says", rows)
-
-
-def check_compact_tokens(
-    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
-) -> None:
-    check_rows("tokens", tokens, "invalid", invalid, None)
-    checks.integer("keep", keep)
-    if not 0 <= keep <= invalid.shape[1]:
-        raise ValueError(f"keep must be within 0 and {invalid.shape[1]}, the tokens of a sequence, got {keep}")
-    if order is not None:
-        checks.integers("order", order, torch.int64)
-        if order.shape != (invalid.shape[0], keep):
-            raise ValueError(f"order must have shape {(invalid.shape[0], keep)}, got {tuple(order.shape)}")
-        checks.same_device("order", order, "tokens", tokens)
-
-
-def check_compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> None:
-    checks.float_tensor("grad_tokens", grad_tokens)
-    checks.bool_matrix("invalid", invalid)
-    checks.same_device("invalid", invalid, "grad_tokens", grad_tokens)
-    shape = tuple(grad_tokens.shape)
-    if len(shape) != 3 or shape[0] != invalid.shape[0] or shape[1] > invalid.shape[1]:
-        raise ValueError(
-            f"grad_tokens must have shape ({invalid.shape[0]}, keep, D) with keep <= {invalid.shape[1]}, got {shape}"
-        )
-
+from vlmfast.cases import BadCall, Cases, Samples, Workloads, row_bytes
+from vlmfast.ops.masked_rows import definition
 
 # ---- the code that the ops replace ----
 
@@ -163,38 +77,34 @@ def _masked(device: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(shape, device=device, dtype=dtype), mask
 
 
-def row_index_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def row_index_samples(device: str, dtype: torch.dtype) -> Samples:
     for _, mask in _masked(device, dtype):
         yield (mask,)
 
 
-def deepstack_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    from vlmfast.ops.masked_rows import row_index
-
-    for position, (x, mask) in enumerate(_masked(device, dtype)):
+def deepstack_samples(device: str, dtype: torch.dtype) -> Samples:
+    for number, (x, mask) in enumerate(_masked(device, dtype)):
         embeds = torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype)
-        index = (row_index.op.reference(mask),) if position % 2 else ()
+        index = (definition.row_index.op.reference(mask),) if number % 2 else ()
         yield x, mask, embeds, *index
     yield x, mask, torch.randn(embeds.shape, device=device)  # features of a tower kept in float32
 
 
-def split_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for position, (x, mask, embeds, *index) in enumerate(deepstack_samples(device, dtype)):
-        yield x, mask, embeds.shape[0], *(index or [None]), position % 3 > 0
+def split_samples(device: str, dtype: torch.dtype) -> Samples:
+    for number, (x, mask, embeds, *index) in enumerate(deepstack_samples(device, dtype)):
+        yield x, mask, embeds.shape[0], *(index or [None]), number % 3 > 0
 
 
-def compact_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    from vlmfast.ops.masked_rows import compact_tokens
-
-    for position, (x, mask) in enumerate(_masked(device, dtype)):
+def compact_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (x, mask) in enumerate(_masked(device, dtype)):
         tokens = x.shape[1]
-        keep = (tokens, tokens // 2, (tokens + 3) // 4)[position % 3]
-        pad_left = position % 4 > 1
-        order = compact_tokens.op.reference(x, mask, keep, None, pad_left)[2] if position % 5 == 3 else None
+        keep = (tokens, tokens // 2, (tokens + 3) // 4)[index % 3]
+        pad_left = index % 4 > 1
+        order = definition.compact_tokens.op.reference(x, mask, keep, None, pad_left)[2] if index % 5 == 3 else None
         yield x, mask, keep, order, pad_left
 
 
-def compact_backward_samples(device: str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def compact_backward_samples(device: str, dtype: torch.dtype) -> Samples:
     for x, mask, keep, _, pad_left in compact_samples(device, dtype):
         yield torch.randn(x.shape[0], keep, x.shape[2], device=device, dtype=dtype), mask, pad_left
 
@@ -270,7 +180,7 @@ def compact_backward_bad_calls() -> Iterator[BadCall]:
 
 
 def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run."""
+    """Make prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run."""
     shapes = [(1, 600, 2048, 256), (2, 2048, 2048, 1600)]
     for batch, tokens, hidden, visual in [*shapes, (8, 4096, 4096, 3200)] if device != "cpu" else shapes:
         mask = torch.zeros(batch, tokens, device=device, dtype=torch.bool)
@@ -278,27 +188,129 @@ def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Te
         yield f"{batch}x{tokens}x{hidden}", torch.randn(batch, tokens, hidden, device=device, dtype=dtype), mask
 
 
-def row_index_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def row_index_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, _, mask in _prefills(device, dtype):
         yield label, (mask,)
 
 
-def deepstack_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def deepstack_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, x, mask in _prefills(device, dtype):
         yield label, (x, mask, torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype))
 
 
-def split_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def split_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, x, mask in _prefills(device, dtype):
         yield label, (x, mask, int(mask.sum()))
 
 
-def compact_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """4M's encoder: the visible tokens of all modalities, in a random order of valid and invalid ones."""
+def compact_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Take 4M's encoder: the visible tokens of all modalities, in a random order of valid and invalid ones."""
     for label, x, _ in _prefills(device, dtype):
         yield label, (x, torch.rand(x.shape[:2], device=device) < 0.5, x.shape[1] // 2)
 
 
-def compact_backward_workloads(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def compact_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (x, invalid, keep) in compact_workloads(device, dtype):
         yield label, (x[:, :keep].contiguous(), invalid)
+
+
+# ---- the bytes of calls ----
+
+
+def _index_bytes(mask: Tensor, index: Tensor | None) -> int:
+    """Count an index: one given is read, one made of the mask is written before."""
+    return 4 * mask.numel() + (5 * mask.numel() if index is None else 0)
+
+
+def deepstack_bytes(hidden_states: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None = None) -> int:
+    """Count all hidden states in and out, and the embeddings in."""
+    return 2 * hidden_states.nbytes + embeds.nbytes + _index_bytes(mask, index)
+
+
+def place_bytes(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None) -> int:
+    """Count each row once in: it comes from one tensor or the other."""
+    return 2 * inputs_embeds.nbytes + _index_bytes(mask, index)
+
+
+def split_bytes(x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True) -> int:
+    """Count ``x`` in, its masked rows and the rest out; without the rest, nothing else is read."""
+    taken = rows * row_bytes(x)
+    return _index_bytes(mask, index) + (2 * x.nbytes + taken if rest else 2 * taken)
+
+
+def _packed(invalid: Tensor, keep: int) -> int:
+    """Count the valid tokens that get one of the ``keep`` places of their sequence."""
+    return int((~invalid).sum(1).clamp(max=keep).sum())
+
+
+def compact_bytes(tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, *_: Any) -> int:
+    """Count valid rows in; the order is written (made, or a copy of a given one) and read."""
+    places = tokens.shape[0] * keep
+    read = _packed(invalid, keep) if order is None else int((~invalid.gather(1, order)).sum())
+    numbers = 8 * places + (invalid.nbytes if order is None else 8 * places)
+    return row_bytes(tokens) * (read + places) + numbers + 10 * places
+
+
+def compact_backward_bytes(grad_tokens: Tensor, invalid: Tensor, *_: Any) -> int:
+    """Count in only the rows that valid tokens were packed into."""
+    return row_bytes(grad_tokens) * (_packed(invalid, grad_tokens.shape[1]) + invalid.numel()) + _index_bytes(
+        invalid, None
+    )
+
+
+# ---- the cases of each op ----
+
+row_index = Cases(
+    samples=row_index_samples,
+    bad_calls=row_index_bad_calls,
+    workloads=row_index_workloads,
+    bytes=lambda mask: 5 * mask.numel(),
+    requested=1.75,  # the mask before a chunk is counted again, a byte a position
+)
+
+deepstack_add = Cases(
+    samples=deepstack_samples,
+    bad_calls=deepstack_bad_calls,
+    workloads=deepstack_workloads,
+    bytes=deepstack_bytes,
+    flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
+    upstream=deepstack_upstream,
+    limits={"hidden_states.clone()": lambda hidden_states, *_: hidden_states.clone},
+    launches=2,
+)
+
+place_embeddings = Cases(
+    samples=deepstack_samples,
+    bad_calls=place_bad_calls,
+    workloads=deepstack_workloads,
+    bytes=place_bytes,
+    upstream=place_upstream,
+    limits={"inputs_embeds.clone()": lambda inputs_embeds, *_: inputs_embeds.clone},
+    launches=2,
+)
+
+split_rows = Cases(
+    samples=split_samples,
+    bad_calls=split_bad_calls,
+    workloads=split_workloads,
+    bytes=split_bytes,
+    launches=2,
+)
+
+compact_tokens = Cases(
+    samples=compact_samples,
+    bad_calls=compact_bad_calls,
+    workloads=compact_workloads,
+    bytes=compact_bytes,
+    upstream=compact_upstream,
+    limits={"tokens.clone()": lambda tokens, *_: tokens.clone},
+    launches=2,
+)
+
+compact_tokens_backward = Cases(
+    samples=compact_backward_samples,
+    bad_calls=compact_backward_bad_calls,
+    workloads=compact_backward_workloads,
+    bytes=compact_backward_bytes,
+    launches=2,
+)

@@ -6,25 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlmfast import products
+from vlmfast import linear as linear_layers
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=[True, False], ids=["slow", "fast"])
 def processor(request, monkeypatch) -> bool:
-    monkeypatch.setattr(products, "SLOW", frozenset(DTYPES if request.param else ()))
+    monkeypatch.setattr(linear_layers, "SLOW", frozenset(DTYPES if request.param else ()))
     return request.param
 
 
-@pytest.mark.parametrize("rows", [1, products.FEWEST_ROWS - 1, products.FEWEST_ROWS, 100])
+@pytest.mark.parametrize("rows", [1, linear_layers.FEWEST_ROWS - 1, linear_layers.FEWEST_ROWS, 100])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 def test_widened_where_it_pays(processor: bool, rows: int, dtype: torch.dtype, monkeypatch):
     seen, original = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x.dtype) or original(x, *rest))
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, 64), (32, 64), (32,)))
-    got = products.linear(x, weight, bias)
-    widens = processor and dtype != torch.float32 and rows >= products.FEWEST_ROWS
+    got = linear_layers.linear(x, weight, bias)
+    widens = processor and dtype != torch.float32 and rows >= linear_layers.FEWEST_ROWS
     assert seen == [torch.float32 if widens else dtype]
     assert got.dtype == dtype
     exact = original(x.double(), weight.double(), bias.double())
@@ -35,7 +35,7 @@ def test_widened_where_it_pays(processor: bool, rows: int, dtype: torch.dtype, m
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(processor: bool, dtype: torch.dtype):
     leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((16, 64), (32, 64))]
-    grads = torch.autograd.grad(products.linear(*leaves).float().square().sum(), leaves)
+    grads = torch.autograd.grad(linear_layers.linear(*leaves).float().square().sum(), leaves)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     for got, want in zip(grads, torch.autograd.grad(F.linear(*wide).square().sum(), wide), strict=True):
         assert got.dtype == dtype

@@ -13,16 +13,132 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.ops import bytes_moved
-from vlmfast.ops import token_merge_calls as calls
 from vlmfast.registry import op
+
+MERGES = ("reference", "mean")
 
 
 def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(B, C, N): which tokens were assigned to which contextual token; (B, C, 1): how many."""
+    """Tell which tokens were assigned to which contextual token, (B, C, N), and how many, (B, C, 1)."""
     numbers = torch.arange(contextual, 2 * contextual, device=slots.device)
     assigned = (slots[:, None] == numbers[:, None]).to(dtype)
     return assigned, assigned.sum(2, keepdim=True)
+
+
+# ---- what a call must look like ----
+
+
+def _check_matrix(name: str, value: Tensor) -> None:
+    checks.float_tensor(name, value)
+    if value.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, N), got {tuple(value.shape)}")
+
+
+def _check_rows(name: str, value: Tensor, size: str) -> None:
+    checks.float_tensor(name, value)
+    if value.dim() != 3:
+        raise ValueError(f"{name} must have shape (B, N, {size}), got {tuple(value.shape)}")
+
+
+def _check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both have the same tokens."""
+    if value.shape[:2] != other.shape[:2]:
+        raise ValueError(
+            f"{name} must have the first two sizes of {other_name}, {tuple(other.shape[:2])}, got {tuple(value.shape)}"
+        )
+    checks.same_device(name, value, other_name, other)
+
+
+def _check_number(name: str, value: int, most: int, of: str) -> None:
+    checks.integer(name, value)
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be within 0 and {most}, {of}, got {value}")
+
+
+def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
+    checks.integers("kept", kept, torch.int64)
+    batch, tokens = rows.shape[:2]
+    if kept.dim() != 2 or kept.shape[0] != batch or kept.shape[1] > tokens:
+        raise ValueError(f"kept must have shape ({batch}, k) with k <= {tokens}, got {tuple(kept.shape)}")
+    checks.same_device("kept", kept, name, rows)
+    if checks.on_host(kept) and kept.numel():
+        rises = bool((kept[:, 1:] > kept[:, :-1]).all())
+        if not rises or int(kept[:, 0].min()) < 0 or int(kept[:, -1].max()) >= tokens:
+            raise ValueError(f"kept must be ascending within 0 and {tokens - 1} in each row")
+
+
+def _check_contextual(contextual: int, tokens: int, kept: int) -> None:
+    checks.integer("contextual", contextual)
+    if not 0 <= contextual <= tokens - kept:
+        raise ValueError(
+            f"contextual must be within 0 and {tokens - kept}, the tokens that are left of {tokens} when {kept} are "
+            f"kept, got {contextual}"
+        )
+
+
+def _check_top_tokens(scores: Tensor, k: int) -> None:
+    _check_matrix("scores", scores)
+    _check_number("k", k, scores.shape[1], "the tokens of a row")
+    if checks.on_host(scores) and bool(scores.isnan().any()):
+        raise ValueError("scores must not be NaN, got one that is")
+
+
+def _check_merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> None:
+    _check_rows("metric", metric, "M")
+    _check_kept(kept, "metric", metric)
+    _check_contextual(contextual, metric.shape[1], kept.shape[1])
+
+
+def _check_slots(slots: Tensor) -> None:
+    checks.integers("slots", slots, torch.int32)
+    if slots.dim() != 2:
+        raise ValueError(f"slots must have shape (B, N), got {tuple(slots.shape)}")
+
+
+def _check_merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
+    _check_rows("hidden", hidden, "D")
+    _check_kept(kept, "hidden", hidden)
+    _check_slots(slots)
+    _check_beside("slots", slots, "hidden", hidden)
+    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
+    checks.one_of("merge", merge, MERGES)
+
+
+def _check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
+    _check_rows("grad_tokens", grad_tokens, "D")
+    _check_slots(slots)
+    batch, tokens = slots.shape
+    if grad_tokens.shape[0] != batch or grad_tokens.shape[1] > tokens:
+        raise ValueError(
+            f"grad_tokens must have shape ({batch}, k + C, D) with k + C <= {tokens}, got {tuple(grad_tokens.shape)}"
+        )
+    checks.same_device("slots", slots, "grad_tokens", grad_tokens)
+    _check_number("contextual", contextual, grad_tokens.shape[1], "the rows of grad_tokens")
+    checks.one_of("merge", merge, MERGES)
+
+
+def _check_merge_tokens(
+    hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference"
+) -> None:
+    _check_rows("hidden", hidden, "D")
+    _check_rows("metric", metric, "M")
+    _check_beside("metric", metric, "hidden", hidden)
+    _check_kept(kept, "hidden", hidden)
+    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
+    checks.one_of("merge", merge, MERGES)
+
+
+def _check_visionzip(
+    hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
+) -> None:
+    _check_rows("hidden", hidden, "D")
+    _check_rows("metric", metric, "M")
+    _check_beside("metric", metric, "hidden", hidden)
+    _check_top_tokens(scores, 0)
+    _check_beside("scores", scores, "hidden", hidden)
+    _check_number("dominant", dominant, hidden.shape[1], "the tokens of a row")
+    _check_contextual(contextual, hidden.shape[1], dominant)
+    checks.one_of("merge", merge, MERGES)
 
 
 # ---- gradients ----
@@ -44,16 +160,7 @@ def _backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Any, ...]:
 # ---- the definitions ----
 
 
-@op(
-    check=calls.check_top_tokens,
-    peers={"torch.topk": calls.topk},
-    samples=calls.top_samples,
-    bad_calls=calls.top_bad_calls,
-    workloads=calls.top_workloads,
-    bytes=bytes_moved.top_tokens,
-    exact=True,
-    detached=True,
-)
+@op(check=_check_top_tokens, exact=True, detached=True)
 def top_tokens(scores: Tensor, k: int) -> Tensor:
     """Find the ``k`` tokens with the largest scores of each row, in the order of their positions.
 
@@ -78,16 +185,7 @@ def top_tokens(scores: Tensor, k: int) -> Tensor:
     return best.sort(1).values
 
 
-@op(
-    check=calls.check_merge_slots,
-    samples=calls.slots_samples,
-    bad_calls=calls.slots_bad_calls,
-    workloads=calls.slots_workloads,
-    bytes=bytes_moved.merge_slots,
-    flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
-    exact=True,
-    detached=True,
-)
+@op(check=_check_merge_slots, exact=True, detached=True)
 def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     """Decide where each token goes: it is kept, it becomes a contextual token, or it is merged into one.
 
@@ -113,8 +211,8 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
         The targets, the similarity and its ``argmax`` in VisionZip's CLIP tower, where a key of zeros gives NaN.
     """
     batch, tokens, _ = metric.shape
-    chosen = kept.shape[1]
-    left = tokens - chosen
+    kept_count = kept.shape[1]
+    left = tokens - kept_count
     is_kept = torch.zeros(batch, tokens, dtype=torch.uint8, device=metric.device).scatter(1, kept, 1)
     others = is_kept.argsort(dim=1, stable=True)[:, :left]
     if contextual:
@@ -128,21 +226,12 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
         slot = similarity.float().argmax(2) + contextual
         slot[:, target * step] = target
     else:
-        slot = torch.full_like(others, -chosen - 1)
-    ranks = torch.arange(-chosen, 0, device=metric.device).expand(batch, -1)
+        slot = torch.full_like(others, -kept_count - 1)
+    ranks = torch.arange(-kept_count, 0, device=metric.device).expand(batch, -1)
     return torch.empty_like(is_kept, dtype=torch.int64).scatter(1, kept, ranks).scatter(1, others, slot).int()
 
 
-@op(
-    check=calls.check_merge_rows,
-    samples=calls.rows_samples,
-    bad_calls=calls.rows_bad_calls,
-    workloads=calls.rows_workloads,
-    bytes=bytes_moved.merge_rows,
-    flops=lambda hidden, *_: hidden.numel(),
-    setup_context=_setup_context,
-    backward=_backward,
-)
+@op(check=_check_merge_rows, gradients=(_setup_context, _backward))
 def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     """Carry out what `merge_slots` has decided: the kept rows, then the contextual ones.
 
@@ -176,14 +265,7 @@ def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, mer
     return torch.cat([taken[:, : kept.shape[1]], merged.to(hidden.dtype)], 1)
 
 
-@op(
-    check=calls.check_merge_rows_backward,
-    samples=calls.rows_backward_samples,
-    bad_calls=calls.rows_backward_bad_calls,
-    workloads=calls.rows_backward_workloads,
-    bytes=bytes_moved.merge_rows_backward,
-    flops=lambda grad_tokens, *_: grad_tokens.numel(),
-)
+@op(check=_check_merge_rows_backward)
 def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     """Give each token its share of the gradient of the row that it went to: the gradient of `merge_rows`.
 
@@ -203,37 +285,27 @@ def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, mer
     Source:
         The derivative of `merge_rows`.
     """
-    batch, rows, size = grad_tokens.shape
-    chosen = rows - contextual
+    batch, rows, hidden = grad_tokens.shape
+    kept_count = rows - contextual
     wide = torch.promote_types(grad_tokens.dtype, torch.float32)
     grad = grad_tokens.to(wide)
     _, count = _counts(slots, contextual, wide)
-    ours = grad[:, chosen:]
+    ours = grad[:, kept_count:]
     if merge == "mean":
         ours = shared = ours / (1 + count)
     else:
         shared = ours / count.clamp(min=1)
-    table = torch.cat([grad[:, :chosen], ours, shared, grad.new_zeros(batch, 1, size)], 1)
-    index = slots.long() + chosen
+    table = torch.cat([grad[:, :kept_count], ours, shared, grad.new_zeros(batch, 1, hidden)], 1)
+    index = slots.long() + kept_count
     index = torch.where(index < 0, rows + contextual, index)
-    return table.gather(1, index[..., None].expand(-1, -1, size)).to(grad_tokens.dtype)
+    return table.gather(1, index[..., None].expand(-1, -1, hidden)).to(grad_tokens.dtype)
 
 
 def _merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     return merge_rows(hidden, kept[:, :0], merge_slots(metric, kept, contextual), contextual, merge)
 
 
-@op(
-    compose=_merge_tokens,
-    parts=("merge_slots", "merge_rows"),
-    check=calls.check_merge_tokens,
-    peers={"PyTorch": calls.merge_plain},
-    samples=calls.merge_samples,
-    bad_calls=calls.merge_bad_calls,
-    workloads=calls.merge_workloads,
-    bytes=bytes_moved.merge_tokens,
-    flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
-)
+@op(check=_check_merge_tokens, compose=_merge_tokens, parts=("merge_slots", "merge_rows"))
 def merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     """Merge the tokens that are not kept into ``contextual`` ones, by the similarity of their metric (VisionZip).
 
@@ -270,17 +342,7 @@ def _visionzip(
     return merge_rows(hidden, kept, merge_slots(metric, kept, contextual), contextual, merge), kept
 
 
-@op(
-    compose=_visionzip,
-    parts=("top_tokens", "merge_slots", "merge_rows"),
-    check=calls.check_visionzip,
-    peers={"PyTorch": calls.visionzip_plain},
-    samples=calls.visionzip_samples,
-    bad_calls=calls.visionzip_bad_calls,
-    workloads=calls.visionzip_workloads,
-    bytes=bytes_moved.visionzip,
-    flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
-)
+@op(check=_check_visionzip, compose=_visionzip, parts=("top_tokens", "merge_slots", "merge_rows"))
 def visionzip(
     hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
 ) -> tuple[Tensor, Tensor]:

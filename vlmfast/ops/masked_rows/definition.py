@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.ops import bytes_moved
-from vlmfast.ops import masked_rows_calls as calls
 from vlmfast.registry import op
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """(B, T, D): at each masked position the row of its number; some row or zeros elsewhere."""
+    """Put at each masked position the row of its number, (B, T, D); some row or zeros elsewhere."""
     if isinstance(rows.shape[0], int) and rows.shape[0] == 0:  # a tracer may not know the number (Idefics3)
         return rows.new_zeros(*index.shape, rows.shape[1])
     return rows[index.clamp(0, rows.shape[0] - 1)]
@@ -27,6 +25,93 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 def _indexed(mask: Tensor, rows: int, index: Tensor | None) -> Tensor:
     checks.expect(mask.sum() == rows, f"the mask must be true at as many positions as there are rows, {rows}")
     return row_index.op.reference(mask) if index is None else index
+
+
+# ---- what a call must look like ----
+
+
+def _check_row_index(mask: Tensor) -> None:
+    checks.bool_matrix("mask", mask)
+    if mask.numel() >= 2**31:
+        raise ValueError(f"mask must have fewer than 2**31 positions, got {mask.numel()}")
+
+
+def check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
+    """Raise unless ``x`` is (B, T, D), ``mask`` (B, T) and ``index``, if any, that of the mask."""
+    checks.float_tensor(name, x)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must have shape (B, T, D), got {tuple(x.shape)}")
+    checks.bool_matrix(mask_name, mask)
+    if mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"{mask_name} must have shape {tuple(x.shape[:2])}, the first sizes of {name}, got {tuple(mask.shape)}"
+        )
+    checks.same_device(mask_name, mask, name, x)
+    if index is not None:
+        checks.integers("index", index, torch.int32)
+        checks.same_shape("index", index, mask_name, mask)
+        checks.same_device("index", index, name, x)
+        if checks.on_host(mask) and checks.on_host(index) and not torch.equal(index >= 0, mask):
+            raise ValueError(f"index must be what row_index gives for {mask_name}, got that of another mask")
+
+
+def _check_count(mask_name: str, mask: Tensor, rows_name: str, rows: int) -> None:
+    if checks.on_host(mask) and (found := int(mask.count_nonzero())) != rows:
+        raise ValueError(f"{mask_name} must be true at as many positions as {rows_name}, {rows}, got {found}")
+
+
+def _check_embeds(name: str, x: Tensor, mask_name: str, mask: Tensor, embeds_name: str, embeds: Tensor) -> None:
+    checks.float_tensor(embeds_name, embeds)
+    if embeds.dim() != 2 or embeds.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"{embeds_name} must have shape (V, {x.shape[2]}), the last size that of {name}, got {tuple(embeds.shape)}"
+        )
+    checks.same_device(embeds_name, embeds, name, x)
+    _check_count(mask_name, mask, f"{embeds_name} has rows", embeds.shape[0])
+
+
+def _check_deepstack_add(
+    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
+) -> None:
+    check_rows("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, index)
+    _check_embeds("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, "visual_embeds", visual_embeds)
+
+
+def _check_place_embeddings(
+    inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
+) -> None:
+    check_rows("inputs_embeds", inputs_embeds, "mask", mask, index)
+    _check_embeds("inputs_embeds", inputs_embeds, "mask", mask, "image_embeds", image_embeds)
+
+
+def _check_split_rows(x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True) -> None:
+    check_rows("x", x, "mask", mask, index)
+    _check_count("mask", mask, "rows says", rows)
+
+
+def _check_compact_tokens(
+    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
+) -> None:
+    check_rows("tokens", tokens, "invalid", invalid, None)
+    checks.integer("keep", keep)
+    if not 0 <= keep <= invalid.shape[1]:
+        raise ValueError(f"keep must be within 0 and {invalid.shape[1]}, the tokens of a sequence, got {keep}")
+    if order is not None:
+        checks.integers("order", order, torch.int64)
+        if order.shape != (invalid.shape[0], keep):
+            raise ValueError(f"order must have shape {(invalid.shape[0], keep)}, got {tuple(order.shape)}")
+        checks.same_device("order", order, "tokens", tokens)
+
+
+def _check_compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> None:
+    checks.float_tensor("grad_tokens", grad_tokens)
+    checks.bool_matrix("invalid", invalid)
+    checks.same_device("invalid", invalid, "grad_tokens", grad_tokens)
+    shape = tuple(grad_tokens.shape)
+    if len(shape) != 3 or shape[0] != invalid.shape[0] or shape[1] > invalid.shape[1]:
+        raise ValueError(
+            f"grad_tokens must have shape ({invalid.shape[0]}, keep, D) with keep <= {invalid.shape[1]}, got {shape}"
+        )
 
 
 # ---- gradients ----
@@ -78,14 +163,7 @@ def _compact_backward(ctx: Any, grad_tokens: Tensor | None, *_: None) -> tuple[A
 # ---- the definitions ----
 
 
-@op(
-    check=calls.check_row_index,
-    samples=calls.row_index_samples,
-    bad_calls=calls.row_index_bad_calls,
-    workloads=calls.row_index_workloads,
-    bytes=lambda mask: 5 * mask.numel(),
-    exact=True,
-)
+@op(check=_check_row_index, exact=True)
 def row_index(mask: Tensor) -> Tensor:
     """Number the rows of a mask, to be computed once and passed to every op that uses the same mask.
 
@@ -110,19 +188,7 @@ def row_index(mask: Tensor) -> Tensor:
     return torch.where(mask, rank, ~rank).int()
 
 
-@op(
-    check=calls.check_deepstack_add,
-    upstream=calls.deepstack_upstream,
-    limits={"hidden_states.clone()": lambda hidden_states, *_: hidden_states.clone},
-    samples=calls.deepstack_samples,
-    bad_calls=calls.deepstack_bad_calls,
-    workloads=calls.deepstack_workloads,
-    bytes=bytes_moved.deepstack_add,
-    flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
-    setup_context=_setup_context,
-    backward=_add_backward,
-    exact=True,
-)
+@op(check=_check_deepstack_add, gradients=(_setup_context, _add_backward), exact=True)
 def deepstack_add(
     hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
 ) -> Tensor:
@@ -152,18 +218,7 @@ def deepstack_add(
     return torch.where(visual_pos_masks[..., None], added, hidden_states)
 
 
-@op(
-    check=calls.check_place_embeddings,
-    upstream=calls.place_upstream,
-    limits={"inputs_embeds.clone()": lambda inputs_embeds, *_: inputs_embeds.clone},
-    samples=calls.deepstack_samples,
-    bad_calls=calls.place_bad_calls,
-    workloads=calls.deepstack_workloads,
-    bytes=bytes_moved.place_embeddings,
-    setup_context=_setup_context,
-    backward=_place_backward,
-    exact=True,
-)
+@op(check=_check_place_embeddings, gradients=(_setup_context, _place_backward), exact=True)
 def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None) -> Tensor:
     """Put the image embeddings in the place of the placeholder tokens, out of place.
 
@@ -190,14 +245,7 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
     return torch.where(mask[..., None], _take(image_embeds.to(inputs_embeds.dtype), index), inputs_embeds)
 
 
-@op(
-    check=calls.check_split_rows,
-    samples=calls.split_samples,
-    bad_calls=calls.split_bad_calls,
-    workloads=calls.split_workloads,
-    bytes=bytes_moved.split_rows,
-    exact=True,
-)
+@op(check=_check_split_rows, exact=True)
 def split_rows(
     x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -227,18 +275,7 @@ def split_rows(
     return taken, x.masked_fill(mask[..., None], 0) if rest else x.new_empty(0)
 
 
-@op(
-    check=calls.check_compact_tokens,
-    upstream=calls.compact_upstream,
-    limits={"tokens.clone()": lambda tokens, *_: tokens.clone},
-    samples=calls.compact_samples,
-    bad_calls=calls.compact_bad_calls,
-    workloads=calls.compact_workloads,
-    bytes=bytes_moved.compact_tokens,
-    setup_context=_compact_setup_context,
-    backward=_compact_backward,
-    exact=True,
-)
+@op(check=_check_compact_tokens, gradients=(_compact_setup_context, _compact_backward), exact=True)
 def compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,14 +313,7 @@ def compact_tokens(
     return kept.masked_fill(kept_invalid[..., None], 0), kept_invalid, order
 
 
-@op(
-    check=calls.check_compact_tokens_backward,
-    samples=calls.compact_backward_samples,
-    bad_calls=calls.compact_backward_bad_calls,
-    workloads=calls.compact_backward_workloads,
-    bytes=bytes_moved.compact_tokens_backward,
-    exact=True,
-)
+@op(check=_check_compact_tokens_backward, exact=True)
 def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
     """Bring the gradient of each packed token back to where the token came from: the gradient of `compact_tokens`.
 

@@ -1,0 +1,31 @@
+# Made by `make docs`.
+from vlmfast import compat as compat
+from vlmfast import reduce as reduce
+from vlmfast.deepstack_hooks import deepstack as deepstack
+from vlmfast.deepstack_hooks import deepstack_levels as deepstack_levels
+from vlmfast.ops.attention_scores.definition import cls_attention as cls_attention
+from vlmfast.ops.attention_scores.definition import received_attention as received_attention
+from vlmfast.ops.masked_rows.definition import compact_tokens as compact_tokens
+from vlmfast.ops.masked_rows.definition import deepstack_add as deepstack_add
+from vlmfast.ops.masked_rows.definition import place_embeddings as place_embeddings
+from vlmfast.ops.masked_rows.definition import row_index as row_index
+from vlmfast.ops.pixel_shuffle.connector import pixel_shuffle_linear as pixel_shuffle_linear
+from vlmfast.ops.pixel_shuffle.definition import pixel_shuffle as pixel_shuffle
+from vlmfast.ops.rms_norm.definition import add_rms_norm as add_rms_norm
+from vlmfast.ops.rms_norm.definition import rms_norm as rms_norm
+from vlmfast.ops.token_merge.definition import merge_tokens as merge_tokens
+from vlmfast.ops.token_merge.definition import top_tokens as top_tokens
+from vlmfast.ops.token_merge.definition import visionzip as visionzip
+from vlmfast.patches.apply import Patch as Patch
+from vlmfast.patches.apply import patch as patch
+from vlmfast.patches.apply import unpatch as unpatch
+from vlmfast.reduce.compress import compress_inputs as compress_inputs
+from vlmfast.reduce.methods import EvenTokens as EvenTokens
+from vlmfast.reduce.methods import RandomTokens as RandomTokens
+from vlmfast.reduce.methods import VisionZip as VisionZip
+from vlmfast.registry import explain as explain
+from vlmfast.registry import use as use
+from vlmfast.repacking import repack as repack
+
+__all__: list[str]
+__version__: str
