@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vlmfast
 from vlmfast.benchmarks import html, models, peers, report, timing
+from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
 from vlmfast.console import CommandError, console, usable_device, writable
 from vlmfast.registry import OPS
@@ -88,9 +89,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         torch.cuda.set_device(place)
     device = place.type
     if options.models is not None:
-        settings: dict[str, Any] = {"device": device, "full": options.full, "budget": options.budget}
-        settings["dtype"] = models.chosen_dtype(dtype, device)
-        settings["modes"] = models.chosen_modes(options.modes, device)
+        settings = _model_settings(options, device, dtype)
     names = options.ops or ([] if options.models is not None else PUBLIC)
     found: Run = {"environment": report.environment(device), "records": [], "models": []}
 
@@ -103,9 +102,23 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         kinds = peers.installed() if options.peers is None else tuple(kind for kind in options.peers if kind != "none")
         _measure_ops(names, device, dtype or torch.bfloat16, kinds, found, keep, console)
     if options.models is not None:
-        keep("models", models.run(options.models, console=console, save=lambda rows: keep("models", rows), **settings))
+        keep("models", models.run(options.models, console, save=lambda rows: keep("models", rows), **settings))
         report.show_models(console, found["models"])
     return found
+
+
+def _model_settings(options: Namespace, device: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    if device == "cpu" and dtype == torch.float16:
+        raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
+    if device == "cpu" and "graph" in options.modes:
+        raise CommandError("mode graph: CUDA graphs need a GPU")
+    return {
+        "device": device,
+        "dtype": dtype or (torch.float32 if device == "cpu" else torch.bfloat16),
+        "modes": options.modes or [mode for mode in MODES if device != "cpu" or mode != "graph"],
+        "full": device != "cpu" if options.full is None else options.full,
+        "budget": options.budget,
+    }
 
 
 def _measure_ops(

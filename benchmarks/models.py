@@ -7,6 +7,7 @@ no time. On a CPU the models are scaled down, with as many tokens.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import sys
@@ -17,13 +18,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.status import Status
 from torch import Tensor, nn
 
 from vlmfast.benchmarks import published
 from vlmfast.benchmarks.forwards import patches_of
-from vlmfast.benchmarks.modes import MODES, NOT_RUN, Variant, median, prepare
+from vlmfast.benchmarks.modes import NOT_RUN, Variant, median, prepare
 from vlmfast.benchmarks.published import Published
-from vlmfast.console import CommandError, one_line
+from vlmfast.console import one_line
 
 ROUNDS = {"cpu": 3, "cuda": 10}
 EAGER = "eager original"  # runs along in every mode
@@ -45,7 +47,7 @@ def measure(
         recipe: what the model was built of.
         model: left as it is.
         inputs: of its prompt.
-        mode: one of `MODES`.
+        mode: one of `vlmfast.benchmarks.modes.MODES`.
         doing: is told what is done next.
 
     Returns:
@@ -91,13 +93,13 @@ def _row(variant: Variant, name: str, times: dict[str, list[tuple[float, float]]
 
 
 def run(
-    names: Sequence[str] = (),
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    full: bool | None = None,
-    modes: Sequence[str] = (),
+    names: Sequence[str],
     console: Console,
+    *,
+    modes: Sequence[str],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    full: bool = False,
     save: Save = lambda records: None,
     budget: float | None = None,
 ) -> list[Record]:
@@ -105,41 +107,33 @@ def run(
 
     Args:
         names: of `vlmfast.benchmarks.published.MODELS`; none for all.
-        device: "cpu" or "cuda".
-        dtype: of weights and activations; None for float32 on a CPU, else bfloat16.
-        full: the published sizes; None for those on a GPU, and for the small ones on a CPU.
-        modes: of `MODES`; none for all that the device has.
         console: shows what is being done.
+        modes: of `vlmfast.benchmarks.modes.MODES`.
+        device: "cpu" or "cuda".
+        dtype: of weights and activations.
+        full: take the published sizes, not the small ones.
         save: called with all records whenever there are more.
         budget: seconds after which no further model is begun.
 
     Returns:
         One record for each model, mode and variant.
-
-    Raises:
-        CommandError: for a dtype or mode that the device does not have.
     """
-    wanted = chosen_modes(modes, device)
-    dtype = chosen_dtype(dtype, device)
-    size = "full" if (device != "cpu" if full is None else full) else "small"
     start = time.monotonic()
     records: list[Record] = []
     for name in names or published.MODELS:
         if records and budget is not None and time.monotonic() - start > budget:
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
-        common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+        common = {"model": name, "size": "full" if full else "small", "dtype": str(dtype).removeprefix("torch.")}
         if not console.is_terminal:  # nobody sees the status there
-            console.print(f"{', '.join(common.values())}: {', '.join(wanted)}")
-        for found in _all_modes(published.MODELS[name], common, wanted, device, console):
+            console.print(f"{', '.join(common.values())}: {', '.join(modes)}")
+        for found in _all_modes(common, modes, device, console):
             records += found
             save(records)
     return records
 
 
-def _all_modes(
-    recipe: Published, common: Record, modes: Sequence[str], device: str, console: Console
-) -> Iterator[list[Record]]:
+def _all_modes(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
     """Yield the records of one model, mode by mode; the graph in a process of its own.
 
     A capture that fails leaves the current stream, the allocator and the random generator of torch in states that
@@ -147,7 +141,7 @@ def _all_modes(
     other models and modes are. A model that could not be built is not built again.
     """
     if here := [mode for mode in modes if mode != "graph"]:
-        for found in _one_model(recipe, common, here, device, console):
+        for found in _one_model(common, here, device, console):
             yield found
             if not any(map(was_built, found)):
                 return
@@ -169,14 +163,12 @@ def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> 
 def _graphs(common: Record, device: str, threads: int) -> list[Record]:
     torch.set_num_threads(threads)
     torch.cuda.set_device(device)
-    parts = _one_model(published.MODELS[common["model"]], common, ["graph"], device, Console(quiet=True))
-    return [record for part in parts for record in part]
+    return [record for part in _one_model(common, ["graph"], device, Console(quiet=True)) for record in part]
 
 
-def _one_model(
-    recipe: Published, common: Record, modes: Sequence[str], device: str, console: Console
-) -> Iterator[list[Record]]:
+def _one_model(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
     """Yield the records of one model, mode by mode, in memory that is free again afterwards."""
+    recipe = published.MODELS[common["model"]]
     try:
         model, inputs = recipe.build(common["size"], getattr(torch, common["dtype"]), device)
     except Exception as error:  # too little memory, say, or a transformers that lacks the model
@@ -185,21 +177,19 @@ def _one_model(
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
     for mode in modes:
-        shown = f"{common['model']}, {mode}"
-        yield [{**common, "mode": mode, **row} for row in _one_mode(recipe, model, inputs, mode, shown, console)]
+        with console.status(f"{common['model']}, {mode}") as status:
+            try:
+                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, common["model"], mode))
+            except Exception as error:
+                rows = [{"variant": "all", "error": one_line(error)}]
+        yield [{**common, "mode": mode, **row} for row in rows]
         _free(device)
     del model, inputs
     _free(device)
 
 
-def _one_mode(
-    recipe: Published, model: nn.Module, inputs: dict[str, Tensor], mode: str, shown: str, console: Console
-) -> list[Record]:
-    with console.status(shown) as status:
-        try:
-            return measure(recipe, model, inputs, mode, lambda what: status.update(f"{shown}, {what}"))
-        except Exception as error:
-            return [{"variant": "all", "error": one_line(error)}]
+def _say(status: Status, *doing: str) -> None:
+    status.update(", ".join(doing))
 
 
 def _free(device: str) -> None:
@@ -207,28 +197,6 @@ def _free(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
-
-
-def chosen_dtype(dtype: torch.dtype | None, device: str) -> torch.dtype:
-    """Return the dtype of weights and activations.
-
-    Raises:
-        CommandError: for float16 on a CPU, where models run in float32 or bfloat16.
-    """
-    if device == "cpu" and dtype == torch.float16:
-        raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
-    return dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-
-
-def chosen_modes(names: Sequence[str], device: str) -> tuple[str, ...]:
-    """Return the modes of these names, or without a name all that the device has.
-
-    Raises:
-        CommandError: for a graph without a GPU.
-    """
-    if device == "cpu" and "graph" in names:
-        raise CommandError("mode graph: CUDA graphs need a GPU")
-    return tuple(names) or tuple(mode for mode in MODES if device != "cpu" or mode != "graph")
 
 
 def was_built(record: Record) -> bool:

@@ -40,7 +40,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(bench, "benchmark", benchmark)
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
-    monkeypatch.setattr(models, "run", lambda names, **_: found.append(tuple(names)) or [])
+    monkeypatch.setattr(models, "run", lambda names, *_, **__: found.append(tuple(names)) or [])
     monkeypatch.setattr(peers, "installed", lambda: ("transformers", "torch"))
     threads = torch.get_num_threads()
     yield found
@@ -159,7 +159,7 @@ def test_whole_models_are_a_part_of_the_run(tmp_path: Path, monkeypatch, capsys)
     ]
     asked = []
 
-    def run(names, *, device, dtype, save, **_):
+    def run(names, console, *, device, dtype, save, **_):
         asked.append((list(names), device, dtype))
         save(rows[:1])
         return rows

@@ -65,7 +65,7 @@ def growing_length(answer: Decoding) -> int:
 
 def test_every_variant_is_timed(llava):
     known = []
-    rows = models.run(device="cpu", modes=["eager"], console=QUIET, save=lambda records: known.append(len(records)))
+    rows = models.run([], QUIET, modes=["eager"], save=lambda records: known.append(len(records)))
     assert known == [len(rows)] == [3]
     assert [row["variant"] for row in rows] == ["original", "patched", "reduced"]
     for row in rows:
@@ -108,7 +108,7 @@ def test_a_stop_loses_nothing(llava, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "measure", stopped)
     path = tmp_path / "deep" / "out.json"
     with pytest.raises(KeyboardInterrupt):
-        models.run(modes=["eager"], console=QUIET, save=lambda records: report.write(path, {"records": records}))
+        models.run([], QUIET, modes=["eager"], save=lambda records: report.write(path, {"records": records}))
     written = json.loads(path.read_text())["records"]
     assert [row["model"] for row in written] == ["first"] * 3
 
@@ -116,9 +116,9 @@ def test_a_stop_loses_nothing(llava, monkeypatch, tmp_path):
 def test_a_budget_ends_after_a_model(llava, monkeypatch):
     monkeypatch.setattr(published, "MODELS", {"first": llava, "second": llava})
     monkeypatch.setattr(models, "measure", lambda *args: [{"variant": "original"}])
-    rows = models.run(modes=["eager"], console=QUIET, budget=1e-9)
+    rows = models.run([], QUIET, modes=["eager"], budget=1e-9)
     assert [row["model"] for row in rows] == ["first"]
-    assert len(models.run(modes=["eager"], console=QUIET, budget=1e9)) == 2
+    assert len(models.run([], QUIET, modes=["eager"], budget=1e9)) == 2
 
 
 def test_memory_that_does_not_suffice_is_a_record(llava, monkeypatch):
@@ -126,13 +126,13 @@ def test_memory_that_does_not_suffice_is_a_record(llava, monkeypatch):
         raise torch.OutOfMemoryError("planted")
 
     monkeypatch.setattr(models, "measure", explode)
-    rows = models.run(modes=["eager", "compile"], console=QUIET)
+    rows = models.run([], QUIET, modes=["eager", "compile"])
     assert [(row["variant"], row["mode"], row["error"]) for row in rows] == [
         ("all", mode, "OutOfMemoryError: planted") for mode in ("eager", "compile")
     ]
     assert models.failed(rows)
     monkeypatch.setattr(Published, "build", explode)
-    (row,) = models.run(modes=["eager"], console=QUIET)
+    (row,) = models.run([], QUIET, modes=["eager"])
     assert row["error"] == "OutOfMemoryError: planted"
     assert not models.failed([row])
 
@@ -157,7 +157,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, mo
             setattr(contender, part, fails)
 
     monkeypatch.setattr(models, "prepare", planted)
-    original, patched, reduced = models.run(modes=["eager"], console=QUIET)
+    original, patched, reduced = models.run([], QUIET, modes=["eager"])
     assert patched["error"] == "OutOfMemoryError: planted"
     assert "prefill_ms" not in patched
     assert original["prefill_ms"] > 0
@@ -191,7 +191,7 @@ def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
         return result
 
     monkeypatch.setattr(modes, "twin", wrong)
-    original, patched, reduced = rows = models.run(modes=["eager"], console=QUIET)
+    original, patched, reduced = rows = models.run([], QUIET, modes=["eager"])
     assert "differ from those of the original" in patched["error"]
     assert "prefill_ms" not in patched
     assert original["prefill_ms"] > 0

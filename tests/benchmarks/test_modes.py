@@ -29,7 +29,7 @@ def prepared(model, inputs, patch, mode, original=None):
 def test_compiled_answers_are_those_of_eager(llava, monkeypatch):
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: compiled(self, backend="eager", **settings))
-    rows = models.run(device="cpu", modes=["compile"], console=QUIET)
+    rows = models.run([], QUIET, modes=["compile"])
     assert [row.get("error") for row in rows] == [None] * 3
     assert all(row["difference"] < 1e-4 for row in rows)
     assert all("decode_over_eager" in row for row in rows)
@@ -67,7 +67,7 @@ def test_what_fails_to_compile_is_a_record(llava, monkeypatch):
         raise RuntimeError("planted\nand more")
 
     monkeypatch.setattr(nn.Module, "compile", explode)
-    rows = models.run(device="cpu", modes=["compile", "eager"], console=QUIET)
+    rows = models.run([], QUIET, modes=["compile", "eager"])
     assert [row.get("error") for row in rows] == ["RuntimeError: planted"] * 3 + [None] * 3
 
 
@@ -76,7 +76,7 @@ def test_a_wrong_result_has_no_time(llava, monkeypatch):
         self.norm.register_forward_hook(lambda module, args, output: output.flip(-1))
 
     monkeypatch.setattr(nn.Module, "compile", wrong)
-    rows = models.run(device="cpu", modes=["compile"], console=QUIET)
+    rows = models.run([], QUIET, modes=["compile"])
     assert all("differ from its own in eager mode" in row["error"] and "prefill_ms" not in row for row in rows)
 
 
@@ -158,11 +158,10 @@ def test_a_model_that_cannot_be_built_is_not_built_again(llava, monkeypatch):
 
     monkeypatch.setattr(Published, "build", explode)
     monkeypatch.setattr(models, "apart", lambda common, *_: [{**common, "variant": "of the other process"}])
-    monkeypatch.setattr(models, "chosen_modes", lambda names, device: tuple(names))
-    (row,) = models.run(modes=["eager", "compile", "graph"], console=QUIET)
+    (row,) = models.run([], QUIET, modes=["eager", "compile", "graph"])
     assert row == {**row, "variant": "all", "error": "OutOfMemoryError: planted"}
     assert len(tried) == 1
-    assert [row["variant"] for row in models.run(modes=["graph"], console=QUIET)] == ["of the other process"]
+    assert [row["variant"] for row in models.run([], QUIET, modes=["graph"])] == ["of the other process"]
 
 
 # ---- captured ----
