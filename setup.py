@@ -63,7 +63,7 @@ def import_torch() -> ModuleType:
 
 
 def find_program(variable: str, names: list[str]) -> list[str]:
-    """The command line of a compiler: of the environment variable, or the first of the names on PATH."""
+    """Find the command line of a compiler: that of the environment variable, or the first of the names on PATH."""
     command = shlex.split(os.environ.get(variable, "")) or next(([name] for name in names if shutil.which(name)), [])
     if not command or not shutil.which(command[0]):
         raise BuildError(f"there is no compiler ({' or '.join(names)} on PATH, or {variable})")
@@ -71,7 +71,7 @@ def find_program(variable: str, names: list[str]) -> list[str]:
 
 
 def architecture_flags(architectures: str) -> list[str]:
-    """nvcc's flags for a list such as "8.0;9.0+PTX"."""
+    """Translate a list like "8.0;9.0+PTX" into nvcc's flags."""
     flags = []
     for name in re.findall(r"[^;, ]+", architectures):
         number = name.removesuffix("+PTX").replace(".", "")
@@ -82,7 +82,7 @@ def architecture_flags(architectures: str) -> list[str]:
 
 
 def output_of(command: list[str]) -> str:
-    """Run a command; what it printed."""
+    """Run a command and return what it printed."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise BuildError(f"{shlex.join(command)} failed:\n{result.stdout}{result.stderr}")
@@ -93,30 +93,20 @@ def include_flags(torch: ModuleType) -> list[str]:
     return [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cpu")]
 
 
-def add(commands: dict[Path, list[str]], objects: Path, command: list[str]) -> None:
-    """Add a compilation; its object is named after all of the command, so that other flags make another object."""
-    digest = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
-    source = Path(command[-1])
-    commands[objects / f"{source.parent.name}.{source.stem}.{digest}.o"] = command
-
-
-def cpu_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
-    """The compilation of each object file of the CPU part."""
+def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
+    """Make the command that compiles each object file of the CPU part."""
     levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-    commands: dict[Path, list[str]] = {}
+    commands = []
     for source in sorted(CSRC.glob("*/*.cpp")):
-        if not source.stem.endswith("_kernels"):
-            flags = [*CXX_FLAGS, *include_flags(torch)]
-            add(commands, objects, [*compiler, *flags, "-c", str(source)])
-            continue
-        for level, flag in levels.items():
-            flags = [*CXX_FLAGS, *KERNEL_FLAGS, *flag.split(), f"-DVLMFAST_ISA={level}"]
-            add(commands, objects, [*compiler, *flags, "-c", str(source)])
+        variants = [include_flags(torch)]
+        if source.stem.endswith("_kernels"):
+            variants = [[*KERNEL_FLAGS, *flags.split(), f"-DVLMFAST_ISA={level}"] for level, flags in levels.items()]
+        commands += [[*compiler, *CXX_FLAGS, *flags, "-c", str(source)] for flags in variants]
     return commands
 
 
 def default_architectures(compiler: list[str]) -> str:
-    """Those of CUDA_ARCHITECTURES that this nvcc knows: one that it does not know would cost all kernels."""
+    """Return those of CUDA_ARCHITECTURES that this nvcc knows: one that it does not know would cost all kernels."""
     known = output_of([*compiler, "--list-gpu-arch"])
     return ";".join(
         name
@@ -133,26 +123,32 @@ def check_cuda_version(torch: ModuleType, compiler: list[str]) -> None:
         raise BuildError(f"torch is built for CUDA {torch.version.cuda}, and the major version of nvcc is {found}")
 
 
-def cuda_commands(torch: ModuleType, compiler: list[str], objects: Path) -> dict[Path, list[str]]:
-    """The compilation of each object file of the CUDA part."""
+def cuda_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
+    """Make the command that compiles each object file of the CUDA part."""
     check_cuda_version(torch, compiler)
     architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(compiler))
     flags = [*CUDA_FLAGS, *architectures, *include_flags(torch)]
-    commands: dict[Path, list[str]] = {}
-    for source in sorted(CSRC.glob("*/*.cu")):
-        add(commands, objects, [*compiler, *flags, "-c", str(source)])
-    return commands
+    return [[*compiler, *flags, "-c", str(source)] for source in sorted(CSRC.glob("*/*.cu"))]
 
 
-def compile_all(commands: dict[Path, list[str]]) -> None:
-    """Run the compilations side by side, but for the objects that are newer than all of csrc and this file."""
+def compile_all(commands: list[list[str]], objects: Path) -> list[Path]:
+    """Run the compilations side by side, but for objects that are newer than all of csrc and this file.
+
+    Objects are named after the whole command, so that other flags make another object.
+    """
     if not commands:
         raise BuildError(f"there are no sources in {CSRC}")
     newest = max(path.stat().st_mtime for path in [*CSRC.glob("*/*"), Path(__file__)])
-    stale = [path for path in commands if not path.exists() or path.stat().st_mtime < newest]
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda path: output_of([*commands[path], "-o", str(path)]), stale))
+
+    def compile_one(command: list[str]) -> Path:
+        source, digest = Path(command[-1]), hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
+        path = objects / f"{source.parent.name}.{source.stem}.{digest}.o"
+        if not path.exists() or path.stat().st_mtime < newest:
+            output_of([*command, "-o", str(path)])
+        return path
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(compile_one, commands))
 
 
 def link(torch: ModuleType, linker: list[str], output: Path, objects: list[Path], libraries: list[str]) -> None:
@@ -166,8 +162,7 @@ def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) 
     """Compile the CUDA part and link it with the objects of the CPU part, with the CUDA runtime that torch brings."""
     home = torch.utils.cpp_extension.CUDA_HOME
     nvcc = find_program("NVCC", [*([str(Path(home) / "bin" / "nvcc")] if home else []), "nvcc"])
-    cuda = cuda_commands(torch, nvcc, objects)
-    compile_all(cuda)
+    cuda = compile_all(cuda_commands(torch, nvcc), objects)
     libraries = [*TORCH_LIBRARIES, "-ltorch_cuda", "-lc10_cuda"]
     link(torch, [*nvcc, "-cudart", "shared"], output, [*cpu, *cuda], libraries)
 
@@ -177,15 +172,14 @@ def build(output: Path, objects: Path) -> None:
     torch = import_torch()
     compiler = find_program("CXX", ["c++", "g++", "clang++"])
     objects.mkdir(parents=True, exist_ok=True)
-    cpu = cpu_commands(torch, compiler, objects)
-    compile_all(cpu)
+    cpu = compile_all(cpu_commands(torch, compiler), objects)
     if torch.version.cuda is not None and any(CSRC.glob("*/*.cu")):
         try:
-            build_cuda(torch, output, objects, [*cpu])
+            build_cuda(torch, output, objects, cpu)
             return
         except BuildError as error:
             leave_out("the CUDA kernels", error)
-    link(torch, compiler, output, [*cpu], TORCH_LIBRARIES)
+    link(torch, compiler, output, cpu, TORCH_LIBRARIES)
 
 
 def leave_out(part: str, reason: BuildError) -> None:

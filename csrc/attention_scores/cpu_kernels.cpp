@@ -13,24 +13,24 @@ VLMFAST_INLINE const T* row_of(const HeadRows& rows, int64_t head, int64_t token
   return static_cast<const T*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
 }
 
-// The largest logit is that of the largest product where the scale is positive: queries take on its sign.
+// Queries take on the sign of the scale, so that the largest logit is that of the largest dot.
 VLMFAST_INLINE float sign_of(float scale) { return scale < 0 ? -1.0f : 1.0f; }
 
-// What turns products into exponents of 2. Not zero: the -infinity of a place without a token must stay one.
+// The factor from dots to exponents of 2. It is never zero: the -infinity of a place without a token must stay one.
 VLMFAST_INLINE float exponent_scale(float scale) {
   constexpr float kLeast = 0x1p-126f;
   const float exponent = scale * sign_of(scale) * kLog2E;
   return exponent > kLeast ? exponent : kLeast;
 }
 
-// The softmax before it is divided by its sum. The difference is taken before the product: both may be large.
-VLMFAST_INLINE Float weight_of(Float product, Float largest, float exponent_scale) {
-  return exp2((product - largest) * exponent_scale);
+// The softmax before it is divided by its sum. The difference is taken first, because both may be large.
+VLMFAST_INLINE Float weight_of(Float dot, Float largest, float exponent_scale) {
+  return exp2((dot - largest) * exponent_scale);
 }
 
 // ---- the CLS row ----
 
-// One level of `sums_of`: of runs of 2 * kRun lanes the sums of both halves, those of a and of b in turn.
+// One level of `sums_of`: adds the halves of each run of 2 * kRun lanes, and lays the sums of a and b down in turn.
 template <int kRun, int... lane>
 VLMFAST_INLINE Float fold(Float a, Float b, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun)...) +
@@ -51,10 +51,10 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
   }
 }
 
-// The products of the queries and keys of the heads from `begin` to `end`, token by token, which is how a projection
-// leaves the keys in memory.
+// Takes the dots of the queries and keys of the heads from `begin` to `end`, token by token, because a projection leaves
+// the keys so in memory.
 template <class T>
-VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
+VLMFAST_INLINE void cls_dots(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
   const int64_t tokens = args.tokens, size = args.head_dim, row_size = padded(tokens);
   const int64_t query_size = padded(size);
   for (int64_t first = 0; first < tokens; first += kLanes) {
@@ -68,20 +68,20 @@ VLMFAST_INLINE void cls_products(const ClsAttention& args, int64_t begin, int64_
       }
       const float* q = query + (head - begin) * query_size;
       each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
-        const Block of_query = load(q + offset);
+        const Block q_block = load(q + offset);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          const Block of_key = load(keys[i] + offset, count);
-          Float product = of_query.part[0] * of_key.part[0];
+          const Block k_block = load(keys[i] + offset, count);
+          Float chain = q_block.part[0] * k_block.part[0];
           VLMFAST_UNROLL
           for (int part = 1; part < kParts; ++part) {
-            product = multiply_add(of_query.part[part], of_key.part[part], product);
+            chain = multiply_add(q_block.part[part], k_block.part[part], chain);
           }
-          sums[i] = sums[i] + product;  // of short chains
+          sums[i] = sums[i] + chain;
         }
       });
-      const Float products = sums_of(sums);
-      std::memcpy(args.weights + head * row_size + first, &products, sizeof(products));
+      const Float dots = sums_of(sums);
+      std::memcpy(args.weights + head * row_size + first, &dots, sizeof(dots));
     }
   }
 }
@@ -116,7 +116,7 @@ void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
       store(to + offset, load(from + offset, count) * sign_of(args.softmax_scale));
     });
   }
-  cls_products<T>(args, begin, end, query);
+  cls_dots<T>(args, begin, end, query);
   for (int64_t head = begin; head < end; ++head) {
     softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.softmax_scale));
   }
@@ -124,9 +124,9 @@ void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
 
 // ---- the columns of the map ----
 
-// Some rows of the map at a time, a strip, which stays in the second-level cache: its products, from them the weights
-// in place, and once the sums of its rows are known those of its columns. It lies in memory panel by panel, as the
-// tiles write it: [panel][row][kPanel].
+// The map is made in strips of some rows, which stay in the second-level cache: a strip's dots become weights in place,
+// and once the sums of its rows are known its columns are summed. A strip lies in memory panel by panel, as the tiles
+// write it: [panel][row][kPanel].
 constexpr int kPanel = kTileVectors * kLanes;
 constexpr int64_t kStripFloats = 64 << 10;  // 256 kB
 constexpr int64_t kMostRows = 48;
@@ -155,34 +155,33 @@ struct Workspace {
   }
 };
 
-// The products of a strip, and the largest of each row in each lane.
-VLMFAST_INLINE void strip_products(const Workspace& at, int64_t rows, int64_t size, int64_t tokens) {
+// Takes the dots of a strip, and of each row the largest in each lane.
+VLMFAST_INLINE void strip_dots(const Workspace& at, int64_t rows, int64_t size, int64_t tokens) {
   for (int64_t i = 0; i < rows * kLanes; ++i) at.largest[i] = -__builtin_inff();
   for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
     const int64_t left = tokens - panel * kPanel;
     for (int64_t first = 0; first < rows; first += kTileRows) {
-      Float products[kTileRows][kTileVectors];
-      multiply(at.queries + first * size, at.keys + panel * kPanel * size, size, products);
+      Float dots[kTileRows][kTileVectors];
+      multiply(at.queries + first * size, at.keys + panel * kPanel * size, size, dots);
       float* to = at.strip + (panel * rows + first) * kPanel;
-      std::memcpy(to, products, sizeof(products));
+      std::memcpy(to, dots, sizeof(dots));
       if (left < kPanel) {  // what is beyond the last token
         for (int r = 0; r < kTileRows; ++r) {
           for (int64_t column = left; column < kPanel; ++column) to[r * kPanel + column] = -__builtin_inff();
         }
-        std::memcpy(products, to, sizeof(products));
+        std::memcpy(dots, to, sizeof(dots));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         float* most = at.largest + (first + r) * kLanes;
-        const Float largest = larger(products[r][0], larger(products[r][1], load_unaligned<Float>(most)));
+        const Float largest = larger(dots[r][0], larger(dots[r][1], load_unaligned<Float>(most)));
         std::memcpy(most, &largest, sizeof(largest));
       }
     }
   }
 }
 
-// The weights of a strip, and what each row of them is to be multiplied with, in each lane of `sums`: 0 from `count`
-// on.
+// Turns the dots of a strip into weights, and `sums` into the inverse sum of each row, in each lane: 0 from `count` on.
 VLMFAST_INLINE void strip_weights(const Workspace& at, int64_t rows, int64_t count, int64_t tokens,
                                   float exponent_scale) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -248,7 +247,7 @@ void received(const ReceivedAttention& args, const AttentionPart* parts, int64_t
       const int64_t rows = whole_tiles(present);
       pack<kTileRows, T>(present, size, [&](int64_t row) { return row_of<T>(args.query, part.head, first + row); },
                          sign, at.queries);
-      strip_products(at, rows, size, tokens);
+      strip_dots(at, rows, size, tokens);
       strip_weights(at, rows, present, tokens, scale);
       add_columns(at, rows, tokens, part.sums);
     }

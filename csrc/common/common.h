@@ -49,7 +49,7 @@ inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like, i
 }
 
 inline Tensor allocate(IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
-  return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like, shim_dtype(dtype));
+  return allocate(sizes.data(), static_cast<int64_t>(sizes.size()), like, info(dtype).shim_number());
 }
 
 inline Tensor allocate(const int64_t* sizes, int64_t dims, const Tensor& like) {

@@ -71,10 +71,8 @@ constexpr int64_t kParallelElements = 32768;
 
 // How many ranges of rows to work on at once.
 inline int64_t row_ranges(int64_t rows, int64_t size) {
-  const int64_t most = rows * size / (kParallelElements / 2);
-  if (rows < 2 || most < 2) return 1;
-  const int64_t threads = torch::stable::get_num_threads();
-  return threads < most ? (threads < rows ? threads : rows) : (most < rows ? most : rows);
+  const int64_t most = std::min(rows, rows * size / (kParallelElements / 2));
+  return most < 2 ? 1 : std::min<int64_t>(most, torch::stable::get_num_threads());
 }
 
 // Calls body(begin, end, range) on `ranges` equal ranges of rows, each on its own thread.
@@ -108,7 +106,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 inline Tensor allocate_output(IntHeaderOnlyArrayRef sizes, const Tensor& like) {
   const Dtype dtype = dtype_of(like);
   Tensor output = allocate(sizes, like, dtype);
-  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * width_of(dtype));
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * info(dtype).width);
   return output;
 }
 

@@ -17,7 +17,7 @@ struct Quick {
 };
 
 #if defined(__AVX512BF16__)
-// Which word of a register to take for each word of another.
+// The word of a register that each word of another is taken from.
 struct Order {
   uint16_t from[kBlock];
 };
@@ -32,7 +32,7 @@ template <>
 struct Quick<BFloat16> {
   static constexpr bool kExists = true;
 
-  // sum + block * block, the product being exact, as that of bfloat16 is from kExactSquare on.
+  // sum + block * block. The square of a bfloat16 is exact from kExactSquare on.
   static constexpr float kExactSquare = 0x1p-67f;
   static VLMFAST_INLINE Block add_square(const Block& sum, const Block& block) {
     return each_part([&](int i) {
@@ -41,7 +41,7 @@ struct Quick<BFloat16> {
     });
   }
 
-  // Both in the elements' own order.
+  // Both keep the elements' own order.
   static VLMFAST_INLINE Block round(const Block& block) { return widen<true>(pack(block)); }
   template <class Count>
   static VLMFAST_INLINE Block load_in_order(const BFloat16* from, Count count) {
@@ -65,7 +65,7 @@ struct Quick<BFloat16> {
    public:
     template <class Count>
     VLMFAST_INLINE void see(const BFloat16* from, Count count) {
-      // The intrinsic, because the compiler would make a shift and a subtraction of the product: 3 % slower.
+      // The intrinsic, because the compiler would make a shift and a subtraction of the multiplication: 3 % slower.
       const __m512i words = (__m512i)load_words(from, count), minus_two = (__m512i)(Words{} - 2);
       turned_ = _mm512_max_epu16(turned_, _mm512_maskz_mullo_epi16(kEach, words, minus_two));
     }

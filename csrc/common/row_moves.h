@@ -19,7 +19,7 @@ inline Tensor written_rows(IntHeaderOnlyArrayRef sizes, const Tensor& like, int6
   Tensor output = allocate_output(sizes, like);
   char* const y = static_cast<char*>(output.mutable_data_ptr());
   const Dtype dtype = dtype_of(output);
-  const int64_t elements = output.numel(), width = width_of(dtype);
+  const int64_t elements = output.numel(), width = info(dtype).width;
   if (elements == 0) return output;
   const int64_t rows = elements / row_size;
   const bool aligned = reinterpret_cast<uintptr_t>(y) % kLine == 0 && row_size * width % kLine == 0;

@@ -64,9 +64,9 @@ void write_rows(const RowSums& args, int64_t begin, int64_t end) {
       });
     } else if (factor != 1) {
       each(VLMFAST_LAMBDA(int64_t offset, auto count) {
-        T product[kBlock];
-        store(product, load(copied + offset, count) * factor);
-        write<T, past_caches>(y + offset, product, count);
+        T scaled[kBlock];
+        store(scaled, load(copied + offset, count) * factor);
+        write<T, past_caches>(y + offset, scaled, count);
       });
     } else {
       each(VLMFAST_LAMBDA(int64_t offset, auto count) { write<T, past_caches>(y + offset, copied + offset, count); });

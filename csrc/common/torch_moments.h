@@ -58,7 +58,7 @@ VLMFAST_INLINE float widened(BFloat16 value) {
 }
 VLMFAST_INLINE float widened(Float16 value) { return load(&value, 1).part[0][0]; }
 
-// Of as many elements in each lane: their number, their mean, and the sum of their squared distances from it.
+// The moments of the elements in each lane: their number, their mean, and the sum of squared distances from it.
 struct Moments {
   int64_t count;
   float mean[kMomentLanes];
@@ -83,7 +83,7 @@ struct MeanAndVariance {
   float mean, variance;
 };
 
-// What the lanes hold, and the `rest` last elements that fill no vector.
+// Merges the moments of all lanes and of the `rest` last elements, which fill no vector.
 template <class T>
 VLMFAST_INLINE MeanAndVariance of_lanes(const Moments& lanes, const T* last, int64_t rest, int64_t size) {
   int64_t count = 0;
@@ -104,7 +104,7 @@ VLMFAST_INLINE MeanAndVariance of_lanes(const Moments& lanes, const T* last, int
   return {mean, squares / static_cast<float>(size)};
 }
 
-// The moments of up to kMomentSteps vectors from each of N rows, into `lanes`.
+// Adds the moments of up to kMomentSteps vectors of each of N rows to `lanes`.
 template <class T, int N>
 VLMFAST_INLINE void add_steps(const T* x, int64_t row_stride, int64_t steps, Moments (&lanes)[N]) {
   using Vector = MomentVector<T>;

@@ -1,5 +1,5 @@
-// The words that the torch side and the kernels share. Free of torch and of the standard library, because the kernels
-// include it: an inline function compiled there for AVX-512 could be the one that the linker keeps for every machine.
+// The words that the torch side and the kernels share. They need neither torch nor the standard library, of which an
+// inline function compiled in a kernel for AVX-512 could be the one that the linker keeps for every machine.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +35,16 @@ enum class TokenOrder { kRow, kColumn };
 // What a contextual token is: its target plus the mean of what is merged into it, or the mean of both.
 enum class Merge { kReference, kMean };
 
-// What a thread has summed of the gradient of a weight: float32, zero at first, in the order of the kernel's registers.
-// Each level holds sums of 16 of the level below, so that the error grows with the logarithm of the rows.
-constexpr int kPartialLevels = 3;
-constexpr int kPartialStep = 16;
-constexpr int64_t partial_size(int64_t size) { return padded(size) * kPartialLevels; }
+// Long sums are taken in levels: each holds sums of kSumStep terms of the level below, so that the error grows with the
+// logarithm of their number.
+constexpr int kSumLevels = 3;
+constexpr int kSumStep = 16;
 
-// Sums `count` such partial sums up, which lie one after the other, into `size` elements of the call's dtype.
+// The partial sums of a weight's gradient that one thread takes have so many floats: all levels, zero at first, in the
+// order of the kernel's registers.
+constexpr int64_t partial_size(int64_t size) { return padded(size) * kSumLevels; }
+
+// Adds up `count` partial sums, which lie one after the other, into `size` elements of the call's dtype.
 using SumPartials = void(int64_t size, const float* partials, int64_t count, void* sums);
 
 // The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI, and the fourth with the

@@ -69,7 +69,7 @@ VLMFAST_INLINE void finish_streams() {
 
 // ---- blocks ----
 
-// 32 adjacent elements of a row, in whatever order is cheapest to load: see `Order`.
+// kBlock adjacent elements of a row, in whatever order is cheapest to load: see `place`.
 struct Block {
   Float part[kParts];
 };
@@ -107,8 +107,8 @@ VLMFAST_INLINE void store(float* to, const Block& block) { std::memcpy(to, &bloc
 
 // ---- bfloat16: two elements to a 32-bit word, the even ones in one register and the odd ones in the next ----
 
-// Rounded to nearest even, in the upper half; the lower half is garbage. NaNs stay NaNs: those that came from bfloat16
-// and those that arithmetic makes have nothing in the lower half that could carry.
+// Rounds to nearest even: the result is in the upper half, garbage in the lower one. NaNs stay NaNs, because those that
+// come from bfloat16 or from arithmetic have no lower bits that could carry.
 VLMFAST_INLINE Bits bfloat16_bits(Float value) {
   const Bits bits = (Bits)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -207,7 +207,7 @@ VLMFAST_INLINE void for_dtype(Dtype dtype, const F& function) {
   }
 }
 
-// Rounded to T and widened again.
+// Rounds a block to T and widens it again.
 template <class T>
 VLMFAST_INLINE Block round_to(const Block& block) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -244,7 +244,7 @@ VLMFAST_INLINE void store(T* to, const Block& block, int count) {
   std::memcpy(to, padded, count * sizeof(T));
 }
 
-// function(offset, count) on each block of a row.
+// Calls function(offset, count) on each block of a row.
 template <class F>
 VLMFAST_INLINE void each_block(int64_t size, const F& function) {
   int64_t offset = 0;
@@ -252,9 +252,9 @@ VLMFAST_INLINE void each_block(int64_t size, const F& function) {
   if (offset < size) function(offset, static_cast<int>(size - offset));
 }
 
-// function(begin, end, rows, size) on ranges of whole groups of rows: several narrow ones together, with their number
-// and size known to the compiler, since the latency of a sum is as long as the rest of their work; kWide at a time of
-// all others.
+// Calls function(begin, end, rows, size) on ranges of whole groups of rows. Narrow rows go several together, their number
+// and size known to the compiler, because the latency of a sum is as long as the rest of their work; others go kWide at a
+// time.
 template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;
@@ -277,7 +277,7 @@ VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F&
 
 // ---- sums in torch's order ----
 
-// Where the element that was loaded as the given one lies in a stored block.
+// The place in a stored block of the element that was loaded as the given one.
 template <class T>
 constexpr int place(int element) {
   return element;
@@ -288,7 +288,7 @@ constexpr int place<BFloat16>(int element) {
   return (word / kLanes * 2 + element % 2) * kLanes + word % kLanes;
 }
 
-// The eight lanes of a chain of a stored block are two runs of four: where each begins, and where a lane is in them.
+// The eight lanes of a chain of a stored block are two runs of four, which begin at `quad_place`.
 typedef float Quad __attribute__((vector_size(16)));
 template <class T>
 constexpr int quad_place(int chain, int quad) {
@@ -332,28 +332,28 @@ VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, 
   return sum;
 }
 
-// N sums over a row of the blocks that add_terms(offset, count, sums) adds, to the bit as torch.sum of float32 does on
+// Takes N sums over a row, of blocks that add_terms(offset, count, sums) adds, to the bit as torch.sum of float32 does on
 // x86-64 (aten/src/ATen/native/cpu/SumKernel.cpp, with vectors of 8 lanes on every machine): four chains of vectors;
 // each chain 16 additions at a time, 16 of such sums at a time, and so on; the rest of fewer than four vectors into the
 // first chain; the elements that fill no vector one after the other; then the chains, then the lanes.
 template <class T, int N, class AddTerms>
 VLMFAST_INLINE void torch_sum(int64_t size, float (&sums)[N], const AddTerms& add_terms) {
-  constexpr int kLevels = 3, kStep = 16;
   const int64_t blocks = size / kBlock;
   int64_t block = 0;
-  Block running[N] = {}, level[kLevels][N] = {}, last[N] = {};
+  Block running[N] = {}, level[kSumLevels][N] = {}, last[N] = {};
   const auto add_until = VLMFAST_LAMBDA(int64_t end) {
 #pragma GCC unroll 2
     for (; block < end; ++block) add_terms(block * kBlock, Whole{}, running);
   };
-  while (block + kStep <= blocks) {
-    add_until(block + kStep);
+  while (block + kSumStep <= blocks) {
+    add_until(block + kSumStep);
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       level[0][n] = level[0][n] + running[n];
       running[n] = {};
     }
-    for (int64_t above = 1, full = kStep; above < kLevels && block / full % kStep == 0; ++above, full *= kStep) {
+    for (int64_t above = 1, full = kSumStep; above < kSumLevels && block / full % kSumStep == 0;
+         ++above, full *= kSumStep) {
       VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) {
         level[above][n] = level[above][n] + level[above - 1][n];
@@ -362,8 +362,8 @@ VLMFAST_INLINE void torch_sum(int64_t size, float (&sums)[N], const AddTerms& ad
     }
   }
   add_until(blocks);
-  if (blocks >= kStep) {
-    for (int above = 0; above < kLevels; ++above) {
+  if (blocks >= kSumStep) {
+    for (int above = 0; above < kSumLevels; ++above) {
       VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) running[n] = running[n] + level[above][n];
     }

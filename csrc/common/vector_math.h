@@ -9,7 +9,7 @@ namespace {
 typedef double Double __attribute__((vector_size(kRegisterBytes)));
 constexpr int kDoubles = kLanes / 2;  // in a register
 
-// a * b + c, rounded once where that is one instruction, and twice elsewhere.
+// a * b + c, rounded once where it is one instruction, and twice elsewhere.
 VLMFAST_INLINE Float multiply_add(Float a, Float b, Float c) {
 #if defined(__AVX512F__)
   return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -35,7 +35,7 @@ VLMFAST_INLINE Block operator/(const Block& a, float b) {
 
 VLMFAST_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
 
-// Of the lanes, one after the other.
+// Takes the lanes one after the other.
 VLMFAST_INLINE float sum_of_lanes(Float value) {
   float sum = value[0];
   for (int lane = 1; lane < kLanes; ++lane) sum += value[lane];
@@ -65,10 +65,10 @@ VLMFAST_INLINE Float exp2(Float x) {
   return value * (Float)(((Bits)shifted << 23) + 0x3f800000u);
 }
 
-// ---- products of matrices, from tiles of kRows rows by kVectors registers of columns ----
+// ---- matrix multiplication, in tiles of kTileRows rows by kTileVectors registers of columns ----
 
-// The rows of a matrix times a factor, `kColumns` at a time and side by side: element (row, k) at [row /
-// kColumns][k][row % kColumns]. The last one stands for those that are missing.
+// Packs the rows of a matrix times a factor, kColumns of them side by side: element (row, k) goes to
+// [row / kColumns][k][row % kColumns]. Copies of the last row stand for those that are missing.
 template <int kColumns, class T, class Scalar, class RowAt>
 VLMFAST_INLINE void pack(int64_t rows, int64_t depth, const RowAt& row_at, float factor, Scalar* to) {
   for (int64_t first = 0; first < rows; first += kColumns, to += depth * kColumns) {
@@ -88,7 +88,7 @@ VLMFAST_INLINE void pack(int64_t rows, int64_t depth, const RowAt& row_at, float
   }
 }
 
-// As many registers of sums as there are, but for those of a step's operands.
+// A tile takes all registers but those of a step's operands.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
 #else
@@ -96,13 +96,13 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
 
-// So many terms are summed one after the other, and then such sums: half the error of one chain of 128.
+// So many terms are summed one after the other, and then these sums: half the error of one chain of 128.
 constexpr int64_t kChain = 32;
 
-// The products of the packed rows [depth][kTileRows] with the packed columns [depth][kTileVectors * lanes].
+// Takes the dots of packed rows [depth][kTileRows] and packed columns [depth][kTileVectors * lanes].
 template <class Vector, class Scalar>
 VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t depth,
-                             Vector (&products)[kTileRows][kTileVectors]) {
+                             Vector (&dots)[kTileRows][kTileVectors]) {
   constexpr int kWidth = sizeof(Vector) / sizeof(Scalar);
   for (int64_t first = 0; first == 0 || first < depth; first += kChain) {
     Vector sums[kTileRows][kTileVectors] = {};
@@ -114,7 +114,8 @@ VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t 
       for (int v = 0; v < kTileVectors; ++v) column[v] = load_unaligned<Vector>(columns + v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
-        const Vector row = rows[r] - Vector{};  // not a sum: that would cost one, for the sake of -0 + 0
+        const Vector row =
+            rows[r] - Vector{};  // a broadcast: adding zeros would cost an instruction, for the sake of -0 + 0
         VLMFAST_UNROLL
         for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(row, column[v], sums[r][v]);
       }
@@ -122,7 +123,7 @@ VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t 
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
       VLMFAST_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) products[r][v] = first == 0 ? sums[r][v] : products[r][v] + sums[r][v];
+      for (int v = 0; v < kTileVectors; ++v) dots[r][v] = first == 0 ? sums[r][v] : dots[r][v] + sums[r][v];
     }
   }
 }

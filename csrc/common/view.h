@@ -14,10 +14,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <string>
 
 #include "common/types.h"
@@ -32,33 +33,21 @@ using torch::stable::Tensor;
 
 // ---- dtypes ----
 
-constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64", "of another dtype"};
-constexpr int64_t kDtypeWidths[] = {4, 2, 2, 1, 4, 8, 0};
+struct DtypeInfo {
+  const char* name;
+  int64_t width;  // bytes of an element
+  int32_t (*shim_number)();
+};
 
-inline const char* name_of(Dtype dtype) { return kDtypeNames[static_cast<int>(dtype)]; }
+inline constexpr DtypeInfo kDtypes[] = {{"float32", 4, aoti_torch_dtype_float32},
+                                        {"float16", 2, aoti_torch_dtype_float16},
+                                        {"bfloat16", 2, aoti_torch_dtype_bfloat16},
+                                        {"bool", 1, aoti_torch_dtype_bool},
+                                        {"int32", 4, aoti_torch_dtype_int32},
+                                        {"int64", 8, aoti_torch_dtype_int64},
+                                        {"another dtype", 0, nullptr}};
 
-// Bytes of an element.
-inline int64_t width_of(Dtype dtype) { return kDtypeWidths[static_cast<int>(dtype)]; }
-
-// The number of a dtype in torch's C shim.
-inline int32_t shim_dtype(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return aoti_torch_dtype_float32();
-    case Dtype::kFloat16:
-      return aoti_torch_dtype_float16();
-    case Dtype::kBFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case Dtype::kBool:
-      return aoti_torch_dtype_bool();
-    case Dtype::kInt32:
-      return aoti_torch_dtype_int32();
-    case Dtype::kInt64:
-      return aoti_torch_dtype_int64();
-    default:
-      return -1;
-  }
-}
+constexpr const DtypeInfo& info(Dtype dtype) { return kDtypes[static_cast<int>(dtype)]; }
 
 // Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
 inline Dtype dtype_of(const Tensor& tensor) {
@@ -66,7 +55,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
   for (const Dtype dtype :
        {Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBool, Dtype::kInt64, Dtype::kInt32}) {
-    if (number == shim_dtype(dtype)) return dtype;
+    if (number == info(dtype).shim_number()) return dtype;
   }
   return Dtype::kOther;
 }
@@ -77,10 +66,10 @@ class FloatDtype {
   operator Dtype() const { return dtype_; }
 
   void bind(const char* name, Dtype found) {
-    if (owner_ != nullptr && found == dtype_) return;
-    STD_TORCH_CHECK(owner_ == nullptr, name, " must be ", name_of(dtype_), ", the dtype of ", owner_, ", got ",
-                    name_of(found));
-    STD_TORCH_CHECK(found <= Dtype::kBFloat16, name, " must be float32, float16 or bfloat16, got ", name_of(found));
+    STD_TORCH_CHECK(found <= Dtype::kBFloat16, name, " must be float32, float16 or bfloat16, got ", info(found).name);
+    STD_TORCH_CHECK(owner_ == nullptr || found == dtype_, name, " must be ", info(dtype_).name, ", the dtype of ",
+                    owner_, ", got ", info(found).name);
+    if (owner_ != nullptr) return;
     owner_ = name;
     dtype_ = found;
   }
@@ -117,13 +106,13 @@ class Size {
     return true;
   }
 
-  const char* name() const { return name_; }
-  bool bound() const { return value_ != kUnbound; }
-  // The bounds of a size that is not bound, for messages.
-  void describe_bounds(std::ostream& message) const {
-    if (bound()) return;
-    if (least_ > 0) message << ", " << name_ << " >= " << least_;
-    if (most_ < kUnlimited) message << ", " << name_ << " <= " << most_;
+  // For messages: the name, the value where there is one, and the bounds where there is none.
+  std::string name() const { return name_; }
+  std::string value() const { return value_ == kUnbound ? name_ : std::to_string(value_); }
+  std::string bounds() const {
+    if (value_ != kUnbound) return "";
+    return (least_ > 0 ? ", " + name() + " >= " + std::to_string(least_) : "") +
+           (most_ < kUnlimited ? ", " + name() + " <= " + std::to_string(most_) : "");
   }
 
  private:
@@ -141,16 +130,11 @@ class Leading {
     if (sizes_ == nullptr) {
       sizes_ = sizes;
       dims_ = dims;
-      for (int64_t dim = 0; dim < dims; ++dim) count_ *= sizes[dim];
+      for (const int64_t size : *this) count_ *= size;
     }
-    if (dims != dims_) return false;
-    for (int64_t dim = 0; dim < dims; ++dim) {
-      if (sizes[dim] != sizes_[dim]) return false;
-    }
-    return true;
+    return std::equal(sizes, sizes + dims, begin(), end());
   }
 
-  bool bound() const { return sizes_ != nullptr; }
   const int64_t* begin() const { return sizes_; }
   const int64_t* end() const { return sizes_ + dims_; }
 
@@ -168,7 +152,16 @@ struct Dim {
   Dim(Size& outer, Size& inner) : sizes{&outer, &inner} {}
   Dim(Leading& all) : leading(&all) {}
 
-  int64_t dims() const { return leading != nullptr ? 0 : sizes[1] != nullptr ? 2 : 1; }  // of the tensor
+  // The number of dimensions of the tensor that it names.
+  int64_t named() const { return leading != nullptr ? 0 : sizes[1] != nullptr ? 2 : 1; }
+
+  bool bind(const int64_t* found, int64_t dims) const {
+    if (leading != nullptr) return leading->bind(found, dims);
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      if (!sizes[dim]->bind(found[dim])) return false;
+    }
+    return true;
+  }
 };
 
 // A number among the arguments.
@@ -181,45 +174,28 @@ inline void check_within(const char* name, int64_t value, int64_t least, int64_t
 namespace detail {
 
 [[noreturn]] inline void refuse_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank) {
-  std::ostringstream names, values, bounds;
-  bool bound = false;
-  const char* separator = "";
-  const auto add = [&](auto name, auto value) {
-    names << separator << name;
-    values << separator << value;
-    separator = ", ";
-  };
+  std::string names, values, bounds, got;
+  const auto add = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
   for (const Dim* dim = shape; dim < shape + rank; ++dim) {
     if (dim->leading != nullptr) {
-      names << separator << "...";
-      if (!dim->leading->bound()) values << separator << "...";
-      for (const int64_t size : *dim->leading) {
-        values << separator << size;
-        separator = ", ";
-      }
-      separator = ", ";
-      bound = bound || dim->leading->bound();
+      add(names, "...");
+      if (dim->leading->begin() == nullptr) add(values, "...");
+      for (const int64_t size : *dim->leading) add(values, std::to_string(size));
     }
     for (const Size* size : dim->sizes) {
       if (size == nullptr) continue;
-      size->bound() ? add(size->name(), int64_t{*size}) : add(size->name(), size->name());
-      size->describe_bounds(bounds);
-      bound = bound || size->bound();
+      add(names, size->name());
+      add(values, size->value());
+      bounds += size->bounds();
     }
   }
-  std::ostringstream got;
-  separator = "";
-  for (const int64_t size : tensor.sizes()) {
-    got << separator << size;
-    separator = ", ";
-  }
-  const std::string expected = bound ? ") = (" + values.str() : "";
-  STD_TORCH_CHECK(false, name, " must have shape (", names.str(), expected, ")", bounds.str(), ", got (", got.str(),
-                  ")");
+  for (const int64_t size : tensor.sizes()) add(got, std::to_string(size));
+  const std::string expected = values == names ? "" : " = (" + values + ")";
+  STD_TORCH_CHECK(false, name, " must have shape (", names, ")", expected, bounds, ", got (", got, ")");
   std::abort();
 }
 
-// The stride of dimensions from `begin` to `end` as one, 0 where no kernel takes a step; false where they have none.
+// Finds the stride of dimensions from `begin` to `end` as one, 0 where no kernel takes a step; false where they have none.
 inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin, int64_t end, int64_t& stride) {
   int64_t inner = 1;
   stride = 0;
@@ -233,28 +209,23 @@ inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin
 }
 
 // Binds the sizes of a tensor and finds those of a view, and its strides: false where the tensor has none, because
-// dimensions that are one have no common stride, or elements of the last dimension are not adjacent.
+// dimensions in braces have no common stride, or elements of the last dimension are not adjacent.
 inline bool bind_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank, int64_t* view_sizes,
                        int64_t* view_strides) {
   const int64_t dims = tensor.dim();
   const int64_t* const sizes = tensor.sizes().data();
   const int64_t* const strides = tensor.strides().data();
   int64_t named = 0;
-  for (int i = 0; i < rank; ++i) named += shape[i].dims();
-  const bool open = shape[0].leading != nullptr;  // any rank from that of the named sizes on
-  if (open ? dims < named : dims != named) refuse_shape(name, tensor, shape, rank);
+  for (int i = 0; i < rank; ++i) named += shape[i].named();
+  const int64_t leading = shape[0].leading != nullptr ? dims - named : 0;
+  if (leading < 0 || leading + named != dims) refuse_shape(name, tensor, shape, rank);
   bool fits = true;
   int64_t begin = 0, elements = 1;
   for (int i = 0; i < rank; ++i) {
-    const Dim& dim = shape[i];
-    const int64_t end = begin + (dim.leading != nullptr ? dims - named : dim.dims());
-    bool same = dim.leading == nullptr || dim.leading->bind(sizes, end);
+    const int64_t end = begin + (shape[i].leading != nullptr ? leading : shape[i].named());
+    if (!shape[i].bind(sizes + begin, end - begin)) refuse_shape(name, tensor, shape, rank);
     view_sizes[i] = 1;
-    for (int64_t at = begin; at < end; ++at) {
-      view_sizes[i] *= sizes[at];
-      if (dim.leading == nullptr) same = same && dim.sizes[at - begin]->bind(sizes[at]);
-    }
-    if (!same) refuse_shape(name, tensor, shape, rank);
+    for (int64_t dim = begin; dim < end; ++dim) view_sizes[i] *= sizes[dim];
     fits = collapse(sizes, strides, begin, end, view_strides[i]) && fits;
     elements *= view_sizes[i];
     begin = end;
@@ -275,7 +246,7 @@ class View {
   }
 
   View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], Dtype dtype) : dtype_(dtype_of(tensor)) {
-    STD_TORCH_CHECK(dtype_ == dtype, name, " must be ", name_of(dtype), ", got ", name_of(dtype_));
+    STD_TORCH_CHECK(dtype_ == dtype, name, " must be ", info(dtype).name, ", got ", info(dtype_).name);
     bind(name, tensor, shape);
   }
 
@@ -289,7 +260,7 @@ class View {
   explicit operator bool() const { return data_ != nullptr; }
 
   const void* data() const { return data_; }
-  // Where the place begins that the leading indices name.
+  // The address of an element, or of the first one where last indices are left out.
   template <class T = char, class... Index>
   const T* at(Index... index) const {
     static_assert(sizeof...(index) <= rank);
@@ -301,7 +272,7 @@ class View {
 
   int64_t size(int dim) const { return sizes_[dim]; }
   int64_t stride(int dim) const { return strides_[dim]; }  // in elements
-  int64_t width() const { return width_of(dtype_); }       // bytes of an element
+  int64_t width() const { return info(dtype_).width; }     // bytes of an element
   Dtype dtype() const { return dtype_; }
 
   int64_t numel() const {

@@ -38,7 +38,7 @@ VLMFAST_INLINE Block broadcast(float value) {
 // Rows are summed side by side, because along one of them each step waits for the last.
 constexpr int kTogether = 4;
 
-// What a row is normalised with.
+// The mean and the factor that normalise a row.
 struct Scale {
   float mean, inverse_deviation;
 };
@@ -91,7 +91,7 @@ void norm(const PixelShuffleNorm& args, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
-// One row, which its gradient replaces: the expressions of vlmfast/ops/pixel_shuffle.py, with sums in torch's order.
+// Replaces one row by its gradient: the expressions of the definition in vlmfast/ops, with sums in torch's order.
 template <class T>
 VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output, T* row, float* grad_weight,
                                  float* grad_bias) {
@@ -117,12 +117,12 @@ VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output,
     terms[1] = terms[1] + grad * (centred(offset, count) * inverse);
   });
   const Block mean_grad = broadcast(means[0] / elements);
-  const float mean_product = means[1] / elements;
+  const float projection = means[1] / elements;
   each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block grad = load(grad_output + offset, count), normed = centred(offset, count) * inverse;
     store(grad_weight + offset, load(grad_weight + offset) + grad * normed);
     store(grad_bias + offset, load(grad_bias + offset) + grad);
-    const Block grad_row = (weighted(offset, count) - mean_grad - normed * mean_product) * inverse;
+    const Block grad_row = (weighted(offset, count) - mean_grad - normed * projection) * inverse;
     store(row + offset, grad_row * input_scale, count);
   });
 }

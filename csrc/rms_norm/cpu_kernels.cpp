@@ -229,7 +229,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
 template <class T, Variant variant>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
-    const int64_t stop = row + kPartialStep < end ? row + kPartialStep : end;
+    const int64_t stop = row + kSumStep < end ? row + kSumStep : end;
     in_groups<2>(row, stop, args.size, [&](int64_t first, int64_t last, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
       for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, size, partial);
     });

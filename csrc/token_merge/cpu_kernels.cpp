@@ -100,16 +100,16 @@ VLMFAST_INLINE void assign_tile(const MergeSlots& args, const double* panels, in
   }
   const double* target_inverse = panels + panel_columns(args.targets) * args.head_dim;
   for (int64_t first = 0; first < args.targets; first += kPanel, panels += kPanel * args.head_dim) {
-    Double products[kTileRows][kTileVectors];
-    multiply(room, panels, args.head_dim, products);
+    Double dots[kTileRows][kTileVectors];
+    multiply(room, panels, args.head_dim, dots);
     const int64_t left = args.targets - first, present = left < kPanel ? left : kPanel;
     for (int64_t row = 0; row < count; ++row) {
       double cosines[kPanel];
       for (int v = 0; v < kTileVectors; ++v) {
         const Double of_targets = load_unaligned<Double>(target_inverse + first + v * kDoubles);
-        products[row][v] = products[row][v] * inverse[row] * of_targets;
+        dots[row][v] = dots[row][v] * inverse[row] * of_targets;
       }
-      std::memcpy(cosines, products[row], sizeof(cosines));
+      std::memcpy(cosines, dots[row], sizeof(cosines));
       for (int64_t column = 0; column < present; ++column) {
         const float cosine = static_cast<float>(cosines[column]);
         if (cosine > best[row]) {
