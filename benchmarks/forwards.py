@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast.benchmarks.published import Published
-from vlmfast.reduce.generation import MEMORY
+from vlmfast.reduce.caches import release
 
 STEPS = 8  # of decoding, after each prefill
 
@@ -70,9 +70,9 @@ class Decoding:
     def begin(self, logits: Tensor) -> Tensor:
         """Have the steps go on from the prompt."""
         # as in generate, whose steps count on from the short prompt
-        memory = vars(self.cache).pop(MEMORY, None)
+        prompt = release(self.cache)
         length = self.cache.get_seq_length()
-        deltas = getattr(self.model.base_model if memory is None else memory, "rope_deltas", None)
+        deltas = getattr(self.model.base_model if prompt is None else prompt, "rope_deltas", None)
         self.position.fill_(length)  # a number is not copied to the device, for which the host would wait
         if deltas is not None:
             self.position.add_(deltas)

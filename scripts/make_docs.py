@@ -13,6 +13,7 @@ from typing import Any
 
 import vlmfast.compat
 from vlmfast.benchmarks import report
+from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ PAGE = ROOT / "docs" / "ops.md"
 STUB = ROOT / "vlmfast" / "__init__.pyi"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- figures: made by `make docs` -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+REDUCTION = ROOT / "docs" / "token_reduction.md"
 HEAD = """# Ops
 
 Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable in its floating-point
@@ -198,10 +199,32 @@ def stub() -> str:
     return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])
 
 
+def methods() -> str:
+    """Make the table of the methods to reduce visual tokens."""
+    rows = []
+    for method in METHODS.values():
+        parameters = inspect.signature(method).parameters.values()
+        shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+        first, *_ = inspect.getdoc(method).splitlines()
+        rows.append([f"`{method.__name__}({', '.join(shown)})`", first])
+    return table(("method", "what it does"), 2, rows)
+
+
+def filled(path: Path, name: str, text: str) -> str:
+    """Return a page with the text between the marks of that name."""
+    marked = re.compile(rf"(<!-- {name}: made by `make docs` -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", path.read_text())
+
+
 def main() -> int:
     """Write the files, or compare them."""
-    readme = MARKED.sub(lambda match: f"{match[1]}{figures()}\n{match[2]}", README.read_text())
-    wanted = {PAGE: page(), STUB: stub(), README: readme, ROOT / "docs" / "benchmarks.md": benchmarks()}
+    wanted = {
+        PAGE: page(),
+        STUB: stub(),
+        README: filled(README, "figures", figures()),
+        ROOT / "docs" / "benchmarks.md": benchmarks(),
+        REDUCTION: filled(REDUCTION, "methods", methods()),
+    }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:
         for path in stale:

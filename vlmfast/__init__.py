@@ -5,18 +5,16 @@ from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops import PUBLIC
 from vlmfast.patches import Patch, patch, unpatch
 from vlmfast.reduce.compress import compress_inputs
-from vlmfast.reduce.methods import EvenTokens, RandomTokens, VisionZip
+from vlmfast.reduce.methods import CLASSES
 from vlmfast.registry import explain, use
 from vlmfast.repacking import repack
 
 __version__ = "0.1.0"
-globals().update(PUBLIC)  # their types are in __init__.pyi, which `make docs` writes
+globals().update(PUBLIC | CLASSES)  # their types are in __init__.pyi, which `make docs` writes
 __all__ = [
     *PUBLIC,
-    "EvenTokens",
+    *CLASSES,
     "Patch",
-    "RandomTokens",
-    "VisionZip",
     "compat",
     "compress_inputs",
     "deepstack",

@@ -20,9 +20,9 @@ from vlmfast.patches.apply import Patch as Patch
 from vlmfast.patches.apply import patch as patch
 from vlmfast.patches.apply import unpatch as unpatch
 from vlmfast.reduce.compress import compress_inputs as compress_inputs
-from vlmfast.reduce.methods import EvenTokens as EvenTokens
-from vlmfast.reduce.methods import RandomTokens as RandomTokens
-from vlmfast.reduce.methods import VisionZip as VisionZip
+from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
+from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens
+from vlmfast.reduce.methods.visionzip import VisionZip as VisionZip
 from vlmfast.registry import explain as explain
 from vlmfast.registry import use as use
 from vlmfast.repacking import repack as repack

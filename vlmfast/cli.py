@@ -80,7 +80,7 @@ def _add_demo(commands: Any) -> None:
         "--reduce",
         metavar="METHOD",
         type=_method,
-        help="then compare with fewer visual tokens: visionzip:54+10, visionzip:0.2+0.05, random:64, even:0.25",
+        help=f"then compare with fewer visual tokens: {demo_reduce.usage()}",
     )
     command.add_argument(
         "--overlay",

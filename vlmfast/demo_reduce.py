@@ -6,7 +6,6 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,28 @@ from rich.console import Console
 from vlmfast.console import CommandError, one_line, table
 from vlmfast.demo_model import Subject
 from vlmfast.patches import patch
-from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip, overlay
-
-METHODS: dict[str, tuple[Callable[..., Method], int]] = {
-    "visionzip": (VisionZip, 2),
-    "random": (RandomTokens, 1),
-    "even": (EvenTokens, 1),
-}
+from vlmfast.reduce import Method, ReducedImage, overlay
+from vlmfast.reduce.methods import METHODS
 
 
 def parse_method(text: str) -> Method:
-    """A method from "visionzip:DOMINANT+CONTEXTUAL", "random:KEEP" or "even:KEEP": numbers, or shares such as 0.1.
+    """Make a method from its name and a number, or a share such as 0.1, for each argument that has no default.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything but such as "visionzip:54+10".
     """
     name, _, budget = text.partition(":")
     numbers = budget.split("+")
-    build, expected = METHODS.get(name, (None, 0))
-    if build is None or len(numbers) != expected or not all(re.fullmatch(r"\d+|\d*\.\d+", n) for n in numbers):
-        raise ValueError(f"must be such as visionzip:54+10, visionzip:0.2+0.05, random:64 or even:0.25, got {text!r}")
-    return build(*(float(number) if "." in number else int(number) for number in numbers))
+    known = name in METHODS and len(numbers) == len(METHODS[name].required())
+    if not known or not all(re.fullmatch(r"\d+|\d*\.\d+", number) for number in numbers):
+        raise ValueError(f"must be one of {usage()}, got {text!r}")
+    return METHODS[name](*(float(number) if "." in number else int(number) for number in numbers))
+
+
+def usage() -> str:
+    """Say what `parse_method` takes."""
+    forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(METHODS.items())]
+    return f"{', '.join(forms)}, each a number of tokens such as 64 or a share such as 0.1"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.helpers.patches_models import DTYPES, tiny
 from tests.helpers.reduce_oracle import Reduced, Token, Tower, encoded, kept_part, model_order, published_order, zipped
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
 from vlmfast.reduce.families import REDUCERS
-from vlmfast.reduce.packing import pack_numbers, packer
+from vlmfast.reduce.families.llava_next import pack_numbers, packer
 from vlmfast.reduce.towers import encode
 
 SIDE = 4  # patches along a crop

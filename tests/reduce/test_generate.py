@@ -53,8 +53,10 @@ def test_tokens_are_those_of_each_sample_by_hand(model_type: str):
             if options == {"use_cache": False} and not can_do_without_cache(talk):
                 continue
             assert_same(generate(talk.model, **inputs, **options), ids, want)
-        assert patch.reduction.before == ids.shape[1]
-        assert patch.reduction.after == max(len(ByHand.of(talk, METHOD, p).columns) for p in PROMPTS)
+        assert patch.reduction.last.columns.total == ids.shape[1]
+        assert patch.reduction.last.columns.index.shape[1] == max(
+            len(ByHand.of(talk, METHOD, p).columns) for p in PROMPTS
+        )
         if (ids == 0).any():  # without a mask, padding is told by its id
             del inputs["attention_mask"]
             assert_same(generate(talk.model, **inputs), ids, want)

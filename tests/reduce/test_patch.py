@@ -103,7 +103,7 @@ def test_report_and_images():
     patch.undo()
     alone = vlmfast.patch(talk.model, exclude="*", reduce=METHOD)
     # up to transformers 5.17 the base model encodes the images, and is told what they are reduced to
-    ours = [talk.model] if takes_features(type(talk.model)) else [talk.model, talk.model.model]
+    ours = [talk.model] if takes_features(type(talk.model.model)) else [talk.model, talk.model.model]
     assert patched(talk.model) == ours
     assert repr(alone) == f"<Patch of llava: {len(ours)} module{'s' * (len(ours) > 1)}, 0 sites>"
 
@@ -239,8 +239,8 @@ def test_inside_peft():
     with vlmfast.patch(wrapped, reduce=METHOD) as patch:
         out = wrapped.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3
-        assert patch.reduction.after < patch.reduction.before
-        assert wrapped(**inputs).logits.shape[1] == patch.reduction.after
+        assert patch.reduction.last.columns.index.shape[1] < patch.reduction.last.columns.total
+        assert wrapped(**inputs).logits.shape[1] == patch.reduction.last.columns.index.shape[1]
 
 
 # ---- inputs shortened beforehand ----

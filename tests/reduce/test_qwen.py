@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.helpers.qwen_models import BROAD, NAMES, SMALL, TALL, WIDE, inputs_of, model_of
 from tests.helpers.reduce_oracle import Reduced, zipped
 from vlmfast.reduce import EvenTokens, RandomTokens, ReducedImage, VisionZip, VisualTokens
-from vlmfast.reduce.qwen import reduce_qwen, window_order
+from vlmfast.reduce.families import qwen
+from vlmfast.reduce.families.qwen import window_order
 
 WINDOW = 2  # of the tiny Qwen2.5-VL, in visual tokens
 METHOD = VisionZip(dominant=0.3, contextual=0.15)
@@ -118,7 +119,7 @@ class Spy(VisionZip):
 
 def reduce(model: Any, inputs: dict[str, Tensor], method: Any) -> list[ReducedImage]:
     with torch.no_grad():
-        return reduce_qwen(model.model, inputs, method)
+        return qwen.reduce(model.model, inputs, method)
 
 
 def split(rows: Any, grids: Tensor) -> list[Any]:
@@ -129,18 +130,20 @@ def split(rows: Any, grids: Tensor) -> list[Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_metric_are_those_of_the_eager_map(name):
     model = model_of(name)
-    inputs = inputs_of(model, (SMALL, WIDE), (TALL, BROAD))
+    inputs = inputs_of(model, (SMALL, WIDE), (TALL, SMALL, BROAD))
     scores, metric = scores_and_metric(record(model, inputs), encoder_order(name, inputs["image_grid_thw"]))
     method = Spy(0.3, 0.15)
     reduce(model, inputs, method)
     # images of one size are chosen from together
-    assert [(tokens.batch, tokens.count, tokens.has_cls) for tokens in method.asked] == [
-        (2, 24, False),
-        (1, 21, False),
-        (1, 15, False),
+    assert [(tokens.batch, tokens.count, tokens.grid) for tokens in method.asked] == [
+        (2, 24, (1, 4, 6)),
+        (1, 21, (1, 3, 7)),
+        (1, 15, (1, 5, 3)),
+        (1, 24, (1, 3, 8)),
     ]
+    assert not any(tokens.has_cls for tokens in method.asked)
     want_scores, want_metric = (split(rows, inputs["image_grid_thw"]) for rows in (torch.tensor(scores), metric))
-    for tokens, members in zip(method.asked, ([0, 3], [1], [2]), strict=True):
+    for tokens, members in zip(method.asked, ([0, 3], [1], [2], [4]), strict=True):
         assert tokens.scores().dtype == torch.float32
         for row, member in enumerate(members):
             torch.testing.assert_close(tokens.scores()[row], want_scores[member].float(), rtol=1e-5, atol=1e-6)
@@ -243,7 +246,7 @@ def test_even_tokens_of_an_image_with_frames():
 
 def test_gradients_reach_the_tower():
     model = model_of("qwen3_vl")
-    (image,) = reduce_qwen(model.model, inputs_of(model, (SMALL,)), METHOD)
+    (image,) = qwen.reduce(model.model, inputs_of(model, (SMALL,)), METHOD)
     sum(level.square().sum() for level in (image.features, *image.levels)).backward()
     assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
 

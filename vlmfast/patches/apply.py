@@ -17,8 +17,8 @@ from vlmfast.patches.family import families
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.patches.upstream import Site, mismatch
 from vlmfast.reduce.generation import Reduction, shortening
-from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage
 
 ABSENT = "no module with this method in the model"
 

@@ -1,7 +1,17 @@
 """Fewer visual tokens in the prompt: this changes what a model answers, so it is always asked for by name."""
 
-from vlmfast.reduce.drawing import overlay
-from vlmfast.reduce.images import ReducedImage
-from vlmfast.reduce.methods import EvenTokens, Method, RandomTokens, Selection, VisionZip, VisualTokens
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EvenTokens", "Method", "RandomTokens", "ReducedImage", "Selection", "VisionZip", "VisualTokens", "overlay"]
+from vlmfast.reduce.drawing import overlay
+from vlmfast.reduce.methods import CLASSES, Method, PruningMethod
+from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.tokens import Selection, VisualTokens
+
+globals().update(CLASSES)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...  # the methods, which are found by name
+
+
+__all__ = ["Method", "PruningMethod", "ReducedImage", "Selection", "VisualTokens", "overlay", *CLASSES]

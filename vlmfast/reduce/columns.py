@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmfast.reduce.images import ReducedImage
+from vlmfast.reduce.reduced_image import ReducedImage
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Columns:
 
     @property
     def dropped(self) -> int:
-        """How much shorter the short prompt is."""
+        """The number of columns that the short prompt lacks."""
         return self.total - self.index.shape[1]
 
     def take(self, rows: Tensor, fill: int) -> Tensor:
@@ -36,17 +36,17 @@ class Columns:
         return rows.gather(-1, index).masked_fill(~valid, fill)
 
     def then(self, other: Columns) -> Columns:
-        """The two prompts, one after the other."""
+        """Return those of two prompts, one after the other."""
         index = torch.cat([self.index, other.index + self.total], 1)
         return Columns(index, torch.cat([self.valid, other.valid], 1), self.total + other.total)
 
-    def repeat(self, times: int) -> Columns:
-        """Each row so many times."""
-        return Columns(self.index.repeat_interleave(times, 0), self.valid.repeat_interleave(times, 0), self.total)
+    def select(self, samples: Tensor) -> Columns:
+        """Return the columns of these samples."""
+        return Columns(self.index[samples], self.valid[samples], self.total)
 
     @classmethod
     def all(cls, like: Tensor) -> Columns:
-        """Every column of (B, L)."""
+        """Return every column of (B, L)."""
         index = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
         return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1])
 
@@ -67,8 +67,8 @@ def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage])
     present = ~is_image
     if flags:
         present = present.masked_scatter(is_image, torch.cat(flags))
-    # only padding at an end is left out: a gap within a prompt is the caller's business
-    present &= (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+    # only padding at an end is left out: a gap within a prompt is the caller's business, and so is a masked image
+    present &= is_image | ((mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0))
     right = ~mask[:, -1].all() & mask[:, 0].all()
     lengths = torch.cat([present.sum(1), right[None]]).tolist()  # the one wait for the device
     longest = max(lengths[:-1])
@@ -78,7 +78,7 @@ def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage])
 
 
 def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int]) -> list[list[ReducedImage]]:
-    """The images that belong to the new part of each sample.
+    """Return the images that belong to the new part of each sample.
 
     Args:
         images: in the order of their placeholders over the batch: those of the new parts, or of the whole prompts.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.modules import hugging_face_model
-from vlmfast.reduce.generation import reducible, with_features
+from vlmfast.reduce.generation import reducible
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.prompt import ShortPrompt, base_of, shorten, takes_features
+from vlmfast.reduce.prompt import ShortenedPrompt, base_of, shorten, takes_features
 
 
 def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -44,21 +44,22 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     host, reducer = reducible(hugging_face_model(model))
     if inputs.get("pixel_values") is None:
         return dict(inputs)
-    prompt = shorten(host, reducer, method, inputs)
-    if takes_features(type(host)):
-        return with_features(base_of(host), reducer, prompt)
-    return _with_embeddings(base_of(host), prompt)
+    base = base_of(host)
+    prompt, short = shorten(host, reducer, method, inputs)
+    if prompt.rope_deltas is not None:
+        base.rope_deltas = prompt.rope_deltas
+    return short if takes_features(type(base)) else _with_embeddings(base, prompt, short)
 
 
-def _with_embeddings(base: Any, prompt: ShortPrompt) -> dict[str, Any]:
-    """The arguments of a call, with the images among the embeddings of the text."""
-    arguments = dict(prompt.arguments)
-    ids: Tensor = arguments.pop("input_ids")
-    arguments.pop("mm_token_type_ids", None)
-    images = prompt.images
-    if any(image.levels for image in images):
+def _with_embeddings(base: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Put the images among the embeddings of the text."""
+    others = {
+        name: value for name, value in arguments.items() if name not in ("mm_encoder_outputs", "mm_token_type_ids")
+    }
+    ids: Tensor = others.pop("input_ids")
+    if any(image.levels for image in prompt.images):
         raise ValueError("compress_inputs for a model with DeepStack needs a transformers with mm_encoder_outputs")
     embeddings: Tensor = base.get_input_embeddings()(ids)
     mask = (ids == base.config.image_token_id)[..., None]
-    rows = torch.cat([image.features for image in images]).to(embeddings)
-    return {**arguments, "inputs_embeds": embeddings.masked_scatter(mask, rows)}
+    rows = torch.cat([image.features for image in prompt.images]).to(embeddings)
+    return {**others, "inputs_embeds": embeddings.masked_scatter(mask, rows)}

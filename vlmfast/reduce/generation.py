@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlmfast.modules import replaced_on_instances
+from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.families import REDUCERS, Reducer
-from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.prompt import (
-    Cached,
-    ShortPrompt,
-    base_of,
-    features,
-    named,
-    parameters,
-    shorten,
-    takes_features,
-)
-
-MEMORY = "_vlmfast_cached"  # the attribute of a cache that holds a `Cached`
-# In a transformers whose forward encodes images itself, what get_image_features of the base model gives in this call:
-# a function of the pixel values, which generate may have repeated for beams.
-_ready: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("vlmfast_image_features", default=None)
+from vlmfast.reduce.prompt import ShortenedPrompt, base_of, image_output, parameters, shorten, takes_features
+from vlmfast.reduce.reduced_image import ReducedImage
 
 
 @dataclass
@@ -44,69 +30,57 @@ class Reduction:
         base_class: the class of the model without it.
         reducer: of the model's type.
         method: how visual tokens are reduced.
-        images: the images of the last prompt that had any, without gradients.
-        before: columns of that prompt.
-        after: columns of what the language model saw of it.
+        last: the last prompt that had images, without gradients.
     """
 
     model_class: type[Any]
     base_class: type[Any]
     reducer: Reducer
     method: Method
-    images: list[ReducedImage] = field(default_factory=list)
-    before: int = 0
-    after: int = 0
+    last: ShortenedPrompt | None = None
+
+    @property
+    def images(self) -> list[ReducedImage]:
+        """The images of the last prompt that had any."""
+        return [] if self.last is None else self.last.images
 
     def replacements(self) -> dict[type, dict[str, Callable[..., Any]]]:
         """Return the replacement of each method: class -> method -> function."""
         cls, base = self.model_class, self.base_class
-        found = {cls: {"forward": _forward(self, cls), "generate": _generate(self, cls)}}
-        if not takes_features(cls):
+        original: Callable[..., Any] = cls.forward
+        found: dict[type, dict[str, Callable[..., Any]]] = {}
+        if not takes_features(base):
+            original = _forward_with_features(original, self.reducer)
             found[base] = {"get_image_features": _get_image_features(base)}
+        found[cls] = {"forward": _forward(self, original), "generate": _generate(self, cls)}
         return found
 
     def report(self) -> str:
-        """The method, and what it did to the last prompt."""
-        if not self.images:
+        """Return the method, and what it did to the last prompt."""
+        if self.last is None:
             return f"{self.method}: no prompt with images yet"
-        sizes = [f"{image.total} -> {image.features.shape[0]}" for image in self.images]
-        saved = 1 - self.after / self.before
+        sizes = [f"{image.total} -> {image.features.shape[0]}" for image in self.last.images]
+        before, after = self.last.columns.total, self.last.columns.index.shape[1]
         return (
-            f"{self.method}: visual tokens of the last prompt {', '.join(sizes)}; prompt {self.before} -> {self.after} "
-            f"({saved:.1%} saved)"
+            f"{self.method}: visual tokens of the last prompt {', '.join(sizes)}; prompt {before} -> {after} "
+            f"({1 - after / before:.1%} saved)"
         )
 
-    def shorten(self, model: nn.Module, arguments: Mapping[str, Any], cached: Cached | None) -> ShortPrompt:
-        """`shorten`, noted for the report."""
-        prompt = shorten(model, self.reducer, self.method, arguments, cached)
+    def shorten(
+        self, model: nn.Module, arguments: Mapping[str, Any], cached: ShortenedPrompt | None
+    ) -> tuple[ShortenedPrompt, dict[str, Any]]:
+        """Shorten the prompt, tell the model where the next position is, and note the prompt for the report.
+
+        Returns:
+            The prompt, without gradients, and the arguments of the call.
+        """
+        prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
+        if prompt.rope_deltas is not None:
+            base_of(model).rope_deltas = prompt.rope_deltas
+        prompt = prompt.detach()
         if prompt.images:
-            self.images = [
-                replace(image, features=image.features.detach(), levels=tuple(level.detach() for level in image.levels))
-                for image in prompt.images
-            ]
-            self.before, self.after = prompt.cached.columns.total, prompt.cached.columns.index.shape[1]
-        return prompt
-
-    @contextmanager
-    def call(self, model: nn.Module, prompt: ShortPrompt) -> Iterator[dict[str, Any]]:
-        """The arguments of the original method; in the block it gets the reduced features from them."""
-        if not prompt.images:
-            yield prompt.arguments
-            return
-        base = base_of(model)
-        if takes_features(type(model)):
-            yield with_features(base, self.reducer, prompt)
-            return
-        pixels = prompt.vision["pixel_values"]
-
-        def ready(pixel_values: Tensor) -> Any:
-            return features(base, self.reducer, prompt.samples, max(1, pixel_values.shape[0] // pixels.shape[0]))
-
-        token = _ready.set(ready)
-        try:
-            yield {**prompt.arguments, **prompt.vision}
-        finally:
-            _ready.reset(token)
+            self.last = prompt
+        return prompt, short
 
 
 def shortening(model: nn.Module, method: object) -> Reduction:
@@ -152,61 +126,43 @@ def reducible(host: Any) -> tuple[nn.Module, Reducer]:
     return model, REDUCERS[model_type]
 
 
-def with_features(base: Any, reducer: Reducer, prompt: ShortPrompt) -> dict[str, Any]:
-    """The arguments of a call, with the images, and videos beside them, as ``mm_encoder_outputs``."""
-    arguments = dict(prompt.arguments)
-    outputs = {"image": features(base, reducer, prompt.samples)}
-    if arguments.get("pixel_values_videos") is not None:
-        video = named({**prompt.vision, **arguments}, parameters(type(base).get_video_features))
-        outputs["video"] = base.get_video_features(**video, return_dict=True)
-        arguments = {name: value for name, value in arguments.items() if name not in video}
-    return {**arguments, "mm_encoder_outputs": outputs}
-
-
 # ---- forward ----
 
 
-def _forward(reduction: Reduction, cls: type) -> Callable[..., Any]:
-    original: Callable[..., Any] = cls.forward  # type: ignore[attr-defined]
+def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[..., Any]:
     names = parameters(original)
-    # Not traced: it waits for the device to learn the shape of the short prompt. A decorator of the function would
-    # load torch's compiler wherever vlmfast is imported.
+    # Not traced: shortening waits for the device to learn the shape of the short prompt. A decorator of these functions
+    # would load torch's compiler wherever vlmfast is imported.
+    shorten = torch.compiler.disable(reduction.shorten)  # type: ignore[no-untyped-call]
     short_forward = torch.compiler.disable(_short_forward, recursive=False)  # type: ignore[no-untyped-call]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        cached = getattr(arguments.get("past_key_values"), MEMORY, None)
-        if arguments.get("pixel_values") is None and cached is None:
+        if arguments.get("pixel_values") is None and kept_by(arguments.get("past_key_values")) is None:
             return original(self, *args, **kwargs)
-        return short_forward(reduction, original, self, arguments, cached)
+        return short_forward(shorten, original, self, arguments)
 
     return forward
 
 
 def _short_forward(
-    reduction: Reduction,
-    original: Callable[..., Any],
-    model: nn.Module,
-    arguments: dict[str, Any],
-    cached: Cached | None,
+    shorten: Callable[..., Any], original: Callable[..., Any], model: nn.Module, arguments: dict[str, Any]
 ) -> Any:
-    if _ready.get() is not None:  # within generate, of a prompt that is short already
-        return original(model, **arguments)
     cache = arguments.get("past_key_values")
-    if cached is not None and arguments.get("pixel_values") is None:
-        return original(model, **_continued(base_of(model), arguments, cached))
-    if cache is not None and cache.get_seq_length():
-        raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
-    prompt = torch.compiler.disable(reduction.shorten)(model, arguments, None)  # type: ignore[no-untyped-call]
-    with reduction.call(model, prompt) as short:
+    with lent(cache) as cached:
+        if arguments.get("pixel_values") is None and cached is not None:
+            return original(model, **_continued(base_of(model), arguments, cached))
+        if cache is not None and cache.get_seq_length():
+            raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
+        prompt, short = shorten(model, arguments, None)
         output = original(model, **short)
-    _remember(_cache_of(output) if cache is None else cache, prompt.cached)
-    return output
+        keep(_cache_of(output) if cache is None else cache, prompt)
+        return output
 
 
-def _continued(base: Any, arguments: dict[str, Any], cached: Cached) -> dict[str, Any]:
-    """A step after a prompt that was shortened: its mask, which the caller counts on from the full prompt."""
+def _continued(base: Any, arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
+    """Return the arguments of a step after a shortened prompt: its mask, which counts on from the full prompt."""
     if cached.rope_deltas is not None:
         base.rope_deltas = cached.rope_deltas
     mask, columns = arguments.get("attention_mask"), cached.columns
@@ -220,13 +176,48 @@ def _continued(base: Any, arguments: dict[str, Any], cached: Cached) -> dict[str
     return {**arguments, "attention_mask": short}
 
 
+# ---- a transformers whose forward takes no encoded images ----
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Encoded images on their way through the ``pixel_values`` of a forward."""
+
+    output: Any
+
+    def size(self, dim: int) -> int:
+        """Answer LLaVA-NeXT, which asks whether there are images."""
+        return 1
+
+
+def _forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
+    """Have a ``forward`` of transformers 5.17 take ``mm_encoder_outputs``, as later ones do: a shortened prompt."""
+    signature = inspect.signature(original)
+    last = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    others = [p for p in signature.parameters.values() if p not in last]
+    added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
+        # generate passes it to every step, of which only a prompt has several tokens
+        if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
+            samples = mm_encoder_outputs.samples
+            times = kwargs["input_ids"].shape[0] // len(samples)  # beams
+            kwargs["pixel_values"] = _Encoded(image_output(base_of(self), reducer, samples, times))
+        return original(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*others, added, *last])  # type: ignore[attr-defined]
+    return forward
+
+
 def _get_image_features(cls: type) -> Callable[..., Any]:
     original: Callable[..., Any] = cls.get_image_features  # type: ignore[attr-defined]
 
     @functools.wraps(original)
-    def get_image_features(self: nn.Module, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ready = _ready.get()
-        return original(self, pixel_values, *args, **kwargs) if ready is None else ready(pixel_values)
+    def get_image_features(self: nn.Module, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(pixel_values, _Encoded):
+            return pixel_values.output
+        return original(self, pixel_values, *args, **kwargs)
 
     return get_image_features
 
@@ -242,15 +233,20 @@ def _generate(reduction: Reduction, cls: type) -> Callable[..., Any]:
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache = arguments.get("past_key_values")
-        if arguments.get("pixel_values") is None and not hasattr(cache, MEMORY):
+        if arguments.get("pixel_values") is None and kept_by(cache) is None:
             return original(self, **arguments)
-        return _short_generate(reduction, original, self, arguments)
+        with lent(cache) as cached:  # the steps of generate count on from the short prompt
+            return _short_generate(reduction, original, self, arguments, cached)
 
     return generate
 
 
 def _short_generate(
-    reduction: Reduction, original: Callable[..., Any], model: nn.Module, arguments: dict[str, Any]
+    reduction: Reduction,
+    original: Callable[..., Any],
+    model: nn.Module,
+    arguments: dict[str, Any],
+    cached: ShortenedPrompt | None,
 ) -> Any:
     if arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model cannot be given where visual tokens are reduced: it would see other prompts")
@@ -259,46 +255,28 @@ def _short_generate(
     cache = arguments.get("past_key_values")
     if arguments.get("attention_mask") is None:
         arguments["attention_mask"] = _mask(model, arguments)
-    elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:
-        return _generate_after(original, model, arguments)
-    prompt = reduction.shorten(model, arguments, _cached(cache, arguments["input_ids"]))
-    ids, columns = prompt.cached.ids, prompt.cached.columns
-    prompt.arguments.update(_lengths(model, arguments, columns.dropped))
+    elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:  # the ids of what follows alone
+        if cached is None or arguments.get("pixel_values") is not None:
+            raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
+        return original(model, **_continued(base_of(model), arguments, cached))
+    prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
+    short |= _lengths(model, arguments, prompt.columns.dropped)
     if (streamer := arguments.get("streamer")) is not None:
-        prompt.arguments["streamer"] = _FullPrompt(streamer, ids)
-    if cache is not None:
-        vars(cache).pop(MEMORY, None)  # the steps of generate count on from the short prompt
-    with reduction.call(model, prompt) as short:
-        output = original(model, **short)
+        short["streamer"] = _FullPrompt(streamer, prompt.ids)
+    output = original(model, **short)
     sequences = output if isinstance(output, Tensor) else output.sequences
-    times = sequences.shape[0] // ids.shape[0]
-    full = ids.repeat_interleave(times, 0)
-    sequences = torch.cat([full.to(sequences.device), sequences[:, columns.index.shape[1] :]], 1)
-    deltas = prompt.cached.rope_deltas
-    memory = Cached(full, columns.repeat(times), None if deltas is None else deltas.repeat_interleave(times, 0))
-    _remember(cache if isinstance(output, Tensor) else _cache_of(output), memory)
+    prompt = prompt.repeat(sequences.shape[0] // prompt.ids.shape[0])
+    new = sequences[:, prompt.columns.index.shape[1] :]
+    sequences = torch.cat([prompt.ids.to(sequences.device), new], 1)
+    keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
     if isinstance(output, Tensor):
         return sequences
     output.sequences = sequences
     return output
 
 
-def _generate_after(original: Callable[..., Any], model: nn.Module, arguments: dict[str, Any]) -> Any:
-    """After a prompt that was shortened, with the ids of what follows it alone."""
-    cache = arguments.get("past_key_values")
-    memory: Cached | None = getattr(cache, MEMORY, None)
-    if memory is None or arguments.get("pixel_values") is not None:
-        raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
-    arguments = _continued(base_of(model), arguments, memory)
-    delattr(cache, MEMORY)
-    try:
-        return original(model, **arguments)
-    finally:
-        _remember(cache, memory)
-
-
 def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """The mask that ``generate`` takes where none is given: padding is told by its id, unless that also ends a text."""
+    """Make the mask as ``generate`` does: padding is told by its id, unless that also ends a text."""
     config = arguments.get("generation_config") or model.generation_config
     pad = arguments.get("pad_token_id", config.pad_token_id)
     end = arguments.get("eos_token_id", config.eos_token_id)
@@ -308,24 +286,29 @@ def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     return ids.ne(pad).long()
 
 
-def _lengths(model: nn.Module, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
-    """``max_length`` and ``min_length``, which count the full prompt."""
+def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
+    """Return the arguments for ``max_length`` and ``min_length``, which count the full prompt where they are given.
+
+    In force is the length among the arguments; otherwise, unless a number of new tokens is asked for, that of the first
+    configuration that has one.
+    """
     given = arguments.get("generation_config")
+    configs = [config for config in (given, model.generation_config) if config is not None]
+    own = copy.deepcopy(given)
     changed: dict[str, Any] = {}
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if arguments.get(name) is not None:
-            changed[name] = max(0, arguments[name] - dropped)
+        value = arguments.get(name)
+        if value is not None:
+            changed[name] = max(0, value - dropped)
             continue
-        for config in (given, model.generation_config):
-            if (value := getattr(config, name, None)) is None:
-                continue
-            if value > 0 and not any(getattr(source, instead, None) for source in (given, model.generation_config)):
-                if config is given:
-                    changed["generation_config"] = changed.get("generation_config") or copy.deepcopy(given)
-                    setattr(changed["generation_config"], name, max(0, value - dropped))
-                elif arguments.get(instead) is None:
-                    changed[name] = max(0, value - dropped)
-            break
+        if arguments.get(instead) is not None or any(getattr(config, instead, None) for config in configs):
+            continue
+        value = next((length for config in configs if (length := getattr(config, name, None)) is not None), 0)
+        if value and getattr(given, name, None) is not None:
+            setattr(own, name, max(0, value - dropped))
+            changed["generation_config"] = own
+        elif value:
+            changed[name] = max(0, value - dropped)
     return changed
 
 
@@ -345,33 +328,24 @@ class _FullPrompt:
         self.streamer.end()
 
 
-# ---- what a cache remembers ----
-
-
 def _cache_of(output: Any) -> Any:
-    """The cache in what a model returned."""
+    """Find the cache in what a model returned."""
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
-def _remember(cache: Any, memory: Cached) -> None:
-    if cache is not None:
-        setattr(cache, MEMORY, memory)
-
-
-def _cached(cache: Any, ids: Tensor) -> Cached | None:
-    """What the cache holds of this prompt: a shortened one and what was generated after it, or all that is in it."""
+def _known(cache: Any, cached: ShortenedPrompt | None, ids: Tensor) -> ShortenedPrompt | None:
+    """Say what the cache holds of these ids: a prompt and what was generated after it, or all that is in it."""
     past = 0 if cache is None else cache.get_seq_length()
     if not past:
         return None
-    memory: Cached | None = getattr(cache, MEMORY, None)
-    if memory is None:
-        return Cached(ids[:, :past], Columns.all(ids[:, :past]), None)
-    known = memory.columns.total
-    after = past - memory.columns.index.shape[1]
-    if after < 0 or ids.shape[1] < known + after or not torch.equal(ids[:, :known], memory.ids):
+    if cached is None:
+        return ShortenedPrompt(ids[:, :past], Columns.all(ids[:, :past]), None, [])
+    start = cached.columns.total
+    after = past - cached.columns.index.shape[1]
+    if after < 0 or ids.shape[1] < start + after or not torch.equal(ids[:, :start], cached.ids):
         raise ValueError(
             "past_key_values must be the cache of this conversation: input_ids do not begin with the prompt that it "
             "was made for"
         )
-    return replace(memory, columns=memory.columns.then(Columns.all(ids[:, known : known + after])))
+    return replace(cached, columns=cached.columns.then(Columns.all(ids[:, start : start + after])))

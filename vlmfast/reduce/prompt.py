@@ -6,7 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,74 +14,80 @@ from torch import Tensor, nn
 
 from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
-from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage
 
-FILLS = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # what padding is in each
+FILLS = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # padding value of each input
 # what describes the columns of a prompt in a way that is not rewritten here
 REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position")
 
 
 @dataclass(frozen=True)
-class Cached:
-    """What a cache holds of a prompt that was shortened.
+class ShortenedPrompt:
+    """A prompt whose visual tokens were reduced: what its cache keeps of it, and reports are made of.
 
     Attributes:
         ids: (B, L) the full prompt.
-        columns: which of its columns are in the cache.
-        rope_deltas: (B, 1) from the length in the cache to the next position; None for models that count on.
+        columns: which of its columns the language model sees.
+        rope_deltas: (B, 1) from the end of the short prompt to the next position; None for models that count on.
+        samples: the images of each sample, without those that were in the cache before.
     """
 
     ids: Tensor
     columns: Columns
     rope_deltas: Tensor | None
-
-
-@dataclass(frozen=True)
-class ShortPrompt:
-    """A prompt after its visual tokens were reduced.
-
-    Attributes:
-        arguments: those of the call, shortened, without the vision inputs.
-        vision: the vision inputs, as they were.
-        samples: the images of each sample, those in the cache left out.
-        cached: what a cache has to remember of it.
-    """
-
-    arguments: dict[str, Any]
-    vision: dict[str, Any]
     samples: list[list[ReducedImage]]
-    cached: Cached
 
     @property
     def images(self) -> list[ReducedImage]:
         """All images, in the order of their placeholders."""
         return [image for sample in self.samples for image in sample]
 
+    def detach(self) -> ShortenedPrompt:
+        """Return it without gradients."""
+        return replace(self, samples=[[image.detach() for image in sample] for sample in self.samples])
+
+    def repeat(self, times: int) -> ShortenedPrompt:
+        """Return it with each sample so many times."""
+        if times == 1:
+            return self
+        return self.select(torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times))
+
+    def select(self, samples: Tensor) -> ShortenedPrompt:
+        """Return the prompt of these samples."""
+        samples = samples.to(self.ids.device)
+        deltas = None if self.rope_deltas is None else self.rope_deltas[samples.to(self.rope_deltas.device)]
+        images = [self.samples[number] for number in samples.tolist()]
+        return ShortenedPrompt(self.ids[samples], self.columns.select(samples), deltas, images)
+
 
 def base_of(model: nn.Module) -> Any:
-    """The model without its head, which encodes images and places them."""
+    """Return the model without its head, which encodes images and places them."""
     return model.base_model
 
 
 def named(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Those of the arguments that have one of the names and are given."""
+    """Return those of the arguments that have one of the names and are given."""
     return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """The names of its parameters, those of its own signature alone."""
+    """Return the names of the parameters of its own signature."""
     return [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
 
 
-def takes_features(model_class: type[Any]) -> bool:
+def takes_features(base_class: type[Any]) -> bool:
     """Tell whether these models take images that are encoded already, as ``mm_encoder_outputs``."""
-    return "mm_encoder_outputs" in inspect.signature(model_class.forward).parameters
+    return "mm_encoder_outputs" in inspect.signature(base_class.forward).parameters
 
 
 def shorten(
-    model: nn.Module, reducer: Reducer, method: Method, arguments: Mapping[str, Any], cached: Cached | None = None
-) -> ShortPrompt:
+    model: nn.Module,
+    reducer: Reducer,
+    method: Method,
+    arguments: Mapping[str, Any],
+    cached: ShortenedPrompt | None = None,
+) -> tuple[ShortenedPrompt, dict[str, Any]]:
     """Encode and reduce the images, and rewrite the prompt.
 
     Args:
@@ -90,6 +96,10 @@ def shorten(
         method: how visual tokens are reduced.
         arguments: those of ``forward`` or ``generate``, by name, with ``input_ids`` of the full prompt.
         cached: what the cache among them holds, or None where it is empty.
+
+    Returns:
+        The prompt, and the arguments with which the model sees it short: without the vision inputs, and where there are
+        images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
     """
     _check(model, arguments)
     base = base_of(model)
@@ -112,7 +122,14 @@ def shorten(
     short = {name: value for name, value in arguments.items() if name not in names}
     short["input_ids"] = columns.take(ids, _padding(model))
     for name, rows in named(short, FILLS).items():
-        short[name] = columns.take(rows, FILLS[name])
+        missing = ids.shape[1] - rows.shape[1]
+        if missing and (missing < 0 or cached is None or any(samples)):
+            raise ValueError(
+                f"{name} must have the shape of input_ids, {tuple(ids.shape)}, where visual tokens are reduced, got "
+                f"{tuple(rows.shape)}"
+            )
+        # those of the first turn may be given again: what follows its images is text
+        short[name] = columns.take(nn.functional.pad(rows, (0, missing), value=FILLS[name]), FILLS[name])
     mask = columns.take(full_mask, 0)
     if given is not None or not bool(mask.all()):
         short["attention_mask"] = mask
@@ -121,15 +138,22 @@ def shorten(
         positions, deltas = _positions(base, arguments, (full_mask, mask), columns, cached)
         if positions is not None:
             short["position_ids"] = positions
-    if deltas is not None:
-        base.rope_deltas = deltas
-    return ShortPrompt(short, vision, samples, Cached(ids, columns, deltas))
+    prompt = ShortenedPrompt(ids, columns, deltas, samples)
+    if any(samples):
+        short["mm_encoder_outputs"] = prompt
+        if takes_features(type(base)):
+            short["mm_encoder_outputs"] = {"image": image_output(base, reducer, samples)}
+            if short.get("pixel_values_videos") is not None:
+                video = named({**vision, **short}, parameters(type(base).get_video_features))
+                short["mm_encoder_outputs"]["video"] = base.get_video_features(**video, return_dict=True)
+                del short["pixel_values_videos"]
+    return prompt, short
 
 
 def _encode(
     base: Any, reducer: Reducer, method: Method, vision: Mapping[str, Any], cached: list[int], new: list[int]
 ) -> list[list[ReducedImage]]:
-    """The images of each sample, from the numbers of placeholders that it has in the cache and after that."""
+    """Encode the images of each sample, given its numbers of placeholders in the cache and after that."""
     if "pixel_values" not in vision or (any(cached) and not any(new)):
         return [[] for _ in new]  # what is in the cache is not encoded again
     if not any((*cached, *new)):
@@ -164,12 +188,12 @@ def _check(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
-    if arguments.get("pixel_values_videos") is not None and not takes_features(type(model)):
+    if arguments.get("pixel_values_videos") is not None and not takes_features(type(base_of(model))):
         raise ValueError("pixel_values_videos beside reduced images needs a transformers with mm_encoder_outputs")
 
 
 def _padding(model: Any) -> int:
-    """A token id to pad with, which is never that of a placeholder."""
+    """Return a token id to pad with, which is never that of a placeholder."""
     image: int = model.config.image_token_id
     configs = getattr(model, "generation_config", None), model.config.get_text_config()
     choices = (getattr(config, "pad_token_id", None) for config in configs)
@@ -177,9 +201,13 @@ def _padding(model: Any) -> int:
 
 
 def _positions(
-    base: Any, arguments: Mapping[str, Any], masks: tuple[Tensor, Tensor], columns: Columns, cached: Cached | None
+    base: Any,
+    arguments: Mapping[str, Any],
+    masks: tuple[Tensor, Tensor],
+    columns: Columns,
+    cached: ShortenedPrompt | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The positions of the short prompt, or None where the model counts them itself; and its ``rope_deltas``.
+    """Return the positions of the short prompt, or None where the model counts them itself, and its ``rope_deltas``.
 
     With M-RoPE a token stays where it was in the full prompt, and what follows the prompt goes on from there. In other
     models the tokens that are left are numbered anew.
@@ -191,9 +219,8 @@ def _positions(
     names = parameters(type(base).get_rope_index)
     if given is not None:
         rows = columns.take(given, 0)
-        if (
-            given.dim() == 3 and given.shape[0] == 4
-        ):  # the first row numbers the text alone: transformers tells packed samples by its gaps
+        if given.dim() == 3 and given.shape[0] == 4:
+            # the first row numbers the text alone: transformers tells packed samples by its gaps
             rows[0] = without_gaps(given[0], columns)
         return rows, None if cached is None else cached.rope_deltas
     if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
@@ -205,8 +232,8 @@ def _positions(
     return torch.cat([text[None], columns.take(found, 0)]), deltas
 
 
-def features(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
-    """What ``get_image_features`` of the base model returns, for reduced images, each sample so many times."""
+def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
+    """Return reduced images as ``get_image_features`` of the base model does, each sample so many times."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     images = [image for sample in samples for _ in range(times) for image in sample]
@@ -224,6 +251,6 @@ def features(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], tim
 
 
 def _blocks(rows: list[Tensor]) -> Tensor:
-    """Images of several sizes as one tensor of blocks of one size, none of which belongs to two images."""
+    """Cut images of several sizes into blocks of one size, none of which belongs to two images, as one tensor."""
     size = max(1, math.gcd(*(row.shape[0] for row in rows)))
     return torch.cat(rows).view(-1, size, rows[0].shape[1])

@@ -7,8 +7,11 @@ otherwise the attention that a token gets from all tokens of its image.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.ops.attention_scores import cls_attention, received_attention
-from vlmfast.reduce.methods import Selection, VisualTokens
+from vlmfast.reduce.tokens import Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,24 @@ class EncodedImages:
         """(B, N, D): the keys of the patches, averaged over the heads."""
         return self.key[:, int(self.has_cls) :].mean(2)
 
-    def visual_tokens(self) -> VisualTokens:
-        """What a method may ask, for towers each of whose patches is a visual token."""
+    @property
+    def side(self) -> int:
+        """The patches along a side of an image, which is square."""
+        return math.isqrt(self.patches.shape[1])
+
+    def visual_tokens(self, features: Callable[[], Tensor], has_cls: bool) -> VisualTokens:
+        """Describe the patches for a method, where each is a visual token; ``features`` gives them projected."""
         batch, count, _ = self.patches.shape
-        return VisualTokens(batch, count, self.hidden.device, self.has_cls, self.scores, self.metric)
+        return VisualTokens(
+            batch=batch,
+            count=count,
+            device=self.hidden.device,
+            has_cls=has_cls,
+            grid=(1, self.side, self.side),
+            scores=self.scores,
+            metric=self.metric,
+            features=lambda: features().detach(),
+        )
 
     def reduce(self, selection: Selection) -> Tensor:
         """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept."""
@@ -93,45 +110,60 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
     with_cls = has_cls(tower)
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str, rows: slice) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen[name] = output[:, rows].detach().view(*output[:, rows].shape[:2], heads, -1)
+    def keep_query(_: Any, output: Tensor) -> None:
+        rows = output[:, :1] if with_cls else output
+        seen["query"] = rows.detach().view(*rows.shape[:2], heads, -1)
 
-        return hook
+    def keep_key(_: Any, output: Tensor) -> None:
+        seen["key"] = output.detach().view(*output.shape[:2], heads, -1)
 
-    projections = {"query": "q", "key": "k"}
-    hooks = []
-    try:
-        for name, letter in projections.items():
-            # InternVL normalises what it projects; without that its modules are identities
-            module = getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
-            rows = slice(1) if with_cls and name == "query" else slice(None)
-            hooks.append(module.register_forward_hook(keep(name, rows)))
-        # an older transformers takes a list for something else
-        capturing = sys.modules.get("transformers.utils.output_capturing")
-        states = wanted if hasattr(capturing, "select_hidden_states") else True
+    def projection(letter: str) -> Any:
+        # InternVL normalises what it projects; without that its modules are identities
+        return getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
+
+    # an older transformers takes a list for something else
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    states = wanted if hasattr(capturing, "select_hidden_states") else True
+    with hooked([(projection("q"), keep_query), (projection("k"), keep_key)]):
         output = tower(pixel_values, output_hidden_states=states, return_dict=True, **inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     features = [output.hidden_states[index] for index in wanted]
     hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
     return EncodedImages(output, hidden, seen["query"], seen["key"], attention.scale, with_cls)  # type: ignore[arg-type]
 
 
+@contextmanager
+def hooked(watched: Sequence[tuple[nn.Module, Callable[[dict[str, Any], Any], None]]]) -> Iterator[None]:
+    """Hand the keyword arguments and the output of each module to its function, for calls in this thread alone."""
+    thread = threading.get_ident()
+
+    def hook_of(see: Callable[[dict[str, Any], Any], None]) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if threading.get_ident() == thread:
+                see(kwargs, output)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_of(see), with_kwargs=True) for module, see in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
-    """An argument of the model's ``get_image_features``, or where it is not given what the configuration says."""
+    """Return an argument of the model's ``get_image_features`` if it is given, else the configuration's value."""
     value = inputs.get(name)
     return getattr(model.config, name) if value is None else value
 
 
 def has_cls(tower: nn.Module) -> bool:
-    """Whether the tower puts a CLS token in front of the patches."""
+    """Tell whether the tower puts a CLS token in front of the patches."""
     return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
 
 
 def _attention(tower: nn.Module, wanted: list[int]) -> nn.Module:
-    """The attention of the last layer that one of these hidden states comes out of."""
+    """Find the attention of the last layer that one of these hidden states comes out of."""
     encoder = getattr(tower, "encoder", None)
     layers = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
     if not isinstance(layers, nn.ModuleList):

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfast.reduce.crops import reduce_next, reduce_onevision
-from vlmfast.reduce.images import ReducedImage
-from vlmfast.reduce.llava import reduce_images
+from vlmfast.reduce.families import internvl, llava, llava_next, qwen
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.qwen import reduce_qwen
-from vlmfast.reduce.shuffled import reduce_tiles
+from vlmfast.reduce.reduced_image import ReducedImage
 
 
 @dataclass(frozen=True)
@@ -28,19 +25,19 @@ class Reducer:
     one_tensor: bool = False
 
 
-QWEN, LLAVA_NEXT = Reducer(reduce_qwen), Reducer(reduce_next)
+QWEN, LLAVA_NEXT = Reducer(qwen.reduce), Reducer(llava_next.reduce_next)
 
 REDUCERS: Mapping[str, Reducer] = {
-    "internvl": Reducer(reduce_tiles, one_tensor=True),
-    "llava": Reducer(reduce_images),
+    "internvl": Reducer(internvl.reduce, one_tensor=True),
+    "llava": Reducer(llava.reduce),
     "llava_next": LLAVA_NEXT,
     "llava_next_video": LLAVA_NEXT,
-    "llava_onevision": Reducer(reduce_onevision),
+    "llava_onevision": Reducer(llava_next.reduce_onevision),
     "qwen2_5_vl": QWEN,
     "qwen2_vl": QWEN,
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
-    "vipllava": Reducer(reduce_images, one_tensor=True),
+    "vipllava": Reducer(llava.reduce, one_tensor=True),
 }

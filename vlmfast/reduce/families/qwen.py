@@ -8,6 +8,7 @@ tower runs once, its attention as configured: hooks keep what the block projects
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.ops.attention_scores import received_attention
-from vlmfast.reduce.images import ReducedImage
-from vlmfast.reduce.methods import Method, Selection, VisualTokens
-
-Grid = tuple[int, int, int]  # frames, rows and columns of visual tokens
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.tokens import Grid, VisualTokens
+from vlmfast.reduce.towers import hooked
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BlockAttention:
 
     Attributes:
         query: (T, H, D), rotated, without a gradient.
-        key: (T, H, D), likewise.
+        key: (T, H, D), rotated, without a gradient.
         cu_seqlens: (S + 1,) int32, where each segment begins: an image, or a frame of a video.
         scale: the factor of its logits.
         group: how many consecutive patches become one visual token.
@@ -59,7 +60,7 @@ class BlockAttention:
         return rows if self.order is None else torch.empty_like(rows).index_copy(0, self.order, rows)
 
 
-def reduce_qwen(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
     """Encode the images and reduce their visual tokens, those of images of one size at once.
 
     A merged token takes the place of its target. The order stays that of the raster.
@@ -79,31 +80,33 @@ def reduce_qwen(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> l
     side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
     levels, attention = _encode(base, inputs, grids)
-    counts = [frames * rows * columns for frames, rows, columns in grids]
+    counts = [math.prod(grid) for grid in grids]
     images: dict[int, ReducedImage] = {}
-    for count in dict.fromkeys(counts):
-        members = [number for number, size in enumerate(counts) if size == count]
+    for grid in dict.fromkeys(grids):
+        members = [number for number, other in enumerate(grids) if other == grid]
         stack = functools.partial(_stack, counts, members)
-        selection = method.select(_visual_tokens(attention, stack, len(members), count))
-        reduced = _reduced(selection, [stack(level) for level in levels], [grids[number] for number in members])
-        images |= zip(members, reduced, strict=True)
+        features = [stack(level) for level in levels]
+        selection = method.select(_visual_tokens(attention, stack, features[0], grid))
+        rows = [selection.apply(level) for level in features]
+        images |= zip(members, cut(selection, rows, grid, math.prod(grid)), strict=True)
     return [images[number] for number in range(len(grids))]
 
 
 def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tuple[list[Tensor], BlockAttention]:
-    """Run the tower: the features and DeepStack's, (N, D) over all images in raster order, and the last attention."""
+    """Run the tower.
+
+    Returns:
+        The features and DeepStack's, (N, D) over all images in raster order, and what the last block attends with.
+    """
     tower = base.visual
     attention = tower.blocks[-1].attn
     seen: dict[str, Any] = {}
-    hooks = [
-        attention.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True),
-        attention.qkv.register_forward_hook(lambda _, __, output: seen.update(qkv=output.detach())),
+    watched = [
+        (attention, lambda kwargs, _: seen.update(kwargs)),
+        (attention.qkv, lambda _, output: seen.update(qkv=output.detach())),
     ]
-    try:
+    with hooked(watched):
         output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if "qkv" not in seen:
         raise RuntimeError("the vision tower passed its hooks by: reduce tokens with a tower that is not compiled")
 
@@ -125,7 +128,7 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
 
 
 def window_order(grids: Sequence[Grid], window: int) -> Tensor:
-    """The raster positions of visual tokens in the order of Qwen2.5-VL's encoder: window by window in each frame.
+    """Return the raster positions of visual tokens in the order of Qwen2.5-VL's encoder: window by window in a frame.
 
     Args:
         grids: of each image.
@@ -151,34 +154,15 @@ def _stack(counts: list[int], members: list[int], rows: Tensor) -> Tensor:
 
 
 def _visual_tokens(
-    attention: BlockAttention, stack: Callable[[Tensor], Tensor], batch: int, count: int
+    attention: BlockAttention, stack: Callable[[Tensor], Tensor], features: Tensor, grid: Grid
 ) -> VisualTokens:
-    device = attention.key.device
-    return VisualTokens(batch, count, device, False, lambda: stack(attention.scores), lambda: stack(attention.metric))
-
-
-def _reduced(selection: Selection, features: Sequence[Tensor], grids: Sequence[Grid]) -> list[ReducedImage]:
-    """The images of one size, (B, N, D) at each level."""
-    positions = selection.positions()
-    columns, order = positions.sort(1)
-    levels = [selection.apply(level).take_along_dim(order[..., None], 1) for level in features]
-    kept, merged = torch.split(positions, [selection.kept.shape[1], selection.contextual], 1)
-    total = selection.slots.shape[1]
-    return [
-        ReducedImage(
-            features=levels[0][number],
-            columns=columns[number],
-            total=total,
-            levels=tuple(level[number] for level in levels[1:]),
-            grid=grid[1:],
-            kept=_by_frame(kept[number], grid),
-            merged=_by_frame(merged[number], grid),
-        )
-        for number, grid in enumerate(grids)
-    ]
-
-
-def _by_frame(positions: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    frames, rows, columns = grid
-    area = rows * columns
-    return tuple(positions[positions // area == frame] % area for frame in range(frames))
+    return VisualTokens(
+        batch=features.shape[0],
+        count=features.shape[1],
+        device=features.device,
+        has_cls=False,
+        grid=grid,
+        scores=lambda: stack(attention.scores),
+        metric=lambda: stack(attention.metric),
+        features=features.detach,
+    )

@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmfast.reduce.images import ReducedImage
-from vlmfast.reduce.methods import Method, VisualTokens
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.tokens import VisualTokens
 from vlmfast.reduce.towers import encode, setting
 
 
-def reduce_tiles(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
-    """The tiles of InternVL, each with a budget of its own and each as an image: their order is that of the prompt, and
-    the model is not told which tiles make up an image. The frames of a video are tiles as well.
+def reduce(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+    """Encode the tiles and reduce each with a budget of its own.
+
+    Each tile counts as an image: their order is that of the prompt, and the model is not told which tiles make up an
+    image. The frames of a video are tiles as well.
 
     A token's score and metric are the means over its patches, of the attention that the CLS token pays to them and of
     their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
@@ -30,8 +33,7 @@ def reduce_tiles(model: nn.Module, inputs: Mapping[str, Any], method: Method) ->
             f"'default', got {setting(model, inputs, 'vision_feature_select_strategy')!r}"
         )
     states = encoded.output.last_hidden_state if layer == -1 else encoded.hidden  # the last one may be normalised
-    count = states.shape[1] - 1
-    side = int(count**0.5)
+    side = encoded.side
 
     def shuffle(patches: Tensor) -> Tensor:
         """(B, patches, M) -> (B, tokens, patches of a token * M)."""
@@ -41,29 +43,22 @@ def reduce_tiles(model: nn.Module, inputs: Mapping[str, Any], method: Method) ->
 
     def metric() -> Tensor:
         keys = encoded.metric()
-        return shuffle(keys).view(batch, tokens, -1, keys.shape[2]).mean(2)
+        return shuffle(keys).view(batch, count, -1, keys.shape[2]).mean(2)
 
+    project: Any = model.multi_modal_projector
     hidden = shuffle(states[:, 1:])
-    batch, tokens, _ = hidden.shape
-    described = VisualTokens(
-        batch, tokens, hidden.device, False, lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2), metric
+    batch, count, _ = hidden.shape
+    grid = (1, *(round(side * config.downsample_ratio),) * 2)
+    tokens = VisualTokens(
+        batch=batch,
+        count=count,
+        device=hidden.device,
+        has_cls=False,
+        grid=grid,
+        scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
+        metric=metric,
+        features=lambda: project(hidden).detach(),
     )
-    selection = method.select(described)
-    features = model.multi_modal_projector(selection.apply(hidden))  # type: ignore[operator]
+    selection = method.select(tokens)
     # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were
-    places = selection.positions().to(features.device)  # the tower may be on another one
-    columns, order = places.sort(1)
-    chosen = selection.kept.shape[1]
-    shape = (round(side * config.downsample_ratio),) * 2
-    return [
-        ReducedImage(
-            features=features[tile][order[tile]],
-            columns=columns[tile],
-            total=tokens,
-            levels=(),
-            grid=shape,
-            kept=(places[tile, :chosen],),
-            merged=(places[tile, chosen:],),
-        )
-        for tile in range(batch)
-    ]
+    return cut(selection, [project(selection.apply(hidden))], grid, count)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from vlmfast.reduce.images import ReducedImage
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.towers import encode, setting
 
 
-def reduce_images(base: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
     """Encode all images at once, reduce what the projector gets, and project what is left.
 
     Where the tower has a CLS token that the model does not use (``vision_feature_select_strategy="default"``), a method
@@ -26,22 +23,18 @@ def reduce_images(base: Any, inputs: Mapping[str, Any], method: Method) -> list[
     layer = setting(base, inputs, name)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     uses_first = inputs.get("vision_feature_select_strategy", strategy) != "default"
-    images = encode(base.vision_tower, inputs["pixel_values"], layer)
-    if not images.has_cls and not uses_first:
+    encoded = encode(base.vision_tower, inputs["pixel_values"], layer)
+    if not encoded.has_cls and not uses_first:
         raise ValueError(
             'vision_feature_select_strategy must be "full", got "default", which leaves out a CLS token: the vision '
             "tower has none"
         )
-    selection = method.select(images.visual_tokens())
-    if uses_first and images.has_cls:
+    project = base.multi_modal_projector
+    tokens = encoded.visual_tokens(lambda: project(encoded.patches), encoded.has_cls)
+    selection = method.select(tokens)
+    if uses_first and encoded.has_cls:
         selection = replace(selection, keep_cls=True)
-    rows = base.multi_modal_projector(images.reduce(selection))
-    total = images.hidden.shape[1] if uses_first else images.patches.shape[1]
-    side = math.isqrt(images.patches.shape[1])
-    merged = selection.positions()[:, selection.kept.shape[1] :]
+    total = (encoded.hidden if uses_first else encoded.patches).shape[1]
     # the positions of these models are counted anew, so that only the number of columns matters
-    columns = torch.arange(rows.shape[1], device=rows.device)
-    return [
-        ReducedImage(row, columns, total, (), (side, side), (kept,), (targets,))
-        for row, kept, targets in zip(rows, selection.kept, merged, strict=True)
-    ]
+    rows = project(encoded.reduce(selection))
+    return cut(selection, [rows], (1, encoded.side, encoded.side), total, in_raster_order=False)

@@ -1,0 +1,171 @@
+"""What a cache keeps of a shortened prompt, and that neither threads nor turns mix prompts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import vlmfast
+from tests.helpers.reduce_models import METHODS, WORD, Talk
+from vlmfast.reduce import EvenTokens
+from vlmfast.reduce.caches import keep, kept_by, lent, release
+
+METHOD = METHODS[0]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(WORD))}
+OPTIONS |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+
+
+def answer(talk: Talk, inputs: dict[str, Any], **more: Any) -> tuple[Any, Tensor]:
+    """What generate returns, and its logits (B, steps, V)."""
+    output = talk.model.generate(**inputs, **OPTIONS, **more)
+    return output, torch.stack(output.logits, 1)
+
+
+def prefilled(talk: Talk, inputs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return talk.model(**inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
+
+
+def second_turn(talk: Talk, output: Any) -> dict[str, Any]:
+    ids = torch.cat([output.sequences, torch.full((len(output.sequences), 2), 12)], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_one_picture_and_a_batch_of_questions(model_type: str):
+    talk = Talk.of(model_type)
+    questions = [(10, 0, 20, 21, 22), (10, 0, 23, 24, 25)]
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        want = answer(talk, talk.batch(*questions))[1]
+        cache = prefilled(talk, talk.batch((10, 0)))
+        cache.batch_repeat_interleave(2)
+        inputs = talk.batch(*questions)
+        for name in talk.pictures[0]:
+            del inputs[name]
+        got = answer(talk, inputs, past_key_values=cache)[1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_cache_are_rows_of_its_prompt():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        cache = prefilled(talk, talk.batch((10, 0), (11, 1), (12, 2)))
+        prompt = kept_by(cache)
+        assert isinstance(cache, DynamicCache)
+        assert type(cache).__name__ == "DynamicCache"
+        for change, rows in ((cache.batch_select_indices, [2, 0]), (cache.reorder_cache, [1, 0])):
+            change(torch.tensor(rows))
+            assert torch.equal(kept_by(cache).ids, prompt.ids[rows])
+            assert torch.equal(kept_by(cache).columns.index, prompt.columns.index[rows])
+            assert kept_by(cache).samples == [prompt.samples[row] for row in rows]
+            prompt = kept_by(cache)
+        cache.reset()
+        assert kept_by(cache) is None
+        assert type(cache) is DynamicCache
+
+
+def test_copies_and_pickles_keep_the_prompt():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        output, _ = answer(talk, talk.batch((10, 0, 11)))
+        cache, turn = output.past_key_values, second_turn(talk, output)
+        copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+        want = answer(talk, turn, past_key_values=cache)[1]
+        for other in copies:
+            assert torch.equal(kept_by(other).ids, talk.batch((10, 0, 11))["input_ids"])
+            assert torch.equal(answer(talk, turn, past_key_values=other)[1], want)
+
+
+def test_a_model_without_the_patch_cannot_go_on():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        output, _ = answer(talk, talk.batch((10, 0, 11)))
+    with pytest.raises(RuntimeError, match="visual tokens were reduced: only a model patched with reduce"):
+        answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
+    # the patch may come back
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
+
+
+def test_a_cache_that_was_lent_keeps_its_prompt_after_an_error():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        output, _ = answer(talk, talk.batch((10, 0, 11)))
+        cache = output.past_key_values
+        prompt = kept_by(cache)
+        with pytest.raises(ValueError, match="input_ids do not begin with the prompt"):
+            answer(talk, talk.batch((20, 21, 22)) | {"pixel_values": None}, past_key_values=cache)
+        assert kept_by(cache) is prompt
+        with lent(cache) as held:
+            assert held is prompt
+            assert kept_by(cache) is None
+        assert release(cache) is prompt
+        assert release(cache) is None
+        keep(None, prompt)
+
+
+@pytest.mark.parametrize("name", ["mm_token_type_ids", "labels"])
+def test_inputs_of_the_first_turn_in_the_second(name: str):
+    talk = Talk.of("qwen2_5_vl")
+    first = talk.batch((10, 0, 11))
+    if name not in first:
+        first[name] = first["input_ids"].clone()
+    want = None
+    for reduce in (None, EvenTokens(1.0)):
+        with vlmfast.patch(talk.model, reduce=reduce):
+            output, _ = answer(talk, talk.batch((10, 0, 11)))
+            turn = second_turn(talk, output) | {"image_grid_thw": first["image_grid_thw"], name: first[name]}
+            got = answer(talk, turn, past_key_values=output.past_key_values)[0].sequences
+        want = got if want is None else want
+    assert torch.equal(got, want)
+    with vlmfast.patch(talk.model, reduce=METHOD), pytest.raises(ValueError, match=f"{name} must have the shape"):
+        talk.model(**{**talk.batch((10, 0, 11, 12)), name: first[name]})
+
+
+def test_threads_do_not_mix_pictures():
+    """One is paused in its vision tower, behind the layer that is scored, while another one runs."""
+    talk = Talk.of("llava")
+    mine, other = talk.batch((10, 0, 11)), talk.batch((10, 1, 11))
+    layers = talk.model.model.vision_tower.encoder.layers
+    inside, done = threading.Event(), threading.Event()
+    found: list[Any] = []
+    with vlmfast.patch(talk.model, reduce=METHOD) as patch:
+        want = answer(talk, mine)[1]
+        kept = patch.images[0].kept[0]
+        thread = threading.Thread(target=lambda: found.append(answer(talk, mine)))
+
+        def pause(*_: Any) -> None:
+            if threading.current_thread() is thread:
+                inside.set()
+                assert done.wait(60)
+
+        hook = layers[-1].register_forward_pre_hook(pause)
+        thread.start()
+        assert inside.wait(60)
+        assert not torch.equal(answer(talk, other)[1], want)
+        done.set()
+        thread.join()
+        hook.remove()
+    ((output, logits),) = found
+    assert torch.equal(logits, want)
+    assert torch.equal(kept_by(output.past_key_values).images[0].kept[0], kept)
+
+
+def test_a_masked_image_behind_the_text_changes_nothing():
+    """As trainers add to a batch of text, so that every process runs the tower."""
+    talk = Talk.of("llava")
+    inputs = talk.batch((10, 11, 12, 0), (13, 14), side="right")
+    inputs["attention_mask"] = torch.zeros_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :3] = inputs["attention_mask"][1, :2] = 1
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        want = talk.model(**inputs, labels=labels).loss
+        with vlmfast.patch(talk.model, reduce=METHOD):
+            torch.testing.assert_close(talk.model(**inputs, labels=labels).loss, want)

@@ -1,0 +1,151 @@
+"""What methods may ask and answer, and that a new one is one file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmfast
+from tests.helpers.reduce_models import EACH_TYPE, Talk
+from vlmfast.reduce import EvenTokens, Method, Selection, VisionZip, VisualTokens
+from vlmfast.reduce.families import REDUCERS
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Spy(EvenTokens):
+    """Tells what it was asked."""
+
+    asked: list[VisualTokens] = field(default_factory=list)
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        self.asked.append(tokens)
+        return super().choose(tokens, k)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_features_are_what_the_language_model_gets_of_all_tokens(model_type: str):
+    talk = Talk.of(model_type)
+    spy = Spy(1.0)
+    base = talk.model.base_model
+    (image,) = REDUCERS[model_type].reduce(base, talk.vision(1), spy)
+    whole = base.get_image_features(**talk.vision(1), return_dict=True).pooler_output
+    (tokens,) = spy.asked
+    frames, rows, columns = tokens.grid
+    assert tokens.count == frames * rows * columns
+    assert (rows, columns) == image.grid
+    assert tokens.features().shape[:2] == (tokens.batch, tokens.count)
+    assert not tokens.features().requires_grad
+    torch.testing.assert_close(tokens.features()[0], whole[0][: tokens.count])  # of crops, the overview is the first
+    assert tokens.features() is tokens.features()
+    assert tokens.scores().shape == (tokens.batch, tokens.count)
+
+
+class Scored(Method):
+    """A method as users have written them: a budget and scores."""
+
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
+        return 4, 0
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.scores()
+
+
+class WithCls(Scored):
+    def score(self, tokens: VisualTokens) -> Tensor:
+        scores = tokens.scores()
+        return torch.cat([scores.new_full((len(scores), 1), -1.0), scores], 1)
+
+
+class TooMany(Scored):
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        return super().choose(tokens, k + 1)
+
+
+@torch.no_grad()
+def test_budget_and_score_are_a_method_and_wrong_answers_are_refused():
+    talk = Talk.of("llava")
+    base, vision = talk.model.base_model, talk.vision(0, 1)
+    reduce = REDUCERS["llava"].reduce
+    for image, want in zip(reduce(base, vision, Scored()), reduce(base, vision, VisionZip(5, 0)), strict=True):
+        assert torch.equal(image.kept[0], want.kept[0])
+    with pytest.raises(ValueError, match=r"score of .* must be of the shape \(B, N\) = \(2, 16\), got \(2, 17\)"):
+        reduce(base, vision, WithCls())
+    with pytest.raises(ValueError, match=r"choose of .* must return \(2, 4\), got \(2, 5\)"):
+        reduce(base, vision, TooMany())
+
+
+def test_what_merges_says_how():
+    tokens: dict[str, Any] = dict.fromkeys(("scores", "metric", "features"), lambda: torch.rand(1, 6))
+    tokens |= {"batch": 1, "count": 6, "device": torch.device("cpu"), "has_cls": True, "grid": (1, 2, 3)}
+    tokens["metric"] = lambda: torch.rand(1, 6, 4)
+    found: Selection = VisionZip(3, 2, merge="mean").select(VisualTokens(**tokens))
+    assert (found.merge, found.keep_cls, found.rows) == ("mean", True, 4)
+    found = EvenTokens(3).select(VisualTokens(**tokens))
+    assert (found.keep_cls, found.kept.tolist()) == (False, [[0, 2, 4]])
+
+
+@pytest.mark.parametrize("method", [EvenTokens(0.01), VisionZip(0.1, 0.05), vlmfast.RandomTokens(0.9)], ids=str)
+def test_a_share_of_a_small_image_is_a_token(method: Method):
+    """Rounded down it would be none, and the image would be left out."""
+    assert method.budget(1, False) == (1, 0)
+    assert type(method)(*[0] * len(type(method).required())).budget(1, False) == (0, 0)
+
+
+HEAD = """
+from dataclasses import dataclass
+
+import torch
+
+from vlmfast.reduce.methods.method import PruningMethod
+
+
+"""
+USE = """
+import vlmfast
+from scripts import make_docs
+from vlmfast import demo_reduce
+assert demo_reduce.parse_method("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
+assert "Farthest" in vlmfast.__all__ and "Farthest" in vlmfast.reduce.__all__
+assert "farthest:KEEP" in demo_reduce.usage()
+assert "| `Farthest(keep)` | Tokens that are unlike each other. |" in make_docs.methods()
+"""
+
+
+def test_a_new_method_is_one_file(tmp_path: Path):
+    """In a copy of the tree, the example of the docs has public names, a name to type, a row in the docs, and tests."""
+    shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.name != "vlmfast" and not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    page = (ROOT / "docs" / "token_reduction.md").read_text()
+    example = page[page.index("@dataclass") : page.index("\npatched = vlmfast.patch(model, reduce=Farthest")]
+    example = example.replace("(vlmfast.reduce.PruningMethod)", '(PruningMethod, name="farthest")')
+    (tmp_path / "vlmfast" / "reduce" / "methods" / "farthest.py").write_text(HEAD + example)
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("-c", USE)
+    chosen = ("tests/reduce/test_prompt.py", "-k", "by_hand and Farthest and llava-")
+    assert "2 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)

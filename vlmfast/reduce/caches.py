@@ -1,0 +1,99 @@
+"""A cache that keeps the shortened prompt it holds, so that the next turn may be given the full ids again.
+
+It does so as a subclass of its own class, which has the same name. Copies of it keep the prompt as well, and whoever
+repeats or selects rows of it does so to the prompt. A model that is not patched cannot go on from it: it would count
+columns that are not there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlmfast.reduce.prompt import ShortenedPrompt
+
+
+class KeepsPrompt:
+    """First base of the class of a cache that keeps a prompt; the second one is its own class."""
+
+    original_class: ClassVar[type]
+    shortened_prompt: ShortenedPrompt
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: `lent` takes the prompt off while a patched model runs."""
+        raise RuntimeError(
+            "past_key_values holds a prompt whose visual tokens were reduced: only a model patched with reduce=... can "
+            "continue it"
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, of the prompt as well."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.shortened_prompt = self.shortened_prompt.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows, of the prompt as well."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.shortened_prompt = self.shortened_prompt.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, of the prompt as well."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.shortened_prompt = self.shortened_prompt.select(beam_idx)
+
+    def reset(self) -> None:
+        """Forget the prompt as well."""
+        super().reset()  # type: ignore[misc]
+        release(self)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the original class, as nobody could import this one."""
+        return _restored, (self.original_class,), vars(self)
+
+
+@functools.cache
+def _keeping(cls: Any) -> Any:
+    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls}
+    return type(cls.__name__, (KeepsPrompt, cls), passing)
+
+
+def _restored(cls: type) -> Any:
+    keeping = _keeping(cls)
+    return keeping.__new__(keeping)
+
+
+def kept_by(cache: Any) -> ShortenedPrompt | None:
+    """Return the prompt that the cache keeps."""
+    return getattr(cache, "shortened_prompt", None)
+
+
+def keep(cache: Any, prompt: ShortenedPrompt) -> None:
+    """Have the cache, if there is one, keep the prompt."""
+    if cache is not None:
+        if not isinstance(cache, KeepsPrompt):
+            cache.__class__ = _keeping(cache.__class__)
+        cache.shortened_prompt = prompt
+
+
+def release(cache: Any) -> ShortenedPrompt | None:
+    """Make the cache as it was before it kept a prompt, and return the prompt."""
+    if not isinstance(cache, KeepsPrompt):
+        return None
+    cache.__class__ = cache.original_class
+    prompt: ShortenedPrompt = vars(cache).pop("shortened_prompt")
+    return prompt
+
+
+@contextmanager
+def lent(cache: Any) -> Iterator[ShortenedPrompt | None]:
+    """Release the cache for a block, after which it keeps the prompt again unless it was given another one."""
+    prompt = release(cache)
+    try:
+        yield prompt
+    finally:
+        if prompt is not None and kept_by(cache) is None:
+            keep(cache, prompt)

@@ -1,0 +1,14 @@
+"""The ways to reduce visual tokens: every file of this folder adds its own, under the names they give themselves."""
+
+import importlib
+import pkgutil
+
+from vlmfast.reduce.methods.method import METHODS, Method, PruningMethod, check_share, share
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+CLASSES = {method.__name__: method for method in METHODS.values()}
+globals().update(CLASSES)
+
+__all__ = ["CLASSES", "METHODS", "Method", "PruningMethod", "check_share", "share", *CLASSES]

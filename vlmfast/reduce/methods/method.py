@@ -1,0 +1,123 @@
+"""A way to reduce visual tokens, and the register of those that have a name."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlmfast.ops.token_merge import merge_slots, top_tokens
+from vlmfast.reduce.tokens import Selection, VisualTokens
+
+METHODS: dict[str, type[Method]] = {}  # by the names that they gave themselves
+
+
+class Method(abc.ABC):
+    """A way to reduce visual tokens. A new one is a subclass with `budget`, and with `score` or `choose`.
+
+    A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
+    ``python -m vlmfast demo --reduce best:64`` (a number or share for each argument without a default) and the tests.
+    """
+
+    keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
+
+    @classmethod
+    def required(cls) -> list[str]:
+        """Return the names of the arguments that have no default: numbers of tokens, or shares."""
+        parameters = inspect.signature(cls).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            METHODS[name] = cls
+
+    @abc.abstractmethod
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
+        """Return how many of ``count`` tokens are kept, and how many the others are merged into; a CLS token aside.
+
+        Where they are the tokens of several crops together, a number of tokens counts for each, see `share`.
+        """
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        """(B, N): how much each token is worth: the attention that it gets, unless the method says otherwise."""
+        return tokens.scores()
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        """(B, k) int64, ascending: the tokens that are kept: those of the highest score, unless it says otherwise."""
+        scores, shape = self.score(tokens), (tokens.batch, tokens.count)
+        if scores.shape != shape:
+            raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
+        return top_tokens(scores, k)
+
+    def checked_budget(self, tokens: VisualTokens) -> tuple[int, int]:
+        """Return the budget for these tokens.
+
+        Crops that were made smaller together may have fewer tokens than their budgets add up to: all of them, then.
+
+        Raises:
+            ValueError: if it does not fit the tokens.
+        """
+        kept, contextual = self.budget(tokens.count, tokens.has_cls, tokens.crops)
+        if tokens.crops > 1:
+            kept = min(kept, tokens.count)
+            contextual = min(contextual, tokens.count - kept)
+        if kept < 0 or contextual < 0 or kept + contextual > tokens.count:
+            raise ValueError(f"{self} asks for {kept} + {contextual} of {tokens.count} visual tokens")
+        return kept, contextual
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Decide for all images at once.
+
+        Raises:
+            ValueError: if the budget does not fit the tokens, or `choose` returns another number of them.
+        """
+        kept, contextual = self.checked_budget(tokens)
+        chosen = self.choose(tokens, kept)
+        if chosen.shape != (tokens.batch, kept):
+            raise ValueError(f"choose of {self} must return ({tokens.batch}, {kept}), got {tuple(chosen.shape)}")
+        metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
+        slots = merge_slots(metric, chosen, contextual)
+        return Selection(chosen, slots, contextual, keep_cls=self.keeps_cls and tokens.has_cls)
+
+
+@dataclass(frozen=True)
+class PruningMethod(Method):
+    """A method that keeps some of the tokens and drops the others. A new one has `score` or `choose`, and no more.
+
+    Args:
+        keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
+
+    Raises:
+        TypeError or ValueError: for a ``keep`` that is neither.
+    """
+
+    keep: int | float
+
+    def __post_init__(self) -> None:
+        check_share("keep", self.keep)
+
+    def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
+        """Keep at least one token of an image, unless none at all are asked for, and merge nothing."""
+        return share(self.keep, count, crops, least=1), 0
+
+
+def share(value: float, count: int, crops: int, least: int = 0) -> int:
+    """Return a number of tokens: an int for each crop, a float as a share of ``count``, rounded down as published.
+
+    Any share above 0 of an image's tokens is at least ``least`` of them.
+    """
+    if isinstance(value, int):
+        return value * crops
+    return max(int(value * count), min(least, count) if value > 0 else 0)
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number of tokens, or a share of them from 0.0 to 1.0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of tokens (int) or a share of them (float), got {value!r}")
+    if value < 0 or (isinstance(value, float) and not value <= 1.0):
+        raise ValueError(f"{name} must be an int of at least 0 or a float within 0.0 and 1.0, got {value!r}")

@@ -1,0 +1,83 @@
+"""An image of a prompt after its visual tokens were reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlmfast.reduce.tokens import Grid, Selection
+
+
+@dataclass(frozen=True)
+class ReducedImage:
+    """One image of a prompt after its tokens were reduced.
+
+    Attributes:
+        features: (n, D), what the language model gets, in the order of the prompt.
+        columns: (n,) int64, ascending: which of the image's placeholders in the prompt stay, so also whose positions.
+        total: how many placeholders the image has in the prompt that the processor made.
+        levels: the DeepStack features, each (n, D), where the model has them.
+        grid: (height, width) of the visual tokens of each crop, for `vlmfast.reduce.overlay`.
+        kept: for each crop the positions of the kept tokens in its grid, in raster order.
+        merged: for each crop the positions of the targets of the merged ones. Where LLaVA-OneVision makes an image
+            smaller, its tokens are those of no crop but the overview's: these three are about that alone.
+    """
+
+    features: Tensor
+    columns: Tensor
+    total: int
+    levels: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    kept: tuple[Tensor, ...]
+    merged: tuple[Tensor, ...]
+
+    def detach(self) -> ReducedImage:
+        """Return it without gradients."""
+        levels = tuple(level.detach() for level in self.levels)
+        return replace(self, features=self.features.detach(), levels=levels)
+
+
+def cut(
+    selection: Selection, features: Sequence[Tensor], grid: Grid, total: int, in_raster_order: bool = True
+) -> list[ReducedImage]:
+    """Make the images of what a selection leaves of B images of one size.
+
+    Args:
+        selection: of their tokens.
+        features: (B, n, D) at each level, DeepStack's after the first, in the order of `Selection.apply`. Without
+            ``in_raster_order`` a CLS token may stand in front.
+        grid: of each image.
+        total: how many placeholders each image has.
+        in_raster_order: whether each row takes the placeholder of its token, a merged one that of its target; otherwise
+            the rows stay in their order and take the first placeholders.
+    """
+    positions = selection.positions().to(features[0].device)  # the tower may be on another one
+    kept, merged = torch.split(positions, [selection.kept.shape[1], selection.contextual], 1)
+    if in_raster_order:
+        columns, order = positions.sort(1)
+        features = [level.take_along_dim(order[..., None], 1) for level in features]
+    else:
+        columns = torch.arange(features[0].shape[1], device=positions.device).expand(len(positions), -1)
+    return [
+        ReducedImage(
+            features=rows[0],
+            columns=own,
+            total=total,
+            levels=rows[1:],
+            grid=grid[1:],
+            kept=_by_frame(kept_positions, grid),
+            merged=_by_frame(targets, grid),
+        )
+        for rows, own, kept_positions, targets in zip(zip(*features, strict=True), columns, kept, merged, strict=True)
+    ]
+
+
+def _by_frame(positions: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    frames, rows, columns = grid
+    if frames == 1:
+        return (positions,)
+    area = rows * columns
+    return tuple(positions[positions // area == frame] % area for frame in range(frames))
