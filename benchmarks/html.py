@@ -113,14 +113,14 @@ def _bars(records: list[dict[str, Any]]) -> str | None:
     if not rows:
         return None
     figure, axes = _figure(6.4, 0.8 + 0.17 * (len(rows) + len(records)))
-    position, ticks = 0.0, []
+    y, ticks = 0.0, []
     for record in records:
         for row in _timed(record):
-            axes.barh(position, row["us"], color=COLOURS[row["group"]], height=0.8)
-            ticks.append((position, f"{record['workload']}  {row['name']}"))
-            position += 1
-        position += 0.7
-    axes.set_yticks([p for p, _ in ticks], [label for _, label in ticks], fontsize=7)
+            axes.barh(y, row["us"], color=COLOURS[row["group"]], height=0.8)
+            ticks.append((y, f"{record['workload']}  {row['name']}"))
+            y += 1
+        y += 0.7
+    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("us")

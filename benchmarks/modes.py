@@ -59,7 +59,7 @@ class Variant:
 
     @torch.no_grad()
     def time(self, times: list[tuple[float, float]]) -> None:
-        """Decoding the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
+        """Answer the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
         try:
             prefill = self._seconds(self.prefill)
             steps = self._seconds(lambda: [self.step() for _ in range(STEPS)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ import torch
 from vlmfast import registry
 from vlmfast.benchmarks import peers
 from vlmfast.benchmarks.timing import Call, CallError, Ceilings, Times, bytes_to_copy, measure
-from vlmfast.benchmarks.traffic import counted
 from vlmfast.console import one_line
 from vlmfast.registry import Op
 
+STATIC_REPORT = Path(__file__).parent / "results" / "static.json"
 OURS = "vlmfast"
 COPY = "copy"
 ROUNDINGS_ALLOWED = {"ours": 16.0, "peer": 64.0}  # of the largest output; peers round in other places than Hugging Face
@@ -32,10 +34,11 @@ class Contender:
         name: as the table shows it.
         group: "ours", "peer" (it computes the same) or "limit" (less work than the op takes).
         prepare: builds the call to time, from the op's arguments.
-        backend: of ours, its name.
-        call: what `prepare` gave. times: of it.
+        backend: the name of our backend.
+        call: the call that `prepare` built.
+        times: the times of the call.
         error: why it has no time, in one line.
-        roundings: how far its result is from the definition's, in units of one of the largest output; 0 is bit-equal.
+        roundings: the distance of its result from the definition's, in roundings of the largest output; 0 is bit-equal.
     """
 
     name: str
@@ -49,7 +52,7 @@ class Contender:
 
 
 def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Contender]:
-    """Our backends that run the call, the peers of those kinds, the op's limits, and a copy of as many bytes."""
+    """List our backends that run the call, the peers of those kinds, the op's limits, and a copy of as many bytes."""
     refusals = {name: reason for name, reason in op.refusals(*args) if name in ("native", "triton")}
     chosen = [name for name, reason in refusals.items() if reason is None]
     found = [
@@ -79,7 +82,7 @@ def _ours(op: Op, pin: str | None, *args: Any) -> Call:
 
 
 def distance(got: Any, want: Any, coarsest: float = 0.0) -> float:
-    """How far results are apart, in roundings of the largest element; infinite where shapes or NaNs differ.
+    """Return how far results are apart, in roundings of the largest element; infinite where shapes or NaNs differ.
 
     ``coarsest`` is the least relative size of a rounding, where one of another dtype than the result's may count.
     """
@@ -120,7 +123,7 @@ def prepare(contender: Contender, op: Op, args: tuple[Any, ...], want: Any) -> N
 def benchmark(
     op: Op, device: str, dtype: torch.dtype, kinds: tuple[str, ...], machine: Ceilings
 ) -> Iterator[dict[str, Any]]:
-    """One record per workload: the times of every contender, or why one has none."""
+    """Yield one record per workload: the times of every contender, or why one has none."""
     for label, args in op.cases.workloads(device, dtype):
         found = contenders(op, args, kinds)
         with torch.no_grad():
@@ -152,6 +155,25 @@ def time(found: list[Contender], device: str) -> None:
             for name, times in taken.items():
                 by_name[name].times = times
             return
+
+
+@functools.cache
+def _traffic() -> dict[tuple[str, str], float]:
+    records = json.loads(STATIC_REPORT.read_text())["traffic"] if STATIC_REPORT.exists() else []
+    return {(record["op"], record["backend"]): record["ratio"] for record in records}
+
+
+def counted(op: str, backend: str) -> float | None:
+    """Return the bytes that an op's kernels move over the fewest possible, as `make static` counted them.
+
+    Args:
+        op: the op's name.
+        backend: "triton", or "cuda" for the kernels of csrc/*/*.cu. The kernels for CPUs are not counted.
+
+    Returns:
+        The ratio, each byte counted once per launch; None where nothing was counted.
+    """
+    return _traffic().get((op, backend))
 
 
 def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:

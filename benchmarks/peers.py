@@ -17,7 +17,12 @@ from torch import Tensor
 from vlmfast.cases import Preparation
 from vlmfast.registry import Op
 
-Pair = tuple[Tensor, Tensor]
+Call = Callable[[], Any]
+
+
+def _offset(variant: str) -> float:
+    """Return what is added to the weight."""
+    return 1.0 if variant == "gemma" else 0.0
 
 
 def _llama_only(package: str, variant: str) -> None:
@@ -25,53 +30,45 @@ def _llama_only(package: str, variant: str) -> None:
         raise ValueError(f"{package} has no call for the variant {variant} here")
 
 
-def _liger(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+def _liger(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    offset = 1.0 if variant == "gemma" else 0.0
-    return lambda: LigerRMSNormFunction.apply(x, weight, eps, offset, variant, False)
+    return lambda: LigerRMSNormFunction.apply(x, weight, eps, _offset(variant), variant, False)
 
 
-def _liger_add(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], Pair]:
+def _liger_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-    offset = 1.0 if variant == "gemma" else 0.0
-    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, variant, False)
+    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, _offset(variant), variant, False)
 
 
-def _quack(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+def _quack(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from quack.rmsnorm import rmsnorm
 
-    offset = 1.0 if variant == "gemma" else 0.0
-    return lambda: rmsnorm(x, weight, eps=eps, weight_offset=offset)
+    return lambda: rmsnorm(x, weight, eps=eps, weight_offset=_offset(variant))
 
 
-def _quack_add(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], Pair]:
+def _quack_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from quack.rmsnorm import rmsnorm
 
-    offset = 1.0 if variant == "gemma" else 0.0
-    return lambda: rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True, weight_offset=offset)
+    return lambda: rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True, weight_offset=_offset(variant))
 
 
-def _flashinfer(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+def _flashinfer(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from flashinfer.norm import rmsnorm
 
     _llama_only("flashinfer", variant)
     return lambda: rmsnorm(x, weight, eps)
 
 
-def _flashinfer_add(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], Pair]:
+def _flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
     from flashinfer.norm import fused_add_rmsnorm
 
     _llama_only("flashinfer", variant)
 
-    def run() -> Pair:  # it writes over both inputs; copying them first is part of a call that keeps them
+    def run() -> tuple[
+        Tensor, Tensor
+    ]:  # it writes over both inputs; copying them first is part of a call that keeps them
         y, hidden = x.clone(), residual.clone()
         fused_add_rmsnorm(y, hidden, weight, eps)
         return y, hidden
@@ -95,7 +92,7 @@ def installed() -> tuple[str, ...]:
 
 
 def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
-    """(name, preparation) of each peer of the op among the kinds."""
+    """Yield name and preparation of each peer of the op among the kinds."""
     if "transformers" in kinds and op.cases.upstream is not None:
         yield "transformers", op.cases.upstream
     if "torch" in kinds:
@@ -107,14 +104,14 @@ def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
             yield project, ops[op.name]
 
 
-def _compiled(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+def _compiled(op: Op, args: tuple[Any, ...]) -> Call:
     torch._dynamo.reset()
     function = torch.compile(op.reference, dynamic=False)
     return lambda: function(*args)
 
 
 def functional_rms_norm(device: str) -> str:
-    """Which implementation `torch.nn.functional.rms_norm` has: torch may replace its own by a vendored quack."""
+    """Name the implementation of `F.rms_norm`: torch may replace its own by a vendored quack."""
     if device == "cpu" or os.environ.get("TORCH_DISABLE_NATIVE_JIT") == "1":
         return "ATen"
     try:

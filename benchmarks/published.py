@@ -29,9 +29,12 @@ class Published:
 
     Attributes:
         model_type: as in transformers.
-        text: the configuration of the language model. vision: of the tower. rest: of what is around them.
-        small_text: what differs in the small one. small_vision: likewise.
-        image: what the processor makes of one image.
+        text: the configuration of the language model.
+        vision: the configuration of the vision tower.
+        rest: the configuration around both.
+        small_text: what differs in the language model of the small one.
+        small_vision: what differs in its vision tower.
+        image: returns what the processor makes of one image.
         method: how its visual tokens are reduced; None where that cannot be done.
     """
 
@@ -61,7 +64,7 @@ class Published:
         return model, self._inputs(model, dtype, device)
 
     def _narrow(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """No count of heads is 1: a dimension of size 1 would turn copies into views."""
+        """Narrow both parts. No count of heads is 1: a dimension of size 1 would turn copies into views."""
         grouped = self.text["num_key_value_heads"] < self.text["num_attention_heads"]
         text = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2 if grouped else 4}
         if "head_dim" in self.text:

@@ -47,44 +47,44 @@ class Times:
 
     @property
     def best_known(self) -> list[float]:
-        """Device time where there is one."""
+        """Return device time where there is one, else wall time."""
         return self.device or self.wall
 
     @property
     def median(self) -> float:
-        """The median of `best_known`."""
+        """Return the median of `best_known`."""
         return statistics.median(self.best_known)
 
     @property
     def spread(self) -> float:
-        """The distance between the quartiles of `best_known`, as a share of the median."""
+        """Return the distance between the quartiles of `best_known`, as a share of the median."""
         low, _, high = statistics.quantiles(self.best_known, n=4)
         return (high - low) / self.median
 
     def over(self, other: Times) -> float:
-        """How many times as long as ``other``: the median of the rounds' ratios."""
+        """Return how many times as long as ``other``: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.best_known, other.best_known, strict=True))
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do: the bandwidth of a large copy, and the speed of a large matrix product."""
+    """What this machine can do: the bandwidth of a large copy, and the speed of a large matmul."""
 
     copy_gb_per_s: float  # read and written bytes together
     gemm_tflop_per_s: float
 
     def seconds(self, bytes: int, flops: int) -> float:
-        """No call that moves as much and computes as much can take less, unless its data lie in a cache."""
+        """Return the least time of a call that moves and computes so much, unless its data lie in a cache."""
         return max(bytes / self.copy_gb_per_s / 1e9, flops / self.gemm_tflop_per_s / 1e12)
 
 
 def bytes_to_copy(count: int, device: str | torch.device) -> torch.Tensor:
-    """Bytes that were written: memory that never was is one page of zeros on a CPU, read from its first-level cache."""
+    """Make written bytes: unwritten memory is one page of zeros on a CPU, read from its first-level cache."""
     return torch.ones(count, dtype=torch.int8, device=device)
 
 
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measure them; the product in the faster of ``dtype`` and float32, which not every processor multiplies alike."""
+    """Measure them; the matmul in the faster of ``dtype`` and float32, which not every processor multiplies alike."""
     source = bytes_to_copy(COPY_BYTES[device] // 2, device)
     target = torch.empty_like(source)
     size = GEMM_SIZE[device]
@@ -146,10 +146,10 @@ def _host_seconds(name: str, call: Call) -> float:
 
 
 def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Events around single calls; the cache is flushed before each, for longer than the host takes for the call.
+    """Time single calls by events; the cache is flushed before each, for longer than the host takes for the call.
 
-    So the launches of a call are all queued when it begins, and what has many, as transformers' code, is not charged
-    for the host; but for a call in which the host waits for the device, the time includes what it does meanwhile.
+    So the launches of a call are all queued when it begins, and code of many launches, such as transformers', is not
+    charged for the host. Where the host waits for the device within a call, the time includes what it does meanwhile.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     passes = {name: 2 + int(_host_seconds(name, call) / FLUSH_SECONDS) for name, call in contenders.items()}

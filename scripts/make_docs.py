@@ -193,7 +193,7 @@ def run_of(run: Run) -> str:
 
 
 def stub() -> str:
-    """The types of the public names, most of which `vlmfast` finds by folder when it is imported."""
+    """Write the types of the public names, most of which `vlmfast` finds by folder when it is imported."""
     found = sorted((getattr(getattr(vlmfast, name), "__module__", "vlmfast"), name) for name in vlmfast.__all__)
     lines = [f"from {origin} import {name} as {name}" for origin, name in found]
     return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])

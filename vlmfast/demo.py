@@ -106,7 +106,7 @@ def _load(options: Namespace, device: torch.device) -> Subject:
 
 
 def _quick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, but not on CPUs that can only emulate it."""
+    """Return bfloat16, but float32 on CPUs that can only emulate it."""
     emulated = device.type == "cpu" and not any(
         present for name, present in cpu_capabilities().items() if name.endswith("bf16")
     )
@@ -144,7 +144,7 @@ def _generate(subject: Subject, new_tokens: int) -> Answer:
 
 
 def _pair(subject: Subject, new_tokens: int, patched_first: bool) -> tuple[Answer, Answer]:
-    """Original and patched, one right after the other; the order changes so that neither gains by its place."""
+    """Time original and patched, one right after the other; the order changes so that neither gains by its place."""
     answers = {}
     for with_patch in (True, False) if patched_first else (False, True):
         with _patched(subject.model) if with_patch else nullcontext():
@@ -238,7 +238,7 @@ def _print_comparison(out: Console, subject: Subject, original: Answer, patched:
 
 
 def _steps_on_equal_input(original: Answer, patched: Answer) -> int:
-    """How many logit rows can be compared: up to the first different token, that one's included."""
+    """Return how many logit rows can be compared: up to the first different token, that one's included."""
     for step, (one, other) in enumerate(zip(original.tokens, patched.tokens, strict=False), start=1):
         if one != other:
             return step
@@ -259,7 +259,7 @@ def _print_times(out: Console, pairs: list[tuple[Answer, Answer]]) -> None:
 
 
 def _compare(seconds: list[tuple[float, float]]) -> tuple[str, str, str]:
-    """Both columns of times and the ratio; pairs, because both runs of one met the machine in the same state."""
+    """Format both columns of times and the ratio; pairs, because both runs of one met the machine in the same state."""
 
     def spread(values: list[float], unit: str) -> str:
         return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"

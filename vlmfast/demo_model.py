@@ -31,7 +31,7 @@ class Subject:
 
     @property
     def visual_tokens(self) -> int | None:
-        """How many tokens of the prompt stand for the image, where the configuration tells."""
+        """Return how many tokens of the prompt stand for the image, where the configuration tells."""
         config = self.model.config
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         return None if token is None else int((self.inputs["input_ids"] == token).sum())
@@ -137,7 +137,7 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
 
 
 def _initialise(model: Any) -> None:
-    """Random weights, the same in every transformers, for an answer of many tokens that no rounding chooses.
+    """Set random weights, the same in every transformers, whose answer has many tokens and none that rounding chooses.
 
     With the usual initialisation the answer repeats one or two tokens, because the last token hardly changes the state
     of the model; large embeddings change that. And the logits are near ties, where a trained model has clear
@@ -152,7 +152,7 @@ def _initialise(model: Any) -> None:
 
 
 def _tokenizer(prompt: str) -> Any:
-    """Whole words: those of the prompt, and pseudo-words that nobody takes for an answer."""
+    """Make a tokenizer of whole words: those of the prompt, and pseudo-words that nobody takes for an answer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -21,7 +21,7 @@ from vlmfast.patches import Family, families
 from vlmfast.patches.upstream import Site, mismatch
 from vlmfast.registry import OPS, Op
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 
 
@@ -55,7 +55,7 @@ def _argument(name: str, value: Any) -> str:
     return f"{name}: {'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
 
 
-def _attempt(function: Callable[..., Answer], *args: Any) -> Answer | str:
+def _attempt(function: Callable[..., T], *args: Any) -> T | str:
     try:
         return function(*args)
     except Exception as error:  # this command is for finding out what is broken
@@ -114,14 +114,14 @@ def _ops(devices: list[str]) -> Table:
 
 
 def _refusal(op: Op, backend: str, device: str) -> str | None:
-    """Why the backend cannot run a small bfloat16 call of the op, or None."""
+    """Say why the backend cannot run a small bfloat16 call of the op, or None."""
     with vlmfast.use(backend):
         [(_, reason)] = op.refusals(*next(iter(op.cases.samples(device, torch.bfloat16))))
     return reason
 
 
 def _backend(name: str, device: str) -> str:
-    """How many ops the backend runs, and the reasons why it does not run the others."""
+    """Count the ops that the backend runs, and the reasons why it does not run the others."""
     reasons = Counter(_attempt(_refusal, op, name, device) for op in OPS.values())
     counted = {reason: "1 op" if number == 1 else f"{number} ops" for reason, number in reasons.items()}
     lines = [f"{reason} ({ops})" for reason, ops in counted.items() if reason is not None]
@@ -144,7 +144,7 @@ def _models() -> Table:
 
 
 def _sites(family: Family) -> str:
-    """How many of the family's sites can be replaced in the installed transformers."""
+    """Count how many of the family's sites can be replaced in the installed transformers."""
     import transformers
 
     if not any(model_type in transformers.CONFIG_MAPPING for model_type in family.model_types):

@@ -14,7 +14,7 @@ import torch
 from tests.benchmarks.conftest import MACHINE
 from tests.helpers.cases import with_cases
 from vlmfast import cli
-from vlmfast.benchmarks import bench, html, models, ops, peers, report, timing
+from vlmfast.benchmarks import bench, models, ops, peers, report, timing
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -101,15 +101,6 @@ def test_the_clocks_are_those_of_the_gpu_in_use(monkeypatch):
     found = report._gpu()
     assert (found["multiprocessors"], found["memory_gb"], found["power.limit"]) == (132, 80.0, "700.00 W")
     assert "--id=GPU-1-2-3" in asked
-
-
-def test_bars_are_as_long_as_the_times(monkeypatch):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(html, "_svg", lambda figure: drawn.extend(bar.get_width() for bar in figure.axes[0].patches))
-    contenders = [{"name": "a", "group": "ours", "us": 3.0, "wall_us": 9.0}, {"name": "b", "group": "peer", "us": 7.0}]
-    html._bars([{"workload": "1x2", "contenders": contenders}])
-    assert drawn == [3.0, 7.0]
 
 
 def test_the_gpu_is_the_one_that_was_asked_for(asked, monkeypatch):

@@ -230,18 +230,6 @@ def test_an_error_of_the_device_or_the_definition_is_in_every_row(small, monkeyp
     assert {row["error"] for row in found.values()} == {"no definition to compare with: RuntimeError: planted"}
 
 
-def test_a_limit_without_a_time_leaves_the_others_theirs(small, monkeypatch):
-    def broken(*_):
-        raise torch.OutOfMemoryError("planted")
-
-    chosen = ops.contenders
-    monkeypatch.setattr(ops, "contenders", lambda *args: [*chosen(*args)[:-1], ops.Contender("copy", "limit", broken)])
-    found = measured(small)
-    assert found["copy"]["error"] == "OutOfMemoryError: planted"
-    assert found["vlmfast native"]["us"] > 0
-    assert "over_copy" not in found["vlmfast native"]
-
-
 def test_an_op_without_a_kernel_says_so(small, override, capsys):
     for name in ("native", "triton"):
         override(OPS["rms_norm"], name, "not built")

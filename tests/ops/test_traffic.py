@@ -9,7 +9,7 @@ import torch
 
 from tests.emulation import build
 from tests.helpers import cases, traffic
-from vlmfast.benchmarks.traffic import counted
+from vlmfast.benchmarks.ops import counted
 from vlmfast.registry import OPS, Op
 
 MOST = 1.05  # of op.cases.bytes, each byte counted once per launch
