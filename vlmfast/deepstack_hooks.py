@@ -169,7 +169,7 @@ def deepstack(
 
 
 def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
-    """The hook of one layer. It counts nothing: gradient checkpointing may run it twice."""
+    """Make the hook of one layer. It counts nothing: gradient checkpointing may run it twice."""
 
     def note() -> None:
         handle._added = True
@@ -185,7 +185,7 @@ def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor |
                 f"{type(layer).__name__} was not"
             )
         batch, tokens, width = hidden_states.shape
-        if tokens == 1 != positions.shape[1]:
+        if tokens == 1 and positions.shape[1] != 1:
             return None
         if (batch, tokens) != positions.shape:
             raise ValueError(

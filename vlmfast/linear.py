@@ -1,4 +1,4 @@
-"""Linear layers on processors that have no instructions for products of half-precision numbers."""
+"""Linear layers on processors that have no instructions to multiply half-precision numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEWEST_ROWS = 8
 
 
 def _slow() -> frozenset[torch.dtype]:
-    """The dtypes whose products are slow here."""
+    """List the dtypes whose matrix multiplications are slow here."""
     try:
         fast = {
             torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -28,7 +28,7 @@ SLOW = _slow()  # once: a call in the traced code would break torch.compile's gr
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, and as exact: summed in float32 and rounded once, as it is of half-precision numbers.
+    """Compute ``F.linear``, as exactly: summed in float32 and rounded once, which torch does in half precision too.
 
     Where a gradient is needed, the float32 copies live until the backward.
     """

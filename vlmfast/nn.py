@@ -117,9 +117,9 @@ class PixelShuffleConnector(nn.Sequential):
         return apply_shuffled(list(self), patches, grid, self.scale, self.order, self.input_scale)
 
     def extra_repr(self) -> str:
-        """The layout, in front of the parts."""
-        layout = f"scale={self.scale}, order={self.order!r}, input_scale={self.input_scale}"
-        return layout + ", drop_cls=True" * self.drop_cls
+        """Describe the layout, in front of the parts."""
+        cls = ", drop_cls=True" if self.drop_cls else ""
+        return f"scale={self.scale}, order={self.order!r}, input_scale={self.input_scale}{cls}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         places = [name for name, part in self.named_children() if not isinstance(part, nn.GELU)]
@@ -159,13 +159,13 @@ def apply_shuffled(
         TypeError: for a tensor of another dtype. ValueError: for a shape, a grid or an order that does not fit.
     """
     norm = _first(modules, nn.LayerNorm)
-    rest = modules[norm is not None :]
+    rest = modules if norm is None else modules[1:]
     linear = _first(rest, nn.Linear)
     if linear is None or (norm is not None and not _normalises(norm, linear)):
         tokens, rest = pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale), modules
     else:
         gelu = _first(rest[1:], nn.GELU)
-        rest = rest[1 + (gelu is not None) :]
+        rest = rest[1:] if gelu is None else rest[2:]
         activation = None if gelu is None else _ACTIVATION_OF[gelu.approximate]
         weight, bias, eps = (None, None, 1e-5) if norm is None else (norm.weight, norm.bias, norm.eps)
         layout = grid, scale, order, input_scale

@@ -165,7 +165,7 @@ def _compact_backward(ctx: Any, grad_tokens: Tensor | None, *_: None) -> tuple[A
 
 @op(check=_check_row_index, exact=True)
 def row_index(mask: Tensor) -> Tensor:
-    """Number the rows of a mask, to be computed once and passed to every op that uses the same mask.
+    """Give each row of a mask its number, once for all ops that use the same mask.
 
     A position where the mask is true gets its rank among those, in row-major order over the whole batch. Any other
     position gets the bitwise complement of the rank that the next one has: a negative number. The last entry thus

@@ -298,7 +298,7 @@ def pixel_shuffle_norm_backward(
     input_scale: float = 1.0,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `pixel_shuffle_norm`, in float32 and rounded once.
+    """Compute the gradients of `pixel_shuffle_norm`, in float32 and rounded once.
 
     With ``n = (x - mean) * r``, ``r = rsqrt(variance + eps)`` and ``g = grad_output * weight``, in the places that the
     shuffle gives them::

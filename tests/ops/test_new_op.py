@@ -1,0 +1,70 @@
+"""A new op is one folder in each of vlmfast/ops, kernels and csrc, and no line elsewhere: on a copy of the tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlmfast
+from tests.emulation import build
+
+ROOT = Path(vlmfast.__file__).parents[1]
+PARTS = ("vlmfast", "kernels", "csrc", "benchmarks", "scripts", "tests", "docs", "pyproject.toml", "README.md")
+TESTS = ("tests/ops/test_generated.py", "tests/ops/test_traffic.py", "tests/test_static.py")
+QUIET = ("-q", "-p", "no:cacheprovider")
+USE = """
+import runpy, torch, vlmfast
+
+x, factors = torch.randn(3, 8), torch.randn(3)
+assert torch.equal(vlmfast.scale_rows(x, factors), x * factors[:, None])
+assert "scale_rows" in vlmfast.__all__
+assert "triton: runs" in vlmfast.explain(vlmfast.scale_rows, x, factors)
+docs = runpy.run_path("scripts/make_docs.py")
+assert "## `scale_rows`" in docs["page"]()
+assert "import scale_rows" in docs["stub"]()
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run Python in a copy of the tree that has the op; its output."""
+    copy = tmp_path_factory.mktemp("tree")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / part, copy)
+    shutil.copytree(Path(__file__).parent / "toy", copy, dirs_exist_ok=True)
+
+    def python(*command: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(copy), "TRITON_INTERPRET": "1"}
+        ran = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    return python
+
+
+def test_it_is_public_explained_and_documented(run):
+    pytest.importorskip("triton")
+    run("-c", USE)
+
+
+def test_the_generated_tests_have_it(run):
+    """Those of rounding, gradients, bad calls, docs, signatures and traffic: its Triton kernel passes them."""
+    pytest.importorskip("triton")
+    chosen = "roundings or gradients or bad_calls or documented or traffic or signature"
+    output = run("-m", "pytest", *QUIET, *TESTS, "-k", f"scale_rows and ({chosen}) and not emulated")
+    assert "19 passed" in output
+
+
+def test_the_traffic_of_its_cuda_kernel_is_counted(run):
+    if reason := build.missing():
+        pytest.skip(reason)
+    assert "1 passed" in run("-m", "pytest", *QUIET, *TESTS, "-k", "test_traffic and scale_rows and emulated")

@@ -1,0 +1,30 @@
+"""Rows, each times a number of its own: a program for each row."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.launch import device_unsupported, on_device, with_contiguous_rows
+
+
+def scale_rows_unsupported(x, factors):
+    return device_unsupported(x)
+
+
+@triton.jit
+def _scale_rows_kernel(x_ptr, factor_ptr, y_ptr, x_row_stride, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(factor_ptr + row).to(tl.float32)
+    for first in range(0, hidden, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * x_row_stride + column, mask=column < hidden)
+        tl.store(y_ptr + row * hidden + column, x.to(tl.float32) * factor, mask=column < hidden)
+
+
+def scale_rows(x, factors):
+    x, factors = with_contiguous_rows(x), factors.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        with on_device(x):
+            _scale_rows_kernel[(x.shape[0],)](x, factors, y, x.stride(0), x.shape[1], BLOCK=1024)
+    return y

@@ -1,0 +1,31 @@
+"""How `scale_rows` is tested and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from vlmfast.cases import BadCall, Cases, Samples, Workloads
+
+
+def samples(device: str, dtype: torch.dtype) -> Samples:
+    for shape in ((3, 64), (5, 7), (0, 8), (2, 0)):
+        yield tuple(torch.randn(size, device=device, dtype=dtype) for size in (shape, shape[:1]))
+
+
+def bad_calls() -> Iterator[BadCall]:
+    x = torch.ones(2, 8)
+    yield BadCall((x, torch.ones(3)), ValueError, r"factors must have shape \(2,\), the rows of x, got \(3,\)")
+
+
+def workloads(device: str, dtype: torch.dtype) -> Workloads:
+    yield "600x2048", tuple(torch.randn(size, device=device, dtype=dtype) for size in ((600, 2048), (600,)))
+
+
+scale_rows = Cases(
+    samples=samples,
+    bad_calls=bad_calls,
+    workloads=workloads,
+    bytes=lambda x, factors: 2 * x.nbytes + factors.nbytes,
+)
