@@ -88,10 +88,10 @@ def test_budget_and_score_are_a_method_and_wrong_answers_are_refused():
 
 def test_what_merges_says_how():
     tokens: dict[str, Any] = dict.fromkeys(("scores", "metric", "features"), lambda: torch.rand(1, 6))
-    tokens |= {"batch": 1, "count": 6, "device": torch.device("cpu"), "has_cls": True, "grid": (1, 2, 3)}
+    tokens |= {"hidden": torch.rand(1, 6, 8), "has_cls": True, "grid": (1, 2, 3)}
     tokens["metric"] = lambda: torch.rand(1, 6, 4)
     found: Selection = VisionZip(3, 2, merge="mean").select(VisualTokens(**tokens))
-    assert (found.merge, found.keep_cls, found.rows) == ("mean", True, 4)
+    assert (found.merge, found.keep_cls, found.kept.shape[1]) == ("mean", True, 2)
     found = EvenTokens(3).select(VisualTokens(**tokens))
     assert (found.keep_cls, found.kept.tolist()) == (False, [[0, 2, 4]])
 

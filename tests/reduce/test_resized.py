@@ -17,7 +17,6 @@ from tests.helpers.tiny_models import IMAGE
 from tests.reduce.test_crops import GRIDS, PINPOINTS, SIDE, crop_model, images, reduced, tower_of
 from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, VisionZip
 from vlmfast.reduce.families.llava_next import reduce_onevision
-from vlmfast.reduce.tokens import VisualTokens
 
 RATIO = "anyres_max_2"
 SIZES = [(56, 56), (28, 56), (50, 36), (47, 188), (19, 21), (36, 50)]
@@ -214,22 +213,3 @@ def test_generate():
             best = model.lm_head(model.model.language_model(inputs_embeds=states).last_hidden_state[0, -1]).argmax()
             assert best == token
             states = torch.cat([states, embed(best)[None, None]], 1)
-
-
-def test_a_part_of_the_tokens():
-    scores, metric = torch.randn(5, 6), torch.randn(5, 6, 3)
-    tokens = VisualTokens(
-        batch=5,
-        count=6,
-        device=torch.device("cpu"),
-        has_cls=False,
-        grid=(1, 2, 3),
-        scores=lambda: scores,
-        metric=lambda: metric,
-        features=lambda: metric + 1,
-    )
-    part = tokens.part(1, 3)
-    assert (part.batch, part.count) == (2, 6)
-    assert torch.equal(part.scores(), scores[1:3])
-    assert torch.equal(part.metric(), metric[1:3])
-    assert torch.equal(part.features(), metric[1:3] + 1)

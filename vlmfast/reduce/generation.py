@@ -193,8 +193,7 @@ class _Encoded:
 def _forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
     """Have a ``forward`` of transformers 5.17 take ``mm_encoder_outputs``, as later ones do: a shortened prompt."""
     signature = inspect.signature(original)
-    last = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    others = [p for p in signature.parameters.values() if p not in last]
+    *others, last = signature.parameters.values()  # that is **kwargs
     added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(original)
@@ -206,7 +205,7 @@ def _forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Ca
             kwargs["pixel_values"] = _Encoded(image_output(base_of(self), reducer, samples, times))
         return original(self, *args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[*others, added, *last])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
     return forward
 
 

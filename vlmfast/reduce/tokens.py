@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,40 +22,41 @@ class VisualTokens:
     for twice is computed once.
 
     Attributes:
-        batch: B.
-        count: N.
-        device: where they are.
-        has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
+        hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
         grid: (frames, rows, columns) of the N tokens, in raster order; None for the crops of an image together.
         scores: gives (B, N) float32, the attention that each token gets: from the CLS token, or from all of its image.
         metric: gives (B, N, M), the keys, averaged over the heads: they tell how alike two tokens are.
         features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
+        has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
         crops: the number of crops whose tokens these are, where the crops of an image are reduced together.
     """
 
-    batch: int
-    count: int
-    device: torch.device
-    has_cls: bool
+    hidden: Tensor
     grid: Grid | None
     scores: Callable[[], Tensor]
     metric: Callable[[], Tensor]
     features: Callable[[], Tensor]
+    has_cls: bool = False
     crops: int = 1
 
     def __post_init__(self) -> None:
         for name in ("scores", "metric", "features"):
             object.__setattr__(self, name, functools.cache(getattr(self, name)))
 
-    def part(self, start: int, stop: int) -> VisualTokens:
-        """Return the tokens of the images from ``start`` to ``stop``."""
-        return replace(
-            self,
-            batch=stop - start,
-            scores=lambda: self.scores()[start:stop],
-            metric=lambda: self.metric()[start:stop],
-            features=lambda: self.features()[start:stop],
-        )
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.hidden.shape[0]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.hidden.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.hidden.device
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,6 @@ class Selection:
     contextual: int
     merge: str = "reference"
     keep_cls: bool = False
-
-    @property
-    def rows(self) -> int:
-        """The number of rows that come out for each image, without a CLS token."""
-        return self.kept.shape[1] + self.contextual
 
     def apply(self, hidden: Tensor) -> Tensor:
         """(B, N, D) -> (B, k + C, D): the kept rows in the order of their positions, then the merged ones."""

@@ -68,16 +68,13 @@ class EncodedImages:
 
     def visual_tokens(self, features: Callable[[], Tensor], has_cls: bool) -> VisualTokens:
         """Describe the patches for a method, where each is a visual token; ``features`` gives them projected."""
-        batch, count, _ = self.patches.shape
         return VisualTokens(
-            batch=batch,
-            count=count,
-            device=self.hidden.device,
-            has_cls=has_cls,
+            hidden=self.patches,
             grid=(1, self.side, self.side),
             scores=self.scores,
             metric=self.metric,
             features=lambda: features().detach(),
+            has_cls=has_cls,
         )
 
     def reduce(self, selection: Selection) -> Tensor:

@@ -50,10 +50,7 @@ def reduce(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[
     batch, count, _ = hidden.shape
     grid = (1, *(round(side * config.downsample_ratio),) * 2)
     tokens = VisualTokens(
-        batch=batch,
-        count=count,
-        device=hidden.device,
-        has_cls=False,
+        hidden=hidden,
         grid=grid,
         scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
         metric=metric,

@@ -11,10 +11,8 @@ token is not one patch then, and such an image is reduced as a whole, after its 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +43,7 @@ def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method
     """Reduce the images of LLaVA-OneVision, always in the model's own packing.
 
     With ``vision_aspect_ratio="anyres_max_9"`` the model makes a grid of more than about 9 crops smaller, so that a
-    token is made of several patches: `reduce_packed` takes such an image, with the budget of all its crops.
+    token is made of several patches: `Packing.reduce` takes such an image, with the budget of all its crops.
     """
     ratio = setting(model, inputs, "vision_aspect_ratio")
     return _reduce(model, inputs, method, "model", vision_aspect_ratio=ratio)
@@ -58,35 +56,31 @@ def _reduce(
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
     config: Any = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
-    packs = [packer(model.pack_image_features, size, **settings) for size in sizes]  # type: ignore[arg-type]
-    packed = [pack_numbers(pack, count, side**2) for pack, count in zip(packs, counts, strict=True)]
-    smaller = [index for index, numbers in enumerate(packed) if (numbers == MIXED).any()]
+    packings = []
+    for size, count in zip(sizes, counts, strict=True):
+        pack = packer(model.pack_image_features, size, **settings)  # type: ignore[arg-type]
+        numbers = pack_numbers(pack, count, side**2)
+        packings.append(Packing(pack, numbers, _grid(model, size), side, model.image_newline))  # type: ignore[arg-type]
 
     encoded = _encode(model, inputs, counts, side)
     project: Any = model.multi_modal_projector
-    newline: Any = model.image_newline
     # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
     projected = functools.cache(lambda: project(encoded.patches))
     tokens = encoded.visual_tokens(projected, encoded.has_cls and packing == "published")
     method.checked_budget(tokens)  # one that does not fit a crop is refused, whatever becomes of the crops
-    images: dict[int, ReducedImage] = {}
-    if len(smaller) < len(sizes):
+    if not all(packing.makes_smaller for packing in packings):
         selection = method.select(tokens)
         rows = project(encoded.reduce(selection))
         places = selection.positions().to(rows.device)  # the tower may be on another one
-        arrange = arrange_in_model_order if packing == "model" else arrange_as_published
-        parts = zip(sizes, packed, torch.split(rows, counts), torch.split(places, counts), strict=True)
-        for index, (size, numbers, crop_rows, crop_places) in enumerate(parts):
-            if index not in smaller:
-                grid = _grid(model, size)
-                crops = Crops(crop_rows, crop_places, selection.contextual, grid, side, numbers, newline)
-                images[index] = arrange(crops)
-    ends = list(itertools.accumulate(counts))
-    for index in smaller:
-        part = ends[index] - counts[index], ends[index]
-        features = projected()[slice(*part)]
-        images[index] = reduce_packed(packs[index], features, newline, packed[index], tokens.part(*part), method)
-    return [images[index] for index in range(len(sizes))]
+    images, end = [], 0
+    for image, count in zip(packings, counts, strict=True):
+        crops, end = slice(end, end + count), end + count
+        if image.makes_smaller:
+            images.append(image.reduce(projected()[crops], tokens, crops, method))
+        else:
+            arrange = image.in_model_order if packing == "model" else image.as_published
+            images.append(arrange(rows[crops], places[crops], selection.contextual))
+    return images
 
 
 def _encode(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:
@@ -164,131 +158,124 @@ def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Crops:
-    """One image after its crops, T of them, the overview first, were reduced to r rows each.
+class Packing:
+    """How the model packs the T crops of one image, of which the overview is the first.
 
     Attributes:
-        rows: (T, r, D), projected: the CLS token where it is kept, the kept patches, the contextual tokens.
-        places: (T, k + C) int64, where the patches stood in their crop; of a contextual token where its target did.
-        contextual: C.
+        pack: the model's packing of this image.
+        numbers: (L,) int64 on the CPU, as `pack_numbers` gives them.
         grid: (height, width) of the other crops.
         side: patches along a side of a crop.
-        packed: (L,) int64 on the CPU, what the model's packing makes of the T * side**2 patches, see `pack_numbers`;
-            none is `MIXED`.
         newline: (D,).
     """
 
-    rows: Tensor
-    places: Tensor
-    contextual: int
+    pack: Packer
+    numbers: Tensor
     grid: tuple[int, int]
     side: int
-    packed: Tensor
     newline: Tensor
 
-    def image(self, order: Tensor, columns: Tensor, shown: Tensor) -> ReducedImage:
-        """Return the image of these rows, counted over all crops and then the newline; ``shown`` (T, k + C) bool."""
-        table = torch.cat([self.rows.flatten(0, 1), self.newline[None].to(self.rows)])
-        cut = self.places.shape[1] - self.contextual
-        pairs = [(row[:cut][seen[:cut]], row[cut:][seen[cut:]]) for row, seen in zip(self.places, shown, strict=True)]
-        kept, merged = zip(*pairs, strict=True)
-        return ReducedImage(table[order], columns, len(self.packed), (), (self.side, self.side), kept, merged)
+    @property
+    def makes_smaller(self) -> bool:
+        """Whether a token is made of several patches."""
+        return bool((self.numbers == MIXED).any())
 
+    def as_published(self, rows: Tensor, places: Tensor, contextual: int) -> ReducedImage:
+        """Arrange the rows of reduced crops as VisionZip does.
 
-def arrange_as_published(crops: Crops) -> ReducedImage:
-    """Arrange the rows as VisionZip does.
+        First come the overview's rows; then of the other crops the kept patches in raster order over the whole grid,
+        their CLS tokens crop by crop, and their contextual tokens crop by crop. There are no newlines, and padding
+        counts as image. The placeholders are all alike: the first ones stay.
 
-    First come the overview's rows; then of the other crops the kept patches in raster order over the whole grid, their
-    CLS tokens crop by crop, and their contextual tokens crop by crop. There are no newlines, and padding counts as
-    image. The placeholders are all alike: the first ones stay.
+        Args:
+            rows: (T, r, D), projected: the CLS token where it is kept, the kept patches, the contextual tokens.
+            places: (T, k + C) int64, where the patches stood in their crop, a contextual token at its target.
+            contextual: C.
 
-    Raises:
-        ValueError: if the image has fewer placeholders than tokens are left.
-    """
-    count, rows, _ = crops.rows.shape
-    chosen = crops.places.shape[1] - crops.contextual
-    numbers = torch.arange(count * rows, device=crops.places.device).view(count, rows)
-    overview, others = numbers[0], numbers[1:]
-    cls, kept, merged = torch.split(others, [rows - chosen - crops.contextual, chosen, crops.contextual], 1)
-    _, width = crops.grid
-    crop = torch.arange(count - 1, device=numbers.device)[:, None]
-    patch = crops.places[1:, :chosen]
-    y = crop // width * crops.side + patch // crops.side
-    x = crop % width * crops.side + patch % crops.side
-    raster = (y * width * crops.side + x).flatten().argsort()
-    order = torch.cat([overview, kept.flatten()[raster], cls.flatten(), merged.flatten()])
-    if len(order) > len(crops.packed):
-        raise ValueError(
-            f"{len(order)} visual tokens are left of an image of {count} crops, which has {len(crops.packed)} "
-            f'placeholders in the prompt: choose smaller budgets, or packing="model"'
+        Raises:
+            ValueError: if the image has fewer placeholders than tokens are left.
+        """
+        count, kept_count = len(rows), places.shape[1] - contextual
+        if rows[..., 0].numel() > len(self.numbers):
+            raise ValueError(
+                f"{rows[..., 0].numel()} visual tokens are left of an image of {count} crops, which has "
+                f'{len(self.numbers)} placeholders in the prompt: choose smaller budgets, or packing="model"'
+            )
+        cls, kept, merged = torch.split(rows[1:], [rows.shape[1] - places.shape[1], kept_count, contextual], 1)
+        crop = torch.arange(count - 1, device=places.device)[:, None]
+        patch = places[1:, :kept_count]
+        y = crop // self.grid[1] * self.side + patch // self.side
+        x = crop % self.grid[1] * self.side + patch % self.side
+        raster = (y * self.grid[1] * self.side + x).flatten().argsort()
+        features = torch.cat([rows[0], kept.flatten(0, 1)[raster], cls.flatten(0, 1), merged.flatten(0, 1)])
+        columns = torch.arange(len(features), device=places.device)
+        return self._image(features, columns, places[:, :kept_count], places[:, kept_count:])
+
+    def in_model_order(self, rows: Tensor, places: Tensor, contextual: int) -> ReducedImage:
+        """Arrange the rows of reduced crops, as `as_published` takes them, in the model's order, cut by position.
+
+        Each row stays where the model puts its patch, a contextual token where it puts its target. What the model cuts
+        off as padding is left out, be it a kept patch or a contextual token whose target is padding: such a token
+        stands for patches that look like padding.
+        """
+        column_of = self.numbers.new_full((len(rows) * self.side**2,), -1)
+        columns = (self.numbers >= 0).nonzero().flatten()
+        column_of[self.numbers[columns]] = columns
+        first = torch.arange(len(rows), device=places.device)[:, None] * self.side**2
+        columns = column_of.to(places.device)[first + places]
+        shown, kept_count = columns >= 0, places.shape[1] - contextual
+        seen = [place[own] for place, own in zip(places[:, :kept_count], shown[:, :kept_count], strict=True)]
+        targets = [place[own] for place, own in zip(places[:, kept_count:], shown[:, kept_count:], strict=True)]
+        return self._with_newlines(rows[shown], columns[shown], seen, targets)
+
+    def reduce(self, features: Tensor, tokens: VisualTokens, crops: slice, method: Method) -> ReducedImage:
+        """Reduce the packed tokens of an image that the model makes smaller, with the budget of all its crops.
+
+        Scores and metric are packed as the features are, in float32. Tokens are merged as they are packed, so after the
+        projector. A contextual token takes the place of its target.
+
+        Args:
+            features: (T, side**2, D), the projected patches of its crops.
+            tokens: what a method may ask about the crops of all images.
+            crops: those of this image.
+            method: how they are reduced.
+
+        Returns:
+            The image. ``grid``, ``kept`` and ``merged`` are about the overview alone, which shows all of the image.
+        """
+        patches = (self.numbers != NEWLINE).nonzero().flatten().to(features.device)
+
+        def as_packed(channels: Tensor) -> Tensor:
+            """(T, side**2, M) -> (1, N, M), without newlines."""
+            channels = channels.to(features.device, torch.float32)
+            return self.pack(channels, channels.new_zeros(channels.shape[2]))[None, patches]
+
+        packed = self.pack(features, self.newline)[None, patches]
+        whole = VisualTokens(
+            hidden=packed,
+            grid=None,
+            scores=lambda: as_packed(tokens.scores()[crops].unsqueeze(2)).squeeze(2),
+            metric=lambda: as_packed(tokens.metric()[crops]),
+            features=packed.detach,
+            crops=len(features),
         )
-    columns = torch.arange(len(order), device=order.device)
-    return crops.image(order, columns, torch.ones_like(crops.places, dtype=torch.bool))
+        selection = method.select(whole)
+        places = patches[selection.positions()[0]]
+        kept_count = selection.kept.shape[1]
+        kept, targets = (part[part < self.side**2] for part in (places[:kept_count], places[kept_count:]))
+        return self._with_newlines(selection.apply(packed)[0], places, [kept], [targets])
 
+    def _with_newlines(
+        self, rows: Tensor, columns: Tensor, kept: Iterable[Tensor], merged: Iterable[Tensor]
+    ) -> ReducedImage:
+        """Put each row into its column of the packed image, and the newlines, all of which stay, into theirs."""
+        newlines = (self.numbers == NEWLINE).nonzero().flatten().to(columns.device)
+        columns, order = torch.cat([columns, newlines]).sort()
+        features = torch.cat([rows, self.newline.to(rows).expand(len(newlines), -1)])[order]
+        return self._image(features, columns, kept, merged)
 
-def arrange_in_model_order(crops: Crops) -> ReducedImage:
-    """Arrange the rows in the model's own order, cut by position.
-
-    Each row stays where the model's packing puts its patch, a contextual token where it puts its target. All newlines
-    stay. What the model cuts off as padding is left out, be it a kept patch or a contextual token whose target is
-    padding: such a token stands for patches that look like padding.
-    """
-    count, rows, _ = crops.rows.shape
-    number = torch.arange(count, device=crops.places.device)[:, None]
-    row_of = crops.places.new_full((count * crops.side**2,), -1)
-    row_of[number * crops.side**2 + crops.places] = number * rows + torch.arange(rows, device=row_of.device)
-    packed = crops.packed.to(row_of.device)
-    order = torch.where(packed == NEWLINE, count * rows, row_of[packed.clamp(min=0)])
-    columns = (order >= 0).nonzero().flatten()
-    used = torch.zeros(count * rows + 1, dtype=torch.bool, device=order.device)
-    used[order[columns]] = True
-    return crops.image(order[columns], columns, used[:-1].view(count, rows))
-
-
-def reduce_packed(
-    pack: Packer, features: Tensor, newline: Tensor, packed: Tensor, crops: VisualTokens, method: Method
-) -> ReducedImage:
-    """Reduce the packed tokens of an image that the model makes smaller at once, with the budget of all its crops.
-
-    Scores and metric are packed as the features are, in float32. Tokens are merged as they are packed, so after the
-    projector. A contextual token takes the place of its target, and all newlines stay.
-
-    Args:
-        pack: the model's packing of this image.
-        features: (T, side**2, D), the projected patches of its crops.
-        newline: (D,).
-        packed: (L,) int64 on the CPU, as `pack_numbers` gives it.
-        crops: what a method may ask about the T crops.
-        method: how they are reduced.
-
-    Returns:
-        The image. Its ``grid``, ``kept`` and ``merged`` are about the overview alone, which shows all of the image.
-    """
-    is_newline = (packed == NEWLINE).to(features.device)
-    patches, newlines = (~is_newline).nonzero().flatten(), is_newline.nonzero().flatten()
-
-    def as_packed(channels: Tensor) -> Tensor:
-        """(T, side**2, M) -> (1, N, M), without newlines."""
-        channels = channels.to(features.device, torch.float32)
-        return pack(channels, channels.new_zeros(channels.shape[2]))[None, patches]
-
-    whole = pack(features, newline)
-    tokens = VisualTokens(
-        batch=1,
-        count=len(patches),
-        device=features.device,
-        has_cls=False,
-        grid=None,
-        scores=lambda: as_packed(crops.scores().unsqueeze(2)).squeeze(2),
-        metric=lambda: as_packed(crops.metric()),
-        features=lambda: whole[None, patches].detach(),
-        crops=len(features),
-    )
-    selection = method.select(tokens)
-    rows = torch.cat([selection.apply(whole[None, patches])[0], whole[newlines]])
-    places = patches[selection.positions()[0]]
-    columns, order = torch.cat([places, newlines]).sort()
-    area, chosen = features.shape[1], selection.kept.shape[1]
-    side = math.isqrt(area)
-    kept, merged = (part[part < area] for part in (places[:chosen], places[chosen:]))  # the overview is packed first
-    return ReducedImage(rows[order], columns, len(packed), (), (side, side), (kept,), (merged,))
+    def _image(
+        self, features: Tensor, columns: Tensor, kept: Iterable[Tensor], merged: Iterable[Tensor]
+    ) -> ReducedImage:
+        side = (self.side, self.side)
+        return ReducedImage(features, columns, len(self.numbers), (), side, tuple(kept), tuple(merged))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +81,28 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
     levels, attention = _encode(base, inputs, grids)
     counts = [math.prod(grid) for grid in grids]
-    images: dict[int, ReducedImage] = {}
-    for grid in dict.fromkeys(grids):
+
+    def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
         members = [number for number, other in enumerate(grids) if other == grid]
-        stack = functools.partial(_stack, counts, members)
+
+        def stack(rows: Tensor) -> Tensor:
+            """(N, ...) over all images -> (B, N, ...) of those of this size."""
+            parts = torch.split(rows, counts)
+            return torch.stack([parts[number] for number in members])
+
         features = [stack(level) for level in levels]
-        selection = method.select(_visual_tokens(attention, stack, features[0], grid))
+        tokens = VisualTokens(
+            hidden=features[0],
+            grid=grid,
+            scores=lambda: stack(attention.scores),
+            metric=lambda: stack(attention.metric),
+            features=features[0].detach,
+        )
+        selection = method.select(tokens)
         rows = [selection.apply(level) for level in features]
-        images |= zip(members, cut(selection, rows, grid, math.prod(grid)), strict=True)
+        return zip(members, cut(selection, rows, grid, tokens.count), strict=True)
+
+    images = dict(pair for grid in dict.fromkeys(grids) for pair in reduce_size(grid))
     return [images[number] for number in range(len(grids))]
 
 
@@ -145,24 +159,3 @@ def window_order(grids: Sequence[Grid], window: int) -> Tensor:
         parts += [order + start + frame * rows * columns for frame in range(frames)]
         start += frames * rows * columns
     return torch.cat(parts)
-
-
-def _stack(counts: list[int], members: list[int], rows: Tensor) -> Tensor:
-    """(N, ...) over all images -> (B, N, ...), of these images of one size."""
-    parts = torch.split(rows, counts)
-    return torch.stack([parts[number] for number in members])
-
-
-def _visual_tokens(
-    attention: BlockAttention, stack: Callable[[Tensor], Tensor], features: Tensor, grid: Grid
-) -> VisualTokens:
-    return VisualTokens(
-        batch=features.shape[0],
-        count=features.shape[1],
-        device=features.device,
-        has_cls=False,
-        grid=grid,
-        scores=lambda: stack(attention.scores),
-        metric=lambda: stack(attention.metric),
-        features=features.detach,
-    )
