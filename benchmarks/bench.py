@@ -7,6 +7,7 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _measure_ops(
     dtype: torch.dtype,
     kinds: tuple[str, ...],
     found: Run,
-    keep: Any,
+    keep: Callable[[str, list[dict[str, Any]]], None],
     console: Console,
 ) -> None:
     machine = timing.ceilings(device, dtype)
