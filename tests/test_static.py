@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_function_length(path: Path):
             first = node.body[0]
             prose = first.end_lineno - first.lineno if isinstance(first, ast.Expr) else 0  # the docstring is free
             assert node.end_lineno - node.lineno - prose < 80, node.name
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".py"], ids=name_of)
+def test_length_of_compiled_functions(path: Path):
+    """As clang-format indents them: the first line of a function is the last one before it as deep as its brace."""
+    lines = path.read_text().splitlines()
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    for end in (index for index, line in enumerate(lines) if line.lstrip().startswith("}") and depths[index] <= 4):
+        starts = (i for i in range(end) if lines[i] and lines[i][0] != "#" and depths[i] <= depths[end])
+        start = max(starts)
+        if not re.match(r" *(namespace|struct|class|enum|union|extern|template|public|private|\})", lines[start]):
+            assert end - start < 80, lines[start]
 
 
 @pytest.mark.parametrize("path", [p for p in PYTHON if p.is_relative_to(ROOT / "vlmfast")], ids=name_of)

@@ -18,7 +18,8 @@ from vlmfast.cases import Samples
 from vlmfast.registry import OPS, Op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PLACES = [("cpu", name) for name in ("native", "triton", "emulated", "torch")]
+BACKENDS = ("native", "triton", "emulated", "torch")
+PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Backends whose absence is a failure, not a skip. With a GPU the CPU has no Triton: its interpreter is off.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
@@ -63,6 +64,11 @@ def launches_of(op: Op, backend: str) -> int:
     """How many kernels a call starts."""
     number = op.cases.launches
     return number if isinstance(number, int) else number[backend]
+
+
+def family(name: str) -> list[Op]:
+    """List the ops of one family."""
+    return [op for op in OPS.values() if op.family == name]
 
 
 def with_cases(op: Op, **changes: Any) -> Op:

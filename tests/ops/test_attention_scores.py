@@ -11,19 +11,10 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers.cases import DTYPES, require
+from tests.helpers.cases import DTYPES, family, require
 from vlmfast.registry import OPS
 
-FAMILY = [op for op in OPS.values() if op.family == "attention_scores"]
-BACKENDS = ("native", "triton", "emulated", "torch")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    for op in FAMILY:
-        require(op, request.param)
-    with vlmfast.use(request.param):
-        yield request.param
+FAMILY = family("attention_scores")
 
 
 def softmax(logits: list[float]) -> list[float]:

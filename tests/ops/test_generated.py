@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import platform
 
@@ -237,3 +238,22 @@ def test_bad_calls_are_refused(op: Op):
     for call in bad:
         with pytest.raises(call.error, match=call.message):
             op.function(*call.args)
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_tensors_of_another_kind_are_refused_by_name(op: Op):
+    """A list, a tensor of float64 and one on another device, in the place of each tensor."""
+    args = max(op.cases.samples("cpu", torch.float32), key=lambda args: sum(map(is_tensor, args)))
+    places = [index for index, value in enumerate(args) if is_tensor(value)]
+    for place, name in zip(
+        places, (list(inspect.signature(op.reference).parameters)[place] for place in places), strict=True
+    ):
+        refusals = [([1.0], TypeError, f"^{name} must be a torch.Tensor, got list")]
+        if is_float(args[place]):
+            message = f"^{name} must be float32, float16 or bfloat16, got torch.float64"
+            refusals.append((args[place].double(), TypeError, message))
+        if len(places) > 1:
+            refusals.append((args[place].to("meta"), ValueError, "must be on the device of "))
+        for value, error, message in refusals:
+            with pytest.raises(error, match=message):
+                op.function(*args[:place], value, *args[place + 1 :])

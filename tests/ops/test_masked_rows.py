@@ -6,19 +6,10 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers.cases import DTYPES, WAITING, Recorder, outputs, require
+from tests.helpers.cases import DTYPES, WAITING, Recorder, family, outputs, require
 from vlmfast.registry import OPS, Op
 
-FAMILY = [op for op in OPS.values() if op.family == "masked_rows"]
-BACKENDS = ("native", "triton", "emulated", "torch")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    for op in FAMILY:
-        require(op, request.param)
-    with vlmfast.use(request.param):
-        yield request.param
+FAMILY = family("masked_rows")
 
 
 def prompt(masked: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

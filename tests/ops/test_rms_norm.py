@@ -12,19 +12,12 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers.cases import DTYPES, require
+from tests.helpers.cases import DTYPES, family, require
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
-BACKENDS = ("native", "triton", "emulated")
+FAMILY = family("rms_norm")
 DEFINITION = OPS["rms_norm"].reference
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    require(OPS["rms_norm"], request.param)
-    with vlmfast.use(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

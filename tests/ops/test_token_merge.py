@@ -8,21 +8,12 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers.cases import DTYPES, require
+from tests.helpers.cases import DTYPES, family, require
 from vlmfast.registry import OPS
 
-FAMILY = [op for op in OPS.values() if op.family == "token_merge"]
-BACKENDS = ("native", "triton", "emulated", "torch")
+FAMILY = family("token_merge")
 MERGES = ("reference", "mean")
 merge_slots, merge_rows = OPS["merge_slots"].function, OPS["merge_rows"].function
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest):
-    for op in FAMILY:
-        require(op, request.param)
-    with vlmfast.use(request.param):
-        yield request.param
 
 
 # ---- the rules, in plain Python, token by token ----

@@ -110,20 +110,16 @@ def compact_backward_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def row_index_bad_calls() -> Iterator[BadCall]:
-    yield BadCall(([True],), TypeError, "mask must be a torch.Tensor, got list")
     yield BadCall((torch.ones(2, 3),), TypeError, "mask must be bool, got torch.float32")
     yield BadCall((torch.ones(3, dtype=torch.bool),), ValueError, r"mask must have shape \(B, T\), got \(3,\)")
 
 
 def _row_bad_calls(name: str, mask_name: str) -> Iterator[tuple[tuple[Any, Any], type[Exception], str]]:
     x, mask = torch.ones(2, 3, 8), torch.tensor([[True, False, True], [False, False, True]])
-    yield ([1.0], mask), TypeError, f"{name} must be a torch.Tensor, got list"
-    yield (x.double(), mask), TypeError, f"{name} must be float32, float16 or bfloat16, got torch.float64"
     yield (x[0], mask), ValueError, rf"{name} must have shape \(B, T, D\), got \(3, 8\)"
     yield (x, mask.long()), TypeError, f"{mask_name} must be bool, got torch.int64"
     yield (x, mask[..., None]), ValueError, rf"{mask_name} must have shape \(B, T\), got \(2, 3, 1\)"
     yield (x, mask[:, :2]), ValueError, rf"{mask_name} must have shape \(2, 3\), .* {name}, got \(2, 2\)"
-    yield (x, mask.to("meta")), ValueError, f"{mask_name} must be on the device of {name}, cpu, got meta"
 
 
 def _embeds_bad_calls(name: str, mask_name: str, embeds_name: str) -> Iterator[BadCall]:
@@ -131,10 +127,7 @@ def _embeds_bad_calls(name: str, mask_name: str, embeds_name: str) -> Iterator[B
     for args, error, message in _row_bad_calls(name, mask_name):
         yield BadCall((*args, embeds), error, message)
     x, mask = torch.ones(2, 3, 8), torch.tensor([[True, False, True], [False, False, True]])
-    yield BadCall((x, mask, 1.0), TypeError, f"{embeds_name} must be a torch.Tensor, got float")
-    yield BadCall((x, mask, embeds.double()), TypeError, f"{embeds_name} must be float32, float16 or bfloat16")
     yield BadCall((x, mask, embeds[:, :7]), ValueError, rf"{embeds_name} must have shape \(V, 8\).* got \(3, 7\)")
-    yield BadCall((x, mask, embeds.to("meta")), ValueError, f"{embeds_name} must be on the device of {name}")
     for rows in (2, 4, 0):
         message = f"{mask_name} must be true at as many positions as {embeds_name} has rows, {rows}, got 3"
         yield BadCall((x, mask, torch.ones(rows, 8)), ValueError, message)
@@ -173,7 +166,6 @@ def compact_bad_calls() -> Iterator[BadCall]:
 
 def compact_backward_bad_calls() -> Iterator[BadCall]:
     x, invalid = torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
-    yield BadCall((x.double(), invalid), TypeError, "grad_tokens must be float32, float16 or bfloat16")
     yield BadCall((x, x[..., 0]), TypeError, "invalid must be bool, got torch.float32")
     yield BadCall((x, invalid[:, :2]), ValueError, r"grad_tokens must have shape \(2, keep, D\) with keep <= 2")
     yield BadCall((x, invalid[:1]), ValueError, r"grad_tokens must have shape \(1, keep, D\)")

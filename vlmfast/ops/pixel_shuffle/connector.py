@@ -67,11 +67,13 @@ def check_linear(
         checks.float_tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}")
+        checks.same_device("bias", bias, "x", x)
     if norm_weight is not None:
         check_norm_vector("norm_weight", norm_weight, x, scale)
     if norm_bias is not None:
         if norm_weight is None:
             raise ValueError("norm_bias must be None where norm_weight is, got a tensor")
+        check_norm_vector("norm_bias", norm_bias, x, scale)
         checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
     checks.epsilon("norm_eps", norm_eps)
     if activation is not None:

@@ -123,9 +123,8 @@ def _check_norm(
 ) -> None:
     check_pixel_shuffle(x, grid, scale, order, input_scale)
     check_norm_vector("norm_weight", norm_weight, x, scale)
-    checks.float_tensor("norm_bias", norm_bias)
+    check_norm_vector("norm_bias", norm_bias, x, scale)
     checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
-    checks.same_device("norm_bias", norm_bias, "x", x)
     checks.epsilon("norm_eps", norm_eps)
 
 

@@ -135,8 +135,6 @@ def visionzip_samples(device: str, dtype: torch.dtype) -> Samples:
 
 def top_bad_calls() -> Iterator[BadCall]:
     scores = torch.ones(2, 5)
-    yield BadCall(([1.0], 1), TypeError, "scores must be a torch.Tensor, got list")
-    yield BadCall((scores.double(), 1), TypeError, "scores must be float32, float16 or bfloat16, got torch.float64")
     yield BadCall((scores[0], 1), ValueError, r"scores must have shape \(B, N\), got \(5,\)")
     yield BadCall((scores, 6), ValueError, "k must be within 0 and 5, the tokens of a row, got 6")
     yield BadCall((scores, -1), ValueError, "k must be within 0 and 5, the tokens of a row, got -1")
@@ -146,14 +144,12 @@ def top_bad_calls() -> Iterator[BadCall]:
 
 def _kept_bad_calls() -> Iterator[tuple[Any, type[Exception], str]]:
     kept = torch.tensor([[0, 3], [1, 2]])
-    yield [0], TypeError, "kept must be a torch.Tensor, got list"
     yield kept.int(), TypeError, "kept must be int64, got torch.int32"
     yield kept[:1], ValueError, r"kept must have shape \(2, k\) with k <= 5, got \(1, 2\)"
     yield kept.flip(1), ValueError, "kept must be ascending within 0 and 4"
     yield kept[:, [0, 0]], ValueError, "kept must be ascending within 0 and 4"
     yield kept + 2, ValueError, "kept must be ascending within 0 and 4"
     yield kept - 1, ValueError, "kept must be ascending within 0 and 4"
-    yield kept.to("meta"), ValueError, "kept must be on the device of"
 
 
 def _contextual_bad_calls() -> Iterator[tuple[Any, type[Exception], str]]:
@@ -164,7 +160,6 @@ def _contextual_bad_calls() -> Iterator[tuple[Any, type[Exception], str]]:
 
 def slots_bad_calls() -> Iterator[BadCall]:
     metric, kept = torch.ones(2, 5, 8), torch.tensor([[0, 3], [1, 2]])
-    yield BadCall((metric.double(), kept, 1), TypeError, "metric must be float32, float16 or bfloat16")
     yield BadCall((metric[0], kept, 1), ValueError, r"metric must have shape \(B, N, M\), got \(5, 8\)")
     for bad, error, message in _kept_bad_calls():
         yield BadCall((metric, bad, 1), error, message)
@@ -175,7 +170,6 @@ def slots_bad_calls() -> Iterator[BadCall]:
 def rows_bad_calls() -> Iterator[BadCall]:
     hidden, kept = torch.ones(2, 5, 8), torch.tensor([[0, 3], [1, 2]])
     slots = torch.zeros(2, 5, dtype=torch.int32)
-    yield BadCall((hidden.double(), kept, slots, 1), TypeError, "hidden must be float32, float16 or bfloat16")
     yield BadCall((hidden, kept, slots.long(), 1), TypeError, "slots must be int32, got torch.int64")
     yield BadCall((hidden, kept, slots[0], 1), ValueError, r"slots must have shape \(B, N\), got \(5,\)")
     yield BadCall(
@@ -188,7 +182,6 @@ def rows_bad_calls() -> Iterator[BadCall]:
 
 def rows_backward_bad_calls() -> Iterator[BadCall]:
     grad, slots = torch.ones(2, 3, 8), torch.zeros(2, 5, dtype=torch.int32)
-    yield BadCall((grad.double(), slots, 1), TypeError, "grad_tokens must be float32, float16 or bfloat16")
     yield BadCall((grad[:1], slots, 1), ValueError, r"grad_tokens must have shape \(2, k \+ C, D\) with k \+ C <= 5")
     yield BadCall((grad, slots, 4), ValueError, "contextual must be within 0 and 3, the rows of grad_tokens, got 4")
     yield BadCall((grad, slots, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
@@ -196,11 +189,9 @@ def rows_backward_bad_calls() -> Iterator[BadCall]:
 
 def merge_bad_calls() -> Iterator[BadCall]:
     hidden, metric, kept = torch.ones(2, 5, 8), torch.ones(2, 5, 4), torch.tensor([[0, 3], [1, 2]])
-    yield BadCall((hidden.double(), metric, kept, 1), TypeError, "hidden must be float32, float16 or bfloat16")
     yield BadCall(
         (hidden, metric[:, :4], kept, 1), ValueError, r"metric must have the first two sizes of hidden, \(2, 5\)"
     )
-    yield BadCall((hidden, metric.to("meta"), kept, 1), ValueError, "metric must be on the device of hidden")
     yield BadCall((hidden, metric, kept, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
     for bad, error, message in _kept_bad_calls():
         yield BadCall((hidden, metric, bad, 1), error, message)
@@ -210,7 +201,6 @@ def merge_bad_calls() -> Iterator[BadCall]:
 
 def visionzip_bad_calls() -> Iterator[BadCall]:
     hidden, metric, scores = torch.ones(2, 5, 8), torch.ones(2, 5, 4), torch.ones(2, 5)
-    yield BadCall((hidden.double(), metric, scores, 2, 1), TypeError, "hidden must be float32, float16 or bfloat16")
     yield BadCall((hidden, metric, scores[:, :4], 2, 1), ValueError, r"scores must have the first two sizes of hidden")
     yield BadCall((hidden, metric, scores * torch.nan, 2, 1), ValueError, "scores must not be NaN")
     yield BadCall(
