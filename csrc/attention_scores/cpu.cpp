@@ -36,13 +36,8 @@ class Floats {
 
 Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
                      int64_t cls_index) {
-  Size batch("batch"), heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1);
-  Size tokens = Size("tokens").at_least(1);
-  FloatDtype dtype;
-  const View query("query", query_tensor, {batch, heads, head_dim}, dtype);
-  const View key("key", key_tensor, {batch, heads, tokens, head_dim}, dtype);
-  check_within("cls_index", cls_index, -tokens, tokens - 1);
-  const int64_t cls = cls_index < 0 ? cls_index + tokens : cls_index;
+  const ClsArguments call(query_tensor, key_tensor, cls_index);
+  const int64_t batch = call.batch, heads = call.heads, tokens = call.tokens, head_dim = call.head_dim;
   Tensor scores = allocate({batch, tokens - 1}, query_tensor, Dtype::kFloat32);
   float* to = static_cast<float*>(scores.mutable_data_ptr());
   const int64_t row = padded(tokens), work = tokens * head_dim;
@@ -55,10 +50,10 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
       const ClsAttention args{softmax_scale(scale, head_dim),
                               tokens,
                               head_dim,
-                              {query.at(b), query.stride(1), 0},
-                              {key.at(b), key.stride(1), key.stride(2)},
+                              {call.query.at(b), call.query.stride(1), 0},
+                              {call.key.at(b), call.key.stride(1), call.key.stride(2)},
                               weights.data() + b * heads * row};
-      kernels<AttentionScoresKernels>().cls[dtype](args, begin - b * heads, last - b * heads, room.data());
+      kernels<AttentionScoresKernels>().cls[call.dtype](args, begin - b * heads, last - b * heads, room.data());
       begin = last;
     }
   });
@@ -70,21 +65,19 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
       for (int64_t token = 0; token < tokens; ++token) sums[token] += from[token];
     }
     for (int64_t token = 0; token < tokens; ++token) {
-      if (token != cls) *to++ = static_cast<float>(sums[token]);
+      if (token != call.cls) *to++ = static_cast<float>(sums[token]);
     }
   }
   return scores;
 }
 
 // Where each segment begins and, last, the number of tokens.
-std::vector<int64_t> segment_bounds(const std::optional<Tensor>& cu_seqlens, int64_t tokens) {
-  if (!cu_seqlens.has_value()) return {0, tokens};
-  Size count = Size("segments + 1").at_least(1);
-  const View numbers("cu_seqlens", *cu_seqlens, {count}, Dtype::kInt32);
-  const int32_t* const from = numbers.at<int32_t>();
-  std::vector<int64_t> bounds(from, from + count);
-  STD_TORCH_CHECK(bounds.front() == 0 && bounds.back() == tokens && std::is_sorted(bounds.begin(), bounds.end()),
-                  "cu_seqlens must rise from 0 to ", tokens, ", the tokens of query");
+std::vector<int64_t> segment_bounds(const View<1>& cu_seqlens, int64_t tokens) {
+  const int32_t* const from = cu_seqlens.at<int32_t>();
+  std::vector<int64_t> bounds(from, from + cu_seqlens.size(0));
+  STD_TORCH_CHECK(
+      !bounds.empty() && bounds.front() == 0 && bounds.back() == tokens && std::is_sorted(bounds.begin(), bounds.end()),
+      "cu_seqlens must rise from 0 to ", tokens, ", the tokens of query");
   return bounds;
 }
 
@@ -93,12 +86,9 @@ constexpr int64_t kPartRows = 512;
 
 Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,
                           int64_t group, std::optional<double> scale) {
-  Size heads = Size("heads").at_least(1), tokens("tokens"), head_dim = Size("head_dim").at_least(1);
-  FloatDtype dtype;
-  const View query("query", query_tensor, {heads, tokens, head_dim}, dtype);
-  const View key("key", key_tensor, {heads, tokens, head_dim}, dtype);
-  STD_TORCH_CHECK(group > 0 && tokens % group == 0, "group must divide the ", tokens, " tokens, got ", group);
-  const std::vector<int64_t> bounds = segment_bounds(cu_seqlens, tokens);
+  const ReceivedArguments call(query_tensor, key_tensor, cu_seqlens, group);
+  const int64_t heads = call.heads, tokens = call.tokens, head_dim = call.head_dim;
+  const auto bounds = cu_seqlens ? segment_bounds(call.cu_seqlens, tokens) : std::vector<int64_t>{0, tokens};
 
   std::vector<AttentionPart> parts;
   int64_t room = 0, longest = 0;
@@ -120,14 +110,14 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
   }
   const ReceivedAttention args{softmax_scale(scale, head_dim),
                                head_dim,
-                               {query.data(), query.stride(0), query.stride(1)},
-                               {key.data(), key.stride(0), key.stride(1)}};
+                               {call.query.data(), call.query.stride(0), call.query.stride(1)},
+                               {call.key.data(), call.key.stride(0), call.key.stride(1)}};
   const int64_t count = static_cast<int64_t>(parts.size());
   const int64_t work = count == 0 ? 0 : heads * tokens * longest / count * head_dim;
   const auto& table = kernels<AttentionScoresKernels>();
   parallel_rows(count, row_ranges(count, work), [&](int64_t begin, int64_t end, int64_t) {
     const Floats workspace(table.received_workspace(head_dim, longest));
-    table.received[dtype](args, parts.data() + begin, end - begin, workspace.data());
+    table.received[call.dtype](args, parts.data() + begin, end - begin, workspace.data());
   });
   std::vector<double> sums(tokens);
   for (const AttentionPart& part : parts) {

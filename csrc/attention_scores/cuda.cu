@@ -19,8 +19,6 @@
 namespace vlmfast {
 namespace {
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // elements of heads, tokens and bounds are counted in 32 bits
-
 // Returns the factor of the logits in the exponents of two.
 float exponent_factor(std::optional<double> scale, int64_t head_dim) {
   constexpr double kLog2E = 1.4426950408889634;
@@ -29,16 +27,13 @@ float exponent_factor(std::optional<double> scale, int64_t head_dim) {
 
 Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
                      int64_t cls_index) {
-  Size batch("batch"), heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
-  Size tokens = Size("tokens").at_least(1);
-  FloatDtype dtype;
-  const View query("query", query_tensor, {batch, heads, head_dim}, dtype);
-  const View key("key", key_tensor, {batch, heads, tokens, head_dim}, dtype);
-  check_within("cls_index", cls_index, -tokens, tokens - 1);
+  const ClsArguments args(query_tensor, key_tensor, cls_index);
+  const int64_t batch = args.batch, heads = args.heads, tokens = args.tokens;
   Tensor scores = allocate({batch, tokens - 1}, key_tensor, Dtype::kFloat32);
   if (scores.numel() == 0) return scores;
-  const int64_t chunks = (tokens + ClsPolicy::kChunk - 1) / ClsPolicy::kChunk, cls = (cls_index + tokens) % tokens;
-  const ClsSizes sizes{batch, heads, tokens, static_cast<int>(head_dim), chunks, cls, exponent_factor(scale, head_dim)};
+  const int64_t chunks = (tokens + ClsPolicy::kChunk - 1) / ClsPolicy::kChunk;
+  const ClsSizes sizes{
+      batch, heads, tokens, static_cast<int>(args.head_dim), chunks, args.cls, exponent_factor(scale, args.head_dim)};
   const Tensor parts = float_buffer(2 * batch * heads * chunks * ClsPolicy::kParts, key_tensor);
   const Tensor logits = float_buffer(batch * heads * tokens, key_tensor);
   const DeviceScope scope(key_tensor);
@@ -47,10 +42,11 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     check_cuda(launch(cls_logits_kernel<scalar_t, decltype(policy)>, dim3(std::min(batch * heads * chunks, kMaxBlocks)),
-                      dim3(ClsPolicy::kThreads), 0, scope.stream(), scope.input<scalar_t>(query),
-                      scope.input<scalar_t>(key), parts_data, logits_data, sizes));
+                      dim3(ClsPolicy::kThreads), 0, scope.stream(), scope.input<scalar_t>(args.query),
+                      scope.input<scalar_t>(args.key), parts_data, logits_data, sizes));
   };
-  with_row_policy<HeadRow, LongHeadRow>(dtype, head_dim, vectors_fit(kVectorBytes, query, key), run);
+  const bool fit = vectors_fit(kVectorBytes, args.query, args.key);
+  with_row_policy<HeadRow, LongHeadRow>(args.dtype, args.head_dim, fit, run);
   check_cuda(launch(cls_scores_kernel, dim3(std::min(batch * chunks, kMaxBlocks)), dim3(ClsPolicy::kThreads), 0,
                     scope.stream(), parts_data, logits_data, scope.output<float>(scores), sizes));
   return scores;
@@ -58,14 +54,8 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
 
 Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,
                           int64_t group, std::optional<double> scale) {
-  Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
-  Size tokens = Size("tokens").at_most(kMost);
-  Size bounds = Size("segments + 1").at_most(kMost);
-  FloatDtype dtype;
-  const View query("query", query_tensor, {heads, tokens, head_dim}, dtype);
-  const View key("key", key_tensor, {heads, tokens, head_dim}, dtype);
-  const View seqlens("cu_seqlens", cu_seqlens, {bounds}, Dtype::kInt32);
-  STD_TORCH_CHECK(group >= 1 && tokens % group == 0, "group must divide the ", tokens, " tokens, got ", group);
+  const ReceivedArguments args(query_tensor, key_tensor, cu_seqlens, group);
+  const int64_t heads = args.heads, tokens = args.tokens;
   const int64_t groups = tokens / group;
   Tensor scores = allocate({groups}, key_tensor, Dtype::kFloat32);
   if (groups == 0) return scores;
@@ -76,14 +66,14 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
   float* const received_data = scope.output<float>(received);
   const ReceivedSizes sizes{heads,
                             static_cast<int>(tokens),
-                            static_cast<int>(head_dim),
-                            cu_seqlens ? static_cast<int>(bounds) : 0,
-                            cu_seqlens ? scope.input<int32_t>(seqlens).data : nullptr,
-                            exponent_factor(scale, head_dim)};
-  with_tiles(dtype, head_dim, vectors_fit(kVectorBytes, query, key), [&](auto type) {
+                            static_cast<int>(args.head_dim),
+                            cu_seqlens ? static_cast<int>(args.bounds) : 0,
+                            cu_seqlens ? scope.input<int32_t>(args.cu_seqlens).data : nullptr,
+                            exponent_factor(scale, args.head_dim)};
+  with_tiles(args.dtype, args.head_dim, vectors_fit(kVectorBytes, args.query, args.key), [&](auto type) {
     using Tiles = typename decltype(type)::type;
     using scalar_t = typename Tiles::scalar_t;
-    const auto queries = scope.input<scalar_t>(query), keys = scope.input<scalar_t>(key);
+    const auto queries = scope.input<scalar_t>(args.query), keys = scope.input<scalar_t>(args.key);
     const int64_t blocks = heads * ((tokens + Tiles::kOwnRows - 1) / Tiles::kOwnRows);
     const dim3 grid(std::min(blocks, kMaxBlocks)), block(Tiles::kThreads);
     constexpr size_t kShared = sizeof(ReceivedShared<Tiles>);

@@ -1,6 +1,52 @@
 // The attention scores as torch sees them: vlmfast/ops/attention_scores/definition.py defines what they compute.
 #pragma once
 
+#include <optional>
+
+#include "common/common.h"
+
+namespace vlmfast {
+
+// ---- arguments, checked once for the CPU and CUDA ----
+
+constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // elements of heads, tokens and bounds are counted in 32 bits
+
+struct ClsArguments {
+  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size tokens = Size("tokens").at_least(1);
+  FloatDtype dtype;
+  View<3> query;
+  View<4> key;
+  int64_t cls;  // the position of the CLS token
+
+  ClsArguments(const Tensor& query_tensor, const Tensor& key_tensor, int64_t cls_index)
+      : query("query", query_tensor, {batch, heads, head_dim}, dtype),
+        key("key", key_tensor, {batch, heads, tokens, head_dim}, dtype),
+        cls(cls_index < 0 ? cls_index + tokens : cls_index) {
+    check_within("cls_index", cls_index, -tokens, tokens - 1);
+  }
+};
+
+struct ReceivedArguments {
+  Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size tokens = Size("tokens").at_most(kMost), bounds = Size("segments + 1").at_most(kMost);
+  FloatDtype dtype;
+  View<3> query, key;
+  View<1> cu_seqlens;
+
+  ReceivedArguments(const Tensor& query_tensor, const Tensor& key_tensor,
+                    const std::optional<Tensor>& cu_seqlens_tensor, int64_t group)
+      : query("query", query_tensor, {heads, tokens, head_dim}, dtype),
+        key("key", key_tensor, {heads, tokens, head_dim}, dtype),
+        cu_seqlens("cu_seqlens", cu_seqlens_tensor, {bounds}, Dtype::kInt32) {
+    STD_TORCH_CHECK(group > 0 && tokens % group == 0, "group must divide the ", tokens, " tokens, got ", group);
+  }
+};
+
+}  // namespace vlmfast
+
+// ---- the table of ops ----
+
 #define VLMFAST_OPS(OP)                                                                            \
   OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor") \
   OP(received_attention,                                                                           \

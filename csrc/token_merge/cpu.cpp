@@ -43,18 +43,16 @@ std::vector<int64_t> count_joining(const View<2>& slots, int64_t contextual) {
 // ---- the ops ----
 
 Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
-  Size batch("batch"), tokens("tokens");
-  FloatDtype dtype;
-  const View scores("scores", scores_tensor, {batch, tokens}, dtype);
-  check_within("k", k, 0, tokens);
+  const TopTokensArguments call(scores_tensor, k);
+  const int64_t batch = call.batch, tokens = call.tokens;
   Tensor kept = allocate({batch, k}, scores_tensor, Dtype::kInt64);
   int64_t* const positions = static_cast<int64_t*>(kept.mutable_data_ptr());
-  const auto order = kernels<TokenMergeKernels>().order[dtype];
+  const auto order = kernels<TokenMergeKernels>().order[call.dtype];
   std::vector<uint8_t> valid(batch);
   parallel_rows(batch, row_ranges(batch, tokens), [&](int64_t begin, int64_t end, int64_t) {
     std::vector<uint32_t> keys(tokens), sorted(tokens);
     for (int64_t b = begin; b < end; ++b) {
-      valid[b] = order(scores.at(b), tokens, keys.data());
+      valid[b] = order(call.scores.at(b), tokens, keys.data());
       if (k == 0 || !valid[b]) continue;
       std::copy(keys.begin(), keys.end(), sorted.begin());
       std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
@@ -72,14 +70,10 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
 }
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
-  Size batch("batch"), tokens("tokens"), head_dim("head_dim");
-  FloatDtype dtype;
-  const View metric("metric", metric_tensor, {batch, tokens, head_dim}, dtype);
-  Size kept_count = Size("kept_count").at_most(tokens);
-  const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
-  check_kept(kept, tokens);
+  const MergeArguments call("metric", metric_tensor, kept_tensor, contextual);
+  check_kept(call.kept, call.tokens);
+  const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, head_dim = call.hidden;
   const int64_t left = tokens - kept_count, joining = left - contextual;
-  check_within("contextual", contextual, 0, left);
   Tensor slots = allocate({batch, tokens}, metric_tensor, Dtype::kInt32);
   int32_t* const numbers = static_cast<int32_t*>(slots.mutable_data_ptr());
   const int64_t step = contextual > 0 ? left / contextual : 1;
@@ -89,7 +83,7 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
   joins.reserve(contextual > 0 ? batch * joining : 0);
   positions.reserve(joins.capacity());
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t* const kept_positions = kept.at<int64_t>(b);
+    const int64_t* const kept_positions = call.kept.at<int64_t>(b);
     int64_t rank = 0, other = 0;
     for (int64_t token = 0; token < tokens; ++token) {
       int32_t& slot = numbers[b * tokens + token];
@@ -99,10 +93,10 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
         slot = static_cast<int32_t>(-kept_count - 1);
       } else if (other % step == 0 && other / step < contextual) {
         slot = static_cast<int32_t>(other++ / step);
-        targets.push_back(metric.at(b, token));
+        targets.push_back(call.rows.at(b, token));
       } else {
         ++other;
-        joins.push_back(metric.at(b, token));
+        joins.push_back(call.rows.at(b, token));
         positions.push_back(b * tokens + token);
       }
     }
@@ -113,24 +107,21 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
   const std::unique_ptr<double[]> panels(new double[batch * table.packed_targets(contextual, head_dim)]);
   const MergeSlots args{head_dim,     contextual,       joining,      targets.data(),
                         joins.data(), positions.data(), panels.get(), numbers};
-  table.pack_targets[dtype](args, batch);
+  table.pack_targets[call.dtype](args, batch);
   parallel_rows(count, row_ranges(count, contextual * head_dim), [&](int64_t begin, int64_t end, int64_t) {
     const std::unique_ptr<double[]> room(new double[kMergeRoom * head_dim]);
-    table.assign[dtype](args, begin, end, room.get());
+    table.assign[call.dtype](args, begin, end, room.get());
   });
   return slots;
 }
 
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
-  Size batch("batch"), tokens("tokens"), hidden("hidden");
-  FloatDtype dtype;
-  const View x("hidden", hidden_tensor, {batch, tokens, hidden}, dtype);
-  Size kept_count = Size("kept_count").at_most(tokens);
-  const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
-  const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);
-  check_kept(kept, tokens);
-  check_within("contextual", contextual, 0, tokens - kept_count);
+  MergeArguments call("hidden", hidden_tensor, kept_tensor, contextual);
+  const View slots("slots", slots_tensor, {call.batch, call.tokens}, Dtype::kInt32);
+  check_kept(call.kept, call.tokens);
+  const View<3>& x = call.rows;
+  const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, hidden = call.hidden;
   const int64_t merged_count = kept_count + contextual, rows = batch * merged_count;
   Tensor y = allocate_output({batch, merged_count, hidden}, hidden_tensor);
   if (y.numel() == 0) return y;
@@ -143,7 +134,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t row = b * merged_count;
     for (int64_t i = 0; i < kept_count; ++i) {
-      first[row + i] = x.at(b, kept.at<int64_t>(b)[i]);
+      first[row + i] = x.at(b, call.kept.at<int64_t>(b)[i]);
       ends[row + i] = joined;
     }
     for (int64_t c = 0; c < contextual; ++c) {
@@ -164,7 +155,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
   const MergedRows args{
       merge, hidden, rows, first.data(), ends.data(), joining.data(), static_cast<char*>(y.mutable_data_ptr())};
   // Each thread has some columns of all rows, because the rows differ in their work.
-  const auto merge_columns = kernels<TokenMergeKernels>().merge[dtype];
+  const auto merge_columns = kernels<TokenMergeKernels>().merge[call.dtype];
   const int64_t blocks = padded(hidden) / kBlock;
   parallel_rows(blocks, row_ranges(blocks, kBlock * (rows + joined)), [&](int64_t begin, int64_t end, int64_t) {
     merge_columns(args, begin * kBlock, std::min<int64_t>(end * kBlock, hidden));
@@ -173,12 +164,11 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
 }
 
 Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor, int64_t contextual, Merge merge) {
-  Size batch("batch"), merged_count("kept_count + contextual"), tokens("tokens"), hidden("hidden");
-  FloatDtype dtype;
-  const View grads("grad_tokens", grad_tensor, {batch, merged_count, hidden}, dtype);
-  const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);
-  check_within("contextual", contextual, 0, merged_count);
-  const int64_t kept_count = merged_count - contextual;
+  const MergeGradientArguments call(grad_tensor, slots_tensor, contextual);
+  const View<3>& grads = call.grad;
+  const View<2>& slots = call.slots;
+  const int64_t batch = call.batch, tokens = call.tokens, hidden = call.hidden;
+  const int64_t kept_count = call.merged_count - contextual;
   // What each token that joins a contextual one gets of its gradient.
   const std::vector<int64_t> counts = count_joining(slots, contextual);
   std::vector<const char*> contextual_grads(batch * contextual);
@@ -187,11 +177,11 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
     contextual_grads[row] = grads.at(row / contextual, kept_count + row % contextual);
     divisors[row] = static_cast<float>(merge == Merge::kMean ? counts[row] + 1 : std::max<int64_t>(counts[row], 1));
   }
-  Tensor shared = allocate({batch, contextual, hidden}, grad_tensor, dtype);
+  Tensor shared = allocate({batch, contextual, hidden}, grad_tensor, call.dtype);
   const DividedRows args{hidden, contextual_grads.data(), divisors.data(),
                          static_cast<char*>(shared.mutable_data_ptr())};
   if (shared.numel() > 0) {
-    const auto divide = kernels<TokenMergeKernels>().divide[dtype];
+    const auto divide = kernels<TokenMergeKernels>().divide[call.dtype];
     parallel_rows(batch * contextual, row_ranges(batch * contextual, hidden),
                   [&](int64_t begin, int64_t end, int64_t) { divide(args, begin, end); });
   }

@@ -19,91 +19,72 @@
 namespace vlmfast {
 namespace {
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // positions, slots and columns of a metric are counted in 32 bits
-
 Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
-  Size batch("batch"), tokens = Size("tokens").at_most(kMost);
-  FloatDtype dtype;
-  const View scores("scores", scores_tensor, {batch, tokens}, dtype);
-  check_within("k", k, 0, tokens);
-  Tensor kept = allocate({batch, k}, scores_tensor, Dtype::kInt64);
-  if (scores.numel() == 0) return kept;
+  const TopTokensArguments args(scores_tensor, k);
+  Tensor kept = allocate({args.batch, k}, scores_tensor, Dtype::kInt64);
+  if (args.scores.numel() == 0) return kept;
   const DeviceScope scope(scores_tensor);
-  with_dtype(dtype, [&](auto zero) {
+  with_dtype(args.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const TopPolicy policy(batch, tokens, k, sizeof(scalar_t));
+    const TopPolicy policy(args.batch, args.tokens, k, sizeof(scalar_t));
     check_cuda(launch(top_tokens_kernel<scalar_t>, dim3(std::min(policy.batch, kMaxBlocks)), dim3(TopPolicy::kThreads),
-                      policy.cached * sizeof(scalar_t), scope.stream(), scope.input<scalar_t>(scores),
+                      policy.cached * sizeof(scalar_t), scope.stream(), scope.input<scalar_t>(args.scores),
                       scope.output<int64_t>(kept), policy));
   });
   return kept;
 }
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
-  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden = Size("columns").at_most(kMost);
-  FloatDtype dtype;
-  const View metric("metric", metric_tensor, {batch, tokens, hidden}, dtype);
-  Size kept_count = Size("kept_count").at_most(tokens);
-  const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
-  check_within("contextual", contextual, 0, tokens - kept_count);
-  Tensor slots = allocate({batch, tokens}, metric_tensor, Dtype::kInt32);
+  const MergeArguments args("metric", metric_tensor, kept_tensor, contextual);
+  Tensor slots = allocate({args.batch, args.tokens}, metric_tensor, Dtype::kInt32);
   if (slots.numel() == 0) return slots;
-  const MergeSizes sizes(batch, tokens, hidden, kept_count, contextual);
+  const MergeSizes sizes(args.batch, args.tokens, args.hidden, args.kept_count, contextual);
   const DeviceScope scope(metric_tensor);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
     const SlotPolicy chunks(sizes, Policy::kRowsPerBlock, scope.multiprocessors());
-    check_cuda(launch(merge_slots_kernel<scalar_t, Policy>, dim3(std::min(batch * chunks.chunks, kMaxBlocks)),
-                      dim3(Policy::kThreads), 0, scope.stream(), scope.input<scalar_t>(metric),
-                      scope.input<int64_t>(kept), scope.output<int32_t>(slots), sizes, chunks));
+    check_cuda(launch(merge_slots_kernel<scalar_t, Policy>, dim3(std::min(args.batch * chunks.chunks, kMaxBlocks)),
+                      dim3(Policy::kThreads), 0, scope.stream(), scope.input<scalar_t>(args.rows),
+                      scope.input<int64_t>(args.kept), scope.output<int32_t>(slots), sizes, chunks));
   };
-  with_row_policy<ShortMetric, LongMetric>(dtype, hidden, vectors_fit(kVectorBytes, metric), run);
+  with_row_policy<ShortMetric, LongMetric>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.rows), run);
   return slots;
 }
 
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
-  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden");
-  FloatDtype dtype;
-  const View rows("hidden", hidden_tensor, {batch, tokens, hidden}, dtype);
-  Size kept_count = Size("kept_count").at_most(tokens);
-  const View kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64);
-  const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);
-  check_within("contextual", contextual, 0, tokens - kept_count);
-  Tensor merged = allocate({batch, kept_count + contextual, hidden}, hidden_tensor, dtype);
+  MergeArguments args("hidden", hidden_tensor, kept_tensor, contextual);
+  const View slots("slots", slots_tensor, {args.batch, args.tokens}, Dtype::kInt32);
+  Tensor merged = allocate({args.batch, args.kept_count + contextual, args.hidden}, hidden_tensor, args.dtype);
   if (merged.numel() == 0) return merged;
-  const MergeSizes sizes(batch, tokens, hidden, kept_count, contextual);
+  const MergeSizes sizes(args.batch, args.tokens, args.hidden, args.kept_count, contextual);
   const DeviceScope scope(hidden_tensor);
-  with_row_policy<WarpRow>(dtype, hidden, vectors_fit(kVectorBytes, rows), [&](auto zero, auto row) {
+  with_row_policy<WarpRow>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.rows), [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
     constexpr int kVec = decltype(row)::kVec;
     const MergePolicy policy(sizes, kVec);
     check_cuda(launch(merge_rows_kernel<scalar_t, kVec>, dim3(std::min<int64_t>(policy.blocks, kMaxBlocks)),
                       dim3(MergePolicy::kThreads), sizeof(Members<kWarp * kVec>), scope.stream(),
-                      scope.input<scalar_t>(rows), scope.input<int64_t>(kept), scope.input<int32_t>(slots),
+                      scope.input<scalar_t>(args.rows), scope.input<int64_t>(args.kept), scope.input<int32_t>(slots),
                       scope.output<scalar_t>(merged), sizes, merge, policy));
   });
   return merged;
 }
 
 Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor, int64_t contextual, Merge merge) {
-  Size batch("batch"), rows = Size("rows").at_most(kMost), tokens = Size("tokens").at_most(kMost), hidden("hidden");
-  FloatDtype dtype;
-  const View grad("grad_tokens", grad_tensor, {batch, rows, hidden}, dtype);
-  const View slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32);
-  check_within("contextual", contextual, 0, rows);
-  Tensor grad_hidden = allocate({batch, tokens, hidden}, grad_tensor, dtype);
+  const MergeGradientArguments args(grad_tensor, slots_tensor, contextual);
+  Tensor grad_hidden = allocate({args.batch, args.tokens, args.hidden}, grad_tensor, args.dtype);
   if (grad_hidden.numel() == 0) return grad_hidden;
-  const MergeSizes sizes(batch, tokens, hidden, rows - contextual, contextual);
+  const MergeSizes sizes(args.batch, args.tokens, args.hidden, args.merged_count - contextual, contextual);
   const DeviceScope scope(grad_tensor);
   const MergeBackwardPolicy policy(sizes, scope.multiprocessors());
-  with_row_policy<WarpRow>(dtype, hidden, vectors_fit(kVectorBytes, grad), [&](auto zero, auto row) {
+  with_row_policy<WarpRow>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.grad), [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
     check_cuda(launch(merge_rows_backward_kernel<scalar_t, decltype(row)::kVec>,
-                      dim3(std::min(batch * policy.chunks, kMaxBlocks)), dim3(MergePolicy::kThreads),
-                      policy.shared_bytes, scope.stream(), scope.input<scalar_t>(grad), scope.input<int32_t>(slots),
-                      scope.output<scalar_t>(grad_hidden), sizes, merge, policy));
+                      dim3(std::min(args.batch * policy.chunks, kMaxBlocks)), dim3(MergePolicy::kThreads),
+                      policy.shared_bytes, scope.stream(), scope.input<scalar_t>(args.grad),
+                      scope.input<int32_t>(args.slots), scope.output<scalar_t>(grad_hidden), sizes, merge, policy));
   });
   return grad_hidden;
 }

@@ -1,6 +1,58 @@
 // The token choice and merging ops as torch sees them: vlmfast/ops/token_merge/definition.py defines what they compute.
 #pragma once
 
+#include "common/common.h"
+
+namespace vlmfast {
+
+// ---- arguments, checked once for the CPU and CUDA ----
+
+constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // positions, slots and columns of a metric are counted in 32 bits
+
+struct TopTokensArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost);
+  FloatDtype dtype;
+  View<2> scores;
+
+  TopTokensArguments(const Tensor& scores_tensor, int64_t k) : scores("scores", scores_tensor, {batch, tokens}, dtype) {
+    check_within("k", k, 0, tokens);
+  }
+};
+
+// Rows of all tokens, be it of their hidden states or of a metric, and the positions of those that are kept.
+struct MergeArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden = Size("hidden").at_most(kMost);
+  Size kept_count{"kept_count"};
+  FloatDtype dtype;
+  View<3> rows;
+  View<2> kept;
+
+  MergeArguments(const char* name, const Tensor& rows_tensor, const Tensor& kept_tensor, int64_t contextual)
+      : rows(name, rows_tensor, {batch, tokens, hidden}, dtype),
+        kept("kept", kept_tensor, {batch, kept_count}, Dtype::kInt64) {
+    check_within("the size of kept", kept_count, 0, tokens);
+    check_within("contextual", contextual, 0, tokens - kept_count);
+  }
+};
+
+struct MergeGradientArguments {
+  Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kMost), hidden{"hidden"};
+  Size tokens = Size("tokens").at_most(kMost);
+  FloatDtype dtype;
+  View<3> grad;
+  View<2> slots;
+
+  MergeGradientArguments(const Tensor& grad_tensor, const Tensor& slots_tensor, int64_t contextual)
+      : grad("grad_tokens", grad_tensor, {batch, merged_count, hidden}, dtype),
+        slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32) {
+    check_within("contextual", contextual, 0, merged_count);
+  }
+};
+
+}  // namespace vlmfast
+
+// ---- the table of ops ----
+
 #define VLMFAST_OPS(OP)                                                                                              \
   OP(top_tokens, "(Tensor scores, SymInt k) -> Tensor")                                                              \
   OP(merge_slots, "(Tensor metric, Tensor kept, SymInt contextual) -> Tensor")                                       \
