@@ -22,7 +22,7 @@ def _load() -> str | None:
     return None
 
 
-def loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
+def loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
     """Load an op, as the loaders of `backends.LOADERS` do."""
     return _load() or backends.compiled_backend("emulated", "vlmfast_emulated", op, reference)
 
@@ -36,16 +36,16 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def check_library(stem: str) -> ctypes.CDLL:
-    """Load the kernels of one family in check mode, as torch.ops.vlmfast_checked_<stem>."""
-    path = build.build("check", library=f"vlmfast_checked_{stem}", sources=[build.CSRC / stem / "cuda.cu"])
+def check_library(family: str) -> ctypes.CDLL:
+    """Load the kernels of one family in check mode, as torch.ops.vlmfast_checked_<family>."""
+    path = build.build("check", library=f"vlmfast_checked_{family}", sources=[build.CSRC / family / "cuda.cu"])
     torch.ops.load_library(str(path))
     return open_library(path)
 
 
-def check_loader(op: str, stem: str, reference: Callable[..., Any]) -> backends.Backend | str:
+def check_loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
     """Load an op's family alone, because check mode takes long to compile."""
     if reason := build.missing():
         return reason
-    check_library(stem)
-    return backends.compiled_backend("checked", f"vlmfast_checked_{stem}", op, reference)
+    check_library(family)
+    return backends.compiled_backend("checked", f"vlmfast_checked_{family}", op, reference)

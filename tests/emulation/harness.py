@@ -51,10 +51,10 @@ def in_gaps(x: Tensor, image_gap: int) -> Tensor:
     return buffer.as_strided(x.shape, (stride, pitch, 1)).copy_(x)
 
 
-def sample_calls(stem: str, layouts: Sequence[tuple[Layout, Layout]], dtype: torch.dtype) -> Iterator[Call]:
+def sample_calls(family: str, layouts: Sequence[tuple[Layout, Layout]], dtype: torch.dtype) -> Iterator[Call]:
     """Yield the samples of a family's ops, their tensors in one pair of layouts after another, in turn."""
     for op in OPS.values():
-        if op.family != stem or op.compose is not None:
+        if op.family != family or op.compose is not None:
             continue
         for index, sample in enumerate(op.cases.samples("cpu", dtype)):
             if len({a.dtype for a in sample if cases.is_float(a)}) > 1:
@@ -80,9 +80,9 @@ class Kernels:
         self.library.vlmfast_emulation_schedule(schedule)
 
 
-def checked(stem: str) -> Kernels:
-    """Return the kernels of csrc/<stem>, built once."""
-    return Kernels(getattr(torch.ops, f"vlmfast_checked_{stem}"), check_library(stem))
+def checked(family: str) -> Kernels:
+    """Return the kernels of csrc/<family>, built once."""
+    return Kernels(getattr(torch.ops, f"vlmfast_checked_{family}"), check_library(family))
 
 
 def compare(kernels: Kernels, calls: Iterable[Call], *, same_order: bool = False, like: Any = None) -> None:
@@ -118,12 +118,12 @@ def assert_traffic(launches: int, name: str, *args: Any) -> None:
 Examine = Callable[[Kernels, torch.dtype], None]
 
 
-def every_access(stem: str, examine: Examine) -> Callable[..., None]:
+def every_access(family: str, examine: Examine) -> Callable[..., None]:
     """Make the test that examines a family's kernels in each dtype, and the threads in each order."""
 
     @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
     def test(dtype: torch.dtype, schedule: int) -> None:
-        kernels = checked(stem)
+        kernels = checked(family)
         kernels.schedule(schedule)
         examine(kernels, dtype)
 
@@ -141,14 +141,14 @@ class Fault:
     notice: str
 
 
-def planted_faults(stem: str, examine: Examine, faults: Sequence[Fault]) -> Callable[..., None]:
+def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Callable[..., None]:
     """Make the test that examines a family's kernels with each fault in turn."""
 
     @pytest.mark.planted
     @pytest.mark.parametrize("fault", faults, ids=[fault.name.replace(" ", "-") for fault in faults])
     def test(fault: Fault, tmp_path: Path) -> None:
-        library = f"vlmfast_{stem}_{re.sub(r'[^a-z0-9]+', '_', fault.name.lower())}"
-        path = build.build("check", library=library, csrc=_plant(fault, stem, tmp_path), cache=tmp_path)
+        library = f"vlmfast_{family}_{re.sub(r'[^a-z0-9]+', '_', fault.name.lower())}"
+        path = build.build("check", library=library, csrc=_plant(fault, family, tmp_path), cache=tmp_path)
         torch.ops.load_library(str(path))
         with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
             examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
@@ -156,11 +156,11 @@ def planted_faults(stem: str, examine: Examine, faults: Sequence[Fault]) -> Call
     return test
 
 
-def _plant(fault: Fault, stem: str, into: Path) -> Path:
+def _plant(fault: Fault, family: str, into: Path) -> Path:
     """Copy one family with the fault in it, and with bfloat16 kernels alone: a third of the time to compile."""
     planted = False
     for source in build.CSRC.glob("*/*.*"):
-        if source.suffix == ".cpp" or (source.suffix == ".cu" and source.parent.name != stem):
+        if source.suffix == ".cpp" or (source.suffix == ".cu" and source.parent.name != family):
             continue
         text = source.read_text()
         if source.name == fault.file and fault.old in text:
