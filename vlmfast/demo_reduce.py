@@ -81,7 +81,7 @@ def compare(out: Console, subject: Subject, method: Method, picture: Any, path: 
 
 @torch.inference_mode()
 def _prefill(subject: Subject, method: Method | None) -> tuple[Prefill, list[ReducedImage]]:
-    """The prompt answered with one token, on the patched model, with or without the reduction."""
+    """Answer the prompt with one token, on the patched model, with or without the reduction."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a skipped site is in the report
         try:
@@ -111,7 +111,7 @@ def _wait(subject: Subject) -> None:
 
 
 def _draw(picture: Any, image: ReducedImage, path: Path) -> None:
-    """The first crop of the image, which shows all of it."""
+    """Draw over the first crop of the image, which shows all of it."""
     try:
         overlay(picture, image.kept[0], image.grid, image.merged[0]).save(path)
     except (OSError, ValueError) as error:

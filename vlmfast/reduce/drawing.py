@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 KEPT, MERGED = (0, 158, 115), (230, 159, 0)  # green and orange that colour-blind eyes tell apart
-DIMMED = 0.3  # of its contrast is left to what was dropped
+DIMMED = 0.3  # contrast of dropped tokens
 
 
 def overlay(image: Any, kept: Tensor | Iterable[int], grid: Sequence[int], merged: Tensor | Iterable[int] = ()) -> Any:
-    """Draw over an image which of its visual tokens were kept and which stand for those that were merged.
+    """Draw over an image the visual tokens that were kept, and those that stand for merged ones.
 
     Kept ones stay as they are, in a green frame; the targets that others were merged into get an orange one; the rest
     is dimmed.
@@ -22,7 +22,7 @@ def overlay(image: Any, kept: Tensor | Iterable[int], grid: Sequence[int], merge
         image: a PIL image, all of which the grid covers.
         kept: the positions of the kept tokens in the grid, counted row by row.
         grid: (height, width), the number of visual tokens along each side.
-        merged: the positions of the targets, likewise.
+        merged: the positions of the targets in the grid.
 
     Returns:
         A new PIL image in RGB, of the size of ``image``.

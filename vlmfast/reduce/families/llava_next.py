@@ -4,8 +4,8 @@ Each crop is reduced by itself, with a budget of its own, before the projector. 
 lay them side by side, cut off the padding, and put a learned token after each row (a newline). Which patch goes where
 is asked of the model: its own packing is run on the numbers of the patches.
 
-LLaVA-OneVision makes the grid smaller where it is too large, by interpolation, such as that of a large photograph. A
-token is not one patch then, and such an image is reduced as a whole, after its packing. Videos stay as they are.
+LLaVA-OneVision makes a grid that is too large, that of a large photograph, smaller by interpolation. A token is not one
+patch then, and the image is reduced as a whole, after its packing. Videos stay as they are.
 """
 
 from __future__ import annotations
