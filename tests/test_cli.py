@@ -17,7 +17,7 @@ from vlmfast import demo
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
-from vlmfast.patches import families
+from vlmfast.patches.bodies import BODIES
 from vlmfast.registry import OPS, Op
 
 SHORT = ["--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
@@ -141,10 +141,10 @@ def test_what_the_user_can_put_right_is_one_line(arguments, message, capsys, tmp
     assert len(error.splitlines()) == 1
 
 
-def test_demo_of_an_unknown_family(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("vlmfast.demo_model.families", dict)
+def test_demo_of_a_model_in_which_nothing_is_known(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("vlmfast.demo_model.find_sites", lambda model: [])
     assert main(["demo", "--model", str(checkpoint), *SHORT]) == 2
-    assert "is of type llava; known are" in capsys.readouterr().err
+    assert re.search("knows no method of .*, which is of type llava", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
@@ -217,7 +217,8 @@ def test_overlay_that_cannot_be_written(checkpoint, capsys, tmp_path):
 def test_info(capsys):
     assert main(["info"]) == 0
     output = capsys.readouterr().out
-    for name in (*OPS, *LOADERS, *families(), vlmfast.__version__, torch.__version__):
+    replacements = {body.function.__name__ for body in BODIES if body.function is not None}
+    for name in (*OPS, *LOADERS, *replacements, vlmfast.__version__, torch.__version__):
         assert name in output
     assert "broken" not in output
 
@@ -227,7 +228,7 @@ def test_info_says_what_is_broken(capsys, monkeypatch, override):
         raise RuntimeError("planted\nand more")
 
     override(OPS["rms_norm"], "torch", Backend("torch", explode, explode))
-    monkeypatch.setattr("vlmfast.info.families", explode)
+    monkeypatch.setattr("vlmfast.info._bodies", explode)
     assert main(["info"]) == 0
     output = capsys.readouterr().out
     assert "broken: RuntimeError: planted (1 op)" in output

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmfast.console import CommandError, one_line
-from vlmfast.patches import families
+from vlmfast.patches.plan import find_sites
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "china.jpg"
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
@@ -54,9 +54,10 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise CommandError(f"--model: there is no directory {name}")
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
-        if model_type not in families():  # say so before the weights are downloaded
-            raise CommandError(f"--model: {name} is of type {model_type}; known are {', '.join(sorted(families()))}")
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):  # say so before the weights are downloaded
+            if all(site.body is None for site in find_sites(AutoModelForImageTextToText.from_config(config))):
+                raise CommandError(f"--model: vlmfast knows no method of {name}, which is of type {config.model_type}")
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:

@@ -17,8 +17,7 @@ from torch import Tensor
 import vlmfast
 from vlmfast import backends
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device, version
-from vlmfast.patches import Family, families
-from vlmfast.patches.upstream import Site, mismatch
+from vlmfast.patches.bodies import BODIES
 from vlmfast.registry import OPS, Op
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ def info() -> None:
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     for section in (_machine, _backends, _ops):
         out.print(_attempt(section, devices))
-    out.print(_attempt(_models))
+    out.print(_attempt(_bodies))
 
 
 def explain(name: str, device_name: str | None, dtype: str) -> None:
@@ -136,25 +135,13 @@ def _first_backend(op: Op, device: str) -> str:
 # ---- models ----
 
 
-def _models() -> Table:
-    rows = table("models of type", "sites of this transformers")
-    for family in {family.model_types: family for family in families().values()}.values():
-        rows.add_row(", ".join(family.model_types), _attempt(_sites, family))
+def _bodies() -> Table:
+    """Say which methods each function replaces."""
+    rows = table("replacement", "what it replaces")
+    said: dict[str, list[str]] = {}
+    for body in BODIES:
+        if body.function is not None:
+            said.setdefault(body.function.__name__, []).append(f"{body.method} {body.says}")
+    for name, texts in said.items():
+        rows.add_row(name, "\n".join(texts))
     return rows
-
-
-def _sites(family: Family) -> str:
-    """Count how many of the family's sites can be replaced in the installed transformers."""
-    import transformers
-
-    if not any(model_type in transformers.CONFIG_MAPPING for model_type in family.model_types):
-        return "not in this transformers"
-    states = Counter(_site_state(Site.parse(text), function) for text, function in family.replace.items())
-    return ", ".join(f"{state}: {number}" for state, number in states.items())
-
-
-def _site_state(site: Site, function: Callable[..., Any]) -> str:
-    cls = site.find()
-    if cls is None:
-        return "absent"
-    return "known" if mismatch(site, cls, function) is None else "changed upstream, left alone"

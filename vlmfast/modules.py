@@ -1,10 +1,11 @@
-"""Find the Hugging Face model in a module, and tell methods that others replaced on instances."""
+"""Find the Hugging Face model in a module, and tell what others did to modules: hooks, methods on instances."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def hugging_face_model(model: object) -> nn.Module:
@@ -40,3 +41,9 @@ def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) 
             taken += 1
     plural = "" if len(modules) == 1 else "s"
     return f"{method} was already replaced on {taken} of {len(modules)} module{plural}" if taken else None
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Tell whether a call runs the ``forward`` of the class and nothing else: no hook, no method on the instance."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import checks
+from vlmfast.modules import is_bare
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
 from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
 from vlmfast.ops.pixel_shuffle.definition import ORDERS, square
@@ -176,9 +177,8 @@ def apply_shuffled(
 
 
 def is_plain(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
-    """Whether calling the module does what ``cls`` does and nothing else."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) is cls and "forward" not in vars(module) and not any(hooks)
+    """Tell whether calling the module does what ``cls`` does and nothing else."""
+    return type(module) is cls and is_bare(module)
 
 
 def _first(modules: Sequence[nn.Module], cls: type[M]) -> M | None:

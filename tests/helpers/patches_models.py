@@ -1,8 +1,9 @@
-"""The tiny models of the families, as the installed transformers has them."""
+"""Tiny models, as the installed transformers has them."""
 
 from __future__ import annotations
 
 import platform
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from tests.helpers.tiny_types import SINCE, TINY, build
+from tests.helpers.tiny_types import SINCE, build
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
-from vlmfast.patches import Family, families, merger
+from vlmfast.patches import merger
+from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.swap import PatchedModule
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,7 +31,25 @@ NAMES = (
 BACKENDS = ("native", "torch")  # on x86 both add in the order of torch's own sums
 
 
-EACH_FAMILY = [pytest.param(family, id=family.model_types[0]) for family in dict.fromkeys(families().values())]
+EACH_TYPE = (  # those whose every site is tested by itself
+    "idefics3",
+    "internvl",
+    "llama",
+    "llama4",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_omni_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "vipllava",
+)
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -39,9 +59,7 @@ def skip_unless_known(model_type: str) -> None:
         pytest.skip(f"the tiny {model_type} needs transformers {SINCE[model_type]}")
 
 
-def tiny(name: Family | str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-    """The tiny model of that type, or of the first type of a family that has one."""
-    model_type = name if isinstance(name, str) else next(known for known in name.model_types if known in TINY)
+def tiny(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
     skip_unless_known(model_type)
     model, inputs = build(model_type)
     return model.to(dtype), {name: cast(value, dtype) for name, value in inputs.items()}
@@ -71,9 +89,17 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if known(type(module))]
 
 
-def exact_sites(family: Family) -> list[str]:
-    """Without the mergers: each backend sums a LayerNorm in its own order; test_patches_merger.py bounds the error."""
-    return [site for site, function in family.replace.items() if function.__module__ != merger.__name__]
+def known_sites(model: nn.Module, *modules: ModuleType) -> list[Site]:
+    """Those whose replacement one of these modules defines, or all."""
+    found = [site for site in find_sites(model) if site.body is not None and site.body.function is not None]
+    names = [module.__name__ for module in modules]
+    return [site for site in found if not modules or site.body.function.__module__ in names]
+
+
+def exact_sites(model: nn.Module) -> list[str]:
+    """Without the mergers: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
+    inexact = known_sites(model, merger)
+    return [site.name for site in known_sites(model) if site not in inexact]
 
 
 def patched(model: nn.Module) -> list[nn.Module]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import vlmfast
 from tests.helpers.compat_models import FM, PLACEHOLDER, WIDTH, ExactFourM, FourM, VisionLanguageModel
 from vlmfast.compat import fourm, nanovlm
-from vlmfast.patches import Patch
+from vlmfast.patches import Patch, projects
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOKENS = {"rgb": 9, "depth": 5, "caption": 4}
@@ -110,7 +111,7 @@ def test_fourm_orders_once(monkeypatch: pytest.MonkeyPatch):
         orders.append(order)
         return vlmfast.compact_tokens(tokens, invalid, keep, order, pad_left)
 
-    monkeypatch.setattr(fourm, "compact_tokens", spy)
+    monkeypatch.setattr(projects, "compact_tokens", spy)
     with fourm.patch(model := FourM()):
         masked(model, "forward_mask_encoder", modalities(), 6)
     first, second = orders
@@ -219,33 +220,35 @@ def test_wrapped(patch, cls: type, names: tuple[str, ...]):
     model = cls()
     with patch(nn.Sequential(model)):
         assert type(model) is not cls
-    with pytest.raises(ValueError, match="got a Sequential with 2 of them"):
-        patch(nn.Sequential(model, cls()))
-    assert type(model) is cls
+    other = cls()
+    with patch(nn.Sequential(model, other)) as handle:
+        assert cls not in (type(model), type(other))
+        assert set(handle.replaced.values()) == {2}
+    assert (type(model), type(other)) == (cls, cls)
 
 
 @pytest.mark.parametrize(
     ("patch", "model", "error", "message"),
     [
         (fourm.patch, None, TypeError, "model must be a torch.nn.Module, got NoneType"),
-        (fourm.patch, VisionLanguageModel(), ValueError, "model must be or hold one FourM, got a VisionL.* with none"),
+        (fourm.patch, VisionLanguageModel(), ValueError, "model must be or hold a FourM .*, got a VisionL.* with none"),
         (
             nanovlm.patch,
             FourM(),
             ValueError,
-            "VisionLanguageModel or ModalityProjector, got a FourM with none",
+            "VisionLanguageModel or ModalityProjector with the methods of nanoVLM, got a FourM with none",
         ),
         (
             fourm.patch,
             type("FourM", (nn.Module,), {})(),
             ValueError,
-            "FourM has no forward_mask_encoder: it is not the",
+            "FourM with the methods of 4M, got a FourM with none",
         ),
         (
             nanovlm.patch,
             type("VisionLanguageModel", (nn.Module,), {})(),
             ValueError,
-            "has no _replace_img.*: it is older than nanoVLM's placeholders",
+            "with the methods of nanoVLM, got a VisionLanguageModel with none",
         ),
     ],
 )
@@ -254,25 +257,36 @@ def test_refusals(patch, model: object, error: type[Exception], message: str):
         patch(model)
 
 
-def test_methods_of_others_are_refused():
+def test_methods_of_others_are_left_alone():
     class Mine(FourM):
         def forward_mask_decoder(self, mod_dict, num_decoder_tokens):
             return None
 
-    with pytest.raises(ValueError, match="forward_mask_decoder must be that of FourM, got one that Mine defines"):
-        fourm.patch(Mine())
+    with pytest.warns(UserWarning, match="FourM.forward_mask_decoder is not patched: it is that of Mine"):
+        handle = fourm.patch(Mine())
+    assert list(handle.replaced) == ["FourM.forward_mask_encoder"]
 
     class Other(nn.Module):
         def _replace_img_tokens_with_embd(self, input_ids, token_embd, image_embd=None):
             return None
 
     Other.__name__ = "VisionLanguageModel"
-    message = r"must take \(self, input_ids, token_embd, image_embd\), got \(self, .*, image_embd=None\)"
-    with pytest.raises(ValueError, match=message):
+    message = r"its parameters are \(self, .*, image_embd=None\), expected \(self, input_ids, token_embd, image_embd\)"
+    with pytest.raises(RuntimeError, match=message):
         nanovlm.patch(Other())
 
     model = FourM()
     model.forward_mask_encoder = lambda *args: None
-    with pytest.raises(RuntimeError, match="forward_mask_encoder was already replaced on this FourM"):
-        fourm.patch(model)
-    assert type(model) is FourM
+    with pytest.warns(UserWarning, match="forward_mask_encoder was already replaced on 1 of 1 module"):
+        handle = fourm.patch(model)
+    assert list(handle.replaced) == ["FourM.forward_mask_decoder"]
+
+
+@pytest.mark.parametrize(("patch", "cls", "names"), EACH)
+def test_vlmfast_patch_takes_these_models_too(patch, cls: type, names: tuple[str, ...]):
+    model = nn.ModuleDict({"theirs": cls(), "ours": LlamaRMSNorm(WIDTH)})
+    with vlmfast.patch(model) as handle:
+        owner = next(base for base in cls.__mro__ if names[0] in vars(base)).__name__
+        assert list(handle.replaced) == [*(f"{owner}.{name}" for name in names), "llama.LlamaRMSNorm.forward"]
+    with patch(model) as handle:
+        assert type(model["ours"]) is LlamaRMSNorm

@@ -21,6 +21,7 @@ from tests.helpers.compat_models import (
 )
 from tests.helpers.rounding import assert_within
 from vlmfast.compat import internvl, nanovlm, vita
+from vlmfast.patches import projects
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PROJECTOR_SITES = ["ModalityProjector.forward", "ModalityProjector.pixel_shuffle"]
@@ -109,8 +110,8 @@ def test_patch_and_undo(patch, build, sites: list[str]):
             patch(model)
     assert type(model) is cls
     assert vlmfast.unpatch(twin) == 1
-    with pytest.raises(ValueError, match="got a Sequential with 2 of them"):
-        patch(nn.Sequential(model, build()))
+    with patch(nn.Sequential(model, build())) as handle:
+        assert handle.replaced == dict.fromkeys(sites, 2)
     assert type(model) is cls
 
 
@@ -137,7 +138,7 @@ def test_one_op_reads_the_features_where_they_lie(patch, build, sites: list[str]
     for name in ("pixel_shuffle", "pixel_shuffle_linear"):
         spy(vlmfast.nn, name)
     if isinstance(model, InternViTVisionTower):  # elsewhere the ops of that module call each other
-        spy(vita.ops, "pixel_shuffle")
+        spy(projects.ops, "pixel_shuffle")
     with patch(model), torch.no_grad():
         model(x)
     [(name, features)] = calls
@@ -245,23 +246,24 @@ def test_nanovlm_as_a_whole():
 
 def test_nanovlm_from_before_placeholders():
     model = OlderVisionLanguageModel()
-    with pytest.warns(UserWarning, match="has no _replace_img_tokens_with_embd: it is older than"):
-        handle = nanovlm.patch(model)
+    handle = nanovlm.patch(model)
     assert list(handle.replaced) == PROJECTOR_SITES
-    assert "_replace_img_tokens_with_embd  skipped: VisionLanguageModel has no" in handle.report()
+    assert not handle.skipped
     handle.undo()
     assert (type(model), type(model.MP)) == (OlderVisionLanguageModel, ModalityProjector)
 
 
-def test_a_refusal_changes_nothing():
+def test_what_somebody_else_replaced_and_what_is_patched_stays():
     model = VisionLanguageModelWithProjector()
     model.MP.pixel_shuffle = lambda x: x
-    with pytest.raises(RuntimeError, match="pixel_shuffle was already replaced on this ModalityProjector"):
-        nanovlm.patch(model)
+    with pytest.warns(UserWarning, match="pixel_shuffle was already replaced on 1 of 1 module"):
+        handle = nanovlm.patch(model)
+    assert "ModalityProjector.pixel_shuffle" not in handle.replaced
+    handle.undo()
     assert (type(model), type(model.MP)) == (VisionLanguageModelWithProjector, ModalityProjector)
     del model.MP.pixel_shuffle
     nanovlm.patch(model.MP)
-    with pytest.raises(RuntimeError, match="this ModalityProjector is patched already"):
+    with pytest.raises(RuntimeError, match="model is patched already"):
         nanovlm.patch(model)
     assert type(model) is VisionLanguageModelWithProjector
 
@@ -277,32 +279,32 @@ def of(name: str, base: type = nn.Module, **members: object) -> nn.Module:
     ("patch", "model", "error", "message"),
     [
         (internvl.patch, None, TypeError, "model must be a torch.nn.Module, got NoneType"),
-        (internvl.patch, nn.Linear(1, 1), ValueError, "must be or hold one InternVLChatModel, got a Linear with none"),
-        (vita.patch, nn.Linear(1, 1), ValueError, "must be or hold one InternViTVisionTower, got a Linear with none"),
-        (internvl.patch, of("InternVLChatModel"), ValueError, "has no extract_feature: it is not that of OpenGVLab"),
+        (internvl.patch, nn.Linear(1, 1), ValueError, "hold a InternVLChatModel with .*, got a Linear with none"),
+        (vita.patch, nn.Linear(1, 1), ValueError, "hold a InternViTVisionTower .*, got a Linear with none"),
+        (internvl.patch, of("InternVLChatModel"), ValueError, "methods of InternVL, got a InternVLChatModel with none"),
         (
             internvl.patch,
-            of("InternVLChatModel", InternVLChatModel, extract_feature=lambda self, pixel_values, flags: None),
-            ValueError,
-            r"extract_feature must take \(self, pixel_values\), got \(self, pixel_values, flags\)",
+            of("InternVLChatModel", extract_feature=lambda self, pixel_values, flags: None),
+            RuntimeError,
+            r"its parameters are \(self, pixel_values, flags\), expected \(self, pixel_values\)",
         ),
         (
             vita.patch,
-            of("Other", InternViTVisionTower, forward=lambda self, images: None),
-            ValueError,
-            "forward must be that of InternViTVisionTower, got one that Other defines",
+            of("Other", InternViTVisionTower, **dict.fromkeys(["forward", "pixel_shuffle"], lambda self, images: None)),
+            RuntimeError,
+            "InternViTVisionTower.forward: it is that of Other",
         ),
         (
             vita.patch,
             of("InternViTVisionTower"),
             ValueError,
-            "forward must be that of .* that Module defines",
+            "methods of VITA, got a InternViTVisionTower with none",
         ),
         (
             nanovlm.patch,
             of("ModalityProjector", forward=lambda self, x: self.net(x)),
-            ValueError,
-            r"nothing to replace in this nanoVLM model \(its body .* with net.*; .* has no pixel_shuffle",
+            RuntimeError,
+            r"nothing was replaced in this nanoVLM model \(.*its body .* with net",
         ),
     ],
 )
@@ -328,7 +330,7 @@ def test_grids_that_do_not_fit(patch, build, sites: list[str]):
 def test_what_methods_refuse():
     with internvl.patch(model := InternVLChatModel()):
         for factor in (0.75, 0.0, 2.0):
-            with pytest.raises(ValueError, match=rf"scale_factor .* must be 1 / S of an int S, got {factor}"):
+            with pytest.raises(ValueError, match=rf"the ratio of a pixel shuffle must be 1 / an integer, got {factor}"):
                 model.pixel_shuffle(torch.randn(1, 4, 4, WIDTH), factor)
         with pytest.raises(ValueError, match=r"x must have shape \(B, height, width, C\), got \(1, 16, 8\)"):
             model.pixel_shuffle(torch.randn(1, 16, WIDTH))

@@ -1,4 +1,4 @@
-"""Images and videos in the prompts of every family: placed and added as upstream does, without waiting for a device."""
+"""Images and videos in the prompts of each type: placed and added as upstream does, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
-from tests.helpers.patches_models import DTYPES, EACH_FAMILY, cast, logits, tiny
+from tests.helpers.patches_models import DTYPES, EACH_TYPE, cast, known_sites, logits, tiny
 from tests.helpers.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 from vlmfast.ops.masked_rows import row_index
-from vlmfast.patches import Family, families, masked_rows
+from vlmfast.patches import masked_rows
+from vlmfast.patches.bodies import BODIES
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
-from vlmfast.patches.upstream import Site, source
 
 NORMS = "*RMSNorm*.forward"
-WITH_IMAGES = [p for p in EACH_FAMILY if any("RMSNorm" not in site for site in p.values[0].replace)]
-METHODS = {Site.parse(site).method for f in families().values() for site in f.replace} - {"forward"}
+WITH_IMAGES = [model_type for model_type in EACH_TYPE if model_type != "llama"]
+METHODS = {body.method for body in BODIES} - {"forward"}
 VISUAL = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
@@ -48,7 +48,9 @@ def batch(inputs: dict[str, Any], rows: list[list[int]], **visual: Tensor) -> di
 
 
 def takes_wide_masks(cls: type) -> bool:
-    return hasattr(cls, "_deepstack_process") and "visual_pos_masks[..., 0]" in source(cls, "_deepstack_process")
+    return hasattr(cls, "_deepstack_process") and "visual_pos_masks[..., 0]" in inspect.getsource(
+        cls._deepstack_process
+    )
 
 
 def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,9 +87,9 @@ def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_each_prompt_gives_the_logits_of_upstream(family: Family, dtype: torch.dtype):
-    model, inputs = tiny(family, dtype)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_each_prompt_gives_the_logits_of_upstream(model_type: str, dtype: torch.dtype):
+    model, inputs = tiny(model_type, dtype)
     seen = []
     for name, prompts in each_prompt(model, inputs):
         prompts = {key: cast(value, dtype) for key, value in prompts.items()}
@@ -100,18 +102,18 @@ def test_each_prompt_gives_the_logits_of_upstream(family: Family, dtype: torch.d
     assert len(seen) in (3, 4, 6)
 
 
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_each_prompt_generates_the_same_ids(family: Family):
-    model, inputs = tiny(family)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_each_prompt_generates_the_same_ids(model_type: str):
+    model, inputs = tiny(model_type)
     for name, prompts in itertools.islice(each_prompt(model, inputs), 4):
         want = model.generate(**prompts, max_new_tokens=3, do_sample=False)
         with vlmfast.patch(model, exclude=NORMS):
             assert torch.equal(model.generate(**prompts, max_new_tokens=3, do_sample=False), want), name
 
 
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_embeddings_in_place_of_ids(family: Family):
-    model, inputs = tiny(family)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_embeddings_in_place_of_ids(model_type: str):
+    model, inputs = tiny(model_type)
     prompts = dict(next(each_prompt(model, inputs))[1])
     table = model.get_input_embeddings()
     table.weight.data[10, 0] = table.weight.data[IMAGE, 0]  # one channel alike is not the placeholder
@@ -133,9 +135,9 @@ def gradients(model: nn.Module, prompts: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_gradients_are_those_of_upstream(family: Family):
-    model, inputs = tiny(family)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_gradients_are_those_of_upstream(model_type: str):
+    model, inputs = tiny(model_type)
     prompts = dict(each_prompt(model, inputs))
     for name in ("padded", "image and video"):
         if name in prompts:
@@ -148,9 +150,9 @@ def test_gradients_are_those_of_upstream(family: Family):
                 assert torch.equal(got[parameter], grad), (name, parameter)
 
 
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_counts_that_do_not_match_are_an_error(family: Family):
-    model, inputs = tiny(family)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_counts_that_do_not_match_are_an_error(model_type: str):
+    model, inputs = tiny(model_type)
     vlmfast.patch(model)
     ids = inputs["input_ids"]
     first = ids.flatten().tolist().index(IMAGE)
@@ -185,20 +187,18 @@ def test_dtype_that_the_ops_do_not_take(model_type: str):
 # ---- DeepStack ----
 
 
-@pytest.mark.parametrize(
-    "site", [s for f in families().values() for s in f.replace if s.endswith("_deepstack_process")]
-)
-def test_deepstack_process(site: str):
-    cls, method = Site.parse(site).find(), Site.parse(site).method
-    assert cls is not None
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe"])
+def test_deepstack_process(model_type: str):
+    (site,) = [site for site in known_sites(tiny(model_type)[0]) if site.method == "_deepstack_process"]
+    cls = type(site.modules[0])
     mask = torch.rand(2, 7) < 0.5
     hidden, embeds = torch.randn(2, 7, 8, dtype=torch.bfloat16), torch.randn(int(mask.sum()), 8)
     if takes_wide_masks(cls):
         mask = mask[..., None].expand(2, 7, 8)
     before = hidden.clone()
-    got = families()[Site.parse(site).folder].replace[site](None, hidden, mask, embeds)
+    got = site.body.function(None, hidden, mask, embeds)
     assert torch.equal(hidden, before), "out of place"
-    assert torch.equal(got, getattr(cls, method)(None, hidden.clone(), mask, embeds))
+    assert torch.equal(got, cls._deepstack_process(None, hidden.clone(), mask, embeds))
     assert not torch.equal(got, hidden)
 
 
@@ -278,7 +278,9 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         lambda m: x[m[..., 0]],
         lambda m: torch.cat([m, m]),
         lambda m: x.masked_fill(m, value=1),
-        lambda m: m.to("meta"),
+        lambda m: m[..., 0].to("meta"),
+        lambda m: m.to(torch.long),
+        lambda m: x.expand_as(m.expand_as(x)),
         lambda m: m.float().masked_scatter(m.clone(), torch.zeros(3)),
     ]
     for use in uses:
@@ -290,6 +292,12 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         assert torch.equal(x.masked_scatter(mask, shaped), x.masked_scatter(plain, features))
     with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 2, got 3"):
         x.masked_scatter(mask, features[:2])
+    flat = mask[..., 0].as_subclass(PlaceholderMask)
+    for fitting in (flat.unsqueeze(-1), mask.expand_as(x), flat.unsqueeze(-1).expand_as(x).to(x.device)):
+        assert type(fitting) is PlaceholderMask
+        assert torch.equal(x.masked_scatter(fitting, features), x.masked_scatter(plain, features))
+    numbers = plain[..., 0].float()
+    assert torch.equal(numbers.masked_scatter(flat, features), numbers.masked_scatter(plain[..., 0], features))
     x.requires_grad_()
     assert "place_embeddings" in type(x.masked_scatter(mask, features).grad_fn).__name__
 
@@ -335,9 +343,9 @@ def waiting(model: nn.Module, prompts: dict[str, Any]) -> list[str]:
     return mode.found
 
 
-@pytest.mark.parametrize("family", WITH_IMAGES)
-def test_nothing_that_was_replaced_waits_for_the_device(family: Family):
-    model, inputs = tiny(family)
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_nothing_that_was_replaced_waits_for_the_device(model_type: str):
+    model, inputs = tiny(model_type)
     for name, prompts in each_prompt(model, inputs):
         before = waiting(model, prompts)
         assert bool(before) == (name != "no image"), name

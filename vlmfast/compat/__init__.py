@@ -1,4 +1,7 @@
-"""Patches for projects outside transformers, one module each: ``vlmfast.compat.<project>.patch(model)``."""
+"""Patches of projects outside transformers alone, one module each: ``vlmfast.compat.<project>.patch(model)``.
+
+`vlmfast.patch` replaces the same methods, and those of the language model and the tower around them.
+"""
 
 from vlmfast.compat import fourm, internvl, nanovlm, vita
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,18 +16,23 @@ from vlmfast.patches.dtypes import accepting
 
 
 def deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-    """Qwen3VLTextModel._deepstack_process and its copies.
+    """Replace Qwen3VLTextModel._deepstack_process and its copies.
 
-    Transformers 4.57 adds in place. So do its recorded ``output_hidden_states`` contain what is added after a layer;
-    here, as in transformers 5, they are the outputs of the layers.
+    transformers 4.57 adds in place, so its recorded ``output_hidden_states`` include what is added after a layer; here,
+    as in transformers 5, they are the outputs of the layers.
     """
     mask = visual_pos_masks.to(hidden_states.device)
     embeds = visual_embeds.to(hidden_states.device, hidden_states.dtype)
     return accepting(deepstack_add, hidden_states)(hidden_states, mask, embeds, _shared_row_index(mask))
 
 
+def wide_deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+    """Replace Qwen3OmniMoeThinkerTextModel._deepstack_process of transformers 4.57, whose mask is (B, T, D)."""
+    return deepstack_process(self, hidden_states, visual_pos_masks[..., 0], visual_embeds)
+
+
 def _shared_row_index(mask: Tensor) -> Tensor | None:
-    """The row index of a mask, kept on the mask itself: the layers of one prefill are given the same one.
+    """Return the row index of a mask, kept on the mask itself: the layers of one prefill are given the same one.
 
     None, which lets the op find its rows by itself, on a CPU, whose kernels need no index, and wherever a write to the
     mask would go unnoticed: inference tensors do not count their versions, and a traced or captured graph runs again
@@ -45,13 +51,17 @@ def _shared_row_index(mask: Tensor) -> Tensor | None:
 
 # ---- placement of image, video and audio embeddings ----
 
+# What a method's caller makes a (B, T) mask fit with; the results are masks as well.
+_FITTING = (Tensor.unsqueeze, Tensor.expand_as, Tensor.to)
+
 
 class PlaceholderMask(Tensor):
-    """A (B, T, 1) bool mask of the placeholder tokens, with which ``masked_scatter`` is `place_embeddings`.
+    """A bool mask of the placeholder tokens, with which ``masked_scatter`` is `place_embeddings`.
 
     Upstream's ``forward`` gets the mask from a method and hands it to ``inputs_embeds.masked_scatter(mask, features)``:
-    so can that one line be replaced without a copy of the whole ``forward``. In every other operation it is a plain
-    tensor and gives plain tensors.
+    so that one line can be replaced without a copy of the whole ``forward``. The mask has the shape that upstream's
+    has: (B, T, 1), (B, T, D), or (B, T), of which the caller makes one of the others. In every other operation it is a
+    plain tensor and gives plain tensors.
     """
 
     @classmethod
@@ -64,28 +74,95 @@ class PlaceholderMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.masked_scatter_:
                 return args[0].copy_(_place(*args, **(kwargs or {})))
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if func in _FITTING and isinstance(args[0], PlaceholderMask):
+                return result.as_subclass(cls) if result.dim() == 3 and result.dtype == torch.bool else result
+            return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceholderMask:
-        """Tensor's own would need a constructor."""
+        """Copy; Tensor's own would need a constructor."""
         return self.as_subclass(Tensor).clone().as_subclass(PlaceholderMask)
 
 
 def _place(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """``masked_scatter``, under the names that torch gives its arguments."""
+    """Do what ``masked_scatter`` does, under the names that torch gives its arguments."""
+    if mask.dim() != 3 or not (mask.shape[2] == 1 or mask.stride(2) == 0):  # it selects no rows
+        with torch._C.DisableTorchFunctionSubclass():
+            return input.masked_scatter(mask, source)
     try:
         return accepting(place_embeddings, input)(input, mask[..., 0], source.reshape(-1, input.shape[-1]))
     except ValueError as error:  # it names the op's arguments, which a model's user has not passed
         raise ValueError(f"placeholder tokens of input_ids and image features do not match: {error}") from error
 
 
+def placeholder_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Any, token: int) -> Tensor:
+    """Find where the token stands or, if there are no ids, where its embedding does: (B, T, 1)."""
+    if input_ids is not None:
+        mask = input_ids == token if inputs_embeds is None else (input_ids == token).to(inputs_embeds.device)
+        return _as_mask(mask.unsqueeze(-1))
+    ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
+    return _as_mask((inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True))
+
+
+def _as_mask(mask: Tensor) -> Tensor:
+    """Mark a mask; a tracer's tensor stays one, for which ``masked_scatter`` is an operator like any other."""
+    return mask.as_subclass(PlaceholderMask) if type(mask) is Tensor else mask
+
+
+def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement with the same parameters whose masks are (B, T, D)."""
+
+    @functools.wraps(function)
+    def replacement(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
+        masks = function(self, input_ids, inputs_embeds, *args, **kwargs)
+        if isinstance(masks, Tensor):
+            return masks.expand_as(inputs_embeds)
+        return tuple(mask.expand_as(inputs_embeds) for mask in masks)
+
+    return replacement
+
+
 def image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """LlavaModel.get_placeholder_mask and its copies.
+    """Replace LlavaModel.get_placeholder_mask and its copies.
 
     Upstream compares the numbers of tokens and of features here, which makes the host wait for a GPU.
     `place_embeddings` does so without waiting.
     """
     return placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
+
+
+def optional_image_mask(
+    self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor | None = None
+) -> Tensor:
+    """Replace HunYuanVLModel.get_placeholder_mask."""
+    return placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
+
+
+def vocabulary_image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """Replace ChameleonModel.get_placeholder_mask and Emu3's."""
+    return placeholder_mask(self, input_ids, inputs_embeds, self.vocabulary_mapping.image_token_id)
+
+
+def flat_image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """Replace GraniteDoclingModel.get_placeholder_mask, whose mask is (B, T)."""
+    return _as_mask(placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)[..., 0])
+
+
+def audio_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, audio_features: Tensor) -> Tensor:
+    """Replace AudioFlamingo3Model.get_placeholder_mask and its copies."""
+    return placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id)
+
+
+def token_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, token_id: int) -> Tensor:
+    """Replace MiniCPMV4_6Model.get_placeholder_mask and its copies, which are told the token."""
+    return placeholder_mask(self, input_ids, inputs_embeds, token_id)
+
+
+def placeholder_token_mask(
+    self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, placeholder_token_id: int
+) -> Tensor:
+    """Replace PocketTTSModel.get_placeholder_mask."""
+    return placeholder_mask(self, input_ids, inputs_embeds, placeholder_token_id)
 
 
 def image_and_video_masks(
@@ -95,15 +172,64 @@ def image_and_video_masks(
     image_features: Tensor | None = None,
     video_features: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Qwen2VLModel.get_placeholder_mask and its copies, as `image_mask`."""
+    """Replace Qwen2VLModel.get_placeholder_mask and its copies, as `image_mask`."""
     return (
         placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
         placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id),
     )
 
 
+def image_masks(
+    self: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor,
+    image_features: Tensor | None = None,
+    video_features: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace Glm4vModel.get_placeholder_mask and its copies: frames of videos have the token of images."""
+    mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
+    return mask, mask
+
+
+def image_and_audio_masks(
+    self: Any,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    image_features: Tensor | None = None,
+    audio_features: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace Gemma3nModel.get_placeholder_mask."""
+    return (
+        placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
+        placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id),
+    )
+
+
+def image_video_and_audio_masks(
+    self: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    image_features: Tensor | None = None,
+    video_features: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace Qwen3OmniMoeThinkerModel.get_placeholder_mask."""
+    return (
+        placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
+        placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id),
+        placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id),
+    )
+
+
+def flat_masks(
+    self: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace Gemma4Model.get_placeholder_mask, whose masks of images, videos and audio are (B, T)."""
+    image, video, audio = image_video_and_audio_masks(self, input_ids, inputs_embeds if input_ids is None else None)
+    return _as_mask(image[..., 0]), _as_mask(video[..., 0]), _as_mask(audio[..., 0])
+
+
 def merge_inputs(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:
-    """Idefics3Model.inputs_merger, and up to transformers 5.17 that of SmolVLMModel, which goes block by block.
+    """Replace Idefics3Model.inputs_merger, and up to transformers 5.17 that of SmolVLMModel, which goes block by block.
 
     Up to 5.17 ``generate(image_hidden_states=...)`` passes them along with every further token, where they have no
     place: such a call, with more rows than positions, is left to upstream, which ignores them.
@@ -113,14 +239,3 @@ def merge_inputs(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, ima
         return merged
     mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
     return inputs_embeds.masked_scatter(mask, image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype))
-
-
-def placeholder_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, token: int) -> Tensor:
-    """Where the token stands or, if there are no ids, where its embedding does."""
-    if input_ids is not None:
-        mask = (input_ids == token).unsqueeze(-1).to(inputs_embeds.device)
-    else:
-        ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
-        mask = (inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True)
-    # a tracer's tensor stays one: for it masked_scatter is an operator like any other
-    return mask.as_subclass(PlaceholderMask) if type(mask) is Tensor else mask

@@ -12,45 +12,50 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import GELUActivation
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
+from vlmfast.modules import is_bare
 from vlmfast.ops.pixel_shuffle import pixel_shuffle_linear
 
 
 def merge_patches(self: Any, x: Tensor) -> Tensor:
-    """Qwen3VLVisionPatchMerger.forward and its copies; the size of the norm tells whether it follows the shuffle."""
+    """Replace Qwen3VLVisionPatchMerger.forward and its copies.
+
+    The size of the norm tells whether it follows the shuffle.
+    """
     hidden = _fused(x, self.linear_fc1, self.act_fn, self.norm)
     merged: Tensor = _upstream(self, x) if hidden is None else self.linear_fc2(hidden)
     return merged
 
 
 def qwen2_merge_patches(self: Any, x: Tensor) -> Tensor:
-    """Qwen2-VL's PatchMerger.forward."""
-    hidden = _fused(x, self.mlp[0], self.mlp[1], self.ln_q) if _is_bare(self.mlp) else None
-    merged: Tensor = _upstream(self, x) if hidden is None else self.mlp[2](hidden)
-    return merged
+    """Replace PatchMerger.forward of Qwen2-VL and its copies, of which Qwen2.5-VL's has an RMSNorm.
 
-
-def qwen2_5_merge_patches(self: Any, x: Tensor) -> Tensor:
-    """Qwen2_5_VLPatchMerger.forward, whose norm is an RMSNorm and has a site of its own."""
-    normed = self.ln_q(x)
-    hidden = _fused(normed, self.mlp[0], self.mlp[1]) if _is_bare(self.mlp) else None
-    merged: Tensor = self.mlp(normed.view(-1, self.hidden_size)) if hidden is None else self.mlp[2](hidden)
+    An RMSNorm is a site of its own, and stays a module here.
+    """
+    mlp = self.mlp
+    bare = type(mlp) is nn.Sequential and len(mlp) == 3 and is_bare(mlp)
+    if isinstance(self.ln_q, nn.LayerNorm):
+        hidden = _fused(x, mlp[0], mlp[1], self.ln_q) if bare else None
+        merged: Tensor = _upstream(self, x) if hidden is None else mlp[2](hidden)
+    else:
+        normed = self.ln_q(x)
+        hidden = _fused(normed, mlp[0], mlp[1]) if bare else None
+        merged = mlp(normed.view(-1, self.hidden_size)) if hidden is None else mlp[2](hidden)
     return merged
 
 
 def omni_merge_patches(self: Any, hidden: Tensor) -> Tensor:
-    """Qwen3OmniMoeVisionPatchMerger.forward: its layers are in a list, which is not called."""
-    fused = _fused(hidden, self.mlp[0], self.mlp[1], self.ln_q)
+    """Replace Qwen3OmniMoeVisionPatchMerger.forward: its layers are in a list, which is not called."""
+    fused = _fused(hidden, self.mlp[0], self.mlp[1], self.ln_q) if len(self.mlp) == 3 else None
     merged: Tensor = _upstream(self, hidden) if fused is None else self.mlp[2](fused)
     return merged
 
 
 def project_tokens(self: Any, image_features: Tensor) -> Tensor:
-    """InternVLMultiModalProjector.forward, on tokens that `shuffle_map` has made."""
+    """Replace InternVLMultiModalProjector.forward, on tokens that `shuffle_map` has made."""
     hidden = _fused(image_features, self.linear_1, self.act, self.layer_norm)
     if hidden is None:
         return _upstream(self, image_features)
@@ -64,12 +69,12 @@ def _upstream(self: Any, x: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, linear: nn.Module, act: nn.Module, norm: nn.Module | None = None) -> Tensor | None:
-    """The rows of ``act(linear(norm(x)))``, of neighbouring patches; None where the modules are more than weights."""
+    """Return ``act(linear(norm(x)))`` of neighbouring patches; None where the modules are more than weights."""
     if not (type(linear) is nn.Linear and _is_gelu(act) and (norm is None or type(norm) is nn.LayerNorm)):
         return None
     layers = [linear, act] if norm is None else [linear, act, norm]
     weights = [weight for layer in layers for weight in layer.parameters()]
-    if not all(map(_is_bare, layers)) or not _agree(x, weights) or torch.is_autocast_enabled(x.device.type):
+    if not all(map(is_bare, layers)) or not _agree(x, weights) or torch.is_autocast_enabled(x.device.type):
         return None
     scale = math.isqrt(linear.in_features // x.shape[-1])
     if scale**2 * x.shape[-1] != linear.in_features:
@@ -89,18 +94,12 @@ def _fused(x: Tensor, linear: nn.Module, act: nn.Module, norm: nn.Module | None 
 
 
 def _is_gelu(act: nn.Module) -> bool:
-    """Whether it is the exact GELU, as torch or as transformers names it."""
+    """Tell whether it is the exact GELU, as torch or as transformers names it."""
     if type(act) is nn.GELU:
         return act.approximate == "none"
     return type(act) is GELUActivation and act.act is F.gelu
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether a call runs the ``forward`` of the class and nothing else: no hook, no method put on the instance."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-
-
 def _agree(x: Tensor, weights: list[nn.Parameter]) -> bool:
-    """Whether all are plain tensors, which quantised weights may not be, of one dtype that the op takes."""
+    """Tell whether all are plain tensors, which quantised weights may not be, of one dtype that the op takes."""
     return x.dtype in DTYPES and all(type(tensor) in PLAIN and tensor.dtype == x.dtype for tensor in (x, *weights))

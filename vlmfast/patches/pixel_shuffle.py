@@ -1,7 +1,7 @@
 """`vlmfast.pixel_shuffle` under the parameters of the upstream methods.
 
 The layers behind a shuffle stay the modules that they are: their hooks, adapters and quantised weights go on working,
-and a matrix product has nothing to gain from being called by another name.
+and a matrix multiplication has nothing to gain from being called by another name.
 """
 
 from __future__ import annotations
@@ -11,39 +11,59 @@ from typing import Any
 from torch import Tensor
 
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
+from vlmfast.ops.pixel_shuffle.definition import square
 from vlmfast.patches.dtypes import accepting
 
 
 def shuffle_square(self: Any, x: Tensor, scale_factor: int = 2) -> Tensor:
-    """Idefics3Connector.pixel_shuffle and its copy in SmolVLM."""
-    return accepting(pixel_shuffle, x)(x, _square(x), scale_factor)
+    """Replace Idefics3Connector.pixel_shuffle and its copy in SmolVLM."""
+    return accepting(pixel_shuffle, x)(x, square(x), scale_factor)
+
+
+def shuffle_hidden(self: Any, image_hidden_states: Tensor, pixel_shuffle_factor: int) -> Tensor:
+    """Replace ModernVBertConnector.pixel_shuffle."""
+    return shuffle_square(self, image_hidden_states, pixel_shuffle_factor)
 
 
 def shuffle_map(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
-    """InternVLModel.pixel_shuffle: a map of patches, which need not be square, into a map of tokens."""
-    batch, height, width, channels = vision_features.shape
-    scale = _scale(scale_factor)
-    patches = vision_features.reshape(batch, height * width, channels)
-    tokens = accepting(pixel_shuffle, patches)(patches, (height, width), scale)
-    return tokens.view(batch, height // scale, width // scale, tokens.shape[2])
+    """Replace InternVLModel.pixel_shuffle: a map of patches, which need not be square, into a map of tokens."""
+    return shuffled_map(vision_features, side_of(scale_factor))
+
+
+def shuffle_square_into_map(self: Any, image_features: Tensor) -> Tensor:
+    """Replace AyaVisionMultiModalProjector.pixel_shuffle: the patches of a square into a map of tokens."""
+    batch, _, channels = image_features.shape
+    return shuffled_map(image_features.reshape(batch, *square(image_features), channels), self.downsample_factor)
+
+
+def unshuffle_map(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replace Lfm2VlMultiModalProjector.pixel_unshuffle."""
+    return shuffled_map(hidden_states, self.factor)
 
 
 def shuffle_mlp(self: Any, encoded_patches: Tensor) -> Tensor:
-    """Llama4VisionPixelShuffleMLP.forward. Its caller cuts the CLS token off by a slice, which is not copied here."""
-    shuffle = accepting(pixel_shuffle, encoded_patches)
-    tokens: Tensor = self.mlp(shuffle(encoded_patches, _square(encoded_patches), _scale(self.pixel_shuffle_ratio)))
+    """Replace Llama4VisionPixelShuffleMLP.forward.
+
+    Its caller cuts the CLS token off by a slice, which is not copied here.
+    """
+    tokens: Tensor = self.mlp(shuffle_square(self, encoded_patches, side_of(self.pixel_shuffle_ratio)))
     return tokens
 
 
-def _square(x: Tensor) -> tuple[int, int]:
-    """The sides that upstream takes for granted; the op refuses what is no square."""
-    side = int(x.shape[1] ** 0.5)
-    return side, side
+def shuffled_map(x: Tensor, scale: int, order: str = "row") -> Tensor:
+    """Shuffle a map: (B, height, width, C) to (B, rows, columns, scale * scale * C); "column" swaps them."""
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, height, width, C), got {tuple(x.shape)}")
+    batch, height, width, _ = x.shape
+    patches = x.flatten(1, 2)
+    tokens = accepting(pixel_shuffle, patches)(patches, (height, width), scale, order)
+    sides = (height // scale, width // scale)
+    return tokens.view(batch, *(sides[::-1] if order == "column" else sides), tokens.shape[2])
 
 
-def _scale(ratio: float) -> int:
-    """Patches along a side of a token, of which upstream has the reciprocal."""
-    scale = round(1 / ratio)
-    if abs(scale * ratio - 1) > 1e-6:
+def side_of(ratio: float) -> int:
+    """Return the number of patches along a side of a token, of which upstream has the reciprocal."""
+    side = round(1 / ratio) if ratio > 0 else 0
+    if abs(side * ratio - 1) > 1e-6:
         raise ValueError(f"the ratio of a pixel shuffle must be 1 / an integer, got {ratio}")
-    return scale
+    return side

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from vlmfast.ops.rms_norm import rms_norm
 
 
 def llama_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """LlamaRMSNorm.forward and its many copies."""
+    """Replace LlamaRMSNorm.forward, which rounds before the weight, and its many copies."""
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """Llama4TextRMSNorm.forward: as Llama's, under other names."""
+    """Replace Llama4TextRMSNorm.forward: as Llama's, under other names."""
     return rms_norm(x, self.weight, self.eps)
 
 
+def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replace T5LayerNorm.forward, which rounds to the dtype of the weight: as Llama's where that is the input's."""
+    if self.weight.dtype != hidden_states.dtype:
+        unrounded: Tensor = self.original_class.forward(self, hidden_states)
+        return unrounded
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
+    """Replace GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
     return rms_norm(x, self.weight, self.eps, "gemma")
+
+
+def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32."""
+    normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    gated: Tensor = normed * ACT2FN[self.activation](gate.to(torch.float32))
+    return gated.to(hidden_states.dtype)

@@ -1,115 +1,158 @@
-"""What transformers has at a site, and whether its body is one that the replacements were written for."""
+"""Tell what a method says, whoever's it is: a digest of its code and of the code that it names.
+
+Two methods have the same digest where they differ at most in comments, docstrings, annotations and layout, whatever
+their classes are called. It is the same under every supported Python, whose ``ast.dump`` is not.
+"""
 
 from __future__ import annotations
 
-import functools
+import ast
 import hashlib
-import importlib
 import inspect
-import json
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-LOCK_FILE = Path(__file__).with_name("lock.json")
+# Methods that replacements call as the replaced body does: what they do is not part of it.
+INTERFACE = {"get_input_embeddings"}
+_SILENT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}  # fields that change nothing
 
 
 @dataclass(frozen=True)
-class Site:
-    """One method of one class of transformers, written "<model folder>.<Class>.<method>"."""
+class Text:
+    """One function as a body contains it.
 
-    folder: str
-    class_name: str
-    method: str
+    Attributes:
+        code: the function without what changes nothing.
+        methods: names that it reads off an object, which may be methods of its class.
+        functions: names that it reads alone, which may be functions of its module.
+    """
+
+    code: str
+    methods: frozenset[str]
+    functions: frozenset[str]
 
     @classmethod
-    def parse(cls, text: str) -> Site:
-        """The site of that name."""
-        return cls(*text.split("."))
-
-    def __str__(self) -> str:
-        return f"{self.folder}.{self.class_name}.{self.method}"
-
-    @property
-    def module(self) -> str:
-        """The module that defines the class."""
-        return f"transformers.models.{self.folder}.modeling_{self.folder}"
-
-    def names(self, cls: type) -> bool:
-        """Whether this is a site of ``cls``."""
-        return cls.__module__ == self.module and cls.__qualname__ == self.class_name
-
-    def find(self) -> type | None:
-        """The class in the installed transformers, or None where it has none with that method."""
-        try:
-            cls = getattr(importlib.import_module(self.module), self.class_name, None)
-        except ModuleNotFoundError as error:
-            if error.name is not None and self.module.startswith(error.name):
-                return None
-            raise
-        return cls if cls is not None and self.names(cls) and hasattr(cls, self.method) else None
+    def of(cls, node: ast.AST) -> Text:
+        """Return the text of a function's syntax tree."""
+        nodes = list(ast.walk(node))
+        return cls(
+            _canonical(node),
+            frozenset(found.attr for found in nodes if isinstance(found, ast.Attribute)) - INTERFACE,
+            frozenset(found.id for found in nodes if isinstance(found, ast.Name)),
+        )
 
 
-def source(cls: type, method: str) -> str:
-    """The text of a method, and of what it names, directly or through another: methods of the same class, and
-    functions of the same module.
+@dataclass(frozen=True)
+class Source:
+    """A method with all that it names.
 
-    The text, because an ``ast.dump`` differs between versions of Python.
+    Attributes:
+        digest: a short hash.
+        names: every name that is read in it.
+    """
+
+    digest: str
+    names: frozenset[str]
+
+
+def closure(method: str, resolve: Callable[[str, bool, Any], tuple[Text, Any] | None]) -> Source:
+    """Collect a method and what it names, directly or through another: methods of its class, functions beside them.
+
+    Args:
+        method: its name.
+        resolve: gives the text behind a name and where that was found, None for one that is not part of the body. Its
+            arguments are the name, whether it is a method's, and where the text that names it was found.
+    """
+    texts: set[tuple[str, Text]] = set()
+    seen = set()
+    waiting: list[tuple[str, bool, Any]] = [(method, True, None)]
+    while waiting:
+        name, is_method, place = waiting.pop()
+        key = name, is_method or id(place)
+        if key in seen or (found := resolve(name, is_method, place)) is None:
+            continue
+        text, place = found
+        seen.add(key)
+        texts.add((name, text))
+        waiting += [(other, True, place) for other in text.methods]
+        waiting += [(other, False, place) for other in text.functions]
+    codes = "\n".join(sorted(f"{name} {text.code}" for name, text in texts))
+    names = frozenset[str]().union(*(text.methods | text.functions for _, text in texts))
+    return Source(hashlib.sha256(codes.encode()).hexdigest()[:16], names)
+
+
+def source(cls: type, method: str) -> Source:
+    """Return what a method of a class says, as that class sees it: with its own methods in place of inherited ones.
 
     Raises:
-        OSError: where the source is not there to read.
+        OSError, TypeError: where the source is not there to read.
     """
-    methods = {
-        name for name, value in vars(cls).items() if isinstance(value, (FunctionType, staticmethod, classmethod))
-    }
-    beside = {
-        name: value
-        for name, value in vars(sys.modules[cls.__module__]).items()
-        if isinstance(value, FunctionType) and value.__module__ == cls.__module__
-    }
-    texts: dict[str, str] = {}
-    waiting = [method]
-    while waiting:
-        name = waiting.pop()
-        function = inspect.unwrap(getattr(cls, name) if name in methods or name == method else beside[name])
-        lines = textwrap.dedent(inspect.getsource(function)).splitlines()
-        texts[name] = "\n".join(line.rstrip() for line in lines).strip()
-        named = [other for other in function.__code__.co_names if other in methods or other in beside]
-        waiting += [other for other in named if other not in texts]
-    return "\n".join(texts[name] for name in sorted(texts))
+
+    def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
+        function = method_of(cls, name) if is_method else place.get(name)
+        if not isinstance(function, FunctionType):
+            return None
+        function = inspect.unwrap(function)
+        if not is_method and function.__module__ != place.get("__name__"):
+            return None
+        return _text(function), function.__globals__
+
+    return closure(method, resolve)
 
 
-def digest(cls: type, method: str) -> str:
-    """A short hash of `source`."""
-    return hashlib.sha256(source(cls, method).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def lock() -> dict[str, dict[str, list[str]]]:
-    """The bodies that the replacements were written for: site -> hash -> versions of transformers that have it."""
-    known: dict[str, dict[str, list[str]]] = json.loads(LOCK_FILE.read_text())
-    return known
-
-
-def mismatch(site: Site, cls: type, function: Callable[..., Any]) -> str | None:
-    """Why ``function`` must not replace the method of ``cls`` at the site, or None."""
-    expected, got = parameters(function), parameters(getattr(cls, site.method))
-    if expected != got:
-        return f"its parameters are ({', '.join(got)}), expected ({', '.join(expected)})"
-    try:
-        body = digest(cls, site.method)
-    except (OSError, TypeError) as error:
-        return f"its source cannot be read ({error})"
-    if body not in lock().get(str(site), {}):
-        return f"its body is not one that this version of vlmfast was written for (hash {body})"
+def method_of(cls: type, name: str) -> FunctionType | None:
+    """Return the function behind a method or property, unless torch or the core of transformers defines it."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            value = vars(base)[name]
+            value = getattr(value, "fget", getattr(value, "__func__", value))
+            return value if isinstance(value, FunctionType) and not _is_framework(base.__module__) else None
     return None
 
 
+def site_name(cls: type, method: str) -> str:
+    """Name a site: "<model folder>.<Class>.<method>" in transformers, elsewhere with the whole name of the module."""
+    module = cls.__module__
+    if module.startswith("transformers.models."):
+        module = module.rpartition(".")[2].removeprefix("modeling_")
+    return f"{module}.{cls.__qualname__}.{method}"
+
+
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """Names, kinds and defaults; annotations do not matter."""
+    """Return names, kinds and defaults; annotations do not matter."""
     found = inspect.signature(function).parameters.values()
     return [str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in found]
+
+
+def _is_framework(module: str) -> bool:
+    """Tell whether models are built on this module's classes, whose methods are not part of what a model says."""
+    return module.startswith(("torch.", "transformers.")) and not module.startswith("transformers.models.")
+
+
+_texts: WeakKeyDictionary[FunctionType, Text] = WeakKeyDictionary()
+
+
+def _text(function: FunctionType) -> Text:
+    """Read a function's source, once."""
+    if function not in _texts:
+        lines = inspect.getsource(function)
+        indented = lines[0].isspace()  # a method, around which there must be a block
+        (node,) = ast.parse(f"if 1:\n{lines}" if indented else lines).body
+        _texts[function] = Text.of(node.body[0] if isinstance(node, ast.If) and indented else node)
+    return _texts[function]
+
+
+def _canonical(node: Any) -> str:
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: getattr(node, name, None) for name in node._fields if name not in _SILENT}
+    if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    # what a version of Python has no field for is as if it were empty
+    told = (f"{name}={_canonical(value)}" for name, value in fields.items() if value is not None and value != [])
+    return f"{type(node).__name__}({','.join(told)})"

@@ -1,0 +1,171 @@
+"""The bodies that vlmfast knows: what each says, and the function that does the same. A new body is one line.
+
+``python -m vlmfast.patches.scan`` prints the digests of those that are not here, and who has them. A body of one
+release is often written a little differently in the next, and so has a line for each way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vlmfast.patches import masked_rows, merger, pixel_shuffle, projects, rms_norm
+from vlmfast.patches.masked_rows import expanded
+from vlmfast.patches.projects import Named
+
+
+@dataclass(frozen=True)
+class Body:
+    """One body.
+
+    Attributes:
+        method: the name of the method that has it.
+        key: its digest, or what tells it where sources differ in what does not matter.
+        function: does the same; None where none does, for the reason that follows.
+        says: what the body does, and who has it.
+    """
+
+    method: str
+    key: str | Named
+    function: Callable[..., Any] | None
+    says: str
+
+
+MASK = "get_placeholder_mask"
+SHUFFLE = {"size", "view", "int", "permute", "contiguous"}
+
+BODIES = (
+    # RMSNorm
+    Body("forward", "c4cf7d37d3454e26", rms_norm.llama_rms_norm, "rounds before the weight: Llama and most others"),
+    Body("forward", "58203d20fe8fc54b", rms_norm.llama4_rms_norm, "rounds before the weight: Llama 4"),
+    Body("forward", "f18029c6dfe37c98", rms_norm.t5_rms_norm, "rounds to the dtype of the weight: T5, IDEFICS"),
+    Body("forward", "d1b945cdbf3b29ac", rms_norm.gemma_rms_norm, "weight centred on zero: Gemma, Qwen3-Next"),
+    Body("forward", "b16b7bab329bec95", rms_norm.gated_rms_norm, "rounds before the weight, then a gate: Qwen3-Next"),
+    Body("forward", "2a6ea0d024e30f25", rms_norm.gated_rms_norm, "as before: Qwen3-Next of 4.57"),
+    Body("forward", "bf4ff6e895490516", None, "it has a gate before a norm of groups"),
+    Body("forward", "be6da3e7541855b2", None, "it has a gate before the norm"),
+    Body("forward", "bf4fa6dd0f532959", None, "it is a LayerNorm without a bias"),
+    # Where image, video and audio embeddings go
+    Body(MASK, "c7355c551ffcc3cf", masked_rows.image_mask, "of images: LLaVA, InternVL"),
+    Body(MASK, "a9feaa999f70546c", masked_rows.image_mask, "of images: LLaVA-NeXT, Llama 4, SmolVLM"),
+    Body(MASK, "4b9e3f7046a012c3", masked_rows.image_mask, "of images: LFM2-VL"),
+    Body(MASK, "46988a3ee36819dc", masked_rows.image_mask, "of images: PaddleOCR-VL"),
+    Body(MASK, "c94b82523d452cd7", masked_rows.image_mask, "of images: DiffusionGemma"),
+    Body(MASK, "284c5f552e0e178c", expanded(masked_rows.image_mask), "of images: LLaVA of 4.57"),
+    Body(MASK, "13675a6c859bf0c7", expanded(masked_rows.image_mask), "of images: LLaVA-NeXT of 4.57"),
+    Body(MASK, "f50c04ecb19b4e3e", expanded(masked_rows.image_mask), "of images: DeepSeek-VL of 4.57"),
+    Body(MASK, "1918ea98a2051bb7", expanded(masked_rows.image_mask), "of images: LFM2-VL of 4.57"),
+    Body(MASK, "c22815b31c99d24b", expanded(masked_rows.optional_image_mask), "of images: HunYuan-VL"),
+    Body(MASK, "1d9951a154b80737", masked_rows.vocabulary_image_mask, "of images: Chameleon, Emu3"),
+    Body(MASK, "5b49e29d9057f24f", expanded(masked_rows.vocabulary_image_mask), "of images: Chameleon of 4.57"),
+    Body(MASK, "96378a356f97a5e4", masked_rows.flat_image_mask, "of images, (B, T): Granite-Docling"),
+    Body(MASK, "f6bfd363c9277b96", masked_rows.image_and_video_masks, "of images and videos: Qwen-VL"),
+    Body(MASK, "0e948c0e7e08e09c", masked_rows.image_and_video_masks, "of images and videos: Perception-LM"),
+    Body(MASK, "50571513a30a54b0", masked_rows.image_and_video_masks, "of images and videos: Video-LLaVA"),
+    Body(MASK, "9b6e87d342dde2ab", expanded(masked_rows.image_and_video_masks), "of both: Qwen-VL of 4.57"),
+    Body(MASK, "1e7970183a8dd85d", expanded(masked_rows.image_and_video_masks), "of both: LLaVA-OneVision of 4.57"),
+    Body(MASK, "13d30daa9b1d0548", expanded(masked_rows.image_and_video_masks), "of both: Perception-LM of 4.57"),
+    Body(MASK, "005c2f54df4cfd40", expanded(masked_rows.image_and_video_masks), "of both: Video-LLaVA of 4.57"),
+    Body(MASK, "324dca0c8a3a95f9", expanded(masked_rows.image_and_video_masks), "of images and videos: MiniMax-M3-VL"),
+    Body(MASK, "7afd1b971aa7570a", masked_rows.image_masks, "videos have the token of images: GLM-4V"),
+    Body(MASK, "ba7ac1fa1641f3f7", expanded(masked_rows.image_masks), "as before: GLM-4V of 4.57"),
+    Body(MASK, "f0935138b4329c04", masked_rows.image_video_and_audio_masks, "of images, videos, audio: Qwen-Omni"),
+    Body(MASK, "dde67559a8e7bfe8", expanded(masked_rows.image_video_and_audio_masks), "as before: Qwen-Omni of 4.57"),
+    Body(MASK, "3f4eb0a3de881dd5", masked_rows.flat_masks, "of images, videos and audio, (B, T): Gemma 4"),
+    Body(MASK, "faa442613a134458", masked_rows.image_and_audio_masks, "of images and audio: Gemma 3n"),
+    Body(MASK, "8258c72629015d90", expanded(masked_rows.image_and_audio_masks), "as before: Gemma 3n of 4.57"),
+    Body(MASK, "9a42c6206f9d9e74", expanded(masked_rows.audio_mask), "of audio: Audio Flamingo 3, Voxtral"),
+    Body(MASK, "5efec55a18a55876", expanded(masked_rows.token_mask), "of a token that it is told: MiniCPM-V"),
+    Body(MASK, "0a2c03ac446ffa7f", expanded(masked_rows.token_mask), "of a token that it is told: Inkling"),
+    Body(MASK, "2d2124ff886fed1b", expanded(masked_rows.token_mask), "of a token that it is told: Nemotron-H Omni"),
+    Body(MASK, "5e855dd6a79678f8", masked_rows.placeholder_token_mask, "of a token that it is told: Pocket TTS"),
+    Body(MASK, "659557310ed40b57", None, "its caller may bring more features than placeholders"),
+    Body(MASK, "ba932a9dcfdfd127", None, "its caller may bring more features than placeholders"),
+    Body(MASK, "9a16367addf424a1", None, "its caller may bring more features than placeholders"),
+    Body(MASK, "f47e5c05e6ddb736", None, "its caller may bring more features than placeholders"),
+    Body(MASK, "d5462c2648ae0ef4", None, "it calls the method of its model"),
+    Body(MASK, "5ea6de54cdd8687b", None, "it is of ids, not of embeddings"),
+    Body("inputs_merger", "6cd25170c3a5c63b", masked_rows.merge_inputs, "of images: Idefics"),
+    Body("inputs_merger", "7e6f8030f5b5e86b", masked_rows.merge_inputs, "of images: Idefics of 5.17"),
+    Body("inputs_merger", "1d209c3c3e76b94c", masked_rows.merge_inputs, "of images: Idefics of 4.57"),
+    Body("inputs_merger", "b6d1acc837fc0014", masked_rows.merge_inputs, "of blocks of images: SmolVLM of 5.17"),
+    Body("inputs_merger", "8fb255e85317806c", masked_rows.merge_inputs, "of blocks of images: SmolVLM of 4.57"),
+    # DeepStack
+    Body("_deepstack_process", "69056dc0e7c310ed", masked_rows.deepstack_process, "adds to a copy: Qwen3-VL"),
+    Body("_deepstack_process", "b0ff7dae565a7caf", masked_rows.deepstack_process, "adds in place: Qwen3-VL of 4.57"),
+    Body("_deepstack_process", "bd8c1f74348db57c", masked_rows.wide_deepstack_process, "(B, T, D): Omni of 4.57"),
+    # Connectors
+    Body("forward", "16e04f79d7a92b2a", merger.merge_patches, "LayerNorm, two linear layers: Qwen3-VL"),
+    Body("forward", "529a858c72fa85dd", merger.qwen2_merge_patches, "a norm and a sequence of layers: Qwen2-VL"),
+    Body("forward", "01ddc0a1a6ed155b", merger.omni_merge_patches, "LayerNorm and a list of layers: Qwen-Omni"),
+    Body("forward", "f0b08b5f3d04ab82", merger.project_tokens, "LayerNorm, two linear layers: InternVL"),
+    Body("forward", "38e040efe7e634d6", pixel_shuffle.shuffle_mlp, "pixel shuffle and layers: Llama 4"),
+    Body("pixel_shuffle", "6ebc7b4524308084", pixel_shuffle.shuffle_square, "of a square: Idefics3, SmolVLM"),
+    Body("pixel_shuffle", "6623a259a2f18c2c", pixel_shuffle.shuffle_hidden, "of a square: ModernVBERT"),
+    Body("pixel_shuffle", "19ff59cf2d776e87", pixel_shuffle.shuffle_square_into_map, "square into map: Aya Vision"),
+    Body("pixel_shuffle", "5b12b75944ad9ea3", pixel_shuffle.shuffle_map, "of a map: InternVL"),
+    Body("pixel_shuffle", "34fa941962c5be6d", pixel_shuffle.shuffle_map, "of a map: Nemotron-H Omni"),
+    Body("pixel_unshuffle", "0e9cd6380436a1fa", pixel_shuffle.unshuffle_map, "of a map: LFM2-VL"),
+    # Projects outside transformers
+    Body("forward_mask_encoder", Named("FourM"), projects.forward_mask_encoder, "packs visible tokens: 4M"),
+    Body("forward_mask_decoder", Named("FourM"), projects.forward_mask_decoder, "packs targets: 4M"),
+    Body(
+        "_replace_img_tokens_with_embd",
+        Named("VisionLanguageModel"),
+        projects.replace_img_tokens_with_embd,
+        "of images: nanoVLM",
+    ),
+    Body(
+        "forward",
+        Named("ModalityProjector", frozenset({"pixel_shuffle", "proj"})),
+        projects.project_square,
+        "pixel shuffle and linear layer: nanoVLM",
+    ),
+    Body(
+        "pixel_shuffle",
+        Named("ModalityProjector", frozenset(SHUFFLE | {"scale_factor", "reshape"})),
+        projects.shuffle_square,
+        "of a square: nanoVLM",
+    ),
+    Body(
+        "extract_feature",
+        Named(
+            "InternVLChatModel",
+            frozenset(
+                {
+                    *("select_layer", "vision_model", "last_hidden_state", "hidden_states", "int", "shape", "reshape"),
+                    *("pixel_shuffle", "downsample_ratio", "mlp1"),
+                }
+            ),
+        ),
+        projects.extract_feature,
+        "pixel shuffle and layers: InternVL with remote code",
+    ),
+    Body(
+        "pixel_shuffle",
+        Named("InternVLChatModel", frozenset(SHUFFLE | {"ps_version"})),
+        projects.shuffle_ordered_map,
+        "of a map: InternVL with remote code",
+    ),
+    Body(
+        "forward",
+        Named(
+            "InternViTVisionTower",
+            frozenset(
+                {
+                    *("type", "list", "vision_tower", "to", "device", "dtype", "unsqueeze", "feature_select", "append"),
+                    *("int", "shape", "reshape", "pixel_shuffle", "scale_pix_shuffle"),
+                }
+            ),
+        ),
+        projects.select_and_shuffle,
+        "scaled pixel shuffle: VITA",
+    ),
+    Body(
+        "pixel_shuffle",
+        Named("InternViTVisionTower", frozenset(SHUFFLE)),
+        projects.shuffle_x_map,
+        "of a map: VITA",
+    ),
+)

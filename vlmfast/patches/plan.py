@@ -1,0 +1,113 @@
+"""Find the sites of a model: methods whose bodies are known, and those that are only like them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from vlmfast.checks import DTYPES
+from vlmfast.modules import replaced_on_instances
+from vlmfast.patches.bodies import BODIES, Body
+from vlmfast.patches.projects import Named
+from vlmfast.patches.upstream import Source, method_of, parameters, site_name, source
+
+
+@dataclass(frozen=True)
+class Site:
+    """One method of one class in a model.
+
+    Attributes:
+        name: what patterns are matched with.
+        method: its name.
+        modules: the modules of the class.
+        body: what the method says, where that is known.
+        reason: why it is not replaced, or None.
+    """
+
+    name: str
+    method: str
+    modules: list[nn.Module]
+    body: Body | None
+    reason: str | None
+
+
+def find_sites(model: nn.Module, bodies: Iterable[Body] = BODIES) -> list[Site]:
+    """Find every site in a model. Changes nothing."""
+    table = {(body.method, body.key.class_name if isinstance(body.key, Named) else body.key): body for body in bodies}
+    methods = dict.fromkeys(method for method, _ in table)
+    modules_of: dict[type, list[nn.Module]] = {}
+    for module in model.modules():
+        modules_of.setdefault(type(module), []).append(module)
+    return [
+        site
+        for cls, modules in modules_of.items()
+        for method in methods
+        if method_of(cls, method) is not None
+        for site in _site(cls, method, modules, table)
+    ]
+
+
+def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[str, str], Body]) -> Iterator[Site]:
+    """Give the site at that method, if there is one."""
+    for base in cls.__mro__:
+        if body := table.get((method, base.__name__)):
+            reason = _difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
+            yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
+            return
+    function = inspect.unwrap(method_of(cls, method))  # type: ignore[arg-type]
+    if method == "forward" and "RMSNorm" not in cls.__name__ and not _is_short(function.__code__):
+        return
+    name = site_name(cls, method)
+    try:
+        found = source(cls, method)
+    except (OSError, TypeError, SyntaxError) as error:
+        if is_like(cls.__name__, method, Source("", frozenset())):
+            yield Site(name, method, modules, None, f"its source cannot be read ({error})")
+        return
+    body = table.get((method, found.digest))
+    if body is not None:
+        left = f"left alone: {body.says}" if body.function is None else None
+        yield Site(name, method, modules, body, left or _obstacle(cls, method, modules))
+    elif is_like(cls.__name__, method, found):
+        reason = f"its body is not one that this version of vlmfast was written for (digest {found.digest})"
+        yield Site(name, method, modules, None, reason)
+
+
+def is_like(class_name: str, method: str, found: Source) -> bool:
+    """Tell whether an unknown method is like the known ones: an RMSNorm by what it reads, the others by their name."""
+    if method != "forward":
+        return any(body.method == method and isinstance(body.key, str) for body in BODIES)
+    names = found.names
+    is_norm = "mean" in names and names & {"pow", "square"} and names & {"rsqrt", "sqrt"}
+    return "RMSNorm" in class_name or bool(is_norm and names & {"eps", "variance_epsilon"} and "bias" not in names)
+
+
+def _is_short(code: object) -> bool:
+    """Tell whether a function takes no more than the forward of a known body does: two tensors."""
+    named = code.co_argcount + code.co_kwonlyargcount  # type: ignore[attr-defined]
+    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)  # type: ignore[attr-defined]
+    return named <= 3 and not starred
+
+
+def _difference(cls: type, class_name: str, body: Body) -> str | None:
+    """Say why the method of a class is not the body that is told by its names, or None."""
+    owner = next(base.__name__ for base in cls.__mro__ if body.method in vars(base))
+    if owner != class_name:
+        return f"it is that of {owner}"
+    function = getattr(cls, body.method)
+    expected, got = parameters(body.function), parameters(function)  # type: ignore[arg-type]
+    if expected != got:
+        return f"its parameters are ({', '.join(got)}), expected ({', '.join(expected)})"
+    difference = body.key.difference(function) if isinstance(body.key, Named) else None
+    return f"its body is another than the one replaced here ({difference})" if difference else None
+
+
+def _obstacle(cls: type, method: str, modules: list[nn.Module]) -> str | None:
+    """Say why a method of a known body must not be replaced in these modules of one class, or None."""
+    dtypes = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
+    if unsupported := ", ".join(sorted(str(dtype) for dtype in dtypes - DTYPES)):
+        return f"its weights are {unsupported}, and the ops take float32, float16 and bfloat16"
+    return replaced_on_instances(modules, cls, method)

@@ -1,0 +1,203 @@
+"""The ops under the parameters of methods of projects outside transformers, and how their bodies are told apart.
+
+The sources of these projects are copied by hand, and the copies differ in what they print: a body is told by the name
+of its class and by the names that it reads, all of them and no others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlmfast.ops.pixel_shuffle as ops
+from vlmfast.nn import apply_shuffled, is_plain
+from vlmfast.ops.masked_rows import compact_tokens, place_embeddings
+from vlmfast.ops.pixel_shuffle.definition import square
+from vlmfast.patches.pixel_shuffle import shuffled_map, side_of
+
+Modalities = dict[str, dict[str, Tensor]]
+_TALKING = {"print", "warn", "warnings"}
+
+
+@dataclass(frozen=True)
+class Named:
+    """Tell a body by the names in it, not by its digest.
+
+    Attributes:
+        class_name: the class that defines the method.
+        names: functions, methods and attributes that the body uses; None where its class and parameters tell enough.
+    """
+
+    class_name: str
+    names: frozenset[str] | None = None
+
+    def difference(self, method: Any) -> str | None:
+        """Say how the body of a method differs from this one, or None."""
+        if self.names is None:
+            return None
+        code = getattr(inspect.unwrap(method), "__code__", None)
+        used = _names(code) - _TALKING if code else set()
+        told = [("without", self.names - used), ("with", used - self.names)]
+        return ", ".join(f"{word} {', '.join(sorted(names))}" for word, names in told if names) or None
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return what code calls and reads by name; Python before 3.12 compiles a comprehension to code of its own."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+# ---- 4M ----
+
+
+def forward_mask_encoder(
+    self: Any, mod_dict: Modalities, num_encoder_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pack the visible tokens of all modalities, behind the registers if there are any.
+
+    Args:
+        self: the FourM.
+        mod_dict: modality -> its tensors, as ``cat_encoder_tensors`` takes them: O tokens of D channels in all.
+        num_encoder_tokens: how many tokens to keep of each sample, if there are as many.
+
+    Returns:
+        ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid, and
+        (B, N) int16, the modality or -1. Rows that are not valid are zeros.
+    """
+    all_tokens, all_emb, all_mask, all_mod = self.cat_encoder_tensors(mod_dict)
+    tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_encoder_tokens)
+    mod_mask = all_mod.gather(1, order).masked_fill(mask, -1)
+    if self.num_register_tokens > 0:
+        registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat([registers, tokens], dim=1)
+        emb = torch.cat([torch.zeros_like(registers), emb], dim=1)
+        mask = torch.cat([mask.new_zeros(registers.shape[:2]), mask], dim=1)
+        mod_mask = torch.cat([mod_mask.new_full(registers.shape[:2], -1), mod_mask], dim=1)
+    return tokens, emb, mask[:, None], mod_mask
+
+
+def forward_mask_decoder(
+    self: Any, mod_dict: Modalities, num_decoder_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Pack the targets of all modalities.
+
+    Args:
+        self: the FourM.
+        mod_dict: modality -> its tensors, as ``cat_decoder_tensors`` takes them.
+        num_decoder_tokens: how many tokens to keep of each sample, if there are as many.
+
+    Returns:
+        ``(tokens, emb, mask, target_ids, attention_mask, mod_mask)``: (B, M, D), (B, M, D), (B, 1, M) bool, true where
+        a token is not valid, (B, M) int, (B, M, M) bool, true where attention is blocked, and (B, M) int16, the
+        modality or -1. Rows and ids that are not valid are zeros.
+    """
+    all_tokens, all_emb, all_mask, all_ids, all_attention, all_mod = self.cat_decoder_tensors(mod_dict)
+    tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_decoder_tokens)
+    target_ids = all_ids.gather(1, order).masked_fill(mask, 0)
+    mod_mask = all_mod.gather(1, order)
+    # upstream separates padding by the modality that it came from, which the mask may thus not replace yet
+    attention_mask = self.adapt_decoder_attention_mask(all_attention.gather(1, order), mod_mask)
+    return tokens, emb, mask[:, None], target_ids, attention_mask, mod_mask.masked_fill(mask, -1)
+
+
+def _pack(tokens: Tensor, emb: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep = min(number, tokens.shape[1])
+    tokens, kept_mask, order = compact_tokens(tokens, mask, keep)
+    return tokens, compact_tokens(emb, mask, keep, order)[0], kept_mask, order
+
+
+# ---- nanoVLM ----
+
+
+def project_square(self: Any, x: Tensor) -> Tensor:
+    """Replace ModalityProjector.forward: shuffle the patches of a square, (B, h * w, C), and project the tokens."""
+    return apply_shuffled([self.proj], x, scale=self.scale_factor)
+
+
+def shuffle_square(self: Any, x: Tensor) -> Tensor:
+    """Replace ModalityProjector.pixel_shuffle: (B, h * w, C) to (B, h * w / S**2, S**2 * C)."""
+    return apply_shuffled([], x, scale=self.scale_factor)
+
+
+def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
+    """Replace VisionLanguageModel's: put image embeddings in their placeholders, in row-major order over the batch.
+
+    Args:
+        self: the VisionLanguageModel.
+        input_ids: (B, T) integers, ``self.tokenizer.image_token_id`` at V positions.
+        token_embd: (B, T, D) float32, float16 or bfloat16.
+        image_embd: (images, tokens, D), V rows in all; rounded to the dtype of ``token_embd``.
+
+    Returns:
+        (B, T, D), of the dtype of ``token_embd``.
+
+    Raises:
+        ValueError: on a CPU, where there are not as many placeholders as rows; on a GPU that trips a device-side
+            assertion.
+    """
+    mask = input_ids == self.tokenizer.image_token_id
+    return place_embeddings(token_embd, mask, image_embd.reshape(-1, image_embd.shape[-1]))
+
+
+# ---- InternVL with remote code, and VITA ----
+
+
+def extract_feature(self: Any, pixel_values: Tensor) -> Tensor:
+    """Replace InternVLChatModel.extract_feature: make the tokens of images.
+
+    Args:
+        self: the InternVLChatModel; its ``select_layer``, ``downsample_ratio`` and ``ps_version`` hold at each call.
+        pixel_values: (B, 3, height, width), as the tower takes them; h * w patches in a square.
+
+    Returns:
+        (B, h * w * downsample_ratio**2, D), D of the language model.
+
+    Raises:
+        ValueError: for patches that are no square, or whose sides the shuffle does not divide.
+    """
+    last = self.select_layer == -1
+    outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=not last, return_dict=True)
+    features = outputs.last_hidden_state if last else outputs.hidden_states[self.select_layer]
+    modules = list(self.mlp1) if is_plain(self.mlp1, nn.Sequential) else [self.mlp1]
+    return apply_shuffled(modules, features[:, 1:], scale=side_of(self.downsample_ratio), order=_order(self))
+
+
+def shuffle_ordered_map(self: Any, x: Tensor, scale_factor: float = 0.5) -> Tensor:
+    """Replace InternVLChatModel.pixel_shuffle: version v1 leaves the map of tokens transposed."""
+    return shuffled_map(x, side_of(scale_factor), _order(self))
+
+
+def _order(model: Any) -> str:
+    return "column" if model.ps_version == "v1" else "row"
+
+
+@torch.no_grad()
+def select_and_shuffle(self: Any, images: Tensor) -> Tensor:
+    """Replace InternViTVisionTower.forward: make the tokens of images; no gradient is recorded, as upstream.
+
+    Args:
+        self: the InternViTVisionTower; its ``select_layer`` and ``scale_pix_shuffle`` hold at each call.
+        images: (B, 3, height, width) float32, float16 or bfloat16; h * w patches in a square.
+
+    Returns:
+        (B, h * w / 4, 4 * C), of the dtype of ``images``.
+
+    Raises:
+        TypeError: for a list of images, with which upstream's method fails too. ValueError: for patches that are no
+            square, or of an odd side.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor of shape (B, 3, height, width), got {type(images).__name__}")
+    outputs = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
+    features = self.feature_select(outputs).to(images.dtype)
+    return ops.pixel_shuffle(features, square(features), input_scale=self.scale_pix_shuffle)
+
+
+def shuffle_x_map(self: Any, x: Tensor, scale_factor: float = 0.5) -> Tensor:
+    """Replace InternViTVisionTower.pixel_shuffle."""
+    return shuffled_map(x, side_of(scale_factor))

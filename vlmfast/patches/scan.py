@@ -1,0 +1,151 @@
+"""``python -m vlmfast.patches.scan``: which methods of the installed transformers are known, and which only look so.
+
+Modelling files are read, not imported, so that none of their dependencies has to be there.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmfast.patches.bodies import BODIES, Body
+from vlmfast.patches.plan import is_like
+from vlmfast.patches.upstream import Source, Text, closure
+
+KNOWN = {(body.method, body.key): body for body in BODIES}
+METHODS = tuple(dict.fromkeys(body.method for body in BODIES if isinstance(body.key, str)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A method whose body is known, or is like the known ones.
+
+    Attributes:
+        site: "<model folder>.<Class>.<method>".
+        digest: of its body.
+        body: the body, where it is known.
+    """
+
+    site: str
+    digest: str
+    body: Body | None
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A modelling file: its functions and classes, and the classes that it imports from other modelling files."""
+
+    path: Path
+    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
+    classes: dict[str, ast.ClassDef] = field(default_factory=dict)
+    imported: dict[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    @functools.cache
+    def read(cls, path: Path) -> Module:
+        """Parse the file."""
+        module = cls(path)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                module.functions[node.name] = node
+            elif isinstance(node, ast.ClassDef):
+                module.classes[node.name] = node
+            elif isinstance(node, ast.ImportFrom) and node.module and ".modeling_" in f".{node.module}":
+                file = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+                if "models" not in file.parts or not file.exists():  # such as modeling_utils
+                    continue
+                module.imported.update({alias.asname or alias.name: file for alias in node.names})
+        return module
+
+    def ancestry(self, name: str) -> Iterator[tuple[ast.ClassDef, Module]]:
+        """Give a class and what it inherits from, as far as modelling files define it, in the order of lookup."""
+        if name in self.classes:
+            yield self.classes[name], self
+            for base in self.classes[name].bases:
+                yield from self.ancestry(getattr(base, "id", ""))
+        elif name in self.imported:
+            yield from Module.read(self.imported[name]).ancestry(name)
+
+    def method(self, class_name: str, name: str) -> tuple[ast.FunctionDef, Module] | None:
+        """Find a method of a class and the file that defines it."""
+        for node, module in self.ancestry(class_name):
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == name:
+                    return item, module
+        return None
+
+    def source(self, class_name: str, method: str) -> Source:
+        """Return what `vlmfast.patches.upstream.source` does for the class, without importing it."""
+
+        def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
+            if is_method:
+                found = self.method(class_name, name)
+            else:
+                found = (place.functions[name], place) if name in place.functions else None
+            return None if found is None else (_text(found[0]), found[1])
+
+        return closure(method, resolve)
+
+
+@functools.cache
+def _text(node: ast.FunctionDef) -> Text:
+    return Text.of(node)
+
+
+def scan(folder: Path | None = None) -> list[Found]:
+    """Find every method in the modelling files of a transformers that is known or looks so.
+
+    Args:
+        folder: the package; None for the installed one.
+    """
+    if folder is None:
+        spec = importlib.util.find_spec("transformers")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("transformers is not installed")
+        folder = Path(spec.origin).parent
+    found = []
+    for path in sorted(folder.glob("models/**/modeling_*.py")):
+        module = Module.read(path)
+        for class_name in module.classes:
+            for method in METHODS:
+                definition = module.method(class_name, method)
+                if definition is None:
+                    continue
+                if method == "forward" and "RMSNorm" not in class_name and not _is_short(definition[0].args):
+                    continue
+                source = module.source(class_name, method)
+                body = KNOWN.get((method, source.digest))
+                if body is not None or is_like(class_name, method, source):
+                    site = f"{path.stem.removeprefix('modeling_')}.{class_name}.{method}"
+                    found.append(Found(site, source.digest, body))
+    return found
+
+
+def _is_short(arguments: ast.arguments) -> bool:
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return len(named) <= 3 and arguments.vararg is None and arguments.kwarg is None
+
+
+def main() -> None:
+    """Print the classes that each known function reaches, and the unknown bodies, those of most classes first."""
+    reached: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
+    for found in scan():
+        if found.body is None:
+            unknown.setdefault(found.digest, []).append(found.site)
+        else:
+            name = found.body.function.__name__ if found.body.function else f"left alone: {found.body.says}"
+            reached.setdefault(name, []).append(found.site)
+    for title, groups in (("known", reached), ("unknown", unknown)):
+        print(f"{title}: {sum(map(len, groups.values()))} methods")
+        for name, sites in sorted(groups.items(), key=lambda item: -len(item[1])):
+            print(f"{len(sites):5} {name}: {', '.join(sites)}")
+
+
+if __name__ == "__main__":
+    main()
