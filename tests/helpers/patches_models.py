@@ -1,8 +1,9 @@
-"""Tiny models, as the installed transformers has them."""
+"""The tiny models, as the installed transformers has them, and what a patch does to them."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,44 +13,23 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
+from vlmfast.patches.plan import find_sites
 
+from tests.helpers.tiny_images import LLAVA
+from tests.helpers.tiny_patches import QWEN
 from tests.helpers.tiny_types import SINCE, build
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
 from vlmfast.patches import merger
-from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.swap import PatchedModule
 
 DTYPES = (torch.float32, torch.bfloat16)
-NAMES = (
-    "RMSNorm",
-    "PixelShuffle",
-    "PatchMerger",
-    "InternVLMultiModalProjector",
-)  # parts of the names of classes whose ``forward`` is replaced
-BACKENDS = ("native", "torch")  # on x86 both add in the order of torch's own sums
-
-
-EACH_TYPE = (  # those whose every site is tested by itself
-    "idefics3",
-    "internvl",
-    "llama",
-    "llama4",
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_omni_moe",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "smolvlm",
-    "vipllava",
-)
+BACKENDS = ("torch", "native")  # on x86 both add in the order of torch's own sums
+# with images of any number and size, and with all that is asked of a patch; others only run
+COMMON = (*(name for name in QWEN if name != "qwen2_5_omni"), *LLAVA, "internvl", "idefics3", "smolvlm", "llama4")
+METHODS = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
+NAMES = ("RMSNorm", "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -80,26 +60,40 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def replaceable(model: nn.Module) -> list[nn.Module]:
-    """Every module with a method that the tables are about; told by names as well."""
-    methods = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
+    """Every module of a common model with a method that is replaced, told by its name as well."""
 
     def known(cls: type) -> bool:
-        return any(name in cls.__name__ for name in NAMES) or any(hasattr(cls, method) for method in methods)
+        return any(name in cls.__name__ for name in NAMES) or any(hasattr(cls, method) for method in METHODS)
 
     return [module for module in model.modules() if known(type(module))]
 
 
-def known_sites(model: nn.Module, *modules: ModuleType) -> list[Site]:
-    """Those whose replacement one of these modules defines, or all."""
-    found = [site for site in find_sites(model) if site.body is not None and site.body.function is not None]
-    names = [module.__name__ for module in modules]
-    return [site for site in found if not modules or site.body.function.__module__ in names]
+def sites_of(model: nn.Module, replacements: ModuleType) -> list[str]:
+    """The sites of a model that get a function of this module of vlmfast.patches."""
+    return sorted({site.name for site in find_sites(model) if _gets(site.body and site.body.function, replacements)})
 
 
-def exact_sites(model: nn.Module) -> list[str]:
-    """Without the mergers: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
-    inexact = known_sites(model, merger)
-    return [site.name for site in known_sites(model) if site not in inexact]
+def places_of(model: nn.Module, replacements: ModuleType) -> list[tuple[nn.Module, str]]:
+    """Each module and method that gets a function of this module of vlmfast.patches, or has got one."""
+    found = [
+        (module, site.method)
+        for site in find_sites(model)
+        if _gets(site.body and site.body.function, replacements)
+        for module in site.modules
+    ]
+    for module in patched(model):
+        methods = type(module).replacements
+        found += [(module, method) for method in methods if _gets(vars(type(module))[method], replacements)]
+    return found
+
+
+def _gets(function: Callable[..., Any] | None, replacements: ModuleType) -> bool:
+    return function is not None and function.__module__ == replacements.__name__
+
+
+def exact(model: nn.Module) -> dict[str, list[str]]:
+    """What leaves the mergers out: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
+    return {"exclude": sites_of(model, merger)}
 
 
 def patched(model: nn.Module) -> list[nn.Module]:
@@ -114,11 +108,13 @@ def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
     }
 
 
-def require(backend: str) -> None:
+def require(backend: str) -> str:
+    """The backend, where it is there."""
     for function in (rms_norm, deepstack_add, place_embeddings, pixel_shuffle):
         found = function.op.backend(backend)
-        if found.absent:
-            pytest.skip(found.absent)
+        if isinstance(found, str):
+            pytest.skip(found)
+    return backend
 
 
 def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:

@@ -8,15 +8,14 @@ from typing import Any
 
 from tests.helpers.tiny_images import LLAVA, OTHERS, SHUFFLED
 from tests.helpers.tiny_models import VOCABULARY, Built, language_model
-from tests.helpers.tiny_patches import IN_PATCHES, QWEN
+from tests.helpers.tiny_patches import EXPERTS, IN_PATCHES, QWEN
 
 SLIDING = {"sliding_window": 64}
 TINY_VISUAL: dict[str, Callable[[str], Built]] = {**QWEN, **LLAVA, **IN_PATCHES, **SHUFFLED, **OTHERS}
 TINY_LANGUAGE: dict[str, Callable[[str], Built]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo2"),
-        language_model,
-    ),
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "olmo2"), language_model),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), partial(language_model, **EXPERTS)),
+    "mixtral": partial(language_model, num_local_experts=4),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), partial(language_model, **SLIDING)),
     "gemma3n_text": partial(
         language_model,

@@ -1,4 +1,4 @@
-"""Images and videos in the prompts of each type: placed and added as upstream does, without waiting for a device."""
+"""Images and videos in prompts of common models: placed and added as upstream does, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
-from tests.helpers.patches_models import DTYPES, EACH_TYPE, cast, known_sites, logits, tiny
+from tests.helpers.patches_models import COMMON, DTYPES, METHODS, cast, logits, tiny
 from tests.helpers.tiny_models import IMAGE, VIDEO, VISION_END, VISION_START
 from vlmfast.ops.masked_rows import row_index
 from vlmfast.patches import masked_rows
-from vlmfast.patches.bodies import BODIES
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
 
 NORMS = "*RMSNorm*.forward"
-WITH_IMAGES = [model_type for model_type in EACH_TYPE if model_type != "llama"]
-METHODS = {body.method for body in BODIES} - {"forward"}
 VISUAL = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
@@ -87,7 +84,7 @@ def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_each_prompt_gives_the_logits_of_upstream(model_type: str, dtype: torch.dtype):
     model, inputs = tiny(model_type, dtype)
     seen = []
@@ -102,7 +99,7 @@ def test_each_prompt_gives_the_logits_of_upstream(model_type: str, dtype: torch.
     assert len(seen) in (3, 4, 6)
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_each_prompt_generates_the_same_ids(model_type: str):
     model, inputs = tiny(model_type)
     for name, prompts in itertools.islice(each_prompt(model, inputs), 4):
@@ -111,7 +108,7 @@ def test_each_prompt_generates_the_same_ids(model_type: str):
             assert torch.equal(model.generate(**prompts, max_new_tokens=3, do_sample=False), want), name
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_embeddings_in_place_of_ids(model_type: str):
     model, inputs = tiny(model_type)
     prompts = dict(next(each_prompt(model, inputs))[1])
@@ -135,7 +132,7 @@ def gradients(model: nn.Module, prompts: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_gradients_are_those_of_upstream(model_type: str):
     model, inputs = tiny(model_type)
     prompts = dict(each_prompt(model, inputs))
@@ -150,7 +147,7 @@ def test_gradients_are_those_of_upstream(model_type: str):
                 assert torch.equal(got[parameter], grad), (name, parameter)
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_counts_that_do_not_match_are_an_error(model_type: str):
     model, inputs = tiny(model_type)
     vlmfast.patch(model)
@@ -187,18 +184,19 @@ def test_dtype_that_the_ops_do_not_take(model_type: str):
 # ---- DeepStack ----
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "granite_docling"])
 def test_deepstack_process(model_type: str):
-    (site,) = [site for site in known_sites(tiny(model_type)[0]) if site.method == "_deepstack_process"]
-    cls = type(site.modules[0])
+    (module,) = [m for m in tiny(model_type)[0].modules() if hasattr(m, "_deepstack_process")]
     mask = torch.rand(2, 7) < 0.5
     hidden, embeds = torch.randn(2, 7, 8, dtype=torch.bfloat16), torch.randn(int(mask.sum()), 8)
-    if takes_wide_masks(cls):
+    if takes_wide_masks(type(module)):
         mask = mask[..., None].expand(2, 7, 8)
     before = hidden.clone()
-    got = site.body.function(None, hidden, mask, embeds)
+    want = module._deepstack_process(hidden.clone(), mask, embeds)
+    with vlmfast.patch(module, only="*_deepstack_process"):
+        got = module._deepstack_process(hidden, mask, embeds)
     assert torch.equal(hidden, before), "out of place"
-    assert torch.equal(got, cls._deepstack_process(None, hidden.clone(), mask, embeds))
+    assert torch.equal(got, want)
     assert not torch.equal(got, hidden)
 
 
@@ -278,9 +276,6 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         lambda m: x[m[..., 0]],
         lambda m: torch.cat([m, m]),
         lambda m: x.masked_fill(m, value=1),
-        lambda m: m[..., 0].to("meta"),
-        lambda m: m.to(torch.long),
-        lambda m: x.expand_as(m.expand_as(x)),
         lambda m: m.float().masked_scatter(m.clone(), torch.zeros(3)),
     ]
     for use in uses:
@@ -288,16 +283,18 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         assert type(got) is Tensor
         assert got.device == want.device
         assert got.is_meta or torch.equal(got, want)
+    fits: list[Callable[[Tensor], Tensor]] = [  # what a caller makes a mask fit with
+        lambda m: m.expand_as(x),
+        lambda m: m.to(x.device),
+        lambda m: m.as_subclass(Tensor)[..., 0].as_subclass(PlaceholderMask).unsqueeze(-1),
+    ]
+    for fit in fits:
+        assert type(fit(mask)) is PlaceholderMask
+        assert torch.equal(x.masked_scatter(fit(mask), features), x.masked_scatter(plain, features))
     for shaped in (features, features[None], features.flatten()):
         assert torch.equal(x.masked_scatter(mask, shaped), x.masked_scatter(plain, features))
     with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 2, got 3"):
         x.masked_scatter(mask, features[:2])
-    flat = mask[..., 0].as_subclass(PlaceholderMask)
-    for fitting in (flat.unsqueeze(-1), mask.expand_as(x), flat.unsqueeze(-1).expand_as(x).to(x.device)):
-        assert type(fitting) is PlaceholderMask
-        assert torch.equal(x.masked_scatter(fitting, features), x.masked_scatter(plain, features))
-    numbers = plain[..., 0].float()
-    assert torch.equal(numbers.masked_scatter(flat, features), numbers.masked_scatter(plain[..., 0], features))
     x.requires_grad_()
     assert "place_embeddings" in type(x.masked_scatter(mask, features).grad_fn).__name__
 
@@ -343,7 +340,7 @@ def waiting(model: nn.Module, prompts: dict[str, Any]) -> list[str]:
     return mode.found
 
 
-@pytest.mark.parametrize("model_type", WITH_IMAGES)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_nothing_that_was_replaced_waits_for_the_device(model_type: str):
     model, inputs = tiny(model_type)
     for name, prompts in each_prompt(model, inputs):

@@ -1,8 +1,9 @@
-"""The pixel shuffle of every kind: the tokens of upstream, one copy, nothing behind it changed."""
+"""The pixel shuffle of every model that has one: the tokens of upstream, one copy, nothing behind it changed."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
-from tests.helpers.patches_models import DTYPES, logits, patched, replaceable, tiny
+from tests.helpers.patches_models import DTYPES, logits, patched, places_of, replaceable, sites_of, tiny
+from vlmfast.patches import pixel_shuffle
 
-EACH_SHUFFLE = ("idefics3", "internvl", "llama4", "smolvlm")
+COMMON = ("internvl", "idefics3", "smolvlm", "llama4")
+EACH_SHUFFLE = (*COMMON, "aya_vision", "cohere2_vision", "granite_docling", "lfm2_vl")
 
 
 @pytest.fixture(autouse=True)
@@ -23,29 +26,27 @@ def on_the_definition():
         yield
 
 
+def only(model: nn.Module) -> dict[str, list[str]]:
+    return {"only": sites_of(model, pixel_shuffle)}
+
+
 def shuffling(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module with the replaced method, and the name of that method."""
-    methods = {module: "pixel_shuffle" for module in model.modules() if hasattr(type(module), "pixel_shuffle")}
-    methods |= {m: "forward" for m in model.modules() if "PixelShuffleMLP" in type(m).__name__}
-    (found,) = methods.items()
-    return found
-
-
-def site(model: nn.Module) -> str:
-    module, method = shuffling(model)
-    return f"*.{type(module).__name__}.{method}"
+    """The first module with the replaced method, and the name of that method."""
+    return places_of(model, pixel_shuffle)[0]
 
 
 def arguments(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Patches behind or before a CLS token, as the towers leave them: squares, and maps where upstream takes them."""
-    _, method = shuffling(model)
-    if model.config.model_type == "internvl":
+    module, method = shuffling(model)
+    takes_scale = "scale_factor" in inspect.signature(getattr(module, method)).parameters
+    if model.config.model_type in ("internvl", "lfm2_vl"):
         for height, width, factor in ((4, 4, 0.5), (2, 6, 0.5), (8, 4, 0.25)):
-            yield torch.randn(3, height * width + 1, 32, dtype=dtype)[:, 1:].reshape(3, height, width, 32), factor
+            patches = torch.randn(3, height * width + 1, 32, dtype=dtype)[:, 1:].reshape(3, height, width, 32)
+            yield (patches, factor) if takes_scale else (patches,)
         return
     for batch, side in ((1, 4), (3, 8)):
         patches = torch.randn(batch, side**2 + 1, 32, dtype=dtype)[:, :-1]
-        yield from [(patches,)] if method == "forward" else [(patches, 2), (patches, 4)]
+        yield from [(patches, 2), (patches, 4)] if takes_scale else [(patches,)]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
@@ -105,7 +106,7 @@ def test_patches_are_moved_once(model_type: str):
         assert ours.seen == ["pixel_shuffle"]
 
 
-@pytest.mark.parametrize("model_type", EACH_SHUFFLE)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_what_is_no_square_or_does_not_divide_is_an_error(model_type: str):
     model, _ = tiny(model_type)
     vlmfast.patch(model)
@@ -114,7 +115,7 @@ def test_what_is_no_square_or_does_not_divide_is_an_error(model_type: str):
     with pytest.raises(ValueError, match=r"grid must be divisible by scale, 2, got \(3, [34]\)"):
         getattr(module, method)(patches)
     if patches.dim() == 3:
-        with pytest.raises(ValueError, match="17 patches of x are no square"):
+        with pytest.raises(ValueError, match="the 17 patches of x are no square"):
             getattr(module, method)(torch.ones(1, 17, 32))
 
 
@@ -135,7 +136,7 @@ def behind(model: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in part.named_modules() if child is not part}
 
 
-@pytest.mark.parametrize("model_type", EACH_SHUFFLE)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_hooks_behind_the_shuffle_see_what_they_saw(model_type: str):
     model, inputs = tiny(model_type)
     seen: list[tuple[str, Tensor]] = []
@@ -144,14 +145,14 @@ def test_hooks_behind_the_shuffle_see_what_they_saw(model_type: str):
     logits(model, inputs)
     want = seen.copy()
     seen.clear()
-    with vlmfast.patch(model, only=site(model)):
+    with vlmfast.patch(model, **only(model)):
         logits(model, inputs)
     assert len(want) >= len(behind(model)) > 0
     assert [name for name, _ in seen] == [name for name, _ in want]
     assert all(torch.equal(got, output) for (_, got), (_, output) in zip(seen, want, strict=True))
 
 
-@pytest.mark.parametrize("model_type", EACH_SHUFFLE)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_adapters_behind_the_shuffle_are_used_and_trained(model_type: str):
     peft = pytest.importorskip("peft")
     model, inputs = tiny(model_type)
@@ -162,7 +163,7 @@ def test_adapters_behind_the_shuffle_are_used_and_trained(model_type: str):
     want = logits(wrapper, inputs)
     assert targets
     assert not torch.equal(want, plain)
-    with vlmfast.patch(wrapper, only=site(model)):
+    with vlmfast.patch(wrapper, **only(wrapper)):
         assert torch.equal(logits(wrapper, inputs), want)
         wrapper(**inputs).logits.sum().backward()
     trained = [p for name, p in wrapper.named_parameters() if "lora_" in name]
@@ -170,7 +171,7 @@ def test_adapters_behind_the_shuffle_are_used_and_trained(model_type: str):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("model_type", EACH_SHUFFLE)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_dropout_is_that_of_upstream(model_type: str):
     model, inputs = tiny(model_type)
     model.train()
@@ -184,15 +185,15 @@ def test_dropout_is_that_of_upstream(model_type: str):
 
     want, other = seeded(0), seeded(1)
     assert torch.equal(want, other) != bool(dropping)
-    with vlmfast.patch(model, only=site(model)):
+    with vlmfast.patch(model, **only(model)):
         assert torch.equal(seeded(0), want)
 
 
-@pytest.mark.parametrize("model_type", EACH_SHUFFLE)
+@pytest.mark.parametrize("model_type", COMMON)
 def test_only_the_shuffle(model_type: str):
     model, inputs = tiny(model_type)
     want = logits(model, inputs)
-    vlmfast.patch(model, only=site(model))
+    vlmfast.patch(model, **only(model))
     assert patched(model) == [shuffling(model)[0]]
     assert patched(model)[0] in replaceable(model)
     assert torch.equal(logits(model, inputs), want)

@@ -57,10 +57,10 @@ def test_a_patched_model_is_exported(strict: bool):
     assert torch.equal(exported.module()(**inputs, use_cache=False).logits, want)
 
 
-@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
-def test_features_that_are_passed_along_with_every_token(family: str):
+@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
+def test_features_that_are_passed_along_with_every_token(model_type: str):
     """Up to transformers 5.17 ``generate`` keeps them as an argument, though only the prompt has a place for them."""
-    model, inputs = tiny(family)
+    model, inputs = tiny(model_type)
     with torch.no_grad():
         found = model.model.get_image_features(inputs.pop("pixel_values"))
     features = getattr(found, "pooler_output", found)

@@ -1,0 +1,204 @@
+"""Which methods `vlmfast.patch` takes for known ones: told by what they say, not by whose they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+import vlmfast
+from tests.helpers.default_models import default_models
+from tests.helpers.patches_models import METHODS, patched, rms_norms, skip_unless_known, tiny
+
+OURS = "ignore:.* is not patched"
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition() -> Iterator[None]:
+    with vlmfast.use("torch"):
+        yield
+
+
+# ---- subclasses ----
+
+
+def with_class(module: nn.Module, **members: object) -> nn.Module:
+    module.__class__ = type("FastRMSNorm", (type(module),), members)
+    return module
+
+
+def without_epsilon(self: nn.Module, x: Tensor) -> Tensor:
+    """Stand for Gemma's ``_norm``, which its ``forward`` calls."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+
+
+def test_subclass_that_overrides_nothing_a_body_names_is_patched():
+    model, inputs = tiny("gemma")
+    with_class(model.model.norm, extra_repr=lambda self: "fast", _norms=without_epsilon)
+    want = model(**inputs).logits
+    with vlmfast.patch(model) as patch:
+        assert patched(model) == rms_norms(model)
+        assert patch.replaced == {"gemma.GemmaRMSNorm.forward": 4, f"{__name__}.FastRMSNorm.forward": 1}
+        assert torch.equal(model(**inputs).logits, want)
+    assert type(model.model.norm).__name__ == "FastRMSNorm"
+    assert not patched(model)
+
+
+@pytest.mark.parametrize("members", [{"_norm": without_epsilon}, {"forward": lambda self, x: 2 * x}], ids=str)
+def test_subclass_that_overrides_what_a_body_names_is_left_alone(members: dict[str, object]):
+    model, _ = tiny("gemma")
+    with_class(model.model.norm, **members)
+    with pytest.warns(UserWarning, match=r"FastRMSNorm\.forward is not patched: its body is not one"):
+        patch = vlmfast.patch(model)
+    assert patched(model) == [module for module in rms_norms(model) if module is not model.model.norm]
+    assert list(patch.skipped) == [f"{__name__}.FastRMSNorm.forward"]
+
+
+# ---- code from elsewhere ----
+
+REMOTE = '''
+import torch
+from torch import nn
+
+
+class Norm(nn.Module):
+    """A copy with another name, other comments and no annotations."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype  # as upstream
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + {epsilon})
+        return self.weight * hidden_states.to(input_dtype)
+
+
+class RemoteModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Norm(16) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+'''
+
+
+@pytest.fixture
+def remote(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A file that is loaded by its path, as ``trust_remote_code`` does."""
+    name = f"modeling_{request.node.name.translate(str.maketrans('[].+', '____'))}"
+    (tmp_path / f"{name}.py").write_text(
+        REMOTE.replace("{epsilon}", getattr(request, "param", "self.variance_epsilon"))
+    )
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_remote_code_with_a_known_body_is_patched(remote: ModuleType):
+    model, x = remote.RemoteModel(), torch.randn(5, 16, dtype=torch.bfloat16)
+    want = model(x)
+    with vlmfast.patch(model) as patch:
+        assert patch.replaced == {f"{remote.__name__}.Norm.forward": 3}
+        assert torch.equal(model(x), want)
+    assert torch.equal(model(x), want)
+    assert not patched(model)
+
+
+@pytest.mark.parametrize("remote", ["2 * self.variance_epsilon"], indirect=True)
+def test_remote_code_that_says_something_else_is_left_alone(remote: ModuleType):
+    model = remote.RemoteModel()
+    model.layers.append(tiny("llama")[0].model.norm)
+    with pytest.warns(UserWarning, match=r"Norm\.forward is not patched: its body is not one"):
+        vlmfast.patch(model)
+    assert patched(model) == [model.layers[-1]]
+
+
+def test_plain_module_around_known_parts():
+    model, inputs = tiny("llava")
+    parts = nn.ModuleDict({"norm": model.model.language_model.norm, "layers": model.model.language_model.layers})
+    want = model(**inputs).logits
+    patch = vlmfast.patch(parts)
+    assert patched(model) == rms_norms(model)
+    assert patch.replaced == {"llama.LlamaRMSNorm.forward": len(rms_norms(model))}
+    assert torch.equal(model(**inputs).logits, want)
+    patch.undo()
+    assert not patched(model)
+
+
+# ---- nothing known ----
+
+
+class OtherRMSNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm()
+
+
+def test_nothing_known_names_the_bodies_that_are_most_frequent():
+    kinds = [type(f"{name}RMSNorm", (OtherRMSNorm,), {}) for name in ("Rare", "Common", "Usual", "Frequent")]
+    model = nn.Sequential(*(kind() for kind, number in zip(kinds, (1, 4, 2, 3), strict=True) for _ in range(number)))
+    with pytest.raises(ValueError, match=r"(?s)CommonRMSNorm.*FrequentRMSNorm.*UsualRMSNorm") as caught:
+        vlmfast.patch(model)
+    assert "Rare" not in str(caught.value)
+    assert str(caught.value).count("its body is not one") == 3
+    assert not patched(model)
+
+
+def test_nothing_that_is_like_anything_known():
+    with pytest.raises(ValueError, match="no RMSNorm and no placeholder mask"):
+        vlmfast.patch(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+
+
+# ---- every type of this transformers ----
+
+
+def test_patch_of_a_full_model_is_quick():
+    """Half a second for Qwen3-VL-8B; in time of this process alone, so that other processes do not count."""
+    skip_unless_known("qwen3_vl")
+    config = transformers.Qwen3VLConfig(text_config={"num_hidden_layers": 36}, vision_config={"depth": 27})
+    with torch.device("meta"):
+        model = transformers.Qwen3VLForConditionalGeneration._from_config(config)
+    seconds = []
+    for _ in range(3):
+        start = time.process_time()
+        patch = vlmfast.patch(model)
+        seconds.append(time.process_time() - start)
+        assert sum(patch.replaced.values()) > 4 * 36
+        patch.undo()
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.filterwarnings(OURS)
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="has fewer types")
+def test_most_types_are_patched_and_most_of_these_whole():
+    something, everything = [], []
+    for model_type, model in default_models():
+        try:
+            vlmfast.patch(model)
+        except ValueError:
+            continue
+        something.append(model_type)
+        alike = [
+            m for m in model.modules() if "RMSNorm" in type(m).__name__ or any(hasattr(m, n) for n in METHODS[1:3])
+        ]
+        if {id(module) for module in alike} <= {id(module) for module in patched(model)}:
+            everything.append(model_type)
+    assert len(something) >= 72, something
+    assert len(everything) >= 60, everything
