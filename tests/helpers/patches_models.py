@@ -13,7 +13,6 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
-from vlmfast.patches.plan import find_sites
 
 from tests.helpers.tiny_images import LLAVA
 from tests.helpers.tiny_patches import QWEN
@@ -22,6 +21,7 @@ from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
 from vlmfast.patches import merger
+from vlmfast.patches.plan import find_sites
 from vlmfast.patches.swap import PatchedModule
 
 DTYPES = (torch.float32, torch.bfloat16)
