@@ -23,12 +23,17 @@ def deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor
     """
     mask = visual_pos_masks.to(hidden_states.device)
     embeds = visual_embeds.to(hidden_states.device, hidden_states.dtype)
-    return accepting(deepstack_add, hidden_states)(hidden_states, mask, embeds, _shared_row_index(mask))
+    return accepting(deepstack_add, hidden_states)(hidden_states, _plain(mask), embeds, _shared_row_index(mask))
 
 
 def wide_deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
     """Replace Qwen3OmniMoeThinkerTextModel._deepstack_process of transformers 4.57, whose mask is (B, T, D)."""
     return deepstack_process(self, hidden_states, visual_pos_masks[..., 0], visual_embeds)
+
+
+def _plain(mask: Tensor) -> Tensor:
+    """Return a tensor that the ops take: Granite-Docling hands the mask of its placeholders on to DeepStack."""
+    return mask[...] if isinstance(mask, PlaceholderMask) else mask
 
 
 def _shared_row_index(mask: Tensor) -> Tensor | None:
@@ -44,7 +49,7 @@ def _shared_row_index(mask: Tensor) -> Tensor | None:
         return None
     version, index = getattr(mask, "_row_index", (None, None))
     if version != mask._version:
-        index = row_index(mask)
+        index = row_index(_plain(mask))
         mask._row_index = mask._version, index  # type: ignore[attr-defined]
     return index
 
@@ -186,9 +191,11 @@ def image_masks(
     image_features: Tensor | None = None,
     video_features: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replace Glm4vModel.get_placeholder_mask and its copies: frames of videos have the token of images."""
-    mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
-    return mask, mask
+    """Replace Glm4vModel.get_placeholder_mask and its copies: among ids, frames of videos have the token of images."""
+    images = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
+    if input_ids is not None:
+        return images, images
+    return images, placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id)
 
 
 def image_and_audio_masks(

@@ -35,7 +35,7 @@ def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
 
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
-    """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32."""
+    """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32; transformers 4.57 has SiLU only."""
     normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    gated: Tensor = normed * ACT2FN[self.activation](gate.to(torch.float32))
+    gated: Tensor = normed * ACT2FN[getattr(self, "activation", "silu")](gate.to(torch.float32))
     return gated.to(hidden_states.dtype)
