@@ -201,14 +201,15 @@ def test_what_was_done_to_a_part_holds(model_type: str, change: Callable, names:
             continue
         x = patches(module, torch.float32)
         plain = module(x)
-        change(parts(module)[name])
-        called_norm = model_type.startswith("qwen2") and type(parts(module)["norm"]) is not nn.LayerNorm
+        part, norm = parts(module)[name], parts(module)["norm"]
+        change(part)
+        separate_norm = name == "norm" and model_type.startswith("qwen2") and type(norm) is not nn.LayerNorm
         want = module(x)
         assert not torch.equal(want, plain)
         fused.clear()
         with vlmfast.patch(changed, **only(changed)):
             assert torch.equal(module(x), want), name
-        assert fused == ([] if name == "mlp" else [name == "norm" and called_norm])
+        assert fused == ([] if name == "mlp" else [separate_norm])
 
 
 @pytest.mark.parametrize("model_type", MERGERS)
