@@ -32,7 +32,8 @@ from tests.helpers.tiny_types import TINY_LANGUAGE, TINY_VISUAL
 from vlmfast.patches.upstream import site_name
 
 EACH_COMMON = (*COMMON, "llama")
-EACH = (*TINY_VISUAL, *TINY_LANGUAGE)
+UNKNOWN = ("olmo2", "helium", "nanochat", "gemma3n_text")  # norms of orders that `rms_norm` has not
+EACH = (*TINY_VISUAL, *(name for name in TINY_LANGUAGE if name not in UNKNOWN))
 pytestmark = pytest.mark.filterwarnings("ignore:.* is not patched")  # methods that no known body is like
 
 
@@ -115,6 +116,13 @@ def test_what_looks_replaceable_is_replaced_or_reported(model_type: str):
         assert site in patch.replaced or patch.skipped[site]
         assert site in report
     assert alike or patch.replaced
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_model_of_unknown_norms_is_refused(model_type: str):
+    model, _ = tiny(model_type)
+    with pytest.raises(ValueError, match=r"knows no method of this .* model \(.*RMSNorm\.forward of \d+ modules"):
+        vlmfast.patch(model)
 
 
 @pytest.mark.parametrize("model_type", EACH_COMMON)
