@@ -44,6 +44,17 @@ def backward_tile(hidden: int) -> Tile:
 
 
 @triton.jit
+def _weighted(rows, weight_ptr, column, hidden, VARIANT: tl.constexpr):
+    """Multiply rows by the weight as VARIANT takes it, None by nothing."""
+    if VARIANT is not None:
+        weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+        if VARIANT == "gemma":
+            weight += 1.0
+        rows *= weight
+    return rows
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     residual_ptr,
@@ -56,11 +67,11 @@ def _forward_kernel(
     hidden,
     eps,
     HAS_RESIDUAL: tl.constexpr,
-    GEMMA: tl.constexpr,
+    VARIANT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Y = weight * (h * rsqrt(mean(h^2) + eps)), with h = x, or h = residual + x stored as the new residual."""
+    """Normalise h = x, or h = residual + x stored as the new residual; VARIANT None is without a weight."""
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
@@ -72,8 +83,9 @@ def _forward_kernel(
         tl.store(new_residual_ptr + row * hidden + column, rounded, mask=mask)
         h = rounded.to(tl.float32)
     normed = h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / hidden + eps)
-    weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
-    y = normed * (1.0 + weight) if GEMMA else weight * normed.to(dtype).to(tl.float32)
+    if VARIANT == "llama":
+        normed = normed.to(dtype).to(tl.float32)
+    y = _weighted(normed, weight_ptr, column, hidden, VARIANT)
     tl.store(y_ptr + row * hidden + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -93,7 +105,7 @@ def _backward_kernel(
     eps,
     HAS_GRAD_RESIDUAL: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
-    GEMMA: tl.constexpr,
+    VARIANT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -102,8 +114,9 @@ def _backward_kernel(
     A program walks over blocks of rows and keeps its share of the weight gradient in registers.
     """
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
-    if GEMMA:
+    if VARIANT is not None:
+        weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
+    if VARIANT == "gemma":
         weight += 1.0
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
@@ -113,14 +126,14 @@ def _backward_kernel(
         grad = tl.load(grad_output_ptr + row * grad_output_row_stride + column, mask=mask, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / hidden + eps)
         normed = x * inverse_rms
-        scaled = grad * weight
+        scaled = grad if VARIANT is None else grad * weight
         grad_x = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 1, keep_dims=True) / hidden))
         if HAS_GRAD_RESIDUAL:
             grad_residual = tl.load(grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0)
             grad_x += grad_residual.to(tl.float32)
         tl.store(grad_x_ptr + row * hidden + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if WEIGHT_GRAD:
-            if not GEMMA:  # the weight multiplied the rounded row
+            if VARIANT == "llama":  # the weight multiplied the rounded row
                 normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
             grad_weight += grad * normed
     if WEIGHT_GRAD:
@@ -128,7 +141,9 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * hidden + column, partial, mask=column < hidden)
 
 
-def rms_norm_unsupported(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> str | None:
+def rms_norm_unsupported(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
+) -> str | None:
     if x.shape[-1] > MAX_HIDDEN:
         return f"the last size of x is {x.shape[-1]}, more than {MAX_HIDDEN}"
     if x.numel() >= MAX_ROWS * max(1, x.shape[-1]):
@@ -136,27 +151,27 @@ def rms_norm_unsupported(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: 
     return device_unsupported(x)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> Tensor:
     return _forward(x, None, weight, eps, variant)[0]
 
 
 def add_rms_norm_unsupported(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> str | None:
     return rms_norm_unsupported(x, weight)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> tuple[Tensor, Tensor]:
     return _forward(x, residual, weight, eps, variant)
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, variant: str
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, variant: str
 ) -> tuple[Tensor, Tensor | None]:
-    gemma = variant == "gemma"
-    dtype = x.dtype if gemma else torch.promote_types(x.dtype, weight.dtype)
+    llama = variant == "llama" and weight is not None
+    dtype = torch.promote_types(x.dtype, weight.dtype) if llama else x.dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     new_residual = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -169,7 +184,7 @@ def _forward(
         _forward_kernel[(ceil_div(rows, tile.rows),)](
             x_rows,
             residual_rows,
-            weight.contiguous(),
+            x_rows if weight is None else weight.contiguous(),
             y,
             y if new_residual is None else new_residual,
             x_rows.stride(0),
@@ -178,7 +193,7 @@ def _forward(
             hidden,
             eps,
             HAS_RESIDUAL=residual is not None,
-            GEMMA=gemma,
+            VARIANT=None if weight is None else variant,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLUMNS=tile.columns,
             num_warps=tile.warps,
@@ -190,7 +205,7 @@ def _forward(
 def rms_norm_backward_unsupported(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     variant: str = "llama",
     grad_residual: Tensor | None = None,
@@ -202,15 +217,17 @@ def rms_norm_backward_unsupported(
 def rms_norm_backward(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     variant: str = "llama",
     grad_residual: Tensor | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    weight_grad = weight_grad and weight is not None
+    no_gradient = (x if weight is None else weight).new_empty(0)
     if x.numel() == 0:
-        return grad_x, torch.zeros_like(weight) if weight_grad else weight.new_empty(0)
+        return grad_x, torch.zeros_like(weight) if weight_grad else no_gradient
     x_rows, grad_rows = as_rows(x), as_rows(grad_output)
     residual_rows = x_rows if grad_residual is None else as_rows(grad_residual)
     rows, hidden = x_rows.shape
@@ -221,7 +238,7 @@ def rms_norm_backward(
         _backward_kernel[(programs,)](
             grad_rows,
             x_rows,
-            weight.contiguous(),
+            x_rows if weight is None else weight.contiguous(),
             residual_rows,
             grad_x,
             partials,
@@ -233,10 +250,10 @@ def rms_norm_backward(
             eps,
             HAS_GRAD_RESIDUAL=grad_residual is not None,
             WEIGHT_GRAD=weight_grad,
-            GEMMA=variant == "gemma",
+            VARIANT=None if weight is None else variant,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLUMNS=tile.columns,
             num_warps=tile.warps,
             **FP_FUSION,
         )
-    return grad_x, sum_partials(partials, weight.dtype) if weight_grad else weight.new_empty(0)
+    return grad_x, sum_partials(partials, weight.dtype) if weight_grad else no_gradient

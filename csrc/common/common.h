@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -17,8 +18,10 @@ namespace vlmfast {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline Variant parse_variant(std::string_view name) {
-  STD_TORCH_CHECK(name == "llama" || name == "gemma", "variant must be one of 'llama', 'gemma', got '", name, "'");
-  return name == "llama" ? Variant::kLlama : Variant::kGemma;
+  if (name == "llama") return Variant::kLlama;
+  if (name == "gemma") return Variant::kGemma;
+  STD_TORCH_CHECK(name == "olmo", "variant must be one of 'llama', 'gemma', 'olmo', got '", name, "'");
+  return Variant::kOlmo;
 }
 
 inline TokenOrder parse_order(std::string_view name) {
@@ -128,6 +131,12 @@ inline void check_weight(const Rows& weight, const Rows& x) {
   STD_TORCH_CHECK(weight.count == 1 && weight.size == x.size, "weight must have shape (", x.size,
                   ",), the last size of x");
   STD_TORCH_CHECK(dtype_of(weight.tensor) == dtype_of(x.tensor), "weight must have the dtype of x");
+}
+
+inline std::optional<Rows> checked_weight(const std::optional<Tensor>& tensor, const Rows& x) {
+  std::optional<Rows> weight;
+  if (tensor) check_weight(weight.emplace(*tensor), x);
+  return weight;
 }
 
 // A word as an argument of a boxed function. The conversion to std::string of torch's headers (2.10 to 2.13) leaks the

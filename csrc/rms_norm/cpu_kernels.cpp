@@ -25,6 +25,18 @@ VLMFAST_INLINE void inverse_roots(const float* sums, int64_t size, float eps, fl
   for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(size) + eps);
 }
 
+// Times the weight, as the variant takes it.
+template <Variant variant>
+VLMFAST_INLINE Block weighted(const Block& block, const Block& weight) {
+  return variant == Variant::kGemma ? block * (1.0f + weight) : block * weight;
+}
+
+// The normalised block as it meets the weight: "llama" has rounded it.
+template <class T, Variant variant>
+VLMFAST_INLINE Block before_weight(const Block& normed) {
+  return variant == Variant::kLlama ? round_to<T>(normed) : normed;
+}
+
 // ---- forward ----
 
 // The least magnitude of an input for which no rounding of a row meets a subnormal and the squares are exact.
@@ -118,11 +130,11 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
 // follows a store of the same offset seems to depend on it, which cost 5 % of 600 x 2048.
 template <class T, Variant variant, bool add, bool quick, int N>
 VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)[N]) {
-  constexpr bool kGemma = variant == Variant::kGemma;
+  constexpr bool kInOrder = quick && variant == Variant::kLlama;  // rounded twice by the processor
   const int64_t ahead = rows_ahead<N>(rows.size);
   each_block(rows.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
     Block w, normed[N];
-    if constexpr (quick && !kGemma) {
+    if constexpr (kInOrder) {
       w = Quick<T>::load_in_order(rows.weight + offset, count);
     } else {
       w = load(rows.weight + offset, count);
@@ -140,12 +152,12 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       T* to = rows.y + n * rows.size + offset;
-      if constexpr (quick && kGemma) {
-        Quick<T>::template store<false>(to, normed[n] * (1.0f + w), count);
+      if constexpr (kInOrder) {
+        Quick<T>::template store<true>(to, weighted<variant>(Quick<T>::round(normed[n]), w), count);
       } else if constexpr (quick) {
-        Quick<T>::template store<true>(to, w * Quick<T>::round(normed[n]), count);
+        Quick<T>::template store<false>(to, weighted<variant>(normed[n], w), count);
       } else {
-        store(to, kGemma ? normed[n] * (1.0f + w) : w * round_to<T>(normed[n]), count);
+        store(to, weighted<variant>(before_weight<T, variant>(normed[n]), w), count);
       }
     }
   });
@@ -185,8 +197,6 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   const T* grad_residual = static_cast<const T*>(args.grad_residual);
   if (grad_residual != nullptr) grad_residual += row * args.grad_residual_row_stride;
   T* grad_x = static_cast<T*>(args.grad_x) + row * size;
-  const auto weighted = [&](const Block& grad, const Block& w)
-                            VLMFAST_INLINE_LAMBDA { return variant == Variant::kGemma ? grad * (1.0f + w) : grad * w; };
 
   float sums[2 * N], inverse_rms[N], mean_product[N];  // mean_product: of the weighted gradient and the quotient
   const auto terms = [&](int64_t offset, auto count, Block(&total)[2 * N]) VLMFAST_INLINE_LAMBDA {
@@ -196,7 +206,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
       const Block value = load(x + n * args.x_row_stride + offset, count);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
       total[n] = total[n] + value * value;
-      total[N + n] = total[N + n] + weighted(grad, w) * value;
+      total[N + n] = total[N + n] + weighted<variant>(grad, w) * value;
     }
   };
   torch_sum<T>(size, sums, terms);
@@ -215,12 +225,12 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
       __builtin_prefetch(grad_x + (n + ahead) * size + offset, 1);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
       const Block normed = load(x + n * args.x_row_stride + offset, count) * inverse_rms[n];
-      Block result = (weighted(grad, w) - normed * mean_product[n]) * inverse_rms[n];
+      Block result = (weighted<variant>(grad, w) - normed * mean_product[n]) * inverse_rms[n];
       if (grad_residual != nullptr) {
         result = result + load(grad_residual + n * args.grad_residual_row_stride + offset, count);
       }
       store(grad_x + n * size + offset, result, count);
-      weight_grad = weight_grad + grad * (variant == Variant::kLlama ? round_to<T>(normed) : normed);
+      weight_grad = weight_grad + grad * before_weight<T, variant>(normed);
     }
     if (partial != nullptr) store(partial + offset, weight_grad);
   });
@@ -240,24 +250,30 @@ void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* pa
 
 // ---- by dtype and variant ----
 
-void any_forward(const RmsNormForward& args, int64_t begin, int64_t end) {
+// function(element, variant), both as types. Float32 rounds nothing: there, kOlmo does what kLlama does.
+template <class Args, class F>
+void for_kind(const Args& args, const F& function) {
   for_dtype(args.dtype, [&](auto element) {
-    using T = typename decltype(element)::type;
-    const bool llama = args.variant == Variant::kLlama;
-    if (args.residual == nullptr) {
-      llama ? forward<T, Variant::kLlama, false>(args, begin, end)
-            : forward<T, Variant::kGemma, false>(args, begin, end);
-    } else {
-      llama ? forward<T, Variant::kLlama, true>(args, begin, end) : forward<T, Variant::kGemma, true>(args, begin, end);
+    if (args.variant == Variant::kGemma) return function(element, std::integral_constant<Variant, Variant::kGemma>{});
+    if constexpr (!std::is_same_v<typename decltype(element)::type, float>) {
+      if (args.variant == Variant::kLlama) return function(element, std::integral_constant<Variant, Variant::kLlama>{});
     }
+    return function(element, std::integral_constant<Variant, Variant::kOlmo>{});
+  });
+}
+
+void any_forward(const RmsNormForward& args, int64_t begin, int64_t end) {
+  for_kind(args, [&](auto element, auto variant) {
+    using T = typename decltype(element)::type;
+    args.residual == nullptr ? forward<T, variant, false>(args, begin, end)
+                             : forward<T, variant, true>(args, begin, end);
   });
 }
 
 void any_backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
-  for_dtype(args.dtype, [&](auto element) {
+  for_kind(args, [&](auto element, auto variant) {
     using T = typename decltype(element)::type;
-    args.variant == Variant::kLlama ? backward<T, Variant::kLlama>(args, begin, end, partial)
-                                    : backward<T, Variant::kGemma>(args, begin, end, partial);
+    backward<T, variant>(args, begin, end, partial);
   });
 }
 

@@ -26,17 +26,27 @@ __device__ __forceinline__ float weight_scale(Variant variant, float weight) {
   return variant == Variant::kGemma ? 1.f + weight : weight;
 }
 
+// Ones without a weight.
+template <int kVec, typename scalar_t>
+__device__ __forceinline__ Vector<scalar_t, kVec> load_weight(const scalar_t* weight, int column) {
+  if (weight != nullptr) return Vector<scalar_t, kVec>::load(weight + column);
+  Vector<scalar_t, kVec> ones;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) ones.set(i, 1.f);
+  return ones;
+}
+
 // The normalised value as it meets the weight: "llama" has rounded it.
 template <typename scalar_t>
 __device__ __forceinline__ float weighted_value(Variant variant, float normed) {
-  return variant == Variant::kGemma ? normed : round_to<scalar_t>(normed);
+  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
 }
 
 template <typename scalar_t, typename Policy, bool kHasResidual>
 __global__ void __launch_bounds__(Policy::kThreads)
     rms_norm_kernel(const scalar_t* __restrict__ x,         // (rows, hidden), x_stride from row to row
                     const scalar_t* __restrict__ residual,  // (rows, hidden), residual_stride from row to row
-                    const scalar_t* __restrict__ weight,    // (hidden,)
+                    const scalar_t* __restrict__ weight,    // (hidden,), or null
                     scalar_t* __restrict__ y,               // (rows, hidden)
                     scalar_t* __restrict__ new_residual,    // (rows, hidden)
                     int64_t rows, int hidden, int64_t x_stride, int64_t residual_stride, float eps, Variant variant) {
@@ -75,7 +85,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
     const float inverse_rms = rsqrtf(sums[0] / hidden + eps);
 
     const auto normalise = [&](const Vec& values, int column) {
-      const Vec weights = Vec::load(weight + column);
+      const Vec weights = load_weight<kVec>(weight, column);
       Vec output;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -93,7 +103,7 @@ template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     rms_norm_backward_kernel(const scalar_t* __restrict__ grad_output,    // (rows, hidden)
                              const scalar_t* __restrict__ x,              // (rows, hidden)
-                             const scalar_t* __restrict__ weight,         // (hidden,)
+                             const scalar_t* __restrict__ weight,         // (hidden,), or null
                              const scalar_t* __restrict__ grad_residual,  // (rows, hidden), or null
                              scalar_t* __restrict__ grad_x,               // (rows, hidden), contiguous
                              float* __restrict__ partials,                // (gridDim.x, hidden), or null
@@ -126,9 +136,10 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
       values[k] = Vec::load(x_row + column);
       grads[k] = Vec::load(grad_row + column);
     });
-    Policy::for_kept(end, [&](int k, int column) { accumulate(values[k], grads[k], Vec::load(weight + column)); });
+    Policy::for_kept(end,
+                     [&](int k, int column) { accumulate(values[k], grads[k], load_weight<kVec>(weight, column)); });
     Policy::for_rest(end, [&](int column) {
-      accumulate(Vec::load(x_row + column), Vec::load(grad_row + column), Vec::load(weight + column));
+      accumulate(Vec::load(x_row + column), Vec::load(grad_row + column), load_weight<kVec>(weight, column));
     });
 
     group_sum.add_up(sums, turn);
@@ -150,13 +161,13 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
       return grad * weighted_value<scalar_t>(variant, value * inverse_rms);
     };
     Policy::for_kept(end, [&](int k, int column) {
-      finish(values[k], grads[k], Vec::load(weight + column), column);
+      finish(values[k], grads[k], load_weight<kVec>(weight, column), column);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) grad_weight[k][i] += weight_term(values[k][i], grads[k][i]);
     });
     Policy::for_rest(end, [&](int column) {
       const Vec value = Vec::load(x_row + column), grad = Vec::load(grad_row + column);
-      finish(value, grad, Vec::load(weight + column), column);
+      finish(value, grad, load_weight<kVec>(weight, column), column);
       if (partial == nullptr) return;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {  // too long for registers: this thread alone owns these columns of the partials
@@ -177,17 +188,18 @@ void check_size(const Rows& x) {  // columns are counted in 32 bits
 }
 
 // Writes y, and the new residual where there is a residual.
-void launch_forward(const Rows& x, const std::optional<Rows>& residual, const Tensor& weight, double eps,
+void launch_forward(const Rows& x, const std::optional<Rows>& residual, const std::optional<Tensor>& weight, double eps,
                     Variant variant, const Tensor& y, const std::optional<Tensor>& new_residual) {
-  const Rows weights(weight);
   check_size(x);
-  check_weight(weights, x);
+  const std::optional<Rows> weights = checked_weight(weight, x);
+  if (!weights) variant = Variant::kOlmo;
   if (residual) check_twin("residual", *residual, x);
   if (x.count * x.size == 0) return;
   const DeviceScope scope(x.tensor);
   with_dtype(dtype_of(x.tensor), [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto x_rows = scope.input<scalar_t>(x), weight_row = scope.input<scalar_t>(weights);
+    const auto x_rows = scope.input<scalar_t>(x);
+    const auto weight_row = weights ? scope.input<scalar_t>(*weights) : RowPointer<scalar_t>();
     const auto residual_rows = residual ? scope.input<scalar_t>(*residual) : RowPointer<scalar_t>();
     const auto y_data = scope.output<scalar_t>(y);
     const auto new_residual_data = residual ? scope.output<scalar_t>(*new_residual) : nullptr;
@@ -201,40 +213,41 @@ void launch_forward(const Rows& x, const std::optional<Rows>& residual, const Te
   });
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, Variant variant) {
+Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, Variant variant) {
   Tensor y = allocate_like(x);
   launch_forward(Rows(x), std::nullopt, weight, eps, variant, y, std::nullopt);
   return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
-                                        Variant variant) {
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
+                                        double eps, Variant variant) {
   Tensor y = allocate_like(x), new_residual = allocate_like(x);
   launch_forward(Rows(x), Rows(residual), weight, eps, variant, y, new_residual);
   return {y, new_residual};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, const Tensor& x_tensor,
-                                             const Tensor& weight, double eps, Variant variant,
+                                             const std::optional<Tensor>& weight, double eps, Variant variant,
                                              const std::optional<Tensor>& grad_residual_tensor, bool weight_grad) {
-  const Rows x(x_tensor), grad_output(grad_output_tensor), weights(weight);
+  const Rows x(x_tensor), grad_output(grad_output_tensor);
   std::optional<Rows> grad_residual;
   check_size(x);
-  check_weight(weights, x);
+  const std::optional<Rows> weights = checked_weight(weight, x);
+  if (!weights) variant = Variant::kOlmo, weight_grad = false;
   check_twin("grad_output", grad_output, x);
   if (grad_residual_tensor) {
     grad_residual.emplace(*grad_residual_tensor);
     check_twin("grad_residual", *grad_residual, x);
   }
   const int64_t weight_size = weight_grad ? x.size : 0;
-  Tensor grad_x = allocate_like(x_tensor), grad_weight = allocate(&weight_size, 1, weight);
+  Tensor grad_x = allocate_like(x_tensor), grad_weight = allocate(&weight_size, 1, weight ? *weight : x_tensor);
   if (x.size == 0 || (x.count == 0 && !weight_grad)) return {grad_x, grad_weight};
 
   const DeviceScope scope(x_tensor);
   with_dtype(dtype_of(x_tensor), [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto grad_rows = scope.input<scalar_t>(grad_output), x_rows = scope.input<scalar_t>(x);
-    const auto weight_row = scope.input<scalar_t>(weights);
+    const auto weight_row = weights ? scope.input<scalar_t>(*weights) : RowPointer<scalar_t>();
     const auto residual_rows = grad_residual ? scope.input<scalar_t>(*grad_residual) : RowPointer<scalar_t>();
     with_row_policy<scalar_t>(x.size, {grad_rows, x_rows, weight_row, residual_rows}, [&](auto policy) {
       using Policy = decltype(policy);

@@ -51,7 +51,9 @@ def calls(name: str, dtype: torch.dtype) -> Iterator[Call]:
         x, other = (layout(torch.randn(rows, hidden).to(dtype)) for layout in layouts)
         inputs = {"rms_norm": (x,), "add_rms_norm": (x, other), "rms_norm_backward": (other, x)}[name]
         tail = (torch.randn(rows, hidden).to(dtype) if index % 3 else None, index % 4 > 0)
-        weight, settings = torch.randn(hidden).to(dtype), ((1e-6, 0.3)[index % 2], ("llama", "gemma")[index // 2 % 2])
+        variant = ("llama", "gemma", "olmo", None)[index // 2 % 4]
+        weight = None if variant is None else torch.randn(hidden).to(dtype)
+        settings = (1e-6, 0.3)[index % 2], variant or "gemma"
         yield name, (*inputs, weight, *settings, *(tail if name == "rms_norm_backward" else ()))
 
 
@@ -92,6 +94,8 @@ FAULTS = [
     Fault("accumulator not cleared", "cuda.cu", "[kVec] = {};", "[kVec];", WRONG),
     Fault("rounding of llama left out", "cuda.cu", "round_to<scalar_t>(normed)", "normed", WRONG),
     Fault("1 of gemma left out", "cuda.cu", "1.f + weight : weight", "weight : weight", WRONG),
+    Fault("olmo rounded too soon", "cuda.cu", "variant == Variant::kLlama ?", "variant != Variant::kGemma ?", WRONG),
+    Fault("no weight taken for gemma's", "cuda.cu", "if (!weights) variant = Variant::kOlmo;", "", WRONG),
     Fault("eps left out", "cuda.cu", "hidden + eps)", "hidden)", WRONG),
 ]
 

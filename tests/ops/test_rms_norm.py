@@ -13,11 +13,43 @@ import torch
 
 import vlmfast
 from tests.helpers.cases import DTYPES, family, require
+from vlmfast.ops.rms_norm.definition import VARIANTS
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 FAMILY = family("rms_norm")
 DEFINITION = OPS["rms_norm"].reference
+
+
+CLASSES = [
+    ("olmo2.Olmo2RMSNorm", "olmo"),
+    ("helium.HeliumRMSNorm", "olmo"),
+    ("gemma4.Gemma4RMSNorm", "olmo"),
+    ("gemma4.Gemma4RMSNorm", None),
+    ("nanochat.NanoChatRMSNorm", None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "variant"), CLASSES)
+@pytest.mark.parametrize("wide_weight", [False, True])
+def test_classes_of_hugging_face(name: str, variant: str | None, wide_weight: bool, dtype: torch.dtype):
+    """The native op does to the bit what each class does that the docstring cites."""
+    require(OPS["rms_norm"], "native")
+    folder, _, class_name = name.partition(".")
+    modeling = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}", reason="an older transformers")
+    norm_class = getattr(modeling, class_name)
+    if variant is not None:
+        module = norm_class(96, 1e-5)
+        module.weight = torch.nn.Parameter(torch.randn(96, dtype=torch.float32 if wide_weight else dtype))
+    else:
+        module = norm_class(96, 1e-5, with_scale=False) if folder == "gemma4" else norm_class(1e-5)
+    x = torch.randn(5, 96).to(dtype)
+    with torch.no_grad():
+        got = vlmfast.rms_norm(x, getattr(module, "weight", None), 1e-5, variant or "llama")
+        want = module(x)
+    assert got.dtype == want.dtype
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,10 +128,10 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values.isnan(), torch.full_like(values, float("nan")), values).view(torch.int16)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma"])
+@pytest.mark.parametrize("variant", [*VARIANTS, None])
 @pytest.mark.parametrize("weight_exponent", [-133, -126, -60, 0, 100])
 @pytest.mark.parametrize("hidden", [64, 100, 128, 2048])
-def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, variant: str):
+def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, variant: str | None):
     """The native op lets the processor round a row only where it cannot meet a subnormal, which it makes a zero."""
     require(OPS["rms_norm"], "native")
     generator = torch.Generator().manual_seed(hidden)
@@ -114,6 +146,7 @@ def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, varia
     x[:4, 3] = torch.tensor([float("inf"), float("nan"), 0.0, 3e38])
     weight[7], weight[11] = 1.5 * 2.0**weight_exponent, 0.0
     x, residual, weight = (values.to(torch.bfloat16) for values in (x, residual, weight))
+    weight, variant = (None, "gemma") if variant is None else (weight, variant)
     for eps in (1e-6, 0.0, 1e30):
         with vlmfast.use("native"):
             got = vlmfast.rms_norm(x, weight, eps, variant), *vlmfast.add_rms_norm(x, residual, weight, eps, variant)

@@ -15,11 +15,18 @@ from vlmfast.ops.rms_norm.definition import VARIANTS
 # ---- the Hugging Face code that the ops replace ----
 
 
-def _norm_module(weight: Tensor, eps: float, variant: str) -> torch.nn.Module:
+def _norm_module(weight: Tensor | None, eps: float, variant: str) -> torch.nn.Module:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    module: torch.nn.Module = (Qwen2RMSNorm if variant == "llama" else GemmaRMSNorm)(weight.shape[0], eps)
+    module: torch.nn.Module
+    if weight is None:
+        module = Llama4TextL2Norm(eps)  # the body of NanoChatRMSNorm, which transformers 4.57 lacks
+        return module
+    norm_class = {"llama": Qwen2RMSNorm, "gemma": GemmaRMSNorm, "olmo": Olmo2RMSNorm}[variant]
+    module = norm_class(weight.shape[0], eps)
     if weight.requires_grad:
         del module.weight  # a parameter would be cut off from the weight's own graph
         module.weight = weight
@@ -28,13 +35,15 @@ def _norm_module(weight: Tensor, eps: float, variant: str) -> torch.nn.Module:
     return module
 
 
-def _upstream(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+def _upstream(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Tensor]:
     module = _norm_module(weight, eps, variant)
     return lambda: module(x)
 
 
 def _upstream_add(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     module = _norm_module(weight, eps, variant)
 
@@ -46,11 +55,11 @@ def _upstream_add(
 
 
 def _upstream_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama", *_: Any
+    grad_output: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any
 ) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    leaves = [value.detach().requires_grad_() for value in (x, weight) if value is not None]
     with torch.enable_grad():
-        output = _norm_module(leaves[1], eps, variant)(leaves[0])
+        output = _norm_module(leaves[1] if len(leaves) == 2 else None, eps, variant)(leaves[0])
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
@@ -80,9 +89,11 @@ _SHAPES = [
 
 def _samples(device: str, dtype: torch.dtype) -> Samples:
     for index, shape in enumerate(_SHAPES):
-        x = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.1)
-        weight = torch.randn(shape[-1], device=device, dtype=dtype)
-        yield x, weight, (1e-6, 1e-5)[index % 2], VARIANTS[index // 2 % 2]
+        for variant in (("llama", None), ("gemma", "olmo"))[index // 2 % 2]:
+            x = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.1)
+            weight = None if variant is None else torch.randn(shape[-1], device=device, dtype=dtype)
+            yield x, weight, (1e-6, 1e-5)[index % 2], variant or "gemma"
+    yield (torch.randn(4, 64, device=device, dtype=dtype),)
     yield torch.randn(4, 64, device=device, dtype=dtype), torch.randn(64, device=device, dtype=dtype)
     for variant in VARIANTS:  # norms kept in float32 by mixed-precision training
         x, weight = torch.randn(2, 3, 128, device=device, dtype=dtype), torch.randn(128, device=device)
@@ -95,10 +106,10 @@ def _add_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def _backward_samples(device: str, dtype: torch.dtype) -> Samples:
-    for index, (x, weight, *rest) in enumerate(_samples(device, dtype)):
+    for index, (x, *rest) in enumerate(_samples(device, dtype)):
+        grad_output = torch.randn_like(definition.rms_norm.op.reference(x, *rest))
         tail = (None, True) if index % 3 == 0 else (torch.randn_like(x), index % 3 == 1)
-        grad_output = torch.randn_like(definition.rms_norm.op.reference(x, weight, *rest))
-        yield grad_output, x, weight, *(rest or (1e-6, "llama")), *tail
+        yield grad_output, x, *rest, *(tail if len(rest) == 3 else ())
 
 
 def _bad_calls() -> Iterator[BadCall]:
@@ -113,7 +124,7 @@ def _bad_calls() -> Iterator[BadCall]:
     yield BadCall((x, weight, float("nan")), ValueError, "eps must be finite and not negative, got nan")
     yield BadCall((x, weight, -1.0), ValueError, "eps must be finite and not negative, got -1.0")
     yield BadCall((x, weight, "1e-6"), TypeError, "eps must be a number, got str")
-    yield BadCall((x, weight, 1e-6, "qwen"), ValueError, "variant must be one of 'llama', 'gemma', got 'qwen'")
+    yield BadCall((x, weight, 1e-6, "qwen"), ValueError, "variant must be one of 'llama', 'gemma', 'olmo', got 'qwen'")
 
 
 def _add_bad_calls() -> Iterator[BadCall]:
@@ -135,7 +146,7 @@ def _backward_bad_calls() -> Iterator[BadCall]:
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Rows x hidden of Qwen3-VL-2B/8B: one decoded token, a prompt with an image, per-head q/k norms, long prompts."""
+    """Take rows x hidden of Qwen3-VL-2B/8B: a decoded token, a prompt with an image, per-head norms, long prompts."""
     shapes = [(1, 2048), (1, 4096), (600, 2048), (9600, 128), (4096, 4096)]
     for rows, hidden in [*shapes, (32768, 4096), (131072, 128)] if device != "cpu" else shapes:
         x = torch.randn(rows, hidden, device=device, dtype=dtype)
@@ -152,19 +163,34 @@ def _backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
         yield label, (torch.randn_like(x), x, weight)
 
 
-def backward_bytes(
+# ---- the bytes of calls ----
+
+
+def _norm_bytes(x: Tensor, weight: Tensor | None = None, *_: Any) -> int:
+    """Count ``x`` and the weight in, the output out."""
+    return 2 * x.nbytes + (0 if weight is None else weight.nbytes)
+
+
+def _add_bytes(x: Tensor, residual: Tensor, weight: Tensor | None = None, *_: Any) -> int:
+    """Count both operands and the weight in, both outputs out."""
+    return 2 * x.nbytes + _norm_bytes(x, weight)
+
+
+def _backward_bytes(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     variant: str = "llama",
     grad_residual: Tensor | None = None,
     weight_grad: bool = True,
 ) -> int:
-    """Two operands in and one out; the residual's gradient, if any; the weight's, with its partial sums."""
-    rows = 3 * x.nbytes + (0 if grad_residual is None else grad_residual.nbytes) + weight.nbytes
+    """Count two operands in and one out; the residual's gradient, if any; the weight's, with its partial sums."""
+    rows = x.nbytes + _norm_bytes(x, weight) + (0 if grad_residual is None else grad_residual.nbytes)
+    if weight is None or not weight_grad:
+        return rows
     size = weight.shape[0]
-    return rows + (weight.nbytes + partial_sums_bytes(x, size, x.numel() // max(size, 1)) if weight_grad else 0)
+    return rows + weight.nbytes + partial_sums_bytes(x, size, x.numel() // max(size, 1))
 
 
 # ---- the cases of each op ----
@@ -173,7 +199,7 @@ rms_norm = Cases(
     samples=_samples,
     bad_calls=_bad_calls,
     workloads=_workloads,
-    bytes=lambda x, weight, *_: 2 * x.nbytes + weight.nbytes,
+    bytes=_norm_bytes,
     flops=lambda x, *_: 4 * x.numel(),
     upstream=_upstream,
     peers={"F.rms_norm": _torch_functional},
@@ -184,7 +210,7 @@ add_rms_norm = Cases(
     samples=_add_samples,
     bad_calls=_add_bad_calls,
     workloads=_add_workloads,
-    bytes=lambda x, residual, weight, *_: 4 * x.nbytes + weight.nbytes,
+    bytes=_add_bytes,
     flops=lambda x, *_: 5 * x.numel(),
     upstream=_upstream_add,
     requested=1.3,  # a weight for each row
@@ -194,7 +220,7 @@ rms_norm_backward = Cases(
     samples=_backward_samples,
     bad_calls=_backward_bad_calls,
     workloads=_backward_workloads,
-    bytes=backward_bytes,
+    bytes=_backward_bytes,
     flops=lambda grad_output, x, *_: 12 * x.numel(),
     peers={"transformers": _upstream_backward},
     launches=2,

@@ -10,47 +10,53 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.backends import PLAIN
+from vlmfast.checks import DTYPES
 from vlmfast.registry import op
 
-VARIANTS = ("llama", "gemma")
+_INFINITY = math.inf  # a name of this module is found sooner than one of another
+VARIANTS = ("llama", "gemma", "olmo")
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of the arithmetic: float32, or float64 where a test asks for a reference."""
+    """Widen ``x`` to the dtype of the arithmetic: float32, or float64 where a test asks for a reference."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- what a call must look like ----
 
 
-def _check(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> None:
+def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> None:
     # What nearly every call brings, without the calls below.
     if (
         type(x) in PLAIN
-        and type(weight) in PLAIN
-        and x.dtype in checks.DTYPES
-        and weight.dtype in checks.DTYPES
+        and x.dtype in DTYPES
         and x.is_cpu
-        and weight.is_cpu
         and (shape := x.shape)  # x.size(-1) would cost twice as much
-        and weight.shape == (shape[-1],)
+        and (
+            weight is None
+            or (type(weight) in PLAIN and weight.dtype in DTYPES and weight.is_cpu and weight.shape == (shape[-1],))
+        )
         and type(eps) is float
-        and 0.0 <= eps < math.inf
+        and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
         return
     checks.float_tensor("x", x)
-    checks.float_tensor("weight", weight)
+    if weight is not None:
+        checks.float_tensor("weight", weight)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
-    if weight.dim() != 1 or weight.numel() != x.shape[-1]:
-        raise ValueError(f"weight must have shape ({x.shape[-1]},), the last size of x, got {tuple(weight.shape)}")
-    checks.same_device("weight", weight, "x", x)
+    if weight is not None:
+        if weight.dim() != 1 or weight.numel() != x.shape[-1]:
+            raise ValueError(f"weight must have shape ({x.shape[-1]},), the last size of x, got {tuple(weight.shape)}")
+        checks.same_device("weight", weight, "x", x)
     checks.epsilon("eps", eps)
     checks.one_of("variant", variant, VARIANTS)
 
 
-def _check_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> None:
+def _check_add(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
+) -> None:
     _check(x, weight, eps, variant)
     _check_twin("residual", residual, x)
 
@@ -66,7 +72,7 @@ def _check_twin(name: str, value: Tensor, x: Tensor) -> None:
 def _check_backward(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     variant: str = "llama",
     grad_residual: Tensor | None = None,
@@ -117,40 +123,48 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 
 
 @op(check=_check, gradients=(_setup_context, _backward))
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Tensor:
-    """Divide each row by its root mean square and multiply it by a weight.
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> Tensor:
+    """Divide each row by its root mean square and multiply it by a weight, if there is one.
 
-    The mean square is taken in float32. "llama" rounds the quotient to the dtype of ``x`` before the weight;
-    "gemma" multiplies by ``1 + weight`` in float32 and rounds once::
+    The mean square is taken in float32. "llama" rounds the quotient to the dtype of ``x`` before the weight; "olmo"
+    multiplies by the weight and "gemma" by ``1 + weight`` in float32, and both round once::
 
-        llama:  weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(x.dtype)
-        gemma:  (x32 * rsqrt(mean(x32 ** 2) + eps) * (1 + weight32)).to(x.dtype)
+        llama:      weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(x.dtype)
+        gemma:      (x32 * rsqrt(mean(x32 ** 2) + eps) * (1 + weight32)).to(x.dtype)
+        olmo:       (x32 * rsqrt(mean(x32 ** 2) + eps) * weight32).to(x.dtype)
+        no weight:  (x32 * rsqrt(mean(x32 ** 2) + eps)).to(x.dtype), whatever the variant
 
     Args:
         x: (..., D) float32, float16 or bfloat16; any strides.
-        weight: (D,) float32, float16 or bfloat16.
+        weight: (D,) float32, float16 or bfloat16, or None.
         eps: added to the mean square; finite, not negative.
-        variant: "llama" or "gemma".
+        variant: "llama", "gemma" or "olmo".
 
     Returns:
-        (..., D) contiguous; of the dtype of ``x``, or for "llama" of the wider of the two dtypes.
+        (..., D) contiguous; of the dtype of ``x``, or for "llama" with a weight of the wider of the two dtypes.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.
 
     Source:
-        Qwen2RMSNorm.forward ("llama") and GemmaRMSNorm.forward ("gemma") of transformers 5.23.
+        Qwen2RMSNorm.forward ("llama"), GemmaRMSNorm.forward ("gemma"), and Olmo2RMSNorm.forward, HeliumRMSNorm.forward
+        and Gemma4RMSNorm.forward ("olmo") of transformers 5.23; without a weight NanoChatRMSNorm.forward and
+        Gemma4RMSNorm.forward (``with_scale=False``).
     """
     x32 = _wide(x)
     normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
     if variant == "gemma":
         return (normed * (1.0 + _wide(weight))).to(x.dtype)
+    if variant == "olmo":
+        return (normed * _wide(weight)).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
 @op(check=_check_add, gradients=(_add_setup_context, _add_backward))
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> tuple[Tensor, Tensor]:
     """Add ``x`` to the residual stream and normalise the sum.
 
@@ -159,9 +173,9 @@ def add_rms_norm(
     Args:
         x: (..., D) float32, float16 or bfloat16; any strides.
         residual: (..., D) of the shape and dtype of ``x``.
-        weight: (D,) float32, float16 or bfloat16.
+        weight: (D,) float32, float16 or bfloat16, or None.
         eps: added to the mean square; finite, not negative.
-        variant: "llama" or "gemma".
+        variant: "llama", "gemma" or "olmo".
 
     Returns:
         ``(y, new_residual)``, each (..., D) and contiguous.
@@ -180,15 +194,16 @@ def add_rms_norm(
 def rms_norm_backward(
     grad_output: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     eps: float = 1e-6,
     variant: str = "llama",
     grad_residual: Tensor | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `rms_norm` and, with ``grad_residual``, of `add_rms_norm`, in float32 and rounded once.
+    """Compute the gradients of `rms_norm` and, with ``grad_residual``, of `add_rms_norm`, and round them once.
 
-    With ``r = rsqrt(mean(x ** 2) + eps)``, ``n = x * r`` and ``g = grad_output * weight`` (gemma: ``1 + weight``)::
+    With ``r = rsqrt(mean(x ** 2) + eps)``, ``n = x * r`` and ``g = grad_output * weight`` (gemma: ``1 + weight``; no
+    weight: ``g = grad_output``), all in float32::
 
         grad_x = r * (g - n * mean(g * n)) + grad_residual
         grad_weight = sum over rows of grad_output * n      (llama: n rounded to the dtype of x, as in the forward)
@@ -196,15 +211,15 @@ def rms_norm_backward(
     Args:
         grad_output: (..., D) the gradient of the output.
         x: (..., D) what was normalised.
-        weight: (D,) the weight.
+        weight: (D,) the weight, or None.
         eps: as in the forward.
         variant: as in the forward.
         grad_residual: (..., D) the gradient of `add_rms_norm`'s second output, or None.
         weight_grad: False where the weight is frozen; its gradient is then skipped.
 
     Returns:
-        ``(grad_x, grad_weight)``: (..., D) of the dtype of ``x``, and (D,) of the dtype of ``weight``, or (0,) where
-        ``weight_grad`` is False.
+        ``(grad_x, grad_weight)``: (..., D) of the dtype of ``x``, and (D,) of the dtype of ``weight``; (0,) where
+        ``weight_grad`` is False, or where there is no weight, then of the dtype of ``x``.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.
@@ -215,12 +230,14 @@ def rms_norm_backward(
     x32, grad32 = _wide(x), _wide(grad_output)
     inverse_rms = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     normed = x32 * inverse_rms
-    scaled = grad32 * (1.0 + _wide(weight) if variant == "gemma" else _wide(weight))
+    scaled = grad32
+    if weight is not None:
+        scaled = grad32 * (1.0 + _wide(weight) if variant == "gemma" else _wide(weight))
     grad_x = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     if grad_residual is not None:
         grad_x = grad_x + _wide(grad_residual)
-    if not weight_grad:
-        return grad_x.to(x.dtype), weight.new_empty(0)
+    if weight is None or not weight_grad:
+        return grad_x.to(x.dtype), (x if weight is None else weight).new_empty(0)
     if variant == "llama":
         normed = _wide(normed.to(x.dtype))
     return grad_x.to(x.dtype), (grad32 * normed).sum_to_size(weight.shape).to(weight.dtype)
