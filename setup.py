@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
 # The kernels copy torch's arithmetic to the bit: no fused multiply-add where torch has none.
 KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_ARCHITECTURES = runpy.run_path(str(ROOT / "vlmfast" / "architectures.py"))["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
 # What csrc/*/*_kernels.cpp are compiled for, and chosen from at run time (csrc/common/cpu.h).
@@ -107,12 +108,9 @@ def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
 
 def default_architectures(compiler: list[str]) -> str:
     """Return those of CUDA_ARCHITECTURES that this nvcc knows: one that it does not know would cost all kernels."""
-    known = output_of([*compiler, "--list-gpu-arch"])
-    return ";".join(
-        name
-        for name in CUDA_ARCHITECTURES.split(";")
-        if f"compute_{name.removesuffix('+PTX').replace('.', '')}" in known.split()
-    )
+    known = output_of([*compiler, "--list-gpu-arch"]).split()
+    names = [f"{number // 10}.{number % 10}" for number in CUDA_ARCHITECTURES if f"compute_{number}" in known]
+    return ";".join(names) + "+PTX" if names else ""  # of the newest, for GPUs that are newer still
 
 
 def check_cuda_version(torch: ModuleType, compiler: list[str]) -> None:

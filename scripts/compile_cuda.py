@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from vlmfast.architectures import CUDA as ARCHITECTURES
+
 CSRC = Path(__file__).parents[1] / "csrc"
-ARCHITECTURES = (80, 90, 100)
 FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
 
 # Three lines of ptxas -v about one kernel.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.architectures import CUDA
 from vlmfast.torch_internals import function_of, has_kernel
 
 
@@ -29,7 +30,7 @@ class Backend:
 
 # Subclasses of Tensor (DTensor, nested tensors, ...) have no memory of their own that a kernel could read.
 PLAIN = (Tensor, torch.nn.Parameter)
-OLDEST_GPU = (8, 0)  # what setup.py compiles csrc/*.cu for
+OLDEST_GPU = divmod(min(CUDA), 10)
 
 
 def absent(name: str, reason: str) -> Backend:
@@ -115,12 +116,13 @@ def _triton(op: str, family: str, reference: Callable[..., Any]) -> Backend | st
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     if importlib.util.find_spec(f"vlmfast.kernels.{family}") is None:
-        return f"there is no kernels/{family}.py"
+        return f"there is no kernels/{family}"
     module = importlib.import_module(f"vlmfast.kernels.{family}")
     if not hasattr(module, op):
-        return f"kernels/{family}.py has no {op}"
-    launch = importlib.import_module("vlmfast.kernels.launch")
-    return Backend("triton", getattr(module, op), getattr(module, f"{op}_unsupported"), launch.device_unsupported)
+        return f"kernels/{family} has no {op}"
+    launch = importlib.import_module("vlmfast.kernels.common.launch")
+    unsupported = getattr(module, f"{op}_unsupported", None) or module.unsupported  # of one op, or of its family
+    return Backend("triton", getattr(module, op), unsupported, launch.device_unsupported)
 
 
 def _torch(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:

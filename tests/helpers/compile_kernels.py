@@ -26,17 +26,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
 import vlmfast  # noqa: F401  (registers the ops)
+from vlmfast.architectures import CUDA, GPUS
 from vlmfast.registry import OPS, Op
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# What a launch may depend on: the shared memory that a program may have, and the multiprocessors, fewer in MIG slices.
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-MULTIPROCESSORS = (16, 48, 108, 132)
+TARGETS = {name: GPUTarget("hip", name, 64) for name in GPUS} | {f"sm_{n}": GPUTarget("cuda", n, 32) for n in CUDA}
+MULTIPROCESSORS = (16, 48, 108, 132)  # a launch may depend on them; MIG slices have fewer
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
@@ -65,7 +59,7 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
     seen, launched, backend = [], [], op.backend("triton")
     module = sys.modules[backend.run.__module__]
     module.device_unsupported = lambda x: None  # as if the meta device were a GPU
-    module.shared_memory = lambda x: SHARED[target]
+    module.shared_memory = lambda x: GPUS[target]
 
     def record(kernel, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     cases.require(OP, "triton")
     from vlmfast.kernels import pixel_shuffle_gemm
 
-    tile = pixel_shuffle_gemm.Product(16, 16, 16, warps=4, stages=2)
+    tile = pixel_shuffle_gemm.GemmConfig(
+        BLOCK_TOKENS=16, BLOCK_COLUMNS=16, BLOCK_CHANNELS=16, num_warps=4, num_stages=2, GROUP=2
+    )
     monkeypatch.setattr(pixel_shuffle_gemm, "HALF", (tile,))
     monkeypatch.setattr(pixel_shuffle_gemm, "WIDE", (tile,))
-    monkeypatch.setattr(pixel_shuffle_gemm, "GROUP", 2)
     with vlmfast.use("triton"):
         yield pixel_shuffle_gemm
 
@@ -49,7 +52,7 @@ def test_tiles_meet(kernels, norm: int) -> None:
 
 @pytest.mark.parametrize("group", [1, 3, 64])
 def test_groups_of_any_size_cover_all_blocks(kernels, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "GROUP", group)
+    monkeypatch.setattr(kernels, "WIDE", (dataclasses.replace(kernels.WIDE[0], GROUP=group),))
     args = call(torch.float32, 0)
     torch.testing.assert_close(OP.function(*args), OP.reference(*args), rtol=1e-4, atol=1e-5)
 
@@ -87,17 +90,17 @@ def test_moments_of_features_far_from_zero(kernels, norm: int) -> None:
 def test_the_tile_fits_the_gpu() -> None:
     """The largest that fits the shared memory and leaves no multiprocessor without a program."""
     cases.require(OP, "triton")
-    from vlmfast.kernels.pixel_shuffle_gemm import HALF, WIDE, product_of
+    from vlmfast.kernels.pixel_shuffle_gemm import HALF, WIDE, config_for
 
     h100, a100, mi300 = (132, 227 << 10), (108, 163 << 10), (304, 64 << 10)
-    assert product_of(16384, 3584, 2, *h100) == HALF[0]
-    assert product_of(16384, 3584, 2, *a100) == HALF[1]
-    assert product_of(16384, 3584, 2, *mi300) == HALF[3]
-    assert product_of(4096, 960, 2, *h100) == HALF[0]
-    assert product_of(1024, 3584, 2, *h100) == HALF[1]
-    assert product_of(1024, 960, 2, *h100) == HALF[2]
-    assert product_of(256, 3584, 2, *h100) == HALF[3]
-    assert product_of(16384, 3584, 4, *h100) == WIDE[0]
+    assert config_for(16384, 3584, 2, *h100) == HALF[0]
+    assert config_for(16384, 3584, 2, *a100) == HALF[1]
+    assert config_for(16384, 3584, 2, *mi300) == HALF[3]
+    assert config_for(4096, 960, 2, *h100) == HALF[0]
+    assert config_for(1024, 3584, 2, *h100) == HALF[1]
+    assert config_for(1024, 960, 2, *h100) == HALF[2]
+    assert config_for(256, 3584, 2, *h100) == HALF[3]
+    assert config_for(16384, 3584, 4, *h100) == WIDE[0]
 
 
 def test_reasons() -> None:

@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.launch import device_unsupported, on_device, with_contiguous_rows
+from vlmfast.kernels.common.launch import device_unsupported, on_device, with_contiguous_rows
 
 
-def scale_rows_unsupported(x, factors):
+def unsupported(x, factors):
     return device_unsupported(x)
 
 

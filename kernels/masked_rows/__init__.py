@@ -1,28 +1,25 @@
-"""Triton kernels of vlmfast/ops/masked_rows.py.
+"""Masked rows in Triton. Nothing waits for the device, and no shape depends on data.
 
-Bytes (N = B T positions, V masked rows, K = B keep, s = element size), apart from one byte of mask and four of index
-per position: `deepstack_add` moves (2 N + V) D s, `place_embeddings` 2 N D s (no placeholder row is read),
-`split_rows` (2 N + V) D s, or 2 V D s without the rest, `compact_tokens` at most 2 K D s (no invalid row is read) and
-`compact_tokens_backward` at most (K + N) D s. The mask before a chunk is counted again by each program of a scan: N
-bytes at most, out of the L2 cache. Nothing waits for the device, and no shape depends on data.
+The rows to read and to write follow from an index of the mask: no placeholder row and no invalid row is read.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.launch import (
+from vlmfast.kernels.common.launch import (
     ASSERTING,
-    FP_FUSION,
     MAX_EXTENT,
     ceil_div,
+    config_for,
     device_unsupported,
     on_device,
-    row_tile,
     with_contiguous_rows,
 )
-from vlmfast.kernels.mask_scan import index_of, index_total, order_of
+from vlmfast.kernels.masked_rows.mask_ranks import index_of, index_total, order_of
 
 
 @triton.jit
@@ -35,13 +32,13 @@ def _assert_total(index_ptr, positions, rows):
 
 @triton.jit
 def _offsets(row, tokens, batch_stride, token_stride):
-    """Where each row of a (B, T, D) tensor begins."""
+    """Say where each row of a (B, T, D) tensor begins."""
     batch = row // tokens
     return batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
 
 
 @triton.jit
-def _merge_kernel(
+def add_or_place_kernel(
     x_ptr,
     embeds_ptr,
     index_ptr,
@@ -57,7 +54,7 @@ def _merge_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Y = x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
+    """Copy x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
     _assert_total(index_ptr, positions, embeds_rows)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
@@ -78,7 +75,7 @@ def _merge_kernel(
 
 
 @triton.jit
-def _split_kernel(
+def split_kernel(
     x_ptr,
     index_ptr,
     taken_ptr,
@@ -93,7 +90,7 @@ def _split_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Taken = the masked rows of x; rest = x with zeros in their place."""
+    """Copy the masked rows of x, and x with zeros in their place."""
     _assert_total(index_ptr, positions, rows)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
@@ -111,7 +108,7 @@ def _split_kernel(
 
 
 @triton.jit
-def _pack_kernel(
+def pack_kernel(
     tokens_ptr,
     invalid_ptr,
     order_ptr,
@@ -126,7 +123,7 @@ def _pack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Packed = the tokens in ``order``, zeros where they are invalid."""
+    """Copy the tokens in ``order``, zeros where they are invalid."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     batch = (row // keep).to(tl.int64)
     position = tl.load(order_ptr + row, mask=row < rows, other=-1)
@@ -144,7 +141,7 @@ def _pack_kernel(
 
 
 @triton.jit
-def _unpack_kernel(
+def unpack_kernel(
     grad_packed_ptr,
     index_ptr,
     grad_ptr,
@@ -158,7 +155,7 @@ def _unpack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Grad = the gradient of the slot that a valid token was packed into, zeros where it got none."""
+    """Copy the gradient of the slot that a valid token was packed into, zeros where it got none."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     batch = (row // tokens).to(tl.int64)
     slot = tl.load(index_ptr + row, mask=row < positions, other=-1)
@@ -178,7 +175,7 @@ def _unpack_kernel(
 # ---- launchers ----
 
 
-def _unsupported(x: Tensor, mask: Tensor) -> str | None:
+def unsupported(x: Tensor, mask: Tensor, *_: Any) -> str | None:
     if mask.numel() > MAX_EXTENT:
         return f"the mask has {mask.numel()} positions, more than {MAX_EXTENT}"
     if x.shape[-1] > MAX_EXTENT:
@@ -187,76 +184,46 @@ def _unsupported(x: Tensor, mask: Tensor) -> str | None:
 
 
 def row_index_unsupported(mask: Tensor) -> str | None:
-    return _unsupported(mask, mask)
+    return unsupported(mask, mask)
 
 
 def row_index(mask: Tensor) -> Tensor:
     return index_of(mask.reshape(1, -1), True).view(mask.shape)
 
 
-def deepstack_add_unsupported(
-    hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
-) -> str | None:
-    return _unsupported(hidden_states, visual_pos_masks)
-
-
 def deepstack_add(
     hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor, index: Tensor | None = None
 ) -> Tensor:
-    return _merge(hidden_states, visual_pos_masks, visual_embeds, index, add=True)
-
-
-def place_embeddings_unsupported(
-    inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
-) -> str | None:
-    return _unsupported(inputs_embeds, mask)
+    return _add_or_place(hidden_states, visual_pos_masks, visual_embeds, index, add=True)
 
 
 def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None) -> Tensor:
-    return _merge(inputs_embeds, mask, image_embeds, index, add=False)
+    return _add_or_place(inputs_embeds, mask, image_embeds, index, add=False)
 
 
 def _is_empty(mask: Tensor, rows: int) -> bool:
-    """Whether there is no position, and so no program that could check the number of rows."""
+    """Say whether there is no position, and so no program that could check the number of rows."""
     if mask.numel() == 0 and rows > 0:
         raise ValueError(f"the mask must be true at as many positions as there are rows, {rows}, got none")
     return mask.numel() == 0
 
 
-def _merge(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None, add: bool) -> Tensor:
+def _add_or_place(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None, add: bool) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if _is_empty(mask, embeds.shape[0]):
         return y
     index = row_index(mask) if index is None else index.contiguous()
     x, embeds = with_contiguous_rows(x), with_contiguous_rows(embeds)
-    hidden, tile = x.shape[2], row_tile(x.shape[2])
+    hidden, config = x.shape[2], config_for(x.shape[2])
     with on_device(x):
-        _merge_kernel[(ceil_div(mask.numel(), tile.rows),)](
-            x,
-            embeds,
-            index,
-            y,
-            x.stride(0),
-            x.stride(1),
-            embeds.stride(0),
-            mask.numel(),
-            mask.shape[1],
-            hidden,
-            embeds.shape[0],
+        add_or_place_kernel[(ceil_div(mask.numel(), config.BLOCK_ROWS),)](
+            *(x, embeds, index, y),
+            *(*x.stride()[:2], embeds.stride(0), mask.numel(), mask.shape[1], hidden, embeds.shape[0]),
             ADD=add,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            **FP_FUSION,
+            **vars(config),
             **ASSERTING,
         )
     return y
-
-
-def split_rows_unsupported(
-    x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
-) -> str | None:
-    return _unsupported(x, mask)
 
 
 def split_rows(
@@ -268,70 +235,37 @@ def split_rows(
     if _is_empty(mask, rows):
         return taken, remaining
     index = row_index(mask) if index is None else index.contiguous()
-    x, tile = with_contiguous_rows(x), row_tile(hidden)
+    x, config = with_contiguous_rows(x), config_for(hidden)
     with on_device(x):
-        _split_kernel[(ceil_div(mask.numel(), tile.rows),)](
-            x,
-            index,
-            taken,
-            remaining,
-            x.stride(0),
-            x.stride(1),
-            mask.numel(),
-            mask.shape[1],
-            hidden,
-            rows,
+        split_kernel[(ceil_div(mask.numel(), config.BLOCK_ROWS),)](
+            *(x, index, taken, remaining),
+            *(*x.stride()[:2], mask.numel(), mask.shape[1], hidden, rows),
             REST=rest,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            **FP_FUSION,
+            **vars(config),
             **ASSERTING,
         )
     return taken, remaining
 
 
-def compact_tokens_unsupported(
-    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
-) -> str | None:
-    return _unsupported(tokens, invalid)
-
-
 def compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, hidden = tokens.shape
+    batch, token_count, hidden = tokens.shape
     packed = torch.empty((batch, keep, hidden), dtype=tokens.dtype, device=tokens.device)
     packed_invalid = torch.empty((batch, keep), dtype=torch.bool, device=tokens.device)
     invalid = invalid.contiguous()
     order = order_of(invalid, keep, pad_left) if order is None else order.clone(memory_format=torch.contiguous_format)
     if order.numel() == 0:
         return packed, packed_invalid, order
-    tokens, tile = with_contiguous_rows(tokens), row_tile(hidden)
+    tokens, config = with_contiguous_rows(tokens), config_for(hidden)
     with on_device(tokens):
-        _pack_kernel[(ceil_div(batch * keep, tile.rows),)](
-            tokens,
-            invalid,
-            order,
-            packed,
-            packed_invalid,
-            tokens.stride(0),
-            tokens.stride(1),
-            batch * keep,
-            length,
-            keep,
-            hidden,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            **FP_FUSION,
+        pack_kernel[(ceil_div(batch * keep, config.BLOCK_ROWS),)](
+            *(tokens, invalid, order, packed, packed_invalid),
+            *(*tokens.stride()[:2], batch * keep, token_count, keep, hidden),
+            **vars(config),
             **ASSERTING,
         )
     return packed, packed_invalid, order
-
-
-def compact_tokens_backward_unsupported(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> str | None:
-    return _unsupported(grad_tokens, invalid)
 
 
 def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
@@ -340,22 +274,12 @@ def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool
     if grad.numel() == 0:
         return grad
     index = index_of(invalid, False)
-    grad_tokens, tile = with_contiguous_rows(grad_tokens), row_tile(hidden)
+    grad_tokens, config = with_contiguous_rows(grad_tokens), config_for(hidden)
     with on_device(grad):
-        _unpack_kernel[(ceil_div(invalid.numel(), tile.rows),)](
-            grad_tokens,
-            index,
-            grad,
-            grad_tokens.stride(0),
-            grad_tokens.stride(1),
-            invalid.numel(),
-            invalid.shape[1],
-            keep,
-            hidden,
+        unpack_kernel[(ceil_div(invalid.numel(), config.BLOCK_ROWS),)](
+            *(grad_tokens, index, grad),
+            *(*grad_tokens.stride()[:2], invalid.numel(), invalid.shape[1], keep, hidden),
             PAD_LEFT=pad_left,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            **FP_FUSION,
+            **vars(config),
         )
     return grad

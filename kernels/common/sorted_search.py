@@ -1,20 +1,20 @@
-"""Triton's binary search in ascending numbers, one for each element of a block."""
+"""Binary search in ascending numbers, one for each element of a block."""
 
 import triton
 import triton.language as tl
 
 
 def steps_of(size: int) -> int:
-    """How many times a search halves ``size`` numbers; a constant, so that it is no loop, which would spill."""
+    """Count how often a search halves ``size`` numbers; a constant, so that it is no loop, which would spill."""
     return size.bit_length()
 
 
 @triton.jit
 def count_up_to(ptr, size, value, GAPS: tl.constexpr, STEPS: tl.constexpr):
-    """How many of the ``size`` ascending numbers at ``ptr`` are at most ``value`` (a block of int32).
+    """Count how many of the ``size`` ascending numbers at ``ptr`` are at most ``value`` (a block of int32).
 
-    GAPS: how many of the numbers less their index. Where the numbers are the members of a set, that is how many of them
-    stand before the ``value``-th number that is not a member.
+    With GAPS, the numbers less their index are counted. Where the numbers are the members of a set, that is how many of
+    them stand before the ``value``-th number that is not a member.
     """
     count = tl.full(value.shape, 0, tl.int32)
     for step in tl.static_range(STEPS):

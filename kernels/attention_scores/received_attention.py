@@ -1,76 +1,89 @@
-"""Triton kernels of `received_attention`, for kernels/attention_scores.py.
+"""The attention that tokens receive: the normaliser of each row, then the sum of each column, then the means.
 
-The first pass over the products holds a block of queries and streams the keys, the second holds a block of keys and
-streams the queries. Both multiply tiles of the same shape in the same order, queries from the left: a product that the
+The first pass over the logits holds a block of queries and streams the keys, the second holds a block of keys and
+streams the queries. Both multiply tiles of the same shape in the same order, queries from the left: a logit that the
 second rounded in another way would no longer fit the normaliser of its row, where one key may have nearly everything.
 
 A block may lie in several segments: it streams from where the first begins to where the last ends, and each token
 counts what is in its own.
 """
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.launch import next_power_of_two
-from vlmfast.kernels.products import dot
-from vlmfast.kernels.sorted_search import count_up_to
+from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.launch import Config, next_power_of_two
+from vlmfast.kernels.common.sorted_search import count_up_to
 
-MAX_SIZE = 256  # channels of a head: tiles twice as wide would not fit the shared memory
+MAX_HEAD_DIM = 256  # channels of a head: tiles twice as wide would not fit the shared memory
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # -inf would make NaN of what is subtracted from it
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Tiles of ``block`` queries and as many keys; ``columns`` channels are multiplied, and then the ``rest``.
+@dataclass(frozen=True, kw_only=True)
+class ReceivedConfig(Config):
+    """Tiles of BLOCK queries and as many keys; COLUMNS channels are multiplied, and then the REST.
 
     Two parts, so that 80 channels take 64 + 16 columns of a tensor core and not 128.
     """
 
-    block: int
-    columns: int
-    rest: int
-    warps: int
-    stages: int
+    BLOCK: int
+    COLUMNS: int
+    REST: int
+    num_stages: int
+
+    @staticmethod
+    @functools.lru_cache
+    def config_for(head_dim: int, wide: bool) -> "ReceivedConfig":
+        """Give each thread 16 logits of a tile, and three stages where they fit the 99 KiB of an RTX 4090.
+
+        With four warps the compiler spills for the sake of a fourth program per multiprocessor. Float32 is multiplied
+        element by element, out of registers that larger tiles would not leave.
+        """
+        columns = max(16, next_power_of_two(head_dim + 1) // 2)
+        rest = max(16, next_power_of_two(head_dim - columns)) if head_dim > columns else 0
+        block, warps, stages = 64, 8, 3 if columns + rest <= 128 else 2
+        if wide:
+            block, warps, stages = 32 if columns + rest <= 96 else 16, 4 if columns + rest <= 32 else 8, 2
+        return ReceivedConfig(BLOCK=block, COLUMNS=columns, REST=rest, num_warps=warps, num_stages=stages)
 
 
-def sweep_of(size: int, wide: bool) -> Sweep:
-    """Tiles of which each thread holds 16 products, and three stages where they fit the 99 KiB of an RTX 4090.
+@dataclass(frozen=True, kw_only=True)
+class MeanConfig(Config):
+    """The means of a program, and the numbers of each that it adds up at a time."""
 
-    With four warps the compiler spills for the sake of a fourth program per multiprocessor. Float32 is multiplied
-    element by element, out of registers that larger tiles would not leave.
-    """
-    columns = max(16, next_power_of_two(size + 1) // 2)
-    rest = max(16, next_power_of_two(size - columns)) if size > columns else 0
-    if wide:
-        return Sweep(32 if columns + rest <= 96 else 16, columns, rest, 4 if columns + rest <= 32 else 8, stages=2)
-    return Sweep(64, columns, rest, warps=8, stages=3 if columns + rest <= 128 else 2)
+    BLOCK_MEANS: int
+    BLOCK_COUNT: int
+
+
+MEAN_CONFIG = MeanConfig(BLOCK_MEANS=32, BLOCK_COUNT=16, num_warps=4)
 
 
 @triton.jit
-def _load(ptr, token, token_stride, tokens, channel, SIZE: tl.constexpr):
-    mask = (token < tokens) & (channel < SIZE)
+def _load(ptr, token, token_stride, tokens, channel, HEAD_DIM: tl.constexpr):
+    mask = (token < tokens) & (channel < HEAD_DIM)
     return tl.load(ptr + token.to(tl.int64) * token_stride + channel, mask=mask, other=0.0)
 
 
 @triton.jit
-def _queries(ptr, token, stride, tokens, SIZE: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
-    """The channels of a block of queries, in two parts; tokens in rows."""
-    part = _load(ptr, token[:, None], stride, tokens, tl.arange(0, COLUMNS)[None, :], SIZE)
+def _queries(ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
+    """Load the channels of a block of queries, in two parts; tokens in rows."""
+    part = _load(ptr, token[:, None], stride, tokens, tl.arange(0, COLUMNS)[None, :], HEAD_DIM)
     rest = part
     if REST:
-        rest = _load(ptr, token[:, None], stride, tokens, COLUMNS + tl.arange(0, REST)[None, :], SIZE)
+        rest = _load(ptr, token[:, None], stride, tokens, COLUMNS + tl.arange(0, REST)[None, :], HEAD_DIM)
     return part, rest
 
 
 @triton.jit
-def _keys(ptr, token, stride, tokens, SIZE: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
-    """The channels of a block of keys, in two parts; tokens in columns."""
-    part = _load(ptr, token[None, :], stride, tokens, tl.arange(0, COLUMNS)[:, None], SIZE)
+def _keys(ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
+    """Load the channels of a block of keys, in two parts; tokens in columns."""
+    part = _load(ptr, token[None, :], stride, tokens, tl.arange(0, COLUMNS)[:, None], HEAD_DIM)
     rest = part
     if REST:
-        rest = _load(ptr, token[None, :], stride, tokens, COLUMNS + tl.arange(0, REST)[:, None], SIZE)
+        rest = _load(ptr, token[None, :], stride, tokens, COLUMNS + tl.arange(0, REST)[:, None], HEAD_DIM)
     return part, rest
 
 
@@ -80,16 +93,16 @@ def _times(x, sign):
 
 
 @triton.jit
-def _products(query, query_rest, key, key_rest, REST: tl.constexpr):
-    products = dot(query, key, tl.zeros((query.shape[0], key.shape[1]), tl.float32))
+def _logits(query, query_rest, key, key_rest, REST: tl.constexpr):
+    logits = dot(query, key, tl.zeros((query.shape[0], key.shape[1]), tl.float32))
     if REST:
-        products = dot(query_rest, key_rest, products)
-    return products
+        logits = dot(query_rest, key_rest, logits)
+    return logits
 
 
 @triton.jit
 def _segments(bounds_ptr, bounds, token, tokens, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Where the segments of a block's tokens begin and end, and the tokens to stream: (begin, end, first, full, stop).
+    """Find the segments of a block's tokens, and the tokens to stream: (begin, end, first, full, stop).
 
     From ``first`` to ``full`` all are in the segment of each token of the block, from there to ``stop`` not all are.
     """
@@ -107,7 +120,7 @@ def _segments(bounds_ptr, bounds, token, tokens, BLOCK: tl.constexpr, STEPS: tl.
 
 @triton.jit
 def _add_exponentials(peak, total, logit, inside, sharpness, MASKED: tl.constexpr):
-    """The largest product of each row so far and the sum of the exponentials, with ``logit`` taken in."""
+    """Take ``logit`` into the largest of each row so far and the sum of the exponentials."""
     if MASKED:
         logit = tl.where(inside, logit, LOWEST)
     higher = tl.maximum(peak, tl.max(logit, 1))
@@ -133,32 +146,32 @@ def normaliser_kernel(
     sign,
     sharpness,
     ALIGNED: tl.constexpr,
-    SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     REST: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The largest product of each query with the keys of its segment, and 1 / the sum of their exponentials."""
+    """Store the largest logit of each query and the keys of its segment, and 1 / the sum of their exponentials."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
     key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
-    query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
+    query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
     query, query_rest = _times(query, sign), _times(query_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, row, tokens, BLOCK, STEPS)
     peak = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, full, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
-        logit = _products(query, query_rest, key, key_rest, REST)
+        key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        logit = _logits(query, query_rest, key, key_rest, REST)
         peak, total = _add_exponentials(peak, total, logit, True, sharpness, MASKED=False)
     for start in range(full, stop, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
-        logit = _products(query, query_rest, key, key_rest, REST)
+        key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        logit = _logits(query, query_rest, key, key_rest, REST)
         inside = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
         peak, total = _add_exponentials(peak, total, logit, inside, sharpness, MASKED=True)
     tl.store(peak_ptr + head * tokens + row, peak, mask=row < tokens)
@@ -166,7 +179,7 @@ def normaliser_kernel(
 
 
 @triton.jit
-def column_sums_kernel(
+def received_kernel(
     query_ptr,
     key_ptr,
     bounds_ptr,
@@ -182,19 +195,19 @@ def column_sums_kernel(
     sign,
     sharpness,
     ALIGNED: tl.constexpr,
-    SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     REST: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """The sum over the queries of a key's segment of the attention that they pay to it."""
+    """Add up the attention that the queries of a key's segment pay to it."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
     key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
-    key, key_rest = _keys(key_ptr, column, key_stride, tokens, SIZE, COLUMNS, REST)
+    key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
     key, key_rest = _times(key, sign), _times(key_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, column, tokens, BLOCK, STEPS)
     peak_ptr += head * tokens
@@ -202,14 +215,14 @@ def column_sums_kernel(
     received = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(first, full, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
-        logit = _products(query, query_rest, key, key_rest, REST)
+        query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        logit = _logits(query, query_rest, key, key_rest, REST)
         peak, inverse = tl.load(peak_ptr + row), tl.load(inverse_ptr + row)
         received += tl.exp2((logit - peak[:, None]) * sharpness) * inverse[:, None]
     for start in range(full, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        query, query_rest = _queries(query_ptr, row, query_stride, tokens, SIZE, COLUMNS, REST)
-        logit = _products(query, query_rest, key, key_rest, REST)
+        query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        logit = _logits(query, query_rest, key, key_rest, REST)
         peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
         inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
         difference = tl.minimum(logit - peak[:, None], 0.0)  # of another segment's query it may be large
@@ -222,7 +235,7 @@ def column_sums_kernel(
 def mean_kernel(
     received_ptr, mean_ptr, means, group, count, tokens, BLOCK_MEANS: tl.constexpr, BLOCK_COUNT: tl.constexpr
 ):
-    """Mean = the mean over the heads and each group of tokens, ``count`` numbers in all."""
+    """Store the mean over the heads and each group of tokens, ``count`` numbers in all."""
     mean = tl.program_id(0) * BLOCK_MEANS + tl.arange(0, BLOCK_MEANS)[:, None]
     total = tl.zeros((BLOCK_MEANS, BLOCK_COUNT), tl.float32)
     for start in range(0, count, BLOCK_COUNT):

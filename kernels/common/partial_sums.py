@@ -1,4 +1,4 @@
-"""The second half of a weight's gradient, for every norm: the sum of the float32 rows that the programs left.
+"""The second half of a weight's gradient, for every norm: adds up the float32 rows that the programs left.
 
 A bounded number of rows added up in a fixed order, where atomics would give other bits on every run.
 """
@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.launch import FP_FUSION, ceil_div, on_device
+from vlmfast.kernels.common.launch import RowsConfig, ceil_div, on_device
+
+CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4)
 
 
 @triton.jit
-def _sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Sum = the sum of the rows of ``partial``."""
+def sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Add up the rows of ``partial``."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, partials, BLOCK_ROWS):
@@ -25,11 +27,9 @@ def _sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the rows of ``partials``, contiguous and float32, rounded once."""
+    """Add up the rows of ``partials``, contiguous and float32, and round once."""
     rows, hidden = partials.shape
     total = torch.empty(hidden, dtype=dtype, device=partials.device)
     with on_device(partials):
-        _sum_partials_kernel[(ceil_div(hidden, 32),)](
-            partials, total, rows, hidden, BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4, **FP_FUSION
-        )
+        sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](partials, total, rows, hidden, **vars(CONFIG))
     return total

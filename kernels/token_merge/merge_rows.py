@@ -1,0 +1,138 @@
+"""Carries out what `merge_slots` decided, and moves gradients back the same way.
+
+Rows are added up by a matrix of zeros and ones, on the tensor cores where they have 16 bits: exact but for the order of
+the sum, and the same on every run.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.launch import Config, ceil_div, next_power_of_two
+from vlmfast.kernels.token_merge.merge_slots import at
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRowsConfig(Config):
+    """Sums of some targets and columns in registers, and the tokens that are read at a time."""
+
+    BLOCK_TARGETS: int
+    BLOCK_COLUMNS: int
+    BLOCK_TOKENS: int
+    num_stages: int
+
+    @staticmethod
+    @functools.lru_cache
+    def config_for(batch: int, contextual: int, hidden: int, wide: bool) -> "MergeRowsConfig":
+        """Take columns of a cache line at least, of half as many rather than leave half of a GPU idle."""
+        return MergeRowsConfig(
+            BLOCK_TARGETS=min(32 if wide else 64, max(16, next_power_of_two(contextual))),
+            BLOCK_COLUMNS=64 if batch * ceil_div(hidden, 64) >= 128 else 32,
+            BLOCK_TOKENS=32,
+            num_warps=4,
+            num_stages=3,
+        )
+
+
+@triton.jit
+def merge_rows_kernel(
+    x_ptr,
+    slot_ptr,
+    y_ptr,
+    x_batch_stride,
+    x_token_stride,
+    slot_stride,
+    tokens,
+    hidden,
+    kept_count,
+    contextual,
+    MEAN: tl.constexpr,
+    BLOCK_TARGETS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Copy the kept rows as they are passed, and add up a block of contextual ones, of some columns."""
+    column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    target_blocks = tl.maximum(tl.cdiv(contextual, BLOCK_TARGETS), 1)
+    target_block = tl.program_id(0) // column_blocks % target_blocks
+    batch = (tl.program_id(0) // column_blocks // target_blocks).to(tl.int64)
+    column = (tl.program_id(0) % column_blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    target = target_block * BLOCK_TARGETS + tl.arange(0, BLOCK_TARGETS)
+    x_ptr += batch * x_batch_stride + column
+    slot_ptr += batch * slot_stride
+    y_ptr += batch * (kept_count + contextual) * hidden + column
+    copied = tl.where(target_block == 0, kept_count, 0)
+    sums = tl.zeros((BLOCK_TARGETS, BLOCK_COLUMNS), tl.float32)
+    count = tl.zeros((BLOCK_TARGETS,), tl.int32)
+    place = tl.zeros((BLOCK_TARGETS,), tl.int32)
+    for start in range(0, tokens, BLOCK_TOKENS):
+        position = start + tl.arange(0, BLOCK_TOKENS)
+        slot = tl.load(slot_ptr + position, mask=position < tokens, other=-2147483648)
+        kept = (slot < 0) & (slot >= -copied)
+        merged = slot >= contextual
+        x = tl.load(
+            at(x_ptr, position[:, None], x_token_stride), mask=(kept | merged)[:, None] & (column < hidden), other=0.0
+        )
+        tl.store(at(y_ptr, (slot + kept_count)[:, None], hidden), x, mask=kept[:, None] & (column < hidden))
+        joins = slot[None, :] == (contextual + target)[:, None]
+        sums = dot(joins.to(tl.float32).to(x.dtype), x, sums)
+        count += tl.sum(joins.to(tl.int32), 1)
+        place += tl.sum(tl.where(slot[None, :] == target[:, None], position[None, :], 0), 1)
+    mask = (target < contextual)[:, None] & (column < hidden)
+    own = tl.load(at(x_ptr, place[:, None], x_token_stride), mask=mask & (place < tokens)[:, None], other=0.0)
+    own = own.to(tl.float32)
+    if MEAN:
+        y = (own + sums) * (1.0 / (1 + count).to(tl.float32))[:, None]
+    else:
+        y = own + sums * (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
+    tl.store(at(y_ptr, (kept_count + target)[:, None], hidden), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def merge_rows_backward_kernel(
+    grad_tokens_ptr,
+    slot_ptr,
+    grad_ptr,
+    batch_stride,
+    row_stride,
+    slot_stride,
+    positions,
+    tokens,
+    hidden,
+    kept_count,
+    contextual,
+    MEAN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Store the gradient of the row that a token went to, divided by the number of those that share it.
+
+    A program counts them for its own tokens alone, in the slots of their sequence.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    batch = (tl.minimum(row, positions - 1) // tokens).to(tl.int64)
+    slot_ptr += batch * slot_stride
+    slot = tl.load(slot_ptr + row % tokens, mask=row < positions, other=-2147483648)
+    merged = (slot >= contextual) & (slot < 2 * contextual)
+    joined = tl.where(merged, slot, slot + contextual)
+    counts = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS), tl.int32)
+    for start in range(0, tokens, BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)[None, :]
+        other = tl.load(slot_ptr + token, mask=token < tokens, other=-2147483648)
+        counts += (other == joined).to(tl.int32)
+    count = tl.sum(counts, 1, keep_dims=True)
+    shares = tl.where(slot >= 0, 1 + count, 1) if MEAN else tl.where(merged, tl.maximum(count, 1), 1)
+    share = 1.0 / shares.to(tl.float32)
+    source = tl.where(merged, slot - contextual, slot) + kept_count
+    exists = (slot >= -kept_count) & (slot < 2 * contextual)
+    grad_tokens_ptr += batch * batch_stride + source.to(tl.int64) * row_stride
+    grad_ptr += row.to(tl.int64) * hidden
+    for start in range(0, hidden, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        inside = column < hidden
+        grad = tl.load(grad_tokens_ptr + column, mask=exists & inside, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + column, (grad * share).to(grad_ptr.dtype.element_ty), mask=(row < positions) & inside)

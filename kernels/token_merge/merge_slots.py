@@ -1,0 +1,102 @@
+"""Decides where each token goes: kept, the target of a contextual token, or merged into the most similar target."""
+
+import functools
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.launch import Config, next_power_of_two
+from vlmfast.kernels.common.sorted_search import count_up_to
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSlotsConfig(Config):
+    """The tokens that are compared with some targets at a time, by some columns of the metric."""
+
+    BLOCK_TOKENS: int
+    BLOCK_TARGETS: int
+    BLOCK_COLUMNS: int
+
+    @staticmethod
+    @functools.lru_cache
+    def config_for(contextual: int, metric_dim: int, wide: bool) -> "MergeSlotsConfig":
+        """Take few tokens: 45 programs for five crops, each of which reads all targets out of the L2 cache.
+
+        Float32 is multiplied element by element, out of registers that larger blocks would not leave.
+        """
+        return MergeSlotsConfig(
+            BLOCK_TOKENS=32 if wide else 64,
+            BLOCK_TARGETS=min(32, max(16, next_power_of_two(contextual))),
+            BLOCK_COLUMNS=16 if wide else min(32, max(16, next_power_of_two(metric_dim))),
+            num_warps=4,
+        )
+
+
+@triton.jit
+def at(ptr, row, stride):
+    """Say where each row begins, behind ``ptr``."""
+    return ptr + row.to(tl.int64) * stride
+
+
+@triton.jit
+def merge_slots_kernel(
+    metric_ptr,
+    kept_ptr,
+    slot_ptr,
+    batch_stride,
+    token_stride,
+    kept_stride,
+    tokens,
+    metric_dim,
+    kept_count,
+    contextual,
+    step,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_TARGETS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Store the slots of a block of tokens; see `merge_slots`.
+
+    The length of a token's own metric changes no argmax, and one of zeros has the same similarity to all. So only the
+    targets are divided by their lengths, after the multiplication, which is exact for 16-bit metrics.
+    """
+    blocks = tl.cdiv(tokens, BLOCK_TOKENS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    position = (tl.program_id(0) % blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    metric_ptr += batch * batch_stride
+    kept_ptr += batch * kept_stride
+    rank = count_up_to(kept_ptr, kept_count, position, False, STEPS)  # of the last kept token up to this one, from 1 on
+    is_kept = (tl.load(kept_ptr + rank - 1, mask=rank > 0, other=-1) == position).to(tl.int32)
+    left = position - rank
+    wanted = (position < tokens) & (is_kept == 0)  # nothing is read of a kept token's metric
+    best = tl.full((BLOCK_TOKENS,), float("-inf"), tl.float32)
+    owner = tl.zeros((BLOCK_TOKENS,), tl.int32)
+    for first in range(0, contextual, BLOCK_TARGETS):
+        target = first + tl.arange(0, BLOCK_TARGETS)
+        place = target * step + count_up_to(kept_ptr, kept_count, target * step, True, STEPS)
+        similarity = tl.zeros((BLOCK_TOKENS, BLOCK_TARGETS), tl.float32)
+        square = tl.zeros((BLOCK_TARGETS,), tl.float32)
+        for start in range(0, metric_dim, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
+            mask = wanted[:, None] & (column[None, :] < metric_dim)
+            own = tl.load(at(metric_ptr, position[:, None], token_stride) + column[None, :], mask=mask, other=0.0)
+            mask = (target < contextual)[None, :] & (column[:, None] < metric_dim)
+            theirs = tl.load(at(metric_ptr, place[None, :], token_stride) + column[:, None], mask=mask, other=0.0)
+            similarity = dot(own, theirs, similarity)
+            square += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 0)
+        inverse = tl.where(square > 0.0, tl.rsqrt(tl.where(square > 0.0, square, 1.0)), 0.0)
+        cosine = tl.where((target < contextual)[None, :], similarity * inverse[None, :], float("-inf"))
+        highest, index = tl.max(cosine, 1, return_indices=True)
+        owner = tl.where(highest > best, first + index, owner)
+        best = tl.maximum(best, highest)
+    slot = contextual + owner
+    if contextual == 0:
+        slot = tl.zeros_like(position) - kept_count - 1
+    else:
+        is_target = (left % step == 0) & (left // step < contextual)
+        slot = tl.where(is_target, left // step, slot)
+    slot = tl.where(is_kept != 0, rank - 1 - kept_count, slot)
+    tl.store(slot_ptr + batch * tokens + position, slot, mask=position < tokens)

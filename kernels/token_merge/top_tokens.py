@@ -1,0 +1,50 @@
+"""Chooses the tokens with the largest scores."""
+
+import functools
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.common.launch import Config, next_power_of_two
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTokensConfig(Config):
+    """All scores of a row in the registers of one program."""
+
+    BLOCK: int
+
+    @staticmethod
+    @functools.lru_cache
+    def config_for(tokens: int) -> "TopTokensConfig":
+        """Take a warp for each 1024 scores, four at least."""
+        block = next_power_of_two(tokens)
+        return TopTokensConfig(BLOCK=block, num_warps=max(4, block // 1024))
+
+
+@triton.jit
+def top_tokens_kernel(score_ptr, top_ptr, row_stride, tokens, k, BLOCK: tl.constexpr):
+    """Store the positions of the k largest scores of a row, ascending.
+
+    The k-th largest is found bit by bit, from the top, by counting what is at least as large: no sort.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, BLOCK)
+    # behind the end -inf, which loses every tie
+    score = tl.load(score_ptr + row * row_stride + position, mask=position < tokens, other=float("-inf")).to(tl.float32)
+    tl.device_assert(tl.sum((score != score).to(tl.int32), 0) == 0, "scores must not be NaN")
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    # in the order of the scores: of a negative one all bits are turned, of another one the sign
+    key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    least = tl.full((1,), 0, tl.uint32)
+    bit = tl.full((1,), 2147483648, tl.uint32)
+    for _ in range(32):
+        higher = least | bit
+        least = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= k, higher, least)
+        bit = bit >> 1
+    above, equal = (key > least).to(tl.int32), (key == least).to(tl.int32)
+    spare = k - tl.sum(above, 0)  # places for those that equal the k-th: the first ones get them
+    kept = above + equal * (tl.cumsum(equal, 0) <= spare).to(tl.int32)
+    rank = tl.cumsum(kept, 0) - 1
+    tl.store(top_ptr + row * k + rank, position.to(tl.int64), mask=kept != 0)
