@@ -69,16 +69,9 @@ def run(options: Namespace) -> int:
 def _show(console: Console, found: Run) -> None:
     console.print(found["environment"])
     for records in report.by_op(found["records"]):
-        _show_op(console, records, found["environment"])
+        report.show_op(console, records, found["environment"])
     if found["models"]:
         report.show_models(console, found["models"])
-
-
-def _show_op(console: Console, records: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    kind = "device time, cold cache" if where["kind"] != "cpu" else f"{where['threads']} thread(s)"
-    console.print(report.table(records, kind))
-    for line in report.errors(records):
-        console.print(line, style="red", markup=False)
 
 
 def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
@@ -147,6 +140,6 @@ def _measure_ops(
             for record in benchmark(OPS[name], device, dtype, kinds, machine):
                 records.append(record)
                 keep("records", [*found["records"], record])
-            _show_op(progress.console, records, found["environment"])
+            report.show_op(progress.console, records, found["environment"])
             progress.advance(task)
     console.print(report.LEGEND, style="dim")

@@ -1,88 +1,60 @@
-"""The report of a benchmark run as one HTML file that needs no network: tables, and plots as SVG within it."""
+"""The report of a benchmark run as one HTML file that needs no network: what the console shows, and plots as SVG."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+from collections.abc import Callable
+from html import escape
 from typing import Any
+
+from rich.console import Console
 
 from vlmfast.benchmarks import report
 from vlmfast.console import CommandError
 
 COLOURS = {"ours": "#c1121f", "peer": "#457b9d", "limit": "#8d99ae"}
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>vlmfast on {{ where.device }}</title>
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>vlmfast on {device}</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1d2530 }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
-tr.ours { font-weight: 600 } tr.limit { color: #6b7684 }
-td.error { color: #b00020; text-align: left; white-space: normal }
-figure { margin: 0 } svg { max-width: 100%; height: auto } .figures { display: flex; flex-wrap: wrap }
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; color: #1d2530 }}
+pre {{ font-size: 12px; overflow-x: auto }} svg {{ max-width: 100%; height: auto }}
 </style></head><body>
-<h1>vlmfast on {{ where.device }}</h1>
-<p>{% for name, value in where.items() if value is not none %}{{ name }} {{ value }}{{ ", " if not loop.last }}
-{%- endfor %}</p>
-{% if ops %}<p style="white-space: pre-line">{{ legend }}</p>{% endif %}
-{% if roofline %}<h2>Roofline</h2><figure>{{ roofline }}</figure>{% endif %}
-{% for op in ops %}<h2>{{ op.name }}, {{ op.dtype }}</h2>{% set width = op.columns|length %}
-<div class="figures">{% for figure in op.figures %}<figure>{{ figure }}</figure>{% endfor %}</div>
-<table><tr><th>shape</th><th></th>{% for key in op.columns %}<th>{{ columns[key][0] }}</th>{% endfor %}</tr>
-{% for record in op.records %}{% for row in record.contenders %}<tr class="{{ row.group }}">
-<td>{{ record.workload if loop.first }}</td><td>{{ row.name }}</td>
-{% if row.error %}<td class="error" colspan="{{ width }}">{{ row.error }}</td>{% else %}{% for key in op.columns %}
-<td>{{ cell(columns, key, row) }}</td>{% endfor %}{% endif %}
-</tr>{% endfor %}{% endfor %}</table>
-{% endfor %}
-{% if models %}<h2>Whole models</h2>
-<table><tr><th>model</th><th></th>{% for key in model_columns %}<th>{{ model_columns[key][0] }}</th>{% endfor %}</tr>
-{% for row in models %}<tr>
-<td>{{ row.model }}, {{ row.size }}{{ ", " ~ row.mode if row.mode }}</td><td>{{ row.variant }}</td>
-{% if row.error %}<td class="error" colspan="{{ model_columns|length }}">{{ row.error }}</td>{% else %}
-{% for key in model_columns %}<td>{{ cell(model_columns, key, row) }}</td>{% endfor %}{% endif %}
-</tr>{% endfor %}</table>
-{% endif %}
+<h1>vlmfast on {device}</h1>
+<p>{where}</p>
+{sections}
 </body></html>
 """
 
 
 def require() -> None:
     """Refuse to begin a run whose report could not be made."""
-    for package in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise CommandError(f"--html needs {package}: pip install matplotlib")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--html needs matplotlib: pip install matplotlib")
 
 
 def page(run: dict[str, Any]) -> str:
-    """Make the whole file from what `report.write` wrote."""
-    from jinja2 import Environment
-    from markupsafe import Markup
+    """Make the whole file from what `report.write` wrote, with the tables that the console shows."""
+    where, records, sections = run["environment"], run["records"], []
+    if records:
+        sections.append(_printed(lambda console: console.print(report.LEGEND)))
+    if any(record["flops"] for record in records):
+        sections += ["<h2>Roofline</h2>", _roofline(run)]
+    for of_op in report.by_op(records):
+        sections += [f"<h2>{of_op[0]['op']}</h2>", _scaling(of_op), _printed(report.show_op, of_op, where)]
+    if run["models"]:
+        sections += ["<h2>Whole models</h2>", _printed(report.show_models, run["models"])]
+    facts = ", ".join(f"{name} {value}" for name, value in where.items() if value is not None)
+    return PAGE.format(device=escape(where["device"]), where=escape(facts), sections="\n".join(sections))
 
-    ops = []
-    for records in report.by_op(run["records"]):
-        ops.append(
-            {
-                "name": records[0]["op"],
-                "dtype": records[0]["dtype"],
-                "records": records,
-                "columns": report.columns(records),
-                "figures": [Markup(figure) for figure in (_bars(records), _scaling(records)) if figure],
-            }
-        )
-    roofline = Markup(_roofline(run)) if any(record["flops"] for record in run["records"]) else None
-    template = Environment(autoescape=True).from_string(TEMPLATE)
-    return template.render(
-        where=run["environment"],
-        ops=ops,
-        columns=report.COLUMNS,
-        roofline=roofline,
-        legend=report.LEGEND,
-        models=run["models"],
-        model_columns=report.MODEL_COLUMNS,
-        cell=report.cell,
-    )
+
+def _printed(show: Callable[..., None], *args: Any) -> str:
+    """Return what a function prints on the console that it is given."""
+    console = Console(record=True, file=io.StringIO(), width=200, highlight=False)
+    show(console, *args)
+    return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -107,40 +79,17 @@ def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record["contenders"] if "us" in row]
 
 
-def _bars(records: list[dict[str, Any]]) -> str | None:
-    """Draw the time of every contender on every shape."""
-    rows = [(record["workload"], row) for record in records for row in _timed(record)]
-    if not rows:
-        return None
-    figure, axes = _figure(6.4, 0.8 + 0.17 * (len(rows) + len(records)))
-    y, ticks = 0.0, []
-    for record in records:
-        for row in _timed(record):
-            axes.barh(y, row["us"], color=COLOURS[row["group"]], height=0.8)
-            ticks.append((y, f"{record['workload']}  {row['name']}"))
-            y += 1
-        y += 0.7
-    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("us")
-    return _svg(figure)
-
-
-def _scaling(records: list[dict[str, Any]]) -> str | None:
-    """Draw how the time grows with the rows or tokens, by the bytes that they take."""
-    if len(records) < 2:
-        return None
-    figure, axes = _figure(5.2, 3.6)
+def _scaling(records: list[dict[str, Any]]) -> str:
+    """Draw the time of every contender over the bytes that each shape takes."""
+    figure, axes = _figure(7, 3.6)
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for record in sorted(records, key=lambda record: record["bytes"]):
         for row in _timed(record):
             lines.setdefault((row["name"], row["group"]), []).append((record["bytes"] / 1e6, row["us"]))
-    styles = ["-", "--", ":", "-."]
-    for index, ((name, group), points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), styles[index % 4], marker="o", ms=3, color=COLOURS[group], label=name)
+    for style, ((name, group), points) in zip(itertools.cycle(["-", "--", ":", "-."]), lines.items()):
+        axes.plot(*zip(*points, strict=True), style, marker="o", ms=3, color=COLOURS[group], label=name)
     axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="us")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)
 
 

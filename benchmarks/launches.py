@@ -17,7 +17,7 @@ from rich.progress import track
 from vlmfast.benchmarks import counting, models, published, report
 from vlmfast.benchmarks.forwards import Decoding, patches_of, twin
 from vlmfast.benchmarks.published import Published
-from vlmfast.console import console, one_line, table, writable
+from vlmfast.console import console, one_line, writable
 
 
 def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
@@ -77,16 +77,11 @@ def run(options: Namespace) -> int:
 
 def show(console: Console, records: list[dict[str, Any]]) -> None:
     """Print one line for each model and variant."""
-    lines = table("model", "", "tokens", "prefill launches", "syncs", "decode launches", "syncs")
-    for column in lines.columns[2:]:
-        column.justify = "right"
-    previous = None
+    rows = []
     for record in (record for record in records if "error" not in record):
-        cells = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]
-        name = "" if record["model"] == previous else record["model"]
-        lines.add_row(name, record["variant"], str(record["cached_tokens"]), *cells)
-        previous = record["model"]
-    console.print(lines)
-    for record in (record for record in records if "error" in record):
-        console.print(f"{record['model']}: {record['error']}", style="red", markup=False, soft_wrap=True)
+        counts = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]
+        rows.append((None, [record["model"], record["variant"], str(record["cached_tokens"]), *counts]))
+    heads = "model", "", "tokens", "prefill launches", "syncs", "decode launches", "syncs"
+    console.print(report.grouped(heads, 2, rows))
+    report.show_errors(console, (f"{record['model']}: {record['error']}" for record in records if "error" in record))
     console.print("all layers, one prompt with one image; lower bounds, by the rules of vlmfast/benchmarks/counting.py")

@@ -7,6 +7,7 @@ import datetime
 import json
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from rich.table import Table
 
 import vlmfast
 from vlmfast.benchmarks import peers
-from vlmfast.console import CommandError, one_line, version
-from vlmfast.console import table as empty_table
+from vlmfast.console import CommandError, one_line, table, version
 
 # Columns of the tables and the CSV: key of a contender's row, or of a whole model's record -> (head, format)
 COLUMNS = {
@@ -146,67 +146,78 @@ def columns(records: list[dict[str, Any]]) -> list[str]:
     return [key for key in filled if key != "wall_us" or any(row.get("us") != row.get("wall_us") for row in rows)]
 
 
-def table(records: list[dict[str, Any]], kind: str) -> Table:
-    """Make a table of one op."""
-    filled = columns(records)
-    shown = Table(title=f"{records[0]['op']}, {records[0]['dtype']}, {kind}", title_justify="left")
-    for name in ("shape", "", *(COLUMNS[key][0] for key in filled)):
-        shown.add_column(name, justify="left" if name in ("shape", "") else "right", no_wrap=True)
-    for record in records:
-        for index, row in enumerate(record["contenders"]):
-            first = ["" if index else record["workload"], row["name"]]
-            if row["error"] is not None:
-                shown.add_row(*first, style="red")
-                continue
-            cells = (cell(COLUMNS, key, row) for key in filled)
-            shown.add_row(*first, *cells, style="bold" if row["group"] == "ours" else None)
-        shown.add_section()
-    return shown
-
-
 def by_op(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Group the records of each op."""
     return [[r for r in records if r["op"] == name] for name in dict.fromkeys(r["op"] for r in records)]
 
 
-def cell(columns: dict[str, tuple[str, str]], key: str, row: dict[str, Any]) -> str:
-    """Format what a row has in a column; nothing where it has nothing there."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    text = columns[key][1].format(value / 1e6 if key.endswith("_bytes") else value)
-    waited = key == "prefill_ms" and row.get("prefill_graph", "captured") != "captured"
-    return f"{text} (no graph)" if waited else text
+def cells(columns: dict[str, tuple[str, str]], keys: Iterable[str], row: dict[str, Any]) -> list[str]:
+    """Format what a row has in the columns; nothing where it has nothing there."""
+    found = []
+    for key in keys:
+        value = row.get(key)
+        text = "" if value is None else columns[key][1].format(value / 1e6 if key.endswith("_bytes") else value)
+        waited = text and key == "prefill_ms" and row.get("prefill_graph", "captured") != "captured"
+        found.append(f"{text} (no graph)" if waited else text)
+    return found
+
+
+def grouped(heads: Sequence[str], text: int, rows: Iterable[tuple[str | None, Sequence[str]]]) -> Table:
+    """Make a table of rows in groups.
+
+    Args:
+        heads: of its columns.
+        text: how many columns from the left are text; what all but the last of them say is said once for each group.
+        rows: style and cells of each.
+    """
+    lines, above = table(), None
+    for index, head in enumerate(heads):
+        lines.add_column(head, justify="left" if index < text else "right", no_wrap=True)
+    for style, shown in rows:
+        group = shown[: text - 1]
+        if above not in (None, group):
+            lines.add_section()
+        lines.add_row(*([""] * len(group) if group == above else group), *shown[text - 1 :], style=style)
+        above = group
+    return lines
+
+
+def show_errors(console: Console, lines: Iterable[str]) -> None:
+    """Print why there is no result, a line for each."""
+    for line in lines:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+
+
+def show_op(console: Console, records: list[dict[str, Any]], where: dict[str, Any]) -> None:
+    """Print a table of one op, and why contenders have no time."""
+    filled, rows = columns(records), []
+    shapes: dict[str, list[str]] = {}
+    for record in records:
+        for row in record["contenders"]:
+            style = "bold" if row["group"] == "ours" else None
+            if row["error"] is not None:
+                style = "red"
+                shapes.setdefault(f"{record['op']}, {row['name']}: {row['error']}", []).append(record["workload"])
+            rows.append((style, [record["workload"], row["name"], *cells(COLUMNS, filled, row)]))
+    kind = "device time, cold cache" if where["kind"] != "cpu" else f"{where['threads']} thread(s)"
+    console.print(f"{records[0]['op']}, {records[0]['dtype']}, {kind}", style="bold")
+    console.print(grouped(("shape", "", *(COLUMNS[key][0] for key in filled)), 2, rows))
+    show_errors(console, (f"{reason} ({', '.join(found)})" for reason, found in shapes.items()))
 
 
 def show_models(console: Console, records: list[dict[str, Any]]) -> None:
     """Print one table of whole models; speed-ups are over the original, in the same mode and in eager mode."""
-    lines = empty_table("model", "mode", "", *(head for head, _ in MODEL_COLUMNS.values()))
-    for column in lines.columns[3:]:
-        column.justify = "right"
-    previous, errors = None, []
+    rows: list[tuple[str | None, list[str]]] = []
+    errors = []
     for record in records:
-        group = (record["model"], record.get("mode", ""))
-        heading = ("", "") if group == previous else group
-        previous = group
+        named = [record["model"], record.get("mode", ""), record["variant"]]
         if "error" in record:
-            errors.append(f"{' '.join(group)} {record['variant']}: {record['error']}")
-            lines.add_row(*heading, record["variant"], "no time", style="red")
+            errors.append(f"{' '.join(named)}: {record['error']}")
+            rows.append(("red", [*named, "no time"]))
         else:
-            lines.add_row(*heading, record["variant"], *(cell(MODEL_COLUMNS, key, record) for key in MODEL_COLUMNS))
-    console.print(lines)
+            rows.append((None, [*named, *cells(MODEL_COLUMNS, MODEL_COLUMNS, record)]))
+    console.print(grouped(("model", "mode", "", *(head for head, _ in MODEL_COLUMNS.values())), 3, rows))
     if records:
         console.print(f"{records[0]['size']} sizes, {records[0]['dtype']}")
         console.print(MODEL_LEGEND, style="dim", highlight=False)
-    for error in errors:
-        console.print(error, style="red", markup=False, soft_wrap=True)
-
-
-def errors(records: list[dict[str, Any]]) -> list[str]:
-    """Return one line per contender and reason why it has no time."""
-    shapes: dict[str, list[str]] = {}
-    for record in records:
-        for row in record["contenders"]:
-            if row["error"] is not None:
-                shapes.setdefault(f"{record['op']}, {row['name']}: {row['error']}", []).append(record["workload"])
-    return [f"{reason} ({', '.join(found)})" for reason, found in shapes.items()]
+    show_errors(console, errors)

@@ -152,7 +152,7 @@ def models_of(run: Run) -> str:
     where, records = run["environment"], run["models"]
     rows = []
     for record in records:
-        cells = [report.cell(report.MODEL_COLUMNS, name, record) for name in README_MODELS]
+        cells = report.cells(report.MODEL_COLUMNS, README_MODELS, record)
         rows.append([record["model"], record.get("mode", ""), record["variant"], cells[0] or "no time", *cells[1:]])
     heads = "model", "mode", "", *(report.MODEL_COLUMNS[name][0] for name in README_MODELS)
     return (

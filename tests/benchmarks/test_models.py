@@ -276,6 +276,5 @@ def test_a_prefill_that_is_no_graph_is_said(capsys):
         ("original", "12.50 (no graph)"),
         ("patched", "12.50"),
     ]
-    pytest.importorskip("jinja2")
     page = html.page({"environment": {"device": "x"}, "records": [], "models": rows})
-    assert page.count("<td>12.50 (no graph)</td>") == page.count("<td>12.50</td>") == 1
+    assert (page.count("12.50 (no graph)"), page.count("12.50")) == (1, 2)
