@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import vlmfast
 from tests.helpers.default_models import default_models
 from tests.helpers.patches_models import METHODS, patched, rms_norms, skip_unless_known, tiny
+from tests.helpers.tiny_models import mrope
+from vlmfast.patches import upstream
 
 
 @pytest.fixture(autouse=True)
@@ -130,17 +132,19 @@ def test_nothing_known_names_three_bodies_and_no_more():
 def test_patch_of_a_full_model_is_quick():
     """Half a second for Qwen3-VL-8B; in time of this process alone, so that other processes do not count."""
     skip_unless_known("qwen3_vl")
-    config = transformers.Qwen3VLConfig(text_config={"num_hidden_layers": 36}, vision_config={"depth": 27})
+    text = {"num_hidden_layers": 36, **mrope([24, 20, 20], mrope_interleaved=True)}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config={"depth": 27})
     with torch.device("meta"):
         model = transformers.Qwen3VLForConditionalGeneration._from_config(config)
     seconds = []
-    for _ in range(3):
+    upstream._texts.clear()  # as in a new process
+    for _ in range(2):
         start = time.process_time()
         patch = vlmfast.patch(model)
         seconds.append(time.process_time() - start)
         assert sum(patch.replaced.values()) > 4 * 36
         patch.undo()
-    assert min(seconds) < 0.5
+    assert max(seconds) < 0.5
 
 
 @pytest.mark.filterwarnings("ignore:.* is not patched")
