@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
@@ -97,7 +96,8 @@ def _is_gelu(act: nn.Module) -> bool:
     """Tell whether it is the exact GELU, as torch or as transformers names it."""
     if type(act) is nn.GELU:
         return act.approximate == "none"
-    return type(act) is GELUActivation and act.act is F.gelu
+    named = type(act).__name__ == "GELUActivation" and type(act).__module__ == "transformers.activations"
+    return named and act.act is F.gelu
 
 
 def _agree(x: Tensor, weights: list[nn.Parameter]) -> bool:

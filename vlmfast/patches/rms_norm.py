@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from vlmfast.ops.rms_norm import rms_norm
 
@@ -36,6 +35,8 @@ def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32; transformers 4.57 has SiLU only."""
+    from transformers.activations import ACT2FN  # which `import vlmfast` does without
+
     normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
     gated: Tensor = normed * ACT2FN[getattr(self, "activation", "silu")](gate.to(torch.float32))
     return gated.to(hidden_states.dtype)
