@@ -39,17 +39,6 @@ Input<scalar_t, rank> as_input(const View<rank>& view) {
   return input;
 }
 
-// Rows as a kernel takes them.
-template <typename scalar_t>
-struct RowPointer {
-  const scalar_t* data = nullptr;
-  int64_t stride = 0;  // in elements
-
-  bool aligned_to(int64_t bytes) const {
-    return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride * sizeof(scalar_t) % bytes == 0;
-  }
-};
-
 // Whether every row of the views can be moved in vectors of so many bytes.
 template <int... ranks>
 bool vectors_fit(int64_t bytes, const View<ranks>&... views) {
@@ -76,8 +65,6 @@ bool vectors_fit(int64_t bytes, const View<ranks>&... views) {
 
 #include <vector>
 
-#define VLMFAST_CUDA_LIBRARY vlmfast_native
-#define VLMFAST_CUDA_KEY CUDA
 #define VLMFAST_REGISTER_CUDA_OPS() VLMFAST_IMPLEMENT_OPS(vlmfast_native, CUDA)  // each cpu.cpp defines the ops
 
 namespace vlmfast {
@@ -107,11 +94,6 @@ class DeviceScope {
   template <typename scalar_t, int rank>
   Input<scalar_t, rank> input(const View<rank>& view) const {
     return as_input<scalar_t>(view);
-  }
-
-  template <typename scalar_t>
-  RowPointer<scalar_t> input(const Rows& rows) const {
-    return {static_cast<const scalar_t*>(rows.data()), rows.row_stride};
   }
 
   template <typename scalar_t>

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 #include <type_traits>
 
 #include "common/common.cuh"
@@ -104,24 +103,6 @@ void with_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& fu
   if (dtype == Dtype::kFloat32) choose(float());
   if (dtype == Dtype::kFloat16) choose(__half());
   if (dtype == Dtype::kBFloat16) choose(__nv_bfloat16());
-}
-
-// The same for a dtype and operands that are known.
-template <typename scalar_t, typename Function>
-void with_row_policy(int64_t columns, std::initializer_list<RowPointer<scalar_t>> operands, Function&& function) {
-  bool fit = columns * sizeof(scalar_t) % kVectorBytes == 0;
-  for (const auto& operand : operands) fit = fit && operand.aligned_to(kVectorBytes);
-  const Dtype dtype = std::is_same_v<scalar_t, float>    ? Dtype::kFloat32
-                      : std::is_same_v<scalar_t, __half> ? Dtype::kFloat16
-                                                         : Dtype::kBFloat16;
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(dtype, columns, fit, [&](auto zero, auto policy) {
-    if constexpr (std::is_same_v<scalar_t, decltype(zero)>) function(policy);
-  });
-}
-
-template <typename Policy>
-int64_t row_blocks(int64_t rows, int64_t most) {
-  return Policy::blocks(rows, most);
 }
 
 }  // namespace vlmfast

@@ -8,7 +8,7 @@
 
 #include "common/common.h"
 #include "rms_norm/cpu_kernels.h"
-#include "rms_norm/schema.h"
+#include "rms_norm/ops.h"
 
 namespace vlmfast {
 namespace {

@@ -140,8 +140,8 @@ FAULTS = [
     Fault(
         "alignment of keys unchecked",
         "cuda.cu",
-        "(kVectorBytes, query, key), run",
-        "(kVectorBytes, query), run",
+        "(kVectorBytes, args.query, args.key);",
+        "(kVectorBytes, args.query);",
         MISALIGNED,
     ),
     Fault("buffer used twice", "received_attention.cuh", "buffer ^= 1)", "buffer ^= 0)", RACE),

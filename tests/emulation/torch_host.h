@@ -5,7 +5,6 @@
 #ifndef VLMFAST_CUDA_LIBRARY
 #define VLMFAST_CUDA_LIBRARY vlmfast_emulated
 #endif
-#define VLMFAST_CUDA_KEY CPU
 
 extern "C" void vlmfast_emulation_allow(void* begin, int64_t rows, int64_t row_bytes, int64_t row_pitch, int writable);
 extern "C" void vlmfast_emulation_forbid_all();
@@ -36,13 +35,6 @@ class DeviceScope {
       vlmfast_emulation_allow(data, rows, row_bytes, pitch, 0);
     }
     return as_input<scalar_t>(view);
-  }
-
-  template <typename scalar_t>
-  RowPointer<scalar_t> input(const Rows& rows) const {
-    const auto size = static_cast<int64_t>(rows.tensor.element_size());
-    vlmfast_emulation_allow(const_cast<void*>(rows.data()), rows.count, rows.size * size, rows.row_stride * size, 0);
-    return {static_cast<const scalar_t*>(rows.data()), rows.row_stride};
   }
 
   // Poisoned: an element that no kernel writes is NaN.
