@@ -1,9 +1,9 @@
 // How much attention visual tokens get, on CUDA: the CLS row of a map, and the sums of the columns of one that is never
 // stored. vlmfast/ops/attention_scores/definition.py defines what is computed.
 //
-//   cls_attention        two launches, bound by memory: the logits go out and in again through the L2 cache. For the five
-//                        crops of LLaVA-NeXT (5.9 MB) 400 blocks have 4 keys in flight for every 8 threads, and the
-//                        second launch 25 blocks with 16 numbers to add in each thread.
+//   cls_attention        two launches, bound by memory: the logits go out and in again through the L2 cache. For the
+//                        five crops of LLaVA-NeXT (5.9 MB) 400 blocks have 4 keys in flight for every 8 threads, and
+//                        the second launch 25 blocks with 16 numbers to add in each thread.
 //   received_attention   three launches, bound by arithmetic: in half precision on tensor cores (mma.sync m16n8k16 with
 //                        sums in float32). Queries and keys come tokens / 128 times from the L2 cache.
 // Segments are found on the device: a block of 128 rows looks at the tiles of the segments that its rows are in. Every

@@ -1,4 +1,4 @@
-// What every .cu file builds on: CUDA itself under nvcc, or its emulation on the CPU (tests/emulation) under g++ with
+// The ground of every .cu file: CUDA itself under nvcc, or its emulation on the CPU (tests/emulation) under g++ with
 // -DVLMFAST_EMULATED. So that one source serves both, launches go through `launch`, dynamic shared memory through
 // VLMFAST_DYNAMIC_SHARED, and inline PTX only into functions that have a twin in tests/emulation/cuda_host.h.
 #pragma once

@@ -18,7 +18,7 @@ struct Input {
   const scalar_t* data = nullptr;
   int64_t strides[rank > 1 ? rank - 1 : 1] = {};  // in elements; those of the last dimension are adjacent
 
-  // Where the row begins that leading indices are the place of.
+  // Returns where the row begins that the leading indices name.
   template <typename... Indices>
   __device__ __forceinline__ const scalar_t* at(Indices... indices) const {
     static_assert(sizeof...(indices) == rank - 1);

@@ -20,7 +20,7 @@ int64_t row_size(const View<rank>& view) {
 
 enum class Arithmetic { kNone, kAdd, kMultiply };
 
-// What becomes of a row.
+// Where a row comes from and goes to.
 template <typename scalar_t>
 struct Route {
   const scalar_t* from = nullptr;    // null for zeros

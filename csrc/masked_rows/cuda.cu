@@ -3,8 +3,8 @@
 //
 // Each op is at most two launches: one numbers the masked positions, one moves rows, both bound by memory. With rows of
 // 1 KiB and more the numbers are below one per cent of the bytes, so a large call should come within a tenth of a copy
-// of as many. Neither launch waits for the other's numbers on the host, sums with atomics or has a shape that depends on
-// data: results are the same in every run, and a CUDA graph may hold them.
+// of as many. Neither launch waits for the other's numbers on the host, sums with atomics or has a shape that depends
+// on data: results are the same in every run, and a CUDA graph may hold them.
 #include <optional>
 #include <tuple>
 #include <utility>

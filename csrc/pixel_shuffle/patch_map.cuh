@@ -17,7 +17,7 @@ struct PatchMap {
     unsigned image, patch;  // the patch as it lies in the map
   };
 
-  // Returns where the patch lies whose number in the order of the tokens, counted through the whole batch, is `ordinal`.
+  // Returns where the patch lies whose number in the order of the tokens, counted through the batch, is `ordinal`.
   __device__ __forceinline__ Place place(unsigned ordinal) const {
     const unsigned in_image = ordinal % patches, token = in_image / per_token;
     const unsigned line = token / token_line, along = token % token_line;

@@ -65,7 +65,7 @@ struct Members {
   int positions[MergePolicy::kMembers];
   int target;
 
-  // Collects up to kMembers tokens from `first` on and returns their number. Called by the whole block, after a barrier.
+  // Collects up to kMembers tokens from `first` on and returns their number: for the whole block, after a barrier.
   __device__ __forceinline__ int list(const int32_t* slots, int first, const MergeSizes& sizes, int number, int& turn) {
     const int end = min(sizes.tokens - first, MergePolicy::kMembers);
     int listed = 0;

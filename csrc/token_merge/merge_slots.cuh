@@ -114,8 +114,8 @@ struct Targets {
     __syncthreads();
   }
 
-  // Finds the number of the target, of `count` from `first` on, that is nearest to the row of the thread's group; the first of equal ones.
-  // The length of the row itself changes nothing: its cosines are in the order of these similarities.
+  // Finds the number of the target, of `count` from `first` on, that is nearest to the row of the thread's group: the
+  // first of equal ones. The row's own length changes nothing: its cosines are in the order of these similarities.
   __device__ __forceinline__ void nearest(const Input<scalar_t, 3>& metric, int64_t batch, const scalar_t* row, int end,
                                           int first, int count, RowSum& row_sum, float& best, int& best_target) const {
     Vec kept[Policy::kVectors];

@@ -56,7 +56,7 @@ struct Threshold {
   int wanted;
 };
 
-// What the threads of a block tell each other. Lives in shared memory.
+// Counts that the threads of a block share. Lives in shared memory.
 struct TopShared {
   int histogram[TopPolicy::kDigits];  // zero between the steps
   BlockCount<TopPolicy::kThreads> block_count;
