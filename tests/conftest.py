@@ -12,6 +12,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any kernel is
 
+pytest.register_assert_rewrite("tests.helpers", "tests.emulation.harness")  # their messages are tests' own
+
 from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
 from vlmfast import backends, registry  # noqa: E402

@@ -113,14 +113,5 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
 }  // namespace
 }  // namespace vlmfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vlmfast_native, m) {
-  m.def(vlmfast::kRmsNormSchema);
-  m.def(vlmfast::kAddRmsNormSchema);
-  m.def(vlmfast::kRmsNormBackwardSchema);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vlmfast_native, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&vlmfast::rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&vlmfast::add_rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&vlmfast::rms_norm_backward));
-}
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)
