@@ -6,6 +6,7 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 
 import vlmfast
 from vlmfast.benchmarks import html, models, peers, report, timing
@@ -77,14 +78,16 @@ def _show(console: Console, found: Run) -> None:
 def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
     torch.set_num_threads(options.threads)
     place, dtype = usable_device(options.device), options.dtype and getattr(torch, options.dtype)
-    if place.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be cpu or cuda, got {options.device}")
-    if place.index is not None and place.type == "cuda":
-        torch.cuda.set_device(place)
     device = place.type
-    if options.models is not None:
-        settings = _model_settings(options, device, dtype)
-    names = options.ops or ([] if options.models is not None else PUBLIC)
+    if device not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu or cuda, got {options.device}")
+    if place.index is not None and device == "cuda":
+        torch.cuda.set_device(place)
+    if options.models is not None and device == "cpu":
+        if dtype == torch.float16:
+            raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
+        if "graph" in options.modes:
+            raise CommandError("mode graph: CUDA graphs need a GPU")
     found: Run = {"environment": report.environment(device), "records": [], "models": []}
 
     def keep(kind: str, records: list[dict[str, Any]]) -> None:
@@ -92,27 +95,23 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         if kept is not None:
             report.write(kept, found)
 
-    if names:
+    if names := options.ops or ([] if options.models is not None else PUBLIC):
         kinds = peers.installed() if options.peers is None else tuple(kind for kind in options.peers if kind != "none")
         _measure_ops(names, device, dtype or torch.bfloat16, kinds, found, keep, console)
     if options.models is not None:
-        keep("models", models.run(options.models, console, save=lambda rows: keep("models", rows), **settings))
-        report.show_models(console, found["models"])
+        records = models.run(
+            options.models,
+            console,
+            modes=options.modes or [mode for mode in MODES if device != "cpu" or mode != "graph"],
+            device=device,
+            dtype=dtype or (torch.float32 if device == "cpu" else torch.bfloat16),
+            full=device != "cpu" if options.full is None else options.full,
+            save=functools.partial(keep, "models"),
+            budget=options.budget,
+        )
+        keep("models", records)
+        report.show_models(console, records)
     return found
-
-
-def _model_settings(options: Namespace, device: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    if device == "cpu" and dtype == torch.float16:
-        raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
-    if device == "cpu" and "graph" in options.modes:
-        raise CommandError("mode graph: CUDA graphs need a GPU")
-    return {
-        "device": device,
-        "dtype": dtype or (torch.float32 if device == "cpu" else torch.bfloat16),
-        "modes": options.modes or [mode for mode in MODES if device != "cpu" or mode != "graph"],
-        "full": device != "cpu" if options.full is None else options.full,
-        "budget": options.budget,
-    }
 
 
 def _measure_ops(
@@ -124,22 +123,16 @@ def _measure_ops(
     keep: Callable[[str, list[dict[str, Any]]], None],
     console: Console,
 ) -> None:
-    machine = timing.ceilings(device, dtype)
-    found["environment"] |= vars(machine)
+    machine, where = timing.ceilings(device, dtype), found["environment"]
+    where |= vars(machine)
     console.print(
-        f"{found['environment']['device']}, {str(dtype).removeprefix('torch.')}: a large copy "
-        f"{machine.copy_gb_per_s:.1f} GB/s, a large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; "
-        f"F.rms_norm is {found['environment']['F.rms_norm']}"
+        f"{where['device']}, {str(dtype).removeprefix('torch.')}: a large copy {machine.copy_gb_per_s:.1f} GB/s, a "
+        f"large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {where['F.rms_norm']}"
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(names))
-        for name in names:
-            progress.update(task, description=name)
-            records: list[dict[str, Any]] = []
-            for record in benchmark(OPS[name], device, dtype, kinds, machine):
-                records.append(record)
-                keep("records", [*found["records"], record])
-            report.show_op(progress.console, records, found["environment"])
-            progress.advance(task)
+    for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
+        records: list[dict[str, Any]] = []
+        for record in benchmark(OPS[name], device, dtype, kinds, machine):
+            records.append(record)
+            keep("records", [*found["records"], record])
+        report.show_op(console, records, where)
     console.print(report.LEGEND, style="dim")

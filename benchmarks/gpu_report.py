@@ -19,7 +19,6 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -41,43 +40,29 @@ class Step:
 
 
 def steps(out: Path) -> list[Step]:
-    """List the steps in order of worth."""
-    python = [sys.executable, "-m"]
-    bench = [*python, "vlmfast", "bench", "--device", "cuda"]
+    """List the steps in order of worth: of what the limit leaves out, the last is missed least."""
+    vlmfast = [sys.executable, "-m", "vlmfast"]
+    bench = [*vlmfast, "bench", "--device", "cuda"]
     # Without torch.compile, which takes longer to compile than all else takes to run.
     peers = ["--peers", *(kind for kind in installed() if kind != "compile")]
-    # In order of worth: of what a budget leaves out, the last is missed least.
-    models = [*python, "vlmfast", "bench", "models", "qwen3-vl-8b", "llava-next-7b", "qwen2.5-vl-7b", "smolvlm-256m"]
-    models += ["--device", "cuda", "--modes"]
+    models = [*vlmfast, "bench", "models", "qwen3-vl-8b", "llava-next-7b", "qwen2.5-vl-7b", "smolvlm-256m"]
+    models += ["--device", "cuda", "--modes", "eager,graph", "--budget", "120"]
     compiled = ["rms_norm", "add_rms_norm", "deepstack_add", "--peers", "compile"]
-    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+    architecture = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
     page = ["--from", str(out / "ops.json"), "--html", str(out / "report.html")]
     found = [
-        Step(
-            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, {"TORCH_CUDA_ARCH_LIST": architecture}
-        ),
-        Step("info", [*python, "vlmfast", "info"], 60),
-        Step("tests", [*python, "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
+        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, architecture),
+        Step("info", [*vlmfast, "info"], 60),
+        Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
         Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 150),
         Step("product", [*bench, "pixel_shuffle_gemm", *peers, "--json", str(out / "product.json")], 60),
-        Step("page", [*python, "vlmfast", "bench", *page], 60),
-        Step("models", [*models, "eager,graph", "--budget", "120", "--json", str(out / "models.json")], 200),
+        Step("page", [*vlmfast, "bench", *page], 60),
+        Step("models", [*models, "--json", str(out / "models.json")], 200),
         Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 90),
-        Step("demo", [*python, "vlmfast", "demo", "--device", "cuda"], 60),
+        Step("demo", [*vlmfast, "demo", "--device", "cuda"], 60),
     ]
     can_draw = importlib.util.find_spec("matplotlib") is not None
     return [step for step in found if can_draw or step.name != "page"]
-
-
-def _call(command: list[str], log: IO[str], environment: dict[str, str], seconds: float) -> int:
-    """Run a command; what it has started (compilers, say) is stopped with it."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
 
 
 def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
@@ -85,9 +70,14 @@ def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     start = time.monotonic()
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
     with (out / f"{step.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
         try:
-            code = _call(step.command, log, environment, min(seconds, step.seconds))
+            code = process.wait(min(seconds, step.seconds))
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started (compilers, say) too
+            process.wait()
             code = None
     taken = time.monotonic() - start
     print(f"{step.name}: {'stopped' if code is None else f'exit code {code}'} after {taken:.0f} s", flush=True)
@@ -112,4 +102,4 @@ def run(options: Namespace) -> int:
 if __name__ == "__main__":
     from vlmfast.benchmarks.command import moved
 
-    sys.exit(moved("gpu"))
+    moved("gpu")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -177,9 +176,9 @@ def _one_model(common: Record, modes: Sequence[str], device: str, console: Conso
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
     for mode in modes:
-        with console.status(f"{common['model']}, {mode}") as status:
+        with console.status(head := f"{common['model']}, {mode}") as status:
             try:
-                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, common["model"], mode))
+                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, head))
             except Exception as error:
                 rows = [{"variant": "all", "error": one_line(error)}]
         yield [{**common, "mode": mode, **row} for row in rows]
@@ -222,9 +221,7 @@ def verdict(console: Console, records: list[Record]) -> int:
     return int(failed(records))
 
 
-if __name__ == "__main__":  # as it was called once
+if __name__ == "__main__":
     from vlmfast.benchmarks.command import moved
 
-    counts = "--count" in sys.argv
-    sys.argv[:] = [argument for argument in sys.argv if argument != "--count"]
-    sys.exit(moved("launches" if counts else "models"))
+    moved("models")

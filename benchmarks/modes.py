@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.benchmarks.forwards import STEPS, Decoding, twin
+from vlmfast.benchmarks.timing import wall_seconds
 from vlmfast.console import one_line
 
 MODES = ("eager", "compile", "graph")
@@ -52,33 +52,23 @@ class Variant:
         self.prefill: Callable[[], Any] = lambda: None
         self.step: Callable[[], Any] = lambda: None
         self.model: Any = None
-        try:
+        with self.noted():
             self.model = twin(model, patch)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Have what goes wrong in the block be this variant's error."""
+        try:
+            yield
         except Exception as error:
-            self.error = one_line(error)
+            self.error, self.spoils = one_line(error), isinstance(error, CaptureError)
 
     @torch.no_grad()
     def time(self, times: list[tuple[float, float]]) -> None:
         """Answer the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
-        try:
-            prefill = self._seconds(self.prefill)
-            steps = self._seconds(lambda: [self.step() for _ in range(STEPS)])
-        except Exception as error:
-            self.error = one_line(error)
-        else:
-            times.append((prefill, steps / STEPS))
-
-    def _seconds(self, call: Callable[[], Any]) -> float:
-        _synchronize(self.device)
-        start = time.perf_counter()
-        call()
-        _synchronize(self.device)
-        return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        with self.noted():
+            times.append((wall_seconds(self.prefill, 1, synchronize), wall_seconds(self.step, STEPS, synchronize)))
 
 
 @torch.no_grad()
@@ -93,13 +83,10 @@ def prepare(variant: Variant, mode: str, original: Variant | None = None) -> Non
         mode: one of `MODES`.
         original: whose answer has to be that of this variant; None where nothing else answers alike.
     """
-    if variant.error is not None:
-        return
-    try:
-        before = torch.cuda.memory_allocated() if variant.device.type == "cuda" else 0
-        _prepare(variant, mode, original, before)
-    except Exception as error:
-        variant.error, variant.spoils = one_line(error), isinstance(error, CaptureError)
+    if variant.error is None:
+        with variant.noted():
+            before = torch.cuda.memory_allocated() if variant.device.type == "cuda" else 0
+            _prepare(variant, mode, original, before)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ and imports its package there: what an import or a call raises becomes a row of 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -20,56 +21,37 @@ from vlmfast.registry import Op
 Call = Callable[[], Any]
 
 
-def _offset(variant: str) -> float:
-    """Return what is added to the weight."""
-    return 1.0 if variant == "gemma" else 0.0
+def _norms(prepare: Preparation) -> dict[str, Preparation]:
+    """Return the preparations of both norms, from one that takes a residual or None."""
+    return {"rms_norm": lambda x, *rest: prepare(x, None, *rest), "add_rms_norm": prepare}
 
 
-def _llama_only(package: str, variant: str) -> None:
+def _liger(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
+    from liger_kernel.ops import fused_add_rms_norm, rms_norm
+
+    rest = weight, eps, float(variant == "gemma"), variant, False
+    if residual is None:
+        return functools.partial(rms_norm.LigerRMSNormFunction.apply, x, *rest)
+    return functools.partial(fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply, x, residual, *rest)
+
+
+def _quack(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
+    from quack.rmsnorm import rmsnorm
+
+    norm = functools.partial(rmsnorm, x, weight, eps=eps, weight_offset=float(variant == "gemma"))
+    return norm if residual is None else functools.partial(norm, residual=residual, prenorm=True)
+
+
+def _flashinfer(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
+    from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+
     if variant != "llama":
-        raise ValueError(f"{package} has no call for the variant {variant} here")
+        raise ValueError(f"flashinfer has no call for the variant {variant} here")
+    if residual is None:
+        return functools.partial(rmsnorm, x, weight, eps)
 
-
-def _liger(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    return lambda: LigerRMSNormFunction.apply(x, weight, eps, _offset(variant), variant, False)
-
-
-def _liger_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
-
-    return lambda: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, _offset(variant), variant, False)
-
-
-def _quack(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from quack.rmsnorm import rmsnorm
-
-    return lambda: rmsnorm(x, weight, eps=eps, weight_offset=_offset(variant))
-
-
-def _quack_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from quack.rmsnorm import rmsnorm
-
-    return lambda: rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True, weight_offset=_offset(variant))
-
-
-def _flashinfer(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from flashinfer.norm import rmsnorm
-
-    _llama_only("flashinfer", variant)
-    return lambda: rmsnorm(x, weight, eps)
-
-
-def _flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from flashinfer.norm import fused_add_rmsnorm
-
-    _llama_only("flashinfer", variant)
-
-    def run() -> tuple[
-        Tensor, Tensor
-    ]:  # it writes over both inputs; copying them first is part of a call that keeps them
-        y, hidden = x.clone(), residual.clone()
+    def run() -> tuple[Tensor, Tensor]:
+        y, hidden = x.clone(), residual.clone()  # it writes over both; a call that keeps them copies them first
         fused_add_rmsnorm(y, hidden, weight, eps)
         return y, hidden
 
@@ -78,9 +60,9 @@ def _flashinfer_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e
 
 # Project -> (the package to import, op -> preparation).
 PROJECTS: dict[str, tuple[str, dict[str, Preparation]]] = {
-    "liger": ("liger_kernel", {"rms_norm": _liger, "add_rms_norm": _liger_add}),
-    "quack": ("quack", {"rms_norm": _quack, "add_rms_norm": _quack_add}),
-    "flashinfer": ("flashinfer", {"rms_norm": _flashinfer, "add_rms_norm": _flashinfer_add}),
+    "liger": ("liger_kernel", _norms(_liger)),
+    "quack": ("quack", _norms(_quack)),
+    "flashinfer": ("flashinfer", _norms(_flashinfer)),
 }
 # transformers: the module that the op replaces. torch: other ways that the op's table lists, such as F.rms_norm.
 KINDS = ("transformers", "torch", "compile", *PROJECTS)
@@ -106,8 +88,7 @@ def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
 
 def _compiled(op: Op, args: tuple[Any, ...]) -> Call:
     torch._dynamo.reset()
-    function = torch.compile(op.reference, dynamic=False)
-    return lambda: function(*args)
+    return functools.partial(torch.compile(op.reference, dynamic=False), *args)
 
 
 def functional_rms_norm(device: str) -> str:

@@ -7,7 +7,6 @@ is launched does not depend on the width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,8 @@ class Published:
         rest: the configuration around both.
         small_text: what differs in the language model of the small one.
         small_vision: what differs in its vision tower.
-        image: returns what the processor makes of one image.
+        pixels: the shape of what the processor makes of one image.
+        beside: what it gives beside the pixels.
         method: how its visual tokens are reduced; None where that cannot be done.
     """
 
@@ -44,7 +44,8 @@ class Published:
     rest: dict[str, Any]
     small_text: dict[str, Any]
     small_vision: dict[str, Any]
-    image: Callable[[], dict[str, Tensor]]
+    pixels: tuple[int, ...]
+    beside: dict[str, list[list[int]]]
     method: Method | None
 
     def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -78,9 +79,9 @@ class Published:
         )
 
     def _inputs(self, model: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        image = {
-            name: value.to(device, dtype if value.is_floating_point() else None) for name, value in self.image().items()
-        }
+        pixels = torch.randn(self.pixels, generator=torch.Generator().manual_seed(0))
+        image = {"pixel_values": pixels.to(device, dtype)}
+        image |= {name: torch.tensor(value, device=device) for name, value in self.beside.items()}
         with torch.no_grad():  # what the model itself makes of the image tells how many placeholders there are
             encoded = model.model.get_image_features(**image, return_dict=True).pooler_output
         visual = sum(rows.shape[:-1].numel() for rows in encoded)
@@ -91,18 +92,6 @@ class Published:
         if self.model_type.startswith("qwen"):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         return {**inputs, **image}
-
-
-def _pixels(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _patches(side: int, patch: int) -> Callable[[], dict[str, Tensor]]:
-    """Cut a square image as the processors of Qwen-VL do."""
-    return lambda: {
-        "pixel_values": _pixels(side * side, 3 * 2 * patch * patch),
-        "image_grid_thw": torch.tensor([[1, side, side]]),
-    }
 
 
 def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
@@ -138,7 +127,8 @@ MODELS = {
         {"image_token_index": IMAGE},
         SMALL_TEXT,
         SMALL_VIT,
-        lambda: {"pixel_values": _pixels(1, 3, 336, 336)},
+        (1, 3, 336, 336),
+        {},
         VisionZip(dominant=54, contextual=10),
     ),
     "llava-next-7b": Published(
@@ -148,7 +138,8 @@ MODELS = {
         {"image_token_index": IMAGE, "image_grid_pinpoints": PINPOINTS},
         SMALL_TEXT,
         SMALL_VIT,
-        lambda: {"pixel_values": _pixels(1, 5, 3, 336, 336), "image_sizes": torch.tensor([[672, 672]])},
+        (1, 5, 3, 336, 336),
+        {"image_sizes": [[672, 672]]},
         VisionZip(dominant=27, contextual=5),
     ),
     "qwen2.5-vl-7b": Published(
@@ -158,7 +149,8 @@ MODELS = {
         QWEN_TOKENS,
         SMALL_GROUPED,
         _qwen_vit(160, 4, 2, 432, fullatt_block_indexes=[3]),
-        _patches(64, 14),
+        (64 * 64, 3 * 2 * 14 * 14),
+        {"image_grid_thw": [[1, 64, 64]]},
         VisionZip(dominant=0.09, contextual=0.01),
     ),
     "qwen3-vl-8b": Published(
@@ -169,7 +161,8 @@ MODELS = {
         QWEN_TOKENS,
         SMALL_GROUPED,
         _qwen_vit(144, 4, 2, 432, deepstack_visual_indexes=[1, 2, 3]),
-        _patches(64, 16),
+        (64 * 64, 3 * 2 * 16 * 16),
+        {"image_grid_thw": [[1, 64, 64]]},
         VisionZip(dominant=0.09, contextual=0.01),
     ),
     "internvl3-8b": Published(
@@ -179,7 +172,8 @@ MODELS = {
         {"image_token_id": IMAGE, "downsample_ratio": 0.5},
         SMALL_GROUPED,
         SMALL_VIT,
-        lambda: {"pixel_values": _pixels(5, 3, 448, 448)},
+        (5, 3, 448, 448),
+        {},
         VisionZip(dominant=0.2, contextual=0.05),
     ),
     "smolvlm-256m": Published(
@@ -189,7 +183,8 @@ MODELS = {
         {"image_token_id": IMAGE, "scale_factor": 4, "pad_token_id": 0},
         {"num_hidden_layers": 10, "vocab_size": 4096},
         _vit(192, 4, 3, 768),
-        lambda: {"pixel_values": _pixels(1, 17, 3, 512, 512)},
+        (1, 17, 3, 512, 512),
+        {},
         None,
     ),
 }

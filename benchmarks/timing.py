@@ -95,7 +95,8 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(COPY_BYTES[device] / copy / 1e9, 2 * size**3 / min(t.median for t in times.values()) / 1e12)
 
 
-def _wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
+def wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
+    """Return the seconds of one call among so many, the device waited for before and after them."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -122,14 +123,14 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
     for name, call in contenders.items():
         with _named(name):
             call()  # compiles
-            singles[name] = _wall_seconds(call, 1, synchronize)
+            singles[name] = wall_seconds(call, 1, synchronize)
     batches = {name: max(1, min(20000, int(ROUND_SECONDS / max(s, 1e-7)))) for name, s in singles.items()}
     rounds = min(rounds, max(FEWEST_ROUNDS, int(ALL_SECONDS / sum(max(s, ROUND_SECONDS) for s in singles.values()))))
     walls: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             with _named(name):
-                walls[name].append(_wall_seconds(call, batches[name], synchronize))
+                walls[name].append(wall_seconds(call, batches[name], synchronize))
     return {name: Times(wall) for name, wall in walls.items()}
 
 

@@ -45,7 +45,7 @@ class Usage:
     """Registers, memory and accesses of one kernel on one architecture."""
 
     registers: int
-    spilled: int  # bytes stored and loaded
+    spills: int  # bytes stored and loaded
     shared: int  # bytes
     loads: tuple[int, ...] = ()  # bytes of each kind of load from global memory
     stores: tuple[int, ...] = ()
@@ -59,15 +59,12 @@ def find_nvcc() -> str | None:
 
 def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
     """Find a cuobjdump, nvcc's or Triton's, and the environment in which it finds its nvdisasm."""
-    triton = importlib.util.find_spec("triton")
     folders = [Path(nvcc).resolve().parent]
-    if triton is not None and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    for folder in folders:
-        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
-            path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
-            return str(folder / "cuobjdump"), {**os.environ, "PATH": path}
-    return None
+    if triton := importlib.util.find_spec("triton"):
+        folders += [Path(folder) / "backends" / "nvidia" / "bin" for folder in triton.submodule_search_locations or ()]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")])
+    found = shutil.which("cuobjdump", path=path) if shutil.which("nvdisasm", path=path) else None
+    return (found, {**os.environ, "PATH": path}) if found else None
 
 
 def demangle(names: list[str]) -> dict[str, str]:
@@ -110,11 +107,10 @@ def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
     found: dict[str, dict[int, Usage]] = defaultdict(dict)
     accesses = widths(disassembly)
     for entry in ENTRY.finditer(log):
-        spilled = int(entry["stores"]) + int(entry["loads"])
         name, architecture = entry["name"], int(entry["architecture"])
         loads, stores = (tuple(sorted(accesses.get((name, architecture, kind), ()))) for kind in ("LDG", "STG"))
-        usage = Usage(int(entry["registers"]), spilled, int(entry["shared"] or 0), loads, stores)
-        found[name][architecture] = usage
+        spills = int(entry["stores"]) + int(entry["loads"])
+        found[name][architecture] = Usage(int(entry["registers"]), spills, int(entry["shared"] or 0), loads, stores)
     names = demangle(list(found))
     return {names[name]: by_architecture for name, by_architecture in found.items()}
 
@@ -125,7 +121,7 @@ def table(kernels: dict[str, dict[int, Usage]]) -> str:
     lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in ARCHITECTURES), " spilled  shared"])]
     for name, by_architecture in sorted(kernels.items()):
         registers = [f"{by_architecture[a].registers:>4}" for a in ARCHITECTURES]
-        spilled = max(usage.spilled for usage in by_architecture.values())
+        spilled = max(usage.spills for usage in by_architecture.values())
         shared = max(usage.shared for usage in by_architecture.values())
         lines.append(" ".join([f"{name:{width}}", *registers, f"{spilled:>8}", f"{shared:>7}"]))
     return "\n".join(lines)
@@ -142,7 +138,7 @@ def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
     found = []
     for name, by_architecture in kernels.items():
         for architecture, usage in by_architecture.items():
-            if usage.spilled:
+            if usage.spills:
                 found.append(f"{name} spills registers on sm_{architecture}")
             if in_vectors(name) and usage.loads and max(usage.loads) < 16:
                 found.append(f"{name} loads no 16 bytes at a time on sm_{architecture}")
@@ -160,10 +156,8 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
             output, disassembly = Path(directory) / f"{source.stem}.o", ""
             log = compile_source(nvcc, source, output)
             if disassembler is not None:
-                command = [disassembler[0], "-sass", str(output)]
-                disassembly = subprocess.run(
-                    command, env=disassembler[1], capture_output=True, text=True, check=True
-                ).stdout
+                command, environment = [disassembler[0], "-sass", str(output)], disassembler[1]
+                disassembly = subprocess.check_output(command, env=environment, text=True)
         found = usages(log, disassembly)
         if not found or any(set(by_architecture) != set(ARCHITECTURES) for by_architecture in found.values()):
             raise SystemExit(f"{source.name}: ptxas did not report every kernel on every architecture")
@@ -171,11 +165,9 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
             raise SystemExit(f"{source.name}: no loads in the disassembly of some kernel")
         return found
 
-    kernels: dict[str, dict[int, Usage]] = {}
-    with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(compile_one, sorted(CSRC.glob("*/*.cu"), key=lambda path: -path.stat().st_size)):
-            kernels |= found
-    return kernels
+    with ThreadPoolExecutor(2) as pool:  # the longest first
+        found = pool.map(compile_one, sorted(CSRC.glob("*/*.cu"), key=lambda path: -path.stat().st_size))
+        return {name: by_architecture for of_source in found for name, by_architecture in of_source.items()}
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ csrc/ instantiates. `traffic` says how many bytes each op moves and how many it 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -44,7 +45,7 @@ def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
         for name, value in record.items():  # in their order: a set's would be another one in every process
             if name in keys:
                 continue
-            if isinstance(value, list):
+            if isinstance(value, list | tuple):
                 mine[name] = sorted({*mine.get(name, []), *value})
             else:
                 mine[name] = max(mine.get(name, 0), value)
@@ -66,10 +67,8 @@ def of_cuda(nvcc: str) -> list[dict[str, Any]]:
         kernel, _, arguments = name.partition("<")
         types = sorted(set(re.findall(r"float|__half|__nv_bfloat16|unsigned short", arguments)))
         for architecture, usage in by_architecture.items():
-            numbers = {"registers": usage.registers, "spills": usage.spilled, "shared": usage.shared}
-            widths = {"loads": list(usage.loads), "stores": list(usage.stores)}
             place = {"kernel": kernel, "target": f"sm_{architecture}", "types": types}
-            records.append({**place, "vectors": compile_cuda.in_vectors(name), **numbers, **widths})
+            records.append({**place, "vectors": compile_cuda.in_vectors(name), **dataclasses.asdict(usage)})
     return summarised(records, ("kernel", "target", "types", "vectors"))
 
 

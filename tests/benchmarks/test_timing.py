@@ -44,7 +44,7 @@ def did(monkeypatch):
 
 def test_a_batch_is_waited_for_at_both_ends(did):
     did.call("before", 100.0)()
-    assert timing._wall_seconds(did.call("x", 2.0), 3, did.synchronize) == 2.0
+    assert timing.wall_seconds(did.call("x", 2.0), 3, did.synchronize) == 2.0
     assert did.log == ["before", "wait", "x", "x", "x", "wait"]
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-from vlmfast.benchmarks import published
 from vlmfast.benchmarks.published import MODELS, Published
 
 SMALLER_IMAGES = {
-    "qwen2.5-vl-7b": published._patches(16, 14),
-    "qwen3-vl-8b": published._patches(16, 16),
-    "internvl3-8b": lambda: {"pixel_values": torch.randn(2, 3, 448, 448)},
-    "smolvlm-256m": lambda: {"pixel_values": torch.randn(1, 2, 3, 512, 512)},
+    "qwen2.5-vl-7b": {"pixels": (16 * 16, 3 * 2 * 14 * 14), "beside": {"image_grid_thw": [[1, 16, 16]]}},
+    "qwen3-vl-8b": {"pixels": (16 * 16, 3 * 2 * 16 * 16), "beside": {"image_grid_thw": [[1, 16, 16]]}},
+    "internvl3-8b": {"pixels": (2, 3, 448, 448)},
+    "smolvlm-256m": {"pixels": (1, 2, 3, 512, 512)},
 }
 
 
@@ -25,5 +22,4 @@ def little(name: str) -> Published:
         depth["deepstack_visual_indexes"] = [0, 1]
     result = dataclasses.replace(model, text={**model.text, "num_hidden_layers": 2}, vision={**model.vision, **depth})
     text, vision = result._narrow()
-    result = dataclasses.replace(result, image=SMALLER_IMAGES.get(name, result.image))
-    return dataclasses.replace(result, small_text=text, small_vision=vision)
+    return dataclasses.replace(result, small_text=text, small_vision=vision, **SMALLER_IMAGES.get(name, {}))
