@@ -64,9 +64,8 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
       const float* from = weights.data() + (b * heads + head) * row;
       for (int64_t token = 0; token < tokens; ++token) sums[token] += from[token];
     }
-    for (int64_t token = 0; token < tokens; ++token) {
-      if (token != call.cls) *to++ = static_cast<float>(sums[token]);
-    }
+    to = std::copy(sums.begin(), sums.begin() + call.cls, to);
+    to = std::copy(sums.begin() + call.cls + 1, sums.end(), to);
   }
   return scores;
 }

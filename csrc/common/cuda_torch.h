@@ -125,8 +125,6 @@ void with_dtype(Dtype dtype, Function&& function) {
 }
 
 // Allocates a float32 buffer for kernels on the current stream.
-inline Tensor float_buffer(int64_t count, const Tensor& like) {
-  return allocate(&count, 1, like, aoti_torch_dtype_float32());
-}
+inline Tensor float_buffer(int64_t count, const Tensor& like) { return allocate({count}, like, Dtype::kFloat32); }
 
 }  // namespace vlmfast

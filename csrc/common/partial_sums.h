@@ -30,12 +30,5 @@ void sum_partials(int64_t size, const float* partials, int64_t count, void* sums
   });
 }
 
-void sum_partials(Dtype dtype, int64_t size, const float* partials, int64_t count, void* sums) {
-  for_dtype(dtype, [&](auto element) {
-    using T = typename decltype(element)::type;
-    sum_partials<T>(size, partials, count, sums);
-  });
-}
-
 }  // namespace
 }  // namespace vlmfast

@@ -16,9 +16,9 @@ constexpr int64_t kPastCaches = int64_t{12} << 20;
 inline Tensor written_rows(IntHeaderOnlyArrayRef sizes, const Tensor& like, int64_t row_size, const char* const* copied,
                            const char* const* added = nullptr, double factor = 1) {
   constexpr int64_t kLine = 64;
-  Tensor output = allocate_output(sizes, like);
+  const Dtype dtype = dtype_of(like);
+  Tensor output = allocate_output(sizes, like, dtype);
   char* const y = static_cast<char*>(output.mutable_data_ptr());
-  const Dtype dtype = dtype_of(output);
   const int64_t elements = output.numel(), width = info(dtype).width;
   if (elements == 0) return output;
   const int64_t rows = elements / row_size;

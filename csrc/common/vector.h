@@ -14,7 +14,6 @@
 #include "common/types.h"
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
-#define VLMFAST_INLINE_LAMBDA __attribute__((always_inline))
 #define VLMFAST_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
 // For loops over arrays of blocks: GCC keeps an array in registers only where it unrolls such a loop early.
 #define VLMFAST_UNROLL _Pragma("GCC unroll 8")
@@ -188,23 +187,6 @@ VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(loa
 VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
   typedef uint16_t Words __attribute__((vector_size(kRegisterBytes / 2)));
   return (Float)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
-}
-
-// function(Type<T>) for the element type T of a call.
-template <class T>
-struct Type {
-  using type = T;
-};
-template <class F>
-VLMFAST_INLINE void for_dtype(Dtype dtype, const F& function) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return function(Type<float>{});
-    case Dtype::kFloat16:
-      return function(Type<Float16>{});
-    case Dtype::kBFloat16:
-      return function(Type<BFloat16>{});
-  }
 }
 
 // Rounds a block to T and widens it again.

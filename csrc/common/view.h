@@ -53,8 +53,8 @@ constexpr const DtypeInfo& info(Dtype dtype) { return kDtypes[static_cast<int>(d
 inline Dtype dtype_of(const Tensor& tensor) {
   int32_t number;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
-  for (const Dtype dtype :
-       {Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBool, Dtype::kInt64, Dtype::kInt32}) {
+  if (number == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+  for (Dtype dtype{}; dtype < Dtype::kOther; dtype = static_cast<Dtype>(static_cast<int>(dtype) + 1)) {
     if (number == info(dtype).shim_number()) return dtype;
   }
   return Dtype::kOther;
@@ -173,6 +173,11 @@ inline void check_within(const char* name, int64_t value, int64_t least, int64_t
 
 namespace detail {
 
+inline void bind_dtype(const char* name, Dtype found, FloatDtype& dtype) { dtype.bind(name, found); }
+inline void bind_dtype(const char* name, Dtype found, Dtype dtype) {
+  STD_TORCH_CHECK(found == dtype, name, " must be ", info(dtype).name, ", got ", info(found).name);
+}
+
 [[noreturn]] inline void refuse_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank) {
   std::string names, values, bounds, got;
   const auto add = [](std::string& list, const std::string& item) { list += (list.empty() ? "" : ", ") + item; };
@@ -210,11 +215,13 @@ inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin
 
 // Binds the sizes of a tensor and finds those of a view, and its strides: false where the tensor has none, because
 // dimensions in braces have no common stride, or elements of the last dimension are not adjacent.
-inline bool bind_shape(const char* name, const Tensor& tensor, const Dim* shape, int rank, int64_t* view_sizes,
-                       int64_t* view_strides) {
+template <int rank>
+bool bind_shape(const char* name, const Tensor& tensor, const Dim (&shape)[rank], int64_t (&view_sizes)[rank],
+                int64_t (&view_strides)[rank]) {
   const int64_t dims = tensor.dim();
-  const int64_t* const sizes = tensor.sizes().data();
-  const int64_t* const strides = tensor.strides().data();
+  int64_t *sizes, *strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
   int64_t named = 0;
   for (int i = 0; i < rank; ++i) named += shape[i].named();
   const int64_t leading = shape[0].leading != nullptr ? dims - named : 0;
@@ -240,20 +247,16 @@ inline bool bind_shape(const char* name, const Tensor& tensor, const Dim* shape,
 template <int rank>
 class View {
  public:
-  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], FloatDtype& dtype) : dtype_(dtype_of(tensor)) {
-    dtype.bind(name, dtype_);
-    bind(name, tensor, shape);
+  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], FloatDtype& dtype) {
+    bind(name, tensor, shape, dtype);
   }
-
-  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], Dtype dtype) : dtype_(dtype_of(tensor)) {
-    STD_TORCH_CHECK(dtype_ == dtype, name, " must be ", info(dtype).name, ", got ", info(dtype_).name);
-    bind(name, tensor, shape);
+  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], Dtype dtype) {
+    bind(name, tensor, shape, dtype);
   }
-
   // The view of a tensor that is not given is false, has no data and no strides.
   template <class AnyDtype>
   View(const char* name, const std::optional<Tensor>& tensor, const Dim (&shape)[rank], AnyDtype&& dtype) {
-    if (tensor.has_value()) *this = View(name, *tensor, shape, dtype);
+    if (tensor.has_value()) bind(name, *tensor, shape, dtype);
   }
   View() = default;
 
@@ -282,8 +285,11 @@ class View {
   }
 
  private:
-  void bind(const char* name, const Tensor& tensor, const Dim (&shape)[rank]) {
-    if (detail::bind_shape(name, tensor, shape, rank, sizes_, strides_)) {
+  template <class AnyDtype>
+  void bind(const char* name, const Tensor& tensor, const Dim (&shape)[rank], AnyDtype& dtype) {
+    dtype_ = dtype_of(tensor);
+    detail::bind_dtype(name, dtype_, dtype);
+    if (detail::bind_shape(name, tensor, shape, sizes_, strides_)) {
       data_ = tensor.const_data_ptr();
       return;
     }

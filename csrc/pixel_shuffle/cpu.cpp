@@ -140,7 +140,7 @@ Tensor pixel_shuffle_norm(const Tensor& x, const Tensor& norm_weight, const Tens
                           double norm_eps) {
   NormCall call(x, norm_weight, grid, scale, order, input_scale, norm_eps);
   const View bias("norm_bias", norm_bias, {call.norm_size}, call.dtype);
-  Tensor y = allocate_output({call.batch, call.tokens, call.hidden}, x);
+  Tensor y = allocate_output({call.batch, call.tokens, call.hidden}, x, call.dtype);
   if (y.numel() == 0) return y;
   const PixelShuffleNorm args{call.norm, bias.data(), static_cast<char*>(y.mutable_data_ptr())};
   const auto norm = kernels<PixelShuffleKernels>().norm[call.dtype];
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& gra
                                                                double norm_eps) {
   NormCall call(x, norm_weight, grid, scale, order, input_scale, norm_eps);
   const View grads("grad_output", grad_output, {{call.batch, call.tokens}, call.hidden}, call.dtype);
-  Tensor grad_x = allocate_output(x.sizes(), x);
+  Tensor grad_x = allocate_output(x.sizes(), x, call.dtype);
   Tensor grad_weight = allocate({call.norm_size}, x, call.dtype), grad_bias = allocate({call.norm_size}, x, call.dtype);
 
   const int64_t tokens = grads.size(0), patch_bytes = call.channels * call.x.width();

@@ -1,4 +1,4 @@
-// RMSNorm on the CPU: the ops' arguments, outputs and threads. The arithmetic is in rms_norm_kernels.cpp.
+// RMSNorm on the CPU: the ops' arguments, outputs and threads. The arithmetic is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
 #include <algorithm>
@@ -13,100 +13,85 @@
 namespace vlmfast {
 namespace {
 
-const RmsNormKernels& kernels() {
-  static const RmsNormKernels table = at_cpu_level([](auto level) { return rms_norm_kernels<level>(); });
-  return table;
-}
-
-Tensor output_like(const Tensor& x) { return allocate_output(x.sizes(), x); }
-
-// What rows are multiplied by, and how: without a weight by ones, as "olmo" does it.
-struct Weight {
-  std::optional<Rows> rows;
+// The arguments of a call, and where its weight lies: the kernels have no variant without one.
+struct NormCall : RmsNormArguments {
   std::unique_ptr<float[]> ones;  // or as many elements of 16 bits
-  Variant variant;
 
-  Weight(const std::optional<Tensor>& tensor, const Rows& x, Variant order)
-      : rows(checked_weight(tensor, x)), variant(rows ? order : Variant::kOlmo) {
-    if (rows) return;
-    ones.reset(new float[x.size]);
-    const Dtype dtype = dtype_of(x.tensor);
+  NormCall(const Tensor& x_tensor, const std::optional<Tensor>& weight_tensor, Variant order)
+      : RmsNormArguments(x_tensor, weight_tensor, order) {
+    if (weight_tensor.has_value()) return;
+    ones.reset(new float[hidden]);
     if (dtype == Dtype::kFloat32) {
-      std::fill_n(ones.get(), x.size, 1.0f);
+      std::fill_n(ones.get(), int64_t{hidden}, 1.0f);
     } else {
-      std::fill_n(reinterpret_cast<uint16_t*>(ones.get()), x.size, dtype == Dtype::kFloat16 ? 0x3c00 : 0x3f80);
+      const uint16_t one = dtype == Dtype::kFloat16 ? 0x3c00 : 0x3f80;
+      std::fill_n(reinterpret_cast<uint16_t*>(ones.get()), int64_t{hidden}, one);
     }
   }
 
-  const void* data() const { return rows ? rows->data() : ones.get(); }
+  const void* weight_data() const { return ones != nullptr ? ones.get() : weight.data(); }
 };
 
-Tensor forward(const Rows& x, const Rows* residual, const Tensor* new_residual, const std::optional<Tensor>& weight,
-               double eps, Variant variant) {
-  const Weight w(weight, x, variant);
-  Tensor y = output_like(x.tensor);
-  const RmsNormForward args{dtype_of(x.tensor),
-                            w.variant,
-                            static_cast<float>(eps),
-                            x.size,
-                            x.data(),
+Tensor forward(const NormCall& call, const Tensor& x, const View<2>* residual, void* new_residual, double eps) {
+  Tensor y = allocate_output(x.sizes(), x, call.dtype);
+  const RmsNormForward args{static_cast<float>(eps),
+                            call.hidden,
+                            call.x.data(),
                             residual != nullptr ? residual->data() : nullptr,
-                            w.data(),
+                            call.weight_data(),
                             y.mutable_data_ptr(),
-                            new_residual != nullptr ? new_residual->mutable_data_ptr() : nullptr,
-                            x.row_stride,
-                            residual != nullptr ? residual->row_stride : 0};
-  parallel_rows(x.count, row_ranges(x.count, x.size),
-                [&](int64_t begin, int64_t end, int64_t) { kernels().forward(args, begin, end); });
+                            new_residual,
+                            call.x.stride(0),
+                            residual != nullptr ? residual->stride(0) : 0};
+  const auto kernel =
+      kernels<RmsNormKernels>().forward[residual != nullptr ? 1 : 0][static_cast<int>(call.variant)][call.dtype];
+  parallel_rows(call.rows, row_ranges(call.rows, call.hidden),
+                [&](int64_t begin, int64_t end, int64_t) { kernel(args, begin, end); });
   return y;
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, Variant variant) {
-  return forward(Rows(x), nullptr, nullptr, weight, eps, variant);
+  return forward(NormCall(x, weight, variant), x, nullptr, nullptr, eps);
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
-                                        double eps, Variant variant) {
-  const Rows x_rows(x), residual_rows(residual);
-  check_twin("residual", residual_rows, x_rows);
-  Tensor new_residual = output_like(x);
-  Tensor y = forward(x_rows, &residual_rows, &new_residual, weight, eps, variant);
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual_tensor,
+                                        const std::optional<Tensor>& weight, double eps, Variant variant) {
+  NormCall call(x, weight, variant);
+  const View residual("residual", residual_tensor, {call.rows, call.hidden}, call.dtype);
+  Tensor new_residual = allocate_output(x.sizes(), x, call.dtype);
+  Tensor y = forward(call, x, &residual, new_residual.mutable_data_ptr(), eps);
   return {std::move(y), std::move(new_residual)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x,
                                              const std::optional<Tensor>& weight, double eps, Variant variant,
                                              const std::optional<Tensor>& grad_residual, bool weight_grad) {
-  const Rows x_rows(x), grad_rows(grad_output);
-  const Weight w(weight, x_rows, variant);
-  weight_grad = weight_grad && w.rows;
-  check_twin("grad_output", grad_rows, x_rows);
-  std::optional<Rows> residual_rows;
-  if (grad_residual.has_value()) check_twin("grad_residual", residual_rows.emplace(*grad_residual), x_rows);
-
-  Tensor grad_x = output_like(x);
-  const int64_t grad_weight_size = weight_grad ? x_rows.size : 0;
-  Tensor grad_weight = allocate(&grad_weight_size, 1, weight ? *weight : x);
-  const RmsNormBackward args{dtype_of(x),
-                             w.variant,
-                             static_cast<float>(eps),
-                             x_rows.size,
-                             grad_rows.data(),
-                             x_rows.data(),
-                             w.data(),
-                             residual_rows ? residual_rows->data() : nullptr,
+  NormCall call(x, weight, variant);
+  const View grads("grad_output", grad_output, {call.rows, call.hidden}, call.dtype);
+  const View residual_grads("grad_residual", grad_residual, {call.rows, call.hidden}, call.dtype);
+  Tensor grad_x = allocate_output(x.sizes(), x, call.dtype);
+  weight_grad = weight_grad && weight.has_value();
+  const int64_t grad_weight_size = weight_grad ? int64_t{call.hidden} : 0;
+  Tensor grad_weight = allocate({grad_weight_size}, x, call.dtype);
+  const RmsNormBackward args{static_cast<float>(eps),
+                             call.hidden,
+                             grads.data(),
+                             call.x.data(),
+                             call.weight_data(),
+                             residual_grads.data(),
                              grad_x.mutable_data_ptr(),
-                             grad_rows.row_stride,
-                             x_rows.row_stride,
-                             residual_rows ? residual_rows->row_stride : 0};
+                             grads.stride(0),
+                             call.x.stride(0),
+                             residual_grads.stride(0)};
 
-  const int64_t ranges = row_ranges(x_rows.count, x_rows.size);
-  const int64_t partial_size = weight_grad ? vlmfast::partial_size(x_rows.size) : 0;
-  const std::unique_ptr<float[]> partials(new float[ranges * partial_size]());
-  parallel_rows(x_rows.count, ranges, [&](int64_t begin, int64_t end, int64_t range) {
-    kernels().backward(args, begin, end, weight_grad ? &partials[range * partial_size] : nullptr);
+  const auto& table = kernels<RmsNormKernels>();
+  const int64_t ranges = row_ranges(call.rows, call.hidden), partial = weight_grad ? partial_size(call.hidden) : 0;
+  const std::unique_ptr<float[]> partials(new float[ranges * partial]());
+  const auto backward = table.backward[static_cast<int>(call.variant)][call.dtype];
+  parallel_rows(call.rows, ranges, [&](int64_t begin, int64_t end, int64_t range) {
+    backward(args, begin, end, weight_grad ? &partials[range * partial] : nullptr);
   });
-  kernels().sum_partials(args.dtype, grad_weight_size, partials.get(), ranges, grad_weight.mutable_data_ptr());
+  table.sum_partials[call.dtype](grad_weight_size, partials.get(), ranges, grad_weight.mutable_data_ptr());
   return {std::move(grad_x), std::move(grad_weight)};
 }
 

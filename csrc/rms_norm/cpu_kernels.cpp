@@ -13,16 +13,16 @@ namespace {
 // How many rows after the one at hand to fetch into the cache. The processor's own prefetcher stops at the end of a
 // 4 kB page, which is a row of 2048 bfloat16: without this the forward of 600 x 2048 takes 1.04x as long.
 template <int N>
-VLMFAST_INLINE int64_t rows_ahead(int64_t size) {
+VLMFAST_INLINE int64_t rows_ahead(int64_t hidden) {
   constexpr int64_t kElements = 4096;
-  return size < kElements / N ? kElements / size : N;
+  return hidden < kElements / N ? kElements / hidden : N;
 }
 
 // 1 / sqrt(mean + eps) of the sums of N rows.
 template <int N>
-VLMFAST_INLINE void inverse_roots(const float* sums, int64_t size, float eps, float (&result)[N]) {
+VLMFAST_INLINE void inverse_roots(const float* sums, int64_t hidden, float eps, float (&result)[N]) {
   VLMFAST_UNROLL
-  for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(size) + eps);
+  for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(hidden) + eps);
 }
 
 // Times the weight, as the variant takes it.
@@ -40,7 +40,7 @@ VLMFAST_INLINE Block before_weight(const Block& normed) {
 // ---- forward ----
 
 // The least magnitude of an input for which no rounding of a row meets a subnormal and the squares are exact.
-// `least_factor`: of a weight, or of 1 + weight; zeros aside in both.
+// `least_factor` is that of a weight, or of 1 + weight. Zeros count in neither.
 template <class T, bool add>
 VLMFAST_INLINE float least_quick(float inverse_rms, float least_factor) {
   constexpr float kNormal = 0x1p-124f;  // four times the least normal number: twice for what roundings take away
@@ -53,17 +53,18 @@ template <class T, Variant variant>
 float least_factor(const RmsNormForward& args) {
   if (variant == Variant::kGemma) return 0x1p-9f;  // 1 + weight, for every bfloat16 but -1
   typename Quick<T>::Least least;
-  each_block(args.size, [&](int64_t offset, auto count)
-                            VLMFAST_INLINE_LAMBDA { least.see(static_cast<const T*>(args.weight) + offset, count); });
+  each_block(args.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
+    least.see(static_cast<const T*>(args.weight) + offset, count);
+  });
   return least.value();
 }
 
-// Where the rows of a call lie. A copy, because the compiler must take it that a store changes what is behind `args`.
+// Where the rows of a call lie. Copied, because the compiler must assume that stores alias `args`.
 template <class T>
 struct ForwardRows {
   const T *x, *residual, *weight;
   T *y, *new_residual;
-  int64_t size, x_stride, residual_stride;
+  int64_t hidden, x_stride, residual_stride;
 
   VLMFAST_INLINE ForwardRows(const RmsNormForward& args, int64_t row, int64_t row_size)
       : x(static_cast<const T*>(args.x) + row * args.x_row_stride),
@@ -71,7 +72,7 @@ struct ForwardRows {
         weight(static_cast<const T*>(args.weight)),
         y(static_cast<T*>(args.y) + row * row_size),
         new_residual(static_cast<T*>(args.new_residual) + row * row_size),
-        size(row_size),
+        hidden(row_size),
         x_stride(args.x_row_stride),
         residual_stride(args.residual_row_stride) {}
 };
@@ -88,7 +89,7 @@ template <class T, bool add, bool quick, int N>
 VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float factor) {
   float sums[N];
   typename Quick<T>::Least least[N];
-  const auto squares = [&](int64_t offset, auto count, Block(&total)[N]) VLMFAST_INLINE_LAMBDA {
+  const auto squares = VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[N]) {
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       const T* x = rows.x + n * rows.x_stride + offset;
@@ -96,7 +97,7 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
       if constexpr (quick) least[n].see(x, count);
       if constexpr (add) {
         const T* residual = rows.residual + n * rows.residual_stride + offset;
-        T* sum = rows.new_residual + n * rows.size + offset;
+        T* sum = rows.new_residual + n * rows.hidden + offset;
         value = load(residual, count) + value;
         if constexpr (quick) {
           least[n].see(residual, count);
@@ -113,9 +114,9 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
       }
     }
   };
-  torch_sum<T>(rows.size, sums, squares);
+  torch_sum<T>(rows.hidden, sums, squares);
   Scales<N> scales;
-  inverse_roots(sums, rows.size, eps, scales.inverse_rms);
+  inverse_roots(sums, rows.hidden, eps, scales.inverse_rms);
   scales.quick = quick;
   if constexpr (quick) {
     VLMFAST_UNROLL
@@ -131,8 +132,8 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
 template <class T, Variant variant, bool add, bool quick, int N>
 VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)[N]) {
   constexpr bool kInOrder = quick && variant == Variant::kLlama;  // rounded twice by the processor
-  const int64_t ahead = rows_ahead<N>(rows.size);
-  each_block(rows.size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  const int64_t ahead = rows_ahead<N>(rows.hidden);
+  each_block(rows.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     Block w, normed[N];
     if constexpr (kInOrder) {
       w = Quick<T>::load_in_order(rows.weight + offset, count);
@@ -144,14 +145,14 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
       __builtin_prefetch(rows.x + (n + ahead) * rows.x_stride + offset);
       if constexpr (add) {
         __builtin_prefetch(rows.residual + (n + ahead) * rows.residual_stride + offset);
-        __builtin_prefetch(rows.new_residual + (n + ahead) * rows.size + offset, 1);
+        __builtin_prefetch(rows.new_residual + (n + ahead) * rows.hidden + offset, 1);
       }
-      const T* from = add ? rows.new_residual + n * rows.size : rows.x + n * rows.x_stride;
+      const T* from = add ? rows.new_residual + n * rows.hidden : rows.x + n * rows.x_stride;
       normed[n] = load(from + offset, count) * inverse_rms[n];
     }
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
-      T* to = rows.y + n * rows.size + offset;
+      T* to = rows.y + n * rows.hidden + offset;
       if constexpr (kInOrder) {
         Quick<T>::template store<true>(to, weighted<variant>(Quick<T>::round(normed[n]), w), count);
       } else if constexpr (quick) {
@@ -171,10 +172,9 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   const float eps = args.eps;
   float factor = 0;
   if constexpr (kQuick) factor = least_factor<T, variant>(args);
-  in_groups<kTogether>(begin, end, args.size,
-                       [&](int64_t first, int64_t stop, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
+  in_groups<kTogether>(begin, end, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t stop, auto rows, int64_t hidden) {
     for (int64_t row = first; row < stop; row += rows) {
-      const ForwardRows<T> at(args, row, size);
+      const ForwardRows<T> at(args, row, hidden);
       Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
       if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
       if (kQuick && scales.quick) {
@@ -188,18 +188,18 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
-// The formula of vlmfast/ops/rms_norm.py, with both of its sums over a row taken in one pass.
+// The formula of the definition in vlmfast/ops, with both sums over a row taken in one pass.
 template <class T, Variant variant, int N>
-VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int64_t size, float* partial) {
+VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int64_t hidden, float* partial) {
   const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.grad_output_row_stride;
   const T* x = static_cast<const T*>(args.x) + row * args.x_row_stride;
   const T* weight = static_cast<const T*>(args.weight);
   const T* grad_residual = static_cast<const T*>(args.grad_residual);
   if (grad_residual != nullptr) grad_residual += row * args.grad_residual_row_stride;
-  T* grad_x = static_cast<T*>(args.grad_x) + row * size;
+  T* grad_x = static_cast<T*>(args.grad_x) + row * hidden;
 
-  float sums[2 * N], inverse_rms[N], mean_product[N];  // mean_product: of the weighted gradient and the quotient
-  const auto terms = [&](int64_t offset, auto count, Block(&total)[2 * N]) VLMFAST_INLINE_LAMBDA {
+  float sums[2 * N], inverse_rms[N], projection[N];  // projection: mean of the weighted gradient times the normed row
+  const auto terms = VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[2 * N]) {
     const Block w = load(weight + offset, count);
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -209,27 +209,27 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
       total[N + n] = total[N + n] + weighted<variant>(grad, w) * value;
     }
   };
-  torch_sum<T>(size, sums, terms);
-  inverse_roots(sums, size, args.eps, inverse_rms);
+  torch_sum<T>(hidden, sums, terms);
+  inverse_roots(sums, hidden, args.eps, inverse_rms);
   VLMFAST_UNROLL
-  for (int n = 0; n < N; ++n) mean_product[n] = sums[N + n] / static_cast<float>(size) * inverse_rms[n];
+  for (int n = 0; n < N; ++n) projection[n] = sums[N + n] / static_cast<float>(hidden) * inverse_rms[n];
 
-  const int64_t ahead = rows_ahead<N>(size);
-  each_block(size, [&](int64_t offset, auto count) VLMFAST_INLINE_LAMBDA {
+  const int64_t ahead = rows_ahead<N>(hidden);
+  each_block(hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block w = load(weight + offset, count);
     Block weight_grad = partial != nullptr ? load(partial + offset) : Block{};
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       __builtin_prefetch(x + (n + ahead) * args.x_row_stride + offset);
       __builtin_prefetch(grad_output + (n + ahead) * args.grad_output_row_stride + offset);
-      __builtin_prefetch(grad_x + (n + ahead) * size + offset, 1);
+      __builtin_prefetch(grad_x + (n + ahead) * hidden + offset, 1);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
       const Block normed = load(x + n * args.x_row_stride + offset, count) * inverse_rms[n];
-      Block result = (weighted<variant>(grad, w) - normed * mean_product[n]) * inverse_rms[n];
+      Block result = (weighted<variant>(grad, w) - normed * projection[n]) * inverse_rms[n];
       if (grad_residual != nullptr) {
         result = result + load(grad_residual + n * args.grad_residual_row_stride + offset, count);
       }
-      store(grad_x + n * size + offset, result, count);
+      store(grad_x + n * hidden + offset, result, count);
       weight_grad = weight_grad + grad * before_weight<T, variant>(normed);
     }
     if (partial != nullptr) store(partial + offset, weight_grad);
@@ -240,48 +240,37 @@ template <class T, Variant variant>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
     const int64_t stop = row + kSumStep < end ? row + kSumStep : end;
-    in_groups<2>(row, stop, args.size, [&](int64_t first, int64_t last, auto rows, int64_t size) VLMFAST_INLINE_LAMBDA {
-      for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, size, partial);
+    in_groups<2>(row, stop, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t hidden) {
+      for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, hidden, partial);
     });
     row = stop;
-    if (partial != nullptr) carry(partial, args.size, row - begin);
+    if (partial != nullptr) carry(partial, args.hidden, row - begin);
   }
 }
 
-// ---- by dtype and variant ----
+// ---- by residual, variant and dtype ----
 
-// function(element, variant), both as types. Float32 rounds nothing: there, kOlmo does what kLlama does.
-template <class Args, class F>
-void for_kind(const Args& args, const F& function) {
-  for_dtype(args.dtype, [&](auto element) {
-    if (args.variant == Variant::kGemma) return function(element, std::integral_constant<Variant, Variant::kGemma>{});
-    if constexpr (!std::is_same_v<typename decltype(element)::type, float>) {
-      if (args.variant == Variant::kLlama) return function(element, std::integral_constant<Variant, Variant::kLlama>{});
-    }
-    return function(element, std::integral_constant<Variant, Variant::kOlmo>{});
-  });
-}
+// Float32 rounds nothing: there kOlmo does what kLlama does.
+template <class T, Variant variant>
+constexpr Variant kArithmetic = std::is_same_v<T, float> && variant == Variant::kLlama ? Variant::kOlmo : variant;
 
-void any_forward(const RmsNormForward& args, int64_t begin, int64_t end) {
-  for_kind(args, [&](auto element, auto variant) {
-    using T = typename decltype(element)::type;
-    args.residual == nullptr ? forward<T, variant, false>(args, begin, end)
-                             : forward<T, variant, true>(args, begin, end);
-  });
-}
+template <class T, Variant variant, bool add>
+constexpr auto forward_of = forward<T, kArithmetic<T, variant>, add>;
 
-void any_backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
-  for_kind(args, [&](auto element, auto variant) {
-    using T = typename decltype(element)::type;
-    backward<T, variant>(args, begin, end, partial);
-  });
-}
+template <class T, Variant variant>
+constexpr auto backward_of = backward<T, kArithmetic<T, variant>>;
 
 }  // namespace
 
 template <>
-RmsNormKernels rms_norm_kernels<CpuLevel::VLMFAST_ISA>() {
-  return {any_forward, any_backward, sum_partials};
+RmsNormKernels kernels_at<RmsNormKernels, CpuLevel::VLMFAST_ISA>() {
+  return {{{VLMFAST_BY_DTYPE(forward_of, Variant::kLlama, false), VLMFAST_BY_DTYPE(forward_of, Variant::kGemma, false),
+            VLMFAST_BY_DTYPE(forward_of, Variant::kOlmo, false)},
+           {VLMFAST_BY_DTYPE(forward_of, Variant::kLlama, true), VLMFAST_BY_DTYPE(forward_of, Variant::kGemma, true),
+            VLMFAST_BY_DTYPE(forward_of, Variant::kOlmo, true)}},
+          {VLMFAST_BY_DTYPE(backward_of, Variant::kLlama), VLMFAST_BY_DTYPE(backward_of, Variant::kGemma),
+           VLMFAST_BY_DTYPE(backward_of, Variant::kOlmo)},
+          VLMFAST_BY_DTYPE(sum_partials)};
 }
 
 }  // namespace vlmfast

@@ -1,4 +1,4 @@
-// The CPU kernels of RMSNorm, as rms_norm.cpp calls them.
+// The CPU kernels of RMSNorm, as cpu.cpp calls them.
 #pragma once
 
 #include <cstdint>
@@ -8,42 +8,36 @@
 namespace vlmfast {
 
 struct RmsNormForward {
-  Dtype dtype;
-  Variant variant;
   float eps;
-  int64_t size;          // D
-  const void* x;         // (rows, D)
-  const void* residual;  // (rows, D), or null: without the addition
-  const void* weight;    // (D,)
-  void* y;               // (rows, D) contiguous
-  void* new_residual;    // (rows, D) contiguous, or null
+  int64_t hidden;
+  const void* x;         // (rows, hidden)
+  const void* residual;  // (rows, hidden), or null: without the addition
+  const void* weight;    // (hidden,)
+  void* y;               // (rows, hidden) contiguous
+  void* new_residual;    // (rows, hidden) contiguous, or null
   int64_t x_row_stride;
   int64_t residual_row_stride;
 };
 
 struct RmsNormBackward {
-  Dtype dtype;
-  Variant variant;
   float eps;
-  int64_t size;               // D
-  const void* grad_output;    // (rows, D)
-  const void* x;              // (rows, D)
-  const void* weight;         // (D,)
-  const void* grad_residual;  // (rows, D), or null
-  void* grad_x;               // (rows, D) contiguous
+  int64_t hidden;
+  const void* grad_output;    // (rows, hidden)
+  const void* x;              // (rows, hidden)
+  const void* weight;         // (hidden,)
+  const void* grad_residual;  // (rows, hidden), or null
+  void* grad_x;               // (rows, hidden) contiguous
   int64_t grad_output_row_stride;
   int64_t x_row_stride;
   int64_t grad_residual_row_stride;
 };
 
 struct RmsNormKernels {
-  void (*forward)(const RmsNormForward& args, int64_t begin, int64_t end);
-  void (*backward)(const RmsNormBackward& args, int64_t begin, int64_t end,
-                   float* partial);  // partial: see types.h; or null
-  void (*sum_partials)(Dtype dtype, int64_t size, const float* partials, int64_t count, void* grad_weight);
+  // By whether there is a residual, and by Variant.
+  ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][3];
+  // By Variant. partial: partial sums of the weight's gradient, see types.h; or null.
+  ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[3];
+  ByDtype<SumPartials> sum_partials;
 };
-
-template <CpuLevel level>
-RmsNormKernels rms_norm_kernels();
 
 }  // namespace vlmfast

@@ -123,7 +123,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
   const View<3>& x = call.rows;
   const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, hidden = call.hidden;
   const int64_t merged_count = kept_count + contextual, rows = batch * merged_count;
-  Tensor y = allocate_output({batch, merged_count, hidden}, hidden_tensor);
+  Tensor y = allocate_output({batch, merged_count, hidden}, hidden_tensor, call.dtype);
   if (y.numel() == 0) return y;
 
   // Where the row of each token goes: behind those of the same contextual token that are there already.
