@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import operator
 import re
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 
 import vlmfast.compat
 from vlmfast.benchmarks import report
+from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
 
@@ -45,6 +47,15 @@ README_ROWS = {
     ("visionzip", "5x576x1024"),
 }
 README_MODELS = ("prefill_ms", "prefill_speedup", "decode_ms", "decode_speedup", "cache_bytes", "peak_bytes")
+
+TYPES_HEAD = """# Models
+
+Made by `make docs` from docs/families.json, which `python -m vlmfast.patches.scan docs/families.json` writes under each
+release of transformers. Each type of model that transformers maps to image-text-to-text is built from its default
+configuration; its table says which function of vlmfast replaces a method, or why none does. "unknown" is a norm or a
+mask whose code vlmfast does not know. A checkpoint may have another language model or tower than the default: what is
+known in it is replaced as well. "as a whole" are types in which every norm and mask is replaced.
+"""
 
 
 class Bare(str):
@@ -210,6 +221,56 @@ def methods() -> str:
     return table(("method", "what it does"), 2, rows)
 
 
+def model_types() -> str:
+    """Say what is patched in each type of model and release, and what not and why."""
+    seen = json.loads((ROOT / "docs" / "families.json").read_text())
+    known = {body.key: body for body in BODIES}
+    verdicts = {
+        version: {site: _verdict(known.get(digest)) for digest, sites in found["bodies"].items() for site in sites}
+        for version, found in seen.items()
+    }
+    counts, sections = [], []
+    for version, found in seen.items():
+        models = [sites for sites in found["types"].values() if isinstance(sites, list)]
+        built = [[verdicts[version][site] for site in sites] for sites in models]
+        whole = [states for states in built if states and all(state.startswith("`") for state in states)]
+        some = [states for states in built if any(state.startswith("`") for state in states)]
+        cells = [version, *map(str, map(len, (found["types"], built, some, whole)))]
+        for kind in ("RMSNorm", "get_placeholder_mask"):
+            states = [state for site, state in verdicts[version].items() if kind in site]
+            cells.append(f"{sum(state.startswith('`') for state in states)} of {len(states)}")
+        counts.append(cells)
+    for model_type in sorted({name for found in seen.values() for name in found["types"]}):
+        sites_of = {version: _sites(model_type, found, verdicts[version]) for version, found in seen.items()}
+        names = sorted({site for sites in sites_of.values() for site in sites})
+        rows = [
+            [f"`{site}`", *(verdicts[version][site] if site in sites_of[version] else "" for version in seen)]
+            for site in names
+        ]
+        partly = [version for version, found in seen.items() if isinstance(found["types"].get(model_type), str)]
+        absent = [version for version, found in seen.items() if model_type not in found["types"]]
+        notes = [f"Not in {', '.join(absent)}."] if absent else []
+        if partly:
+            notes.append(f"Of {', '.join(partly)}, where its default configuration builds no model, its own file only.")
+        shown = table(("method", *seen), len(seen) + 1, rows) if rows else "No RMSNorm, and no placeholder mask."
+        sections.append("\n\n".join([f"## {model_type}", *([" ".join(notes)] if notes else []), shown]))
+    heads = ("transformers", "types", "built", "patched", "as a whole", "RMSNorm classes", "placeholder methods")
+    return "\n\n".join([TYPES_HEAD, table(heads, 1, counts), *sections]) + "\n"
+
+
+def _sites(model_type: str, found: Any, verdicts: dict[str, str]) -> list[str]:
+    """Return the sites of a type of model: of its default model or, where that cannot be built, of its own file."""
+    sites = found["types"].get(model_type, [])
+    own = f"{model_type.replace('-', '_')}."
+    return [site for site in verdicts if site.startswith(own)] if isinstance(sites, str) else sites
+
+
+def _verdict(body: Body | None) -> str:
+    if body is None:
+        return "unknown"
+    return f"left alone: {body.says}" if body.function is None else f"`{body.function.__name__}`"
+
+
 def filled(path: Path, name: str, text: str) -> str:
     """Return a page with the text between the marks of that name."""
     marked = re.compile(rf"(<!-- {name}: made by `make docs` -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
@@ -223,6 +284,7 @@ def main() -> int:
         STUB: stub(),
         README: filled(README, "figures", figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
+        ROOT / "docs" / "families.md": model_types(),
         REDUCTION: filled(REDUCTION, "methods", methods()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]

@@ -107,6 +107,8 @@ BODIES = (
     Body("pixel_shuffle", "5b12b75944ad9ea3", pixel_shuffle.shuffle_map, "of a map: InternVL"),
     Body("pixel_shuffle", "34fa941962c5be6d", pixel_shuffle.shuffle_map, "of a map: Nemotron-H Omni"),
     Body("pixel_unshuffle", "0e9cd6380436a1fa", pixel_shuffle.unshuffle_map, "of a map: LFM2-VL"),
+    Body("pixel_unshuffle", "34cd16df0e9b8183", None, "it interpolates"),
+    Body("pixel_shuffle", "2df8ea4545572550", None, "it is of images of several sizes"),
     # Projects outside transformers
     Body("forward_mask_encoder", Named("FourM"), projects.forward_mask_encoder, "packs visible tokens: 4M"),
     Body("forward_mask_decoder", Named("FourM"), projects.forward_mask_decoder, "packs targets: 4M"),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmfast.patches.bodies import BODIES, Body
-from vlmfast.patches.plan import is_like
+from vlmfast.patches.plan import find_sites, is_like
 from vlmfast.patches.upstream import Source, Text, closure
 
 KNOWN = {(body.method, body.key): body for body in BODIES}
@@ -131,19 +133,61 @@ def _is_short(arguments: ast.arguments) -> bool:
     return len(named) <= 3 and arguments.vararg is None and arguments.kwarg is None
 
 
-def main() -> None:
-    """Print the classes that each known function reaches, and the unknown bodies, those of most classes first."""
-    reached: dict[str, list[str]] = {}
-    unknown: dict[str, list[str]] = {}
-    for found in scan():
-        if found.body is None:
-            unknown.setdefault(found.digest, []).append(found.site)
+def model_types() -> dict[str, list[str] | str]:
+    """Find the sites of each type of model that takes images and text: the model of its default configuration.
+
+    Returns:
+        Model type -> the names of its sites, or why that model cannot be built.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    found: dict[str, list[str] | str] = {}
+    for model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type]())
+        except Exception as error:  # whatever a default that is no model raises, a library that is missing included
+            found[model_type] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
         else:
-            name = found.body.function.__name__ if found.body.function else f"left alone: {found.body.says}"
-            reached.setdefault(name, []).append(found.site)
-    for title, groups in (("known", reached), ("unknown", unknown)):
-        print(f"{title}: {sum(map(len, groups.values()))} methods")
-        for name, sites in sorted(groups.items(), key=lambda item: -len(item[1])):
+            found[model_type] = sorted({site.name for site in find_sites(model)})
+    return found
+
+
+def grouped(found: list[Found]) -> dict[str, list[str]]:
+    """Return digest -> the sites that have it."""
+    sites: dict[str, list[str]] = {}
+    for each in found:
+        sites.setdefault(each.digest, []).append(each.site)
+    return dict(sorted(sites.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def main() -> None:
+    """Print the classes that each known function reaches, and the unknown bodies, those of most classes first.
+
+    With a file as its argument, write into that what ``make docs`` makes docs/families.md of.
+    """
+    found = scan()
+    if sys.argv[1:]:
+        import transformers
+
+        file = Path(sys.argv[1])
+        seen = json.loads(file.read_text()) if file.exists() else {}
+        seen[transformers.__version__] = {"bodies": grouped(found), "types": model_types()}
+        file.write_text(json.dumps(seen, indent=0, sort_keys=False) + "\n")
+        return
+    groups: dict[str, dict[str, list[str]]] = {"known": {}, "left alone": {}, "unknown": {}}
+    for each in found:
+        if each.body is None:
+            groups["unknown"].setdefault(each.digest, []).append(each.site)
+        elif each.body.function is None:
+            groups["left alone"].setdefault(each.body.says, []).append(each.site)
+        else:
+            groups["known"].setdefault(each.body.function.__name__, []).append(each.site)
+    for title, sites_of in groups.items():
+        print(f"{title}: {sum(map(len, sites_of.values()))} methods")
+        for name, sites in sorted(sites_of.items(), key=lambda item: -len(item[1])):
             print(f"{len(sites):5} {name}: {', '.join(sites)}")
 
 
