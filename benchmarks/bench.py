@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
+from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from rich.progress import track
 
 import vlmfast
 from vlmfast.benchmarks import html, models, peers, report, timing
+from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
 from vlmfast.console import CommandError, console, usable_device, writable
 from vlmfast.registry import OPS
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
+KNOWN = ChainMap(OPS, CANDIDATES)
 Run = dict[str, Any]
 
 
@@ -131,7 +134,7 @@ def _measure_ops(
     )
     for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
         records: list[dict[str, Any]] = []
-        for record in benchmark(OPS[name], device, dtype, kinds, machine):
+        for record in benchmark(KNOWN[name], device, dtype, kinds, machine):
             records.append(record)
             keep("records", [*found["records"], record])
         report.show_op(console, records, where)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast.benchmarks import digits, gpu_report, launches, modes, peers, published
-from vlmfast.benchmarks.bench import PUBLIC, run
+from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
 from vlmfast.console import DEFAULT, DTYPES, positive
-from vlmfast.registry import OPS
 
 NAMES = ("ops", "models", "launches", "gpu", "digits")
 
@@ -27,7 +26,7 @@ def add(commands: Any) -> None:
     command = _add_timed(benches, "ops", "the ops, on their real shapes")
     command.set_defaults(full=None, modes=[], budget=None)
     what = "such as rms_norm; default: every public op"
-    command.add_argument("ops", metavar="OP", nargs="*", type=_one_of("op", OPS, PUBLIC), help=what)
+    command.add_argument("ops", metavar="OP", nargs="*", type=_one_of("op", KNOWN, PUBLIC), help=what)
     kinds = (*peers.KINDS, "none")
     what = f"of {', '.join(kinds)}; default: those installed"
     command.add_argument("--peers", metavar="PEER", nargs="+", type=_one_of("peer", kinds), help=what)

@@ -115,9 +115,10 @@ def _triton(op: str, family: str, reference: Callable[..., Any]) -> Backend | st
         importlib.import_module("triton")
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if importlib.util.find_spec(f"vlmfast.kernels.{family}") is None:
+    name = reference.__module__.rpartition(".")[0].replace(".ops.", ".kernels.")
+    if importlib.util.find_spec(name) is None:
         return f"there is no kernels/{family}"
-    module = importlib.import_module(f"vlmfast.kernels.{family}")
+    module = importlib.import_module(name)
     if not hasattr(module, op):
         return f"kernels/{family} has no {op}"
     launch = importlib.import_module("vlmfast.kernels.common.launch")

@@ -4,7 +4,7 @@ An op is a plain-PyTorch function under ``@op``. Its body is the definition, the
 the fallback. A backend is a function of the same name and signature, found by name:
 
     native   csrc/<family>/{cpu.cpp,cuda.cu}         vlmfast_native::<op>, from the compiled extension
-    triton   kernels/<family>.py                     <op>(...), imported on the first call
+    triton   kernels/<family>                        <op>(...), imported on the first call
     torch    vlmfast/ops/<family>/definition.py      the body itself
 
 The first backend whose ``unsupported(...)`` returns None runs the call. How an op is tested and timed is found by name

@@ -24,10 +24,6 @@ PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Backends whose absence is a failure, not a skip. With a GPU the CPU has no Triton: its interpreter is off.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
 
-# Ops that rival a product of the GPU's vendor: they have no compiled kernel, and where a row of theirs was rounded the
-# other way, that shows in several of the outputs.
-GEMMS = {"pixel_shuffle_gemm"}
-
 
 def _parameters(*axes: Any) -> list:
     """One pytest parameter per combination; those on a GPU carry its mark."""
@@ -76,16 +72,11 @@ def with_cases(op: Op, **changes: Any) -> Op:
     return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, **changes))
 
 
-def required(op: Op, backend: str) -> bool:
-    """Whether the run was told that the backend must be there, and the op should have it."""
-    return backend in REQUIRED and not (op.name in GEMMS and backend in ("native", "emulated"))
-
-
 def require(op: Op, backend: str) -> None:
     """Skip, with the reason, where the backend is absent; fail where it must be there."""
     found = op.backend(backend)
     if found.absent:
-        assert not required(op, backend), f"{backend} must be there: {found.absent}"
+        assert backend not in REQUIRED, f"{backend} must be there: {found.absent}"
         pytest.skip(found.absent)
 
 
@@ -95,7 +86,7 @@ def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> lis
     reasons = [(op.backend(backend).unsupported(*args), args) for args in candidates]
     accepted = [args for reason, args in reasons if reason is None]
     if not accepted:
-        assert not required(op, backend), reasons[0][0]
+        assert backend not in REQUIRED, reasons[0][0]
         pytest.skip(reasons[0][0])
     return accepted
 

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, type_canonicalisation_dict
 
 import vlmfast  # noqa: F401  (registers the ops)
 from vlmfast.architectures import CUDA, GPUS
+from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
 
 TARGETS = {name: GPUTarget("hip", name, 64) for name in GPUS} | {f"sm_{n}": GPUTarget("cuda", n, 32) for n in CUDA}
@@ -138,7 +139,7 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 def main(targets: list[str]) -> None:
     torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
     records, done = [], set()
-    for op in OPS.values():
+    for op in [*OPS.values(), *CANDIDATES.values()]:
         if op.compose is not None or op.backend("triton").absent:
             continue
         calls = calls_of(op)

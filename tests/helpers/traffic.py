@@ -34,6 +34,7 @@ import vlmfast
 from tests.emulation import build
 from tests.emulation.backend import check_library, check_loader
 from vlmfast import backends
+from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
 
 BACKENDS = ("triton", "emulated")
@@ -182,7 +183,7 @@ def main() -> None:
     interpreter.repair()
     torch.manual_seed(0)
     records = []
-    for op in BOUND_BY_MEMORY:
+    for op in [*BOUND_BY_MEMORY, *CANDIDATES.values()]:
         label, args = workload(op)
         budget = op.cases.bytes(*args)
         for backend in (name for name in BACKENDS if has_kernels(op, name)):

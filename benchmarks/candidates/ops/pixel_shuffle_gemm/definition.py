@@ -1,10 +1,9 @@
-"""The other way to compute `pixel_shuffle_linear`: one product whose tiles are read through the shuffle.
+"""The other way to compute `pixel_shuffle_linear`: one matmul whose tiles are read through the shuffle.
 
-kernels/pixel_shuffle_gemm.py counts the bytes and FLOP of both, and what they should take. Nothing in this package
-calls this op: no GPU has timed it yet. `python -m vlmfast bench pixel_shuffle_gemm` does, beside `pixel_shuffle_linear`
-and the product alone, and `make gpu-report` runs that. Where it wins, `_fused` in
-vlmfast/ops/pixel_shuffle/connector.py is the one place that chooses: a line in front of its own returns
-`pixel_shuffle_gemm(...)` for those shapes.
+candidates/kernels/pixel_shuffle_gemm.py counts the bytes and FLOP of both, and what they should take. No GPU has timed
+this op yet. `python -m vlmfast bench pixel_shuffle_gemm` does, beside `pixel_shuffle_linear` and the matmul alone, and
+`make gpu-report` runs that. Where it wins, `_fused` in vlmfast/ops/pixel_shuffle/connector.py is the one place that
+chooses: a line in front of its own returns `pixel_shuffle_gemm(...)` for those shapes.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ def pixel_shuffle_gemm(
     norm_eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    """`pixel_shuffle_linear` as one product, for inference.
+    """Compute `pixel_shuffle_linear` as one matmul, for inference.
 
     Where a gradient is needed its definition runs, which `torch.compile(fullgraph=True)` refuses.
 
     Args:
         x: as in `pixel_shuffle_linear`.
-        weight: likewise.
-        bias: likewise.
-        grid: likewise.
-        scale: likewise.
-        order: likewise.
-        input_scale: likewise.
-        norm_weight: likewise.
-        norm_bias: likewise.
-        norm_eps: likewise.
-        activation: likewise.
+        weight: as there.
+        bias: as there.
+        grid: as there.
+        scale: as there.
+        order: as there.
+        input_scale: as there.
+        norm_weight: as there.
+        norm_bias: as there.
+        norm_eps: as there.
+        activation: as there.
 
     Returns:
         (B, height * width / scale**2, out) contiguous, of the dtype of ``x``.
