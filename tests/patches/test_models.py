@@ -234,8 +234,11 @@ def test_checkpointing_stays_on(model_type: str):
     assert torch.equal(plain[1], checkpointed[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("model_type", EACH)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [(name, dtype) for name in EACH for dtype in DTYPES[: 2 if name in EACH_COMMON else 1]],
+    ids=str,
+)
 def test_gradients_are_no_worse(model_type: str, dtype: torch.dtype, monkeypatch):
     model, inputs = tiny(model_type, dtype)
     _, upstream = training_step(model, inputs)
@@ -280,7 +283,7 @@ def recorder():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "llava", "llama4", "internvl"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "llama4", "internvl"])
 def test_compiles_into_one_graph(model_type: str, recorder: Recorder):
     """On parts that upstream compiles into one graph: placing an image in a prompt breaks it in some versions."""
     model, inputs = tiny(model_type)
