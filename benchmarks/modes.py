@@ -83,10 +83,35 @@ def prepare(variant: Variant, mode: str, original: Variant | None = None) -> Non
         mode: one of `MODES`.
         original: whose answer has to be that of this variant; None where nothing else answers alike.
     """
-    if variant.error is None:
-        with variant.noted():
-            before = torch.cuda.memory_allocated() if variant.device.type == "cuda" else 0
-            _prepare(variant, mode, original, before)
+    if variant.error is not None:
+        return
+    with variant.noted():
+        before = torch.cuda.memory_allocated() if variant.device.type == "cuda" else 0
+        model, inputs = variant.model, variant.inputs
+        answer = Decoding(model, inputs)
+        variant.prefill, variant.step = answer.prefill, answer.step
+        with _peak(variant, before):
+            variant.eager = _say(variant, answer, original)
+        length = answer.cached()
+        variant.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
+        if mode == "eager":
+            return
+        answer = Decoding(model, inputs, length)  # in the place of the first, whose memory is free again
+        variant.prefill, variant.step = answer.prefill, answer.step
+        answer.prefill()  # as it is: it allocates the cache, which a compiled one cannot
+        if mode == "compile":
+            torch._dynamo.config.recompile_limit = GRAPHS
+            # The language model, which is what all families share; the vision tower and the reduction of a prompt,
+            # whose shapes depend on values, stay as they are.
+            model.get_decoder().compile(dynamic=False)
+            _say(variant, answer, variant)
+            if variant.device.type == "cpu":
+                return  # an answer more is there for its peak alone
+        # What a graph needs is taken when it is captured, so that this is a part of its peak.
+        with _peak(variant, before):
+            if mode == "graph":
+                _capture(variant, answer)
+            _say(variant, answer, variant)
 
 
 @contextlib.contextmanager
@@ -98,34 +123,6 @@ def _peak(variant: Variant, before: int) -> Iterator[None]:
     torch.cuda.reset_peak_memory_stats()
     yield
     variant.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-
-
-def _prepare(variant: Variant, mode: str, original: Variant | None, before: int) -> None:
-    model, inputs = variant.model, variant.inputs
-    answer = Decoding(model, inputs)
-    variant.prefill, variant.step = answer.prefill, answer.step
-    with _peak(variant, before):
-        variant.eager = _say(variant, answer, original)
-    length = answer.cached()
-    variant.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
-    if mode == "eager":
-        return
-    answer = Decoding(model, inputs, length)  # in the place of the first, whose memory is free again
-    variant.prefill, variant.step = answer.prefill, answer.step
-    answer.prefill()  # as it is: it allocates the cache, which a compiled one cannot
-    if mode == "compile":
-        torch._dynamo.config.recompile_limit = GRAPHS
-        # The language model, which is what all families share; the vision tower and the reduction of a prompt, whose
-        # shapes depend on values, stay as they are.
-        model.get_decoder().compile(dynamic=False)
-        _say(variant, answer, variant)
-        if variant.device.type == "cpu":
-            return  # an answer more is there for its peak alone
-    # What a graph needs is taken when it is captured, so that this is a part of its peak.
-    with _peak(variant, before):
-        if mode == "graph":
-            _capture(variant, answer)
-        _say(variant, answer, variant)
 
 
 def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tensor, list[Tensor]]:

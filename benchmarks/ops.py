@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,7 @@ def benchmark(
             try:
                 want = op.reference(*args)
             except Exception as error:  # too little memory, say
-                for contender in found:
-                    contender.error = f"no definition to compare with: {one_line(error)}"
+                _fail(found, f"no definition to compare with: {one_line(error)}")
             else:
                 for contender in found:
                     prepare(contender, op, args, want)
@@ -139,18 +138,20 @@ def benchmark(
         yield record(op, label, args, found, machine)
 
 
+def _fail(found: Iterable[Contender], error: str) -> None:
+    for contender in found:
+        contender.error = error
+
+
 def time(found: list[Contender], device: str) -> None:
     """Time those that have no error; one that fails now has one instead, and the others begin anew."""
-    by_name = {c.name: c for c in found if c.error is None}
-    while by_name:
+    while by_name := {c.name: c for c in found if c.error is None}:
         try:
             taken = measure({name: c.call for name, c in by_name.items() if c.call is not None}, device)
         except CallError as failed:
-            by_name.pop(failed.name).error = one_line(failed.__cause__ or failed)
+            by_name[failed.args[0]].error = one_line(failed.__cause__ or failed)
         except Exception as error:  # the device's own, which does not say whose kernel it was
-            for contender in by_name.values():
-                contender.error = one_line(error)
-            return
+            _fail(by_name.values(), one_line(error))
         else:
             for name, times in taken.items():
                 by_name[name].times = times

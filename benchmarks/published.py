@@ -7,7 +7,7 @@ is launched does not depend on the width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class Published:
         small_text: what differs in the language model of the small one.
         small_vision: what differs in its vision tower.
         pixels: the shape of what the processor makes of one image.
-        beside: what it gives beside the pixels.
         method: how its visual tokens are reduced; None where that cannot be done.
+        beside: what the processor gives beside the pixels.
     """
 
     model_type: str
@@ -45,8 +45,8 @@ class Published:
     small_text: dict[str, Any]
     small_vision: dict[str, Any]
     pixels: tuple[int, ...]
-    beside: dict[str, list[list[int]]]
-    method: Method | None
+    method: Method | None = None
+    beside: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
         """Build the model in evaluation mode, of one of the `SIZES`, and the inputs of one prompt with one image."""
@@ -73,10 +73,8 @@ class Published:
         if scaling := self.text.get("rope_scaling"):
             text.update(_mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
         heads = "num_heads" if "num_heads" in self.vision else "num_attention_heads"
-        return (
-            {**text, "intermediate_size": 96, "vocab_size": 64},
-            {"hidden_size": 32, "intermediate_size": 48, heads: 2},
-        )
+        vision = {"hidden_size": 32, "intermediate_size": 48, heads: 2}
+        return {**text, "intermediate_size": 96, "vocab_size": 64}, vision
 
     def _inputs(self, model: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
         pixels = torch.randn(self.pixels, generator=torch.Generator().manual_seed(0))
@@ -128,7 +126,6 @@ MODELS = {
         SMALL_TEXT,
         SMALL_VIT,
         (1, 3, 336, 336),
-        {},
         VisionZip(dominant=54, contextual=10),
     ),
     "llava-next-7b": Published(
@@ -139,8 +136,8 @@ MODELS = {
         SMALL_TEXT,
         SMALL_VIT,
         (1, 5, 3, 336, 336),
-        {"image_sizes": [[672, 672]]},
         VisionZip(dominant=27, contextual=5),
+        {"image_sizes": [[672, 672]]},
     ),
     "qwen2.5-vl-7b": Published(
         "qwen2_5_vl",
@@ -150,8 +147,8 @@ MODELS = {
         SMALL_GROUPED,
         _qwen_vit(160, 4, 2, 432, fullatt_block_indexes=[3]),
         (64 * 64, 3 * 2 * 14 * 14),
-        {"image_grid_thw": [[1, 64, 64]]},
         VisionZip(dominant=0.09, contextual=0.01),
+        {"image_grid_thw": [[1, 64, 64]]},
     ),
     "qwen3-vl-8b": Published(
         "qwen3_vl",
@@ -162,8 +159,8 @@ MODELS = {
         SMALL_GROUPED,
         _qwen_vit(144, 4, 2, 432, deepstack_visual_indexes=[1, 2, 3]),
         (64 * 64, 3 * 2 * 16 * 16),
-        {"image_grid_thw": [[1, 64, 64]]},
         VisionZip(dominant=0.09, contextual=0.01),
+        {"image_grid_thw": [[1, 64, 64]]},
     ),
     "internvl3-8b": Published(
         "internvl",
@@ -173,7 +170,6 @@ MODELS = {
         SMALL_GROUPED,
         SMALL_VIT,
         (5, 3, 448, 448),
-        {},
         VisionZip(dominant=0.2, contextual=0.05),
     ),
     "smolvlm-256m": Published(
@@ -184,7 +180,5 @@ MODELS = {
         {"num_hidden_layers": 10, "vocab_size": 4096},
         _vit(192, 4, 3, 768),
         (1, 17, 3, 512, 512),
-        {},
-        None,
     ),
 }

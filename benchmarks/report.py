@@ -17,7 +17,7 @@ from rich.table import Table
 
 import vlmfast
 from vlmfast.benchmarks import peers
-from vlmfast.console import CommandError, one_line, table, version
+from vlmfast.console import CommandError, cpu_capabilities, one_line, table, version
 
 # Columns of the tables and the CSV: key of a contender's row, or of a whole model's record -> (head, format)
 COLUMNS = {
@@ -59,16 +59,11 @@ def device_name(device: str) -> str:
     """Return the name of the GPU or the processor."""
     if device != "cpu":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
 def environment(device: str) -> dict[str, Any]:
     """Describe where and when: device, versions, date, and what changes its speed."""
-    packages = {name: version(name) for name in ("torch", "triton", "transformers")}
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -78,12 +73,10 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "vlmfast": vlmfast.__version__,
-        **packages,
+        **{name: version(name) for name in ("torch", "triton", "transformers")},
         "F.rms_norm": peers.functional_rms_norm(device),
     }
-    if device != "cpu":
-        found |= _gpu()
-    return found
+    return found if device == "cpu" else found | _gpu()
 
 
 def _gpu() -> dict[str, Any]:

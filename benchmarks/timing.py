@@ -23,11 +23,7 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 class CallError(Exception):
-    """A contender that failed while it was timed; its own error is the cause."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
+    """A contender, whose name is the argument, failed while it was timed; its own error is the cause."""
 
 
 @contextmanager
@@ -134,15 +130,12 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
     return {name: Times(wall) for name, wall in walls.items()}
 
 
-def _host_seconds(name: str, call: Call) -> float:
+def _host_seconds(call: Call) -> float:
     """Time what the host takes to queue a call, where nothing else is queued."""
     taken = []
     for _ in range(3):
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        with _named(name):
-            call()
-        taken.append(time.perf_counter() - start)
+        taken.append(wall_seconds(call, 1, lambda: None))
     return statistics.median(taken)
 
 
@@ -153,7 +146,10 @@ def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, li
     charged for the host. Where the host waits for the device within a call, the time includes what it does meanwhile.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
-    passes = {name: 2 + int(_host_seconds(name, call) / FLUSH_SECONDS) for name, call in contenders.items()}
+    passes = {}
+    for name, call in contenders.items():
+        with _named(name):
+            passes[name] = 2 + int(_host_seconds(call) / FLUSH_SECONDS)
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():

@@ -58,17 +58,9 @@ known in it is replaced as well. "as a whole" are types in which every norm and 
 """
 
 
-class Bare(str):
-    """An annotation that `inspect` does not put into quotes."""
-
-    __repr__ = str.__str__
-
-
 def signature(name: str, function: Callable[..., Any]) -> str:
-    """Write the function's head as one would write it."""
-    found = inspect.signature(function)
-    parameters = [p.replace(annotation=Bare(p.annotation)) for p in found.parameters.values()]
-    return f"{name}{found.replace(parameters=parameters, return_annotation=Bare(found.return_annotation))}"
+    """Write the function's head as one would write it: annotations without the quotes that `inspect` gives them."""
+    return name + re.sub(r"(: |-> )(['\"])(.*?)\2(?=,|\)| =|$)", r"\1\3", str(inspect.signature(function)))
 
 
 def page() -> str:
@@ -116,7 +108,7 @@ def figures() -> str:
     gpus = [run for run in runs() if any(map(on_gpu, run.values()))]
     tables = []
     for run in [*gpus, {"ops": report.read(RESULTS / "cpu.json")}]:
-        tables += [figures_of(run["ops"], run.get("compiled"))] if "ops" in run else []
+        tables += [figures_of(run["ops"], run.get("compiled", run["ops"]))] if "ops" in run else []
         tables += [models_of(run["models"])] if "models" in run else []
     if not gpus:
         tables.append("There is no result of a GPU yet: `make gpu-report` makes one.")
@@ -124,20 +116,19 @@ def figures() -> str:
     return "\n\n".join(tables)
 
 
-def figures_of(run: Run, compiled: Run | None = None) -> str:
+def figures_of(run: Run, compiled: Run) -> str:
     """Show the README's ops; a GPU's report times torch.compile in a run of its own, ``compiled``."""
     where = run["environment"]
     place = "device time from a cold cache" if on_gpu(run) else f"{where['cpu_capability']}, {where['threads']} thread"
     dtype = statistics.mode(record["dtype"] for record in run["records"])
-    apart = {key(record): ratios(record) for record in (compiled or {"records": []})["records"]}
+    apart = {key(record): ratios(record) for record in compiled["records"]}
     rows = []
     for record in run["records"]:
-        found = {**apart.get(key(record), {}), **ratios(record)}
-        if (record["op"], record["workload"]) not in README_ROWS or not ratios(record):
-            continue
-        cells = [f"`{record['op']}`", record["workload"], f"{record['contenders'][0]['us']:.1f} us"]
-        cells += [f"{found[name]:.1f}" if name in found else "" for name in ("transformers", "torch.compile")]
-        rows.append([*cells, format(1 / found["copy"], ".2f") if "copy" in found else ""])
+        if key(record)[:2] in README_ROWS and (found := ratios(record)):
+            found = apart.get(key(record), {}) | found
+            cells = [f"`{record['op']}`", record["workload"], f"{record['contenders'][0]['us']:.1f} us"]
+            cells += [f"{found[name]:.1f}" if name in found else "" for name in ("transformers", "torch.compile")]
+            rows.append([*cells, format(1 / found["copy"], ".2f") if "copy" in found else ""])
     return (
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},\n"
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the\n"
@@ -185,20 +176,14 @@ def benchmarks() -> str:
 
 def run_of(run: Run) -> str:
     """Show one run of ops: how many times as long as vlmfast everything else takes."""
-    where = run["environment"]
+    where, rows = run["environment"], []
     facts = ", ".join(
         f"{name} {where[name]}" for name in ("date", "threads", "cpu_capability", "torch", "transformers")
     )
-    rows = [
-        [
-            f"`{record['op']}`",
-            *key(record)[1:],
-            f"{record['contenders'][0]['us']:.1f} us",
-            ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios(record).items()),
-        ]
-        for record in run["records"]
-        if ratios(record)
-    ]
+    for record in run["records"]:
+        if found := ratios(record):
+            others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found.items())
+            rows.append([f"`{record['op']}`", *key(record)[1:], f"{record['contenders'][0]['us']:.1f} us", others])
     shown = table(("op", "shape", "dtype", "time", "time over vlmfast's"), 5, rows)
     return f"## {where['device']}\n\n{facts}\n\n{shown}"
 
