@@ -7,9 +7,9 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from argparse import Namespace
 from collections import ChainMap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def run(options: Namespace) -> int:
     if options.html is not None:
         if options.html.suffix in (".json", ".csv"):
             raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
-        html.require()
+        if importlib.util.find_spec("matplotlib") is None:
+            raise CommandError("--html needs matplotlib: pip install matplotlib")
     out = console(150)
     kept: Path | None = options.json or (options.html and options.html.with_suffix(".json"))
     if options.source is None:
@@ -100,7 +101,20 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
 
     if names := options.ops or ([] if options.models is not None else PUBLIC):
         kinds = peers.installed() if options.peers is None else tuple(kind for kind in options.peers if kind != "none")
-        _measure_ops(names, device, dtype or torch.bfloat16, kinds, found, keep, console)
+        dtype_of_ops, where = dtype or torch.bfloat16, found["environment"]
+        machine = timing.ceilings(device, dtype_of_ops)
+        where |= vars(machine)
+        console.print(
+            f"{where['device']}, {str(dtype_of_ops).removeprefix('torch.')}: a large copy {machine.copy_gb_per_s:.1f} "
+            f"GB/s, a large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {where['F.rms_norm']}"
+        )
+        for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
+            records = []
+            for record in benchmark(KNOWN[name], device, dtype_of_ops, kinds, machine):
+                records.append(record)
+                keep("records", [*found["records"], record])
+            report.show_op(console, records, where)
+        console.print(report.LEGEND, style="dim")
     if options.models is not None:
         records = models.run(
             options.models,
@@ -115,27 +129,3 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         keep("models", records)
         report.show_models(console, records)
     return found
-
-
-def _measure_ops(
-    names: list[str],
-    device: str,
-    dtype: torch.dtype,
-    kinds: tuple[str, ...],
-    found: Run,
-    keep: Callable[[str, list[dict[str, Any]]], None],
-    console: Console,
-) -> None:
-    machine, where = timing.ceilings(device, dtype), found["environment"]
-    where |= vars(machine)
-    console.print(
-        f"{where['device']}, {str(dtype).removeprefix('torch.')}: a large copy {machine.copy_gb_per_s:.1f} GB/s, a "
-        f"large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {where['F.rms_norm']}"
-    )
-    for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
-        records: list[dict[str, Any]] = []
-        for record in benchmark(KNOWN[name], device, dtype, kinds, machine):
-            records.append(record)
-            keep("records", [*found["records"], record])
-        report.show_op(console, records, where)
-    console.print(report.LEGEND, style="dim")

@@ -52,6 +52,11 @@ class Count:
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
 
+    def summary(self) -> dict[str, Any]:
+        """Sum both up, and list the waits, the most frequent first."""
+        waits = dict(self.waits.most_common())
+        return {"launches": self.launches.total(), "syncs": self.waits.total(), "waits": waits}
+
 
 def put(value: Tensor) -> Tensor:
     """Return a CPU tensor on the device; both share their values."""

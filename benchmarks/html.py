@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from vlmfast.benchmarks import report
-from vlmfast.console import CommandError
 
 COLOURS = {"ours": "#c1121f", "peer": "#457b9d", "limit": "#8d99ae"}
 
@@ -29,12 +27,6 @@ pre {{ font-size: 12px; overflow-x: auto }} svg {{ max-width: 100%; height: auto
 """
 
 
-def require() -> None:
-    """Refuse to begin a run whose report could not be made."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--html needs matplotlib: pip install matplotlib")
-
-
 def page(run: dict[str, Any]) -> str:
     """Make the whole file from what `report.write` wrote, with the tables that the console shows."""
     where, records, sections = run["environment"], run["records"], []
@@ -43,7 +35,8 @@ def page(run: dict[str, Any]) -> str:
     if any(record["flops"] for record in records):
         sections += ["<h2>Roofline</h2>", _roofline(run)]
     for of_op in report.by_op(records):
-        sections += [f"<h2>{of_op[0]['op']}</h2>", _scaling(of_op), _printed(report.show_op, of_op, where)]
+        figures = [_scaling(of_op)] if any(map(_timed, of_op)) else []
+        sections += [f"<h2>{of_op[0]['op']}</h2>", *figures, _printed(report.show_op, of_op, where)]
     if run["models"]:
         sections += ["<h2>Whole models</h2>", _printed(report.show_models, run["models"])]
     facts = ", ".join(f"{name} {value}" for name, value in where.items() if value is not None)

@@ -51,14 +51,9 @@ def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
             "variant": variant,
             "prompt_tokens": inputs["input_ids"].shape[1],
             "cached_tokens": length,
-            "prefill": _described(prefill),
-            "decode": _described(decode),
+            "prefill": prefill.summary(),
+            "decode": decode.summary(),
         }
-
-
-def _described(found: counting.Count) -> dict[str, Any]:
-    waits = dict(found.waits.most_common())
-    return {"launches": found.launches.total(), "syncs": found.waits.total(), "waits": waits}
 
 
 def run(options: Namespace) -> int:

@@ -130,15 +130,21 @@ def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tens
 
     A token of its own might be another one where two are about as likely, and every logit after it with it.
     """
+    wanted: Tensor | None = None
+    tokens: list[Tensor] = []
+    if like is not None:
+        if like.eager is None:
+            raise RuntimeError(f"nothing to compare with: {like.error}")
+        wanted, tokens = like.eager
     logits, said = [variant.prefill().clone()], []
     for index in range(STEPS):
-        if like is not None:
-            answer.token.copy_(_eager(like)[1][index])
+        if tokens:
+            answer.token.copy_(tokens[index])
         said.append(answer.token.clone())
         logits.append(variant.step().clone())
     got = torch.cat(logits, 1)
-    if like is not None:
-        wanted, key = _eager(like)[0], "difference" if like is variant else "from_original"
+    if wanted is not None:
+        key = "difference" if like is variant else "from_original"
         variant.facts[key] = difference = float((got - wanted).abs().max() / wanted.abs().max())
         allowed = TOLERANCE[wanted.dtype]
         if like is not variant and variant.device.type == "cpu":  # as the tests of patches have it
@@ -147,12 +153,6 @@ def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tens
             whose = "its own in eager mode" if like is variant else "those of the original"
             raise RuntimeError(f"no speed: its logits differ from {whose} by {difference:.2g} of the largest")
     return got, said
-
-
-def _eager(variant: Variant) -> tuple[Tensor, list[Tensor]]:
-    if variant.eager is None:
-        raise RuntimeError(f"nothing to compare with: {variant.error}")
-    return variant.eager
 
 
 def _capture(variant: Variant, answer: Decoding) -> None:

@@ -76,17 +76,6 @@ def demangle(names: list[str]) -> dict[str, str]:
     return dict(zip(names, short, strict=True))
 
 
-def compile_source(nvcc: str, source: Path, output: Path) -> str:
-    """Compile a source file for all architectures, and return what ptxas says of its kernels."""
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-    include = Path(torch.__file__).parent / "include"
-    command = [nvcc, *FLAGS, *targets, f"-I{CSRC}", f"-I{include}", str(source), "-o", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"{source.name} does not compile:\n{result.stdout}{result.stderr}")
-    return result.stdout + result.stderr
-
-
 def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
     """Map (mangled kernel, architecture, "LDG" or "STG") to the bytes of its accesses to global memory."""
     found: dict[tuple[str, int, str], set[int]] = defaultdict(set)
@@ -146,17 +135,23 @@ def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
 
 
 def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
-    """Compile all kernels of csrc/."""
+    """Compile all kernels of csrc/, and read off what ptxas and the disassembly say of them."""
     disassembler = find_disassembler(nvcc)
     if disassembler is None:
         print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")
 
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    nvcc_command = [nvcc, *FLAGS, *targets, f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}"]
+
     def compile_one(source: Path) -> dict[str, dict[int, Usage]]:
         with tempfile.TemporaryDirectory() as directory:
-            output, disassembly = Path(directory) / f"{source.stem}.o", ""
-            log = compile_source(nvcc, source, output)
+            output, disassembly = str(Path(directory) / f"{source.stem}.o"), ""
+            result = subprocess.run([*nvcc_command, str(source), "-o", output], capture_output=True, text=True)
+            log = result.stdout + result.stderr
+            if result.returncode != 0:
+                raise SystemExit(f"{source.name} does not compile:\n{log}")
             if disassembler is not None:
-                command, environment = [disassembler[0], "-sass", str(output)], disassembler[1]
+                command, environment = [disassembler[0], "-sass", output], disassembler[1]
                 disassembly = subprocess.check_output(command, env=environment, text=True)
         found = usages(log, disassembly)
         if not found or any(set(by_architecture) != set(ARCHITECTURES) for by_architecture in found.values()):
