@@ -29,7 +29,8 @@ BACKENDS = ("torch", "native")  # on x86 both add in the order of torch's own su
 # with images of any number and size, and with all that is asked of a patch; others only run
 COMMON = (*(name for name in QWEN if name != "qwen2_5_omni"), *LLAVA, "internvl", "idefics3", "smolvlm", "llama4")
 METHODS = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
-NAMES = ("RMSNorm", "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
+NORMS = ("RMSNorm", "L2Norm")
+NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -56,7 +57,7 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 def rms_norms(model: nn.Module) -> list[nn.Module]:
     """Told by their names, so that a class that the tables forgot is found."""
-    return [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    return [module for module in model.modules() if any(name in type(module).__name__ for name in NORMS)]
 
 
 def replaceable(model: nn.Module) -> list[nn.Module]:

@@ -39,6 +39,7 @@ NORMS = (
     "gemma3n.Gemma3nRMSNorm",
     "moshi.MoshiRMSNorm",
     "nanochat.NanoChatRMSNorm",
+    "qwen4_exp.Qwen4ExpTextRMSNorm",
 )
 MASKS = (
     "llava.LlavaModel",

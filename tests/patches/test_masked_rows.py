@@ -21,7 +21,7 @@ from vlmfast.ops.masked_rows import row_index
 from vlmfast.patches import masked_rows
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
 
-NORMS = "*RMSNorm*.forward"
+NORMS = "*Norm*.forward"
 VISUAL = ("pixel_values", "image_grid_thw", "image_sizes")
 
 

@@ -33,6 +33,34 @@ def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
     return rms_norm(x, self.weight, self.eps, "gemma")
 
 
+def olmo_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replace Olmo2RMSNorm.forward and its copies: the weight is multiplied in float32."""
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon, "olmo")
+
+
+def moshi_rms_norm(self: Any, x: Tensor) -> Tensor:
+    """Replace MoshiRMSNorm.forward: as OLMo's, under other names."""
+    return rms_norm(x, self.weight, self.eps, "olmo")
+
+
+def gemma4_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replace Gemma4RMSNorm.forward: as OLMo's, or without a weight."""
+    return rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
+
+
+def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
+    """Replace NanoChatRMSNorm.forward and Llama4TextL2Norm's, which have no weight."""
+    return rms_norm(x, None, self.eps)
+
+
+def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
+    """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's, unless it normalises groups."""
+    if self.group_size is not None:
+        grouped: Tensor = self.original_class.forward(self, x)
+        return grouped
+    return rms_norm(x, self.weight, self.eps, "gemma")
+
+
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32; transformers 4.57 has SiLU only."""
     from transformers.activations import ACT2FN  # which `import vlmfast` does without
