@@ -13,7 +13,7 @@ from PIL import Image
 import vlmfast
 from tests.conftest import shortens_prompts
 from tests.helpers.tiny_types import build
-from vlmfast import demo
+from vlmfast import demo_answers
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
@@ -157,7 +157,7 @@ def test_counts_must_be_positive(number, capsys):
 
 def test_speed_up_is_taken_pair_by_pair():
     """The machine became ten times slower within the measurement; the patched model was twice as fast throughout."""
-    before, after, ratio = demo._compare([(0.2, 0.1), (2.0, 1.0), (2.0, 1.0)])
+    before, after, ratio = demo_answers.compare([(0.2, 0.1), (2.0, 1.0), (2.0, 1.0)])
     assert before == "2000.00 ms (200.00 to 2000.00)"
     assert after == "1000.00 ms (100.00 to 1000.00)"
     assert ratio == "2.00x (2.00 to 2.00)"
@@ -180,7 +180,7 @@ def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
     prompt = int(re.search(r"(\d+) tokens with the image", output)[1])
     assert re.search(rf"tokens in the KV cache +{prompt} +{prompt - 16 + tokens} ", output)
     assert re.search(r"KV cache +\d+\.\d\d MB +\d+\.\d\d MB ", output)
-    assert re.search(r"first token, median \(range\) +\d+\.\d ms \(.*\) +\d+\.\d ms \(.*\) +\d", output)
+    assert re.search(r"first token, median \(range\) +\d+\.\d+ ms \(.*\) +\d+\.\d+ ms \(.*\) +\d", output)
     with Image.open(picture) as drawn, Image.open(PHOTOGRAPH) as photograph:
         assert drawn.size == photograph.size
 

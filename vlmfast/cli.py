@@ -13,18 +13,17 @@ from vlmfast import demo, demo_reduce, info
 from vlmfast.benchmarks import command as benchmarks
 from vlmfast.console import DEFAULT, DTYPES, CommandError, positive
 from vlmfast.demo_model import PHOTOGRAPH
-from vlmfast.reduce import Method
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, or 2 for what the user can put right; the demo has its own 1."""
     options = parse(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        exit_code: int = options.command(options)
+        exit_code: int | None = options.command(options)
     except CommandError as error:
         print(f"vlmfast: error: {error}", file=sys.stderr)
         return 2
-    return exit_code
+    return exit_code or 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -34,24 +33,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vlmfast", description=vlmfast.__doc__)
     parser.add_argument("--version", action="version", version=f"vlmfast {vlmfast.__version__}")
 
-    def show_help(options: argparse.Namespace) -> int:
-        parser.print_help()
-        return 0
-
-    parser.set_defaults(command=show_help)
+    parser.set_defaults(command=lambda _: parser.print_help())
     commands = parser.add_subparsers(title="commands")
     _add_demo(commands)
     benchmarks.add(commands)
 
     text = "say what is installed, which backends work here, and which models can be patched"
     command = commands.add_parser("info", help=text, description=text)
-    command.set_defaults(command=_info)
+    command.set_defaults(command=info.info)
 
     text = "say which backend would run an op, on each of its real shapes, and why the others would not"
     command = commands.add_parser(
         "explain", help=text, description=f"{text}. For a call of your own: vlmfast.explain(op, arguments)."
     )
-    command.set_defaults(command=_explain)
+    command.set_defaults(command=info.explain)
     command.add_argument("op", metavar="OP", help="such as rms_norm")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=DEFAULT)
     command.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
@@ -79,7 +74,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--reduce",
         metavar="METHOD",
-        type=_method,
+        type=demo_reduce.parse_method,
         help=f"then compare with fewer visual tokens: {demo_reduce.usage()}",
     )
     command.add_argument(
@@ -89,20 +84,3 @@ def _add_demo(commands: Any) -> None:
         default=Path("reduced.png"),
         help=f"where --reduce draws which tokens were kept; {DEFAULT}",
     )
-
-
-def _method(text: str) -> Method:
-    try:
-        return demo_reduce.parse_method(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _info(options: argparse.Namespace) -> int:
-    info.info()
-    return 0
-
-
-def _explain(options: argparse.Namespace) -> int:
-    info.explain(options.op, options.device, options.dtype)
-    return 0

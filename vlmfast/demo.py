@@ -4,52 +4,21 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from vlmfast import demo_reduce
 from vlmfast.backends import LOADERS, Backend
-from vlmfast.console import CommandError, console, cpu_capabilities, facts, table, usable_device
+from vlmfast.console import console, cpu_capabilities, facts, table, usable_device
+from vlmfast.demo_answers import Answer, Clock, answer, clocks, compare, patched
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
-from vlmfast.patches import Patch, patch
 from vlmfast.registry import OPS, Op, override
-
-
-@dataclass
-class Clock:
-    """A streamer of ``generate`` that notes when the host had each new token."""
-
-    started: float = field(default_factory=time.perf_counter)
-    arrivals: list[float] = field(default_factory=list)
-    _prompt_seen: bool = False
-
-    def put(self, tokens: Tensor) -> None:
-        """Note the time of a new token, already on the host; the first call brings the prompt."""
-        if self._prompt_seen:
-            self.arrivals.append(time.perf_counter())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        """Do nothing after the last token."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one ``generate`` gave, and when."""
-
-    tokens: list[int]
-    logits: Tensor  # (new tokens, vocabulary) float32, on the CPU
-    first: float  # seconds from the call to the first token: vision tower, prefill, choice of the token
-    following: list[float]  # seconds from each token to the next
 
 
 def run(options: Namespace) -> int:
@@ -65,21 +34,18 @@ def run(options: Namespace) -> int:
     device = usable_device(options.device)
     subject = _load(options, device)
     _describe(out, subject, options)
-    try:
-        with _patched(subject.model) as applied:
-            out.print(applied.report(), markup=False, soft_wrap=True)
-    except (ValueError, RuntimeError) as error:
-        raise CommandError(str(error)) from error
+    with patched(subject.model) as applied:
+        out.print(applied.report(), markup=False, soft_wrap=True)
 
     with out.status("comparing"):  # also the warm-up
-        original = _generate(subject, options.new_tokens)
-        with _patched(subject.model), _calls() as calls:
-            patched = _generate(subject, options.new_tokens)
+        original = answer(subject, options.new_tokens, None)
+        with _calls() as calls:
+            other = answer(subject, options.new_tokens, {})
     _print_calls(out, calls)
-    same = _print_comparison(out, subject, original, patched)
+    same = _print_comparison(out, subject, original, other)
 
     with out.status("measuring"):
-        pairs = [_pair(subject, options.new_tokens, patched_first=bool(turn % 2)) for turn in range(options.repeats)]
+        pairs = clocks(subject, options.new_tokens, options.repeats, None, {})
     _print_times(out, pairs)
     if device.type == "cpu":
         out.print("On a CPU the matmuls take nearly all of the time: expect a few per cent.")
@@ -114,42 +80,6 @@ def _quick_dtype(device: torch.device) -> torch.dtype:
 
 
 # ---- run ----
-
-
-@contextmanager
-def _patched(model: Any) -> Iterator[Patch]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a skipped site is in the report
-        applied = patch(model)
-    with applied:
-        yield applied
-
-
-@torch.inference_mode()
-def _generate(subject: Subject, new_tokens: int) -> Answer:
-    clock = Clock()
-    output = subject.model.generate(
-        **subject.inputs,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        output_logits=True,
-        return_dict_in_generate=True,
-        streamer=clock,
-    )
-    tokens = output.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
-    logits = torch.stack(output.logits)[:, 0].float().cpu()
-    following = [after - before for before, after in zip(clock.arrivals, clock.arrivals[1:], strict=False)]
-    return Answer(tokens, logits, clock.arrivals[0] - clock.started, following)
-
-
-def _pair(subject: Subject, new_tokens: int, patched_first: bool) -> tuple[Answer, Answer]:
-    """Time original and patched, one right after the other; the order changes so that neither gains by its place."""
-    answers = {}
-    for with_patch in (True, False) if patched_first else (False, True):
-        with _patched(subject.model) if with_patch else nullcontext():
-            answers[with_patch] = _generate(subject, new_tokens)
-    return answers[False], answers[True]
 
 
 @dataclass
@@ -219,10 +149,14 @@ def _print_calls(out: Console, calls: dict[tuple[str, str], Calls]) -> None:
 
 
 def _print_comparison(out: Console, subject: Subject, original: Answer, patched: Answer) -> bool:
-    for name, answer in (("original", original), ("patched", patched)):
-        out.print(f"{name:9}{subject.decode(answer.tokens)!r}", markup=False, soft_wrap=True)
+    for name, given in (("original", original), ("patched", patched)):
+        out.print(f"{name:9}{subject.decode(given.tokens)!r}", markup=False, soft_wrap=True)
     same = original.tokens == patched.tokens
-    compared = _steps_on_equal_input(original, patched)
+    # logits can be compared up to the first different token, that one's included
+    steps = enumerate(zip(original.tokens, patched.tokens, strict=False), start=1)
+    compared = next(
+        (step for step, (one, other) in steps if one != other), min(len(original.tokens), len(patched.tokens))
+    )
     if same:
         out.print(f"generated ids: EQUAL, all {compared}")
     else:
@@ -237,33 +171,14 @@ def _print_comparison(out: Console, subject: Subject, original: Answer, patched:
     return same
 
 
-def _steps_on_equal_input(original: Answer, patched: Answer) -> int:
-    """Return how many logit rows can be compared: up to the first different token, that one's included."""
-    for step, (one, other) in enumerate(zip(original.tokens, patched.tokens, strict=False), start=1):
-        if one != other:
-            return step
-    return min(len(original.tokens), len(patched.tokens))
-
-
-def _print_times(out: Console, pairs: list[tuple[Answer, Answer]]) -> None:
+def _print_times(out: Console, pairs: list[tuple[Clock, Clock]]) -> None:
     rows = table("median (range)", "original", "patched", "speed-up")
-    rows.add_row("first token", *_compare([(before.first, after.first) for before, after in pairs]))
-    if all(answer.following for pair in pairs for answer in pair):
+    rows.add_row("first token", *compare([(before.first, after.first) for before, after in pairs]))
+    if all(clock.following for pair in pairs for clock in pair):
         each = [(statistics.median(before.following), statistics.median(after.following)) for before, after in pairs]
-        rows.add_row("each further token", *_compare(each))
+        rows.add_row("each further token", *compare(each))
     out.print(rows)
     out.print(
         f"Pairs of generate() measured: {len(pairs)}, original and patched in turns after a warm-up; the speed-up is "
         "taken pair by pair. The first token includes the vision tower and the prefill."
     )
-
-
-def _compare(seconds: list[tuple[float, float]]) -> tuple[str, str, str]:
-    """Format both columns of times and the ratio; pairs, because both runs of one met the machine in the same state."""
-
-    def spread(values: list[float], unit: str) -> str:
-        return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
-
-    before, after = ([1e3 * value for value in column] for column in zip(*seconds, strict=True))
-    ratios = [one / other for one, other in seconds]
-    return spread(before, " ms"), spread(after, " ms"), spread(ratios, "x")

@@ -6,7 +6,8 @@ import importlib
 import inspect
 import platform
 import textwrap
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 
 
-def info() -> None:
+def info(_: Namespace) -> None:
     """Print versions, devices, what each backend can do, and what can be patched.
 
     What is broken is a line that says so.
@@ -36,14 +37,15 @@ def info() -> None:
     out.print(_attempt(_bodies))
 
 
-def explain(name: str, device_name: str | None, dtype: str) -> None:
+def explain(options: Namespace) -> None:
     """Print `vlmfast.explain` for each workload of an op."""
+    name = options.op
     if name not in OPS:
         raise CommandError(f"there is no op {name!r}; the ops are {', '.join(OPS)}")
-    device, op = usable_device(device_name), OPS[name]
+    device, op = usable_device(options.device), OPS[name]
     function = getattr(importlib.import_module(op.reference.__module__), name)
     names = inspect.signature(function).parameters
-    for _, args in op.cases.workloads(str(device), getattr(torch, dtype)):
+    for _, args in op.cases.workloads(str(device), getattr(torch, options.dtype)):
         print(f"{name}({', '.join(map(_argument, names, args))})")
         print(textwrap.indent(vlmfast.explain(function, *args), "    "))
 
@@ -138,10 +140,10 @@ def _first_backend(op: Op, device: str) -> str:
 def _bodies() -> Table:
     """Say which methods each function replaces."""
     rows = table("replacement", "what it replaces")
-    said: dict[str, list[str]] = {}
+    said = defaultdict(list)
     for body in BODIES:
         if body.function is not None:
-            said.setdefault(body.function.__name__, []).append(f"{body.method} {body.says}")
+            said[body.function.__name__].append(f"{body.method} {body.says}")
     for name, texts in said.items():
         rows.add_row(name, "\n".join(texts))
     return rows
