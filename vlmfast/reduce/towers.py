@@ -7,6 +7,7 @@ otherwise the attention that a token gets from all tokens of its image.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import threading
@@ -29,9 +30,8 @@ class EncodedImages:
     Attributes:
         output: what the tower returned.
         hidden: (B, T, C), the hidden states that were asked for; those of several layers side by side.
-        query: (B, T, H, D), the queries of the scored layer, without a gradient; with a CLS token its own alone,
-            (B, 1, H, D).
-        key: (B, T, H, D), its keys.
+        query: (B, T, H, D), the queries of the scored layer, without a gradient.
+        key: (B, T, H, D), its keys, without a gradient.
         scale: the factor of its logits.
         has_cls: whether the first token is a CLS token.
     """
@@ -102,17 +102,7 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
             known here.
     """
     wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    attention = _attention(tower, wanted)
-    heads: int = attention.num_heads  # type: ignore[assignment]
-    with_cls = has_cls(tower)
-    seen: dict[str, Tensor] = {}
-
-    def keep_query(_: Any, output: Tensor) -> None:
-        rows = output[:, :1] if with_cls else output
-        seen["query"] = rows.detach().view(*rows.shape[:2], heads, -1)
-
-    def keep_key(_: Any, output: Tensor) -> None:
-        seen["key"] = output.detach().view(*output.shape[:2], heads, -1)
+    attention: Any = _attention(tower, wanted)
 
     def projection(letter: str) -> Any:
         # InternVL normalises what it projects; without that its modules are identities
@@ -121,28 +111,30 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
     # an older transformers takes a list for something else
     capturing = sys.modules.get("transformers.utils.output_capturing")
     states = wanted if hasattr(capturing, "select_hidden_states") else True
-    with hooked([(projection("q"), keep_query), (projection("k"), keep_key)]):
+    with recorded(query=projection("q"), key=projection("k")) as calls:
         output = tower(pixel_values, output_hidden_states=states, return_dict=True, **inputs)
+    query, key = (calls[name][1].detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
     features = [output.hidden_states[index] for index in wanted]
     hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
-    return EncodedImages(output, hidden, seen["query"], seen["key"], attention.scale, with_cls)  # type: ignore[arg-type]
+    return EncodedImages(output, hidden, query, key, attention.scale, has_cls(tower))
 
 
 @contextmanager
-def hooked(watched: Sequence[tuple[nn.Module, Callable[[dict[str, Any], Any], None]]]) -> Iterator[None]:
-    """Hand the keyword arguments and the output of each module to its function, for calls in this thread alone."""
+def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[dict[str, Any], Any]]]:
+    """Record the keyword arguments and the output of each module, for its last call in this thread."""
     thread = threading.get_ident()
+    calls: dict[str, tuple[dict[str, Any], Any]] = {}
 
-    def hook_of(see: Callable[[dict[str, Any], Any], None]) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if threading.get_ident() == thread:
-                see(kwargs, output)
+    def record(name: str, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if threading.get_ident() == thread:
+            calls[name] = kwargs, output
 
-        return hook
-
-    hooks = [module.register_forward_hook(hook_of(see), with_kwargs=True) for module, see in watched]
+    hooks = [
+        module.register_forward_hook(functools.partial(record, name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
-        yield
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,43 +20,9 @@ from vlmfast.ops.attention_scores import received_attention
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.tokens import Grid, VisualTokens
-from vlmfast.reduce.towers import hooked
+from vlmfast.reduce.towers import recorded
 
-
-@dataclass(frozen=True)
-class BlockAttention:
-    """What the last block of a tower attends with, over the T patches of all images in the order of the encoder.
-
-    Attributes:
-        query: (T, H, D), rotated, without a gradient.
-        key: (T, H, D), rotated, without a gradient.
-        cu_seqlens: (S + 1,) int32, where each segment begins: an image, or a frame of a video.
-        scale: the factor of its logits.
-        group: how many consecutive patches become one visual token.
-        order: (T / group,) int64, the raster position of each visual token in the order of the encoder; None where that
-            is the raster's.
-    """
-
-    query: Tensor
-    key: Tensor
-    cu_seqlens: Tensor
-    scale: float
-    group: int
-    order: Tensor | None
-
-    @functools.cached_property
-    def scores(self) -> Tensor:
-        """(T / group,) float32, in raster order: the attention that the patches of each visual token get."""
-        query, key = self.query.transpose(0, 1), self.key.transpose(0, 1)
-        return self._raster(received_attention(query, key, self.cu_seqlens, self.group, self.scale))
-
-    @functools.cached_property
-    def metric(self) -> Tensor:
-        """(T / group, D) float32, in raster order: the keys, averaged over the patches and the heads."""
-        return self._raster(self.key.reshape(-1, self.group, *self.key.shape[1:]).mean((1, 2), dtype=torch.float32))
-
-    def _raster(self, rows: Tensor) -> Tensor:
-        return rows if self.order is None else torch.empty_like(rows).index_copy(0, self.order, rows)
+Rows = Callable[[], Tensor]
 
 
 def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
@@ -79,7 +44,7 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     """
     side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
-    levels, attention = _encode(base, inputs, grids)
+    levels, scores, metric = _encode(base, inputs, grids)
     counts = [math.prod(grid) for grid in grids]
 
     def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
@@ -94,8 +59,8 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
         tokens = VisualTokens(
             hidden=features[0],
             grid=grid,
-            scores=lambda: stack(attention.scores),
-            metric=lambda: stack(attention.metric),
+            scores=lambda: stack(scores()),
+            metric=lambda: stack(metric()),
             features=features[0].detach,
         )
         selection = method.select(tokens)
@@ -106,39 +71,49 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     return [images[number] for number in range(len(grids))]
 
 
-def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tuple[list[Tensor], BlockAttention]:
+def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tuple[list[Tensor], Rows, Rows]:
     """Run the tower.
 
     Returns:
-        The features and DeepStack's, (N, D) over all images in raster order, and what the last block attends with.
+        Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); (N,) float32,
+        the attention that the patches of each get; and (N, head_dim) float32, their mean key.
     """
     tower = base.visual
     attention = tower.blocks[-1].attn
-    seen: dict[str, Any] = {}
-    watched = [
-        (attention, lambda kwargs, _: seen.update(kwargs)),
-        (attention.qkv, lambda _, output: seen.update(qkv=output.detach())),
-    ]
-    with hooked(watched):
+    with recorded(attention=attention, qkv=attention.qkv) as calls:
         output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    if "qkv" not in seen:
+    if "qkv" not in calls:
         raise RuntimeError("the vision tower passed its hooks by: reduce tokens with a tower that is not compiled")
 
-    projected: Tensor = seen["qkv"]
+    given, projected = calls["attention"][0], calls["qkv"][1].detach()
+    device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     # a tensor for each image, but in DeepStack's levels up to transformers 5.17
-    levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in found]
-    levels = [level.to(projected.device) for level in levels]
+    levels = [(level if isinstance(level, Tensor) else torch.cat(level)).to(device) for level in found]
 
-    query, key, _ = projected.reshape(projected.shape[0], 3, attention.num_heads, -1).unbind(1)
+    query, key, _ = projected.reshape(projected.shape[0], 3, attention.num_heads, -1).unbind(1)  # (T, H, D)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision  # type: ignore[attr-defined]
-    query, key = rotate(query, key, *(part.to(projected.device) for part in seen["position_embeddings"]))
-    bounds = seen["cu_seqlens"].to(projected.device, torch.int32)
+    query, key = rotate(query, key, *(part.to(device) for part in given["position_embeddings"]))
+    bounds = given["cu_seqlens"].to(device, torch.int32)  # of images, or frames of a video
     side = tower.spatial_merge_size
+    group = side**2  # consecutive patches that become one visual token
     order = None
     if hasattr(tower, "window_size"):
-        order = window_order(grids, tower.window_size // side // tower.patch_size).to(projected.device)
-    return levels, BlockAttention(query, key, bounds, attention.scaling, side**2, order)
+        order = window_order(grids, tower.window_size // side // tower.patch_size).to(device)
+
+    def raster(rows: Tensor) -> Tensor:
+        return rows if order is None else torch.empty_like(rows).index_copy(0, order, rows)
+
+    @functools.cache
+    def scores() -> Tensor:
+        by_head = query.transpose(0, 1), key.transpose(0, 1)
+        return raster(received_attention(*by_head, bounds, group, attention.scaling))
+
+    @functools.cache
+    def metric() -> Tensor:
+        return raster(key.reshape(-1, group, *key.shape[1:]).mean((1, 2), dtype=torch.float32))
+
+    return levels, scores, metric
 
 
 def window_order(grids: Sequence[Grid], window: int) -> Tensor:
