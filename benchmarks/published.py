@@ -71,7 +71,7 @@ class Published:
         if "head_dim" in self.text:
             text["head_dim"] = 16
         if scaling := self.text.get("rope_scaling"):
-            text.update(_mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
+            text.update(mrope([4, 2, 2], **{k: v for k, v in scaling.items() if k == "mrope_interleaved"}))
         heads = "num_heads" if "num_heads" in self.vision else "num_attention_heads"
         vision = {"hidden_size": 32, "intermediate_size": 48, heads: 2}
         return {**text, "intermediate_size": 96, "vocab_size": 64}, vision
@@ -97,24 +97,26 @@ def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[st
     return {"num_hidden_layers": layers, **layer, **rest}
 
 
-def _qwen_vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+def qwen_vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    """Configure a vision tower of Qwen-VL."""
     return {"depth": layers, "hidden_size": hidden, "num_heads": heads, "intermediate_size": mlp, **rest}
 
 
-def _llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
+def llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
+    """Configure a language model."""
     return _vit(hidden, layers, heads, mlp, num_key_value_heads=kv, max_position_embeddings=32768, **rest)
 
 
-def _mrope(section: list[int], **rest: Any) -> dict[str, Any]:
+def mrope(section: list[int], **rest: Any) -> dict[str, Any]:
     """Configure multimodal rotary embeddings in the notation that every supported transformers reads."""
     return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "mrope_section": section, **rest}}
 
 
-SMALL_TEXT = _llama(1024, 4, 8, 8, 2752, vocab_size=4096)
+SMALL_TEXT = llama(1024, 4, 8, 8, 2752, vocab_size=4096)
 SMALL_GROUPED = {**SMALL_TEXT, "num_key_value_heads": 2}
 SMALL_VIT = _vit(192, 6, 3, 768)
 CLIP = _vit(1024, 24, 16, 4096, model_type="clip_vision_model", image_size=336, patch_size=14, projection_dim=768)
-VICUNA = _llama(4096, 32, 32, 32, 11008, model_type="llama", vocab_size=32064)
+VICUNA = llama(4096, 32, 32, 32, 11008, model_type="llama", vocab_size=32064)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 MODELS = {
@@ -141,30 +143,30 @@ MODELS = {
     ),
     "qwen2.5-vl-7b": Published(
         "qwen2_5_vl",
-        _llama(3584, 28, 28, 4, 18944, vocab_size=152064, **_mrope([16, 24, 24])),
-        _qwen_vit(1280, 32, 16, 3420, patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        llama(3584, 28, 28, 4, 18944, vocab_size=152064, **mrope([16, 24, 24])),
+        qwen_vit(1280, 32, 16, 3420, patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
         QWEN_TOKENS,
         SMALL_GROUPED,
-        _qwen_vit(160, 4, 2, 432, fullatt_block_indexes=[3]),
+        qwen_vit(160, 4, 2, 432, fullatt_block_indexes=[3]),
         (64 * 64, 3 * 2 * 14 * 14),
         VisionZip(dominant=0.09, contextual=0.01),
         {"image_grid_thw": [[1, 64, 64]]},
     ),
     "qwen3-vl-8b": Published(
         "qwen3_vl",
-        _llama(4096, 36, 32, 8, 12288, head_dim=128, vocab_size=151936) | _mrope([24, 20, 20], mrope_interleaved=True),
-        _qwen_vit(1152, 27, 16, 4304, patch_size=16, num_position_embeddings=2304)
+        llama(4096, 36, 32, 8, 12288, head_dim=128, vocab_size=151936) | mrope([24, 20, 20], mrope_interleaved=True),
+        qwen_vit(1152, 27, 16, 4304, patch_size=16, num_position_embeddings=2304)
         | {"deepstack_visual_indexes": [8, 16, 24]},
         QWEN_TOKENS,
         SMALL_GROUPED,
-        _qwen_vit(144, 4, 2, 432, deepstack_visual_indexes=[1, 2, 3]),
+        qwen_vit(144, 4, 2, 432, deepstack_visual_indexes=[1, 2, 3]),
         (64 * 64, 3 * 2 * 16 * 16),
         VisionZip(dominant=0.09, contextual=0.01),
         {"image_grid_thw": [[1, 64, 64]]},
     ),
     "internvl3-8b": Published(
         "internvl",
-        _llama(3584, 28, 28, 4, 18944, model_type="qwen2", vocab_size=151674),
+        llama(3584, 28, 28, 4, 18944, model_type="qwen2", vocab_size=151674),
         _vit(1024, 24, 16, 4096, image_size=[448, 448], patch_size=[14, 14], attention_bias=True),
         {"image_token_id": IMAGE, "downsample_ratio": 0.5},
         SMALL_GROUPED,
@@ -174,7 +176,7 @@ MODELS = {
     ),
     "smolvlm-256m": Published(
         "smolvlm",
-        _llama(576, 30, 9, 3, 1536, model_type="llama", vocab_size=49280),
+        llama(576, 30, 9, 3, 1536, model_type="llama", vocab_size=49280),
         _vit(768, 12, 12, 3072, image_size=512, patch_size=16),
         {"image_token_id": IMAGE, "scale_factor": 4, "pad_token_id": 0},
         {"num_hidden_layers": 10, "vocab_size": 4096},

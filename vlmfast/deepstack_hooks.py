@@ -144,7 +144,9 @@ def deepstack(
     Source:
         CustomLlamaModel.forward of MengLcool/DeepStack-VL, with exact positions; CLIPVisionTower of the same.
     """
-    layers, levels = _modules(layers), _levels(levels, positions)
+    if not isinstance(layers, (nn.ModuleList, Sequence)) or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise TypeError(f"layers must be a sequence of torch.nn.Module, got {type(layers).__name__}")
+    layers, levels = list(layers), _levels(levels, positions)
     _count("start", start, least=0)
     _count("interval", interval, least=1)
     last = start + (len(levels) - 1) * interval
@@ -202,12 +204,6 @@ def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor |
     return add
 
 
-def _modules(layers: object) -> list[nn.Module]:
-    if not isinstance(layers, (nn.ModuleList, Sequence)) or not all(isinstance(layer, nn.Module) for layer in layers):
-        raise TypeError(f"layers must be a sequence of torch.nn.Module, got {type(layers).__name__}")
-    return list(layers)
-
-
 def _levels(levels: object, positions: Tensor) -> list[Tensor]:
     if not isinstance(levels, (Tensor, Sequence)):
         raise TypeError(
@@ -230,9 +226,8 @@ def _levels(levels: object, positions: Tensor) -> list[Tensor]:
     return found
 
 
-def _count(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def _count(name: str, value: int, least: int) -> int:
+    checks.integer(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value

@@ -152,11 +152,8 @@ def _print_comparison(out: Console, subject: Subject, original: Answer, patched:
     for name, given in (("original", original), ("patched", patched)):
         out.print(f"{name:9}{subject.decode(given.tokens)!r}", markup=False, soft_wrap=True)
     same = original.tokens == patched.tokens
-    # logits can be compared up to the first different token, that one's included
-    steps = enumerate(zip(original.tokens, patched.tokens, strict=False), start=1)
-    compared = next(
-        (step for step, (one, other) in steps if one != other), min(len(original.tokens), len(patched.tokens))
-    )
+    differ = [one != other for one, other in zip(original.tokens, patched.tokens, strict=False)]
+    compared = len(differ) if same else differ.index(True) + 1  # logits of equal inputs
     if same:
         out.print(f"generated ids: EQUAL, all {compared}")
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlmfast.benchmarks.published import llama, mrope, qwen_vit
 from vlmfast.console import CommandError, one_line
 from vlmfast.patches.plan import find_sites
 
@@ -85,37 +86,14 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
     tokenizer = _tokenizer(prompt)
     pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    rope = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}
-    text_config = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "max_position_embeddings": 32768,
-        "rope_theta": 5e6,
-        "rope_scaling": rope,
-        "vocab_size": VOCABULARY,
-        "pad_token_id": pad,
-        "bos_token_id": None,
-        "eos_token_id": None,  # generate as many tokens as asked for
-        "tie_word_embeddings": False,
-    }
-    vision_config = {
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "depth": 6,
-        "num_heads": 6,
-        "out_hidden_size": 576,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "deepstack_visual_indexes": [1, 3, 5],
-    }
+    text = {"vocab_size": VOCABULARY, "pad_token_id": pad, "bos_token_id": None, "tie_word_embeddings": False}
+    text["eos_token_id"] = None  # generate as many tokens as asked for
+    text |= mrope([12, 10, 10], mrope_interleaved=True) | {"rope_theta": 5e6}
+    vision = {"out_hidden_size": 576, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"patch_size": 16, "deepstack_visual_indexes": [1, 3, 5]}
     config = Qwen3VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
+        text_config=llama(576, layers, 9, 3, 1536, head_dim=64, **text),
+        vision_config=qwen_vit(384, 6, 6, 1536, **vision),
         image_token_id=image_token,
         video_token_id=video_token,
         vision_start_token_id=start,

@@ -162,7 +162,8 @@ def apply_shuffled(
     norm = _first(modules, nn.LayerNorm)
     rest = modules if norm is None else modules[1:]
     linear = _first(rest, nn.Linear)
-    if linear is None or (norm is not None and not _normalises(norm, linear)):
+    # a norm may have no weight, or be for another width
+    if linear is None or (norm is not None and getattr(norm.weight, "shape", None) != linear.weight.shape[1:]):
         tokens, rest = pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale), modules
     else:
         gelu = _first(rest[1:], nn.GELU)
@@ -183,8 +184,3 @@ def is_plain(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
 
 def _first(modules: Sequence[nn.Module], cls: type[M]) -> M | None:
     return modules[0] if modules and is_plain(modules[0], cls) else None
-
-
-def _normalises(norm: nn.LayerNorm, linear: nn.Linear) -> bool:
-    """Whether the norm has weights, for what the Linear takes in."""
-    return isinstance(norm.weight, Tensor) and norm.weight.shape == linear.weight.shape[1:]

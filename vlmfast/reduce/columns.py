@@ -13,17 +13,11 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Columns:
-    """A short prompt, told by the columns of the full one.
+    """A short prompt, told by the columns of the full one."""
 
-    Attributes:
-        index: (B, N) int64, the column of the full prompt that each column of the short one was.
-        valid: (B, N) bool, false where the short prompt has padding of its own or of the full one.
-        total: L, the columns of the full prompt.
-    """
-
-    index: Tensor
-    valid: Tensor
-    total: int
+    index: Tensor  # (B, N) int64, the column of the full prompt that each column of the short one was
+    valid: Tensor  # (B, N) bool, false where the short prompt has padding of its own or of the full one
+    total: int  # L, the columns of the full prompt
 
     @property
     def dropped(self) -> int:
@@ -88,27 +82,19 @@ def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Seque
     Raises:
         ValueError: if they do not fit.
     """
-    given = sum(image.total for image in images)
-    whole = given != sum(new)
-    waiting = list(images)
-
-    def take(sample: int, placeholders: int) -> list[ReducedImage]:
-        taken, reached = [], 0
-        while reached < placeholders and waiting:
-            taken.append(waiting.pop(0))
-            reached += taken[-1].total
-        if reached != placeholders:
-            raise ValueError(
-                f"the images must fit the placeholders of the prompts: sample {sample} has {placeholders}, and the "
-                f"next images have {[image.total for image in taken + waiting]}"
-            )
-        return taken
-
-    found = []
+    whole = sum(image.total for image in images) != sum(new)
+    waiting, found = list(images), []
     for sample, (before, after) in enumerate(zip(cached, new, strict=True)):
-        if whole:
-            take(sample, before)
-        found.append(take(sample, after))
+        for placeholders in (before, after) if whole else (after,):
+            taken: list[ReducedImage] = []
+            while waiting and sum(image.total for image in taken) < placeholders:
+                taken.append(waiting.pop(0))
+            if sum(image.total for image in taken) != placeholders:
+                raise ValueError(
+                    f"the images must fit the placeholders of the prompts: sample {sample} has {placeholders}, and the "
+                    f"next images have {[image.total for image in taken + waiting]}"
+                )
+        found.append(taken)
     if waiting:
         raise ValueError(
             f"the images must fit the placeholders of the prompts: {sum(cached) + sum(new)} placeholders, and images "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlmfast.modules import hugging_face_model
 from vlmfast.reduce.generation import reducible
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.prompt import ShortenedPrompt, base_of, shorten, takes_features
+from vlmfast.reduce.prompt import ShortenedPrompt, shorten, takes_features
 
 
 def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     host, reducer = reducible(hugging_face_model(model))
     if inputs.get("pixel_values") is None:
         return dict(inputs)
-    base = base_of(host)
+    base = host.base_model
     prompt, short = shorten(host, reducer, method, inputs)
     if prompt.rope_deltas is not None:
         base.rope_deltas = prompt.rope_deltas

@@ -38,18 +38,23 @@ def overlay(image: Any, kept: Tensor | Iterable[int], grid: Sequence[int], merge
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid must be (height, width), both at least 1, got {tuple(grid)}")
     picture = image.convert("RGB")
-    width, height = picture.size
+    (width, height), (rows, columns) = picture.size, grid
+
+    def corner(row: int, column: int) -> tuple[int, int]:
+        """Return (x, y) of the upper left corner of a token: neighbours meet whatever the size of the image."""
+        return column * width // columns, row * height // rows
+
     frames = [
-        (_box(position, grid, width, height), colour)
+        ((*corner(row, column), *corner(row + 1, column + 1)), colour)
         for colour, positions in ((KEPT, _positions("kept", kept, grid)), (MERGED, _positions("merged", merged, grid)))
-        for position in positions
+        for row, column in (divmod(position, columns) for position in positions)
     ]
     grey = Image.new("RGB", picture.size, (235, 235, 235))
     shown = Image.new("L", picture.size, round(255 * DIMMED))
     for box, _ in frames:
         shown.paste(255, box)
     result = Image.composite(picture, ImageChops.blend(picture.convert("L").convert("RGB"), grey, 0.5), shown)
-    draw, line = ImageDraw.Draw(result), max(1, min(width // grid[1], height // grid[0]) // 12)
+    draw, line = ImageDraw.Draw(result), max(1, min(width // columns, height // rows) // 12)
     for (left, top, right, bottom), colour in frames:
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
     return result
@@ -61,14 +66,3 @@ def _positions(name: str, positions: Tensor | Iterable[int], grid: Sequence[int]
     if outside:
         raise ValueError(f"{name} must be positions within a grid of {grid[0]} x {grid[1]} tokens, got {outside[0]}")
     return found
-
-
-def _box(position: int, grid: Sequence[int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom, in pixels; neighbours meet whatever the size of the image."""
-    row, column = divmod(position, grid[1])
-    return (
-        column * width // grid[1],
-        row * height // grid[0],
-        (column + 1) * width // grid[1],
-        (row + 1) * height // grid[0],
-    )

@@ -17,27 +17,19 @@ from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.prompt import ShortenedPrompt, base_of, image_output, parameters, shorten, takes_features
+from vlmfast.reduce.prompt import ShortenedPrompt, image_output, parameters, shorten, takes_features
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
 @dataclass
 class Reduction:
-    """How the prompts of a patched model are shortened, and what became of the last one.
+    """How the prompts of a patched model are shortened, and what became of the last one."""
 
-    Attributes:
-        model_class: the class of the model with its head.
-        base_class: the class of the model without it.
-        reducer: of the model's type.
-        method: how visual tokens are reduced.
-        last: the last prompt that had images, without gradients.
-    """
-
-    model_class: type[Any]
-    base_class: type[Any]
+    model_class: type[Any]  # with the head
+    base_class: type[Any]  # without it
     reducer: Reducer
     method: Method
-    last: ShortenedPrompt | None = None
+    last: ShortenedPrompt | None = None  # that had images, without gradients
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -52,7 +44,10 @@ class Reduction:
         if not takes_features(base):
             original = _forward_with_features(original, self.reducer)
             found[base] = {"get_image_features": _get_image_features(base)}
-        found[cls] = {"forward": _forward(self, original), "generate": _generate(self, cls)}
+        found[cls] = {
+            "forward": _forward(self, original),
+            "generate": _replacement(cls.generate, functools.partial(_short_generate, self, cls.generate)),
+        }
         return found
 
     def report(self) -> str:
@@ -67,7 +62,7 @@ class Reduction:
         )
 
     def shorten(
-        self, model: nn.Module, arguments: Mapping[str, Any], cached: ShortenedPrompt | None
+        self, model: Any, arguments: Mapping[str, Any], cached: ShortenedPrompt | None
     ) -> tuple[ShortenedPrompt, dict[str, Any]]:
         """Shorten the prompt, tell the model where the next position is, and note the prompt for the report.
 
@@ -76,14 +71,14 @@ class Reduction:
         """
         prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
         if prompt.rope_deltas is not None:
-            base_of(model).rope_deltas = prompt.rope_deltas
+            model.base_model.rope_deltas = prompt.rope_deltas
         prompt = prompt.detach()
         if prompt.images:
             self.last = prompt
         return prompt, short
 
 
-def shortening(model: nn.Module, method: object) -> Reduction:
+def shortening(model: Any, method: object) -> Reduction:
     """Say how prompts of this model are shortened with this method: its `Reduction.replacements` do it.
 
     Args:
@@ -100,10 +95,10 @@ def shortening(model: nn.Module, method: object) -> Reduction:
     for name in ("forward", "generate"):
         if reason := replaced_on_instances([model], type(model), name):
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    return Reduction(type(model), type(base_of(model)), reducer, method)
+    return Reduction(type(model), type(model.base_model), reducer, method)
 
 
-def reducible(host: Any) -> tuple[nn.Module, Reducer]:
+def reducible(host: Any) -> tuple[Any, Reducer]:
     """Return a model whose visual tokens can be reduced, out of the wrapper of PEFT if it is in one, and its reducer.
 
     Raises:
@@ -126,39 +121,41 @@ def reducible(host: Any) -> tuple[nn.Module, Reducer]:
     return model, REDUCERS[model_type]
 
 
+def _replacement(original: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``short`` take the calls that bring images or go on from a shortened prompt, with arguments by name."""
+    names = parameters(original)
+
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        if arguments.get("pixel_values") is None and kept_by(arguments.get("past_key_values")) is None:
+            return original(self, *args, **kwargs)
+        return short(self, arguments)
+
+    return method
+
+
 # ---- forward ----
 
 
 def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[..., Any]:
-    names = parameters(original)
     # Not traced: shortening waits for the device to learn the shape of the short prompt. A decorator of these functions
     # would load torch's compiler wherever vlmfast is imported.
     shorten = torch.compiler.disable(reduction.shorten)  # type: ignore[no-untyped-call]
-    short_forward = torch.compiler.disable(_short_forward, recursive=False)  # type: ignore[no-untyped-call]
 
-    @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        if arguments.get("pixel_values") is None and kept_by(arguments.get("past_key_values")) is None:
-            return original(self, *args, **kwargs)
-        return short_forward(shorten, original, self, arguments)
+    def short_forward(model: Any, arguments: dict[str, Any]) -> Any:
+        cache = arguments.get("past_key_values")
+        with lent(cache) as cached:
+            if arguments.get("pixel_values") is None and cached is not None:
+                return original(model, **_continued(model.base_model, arguments, cached))
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
+            prompt, short = shorten(model, arguments, None)
+            output = original(model, **short)
+            keep(_cache_of(output) if cache is None else cache, prompt)
+            return output
 
-    return forward
-
-
-def _short_forward(
-    shorten: Callable[..., Any], original: Callable[..., Any], model: nn.Module, arguments: dict[str, Any]
-) -> Any:
-    cache = arguments.get("past_key_values")
-    with lent(cache) as cached:
-        if arguments.get("pixel_values") is None and cached is not None:
-            return original(model, **_continued(base_of(model), arguments, cached))
-        if cache is not None and cache.get_seq_length():
-            raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
-        prompt, short = shorten(model, arguments, None)
-        output = original(model, **short)
-        keep(_cache_of(output) if cache is None else cache, prompt)
-        return output
+    return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
 
 
 def _continued(base: Any, arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
@@ -197,12 +194,12 @@ def _forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Ca
     added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
         # generate passes it to every step, of which only a prompt has several tokens
         if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
             samples = mm_encoder_outputs.samples
             times = kwargs["input_ids"].shape[0] // len(samples)  # beams
-            kwargs["pixel_values"] = _Encoded(image_output(base_of(self), reducer, samples, times))
+            kwargs["pixel_values"] = _Encoded(image_output(self.base_model, reducer, samples, times))
         return original(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
@@ -224,54 +221,33 @@ def _get_image_features(cls: type) -> Callable[..., Any]:
 # ---- generate ----
 
 
-def _generate(reduction: Reduction, cls: type) -> Callable[..., Any]:
-    original: Callable[..., Any] = cls.generate  # type: ignore[attr-defined]
-    names = parameters(original)
-
-    @functools.wraps(original)
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        cache = arguments.get("past_key_values")
-        if arguments.get("pixel_values") is None and kept_by(cache) is None:
-            return original(self, **arguments)
-        with lent(cache) as cached:  # the steps of generate count on from the short prompt
-            return _short_generate(reduction, original, self, arguments, cached)
-
-    return generate
-
-
-def _short_generate(
-    reduction: Reduction,
-    original: Callable[..., Any],
-    model: nn.Module,
-    arguments: dict[str, Any],
-    cached: ShortenedPrompt | None,
-) -> Any:
+def _short_generate(reduction: Reduction, original: Callable[..., Any], model: Any, arguments: dict[str, Any]) -> Any:
     if arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model cannot be given where visual tokens are reduced: it would see other prompts")
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments.pop("inputs")
     cache = arguments.get("past_key_values")
-    if arguments.get("attention_mask") is None:
-        arguments["attention_mask"] = _mask(model, arguments)
-    elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:  # the ids of what follows alone
-        if cached is None or arguments.get("pixel_values") is not None:
-            raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
-        return original(model, **_continued(base_of(model), arguments, cached))
-    prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
-    short |= _lengths(model, arguments, prompt.columns.dropped)
-    if (streamer := arguments.get("streamer")) is not None:
-        short["streamer"] = _FullPrompt(streamer, prompt.ids)
-    output = original(model, **short)
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    prompt = prompt.repeat(sequences.shape[0] // prompt.ids.shape[0])
-    new = sequences[:, prompt.columns.index.shape[1] :]
-    sequences = torch.cat([prompt.ids.to(sequences.device), new], 1)
-    keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
-    if isinstance(output, Tensor):
-        return sequences
-    output.sequences = sequences
-    return output
+    with lent(cache) as cached:  # the steps count on from the short prompt
+        if arguments.get("attention_mask") is None:
+            arguments["attention_mask"] = _mask(model, arguments)
+        elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:  # the ids of what follows alone
+            if cached is None or arguments.get("pixel_values") is not None:
+                raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
+            return original(model, **_continued(model.base_model, arguments, cached))
+        prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
+        short |= _lengths(model, arguments, prompt.columns.dropped)
+        if (streamer := arguments.get("streamer")) is not None:
+            short["streamer"] = _FullPrompt(streamer, prompt.ids)
+        output = original(model, **short)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        prompt = prompt.repeat(sequences.shape[0] // prompt.ids.shape[0])
+        new = sequences[:, prompt.columns.index.shape[1] :]
+        sequences = torch.cat([prompt.ids.to(sequences.device), new], 1)
+        keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
 
 def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:

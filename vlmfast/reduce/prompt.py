@@ -24,19 +24,12 @@ REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q
 
 @dataclass(frozen=True)
 class ShortenedPrompt:
-    """A prompt whose visual tokens were reduced: what its cache keeps of it, and reports are made of.
+    """A prompt whose visual tokens were reduced: its cache keeps this, and reports are made of it."""
 
-    Attributes:
-        ids: (B, L) the full prompt.
-        columns: which of its columns the language model sees.
-        rope_deltas: (B, 1) from the end of the short prompt to the next position; None for models that count on.
-        samples: the images of each sample, without those that were in the cache before.
-    """
-
-    ids: Tensor
-    columns: Columns
-    rope_deltas: Tensor | None
-    samples: list[list[ReducedImage]]
+    ids: Tensor  # (B, L) the full prompt
+    columns: Columns  # those that the language model sees
+    rope_deltas: Tensor | None  # (B, 1) from the end of the short prompt to the next position; None: the model counts
+    samples: list[list[ReducedImage]]  # the images of each sample, without those that were in the cache before
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -61,11 +54,6 @@ class ShortenedPrompt:
         return ShortenedPrompt(self.ids[samples], self.columns.select(samples), deltas, images)
 
 
-def base_of(model: nn.Module) -> Any:
-    """Return the model without its head, which encodes images and places them."""
-    return model.base_model
-
-
 def named(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return those of the arguments that have one of the names and are given."""
     return {name: arguments[name] for name in names if arguments.get(name) is not None}
@@ -82,7 +70,7 @@ def takes_features(base_class: type[Any]) -> bool:
 
 
 def shorten(
-    model: nn.Module,
+    model: Any,
     reducer: Reducer,
     method: Method,
     arguments: Mapping[str, Any],
@@ -102,7 +90,7 @@ def shorten(
         images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
     """
     _check(model, arguments)
-    base = base_of(model)
+    base = model.base_model
     ids: Tensor = arguments["input_ids"]
     given = arguments.get("attention_mask")
     full_mask = torch.ones_like(ids) if given is None else given
@@ -173,7 +161,7 @@ def _encode(
     return samples
 
 
-def _check(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+def _check(model: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse what cannot be rewritten."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -188,7 +176,7 @@ def _check(model: nn.Module, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
-    if arguments.get("pixel_values_videos") is not None and not takes_features(type(base_of(model))):
+    if arguments.get("pixel_values_videos") is not None and not takes_features(type(model.base_model)):
         raise ValueError("pixel_values_videos beside reduced images needs a transformers with mm_encoder_outputs")
 
 
@@ -239,8 +227,9 @@ def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]],
     images = [image for sample in samples for _ in range(times) for image in sample]
     rows: Any = [image.features for image in images]
     if reducer.one_tensor:
-        sizes = {row.shape[0] for row in rows}
-        rows = torch.stack(rows) if len(sizes) == 1 else _blocks(rows)
+        # images of several sizes are cut into blocks of one size, none of which belongs to two images
+        size = max(1, math.gcd(*(row.shape[0] for row in rows)))
+        rows = torch.cat(rows).view(-1, size, rows[0].shape[1])
     module = sys.modules[type(base).__module__]
     if not images[0].levels:
         return BaseModelOutputWithPooling(pooler_output=rows)
@@ -248,9 +237,3 @@ def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]],
     if not takes_features(type(base)):
         levels = [torch.cat(level) for level in levels]
     return module.BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
-
-
-def _blocks(rows: list[Tensor]) -> Tensor:
-    """Cut images of several sizes into blocks of one size, none of which belongs to two images, as one tensor."""
-    size = max(1, math.gcd(*(row.shape[0] for row in rows)))
-    return torch.cat(rows).view(-1, size, rows[0].shape[1])

@@ -25,23 +25,14 @@ from vlmfast.reduce.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """What a tower made of B images, or crops of images, of T tokens each, a CLS token included.
+    """What a tower made of B images, or crops of images, of T tokens each, a CLS token included."""
 
-    Attributes:
-        output: what the tower returned.
-        hidden: (B, T, C), the hidden states that were asked for; those of several layers side by side.
-        query: (B, T, H, D), the queries of the scored layer, without a gradient.
-        key: (B, T, H, D), its keys, without a gradient.
-        scale: the factor of its logits.
-        has_cls: whether the first token is a CLS token.
-    """
-
-    output: Any
-    hidden: Tensor
-    query: Tensor
-    key: Tensor
-    scale: float
-    has_cls: bool
+    output: Any  # of the tower
+    hidden: Tensor  # (B, T, C), the hidden states that were asked for; those of several layers side by side
+    query: Tensor  # (B, T, H, head_dim), the queries of the scored layer, without a gradient
+    key: Tensor  # (B, T, H, head_dim), its keys, without a gradient
+    scale: float  # of its logits
+    has_cls: bool  # whether the first token is a CLS token
 
     @property
     def patches(self) -> Tensor:
@@ -58,7 +49,7 @@ class EncodedImages:
         return received_attention(query, key, bounds, 1, self.scale).view(batch, tokens)
 
     def metric(self) -> Tensor:
-        """(B, N, D): the keys of the patches, averaged over the heads."""
+        """(B, N, head_dim): the keys of the patches, averaged over the heads."""
         return self.key[:, int(self.has_cls) :].mean(2)
 
     @property

@@ -13,16 +13,11 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Reducer:
-    """How the images of one type of model are reduced.
+    """How the images of one type of model are reduced."""
 
-    Attributes:
-        reduce: (the base model, the vision inputs such as pixel_values, the method) -> the images in prompt order. It
-            runs the tower once, with every layer's attention as it is configured.
-        one_tensor: whether ``get_image_features`` gives images as one tensor (images, tokens, D), not as a list.
-    """
-
+    # (the base model, the vision inputs, the method) -> the images in prompt order; the tower runs once, as configured
     reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
-    one_tensor: bool = False
+    one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
 
 QWEN, LLAVA_NEXT = Reducer(qwen.reduce), Reducer(llava_next.reduce_next)

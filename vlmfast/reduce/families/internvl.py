@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
@@ -13,7 +13,7 @@ from vlmfast.reduce.tokens import VisualTokens
 from vlmfast.reduce.towers import encode, setting
 
 
-def reduce(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
     """Encode the tiles and reduce each with a budget of its own.
 
     Each tile counts as an image: their order is that of the prompt, and the model is not told which tiles make up an
@@ -23,39 +23,34 @@ def reduce(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[
     their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
     CLS token among them, so that all of a budget are patches.
     """
-    config: Any = model.config
     layer = setting(model, inputs, "vision_feature_layer")
     pixels: Tensor = inputs["pixel_values"]
-    encoded = encode(model.vision_tower, pixels.to(model.dtype), layer)  # type: ignore[arg-type]
-    if not encoded.has_cls or setting(model, inputs, "vision_feature_select_strategy") != "default":
+    encoded = encode(model.vision_tower, pixels.to(model.dtype), layer)
+    strategy = setting(model, inputs, "vision_feature_select_strategy")
+    if not encoded.has_cls or strategy != "default":
         raise ValueError(
             "token reduction of InternVL needs a tower with a CLS token, cut off by vision_feature_select_strategy "
-            f"'default', got {setting(model, inputs, 'vision_feature_select_strategy')!r}"
+            f"'default', got {strategy!r}"
         )
     states = encoded.output.last_hidden_state if layer == -1 else encoded.hidden  # the last one may be normalised
-    side = encoded.side
+    side, ratio = encoded.side, model.config.downsample_ratio
 
     def shuffle(patches: Tensor) -> Tensor:
         """(B, patches, M) -> (B, tokens, patches of a token * M)."""
         maps = patches.reshape(len(patches), side, side, -1)
-        tokens: Tensor = model.pixel_shuffle(maps, scale_factor=config.downsample_ratio)  # type: ignore[operator]
-        return tokens.reshape(len(patches), -1, tokens.shape[-1])
+        tokens: Tensor = model.pixel_shuffle(maps, scale_factor=ratio)
+        return tokens.flatten(1, 2)
 
-    def metric() -> Tensor:
-        keys = encoded.metric()
-        return shuffle(keys).view(batch, count, -1, keys.shape[2]).mean(2)
-
-    project: Any = model.multi_modal_projector
+    project = model.multi_modal_projector
     hidden = shuffle(states[:, 1:])
-    batch, count, _ = hidden.shape
-    grid = (1, *(round(side * config.downsample_ratio),) * 2)
+    grid = (1, *(round(side * ratio),) * 2)
     tokens = VisualTokens(
         hidden=hidden,
         grid=grid,
         scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
-        metric=metric,
+        metric=lambda: shuffle(encoded.metric()).unflatten(2, (-1, encoded.key.shape[3])).mean(2),
         features=lambda: project(hidden).detach(),
     )
     selection = method.select(tokens)
     # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were
-    return cut(selection, [project(selection.apply(hidden))], grid, count)
+    return cut(selection, [project(selection.apply(hidden))], grid, tokens.count)

@@ -49,21 +49,20 @@ def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method
     return _reduce(model, inputs, method, "model", vision_aspect_ratio=ratio)
 
 
-def _reduce(
-    model: nn.Module, inputs: Mapping[str, Any], method: Method, packing: str, **settings: Any
-) -> list[ReducedImage]:
+def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str, **settings: Any) -> list[ReducedImage]:
     sizes: list[list[int]] = torch.as_tensor(inputs["image_sizes"]).tolist()
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
-    config: Any = model.config
+    config, grid_of = model.config, _upstream(model).get_anyres_image_grid_shape
     side = config.vision_config.image_size // config.vision_config.patch_size
     packings = []
     for size, count in zip(sizes, counts, strict=True):
-        pack = packer(model.pack_image_features, size, **settings)  # type: ignore[arg-type]
+        pack = packer(model.pack_image_features, size, **settings)
         numbers = pack_numbers(pack, count, side**2)
-        packings.append(Packing(pack, numbers, _grid(model, size), side, model.image_newline))  # type: ignore[arg-type]
+        grid = grid_of(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        packings.append(Packing(pack, numbers, tuple(grid), side, model.image_newline))
 
     encoded = _encode(model, inputs, counts, side)
-    project: Any = model.multi_modal_projector
+    project = model.multi_modal_projector
     # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
     projected = functools.cache(lambda: project(encoded.patches))
     tokens = encoded.visual_tokens(projected, encoded.has_cls and packing == "published")
@@ -115,14 +114,6 @@ def _crop_counts(model: nn.Module, sizes: list[list[int]], images_of_prompt: Any
     ]
 
 
-def _grid(model: nn.Module, size: list[int]) -> tuple[int, int]:
-    """Return (height, width) of the crops of an image of that size."""
-    config: Any = model.config
-    shape = _upstream(model).get_anyres_image_grid_shape
-    height, width = shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
-    return height, width
-
-
 def _upstream(model: nn.Module) -> Any:
     """Find the module of transformers that the model's class comes from, also where a subclass replaced the class."""
     names = [cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")]
@@ -138,12 +129,7 @@ def packer(pack: Callable[..., Any], size: list[int], **settings: Any) -> Packer
 
 
 def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
-    """Run a model's packing on the numbers of the patches of one image.
-
-    Args:
-        pack: the model's packing of this image.
-        crops: T, how many crops the image has.
-        patches: how many patches a crop has.
+    """Run a model's packing of one image on the numbers of its patches, those of so many crops.
 
     Returns:
         (L,) int64 on the CPU: numbers, `NEWLINE`, and `MIXED` for a token made of several patches, as there are where
@@ -159,21 +145,13 @@ def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the model packs the T crops of one image, of which the overview is the first.
-
-    Attributes:
-        pack: the model's packing of this image.
-        numbers: (L,) int64 on the CPU, as `pack_numbers` gives them.
-        grid: (height, width) of the other crops.
-        side: patches along a side of a crop.
-        newline: (D,).
-    """
+    """How the model packs the T crops of one image, of which the overview is the first."""
 
     pack: Packer
-    numbers: Tensor
-    grid: tuple[int, int]
-    side: int
-    newline: Tensor
+    numbers: Tensor  # (L,) int64 on the CPU, as `pack_numbers` gives them
+    grid: tuple[int, int]  # (height, width) of the other crops
+    side: int  # patches along a side of a crop
+    newline: Tensor  # (D,)
 
     @property
     def makes_smaller(self) -> bool:
@@ -195,18 +173,18 @@ class Packing:
         Raises:
             ValueError: if the image has fewer placeholders than tokens are left.
         """
-        count, kept_count = len(rows), places.shape[1] - contextual
-        if rows[..., 0].numel() > len(self.numbers):
+        kept_count, left = places.shape[1] - contextual, rows.shape[:2].numel()
+        if left > len(self.numbers):
             raise ValueError(
-                f"{rows[..., 0].numel()} visual tokens are left of an image of {count} crops, which has "
-                f'{len(self.numbers)} placeholders in the prompt: choose smaller budgets, or packing="model"'
+                f"{left} visual tokens are left of an image of {len(rows)} crops, which has {len(self.numbers)} "
+                'placeholders in the prompt: choose smaller budgets, or packing="model"'
             )
         cls, kept, merged = torch.split(rows[1:], [rows.shape[1] - places.shape[1], kept_count, contextual], 1)
-        crop = torch.arange(count - 1, device=places.device)[:, None]
-        patch = places[1:, :kept_count]
-        y = crop // self.grid[1] * self.side + patch // self.side
-        x = crop % self.grid[1] * self.side + patch % self.side
-        raster = (y * self.grid[1] * self.side + x).flatten().argsort()
+        height, width = self.grid
+        whole = torch.arange(height * width * self.side**2, device=places.device).view(
+            height, self.side, width, self.side
+        )
+        raster = whole.transpose(1, 2).flatten(2).flatten(0, 1).gather(1, places[1:, :kept_count]).flatten().argsort()
         features = torch.cat([rows[0], kept.flatten(0, 1)[raster], cls.flatten(0, 1), merged.flatten(0, 1)])
         columns = torch.arange(len(features), device=places.device)
         return self._image(features, columns, places[:, :kept_count], places[:, kept_count:])
@@ -231,17 +209,9 @@ class Packing:
     def reduce(self, features: Tensor, tokens: VisualTokens, crops: slice, method: Method) -> ReducedImage:
         """Reduce the packed tokens of an image that the model makes smaller, with the budget of all its crops.
 
-        Scores and metric are packed as the features are, in float32. Tokens are merged as they are packed, so after the
-        projector. A contextual token takes the place of its target.
-
-        Args:
-            features: (T, side**2, D), the projected patches of its crops.
-            tokens: what a method may ask about the crops of all images.
-            crops: those of this image.
-            method: how they are reduced.
-
-        Returns:
-            The image. ``grid``, ``kept`` and ``merged`` are about the overview alone, which shows all of the image.
+        Scores and metric, which ``tokens`` has for the crops of all images, are packed in float32 as the projected
+        features (T, side**2, D) are. Tokens are merged after packing, so after the projector. A contextual token takes
+        the place of its target. ``kept`` and ``merged`` are about the overview alone, which shows all of the image.
         """
         patches = (self.numbers != NEWLINE).nonzero().flatten().to(features.device)
 

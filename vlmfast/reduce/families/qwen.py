@@ -30,17 +30,9 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
 
     A merged token takes the place of its target. The order stays that of the raster.
 
-    Args:
-        base: the model that has ``visual`` and ``get_image_features``.
-        inputs: ``pixel_values`` and ``image_grid_thw``, as the processor makes them.
-        method: decides on the visual tokens of each image.
-
-    Returns:
-        The images in the order of ``image_grid_thw``.
-
     Raises:
-        RuntimeError: if the tower passes the hooks by, as ``torch.compile`` makes it. ValueError: if the budget of the
-            method does not fit an image.
+        RuntimeError: if the hooks did not run, because the tower is compiled. ValueError: if the budget of the method
+            does not fit an image.
     """
     side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
@@ -117,14 +109,10 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
 
 
 def window_order(grids: Sequence[Grid], window: int) -> Tensor:
-    """Return the raster positions of visual tokens in the order of Qwen2.5-VL's encoder: window by window in a frame.
+    """Return the raster positions of visual tokens in the order of Qwen2.5-VL's encoder, (N,) int64 over all images.
 
-    Args:
-        grids: of each image.
-        window: how many visual tokens a window is wide and high; those at the right and lower edge may be smaller.
-
-    Returns:
-        (N,) int64, over all images.
+    It goes window by window in each frame. A window is ``window`` tokens wide and high, at the right and lower edge
+    perhaps fewer.
     """
     parts = [torch.empty(0, dtype=torch.int64)]
     start = 0
