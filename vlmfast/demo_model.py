@@ -86,14 +86,13 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
     tokenizer = _tokenizer(prompt)
     pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    text = {"vocab_size": VOCABULARY, "pad_token_id": pad, "bos_token_id": None, "tie_word_embeddings": False}
-    text["eos_token_id"] = None  # generate as many tokens as asked for
-    text |= mrope([12, 10, 10], mrope_interleaved=True) | {"rope_theta": 5e6}
-    vision = {"out_hidden_size": 576, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    vision |= {"patch_size": 16, "deepstack_visual_indexes": [1, 3, 5]}
+    # without an end: generate as many tokens as asked for
+    ends = {"pad_token_id": pad, "bos_token_id": None, "eos_token_id": None}
+    text = llama(576, layers, 9, 3, 1536, head_dim=64, vocab_size=VOCABULARY, tie_word_embeddings=False, **ends)
+    sizes = {"out_hidden_size": 576, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
     config = Qwen3VLConfig(
-        text_config=llama(576, layers, 9, 3, 1536, head_dim=64, **text),
-        vision_config=qwen_vit(384, 6, 6, 1536, **vision),
+        text_config=text | mrope([12, 10, 10], mrope_interleaved=True) | {"rope_theta": 5e6},
+        vision_config=qwen_vit(384, 6, 6, 1536, deepstack_visual_indexes=[1, 3, 5], **sizes),
         image_token_id=image_token,
         video_token_id=video_token,
         vision_start_token_id=start,

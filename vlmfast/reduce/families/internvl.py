@@ -48,7 +48,7 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduce
         hidden=hidden,
         grid=grid,
         scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
-        metric=lambda: shuffle(encoded.metric()).unflatten(2, (-1, encoded.key.shape[3])).mean(2),
+        metric=lambda: shuffle(encoded.metric()).view(*hidden.shape[:2], -1, encoded.key.shape[3]).mean(2),
         features=lambda: project(hidden).detach(),
     )
     selection = method.select(tokens)
