@@ -6,15 +6,17 @@ import csv
 import json
 import re
 import types
+from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.benchmarks.conftest import MACHINE
 from tests.helpers.cases import with_cases
 from vlmfast import cli
-from vlmfast.benchmarks import bench, models, ops, peers, report, timing
+from vlmfast.benchmarks import bench, html, models, ops, peers, report, timing
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,20 @@ def test_where_the_results_go(asked, tmp_path: Path, capsys):
     assert "wall_us" not in report.columns(written["records"])
     written["records"][0]["contenders"][0]["wall_us"] = 5.0  # as on a GPU
     assert "wall_us" in report.columns(written["records"])
+
+
+def test_a_page_shows_what_the_console_shows(capsys):
+    """As text, whatever an error says; where nothing has a time, there is nothing to draw."""
+    row = {"name": "vlmfast native", "group": "ours", "error": "planted: <a>"}
+    record = {"op": "rms_norm", "workload": "1x2", "dtype": "float32", "bytes": 8, "flops": 0, "contenders": [row]}
+    run = {"environment": {"device": "<x>", "kind": "cuda"}, "records": [record], "models": []}
+    report.show_op(Console(width=200), [record], run["environment"])
+    page = html.page(run)
+    assert "<svg" not in page
+    assert "vlmfast on &lt;x&gt;" in page
+    text = unescape(re.sub("<[^>]*>", "", page))
+    for line in capsys.readouterr().out.splitlines():
+        assert line in text
 
 
 def test_the_clocks_are_those_of_the_gpu_in_use(monkeypatch):
