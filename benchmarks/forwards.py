@@ -50,12 +50,11 @@ class Decoding:
         self.inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         self.length = length
         self.cache: Any = None
-        self.device = inputs["input_ids"].device
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self.settings: dict[str, Any] = {"use_cache": True, **last}
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        planes = 3 if hasattr(self.model.base_model, "rope_deltas") else 1  # of M-RoPE
-        self.position = torch.zeros((planes, 1, 1) if planes > 1 else (1, 1), dtype=torch.long, device=self.device)
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=inputs["input_ids"].device)
+        planes = (3,) if hasattr(self.model.base_model, "rope_deltas") else ()  # of M-RoPE
+        self.position = self.token.new_zeros(*planes, 1, 1)
 
     def prefill(self) -> Tensor:
         """Return the logits of the first new token, (1, 1, vocabulary), after which `step` may follow."""

@@ -11,7 +11,7 @@ import functools
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -64,28 +64,27 @@ def measure(
             for other in variants.values():
                 other.error = other.error or NOT_RUN
             break
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     rounds = ROUNDS[inputs["input_ids"].device.type]
     for index in range(rounds):
         doing(f"round {index + 1} of {rounds}")
-        for name, variant in variants.items():
+        for variant in variants.values():
             if variant.error is None:
-                variant.time(times[name])
-    times.setdefault(EAGER, times["original"])
-    return [{"variant": name, **_row(variants[name], name, times)} for name in patches_of(recipe)]
+                variant.time()
+    variants.setdefault(EAGER, variants["original"])
+    return [{"variant": name, **_row(variants[name], variants)} for name in patches_of(recipe)]
 
 
-def _row(variant: Variant, name: str, times: dict[str, list[tuple[float, float]]]) -> Record:
+def _row(variant: Variant, variants: Mapping[str, Variant]) -> Record:
     """Write down what was found of one variant; ratios are medians of the rounds' ratios."""
     if variant.error is not None:
         return {"error": variant.error}
     row: Record = dict(variant.facts)
     for index, part in enumerate(("prefill", "decode")):
-        taken = [pair[index] for pair in times[name]]
+        taken = [pair[index] for pair in variant.times]
         row[f"{part}_ms"] = 1e3 * median(taken)
         row[f"{part}_range"] = (max(taken) - min(taken)) / median(taken)
         for against, key in (("original", "speedup"), (EAGER, "over_eager")):
-            others = [pair[index] for pair in times.get(against, [])]
+            others = [pair[index] for pair in variants[against].times]
             if len(others) == len(taken):
                 row[f"{part}_{key}"] = median(a / b for a, b in zip(others, taken, strict=True))
     return row

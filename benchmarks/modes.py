@@ -39,6 +39,7 @@ class Variant:
         error: why it has no time, in one line, or None.
         spoils: its capture failed, and with it whatever else would be measured in this process.
         facts: what is known without timing: bytes of the cache and at the peak, columns of the prompt, ...
+        times: seconds of the prefill and of one step, of each round.
         eager: its logits in eager mode, and the tokens between them; None where even that failed.
     """
 
@@ -48,6 +49,7 @@ class Variant:
         self.error: str | None = None
         self.spoils = False
         self.facts: dict[str, Any] = {}
+        self.times: list[tuple[float, float]] = []
         self.eager: tuple[Tensor, list[Tensor]] | None = None
         self.prefill: Callable[[], Any] = lambda: None
         self.step: Callable[[], Any] = lambda: None
@@ -64,11 +66,11 @@ class Variant:
             self.error, self.spoils = one_line(error), isinstance(error, CaptureError)
 
     @torch.no_grad()
-    def time(self, times: list[tuple[float, float]]) -> None:
+    def time(self) -> None:
         """Answer the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         with self.noted():
-            times.append((wall_seconds(self.prefill, 1, synchronize), wall_seconds(self.step, STEPS, synchronize)))
+            self.times.append((wall_seconds(self.prefill, 1, synchronize), wall_seconds(self.step, STEPS, synchronize)))
 
 
 @torch.no_grad()

@@ -83,8 +83,10 @@ def test_ratios_are_of_each_round(capsys):
         "patched": [(3.0, 2.0), (20.0, 2.0), (5.0, 4.0)],
         models.EAGER: [(12.0, 4.0), (10.0, 4.0), (20.0, 4.0)],
     }
-    contender = types.SimpleNamespace(error=None, facts={"cache_bytes": 8})
-    row = models._row(contender, "patched", times)
+    variants = {
+        name: types.SimpleNamespace(error=None, facts={"cache_bytes": 8}, times=taken) for name, taken in times.items()
+    }
+    row = models._row(variants["patched"], variants)
     assert (row["prefill_ms"], row["prefill_range"], row["prefill_speedup"]) == (5e3, 3.4, 2.0)
     assert (row["decode_ms"], row["decode_range"], row["decode_speedup"]) == (2e3, 1.0, 0.5)
     assert (row["prefill_over_eager"], row["decode_over_eager"]) == (4.0, 2.0)
