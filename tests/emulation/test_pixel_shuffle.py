@@ -131,7 +131,11 @@ FAULTS = [
         "dy and dx swapped", MAP, "part / scale * width + part % scale", "part % scale * width + part / scale", DIFFER
     ),
     Fault(
-        "column order as row order", MAP, "by_column ? along : line", "by_column ? line : along", f"{DIFFER}|{BOUNDS}"
+        "column order as row order",
+        MAP,
+        "by_column ? along : line",
+        "by_column ? line : along",
+        f"{DIFFER}|{BOUNDS}|{RACE}",
     ),
     Fault("token stride ignored", NORM, "offset(column, x.strides[1])", "offset(column, rows.channels)", BOUNDS),
     Fault(
