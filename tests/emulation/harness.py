@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import itertools
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,17 +87,17 @@ def checked(family: str) -> Kernels:
     return Kernels(getattr(torch.ops, f"vlmfast_checked_{family}"), check_library(family))
 
 
-def compare(kernels: Kernels, calls: Iterable[Call], *, same_order: bool = False, like: Any = None) -> None:
+def compare(kernels: Kernels, *calls: Iterable[Call], same_order: bool = False, like: Any = None) -> None:
     """Raise where calls touch what they must not, or give something else than the definitions.
 
     Args:
         kernels: the build that runs them.
-        calls: the ops and their arguments.
+        calls: the ops and their arguments, made when their turn comes: far rows take room in the address space.
         same_order: whether sums are taken in the order of the definitions: few elements then differ by a rounding.
         like: the arguments for the definition, if they are others.
     """
     differ = total = 0
-    for name, args in calls:
+    for name, args in itertools.chain(*calls):
         op, same = OPS[name], args if like is None else like
         got, reference = kernels(name, *args), cases.outputs(op.reference(*same))
         wrong = sum(int((g != r).sum()) for g, r in zip(got, reference, strict=True))
@@ -152,6 +154,7 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
         torch.ops.load_library(str(path))
         with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
             examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
+        gc.collect()  # the frames of the exception hold tensors
 
     return test
 
