@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,15 +14,8 @@ Samples = Iterator[Args]
 Workloads = Iterator[tuple[str, Args]]
 # Takes the op's arguments, builds what the call needs (a module, a graph), and returns the call itself.
 Preparation = Callable[..., Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class BadCall:
-    """A call that must be refused: the arguments, the error's type and a piece of its message."""
-
-    args: Args
-    error: type[Exception]
-    message: str
+# An argument, a value in its place that must be refused, the error's type and a piece of its message.
+BadCall = tuple[str, Any, type[Exception], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +28,8 @@ class Cases:
     """
 
     samples: Callable[[str, torch.dtype], Iterable[Args]]  # (device, dtype) -> calls for the tests
-    bad_calls: Callable[[], Iterable[BadCall]]
+    good_call: Mapping[str, Any]  # a call that each of `bad_calls` spoils
+    bad_calls: Iterable[BadCall]  # besides tensors of another kind, which one test puts in the place of each
     workloads: Callable[[str, torch.dtype], Iterable[tuple[str, Args]]]  # real shapes to time
     bytes: Callable[..., int]  # the least memory traffic of a call
     flops: Callable[..., int] | None = None  # its floating-point operations; None of what is only moved or ordered
@@ -44,6 +39,30 @@ class Cases:
     launches: int | Mapping[str, int] = 1  # kernels of a call; by backend where that differs
     requested: float = 1.1  # the most bytes that all lanes ask for, in units of `bytes`: caches serve the rest
     compute_bound: str | None = None  # why memory traffic does not bound the op, and is not counted
+
+
+def derived(cases: Cases, change: Callable[..., Args], **fields: Any) -> Cases:
+    """Make the cases of an op whose calls are made of another's, as those of its backward are.
+
+    Args:
+        cases: those of the other op.
+        change: makes a call of this op, given the arguments of a call of the other.
+        **fields: all others of `Cases`; `samples` or `workloads` too, where they are not made by ``change``.
+    """
+
+    def samples(device: str, dtype: torch.dtype) -> Samples:
+        return (change(*args) for args in cases.samples(device, dtype))
+
+    def workloads(device: str, dtype: torch.dtype) -> Workloads:
+        return ((label, change(*args)) for label, args in cases.workloads(device, dtype))
+
+    return Cases(**{"samples": samples, "workloads": workloads, **fields})
+
+
+def named(function: Any, args: Args) -> SimpleNamespace:
+    """Name the arguments of an op's call, with the defaults of those left out."""
+    names, defaults = function.op.parameters
+    return SimpleNamespace(**dict(zip(names, (*args, *defaults[len(args) :]), strict=True)))
 
 
 def row_bytes(x: torch.Tensor) -> int:

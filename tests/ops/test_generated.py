@@ -230,11 +230,11 @@ def test_checks_need_no_numbers_of_a_device(op: Op):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_bad_calls_are_refused(op: Op):
-    bad = list(op.cases.bad_calls())
-    assert bad
-    for call in bad:
-        with pytest.raises(call.error, match=call.message):
-            op.function(*call.args)
+    op.check(**op.cases.good_call)
+    assert op.cases.bad_calls
+    for name, value, error, message in op.cases.bad_calls:
+        with pytest.raises(error, match=message):
+            op.function(**{**op.cases.good_call, name: value})
 
 
 @pytest.mark.parametrize("op", EACH_OP)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads
+from vlmfast.cases import Cases, Samples, Workloads
 
 # ---- other ways to compute the same ----
 
@@ -43,38 +44,26 @@ def cls_map(query: Tensor, key: Tensor, scale: float | None = None, cls_index: i
     return run
 
 
-def _segments(query: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
-    bounds = [0, query.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    return list(pairwise(bounds))
-
-
 def _received(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None, group: int, scale: float | None, chunk: int | None
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens: Tensor | None = None,
+    group: int = 1,
+    scale: float | None = None,
+    chunk: int | None = None,
 ) -> Callable[[], Tensor]:
-    factor, segments = _factor(query, scale), _segments(query, cu_seqlens)
+    """Sum the columns of the map, which is made whole or by ``chunk`` rows."""
+    factor, bounds = _factor(query, scale), [0, query.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
 
     def run() -> Tensor:
         received = torch.zeros(query.shape[:2], device=query.device)
-        for begin, end in segments:
+        for begin, end in pairwise(bounds):
             columns = key[:, begin:end].transpose(1, 2)
-            for start in range(begin, end, chunk or max(1, end - begin)):
-                rows = query[:, start : min(end, start + chunk) if chunk else end]
+            for rows in torch.split(query[:, begin:end], chunk or max(1, end - begin), 1):
                 received[:, begin:end] += torch.softmax(rows @ columns * factor, -1, dtype=torch.float32).sum(1)
         return received.mean(0).view(-1, group).mean(1)
 
     return run
-
-
-def received_chunks(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
-) -> Callable[[], Tensor]:
-    return _received(query, key, cu_seqlens, group, scale, chunk=256)
-
-
-def received_map(
-    query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
-) -> Callable[[], Tensor]:
-    return _received(query, key, cu_seqlens, group, scale, chunk=None)
 
 
 def cls_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
@@ -134,41 +123,6 @@ def received_samples(device: str, dtype: torch.dtype) -> Samples:
     yield 30 * query.sign(), key.sign(), cu_seqlens, 1  # see cls_samples
 
 
-def _pair_bad_calls(query: Tensor, key: Tensor) -> Iterator[BadCall]:
-    yield BadCall((query, key.half()), TypeError, "key must have the dtype of query, torch.float32, got torch.float16")
-
-
-def cls_bad_calls() -> Iterator[BadCall]:
-    query, key = torch.ones(2, 3, 8), torch.ones(2, 3, 5, 8)
-    yield from _pair_bad_calls(query, key)
-    yield BadCall((query[0], key), ValueError, r"query must have shape \(B, H, D\) .*, got \(3, 8\)")
-    yield BadCall((query, key[:1]), ValueError, r"key must have shape \(2, 3, T, 8\) with T >= 1, got \(1, 3, 5, 8\)")
-    yield BadCall((query, key[:, :, :0]), ValueError, r"key must have shape .*, got \(2, 3, 0, 8\)")
-    yield BadCall((query, key, "1"), TypeError, "scale must be a number or None, got str")
-    yield BadCall((query, key, math.nan), ValueError, "scale must be finite, got nan")
-    yield BadCall((query, key, None, 5), ValueError, "cls_index must be within -T and T - 1 of 5 tokens, got 5")
-    yield BadCall((query, key, None, 0.5), TypeError, "cls_index must be an int, got float")
-
-
-def received_bad_calls() -> Iterator[BadCall]:
-    query = key = torch.ones(2, 8, 4)
-    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
-    yield from _pair_bad_calls(query, key)
-    yield BadCall((query[0], key[0]), ValueError, r"query must have shape \(H, T, D\) .*, got \(8, 4\)")
-    yield BadCall((query, key[:1]), ValueError, r"key must have the shape of query, \(2, 8, 4\), got \(1, 8, 4\)")
-    yield BadCall((query, key, None, 3), ValueError, "group must divide the 8 tokens, got 3")
-    yield BadCall((query, key, None, True), TypeError, "group must be an int, got bool")
-    yield BadCall((query, key, bounds.long()), TypeError, "cu_seqlens must be int32, got torch.int64")
-    yield BadCall(
-        (query, key, bounds[None]), ValueError, r"cu_seqlens must have shape \(segments \+ 1,\), got \(1, 3\)"
-    )
-    yield BadCall((query, key, bounds[:2]), ValueError, r"cu_seqlens must rise from 0 to 8.* got \[0, 4\]")
-    yield BadCall(
-        (query, key, bounds[[0, 2, 1, 2]]), ValueError, r"cu_seqlens must rise from 0 to 8.* got \[0, 8, 4, 8\]"
-    )
-    yield BadCall((query, key, None, 1, math.inf), ValueError, "scale must be finite, got inf")
-
-
 def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
     """Take CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT."""
     for batch in (1, 5):
@@ -186,9 +140,21 @@ def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 # ---- the cases of each op ----
 
+_CLS_QUERY, _CLS_KEY = torch.ones(2, 3, 8), torch.ones(2, 3, 5, 8)
+
 cls_attention = Cases(
     samples=cls_samples,
-    bad_calls=cls_bad_calls,
+    good_call={"query": _CLS_QUERY, "key": _CLS_KEY},
+    bad_calls=(
+        ("key", _CLS_KEY.half(), TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
+        ("query", _CLS_QUERY[0], ValueError, r"query must have shape \(B, H, D\) .*, got \(3, 8\)"),
+        ("key", _CLS_KEY[:1], ValueError, r"key must have shape \(2, 3, T, 8\) with T >= 1, got \(1, 3, 5, 8\)"),
+        ("key", _CLS_KEY[:, :, :0], ValueError, r"key must have shape .*, got \(2, 3, 0, 8\)"),
+        ("scale", "1", TypeError, "scale must be a number or None, got str"),
+        ("scale", math.nan, ValueError, "scale must be finite, got nan"),
+        ("cls_index", 5, ValueError, "cls_index must be within -T and T - 1 of 5 tokens, got 5"),
+        ("cls_index", 0.5, TypeError, "cls_index must be an int, got float"),
+    ),
     workloads=cls_workloads,
     bytes=cls_bytes,
     flops=lambda query, key, *_: 2 * key.numel(),
@@ -197,12 +163,26 @@ cls_attention = Cases(
     requested=1.25,  # the normaliser's parts are read for each token
 )
 
+_QUERY, _BOUNDS = torch.ones(2, 8, 4), torch.tensor([0, 4, 8], dtype=torch.int32)
+
 received_attention = Cases(
     samples=received_samples,
-    bad_calls=received_bad_calls,
+    good_call={"query": _QUERY, "key": _QUERY, "cu_seqlens": _BOUNDS},
+    bad_calls=(
+        ("key", _QUERY.half(), TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
+        ("query", _QUERY[0], ValueError, r"query must have shape \(H, T, D\) .*, got \(8, 4\)"),
+        ("key", _QUERY[:1], ValueError, r"key must have the shape of query, \(2, 8, 4\), got \(1, 8, 4\)"),
+        ("group", 3, ValueError, "group must divide the 8 tokens, got 3"),
+        ("group", True, TypeError, "group must be an int, got bool"),
+        ("cu_seqlens", _BOUNDS.long(), TypeError, "cu_seqlens must be int32, got torch.int64"),
+        ("cu_seqlens", _BOUNDS[None], ValueError, r"cu_seqlens must have shape \(segments \+ 1,\), got \(1, 3\)"),
+        ("cu_seqlens", _BOUNDS[:2], ValueError, r"cu_seqlens must rise from 0 to 8.* got \[0, 4\]"),
+        ("cu_seqlens", _BOUNDS[[0, 2, 1, 2]], ValueError, r"cu_seqlens must rise .* got \[0, 8, 4, 8\]"),
+        ("scale", math.inf, ValueError, "scale must be finite, got inf"),
+    ),
     workloads=received_workloads,
     bytes=received_bytes,
     flops=received_flops,
-    peers={"PyTorch by chunks": received_chunks, "the whole map": received_map},
+    peers={"PyTorch by chunks": partial(_received, chunk=256), "the whole map": _received},
     compute_bound="multiplies each query with all keys of its segment",
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads, row_bytes
+from vlmfast.cases import BadCall, Cases, Samples, Workloads, derived, row_bytes
 from vlmfast.ops.masked_rows import definition
 
 # ---- the code that the ops replace ----
@@ -77,11 +77,6 @@ def _masked(device: str, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(shape, device=device, dtype=dtype), mask
 
 
-def row_index_samples(device: str, dtype: torch.dtype) -> Samples:
-    for _, mask in _masked(device, dtype):
-        yield (mask,)
-
-
 def deepstack_samples(device: str, dtype: torch.dtype) -> Samples:
     for number, (x, mask) in enumerate(_masked(device, dtype)):
         embeds = torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype)
@@ -104,71 +99,30 @@ def compact_samples(device: str, dtype: torch.dtype) -> Samples:
         yield x, mask, keep, order, pad_left
 
 
-def compact_backward_samples(device: str, dtype: torch.dtype) -> Samples:
-    for x, mask, keep, _, pad_left in compact_samples(device, dtype):
-        yield torch.randn(x.shape[0], keep, x.shape[2], device=device, dtype=dtype), mask, pad_left
+# (B, T, D), its mask, and what belongs to the three masked positions
+_X, _MASK = torch.ones(2, 3, 8), torch.tensor([[True, False, True], [False, False, True]])
+_EMBEDS = torch.ones(3, 8)
 
 
-def row_index_bad_calls() -> Iterator[BadCall]:
-    yield BadCall((torch.ones(2, 3),), TypeError, "mask must be bool, got torch.float32")
-    yield BadCall((torch.ones(3, dtype=torch.bool),), ValueError, r"mask must have shape \(B, T\), got \(3,\)")
-
-
-def _row_bad_calls(name: str, mask_name: str) -> Iterator[tuple[tuple[Any, Any], type[Exception], str]]:
-    x, mask = torch.ones(2, 3, 8), torch.tensor([[True, False, True], [False, False, True]])
-    yield (x[0], mask), ValueError, rf"{name} must have shape \(B, T, D\), got \(3, 8\)"
-    yield (x, mask.long()), TypeError, f"{mask_name} must be bool, got torch.int64"
-    yield (x, mask[..., None]), ValueError, rf"{mask_name} must have shape \(B, T\), got \(2, 3, 1\)"
-    yield (x, mask[:, :2]), ValueError, rf"{mask_name} must have shape \(2, 3\), .* {name}, got \(2, 2\)"
-
-
-def _embeds_bad_calls(name: str, mask_name: str, embeds_name: str) -> Iterator[BadCall]:
-    embeds = torch.ones(3, 8)
-    for args, error, message in _row_bad_calls(name, mask_name):
-        yield BadCall((*args, embeds), error, message)
-    x, mask = torch.ones(2, 3, 8), torch.tensor([[True, False, True], [False, False, True]])
-    yield BadCall((x, mask, embeds[:, :7]), ValueError, rf"{embeds_name} must have shape \(V, 8\).* got \(3, 7\)")
-    for rows in (2, 4, 0):
-        message = f"{mask_name} must be true at as many positions as {embeds_name} has rows, {rows}, got 3"
-        yield BadCall((x, mask, torch.ones(rows, 8)), ValueError, message)
-    yield BadCall((x, mask, embeds, mask.long()), TypeError, "index must be int32, got torch.int64")
-    yield BadCall((x, mask, embeds, torch.ones(2, 2).int()), ValueError, f"index must have the shape of {mask_name}")
-    yield BadCall((x, mask, embeds, torch.ones(2, 3).int()), ValueError, f"index must be what .* for {mask_name}")
-
-
-def deepstack_bad_calls() -> Iterator[BadCall]:
-    return _embeds_bad_calls("hidden_states", "visual_pos_masks", "visual_embeds")
-
-
-def place_bad_calls() -> Iterator[BadCall]:
-    return _embeds_bad_calls("inputs_embeds", "mask", "image_embeds")
-
-
-def split_bad_calls() -> Iterator[BadCall]:
-    for args, error, message in _row_bad_calls("x", "mask"):
-        yield BadCall((*args, 3), error, message)
-    yield BadCall(
-        (torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool), 5), ValueError, "as many positions as rows says, 5"
+def _row_bad_calls(name: str, mask: str) -> tuple[BadCall, ...]:
+    return (
+        (name, _X[0], ValueError, rf"{name} must have shape \(B, T, D\), got \(3, 8\)"),
+        (mask, _MASK.long(), TypeError, f"{mask} must be bool, got torch.int64"),
+        (mask, _MASK[..., None], ValueError, rf"{mask} must have shape \(B, T\), got \(2, 3, 1\)"),
+        (mask, _MASK[:, :2], ValueError, rf"{mask} must have shape \(2, 3\), .* {name}, got \(2, 2\)"),
     )
 
 
-def compact_bad_calls() -> Iterator[BadCall]:
-    for args, error, message in _row_bad_calls("tokens", "invalid"):
-        yield BadCall((*args, 2), error, message)
-    x, invalid = torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
-    yield BadCall((x, invalid, 4), ValueError, "keep must be within 0 and 3, the tokens of a sequence, got 4")
-    yield BadCall((x, invalid, -1), ValueError, "keep must be within 0 and 3, the tokens of a sequence, got -1")
-    yield BadCall((x, invalid, 2.0), TypeError, "keep must be an int, got float")
-    yield BadCall((x, invalid, True), TypeError, "keep must be an int, got bool")
-    yield BadCall((x, invalid, 2, invalid[:, :2]), TypeError, "order must be int64, got torch.bool")
-    yield BadCall((x, invalid, 2, invalid.long()), ValueError, r"order must have shape \(2, 2\), got \(2, 3\)")
-
-
-def compact_backward_bad_calls() -> Iterator[BadCall]:
-    x, invalid = torch.ones(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
-    yield BadCall((x, x[..., 0]), TypeError, "invalid must be bool, got torch.float32")
-    yield BadCall((x, invalid[:, :2]), ValueError, r"grad_tokens must have shape \(2, keep, D\) with keep <= 2")
-    yield BadCall((x, invalid[:1]), ValueError, r"grad_tokens must have shape \(1, keep, D\)")
+def _embeds_bad_calls(name: str, mask: str, embeds: str) -> tuple[BadCall, ...]:
+    message = f"{mask} must be true at as many positions as {embeds} has rows"
+    return (
+        *_row_bad_calls(name, mask),
+        (embeds, _EMBEDS[:, :7], ValueError, rf"{embeds} must have shape \(V, 8\).* got \(3, 7\)"),
+        *((embeds, torch.ones(rows, 8), ValueError, f"{message}, {rows}, got 3") for rows in (2, 4, 0)),
+        ("index", _MASK.long(), TypeError, "index must be int32, got torch.int64"),
+        ("index", torch.ones(2, 2).int(), ValueError, f"index must have the shape of {mask}"),
+        ("index", torch.ones(2, 3).int(), ValueError, f"index must be what .* for {mask}"),
+    )
 
 
 def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -180,30 +134,15 @@ def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Te
         yield f"{batch}x{tokens}x{hidden}", torch.randn(batch, tokens, hidden, device=device, dtype=dtype), mask
 
 
-def row_index_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, _, mask in _prefills(device, dtype):
-        yield label, (mask,)
-
-
 def deepstack_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, x, mask in _prefills(device, dtype):
         yield label, (x, mask, torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype))
-
-
-def split_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, x, mask in _prefills(device, dtype):
-        yield label, (x, mask, int(mask.sum()))
 
 
 def compact_workloads(device: str, dtype: torch.dtype) -> Workloads:
     """Take 4M's encoder: the visible tokens of all modalities, in a random order of valid and invalid ones."""
     for label, x, _ in _prefills(device, dtype):
         yield label, (x, torch.rand(x.shape[:2], device=device) < 0.5, x.shape[1] // 2)
-
-
-def compact_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (x, invalid, keep) in compact_workloads(device, dtype):
-        yield label, (x[:, :keep].contiguous(), invalid)
 
 
 # ---- the bytes of calls ----
@@ -252,17 +191,10 @@ def compact_backward_bytes(grad_tokens: Tensor, invalid: Tensor, *_: Any) -> int
 
 # ---- the cases of each op ----
 
-row_index = Cases(
-    samples=row_index_samples,
-    bad_calls=row_index_bad_calls,
-    workloads=row_index_workloads,
-    bytes=lambda mask: 5 * mask.numel(),
-    requested=1.75,  # the mask before a chunk is counted again, a byte a position
-)
-
 deepstack_add = Cases(
     samples=deepstack_samples,
-    bad_calls=deepstack_bad_calls,
+    good_call={"hidden_states": _X, "visual_pos_masks": _MASK, "visual_embeds": _EMBEDS},
+    bad_calls=_embeds_bad_calls("hidden_states", "visual_pos_masks", "visual_embeds"),
     workloads=deepstack_workloads,
     bytes=deepstack_bytes,
     flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
@@ -271,27 +203,51 @@ deepstack_add = Cases(
     launches=2,
 )
 
-place_embeddings = Cases(
-    samples=deepstack_samples,
-    bad_calls=place_bad_calls,
-    workloads=deepstack_workloads,
+place_embeddings = derived(
+    deepstack_add,
+    lambda *args: args,
+    good_call={"inputs_embeds": _X, "mask": _MASK, "image_embeds": _EMBEDS},
+    bad_calls=_embeds_bad_calls("inputs_embeds", "mask", "image_embeds"),
     bytes=place_bytes,
     upstream=place_upstream,
     limits={"inputs_embeds.clone()": lambda inputs_embeds, *_: inputs_embeds.clone},
     launches=2,
 )
 
-split_rows = Cases(
+row_index = derived(
+    deepstack_add,
+    lambda hidden_states, mask, *_: (mask,),
+    good_call={"mask": _MASK},
+    bad_calls=(
+        ("mask", torch.ones(2, 3), TypeError, "mask must be bool, got torch.float32"),
+        ("mask", _MASK[0], ValueError, r"mask must have shape \(B, T\), got \(3,\)"),
+    ),
+    bytes=lambda mask: 5 * mask.numel(),
+    requested=1.75,  # the mask before a chunk is counted again, a byte a position
+)
+
+split_rows = derived(
+    deepstack_add,
+    lambda x, mask, embeds: (x, mask, embeds.shape[0]),
     samples=split_samples,
-    bad_calls=split_bad_calls,
-    workloads=split_workloads,
+    good_call={"x": _X, "mask": _MASK, "rows": 3},
+    bad_calls=(*_row_bad_calls("x", "mask"), ("rows", 5, ValueError, "as many positions as rows says, 5")),
     bytes=split_bytes,
     launches=2,
 )
 
 compact_tokens = Cases(
     samples=compact_samples,
-    bad_calls=compact_bad_calls,
+    good_call={"tokens": _X, "invalid": _MASK, "keep": 2},
+    bad_calls=(
+        *_row_bad_calls("tokens", "invalid"),
+        ("keep", 4, ValueError, "keep must be within 0 and 3, the tokens of a sequence, got 4"),
+        ("keep", -1, ValueError, "keep must be within 0 and 3, the tokens of a sequence, got -1"),
+        ("keep", 2.0, TypeError, "keep must be an int, got float"),
+        ("keep", True, TypeError, "keep must be an int, got bool"),
+        ("order", _MASK[:, :2], TypeError, "order must be int64, got torch.bool"),
+        ("order", _MASK.long(), ValueError, r"order must have shape \(2, 2\), got \(2, 3\)"),
+    ),
     workloads=compact_workloads,
     bytes=compact_bytes,
     upstream=compact_upstream,
@@ -299,10 +255,15 @@ compact_tokens = Cases(
     launches=2,
 )
 
-compact_tokens_backward = Cases(
-    samples=compact_backward_samples,
-    bad_calls=compact_backward_bad_calls,
-    workloads=compact_backward_workloads,
+compact_tokens_backward = derived(
+    compact_tokens,
+    lambda tokens, invalid, keep, order=None, pad_left=False: (torch.randn_like(tokens[:, :keep]), invalid, pad_left),
+    good_call={"grad_tokens": _X, "invalid": _MASK},
+    bad_calls=(
+        ("invalid", _X[..., 0], TypeError, "invalid must be bool, got torch.float32"),
+        ("invalid", _MASK[:, :2], ValueError, r"grad_tokens must have shape \(2, keep, D\) with keep <= 2"),
+        ("invalid", _MASK[:1], ValueError, r"grad_tokens must have shape \(1, keep, D\)"),
+    ),
     bytes=compact_backward_bytes,
     launches=2,
 )

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import GELU, Identity
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads, partial_sums_bytes
+from vlmfast.cases import Cases, Samples, Workloads, derived, named, partial_sums_bytes
+from vlmfast.ops.pixel_shuffle import connector, definition
 from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
 from vlmfast.ops.pixel_shuffle.definition import ORDERS, square
 
@@ -38,49 +39,31 @@ def shuffle_upstream(
     return run
 
 
-def norm_upstream(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    grid: Sequence[int],
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_eps: float = 1e-5,
-) -> Callable[[], Tensor]:
+def norm_upstream(*args: Any) -> Callable[[], Tensor]:
+    call = named(definition.pixel_shuffle_norm, args)
+    layout = call.grid, call.scale, call.order
+
     def norm(rows: Tensor) -> Tensor:
-        return F.layer_norm(rows, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+        return F.layer_norm(rows, call.norm_weight.shape, call.norm_weight, call.norm_bias, call.norm_eps)
 
     def run() -> Tensor:
-        if norm_weight.shape[0] == x.shape[2]:
-            return shuffle_upstream(norm(x if input_scale == 1.0 else x * input_scale), grid, scale, order)()
-        return norm(shuffle_upstream(x, grid, scale, order, input_scale)())
+        if call.norm_weight.shape[0] == call.x.shape[2]:
+            return shuffle_upstream(norm(call.x if call.input_scale == 1.0 else call.x * call.input_scale), *layout)()
+        return norm(shuffle_upstream(call.x, *layout, call.input_scale)())
 
     return run
 
 
-def linear_upstream(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    grid: Sequence[int] | None = None,
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    activation: str | None = None,
-) -> Callable[[], Tensor]:
-    layout = square(x) if grid is None else grid, scale, order, input_scale
-    if norm_weight is None:
-        tokens = shuffle_upstream(x, *layout)
+def linear_upstream(*args: Any) -> Callable[[], Tensor]:
+    call = named(connector.pixel_shuffle_linear, args)
+    layout = square(call.x) if call.grid is None else call.grid, call.scale, call.order, call.input_scale
+    if call.norm_weight is None:
+        tokens = shuffle_upstream(call.x, *layout)
     else:
-        tokens = norm_upstream(
-            x, norm_weight, torch.zeros_like(norm_weight) if norm_bias is None else norm_bias, *layout, norm_eps
-        )
-    act = Identity() if activation is None else GELU(ACTIVATIONS[activation])
-    return lambda: act(F.linear(tokens(), weight, bias))
+        bias = torch.zeros_like(call.norm_weight) if call.norm_bias is None else call.norm_bias
+        tokens = norm_upstream(call.x, call.norm_weight, bias, *layout, call.norm_eps)
+    act = Identity() if call.activation is None else GELU(ACTIVATIONS[call.activation])
+    return lambda: act(F.linear(tokens(), call.weight, call.bias))
 
 
 def bare_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Callable[[], Tensor]:
@@ -113,10 +96,9 @@ def shuffle_samples(device: str, dtype: torch.dtype) -> Samples:
         yield x, grid, scale, ORDERS[index % 2], (1.0, 0.5, 0.3)[index % 3]
 
 
-def unshuffle_samples(device: str, dtype: torch.dtype) -> Samples:
-    for x, grid, scale, order, input_scale in shuffle_samples(device, dtype):
-        tokens = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
-        yield tokens, grid, scale, order, input_scale
+def _tokens(x: Tensor, scale: int) -> Tensor:
+    """Make tokens of the shape that the patches ``x`` are joined into."""
+    return x.new_empty(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2).normal_()
 
 
 def norm_samples(device: str, dtype: torch.dtype) -> Samples:
@@ -127,12 +109,6 @@ def norm_samples(device: str, dtype: torch.dtype) -> Samples:
         weight, bias = torch.randn(2, size, device=device, dtype=dtype)
         offset = 10.0 * (index % 2)  # ViT features have rows whose mean is far from zero
         yield x + offset, weight, bias, grid, scale, order, input_scale, (1e-5, 1e-6)[index % 2]
-
-
-def norm_backward_samples(device: str, dtype: torch.dtype) -> Samples:
-    for x, weight, _, grid, scale, order, input_scale, eps in norm_samples(device, dtype):
-        grad = torch.randn(x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2, device=device, dtype=dtype)
-        yield grad, x, weight, grid, scale, order, input_scale, eps
 
 
 def linear_samples(device: str, dtype: torch.dtype) -> Samples:
@@ -148,66 +124,6 @@ def linear_samples(device: str, dtype: torch.dtype) -> Samples:
         activation = (None, "gelu", "gelu_tanh")[index % 3]
         layout = x, weight, (None, bias)[index % 2], grid, scale, order, input_scale
         yield *layout, *norm, 1e-6, activation
-
-
-def _layout_bad_calls() -> Iterator[tuple[tuple[Any, ...], type[Exception], str]]:
-    yield ((4, 3),), ValueError, r"grid must be divisible by scale, 2, got \(4, 3\)"
-    yield ((4, 4), 3), ValueError, r"grid must be divisible by scale, 3, got \(4, 4\)"
-    yield ((4,),), ValueError, r"grid must be \(height, width\), got \(4,\)"
-    yield ((4, 4), 0), ValueError, "scale must be an int of at least 1, got 0"
-    yield ((4, 4), 2, "diagonal"), ValueError, "order must be one of 'row', 'column', got 'diagonal'"
-    yield ((4, 4), 2, "row", float("inf")), ValueError, "input_scale must be a finite number, got inf"
-
-
-def shuffle_bad_calls() -> Iterator[BadCall]:
-    x = torch.ones(1, 16, 8)
-    yield BadCall((x[0], (4, 4)), ValueError, r"x must have shape \(B, 16, C\) .* got \(16, 8\)")
-    yield BadCall((x, (4, 6)), ValueError, r"x must have shape \(B, 24, C\) for a grid of \(4, 6\), got \(1, 16, 8\)")
-    for layout, error, message in _layout_bad_calls():
-        yield BadCall((x, *layout), error, message)
-
-
-def unshuffle_bad_calls() -> Iterator[BadCall]:
-    x = torch.ones(1, 4, 32)
-    yield BadCall((x, (4, 6)), ValueError, r"x must have shape \(B, 6, C\) for a grid of \(4, 6\), got \(1, 4, 32\)")
-    yield BadCall((x[..., :30], (4, 4)), ValueError, r"x must have a multiple of scale\*\*2 = 4 channels, got 30")
-    for layout, error, message in _layout_bad_calls():
-        yield BadCall((x, *layout), error, message)
-
-
-def norm_bad_calls() -> Iterator[BadCall]:
-    x, weight = torch.ones(1, 16, 8), torch.ones(32)
-    for layout, error, message in _layout_bad_calls():
-        yield BadCall((x, weight, weight, *layout), error, message)
-    message = r"norm_weight must have shape \(32,\).* or \(8,\).* got \(16,\)"
-    yield BadCall((x, torch.ones(16), weight, (4, 4)), ValueError, message)
-    yield BadCall((x, weight, torch.ones(8), (4, 4)), ValueError, "norm_bias must have the shape of norm_weight")
-    nan = (x, weight, weight, (4, 4), 2, "row", 1.0, float("nan"))
-    yield BadCall(nan, ValueError, "norm_eps must be finite and not negative, got nan")
-
-
-def norm_backward_bad_calls() -> Iterator[BadCall]:
-    x, weight = torch.ones(1, 16, 8), torch.ones(32)
-    for layout, error, message in _layout_bad_calls():
-        yield BadCall((torch.ones(1, 4, 32), x, weight, *layout), error, message)
-    yield BadCall((x, x, weight, (4, 4)), ValueError, r"grad_output must have shape \(1, 4, 32\), got \(1, 16, 8\)")
-
-
-def linear_bad_calls() -> Iterator[BadCall]:
-    x, weight = torch.ones(1, 16, 8), torch.ones(5, 32)
-    for layout, error, message in _layout_bad_calls():
-        yield BadCall((x, weight, None, *layout), error, message)
-    yield BadCall((x[0], weight), ValueError, r"x must have shape \(B, height \* width, C\), got \(16, 8\)")
-    yield BadCall((x[:, :15], weight), ValueError, "grid must be given: the 15 patches of x are no square")
-    yield BadCall((x, weight[:, :31]), ValueError, r"weight must have shape \(out, 32\), got \(5, 31\)")
-    yield BadCall((x, weight, torch.ones(6)), ValueError, r"bias must have shape \(5,\), .* got \(6,\)")
-    rest = (4, 4), 2, "row", 1.0
-    yield BadCall((x, weight, None, *rest, torch.ones(31)), ValueError, r"norm_weight must have shape \(32,\)")
-    yield BadCall(
-        (x, weight, None, *rest, None, torch.ones(32)), ValueError, "norm_bias must be None where norm_weight"
-    )
-    relu = (x, weight, None, *rest, None, None, 1e-5, "relu")
-    yield BadCall(relu, ValueError, "activation must be one of 'gelu', 'gelu_tanh', got 'relu'")
 
 
 # Images, patches, channels, scale, width of the language model, LayerNorm, activation
@@ -232,21 +148,11 @@ def shuffle_workloads(device: str, dtype: torch.dtype) -> Workloads:
             yield label.split(" to ")[0], (x, grid, scale)
 
 
-def unshuffle_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (x, grid, scale) in shuffle_workloads(device, dtype):
-        yield label, (x.view(x.shape[0], -1, x.shape[2] * scale**2), grid, scale)
-
-
 def norm_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, (x, grid, scale) in shuffle_workloads(device, dtype):
         if "InternViT" in label:
             weight, bias = torch.randn(2, x.shape[2] * scale**2, device=device, dtype=dtype)
             yield label, (x, weight, bias, grid, scale)
-
-
-def norm_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (x, weight, _, grid, scale) in norm_workloads(device, dtype):
-        yield label, (torch.randn_like(x).view(x.shape[0], -1, weight.shape[0]), x, weight, grid, scale)
 
 
 def linear_workloads(device: str, dtype: torch.dtype) -> Workloads:
@@ -274,25 +180,52 @@ def linear_bytes(x: Tensor, weight: Tensor, *_: Any) -> int:
 
 # ---- the cases of each op ----
 
+_X, _GRID = torch.ones(1, 16, 8), (4, 4)
+
+_BAD_LAYOUTS = (
+    ("grid", (4, 3), ValueError, r"grid must be divisible by scale, 2, got \(4, 3\)"),
+    ("scale", 3, ValueError, r"grid must be divisible by scale, 3, got \(4, 4\)"),
+    ("grid", (4,), ValueError, r"grid must be \(height, width\), got \(4,\)"),
+    ("scale", 0, ValueError, "scale must be an int of at least 1, got 0"),
+    ("order", "diagonal", ValueError, "order must be one of 'row', 'column', got 'diagonal'"),
+    ("input_scale", float("inf"), ValueError, "input_scale must be a finite number, got inf"),
+)
+
 pixel_shuffle = Cases(
     samples=shuffle_samples,
-    bad_calls=shuffle_bad_calls,
+    good_call={"x": _X, "grid": _GRID},
+    bad_calls=(
+        *_BAD_LAYOUTS,
+        ("x", _X[0], ValueError, r"x must have shape \(B, 16, C\) .* got \(16, 8\)"),
+        ("grid", (4, 6), ValueError, r"x must have shape \(B, 24, C\) for a grid of \(4, 6\), got \(1, 16, 8\)"),
+    ),
     workloads=shuffle_workloads,
     bytes=lambda x, *_: 2 * x.nbytes,
     upstream=shuffle_upstream,
     limits={"x.clone()": lambda x, *_: x.clone},
 )
 
-pixel_unshuffle = Cases(
-    samples=unshuffle_samples,
-    bad_calls=unshuffle_bad_calls,
-    workloads=unshuffle_workloads,
+pixel_unshuffle = derived(
+    pixel_shuffle,
+    lambda x, grid, scale, *rest: (_tokens(x, scale), grid, scale, *rest),
+    good_call={"x": torch.ones(1, 4, 32), "grid": _GRID},
+    bad_calls=(
+        *_BAD_LAYOUTS,
+        ("grid", (4, 6), ValueError, r"x must have shape \(B, 6, C\) for a grid of \(4, 6\), got \(1, 4, 32\)"),
+        ("x", torch.ones(1, 4, 30), ValueError, r"x must have a multiple of scale\*\*2 = 4 channels, got 30"),
+    ),
     bytes=lambda x, *_: 2 * x.nbytes,
 )
 
 pixel_shuffle_norm = Cases(
     samples=norm_samples,
-    bad_calls=norm_bad_calls,
+    good_call={"x": _X, "norm_weight": torch.ones(32), "norm_bias": torch.ones(32), "grid": _GRID},
+    bad_calls=(
+        *_BAD_LAYOUTS,
+        ("norm_weight", torch.ones(16), ValueError, r"norm_weight must have shape \(32,\).* or \(8,\).* got \(16,\)"),
+        ("norm_bias", torch.ones(8), ValueError, "norm_bias must have the shape of norm_weight"),
+        ("norm_eps", float("nan"), ValueError, "norm_eps must be finite and not negative, got nan"),
+    ),
     workloads=norm_workloads,
     bytes=lambda x, weight, bias, *_: 2 * x.nbytes + weight.nbytes + bias.nbytes,
     flops=lambda x, *_: 8 * x.numel(),
@@ -300,10 +233,14 @@ pixel_shuffle_norm = Cases(
     requested=2.05,  # weight and bias for each row of 4096
 )
 
-pixel_shuffle_norm_backward = Cases(
-    samples=norm_backward_samples,
-    bad_calls=norm_backward_bad_calls,
-    workloads=norm_backward_workloads,
+pixel_shuffle_norm_backward = derived(
+    pixel_shuffle_norm,
+    lambda x, weight, bias, grid, scale, *rest: (_tokens(x, scale), x, weight, grid, scale, *rest),
+    good_call={"grad_output": torch.ones(1, 4, 32), "x": _X, "norm_weight": torch.ones(32), "grid": _GRID},
+    bad_calls=(
+        *_BAD_LAYOUTS,
+        ("grad_output", _X, ValueError, r"grad_output must have shape \(1, 4, 32\), got \(1, 16, 8\)"),
+    ),
     bytes=norm_backward_bytes,
     flops=lambda grad_output, x, *_: 16 * x.numel(),
     launches={"triton": 3, "emulated": 2},
@@ -312,7 +249,17 @@ pixel_shuffle_norm_backward = Cases(
 
 pixel_shuffle_linear = Cases(
     samples=linear_samples,
-    bad_calls=linear_bad_calls,
+    good_call={"x": _X, "weight": torch.ones(5, 32), "bias": torch.ones(5)},
+    bad_calls=(
+        *_BAD_LAYOUTS,
+        ("x", _X[0], ValueError, r"x must have shape \(B, height \* width, C\), got \(16, 8\)"),
+        ("x", _X[:, :15], ValueError, "grid must be given: the 15 patches of x are no square"),
+        ("weight", torch.ones(5, 31), ValueError, r"weight must have shape \(out, 32\), got \(5, 31\)"),
+        ("bias", torch.ones(6), ValueError, r"bias must have shape \(5,\), .* got \(6,\)"),
+        ("norm_weight", torch.ones(31), ValueError, r"norm_weight must have shape \(32,\)"),
+        ("norm_bias", torch.ones(32), ValueError, "norm_bias must be None where norm_weight"),
+        ("activation", "relu", ValueError, "activation must be one of 'gelu', 'gelu_tanh', got 'relu'"),
+    ),
     workloads=linear_workloads,
     bytes=linear_bytes,
     flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],

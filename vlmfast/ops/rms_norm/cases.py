@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads, partial_sums_bytes
+from vlmfast.cases import Cases, Samples, Workloads, derived, named, partial_sums_bytes
 from vlmfast.ops.rms_norm import definition
 from vlmfast.ops.rms_norm.definition import VARIANTS
 
 # ---- the Hugging Face code that the ops replace ----
 
 
-def _norm_module(weight: Tensor | None, eps: float, variant: str) -> torch.nn.Module:
+def _norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any) -> torch.nn.Module:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
     from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -35,17 +35,13 @@ def _norm_module(weight: Tensor | None, eps: float, variant: str) -> torch.nn.Mo
     return module
 
 
-def _upstream(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], Tensor]:
-    module = _norm_module(weight, eps, variant)
+def _upstream(x: Tensor, *norm: Any) -> Callable[[], Tensor]:
+    module = _norm_module(*norm)
     return lambda: module(x)
 
 
-def _upstream_add(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    module = _norm_module(weight, eps, variant)
+def _upstream_add(x: Tensor, residual: Tensor, *norm: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+    module = _norm_module(*norm)
 
     def run() -> tuple[Tensor, Tensor]:
         hidden_states = residual + x
@@ -55,15 +51,15 @@ def _upstream_add(
 
 
 def _upstream_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any
+    grad_output: Tensor, x: Tensor, weight: Tensor | None = None, *norm: Any
 ) -> Callable[[], tuple[Tensor, ...]]:
     leaves = [value.detach().requires_grad_() for value in (x, weight) if value is not None]
     with torch.enable_grad():
-        output = _norm_module(leaves[1] if len(leaves) == 2 else None, eps, variant)(leaves[0])
+        output = _norm_module(leaves[1] if len(leaves) == 2 else None, *norm)(leaves[0])
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
-def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Callable[[], Tensor]:
+def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, *_: Any) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -100,49 +96,11 @@ def _samples(device: str, dtype: torch.dtype) -> Samples:
         yield x, weight, 1e-6, variant
 
 
-def _add_samples(device: str, dtype: torch.dtype) -> Samples:
-    for x, *rest in _samples(device, dtype):
-        yield x, torch.randn_like(x), *rest
-
-
 def _backward_samples(device: str, dtype: torch.dtype) -> Samples:
     for index, (x, *rest) in enumerate(_samples(device, dtype)):
         grad_output = torch.randn_like(definition.rms_norm.op.reference(x, *rest))
         tail = (None, True) if index % 3 == 0 else (torch.randn_like(x), index % 3 == 1)
         yield grad_output, x, *rest, *(tail if len(rest) == 3 else ())
-
-
-def _bad_calls() -> Iterator[BadCall]:
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall(([1.0], weight), TypeError, "x must be a torch.Tensor, got list")
-    yield BadCall((x.double(), weight), TypeError, "x must be float32, float16 or bfloat16, got torch.float64")
-    yield BadCall((x, weight.long()), TypeError, "weight must be float32, float16 or bfloat16, got torch.int64")
-    yield BadCall((x[0, 0], weight), ValueError, "x must have at least one dimension")
-    yield BadCall((x, torch.ones(9)), ValueError, r"weight must have shape \(8,\).*got \(9,\)")
-    yield BadCall((x, torch.ones(1, 8)), ValueError, r"weight must have shape \(8,\).*got \(1, 8\)")
-    yield BadCall((x, weight.to("meta")), ValueError, "weight must be on the device of x, cpu, got meta")
-    yield BadCall((x, weight, float("nan")), ValueError, "eps must be finite and not negative, got nan")
-    yield BadCall((x, weight, -1.0), ValueError, "eps must be finite and not negative, got -1.0")
-    yield BadCall((x, weight, "1e-6"), TypeError, "eps must be a number, got str")
-    yield BadCall((x, weight, 1e-6, "qwen"), ValueError, "variant must be one of 'llama', 'gemma', 'olmo', got 'qwen'")
-
-
-def _add_bad_calls() -> Iterator[BadCall]:
-    for call in _bad_calls():
-        yield BadCall((call.args[0], torch.ones(2, 8), *call.args[1:]), call.error, call.message)
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall((x, torch.ones(8), weight), ValueError, r"residual must have the shape of x, \(2, 8\), got \(8,\)")
-    yield BadCall(
-        (x, x.half(), weight), TypeError, "residual must have the dtype of x, torch.float32, got torch.float16"
-    )
-
-
-def _backward_bad_calls() -> Iterator[BadCall]:
-    for call in _bad_calls():
-        yield BadCall((torch.ones(2, 8), *call.args), call.error, call.message)
-    x, weight = torch.ones(2, 8), torch.ones(8)
-    yield BadCall((torch.ones(3, 8), x, weight), ValueError, r"grad_output must have the shape of x, \(2, 8\)")
-    yield BadCall((x, x, weight, 1e-6, "llama", x[0]), ValueError, "grad_residual must have the shape of x")
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
@@ -151,16 +109,6 @@ def _workloads(device: str, dtype: torch.dtype) -> Workloads:
     for rows, hidden in [*shapes, (32768, 4096), (131072, 128)] if device != "cpu" else shapes:
         x = torch.randn(rows, hidden, device=device, dtype=dtype)
         yield f"{rows}x{hidden}", (x, torch.randn(hidden, device=device, dtype=dtype))
-
-
-def _add_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (x, weight) in _workloads(device, dtype):
-        yield label, (x, torch.randn_like(x), weight)
-
-
-def _backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (x, weight) in _workloads(device, dtype):
-        yield label, (torch.randn_like(x), x, weight)
 
 
 # ---- the bytes of calls ----
@@ -176,28 +124,32 @@ def _add_bytes(x: Tensor, residual: Tensor, weight: Tensor | None = None, *_: An
     return 2 * x.nbytes + _norm_bytes(x, weight)
 
 
-def _backward_bytes(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    variant: str = "llama",
-    grad_residual: Tensor | None = None,
-    weight_grad: bool = True,
-) -> int:
+def _backward_bytes(*args: Any) -> int:
     """Count two operands in and one out; the residual's gradient, if any; the weight's, with its partial sums."""
-    rows = x.nbytes + _norm_bytes(x, weight) + (0 if grad_residual is None else grad_residual.nbytes)
-    if weight is None or not weight_grad:
-        return rows
-    size = weight.shape[0]
-    return rows + weight.nbytes + partial_sums_bytes(x, size, x.numel() // max(size, 1))
+    call = named(definition.rms_norm_backward, args)
+    moved = int(call.x.nbytes) + sum(value.nbytes for value in args if isinstance(value, Tensor))
+    if call.weight is None or not call.weight_grad:
+        return moved
+    size = call.weight.shape[0]
+    return moved + int(call.weight.nbytes) + partial_sums_bytes(call.x, size, call.x.numel() // max(size, 1))
 
 
 # ---- the cases of each op ----
 
+_X, _WEIGHT = torch.ones(2, 8), torch.ones(8)
+
 rms_norm = Cases(
     samples=_samples,
-    bad_calls=_bad_calls,
+    good_call={"x": _X, "weight": _WEIGHT},
+    bad_calls=(
+        ("x", _X[0, 0], ValueError, "x must have at least one dimension"),
+        ("weight", torch.ones(9), ValueError, r"weight must have shape \(8,\).*got \(9,\)"),
+        ("weight", torch.ones(1, 8), ValueError, r"weight must have shape \(8,\).*got \(1, 8\)"),
+        ("eps", float("nan"), ValueError, "eps must be finite and not negative, got nan"),
+        ("eps", -1.0, ValueError, "eps must be finite and not negative, got -1.0"),
+        ("eps", "1e-6", TypeError, "eps must be a number, got str"),
+        ("variant", "qwen", ValueError, "variant must be one of 'llama', 'gemma', 'olmo', got 'qwen'"),
+    ),
     workloads=_workloads,
     bytes=_norm_bytes,
     flops=lambda x, *_: 4 * x.numel(),
@@ -206,20 +158,31 @@ rms_norm = Cases(
     requested=1.55,  # a weight for each row of 2048: as much as the row
 )
 
-add_rms_norm = Cases(
-    samples=_add_samples,
-    bad_calls=_add_bad_calls,
-    workloads=_add_workloads,
+add_rms_norm = derived(
+    rms_norm,
+    lambda x, *rest: (x, torch.randn_like(x), *rest),
+    good_call={**rms_norm.good_call, "residual": _X},
+    bad_calls=(
+        *rms_norm.bad_calls,
+        ("residual", _X[0], ValueError, r"residual must have the shape of x, \(2, 8\), got \(8,\)"),
+        ("residual", _X.half(), TypeError, "residual must have the dtype of x, torch.float32, got torch.float16"),
+    ),
     bytes=_add_bytes,
     flops=lambda x, *_: 5 * x.numel(),
     upstream=_upstream_add,
     requested=1.3,  # a weight for each row
 )
 
-rms_norm_backward = Cases(
+rms_norm_backward = derived(
+    rms_norm,
+    lambda x, weight: (torch.randn_like(x), x, weight),
     samples=_backward_samples,
-    bad_calls=_backward_bad_calls,
-    workloads=_backward_workloads,
+    good_call={**rms_norm.good_call, "grad_output": _X},
+    bad_calls=(
+        *rms_norm.bad_calls,
+        ("grad_output", torch.ones(3, 8), ValueError, r"grad_output must have the shape of x, \(2, 8\)"),
+        ("grad_residual", _X[0], ValueError, "grad_residual must have the shape of x"),
+    ),
     bytes=_backward_bytes,
     flops=lambda grad_output, x, *_: 12 * x.numel(),
     peers={"transformers": _upstream_backward},

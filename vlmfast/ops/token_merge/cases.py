@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads, row_bytes
+from vlmfast.cases import Cases, Samples, Workloads, derived, row_bytes
 from vlmfast.ops.token_merge import definition
 from vlmfast.ops.token_merge.definition import MERGES
 
@@ -91,39 +91,18 @@ def top_samples(device: str, dtype: torch.dtype) -> Samples:
     yield torch.rand(1, 4500, device=device).to(dtype), 2000
 
 
-def slots_samples(device: str, dtype: torch.dtype) -> Samples:
-    for batch, tokens, _, size, kept, contextual in _SIZES:
-        metric = torch.randn(batch, tokens, size, device=device, dtype=dtype)
-        yield metric, _chosen(batch, tokens, kept, device), contextual
+def merge_samples(device: str, dtype: torch.dtype) -> Samples:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    for index, (batch, tokens, hidden, size, kept, contextual) in enumerate(_SIZES):
+        metric, merge = randn(batch, tokens, size), ((), ("mean",))[index % 2]
+        yield randn(batch, tokens, hidden), metric, _chosen(batch, tokens, kept, device), contextual, *merge
     same = metric[:, :5].repeat(1, 30, 1)  # each target has its double
-    yield same, _chosen(1, 150, 10, device), 30
+    yield randn(1, 150, 8), same, _chosen(1, 150, 10, device), 30, "mean"
     zeros = metric.clone()
     zeros[:, ::3] = 0
-    yield zeros, _chosen(1, 150, 10, device), 20
-
-
-def rows_samples(device: str, dtype: torch.dtype) -> Samples:
-    for index, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
-        size = _SIZES[index % len(_SIZES)][2]
-        hidden = torch.randn(*metric.shape[:2], size, device=device, dtype=dtype)
-        slots = definition.merge_slots.op.reference(metric, kept, contextual)
-        kept = kept[:, :0] if index % 3 == 2 else kept
-        yield hidden, kept, slots, contextual, MERGES[index % 2]
-    one = torch.full_like(slots, contextual)  # everything joins the first target, and nothing the others
-    one[:, :contextual] = torch.arange(contextual, device=device)
-    yield hidden, kept[:, :0], one, contextual
-
-
-def rows_backward_samples(device: str, dtype: torch.dtype) -> Samples:
-    for hidden, kept, slots, contextual, *merge in rows_samples(device, dtype):
-        rows = kept.shape[1] + contextual
-        yield torch.randn(hidden.shape[0], rows, hidden.shape[2], device=device, dtype=dtype), slots, contextual, *merge
-
-
-def merge_samples(device: str, dtype: torch.dtype) -> Samples:
-    for index, (metric, kept, contextual) in enumerate(slots_samples(device, dtype)):
-        hidden = torch.randn(*metric.shape[:2], _SIZES[index % len(_SIZES)][2], device=device, dtype=dtype)
-        yield hidden, metric, kept, contextual, *((), ("mean",))[index % 2]
+    yield randn(1, 150, 64), zeros, _chosen(1, 150, 10, device), 20
 
 
 def visionzip_samples(device: str, dtype: torch.dtype) -> Samples:
@@ -133,82 +112,14 @@ def visionzip_samples(device: str, dtype: torch.dtype) -> Samples:
     yield hidden, metric, scores.float(), kept.shape[1], contextual  # as the attention ops give them
 
 
-def top_bad_calls() -> Iterator[BadCall]:
-    scores = torch.ones(2, 5)
-    yield BadCall((scores[0], 1), ValueError, r"scores must have shape \(B, N\), got \(5,\)")
-    yield BadCall((scores, 6), ValueError, "k must be within 0 and 5, the tokens of a row, got 6")
-    yield BadCall((scores, -1), ValueError, "k must be within 0 and 5, the tokens of a row, got -1")
-    yield BadCall((scores, 1.0), TypeError, "k must be an int, got float")
-    yield BadCall((scores * torch.nan, 1), ValueError, "scores must not be NaN")
-
-
-def _kept_bad_calls() -> Iterator[tuple[Any, type[Exception], str]]:
-    kept = torch.tensor([[0, 3], [1, 2]])
-    yield kept.int(), TypeError, "kept must be int64, got torch.int32"
-    yield kept[:1], ValueError, r"kept must have shape \(2, k\) with k <= 5, got \(1, 2\)"
-    yield kept.flip(1), ValueError, "kept must be ascending within 0 and 4"
-    yield kept[:, [0, 0]], ValueError, "kept must be ascending within 0 and 4"
-    yield kept + 2, ValueError, "kept must be ascending within 0 and 4"
-    yield kept - 1, ValueError, "kept must be ascending within 0 and 4"
-
-
-def _contextual_bad_calls() -> Iterator[tuple[Any, type[Exception], str]]:
-    yield 4, ValueError, "contextual must be within 0 and 3, the tokens that are left of 5 when 2 are kept, got 4"
-    yield -1, ValueError, "contextual must be within 0 and 3"
-    yield True, TypeError, "contextual must be an int, got bool"
-
-
-def slots_bad_calls() -> Iterator[BadCall]:
-    metric, kept = torch.ones(2, 5, 8), torch.tensor([[0, 3], [1, 2]])
-    yield BadCall((metric[0], kept, 1), ValueError, r"metric must have shape \(B, N, M\), got \(5, 8\)")
-    for bad, error, message in _kept_bad_calls():
-        yield BadCall((metric, bad, 1), error, message)
-    for number, error, message in _contextual_bad_calls():
-        yield BadCall((metric, kept, number), error, message)
-
-
-def rows_bad_calls() -> Iterator[BadCall]:
-    hidden, kept = torch.ones(2, 5, 8), torch.tensor([[0, 3], [1, 2]])
-    slots = torch.zeros(2, 5, dtype=torch.int32)
-    yield BadCall((hidden, kept, slots.long(), 1), TypeError, "slots must be int32, got torch.int64")
-    yield BadCall((hidden, kept, slots[0], 1), ValueError, r"slots must have shape \(B, N\), got \(5,\)")
-    yield BadCall(
-        (hidden, kept, slots[:, :4], 1), ValueError, r"slots must have the first two sizes of hidden, \(2, 5\)"
-    )
-    yield BadCall((hidden, kept, slots, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
-    for number, error, message in _contextual_bad_calls():
-        yield BadCall((hidden, kept, slots, number), error, message)
-
-
-def rows_backward_bad_calls() -> Iterator[BadCall]:
-    grad, slots = torch.ones(2, 3, 8), torch.zeros(2, 5, dtype=torch.int32)
-    yield BadCall((grad[:1], slots, 1), ValueError, r"grad_tokens must have shape \(2, k \+ C, D\) with k \+ C <= 5")
-    yield BadCall((grad, slots, 4), ValueError, "contextual must be within 0 and 3, the rows of grad_tokens, got 4")
-    yield BadCall((grad, slots, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
-
-
-def merge_bad_calls() -> Iterator[BadCall]:
-    hidden, metric, kept = torch.ones(2, 5, 8), torch.ones(2, 5, 4), torch.tensor([[0, 3], [1, 2]])
-    yield BadCall(
-        (hidden, metric[:, :4], kept, 1), ValueError, r"metric must have the first two sizes of hidden, \(2, 5\)"
-    )
-    yield BadCall((hidden, metric, kept, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
-    for bad, error, message in _kept_bad_calls():
-        yield BadCall((hidden, metric, bad, 1), error, message)
-    for number, error, message in _contextual_bad_calls():
-        yield BadCall((hidden, metric, kept, number), error, message)
-
-
-def visionzip_bad_calls() -> Iterator[BadCall]:
-    hidden, metric, scores = torch.ones(2, 5, 8), torch.ones(2, 5, 4), torch.ones(2, 5)
-    yield BadCall((hidden, metric, scores[:, :4], 2, 1), ValueError, r"scores must have the first two sizes of hidden")
-    yield BadCall((hidden, metric, scores * torch.nan, 2, 1), ValueError, "scores must not be NaN")
-    yield BadCall(
-        (hidden, metric, scores, 6, 1), ValueError, "dominant must be within 0 and 5, the tokens of a row, got 6"
-    )
-    yield BadCall((hidden, metric, scores, 2, 1, "sum"), ValueError, "merge must be one of 'reference', 'mean'")
-    for number, error, message in _contextual_bad_calls():
-        yield BadCall((hidden, metric, scores, 2, number), error, message)
+def rows_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (hidden, metric, kept, contextual, *_) in enumerate(merge_samples(device, dtype)):
+        slots = definition.merge_slots.op.reference(metric, kept, contextual)
+        kept = kept[:, :0] if index % 3 == 2 else kept
+        yield hidden, kept, slots, contextual, MERGES[index % 2]
+    one = torch.full_like(slots, contextual)  # everything joins the first target, and nothing the others
+    one[:, :contextual] = torch.arange(contextual, device=device)
+    yield hidden, kept[:, :0], one, contextual
 
 
 # (label, B, N, D, M, kept, contextual): the crops of LLaVA-NeXT without their CLS tokens, an image in Qwen2.5-VL
@@ -220,30 +131,10 @@ def top_workloads(device: str, dtype: torch.dtype) -> Workloads:
         yield f"{batch}x{tokens}", (torch.rand(batch, tokens, device=device), kept)
 
 
-def visionzip_workloads(device: str, dtype: torch.dtype) -> Workloads:
+def merge_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for label, batch, tokens, size, metric_size, kept, contextual in _WORKLOADS:
         hidden, metric = (torch.randn(batch, tokens, s, device=device, dtype=dtype) for s in (size, metric_size))
-        yield label, (hidden, metric, torch.rand(batch, tokens, device=device), kept, contextual)
-
-
-def merge_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (hidden, metric, _, kept, contextual) in visionzip_workloads(device, dtype):
-        yield label, (hidden, metric, _chosen(hidden.shape[0], hidden.shape[1], kept, device), contextual)
-
-
-def slots_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (_, *rest) in merge_workloads(device, dtype):
-        yield label, tuple(rest)
-
-
-def rows_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (hidden, metric, kept, contextual) in merge_workloads(device, dtype):
-        yield label, (hidden, kept, definition.merge_slots.op.reference(metric, kept, contextual), contextual)
-
-
-def rows_backward_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (hidden, kept, slots, contextual) in rows_workloads(device, dtype):
-        yield label, (hidden[:, : kept.shape[1] + contextual].contiguous(), slots, contextual)
+        yield label, (hidden, metric, _chosen(batch, tokens, kept, device), contextual)
 
 
 # ---- the bytes of calls ----
@@ -289,43 +180,47 @@ def visionzip_bytes(hidden: Tensor, metric: Tensor, scores: Tensor, dominant: in
 
 # ---- the cases of each op ----
 
+_HIDDEN, _METRIC, _SCORES = torch.ones(2, 5, 8), torch.ones(2, 5, 4), torch.ones(2, 5)
+_KEPT, _SLOTS = torch.tensor([[0, 3], [1, 2]]), torch.zeros(2, 5, dtype=torch.int32)
+
+_BAD_KEPT = (
+    ("kept", _KEPT.int(), TypeError, "kept must be int64, got torch.int32"),
+    ("kept", _KEPT[:1], ValueError, r"kept must have shape \(2, k\) with k <= 5, got \(1, 2\)"),
+    *(
+        ("kept", kept, ValueError, "kept must be ascending within 0 and 4")
+        for kept in (_KEPT.flip(1), _KEPT[:, [0, 0]], _KEPT + 2, _KEPT - 1)
+    ),
+)
+_LEFT = "contextual must be within 0 and 3, the tokens that are left of 5 when 2 are kept, got 4"
+_BAD_CONTEXTUAL = (
+    ("contextual", 4, ValueError, _LEFT),
+    ("contextual", -1, ValueError, "contextual must be within 0 and 3"),
+    ("contextual", True, TypeError, "contextual must be an int, got bool"),
+)
+_BAD_MERGE = ("merge", "sum", ValueError, "merge must be one of 'reference', 'mean', got 'sum'")
+
 top_tokens = Cases(
     samples=top_samples,
-    bad_calls=top_bad_calls,
+    good_call={"scores": _SCORES, "k": 1},
+    bad_calls=(
+        ("scores", _SCORES[0], ValueError, r"scores must have shape \(B, N\), got \(5,\)"),
+        ("scores", _SCORES * torch.nan, ValueError, "scores must not be NaN"),
+        ("k", 6, ValueError, "k must be within 0 and 5, the tokens of a row, got 6"),
+        ("k", -1, ValueError, "k must be within 0 and 5, the tokens of a row, got -1"),
+        ("k", 1.0, TypeError, "k must be an int, got float"),
+    ),
     workloads=top_workloads,
     bytes=top_bytes,
     peers={"torch.topk": topk},
 )
 
-merge_slots = Cases(
-    samples=slots_samples,
-    bad_calls=slots_bad_calls,
-    workloads=slots_workloads,
-    bytes=slots_bytes,
-    flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
-    requested=4.8,  # each block of tokens reads all targets
-)
-
-merge_rows = Cases(
-    samples=rows_samples,
-    bad_calls=rows_bad_calls,
-    workloads=rows_workloads,
-    bytes=rows_bytes,
-    flops=lambda hidden, *_: hidden.numel(),
-)
-
-merge_rows_backward = Cases(
-    samples=rows_backward_samples,
-    bad_calls=rows_backward_bad_calls,
-    workloads=rows_backward_workloads,
-    bytes=rows_backward_bytes,
-    flops=lambda grad_tokens, *_: grad_tokens.numel(),
-    requested=3.0,  # a row goes to all tokens that it was made of, and each block counts its slots again
-)
-
 merge_tokens = Cases(
     samples=merge_samples,
-    bad_calls=merge_bad_calls,
+    good_call={"hidden": _HIDDEN, "metric": _METRIC, "kept": _KEPT, "contextual": 1},
+    bad_calls=(
+        ("metric", _METRIC[:, :4], ValueError, r"metric must have the first two sizes of hidden, \(2, 5\)"),
+        *(*_BAD_KEPT, *_BAD_CONTEXTUAL, _BAD_MERGE),
+    ),
     workloads=merge_workloads,
     bytes=merge_bytes,
     flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
@@ -333,12 +228,70 @@ merge_tokens = Cases(
     launches=2,
 )
 
-visionzip = Cases(
+visionzip = derived(
+    merge_tokens,
+    lambda hidden, metric, kept, contextual: (
+        *(hidden, metric, torch.rand(hidden.shape[:2], device=hidden.device)),
+        *(kept.shape[1], contextual),
+    ),
     samples=visionzip_samples,
-    bad_calls=visionzip_bad_calls,
-    workloads=visionzip_workloads,
+    good_call={"hidden": _HIDDEN, "metric": _METRIC, "scores": _SCORES, "dominant": 2, "contextual": 1},
+    bad_calls=(
+        ("scores", _SCORES[:, :4], ValueError, "scores must have the first two sizes of hidden"),
+        ("scores", _SCORES * torch.nan, ValueError, "scores must not be NaN"),
+        ("dominant", 6, ValueError, "dominant must be within 0 and 5, the tokens of a row, got 6"),
+        *(*_BAD_CONTEXTUAL, _BAD_MERGE),
+    ),
     bytes=visionzip_bytes,
     flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
     peers={"PyTorch": visionzip_plain},
     launches=3,
+)
+
+merge_slots = derived(
+    merge_tokens,
+    lambda hidden, metric, kept, contextual, *_: (metric, kept, contextual),
+    good_call={"metric": _METRIC, "kept": _KEPT, "contextual": 1},
+    bad_calls=(
+        ("metric", _METRIC[0], ValueError, r"metric must have shape \(B, N, M\), got \(5, 4\)"),
+        *(*_BAD_KEPT, *_BAD_CONTEXTUAL),
+    ),
+    bytes=slots_bytes,
+    flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
+    requested=4.8,  # each block of tokens reads all targets
+)
+
+merge_rows = derived(
+    merge_tokens,
+    lambda hidden, metric, kept, contextual: (
+        *(hidden, kept, definition.merge_slots.op.reference(metric, kept, contextual)),
+        contextual,
+    ),
+    samples=rows_samples,
+    good_call={"hidden": _HIDDEN, "kept": _KEPT, "slots": _SLOTS, "contextual": 1},
+    bad_calls=(
+        ("slots", _SLOTS.long(), TypeError, "slots must be int32, got torch.int64"),
+        ("slots", _SLOTS[0], ValueError, r"slots must have shape \(B, N\), got \(5,\)"),
+        ("slots", _SLOTS[:, :4], ValueError, r"slots must have the first two sizes of hidden, \(2, 5\)"),
+        *(*_BAD_CONTEXTUAL, _BAD_MERGE),
+    ),
+    bytes=rows_bytes,
+    flops=lambda hidden, *_: hidden.numel(),
+)
+
+merge_rows_backward = derived(
+    merge_rows,
+    lambda hidden, kept, slots, contextual, *merge: (
+        hidden.new_empty(hidden.shape[0], kept.shape[1] + contextual, hidden.shape[2]).normal_(),
+        *(slots, contextual, *merge),
+    ),
+    good_call={"grad_tokens": _HIDDEN[:, :3], "slots": _SLOTS, "contextual": 1},
+    bad_calls=(
+        ("grad_tokens", _HIDDEN[:1], ValueError, r"grad_tokens must have shape \(2, k \+ C, D\) with k \+ C <= 5"),
+        ("contextual", 4, ValueError, "contextual must be within 0 and 3, the rows of grad_tokens, got 4"),
+        _BAD_MERGE,
+    ),
+    bytes=rows_backward_bytes,
+    flops=lambda grad_tokens, *_: grad_tokens.numel(),
+    requested=3.0,  # a row goes to all tokens that it was made of, and each block counts its slots again
 )

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from vlmfast.cases import BadCall, Cases, Samples, Workloads
+from vlmfast.cases import Cases, Samples, Workloads
 
 
 def samples(device: str, dtype: torch.dtype) -> Samples:
     for shape in ((3, 64), (5, 7), (0, 8), (2, 0)):
         yield tuple(torch.randn(size, device=device, dtype=dtype) for size in (shape, shape[:1]))
-
-
-def bad_calls() -> Iterator[BadCall]:
-    x = torch.ones(2, 8)
-    yield BadCall((x, torch.ones(3)), ValueError, r"factors must have shape \(2,\), the rows of x, got \(3,\)")
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
@@ -25,7 +18,8 @@ def workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 scale_rows = Cases(
     samples=samples,
-    bad_calls=bad_calls,
+    good_call={"x": torch.ones(2, 8), "factors": torch.ones(2)},
+    bad_calls=[("factors", torch.ones(3), ValueError, r"factors must have shape \(2,\), the rows of x, got \(3,\)")],
     workloads=workloads,
     bytes=lambda x, factors: 2 * x.nbytes + factors.nbytes,
 )
