@@ -1,4 +1,4 @@
-"""What a patched model does with a dtype that the ops do not take."""
+"""Keep patched models running in dtypes that the ops do not take."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from vlmfast.registry import OpFunction
 
 
 def accepting(function: OpFunction[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
-    """The op, or where it does not take the dtype of ``x``, such as float64, its definition."""
+    """Return the op, or its definition where the op does not take the dtype of ``x`` (float64)."""
     return function if x.dtype in DTYPES else function.op.reference

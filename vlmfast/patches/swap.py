@@ -29,7 +29,7 @@ class PatchedModule:
         return rebuild, tuple(self.original_class if item is type(self) else item for item in arguments), *state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy is patched as well; without this it would be built from `__reduce_ex__`."""
+        """Copy the patched module as patched; the default would build the copy from `__reduce_ex__`."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ class PatchedModule:
 
 
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
-    """A subclass of ``cls`` that passes for it, with these methods."""
+    """Make a subclass of ``cls`` that passes for it, with these methods."""
     passing = {"__module__": cls.__module__, "__doc__": cls.__doc__}
     record = {"original_class": cls, "replacements": tuple(methods)}
     return type(cls.__name__, (PatchedModule, cls), {**passing, **record, **methods})
