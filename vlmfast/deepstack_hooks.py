@@ -156,7 +156,7 @@ def deepstack(
             f"interval {interval}), and there are {len(layers)} layers"
         )
     positions = positions.clone()  # a later change in place must not part it from the index
-    # one prefix sum for all levels; to check an index costs a CPU as much as to count anew
+    # one prefix sum for all levels; on a CPU checking an index would cost as much as counting anew
     index = None if positions.is_cpu else row_index(positions)
     handle = DeepStack()
     try:

@@ -32,7 +32,7 @@ def repack(
     labels: Tensor | None = None,
     keep: int | None = None,
 ) -> Repacked:
-    """Move all padding of each sequence to one side; the valid tokens keep their order, and what belongs to them.
+    """Move all padding of each sequence to one side; valid tokens keep their order, position ids and labels.
 
     A causal model gives the valid tokens the same outputs as before if ``position_ids`` are carried along. Without them
     it counts the positions anew, without gaps.

@@ -1,8 +1,7 @@
 """A cache that keeps the shortened prompt it holds, so that the next turn may be given the full ids again.
 
-It does so as a subclass of its own class, which has the same name. Copies of it keep the prompt as well, and whoever
-repeats or selects rows of it does so to the prompt. A model that is not patched cannot go on from it: it would count
-columns that are not there.
+Its class becomes a subclass of the same name. Copies keep the prompt as well, and repeating or selecting rows does the
+same to the prompt. A model that is not patched cannot go on from it: it would count columns that are not there.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ class KeepsPrompt:
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row, of the prompt as well."""
+        """Repeat each row, also of the prompt."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Select rows, of the prompt as well."""
+        """Select rows, also of the prompt."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows, of the prompt as well."""
+        """Reorder the rows, also of the prompt."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.select(beam_idx)
 

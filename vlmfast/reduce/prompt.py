@@ -18,7 +18,7 @@ from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
 FILLS = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # padding value of each input
-# what describes the columns of a prompt in a way that is not rewritten here
+# arguments that describe the columns of a prompt and are not rewritten here
 REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position")
 
 
@@ -99,11 +99,8 @@ def shorten(
     is_image = ids == base.config.image_token_id
     counts = torch.stack([is_image[:, :start].sum(1), is_image[:, start:].sum(1)]).tolist()
     samples = _encode(base, reducer, method, vision, *counts)
-    columns = drop_columns(
-        is_image[:, start:] & any(samples),
-        full_mask[:, start:].bool(),
-        [image for sample in samples for image in sample],
-    )
+    images = [image for sample in samples for image in sample]
+    columns = drop_columns(is_image[:, start:] & bool(images), full_mask[:, start:].bool(), images)
     if cached is not None:
         columns = cached.columns.then(columns)
     names = {*vision, "input_ids", "position_ids"}
@@ -123,7 +120,7 @@ def shorten(
         short["attention_mask"] = mask
     deltas = None if cached is None else cached.rope_deltas
     if any(samples) or arguments.get("position_ids") is not None:
-        positions, deltas = _positions(base, arguments, (full_mask, mask), columns, cached)
+        positions, deltas = _positions(base, arguments, full_mask, mask, columns, deltas)
         if positions is not None:
             short["position_ids"] = positions
     prompt = ShortenedPrompt(ids, columns, deltas, samples)
@@ -189,11 +186,7 @@ def _padding(model: Any) -> int:
 
 
 def _positions(
-    base: Any,
-    arguments: Mapping[str, Any],
-    masks: tuple[Tensor, Tensor],
-    columns: Columns,
-    cached: ShortenedPrompt | None,
+    base: Any, arguments: Mapping[str, Any], full_mask: Tensor, mask: Tensor, columns: Columns, deltas: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the positions of the short prompt, or None where the model counts them itself, and its ``rope_deltas``.
 
@@ -201,7 +194,6 @@ def _positions(
     models the tokens that are left are numbered anew.
     """
     given = arguments.get("position_ids")
-    full_mask, mask = masks
     if not hasattr(base, "get_rope_index"):
         return (None if given is None else without_gaps(given.expand_as(full_mask), columns)), None
     names = parameters(type(base).get_rope_index)
@@ -210,7 +202,7 @@ def _positions(
         if given.dim() == 3 and given.shape[0] == 4:
             # the first row numbers the text alone: transformers tells packed samples by its gaps
             rows[0] = without_gaps(given[0], columns)
-        return rows, None if cached is None else cached.rope_deltas
+        return rows, deltas
     if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
         raise ValueError("mm_token_type_ids must be given beside images: they tell the positions")
     found, deltas = base.get_rope_index(**{**named(arguments, names), "attention_mask": full_mask})

@@ -18,8 +18,7 @@ Grid = tuple[int, int, int]  # frames, rows and columns of visual tokens
 class VisualTokens:
     """The visual tokens of B images, or crops of images, of one size: N each, without a CLS token.
 
-    ``scores``, ``metric`` and ``features`` are functions: what no method asks for is not computed, and what is asked
-    for twice is computed once.
+    ``scores``, ``metric`` and ``features`` are functions, computed when a method first asks and then kept.
 
     Attributes:
         hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
@@ -45,17 +44,17 @@ class VisualTokens:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """Return B, the number of images."""
         return self.hidden.shape[0]
 
     @property
     def count(self) -> int:
-        """N."""
+        """Return N, the number of tokens of each."""
         return self.hidden.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Return the device of the tokens."""
         return self.hidden.device
 
 

@@ -21,7 +21,7 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduce
 
     A token's score and metric are the means over its patches, of the attention that the CLS token pays to them and of
     their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
-    CLS token among them, so that all of a budget are patches.
+    CLS token among them, so the whole budget goes to patches.
     """
     layer = setting(model, inputs, "vision_feature_layer")
     pixels: Tensor = inputs["pixel_values"]

@@ -2,7 +2,7 @@
 
 Each crop is reduced by itself, with a budget of its own, before the projector. Then the crops are packed: both models
 lay them side by side, cut off the padding, and put a learned token after each row (a newline). Which patch goes where
-is asked of the model: its own packing is run on the numbers of the patches.
+is found by running the model's own packing on the numbers of the patches.
 
 LLaVA-OneVision makes a grid that is too large, that of a large photograph, smaller by interpolation. A token is not one
 patch then, and the image is reduced as a whole, after its packing. Videos stay as they are.
@@ -32,7 +32,7 @@ Packer = Callable[[Tensor, Tensor], Tensor]  # crops (T, patches, C) and a newli
 def reduce_next(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
     """Reduce the images of LLaVA-NeXT and LLaVA-NeXT-Video, packed as the method's ``packing`` says, if it has one.
 
-    In the model's own packing there is no place for a CLS token: it is left out, and all of the budget are patches.
+    The model's own packing has no place for a CLS token: it is left out, and the whole budget goes to patches.
     """
     strategy = setting(model, inputs, "vision_feature_select_strategy")
     packing = getattr(method, "packing", "model")

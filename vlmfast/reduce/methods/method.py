@@ -56,7 +56,7 @@ class Method(abc.ABC):
     def checked_budget(self, tokens: VisualTokens) -> tuple[int, int]:
         """Return the budget for these tokens.
 
-        Crops that were made smaller together may have fewer tokens than their budgets add up to: all of them, then.
+        Crops that the model makes smaller may have fewer tokens than their budgets add up to: then all are kept.
 
         Raises:
             ValueError: if it does not fit the tokens.
