@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.patches import masked_rows, merger, pixel_shuffle, projects, rms_norm
-from vlmfast.patches.masked_rows import expanded
+from vlmfast.patches.masked_rows import expanded, flat, masks
 from vlmfast.patches.projects import Named
 
 
@@ -33,7 +33,19 @@ class Body:
 
 
 MASK = "get_placeholder_mask"
-SHUFFLE = {"size", "view", "int", "permute", "contiguous"}
+REPLACE = "_replace_img_tokens_with_embd"
+# The names that the bodies of projects outside transformers read
+SHUFFLE = "size view int permute contiguous"
+SHUFFLE_SQUARE = f"{SHUFFLE} scale_factor reshape"
+SHUFFLE_EITHER = f"{SHUFFLE} ps_version"
+PROJECT = "pixel_shuffle proj"
+EXTRACT = (
+    "select_layer vision_model last_hidden_state hidden_states int shape reshape pixel_shuffle downsample_ratio mlp1"
+)
+SELECT = (
+    "type list vision_tower to device dtype unsqueeze feature_select append int shape reshape pixel_shuffle "
+    "scale_pix_shuffle"
+)
 
 BODIES = (
     # RMSNorm
@@ -53,35 +65,35 @@ BODIES = (
     Body("forward", "be6da3e7541855b2", None, "it has a gate before the norm"),
     Body("forward", "bf4fa6dd0f532959", None, "it is a LayerNorm without a bias"),
     # Where image, video and audio embeddings go
-    Body(MASK, "c7355c551ffcc3cf", masked_rows.image_mask, "of images: LLaVA, InternVL"),
-    Body(MASK, "a9feaa999f70546c", masked_rows.image_mask, "of images: LLaVA-NeXT, Llama 4, SmolVLM"),
-    Body(MASK, "4b9e3f7046a012c3", masked_rows.image_mask, "of images: LFM2-VL"),
-    Body(MASK, "46988a3ee36819dc", masked_rows.image_mask, "of images: PaddleOCR-VL"),
-    Body(MASK, "c94b82523d452cd7", masked_rows.image_mask, "of images: DiffusionGemma"),
-    Body(MASK, "284c5f552e0e178c", expanded(masked_rows.image_mask), "of images: LLaVA of 4.57"),
-    Body(MASK, "13675a6c859bf0c7", expanded(masked_rows.image_mask), "of images: LLaVA-NeXT of 4.57"),
-    Body(MASK, "f50c04ecb19b4e3e", expanded(masked_rows.image_mask), "of images: DeepSeek-VL of 4.57"),
-    Body(MASK, "1918ea98a2051bb7", expanded(masked_rows.image_mask), "of images: LFM2-VL of 4.57"),
-    Body(MASK, "c22815b31c99d24b", expanded(masked_rows.optional_image_mask), "of images: HunYuan-VL"),
-    Body(MASK, "1d9951a154b80737", masked_rows.vocabulary_image_mask, "of images: Chameleon, Emu3"),
-    Body(MASK, "5b49e29d9057f24f", expanded(masked_rows.vocabulary_image_mask), "of images: Chameleon of 4.57"),
-    Body(MASK, "96378a356f97a5e4", masked_rows.flat_image_mask, "of images, (B, T): Granite-Docling"),
-    Body(MASK, "f6bfd363c9277b96", masked_rows.image_and_video_masks, "of images and videos: Qwen-VL"),
-    Body(MASK, "0e948c0e7e08e09c", masked_rows.image_and_video_masks, "of images and videos: Perception-LM"),
-    Body(MASK, "50571513a30a54b0", masked_rows.image_and_video_masks, "of images and videos: Video-LLaVA"),
-    Body(MASK, "9b6e87d342dde2ab", expanded(masked_rows.image_and_video_masks), "of both: Qwen-VL of 4.57"),
-    Body(MASK, "1e7970183a8dd85d", expanded(masked_rows.image_and_video_masks), "of both: LLaVA-OneVision of 4.57"),
-    Body(MASK, "13d30daa9b1d0548", expanded(masked_rows.image_and_video_masks), "of both: Perception-LM of 4.57"),
-    Body(MASK, "005c2f54df4cfd40", expanded(masked_rows.image_and_video_masks), "of both: Video-LLaVA of 4.57"),
-    Body(MASK, "324dca0c8a3a95f9", expanded(masked_rows.image_and_video_masks), "of images and videos: MiniMax-M3-VL"),
-    Body(MASK, "7afd1b971aa7570a", masked_rows.image_masks, "videos have the token of images: GLM-4V"),
-    Body(MASK, "ba7ac1fa1641f3f7", expanded(masked_rows.image_masks), "as before: GLM-4V of 4.57"),
-    Body(MASK, "f0935138b4329c04", masked_rows.image_video_and_audio_masks, "of images, videos, audio: Qwen-Omni"),
-    Body(MASK, "dde67559a8e7bfe8", expanded(masked_rows.image_video_and_audio_masks), "as before: Qwen-Omni of 4.57"),
-    Body(MASK, "3f4eb0a3de881dd5", masked_rows.flat_masks, "of images, videos and audio, (B, T): Gemma 4"),
-    Body(MASK, "faa442613a134458", masked_rows.image_and_audio_masks, "of images and audio: Gemma 3n"),
-    Body(MASK, "8258c72629015d90", expanded(masked_rows.image_and_audio_masks), "as before: Gemma 3n of 4.57"),
-    Body(MASK, "9a42c6206f9d9e74", expanded(masked_rows.audio_mask), "of audio: Audio Flamingo 3, Voxtral"),
+    Body(MASK, "c7355c551ffcc3cf", masks("image"), "LLaVA, InternVL"),
+    Body(MASK, "a9feaa999f70546c", masks("image"), "LLaVA-NeXT, Llama 4, SmolVLM"),
+    Body(MASK, "4b9e3f7046a012c3", masks("image"), "LFM2-VL"),
+    Body(MASK, "46988a3ee36819dc", masks("image"), "PaddleOCR-VL"),
+    Body(MASK, "c94b82523d452cd7", masks("image"), "DiffusionGemma"),
+    Body(MASK, "284c5f552e0e178c", expanded(masks("image")), "LLaVA of 4.57"),
+    Body(MASK, "13675a6c859bf0c7", expanded(masks("image")), "LLaVA-NeXT of 4.57"),
+    Body(MASK, "f50c04ecb19b4e3e", expanded(masks("image")), "DeepSeek-VL of 4.57"),
+    Body(MASK, "1918ea98a2051bb7", expanded(masks("image")), "LFM2-VL of 4.57"),
+    Body(MASK, "c22815b31c99d24b", expanded(masks("image")), "HunYuan-VL"),
+    Body(MASK, "1d9951a154b80737", masks("image", owner="vocabulary_mapping"), "Chameleon, Emu3"),
+    Body(MASK, "5b49e29d9057f24f", expanded(masks("image", owner="vocabulary_mapping")), "Chameleon of 4.57"),
+    Body(MASK, "96378a356f97a5e4", flat(masks("image")), "(B, T): Granite-Docling"),
+    Body(MASK, "f6bfd363c9277b96", masks("image", "video"), "Qwen-VL"),
+    Body(MASK, "0e948c0e7e08e09c", masks("image", "video"), "Perception-LM"),
+    Body(MASK, "50571513a30a54b0", masks("image", "video"), "Video-LLaVA"),
+    Body(MASK, "9b6e87d342dde2ab", expanded(masks("image", "video")), "Qwen-VL of 4.57"),
+    Body(MASK, "1e7970183a8dd85d", expanded(masks("image", "video")), "LLaVA-OneVision of 4.57"),
+    Body(MASK, "13d30daa9b1d0548", expanded(masks("image", "video")), "Perception-LM of 4.57"),
+    Body(MASK, "005c2f54df4cfd40", expanded(masks("image", "video")), "Video-LLaVA of 4.57"),
+    Body(MASK, "324dca0c8a3a95f9", expanded(masks("image", "video")), "MiniMax-M3-VL"),
+    Body(MASK, "7afd1b971aa7570a", masked_rows.video_as_image_masks, "GLM-4V"),
+    Body(MASK, "ba7ac1fa1641f3f7", expanded(masked_rows.video_as_image_masks), "GLM-4V of 4.57"),
+    Body(MASK, "f0935138b4329c04", masks("image", "video", "audio"), "Qwen-Omni"),
+    Body(MASK, "dde67559a8e7bfe8", expanded(masks("image", "video", "audio")), "Qwen-Omni of 4.57"),
+    Body(MASK, "3f4eb0a3de881dd5", flat(masks("image", "video", "audio")), "(B, T): Gemma 4"),
+    Body(MASK, "faa442613a134458", masks("image", "audio"), "Gemma 3n"),
+    Body(MASK, "8258c72629015d90", expanded(masks("image", "audio")), "Gemma 3n of 4.57"),
+    Body(MASK, "9a42c6206f9d9e74", expanded(masks("audio")), "Audio Flamingo 3, Voxtral"),
     Body(MASK, "5efec55a18a55876", expanded(masked_rows.token_mask), "of a token that it is told: MiniCPM-V"),
     Body(MASK, "0a2c03ac446ffa7f", expanded(masked_rows.token_mask), "of a token that it is told: Inkling"),
     Body(MASK, "2d2124ff886fed1b", expanded(masked_rows.token_mask), "of a token that it is told: Nemotron-H Omni"),
@@ -118,62 +130,11 @@ BODIES = (
     # Projects outside transformers
     Body("forward_mask_encoder", Named("FourM"), projects.forward_mask_encoder, "packs visible tokens: 4M"),
     Body("forward_mask_decoder", Named("FourM"), projects.forward_mask_decoder, "packs targets: 4M"),
-    Body(
-        "_replace_img_tokens_with_embd",
-        Named("VisionLanguageModel"),
-        projects.replace_img_tokens_with_embd,
-        "of images: nanoVLM",
-    ),
-    Body(
-        "forward",
-        Named("ModalityProjector", frozenset({"pixel_shuffle", "proj"})),
-        projects.project_square,
-        "pixel shuffle and linear layer: nanoVLM",
-    ),
-    Body(
-        "pixel_shuffle",
-        Named("ModalityProjector", frozenset(SHUFFLE | {"scale_factor", "reshape"})),
-        projects.shuffle_square,
-        "of a square: nanoVLM",
-    ),
-    Body(
-        "extract_feature",
-        Named(
-            "InternVLChatModel",
-            frozenset(
-                {
-                    *("select_layer", "vision_model", "last_hidden_state", "hidden_states", "int", "shape", "reshape"),
-                    *("pixel_shuffle", "downsample_ratio", "mlp1"),
-                }
-            ),
-        ),
-        projects.extract_feature,
-        "pixel shuffle and layers: InternVL with remote code",
-    ),
-    Body(
-        "pixel_shuffle",
-        Named("InternVLChatModel", frozenset(SHUFFLE | {"ps_version"})),
-        projects.shuffle_ordered_map,
-        "of a map: InternVL with remote code",
-    ),
-    Body(
-        "forward",
-        Named(
-            "InternViTVisionTower",
-            frozenset(
-                {
-                    *("type", "list", "vision_tower", "to", "device", "dtype", "unsqueeze", "feature_select", "append"),
-                    *("int", "shape", "reshape", "pixel_shuffle", "scale_pix_shuffle"),
-                }
-            ),
-        ),
-        projects.select_and_shuffle,
-        "scaled pixel shuffle: VITA",
-    ),
-    Body(
-        "pixel_shuffle",
-        Named("InternViTVisionTower", frozenset(SHUFFLE)),
-        projects.shuffle_x_map,
-        "of a map: VITA",
-    ),
+    Body(REPLACE, Named("VisionLanguageModel"), projects.replace_img_tokens_with_embd, "of images: nanoVLM"),
+    Body("forward", Named("ModalityProjector", PROJECT), projects.project_square, "shuffle, linear layer: nanoVLM"),
+    Body("pixel_shuffle", Named("ModalityProjector", SHUFFLE_SQUARE), projects.shuffle_square, "of a square: nanoVLM"),
+    Body("extract_feature", Named("InternVLChatModel", EXTRACT), projects.extract_feature, "shuffle, layers: InternVL"),
+    Body("pixel_shuffle", Named("InternVLChatModel", SHUFFLE_EITHER), projects.shuffle_ordered_map, "map: InternVL"),
+    Body("forward", Named("InternViTVisionTower", SELECT), projects.select_and_shuffle, "scaled shuffle: VITA"),
+    Body("pixel_shuffle", Named("InternViTVisionTower", SHUFFLE), projects.shuffle_x_map, "of a map: VITA"),
 )

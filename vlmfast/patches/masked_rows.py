@@ -114,48 +114,54 @@ def _as_mask(mask: Tensor) -> Tensor:
     return mask.as_subclass(PlaceholderMask) if type(mask) is Tensor else mask
 
 
-def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a replacement with the same parameters whose masks are (B, T, D)."""
+def masks(*kinds: str, owner: str = "config") -> Callable[..., Any]:
+    """Return a replacement of a ``get_placeholder_mask`` for these kinds of placeholders, such as "image" and "video".
 
+    Upstream compares the numbers of tokens and of features here, which makes the host wait for a GPU.
+    `place_embeddings` does so without waiting, so that the replacement leaves the features alone, however many kinds of
+    them upstream's method takes. ``owner`` is the attribute that has the ids of the tokens.
+    """
+
+    def replacement(
+        self: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        tokens = [getattr(getattr(self, owner), f"{kind}_token_id") for kind in kinds]
+        found = [placeholder_mask(self, input_ids, inputs_embeds, token) for token in tokens]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    replacement.__name__ = f"{'_'.join(kinds)}_mask{'' if len(kinds) == 1 else 's'}"
+    return replacement
+
+
+def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the replacement with masks of (B, T, D)."""
+    return _changed(function, lambda mask, embeds: mask.expand_as(embeds))
+
+
+def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the replacement with masks of (B, T)."""
+    return _changed(function, lambda mask, embeds: _as_mask(mask[..., 0]))
+
+
+def _changed(function: Callable[..., Any], change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     @functools.wraps(function)
     def replacement(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
-        masks = function(self, input_ids, inputs_embeds, *args, **kwargs)
-        if isinstance(masks, Tensor):
-            return masks.expand_as(inputs_embeds)
-        return tuple(mask.expand_as(inputs_embeds) for mask in masks)
+        found = function(self, input_ids, inputs_embeds, *args, **kwargs)
+        if isinstance(found, Tensor):
+            return change(found, inputs_embeds)
+        return tuple(change(mask, inputs_embeds) for mask in found)
 
     return replacement
 
 
-def image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """Replace LlavaModel.get_placeholder_mask and its copies.
-
-    Upstream compares the numbers of tokens and of features here, which makes the host wait for a GPU.
-    `place_embeddings` does so without waiting.
-    """
-    return placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
-
-
-def optional_image_mask(
-    self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor | None = None
-) -> Tensor:
-    """Replace HunYuanVLModel.get_placeholder_mask."""
-    return placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
-
-
-def vocabulary_image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """Replace ChameleonModel.get_placeholder_mask and Emu3's."""
-    return placeholder_mask(self, input_ids, inputs_embeds, self.vocabulary_mapping.image_token_id)
-
-
-def flat_image_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """Replace GraniteDoclingModel.get_placeholder_mask, whose mask is (B, T)."""
-    return _as_mask(placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)[..., 0])
-
-
-def audio_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, audio_features: Tensor) -> Tensor:
-    """Replace AudioFlamingo3Model.get_placeholder_mask and its copies."""
-    return placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id)
+def video_as_image_masks(
+    self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Replace Glm4vModel.get_placeholder_mask and its copies: among ids, frames of videos have the token of images."""
+    images = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
+    if input_ids is not None:
+        return images, images
+    return images, placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id)
 
 
 def token_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, token_id: int) -> Tensor:
@@ -168,71 +174,6 @@ def placeholder_token_mask(
 ) -> Tensor:
     """Replace PocketTTSModel.get_placeholder_mask."""
     return placeholder_mask(self, input_ids, inputs_embeds, placeholder_token_id)
-
-
-def image_and_video_masks(
-    self: Any,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor,
-    image_features: Tensor | None = None,
-    video_features: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Replace Qwen2VLModel.get_placeholder_mask and its copies, as `image_mask`."""
-    return (
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id),
-    )
-
-
-def image_masks(
-    self: Any,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor,
-    image_features: Tensor | None = None,
-    video_features: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Replace Glm4vModel.get_placeholder_mask and its copies: among ids, frames of videos have the token of images."""
-    images = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
-    if input_ids is not None:
-        return images, images
-    return images, placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id)
-
-
-def image_and_audio_masks(
-    self: Any,
-    input_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    image_features: Tensor | None = None,
-    audio_features: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Replace Gemma3nModel.get_placeholder_mask."""
-    return (
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id),
-    )
-
-
-def image_video_and_audio_masks(
-    self: Any,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    image_features: Tensor | None = None,
-    video_features: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace Qwen3OmniMoeThinkerModel.get_placeholder_mask."""
-    return (
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id),
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id),
-        placeholder_mask(self, input_ids, inputs_embeds, self.config.audio_token_id),
-    )
-
-
-def flat_masks(
-    self: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace Gemma4Model.get_placeholder_mask, whose masks of images, videos and audio are (B, T)."""
-    image, video, audio = image_video_and_audio_masks(self, input_ids, inputs_embeds if input_ids is None else None)
-    return _as_mask(image[..., 0]), _as_mask(video[..., 0]), _as_mask(audio[..., 0])
 
 
 def merge_inputs(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:

@@ -30,19 +30,20 @@ class Named:
 
     Attributes:
         class_name: the class that defines the method.
-        names: functions, methods and attributes that the body uses; None where its class and parameters tell enough.
+        names: functions, methods and attributes that the body uses, if its class and parameters do not tell enough.
     """
 
     class_name: str
-    names: frozenset[str] | None = None
+    names: str = ""
 
     def difference(self, method: Any) -> str | None:
         """Say how the body of a method differs from this one, or None."""
-        if self.names is None:
+        if not self.names:
             return None
+        known = set(self.names.split())
         code = getattr(inspect.unwrap(method), "__code__", None)
         used = _names(code) - _TALKING if code else set()
-        told = [("without", self.names - used), ("with", used - self.names)]
+        told = [("without", known - used), ("with", used - known)]
         return ", ".join(f"{word} {', '.join(sorted(names))}" for word, names in told if names) or None
 
 
