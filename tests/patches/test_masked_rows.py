@@ -264,41 +264,6 @@ def test_layers_of_a_prefill_do_not_wait(monkeypatch):
 # ---- the mask ----
 
 
-def test_mask_is_a_plain_tensor_but_for_masked_scatter():
-    plain = torch.tensor([[True, False, True], [False, True, False]])[..., None]
-    mask = plain.as_subclass(PlaceholderMask)
-    x, features = torch.randn(2, 3, 4), torch.randn(3, 4)
-    uses: list[Callable[[Tensor], Tensor]] = [
-        lambda m: m[..., 0],
-        lambda m: m | ~m,
-        lambda m: m.expand_as(x).sum(),
-        lambda m: torch.where(m, x, 0),
-        lambda m: x[m[..., 0]],
-        lambda m: torch.cat([m, m]),
-        lambda m: x.masked_fill(m, value=1),
-        lambda m: m.float().masked_scatter(m.clone(), torch.zeros(3)),
-    ]
-    for use in uses:
-        got, want = use(mask), use(plain)
-        assert type(got) is Tensor
-        assert got.device == want.device
-        assert got.is_meta or torch.equal(got, want)
-    fits: list[Callable[[Tensor], Tensor]] = [  # what a caller makes a mask fit with
-        lambda m: m.expand_as(x),
-        lambda m: m.to(x.device),
-        lambda m: m.as_subclass(Tensor)[..., 0].as_subclass(PlaceholderMask).unsqueeze(-1),
-    ]
-    for fit in fits:
-        assert type(fit(mask)) is PlaceholderMask
-        assert torch.equal(x.masked_scatter(fit(mask), features), x.masked_scatter(plain, features))
-    for shaped in (features, features[None], features.flatten()):
-        assert torch.equal(x.masked_scatter(mask, shaped), x.masked_scatter(plain, features))
-    with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 2, got 3"):
-        x.masked_scatter(mask, features[:2])
-    x.requires_grad_()
-    assert "place_embeddings" in type(x.masked_scatter(mask, features).grad_fn).__name__
-
-
 # ---- nothing waits ----
 
 ATEN = torch.ops.aten
