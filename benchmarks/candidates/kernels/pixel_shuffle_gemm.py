@@ -1,46 +1,18 @@
 """One matrix multiplication whose tiles are read through the pixel shuffle.
 
-M tokens of K = scale**2 * C channels, projected to N; X = 2 M K bytes of patches, W = 2 N K of weight, Y = 2 M N of
-output, in 16-bit numbers. Both ways multiply 2 M K N FLOP and read W and write Y:
-
-                          with a LayerNorm                        without
-    (a) pass, F.linear    3 X + W + Y: X in, X out, X in          3 X + W + Y
-    (b) this file         2 X + W + Y + 16 bytes a patch          X + W + Y
+It spares the pass over the patches in front of the vendor's matmul, or with a LayerNorm half of it: the shuffled tokens
+are never written. By bytes and FLOP of an H100 (not measured) it may take 0.69 of the vendor's speed for 16 images of
+nanoVLM, and must reach 0.94 for one: nothing here splits the channels, and 64 tokens are 15 programs. On a CPU there is
+nothing to save: the pass takes at most 1/57 of the whole op.
 
 The rows of a tile of x are one offset each (image, row and column of the token); what a step adds to all of them is
 one number (the patch in the token and its block of channels), so no tile is gathered before the product.
 
-The LayerNorm. One launch leaves the mean and the variance of each patch in float32, from its centred values: features
-with a mean of ten deviations and more are why. A token's are put together from its patches'. The GEMM normalises
-its tile of x between shared memory and the tensor core and rounds it there, as Hugging Face does before the product.
-That is 4.5 instructions for each element and block of 256 columns, 0.28 of the tensor cores' time for the block on an
-H100, on units that are idle beside them (128 columns: 0.56). Folded behind the product instead, as
-rstd * (x @ (gamma * W)^T - mean * sum(gamma * W)) + (beta @ W^T + b), the norm would need no first launch, which reads
-X. But the sums of x and x^2 beside the product are 4 instructions for the same elements; gamma * W is a pass of 2 W in
-and out (N = 3584: 59 MB, 20 us, longer than one tile's product) or a copy of a weight that may change; and the
-rounding before the product is gone: of M, N, K = 256, 896, 4096 in bfloat16 36 % of the outputs differ from Hugging
-Face's by a rounding, with an error against float64 that is no better to speak of (1.6e-3 for 1.7e-3).
-
-What to expect of an H100, in us, by these counts at 3.0 TB/s and 650 TFLOP/s; none of it has been measured. (b) is with
-a product as fast as the vendor's, "break-even" the share of that speed which it must reach:
-
-    images x connector            product   (a)    (b)   break-even
-     1 x InternViT-300M to 896        3.3    4.7    4.0    0.83
-    16                               46.3   68.6   57.4    0.81
-    64                              185.0  274.5  229.8    0.81
-     1 x InternViT-300M to 3584      11.6   13.0   12.3    0.94
-    16                              185.0  207.4  196.2    0.94
-    64                              740.1  829.5  784.8    0.94
-     1 x nanoVLM                      8.4    9.5    8.4    0.89
-    16                               37.2   53.9   37.2    0.69
-    64                              148.7  215.8  148.7    0.69
-     1 x Idefics3                    13.6   14.6   13.6    0.93
-    16                              157.0  173.6  157.0    0.90
-    64                              628.1  694.6  628.1    0.90
-
-So (b) has most to gain behind narrow language models and without a norm. With one image it has the least: nothing here
-splits K, and nanoVLM's 64 tokens are 15 programs for 132 multiprocessors. On a CPU there is nothing to save: the pass
-takes at most 1/57 of the whole op (InternViT-300M to 896, bfloat16, one thread of an EPYC with AVX2).
+The LayerNorm: one launch leaves the mean and the variance of each patch, from its centred values, since features have
+means of ten deviations and more. A token's are put together from its patches'. The matmul normalises its tile of x
+between shared memory and the tensor core, and rounds it there as Hugging Face does before the product: 0.28 of the
+tensor cores' time, on units that are idle beside them. Folded behind the product, a norm would leave that rounding out:
+36 % of the outputs would differ from Hugging Face's.
 """
 
 from collections.abc import Sequence
