@@ -96,24 +96,20 @@ def received_attention(
     query, key = with_contiguous_rows(query), with_contiguous_rows(key)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     strides = *query.stride()[:2], *key.stride()[:2]
-    sign, sharpness = _softness(head_dim, scale)
     config = ReceivedConfig.config_for(head_dim, query.dtype == torch.float32)
     bounds = 0 if cu_seqlens is None else cu_seqlens.shape[0]
-    numbers = tokens, bounds, sign, sharpness
+    numbers = *strides, tokens, bounds, *_softness(head_dim, scale)
     peaks, inverses, received = (
         torch.empty((heads, tokens), dtype=torch.float32, device=query.device) for _ in range(3)
     )
-    arguments = {"ALIGNED": math.gcd(*strides[::2], 16), "HEAD_DIM": head_dim, "STEPS": steps_of(bounds)}
+    operands = query, key, cu_seqlens, peaks, inverses
+    constants = vars(config) | {"ALIGNED": math.gcd(*strides[::2], 16), "HEAD_DIM": head_dim, "STEPS": steps_of(bounds)}
     grid = (heads * ceil_div(tokens, config.BLOCK),)
     with on_device(query):
-        normaliser_kernel[grid](
-            query, key, cu_seqlens, peaks, inverses, *strides, *numbers, **arguments, **vars(config)
-        )
-        received_kernel[grid](
-            query, key, cu_seqlens, peaks, inverses, received, *strides, *numbers, **arguments, **vars(config)
-        )
+        normaliser_kernel[grid](*operands, *numbers, **constants)
+        received_kernel[grid](*operands, received, *numbers, **constants)
         means = tokens // group
-        mean_kernel[(ceil_div(means, MEAN_CONFIG.BLOCK_MEANS),)](
+        mean_kernel[(ceil_div(means, MEAN_CONFIG.BLOCK_ROWS),)](
             received, scores, means, group, heads * group, tokens, **vars(MEAN_CONFIG)
         )
     return scores

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
-from vlmfast.kernels.common.launch import Config, next_power_of_two
+from vlmfast.kernels.common.launch import Config, RowsConfig, next_power_of_two
 from vlmfast.kernels.common.sorted_search import count_up_to
 
 MAX_HEAD_DIM = 256  # channels of a head: tiles twice as wide would not fit the shared memory
@@ -50,40 +50,25 @@ class ReceivedConfig(Config):
         return ReceivedConfig(BLOCK=block, COLUMNS=columns, REST=rest, num_warps=warps, num_stages=stages)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeanConfig(Config):
-    """The means of a program, and the numbers of each that it adds up at a time."""
-
-    BLOCK_MEANS: int
-    BLOCK_COUNT: int
-
-
-MEAN_CONFIG = MeanConfig(BLOCK_MEANS=32, BLOCK_COUNT=16, num_warps=4)
+MEAN_CONFIG = RowsConfig(BLOCK_ROWS=32, BLOCK_COLUMNS=16, num_warps=4)
 
 
 @triton.jit
-def _load(ptr, token, token_stride, tokens, channel, HEAD_DIM: tl.constexpr):
+def _load(ptr, token, stride, tokens, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, AXIS: tl.constexpr):
+    token, channel = tl.expand_dims(token, 1 - AXIS), tl.expand_dims(first + tl.arange(0, COUNT), AXIS)
     mask = (token < tokens) & (channel < HEAD_DIM)
-    return tl.load(ptr + token.to(tl.int64) * token_stride + channel, mask=mask, other=0.0)
+    return tl.load(ptr + token.to(tl.int64) * stride + channel, mask=mask, other=0.0)
 
 
 @triton.jit
-def _queries(ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
-    """Load the channels of a block of queries, in two parts; tokens in rows."""
-    part = _load(ptr, token[:, None], stride, tokens, tl.arange(0, COLUMNS)[None, :], HEAD_DIM)
+def _tile(
+    ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr, AXIS: tl.constexpr
+):
+    """Load the channels of a block of tokens, in two parts; AXIS is that of the tokens."""
+    part = _load(ptr, token, stride, tokens, 0, COLUMNS, HEAD_DIM, AXIS)
     rest = part
     if REST:
-        rest = _load(ptr, token[:, None], stride, tokens, COLUMNS + tl.arange(0, REST)[None, :], HEAD_DIM)
-    return part, rest
-
-
-@triton.jit
-def _keys(ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr):
-    """Load the channels of a block of keys, in two parts; tokens in columns."""
-    part = _load(ptr, token[None, :], stride, tokens, tl.arange(0, COLUMNS)[:, None], HEAD_DIM)
-    rest = part
-    if REST:
-        rest = _load(ptr, token[None, :], stride, tokens, COLUMNS + tl.arange(0, REST)[:, None], HEAD_DIM)
+        rest = _load(ptr, token, stride, tokens, COLUMNS, REST, HEAD_DIM, AXIS)
     return part, rest
 
 
@@ -158,22 +143,18 @@ def normaliser_kernel(
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
     key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
-    query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
+    query, query_rest = _tile(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST, 0)
     query, query_rest = _times(query, sign), _times(query_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, row, tokens, BLOCK, STEPS)
     peak = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, full, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
-        logit = _logits(query, query_rest, key, key_rest, REST)
-        peak, total = _add_exponentials(peak, total, logit, True, sharpness, MASKED=False)
-    for start in range(full, stop, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
-        logit = _logits(query, query_rest, key, key_rest, REST)
-        inside = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
-        peak, total = _add_exponentials(peak, total, logit, inside, sharpness, MASKED=True)
+    for masked in tl.static_range(2):
+        for start in range(full if masked else first, stop if masked else full, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            key, key_rest = _tile(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST, 1)
+            logit = _logits(query, query_rest, key, key_rest, REST)
+            inside = (column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None])
+            peak, total = _add_exponentials(peak, total, logit, inside, sharpness, masked)
     tl.store(peak_ptr + head * tokens + row, peak, mask=row < tokens)
     tl.store(inverse_ptr + head * tokens + row, 1.0 / total, mask=row < tokens)
 
@@ -207,7 +188,7 @@ def received_kernel(
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
     key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
-    key, key_rest = _keys(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST)
+    key, key_rest = _tile(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST, 1)
     key, key_rest = _times(key, sign), _times(key_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, column, tokens, BLOCK, STEPS)
     peak_ptr += head * tokens
@@ -215,13 +196,13 @@ def received_kernel(
     received = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(first, full, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        query, query_rest = _tile(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST, 0)
         logit = _logits(query, query_rest, key, key_rest, REST)
         peak, inverse = tl.load(peak_ptr + row), tl.load(inverse_ptr + row)
         received += tl.exp2((logit - peak[:, None]) * sharpness) * inverse[:, None]
     for start in range(full, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        query, query_rest = _queries(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST)
+        query, query_rest = _tile(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST, 0)
         logit = _logits(query, query_rest, key, key_rest, REST)
         peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
         inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
@@ -233,13 +214,13 @@ def received_kernel(
 
 @triton.jit
 def mean_kernel(
-    received_ptr, mean_ptr, means, group, count, tokens, BLOCK_MEANS: tl.constexpr, BLOCK_COUNT: tl.constexpr
+    received_ptr, mean_ptr, means, group, count, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
     """Store the mean over the heads and each group of tokens, ``count`` numbers in all."""
-    mean = tl.program_id(0) * BLOCK_MEANS + tl.arange(0, BLOCK_MEANS)[:, None]
-    total = tl.zeros((BLOCK_MEANS, BLOCK_COUNT), tl.float32)
-    for start in range(0, count, BLOCK_COUNT):
-        number = start + tl.arange(0, BLOCK_COUNT)[None, :]
+    mean = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, count, BLOCK_COLUMNS):
+        number = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
         place = (number // group).to(tl.int64) * tokens + mean * group + number % group
         total += tl.load(received_ptr + place, mask=(mean < means) & (number < count), other=0.0)
     tl.store(mean_ptr + mean, tl.sum(total, 1, keep_dims=True) / count, mask=mean < means)
