@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +13,38 @@ from vlmfast.torch_internals import assert_async, in_function_transform
 DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
-def float_tensor(name: str, value: object) -> None:
-    """Raise unless ``value`` is a float32, float16 or bfloat16 tensor."""
+def float_tensor(name: str, value: object, dims: Sequence[str] = ()) -> None:
+    """Raise unless ``value`` is a float32, float16 or bfloat16 tensor, with the dimensions ``dims``, if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+    if dims and value.dim() != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
+
+
+def tensor_of(dtype: torch.dtype, name: str, value: object, dims: Sequence[str] = ()) -> None:
+    """Raise unless ``value`` is a tensor of that dtype, with the dimensions ``dims``, if given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+    if dims and value.dim() != len(dims):
+        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
+
+
+def bool_matrix(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool tensor of two dimensions."""
+    tensor_of(torch.bool, name, value, "BT")
+
+
+def same_tokens(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors have the same first two sizes, batch and tokens, on one device."""
+    if value.shape[:2] != other.shape[:2]:
+        raise ValueError(
+            f"{name} must have the first two sizes of {other_name}, {tuple(other.shape[:2])}, got {tuple(value.shape)}"
+        )
+    same_device(name, value, other_name, other)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -48,28 +75,17 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def bool_matrix(name: str, value: object) -> None:
-    """Raise unless ``value`` is a bool tensor of two dimensions."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool, got {value.dtype}")
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, T), got {tuple(value.shape)}")
-
-
-def integers(name: str, value: object, dtype: torch.dtype) -> None:
-    """Raise unless ``value`` is a tensor of that integer dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-
-
 def integer(name: str, value: object) -> None:
     """Raise unless ``value`` is an int, or what a tracer has in its place."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def within(name: str, value: int, most: int, of: str) -> None:
+    """Raise unless ``value`` is an int from 0 to ``most``, the number ``of`` something."""
+    integer(name, value)
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must be within 0 and {most}, {of}, got {value}")
 
 
 def expect(condition: Tensor, message: str) -> None:

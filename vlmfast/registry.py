@@ -50,7 +50,8 @@ class Op:
     package: str  # vlmfast.ops.<family>, where the definition and the cases are
     reference: Callable[..., Any]  # the definition
     check: Callable[..., None]  # raises ValueError or TypeError on a bad call
-    # (setup_context, backward), as torch.library.register_autograd takes them
+    # (setup_context, backward), as torch.library.register_autograd takes them; the last inputs' gradients may be left
+    # out, and backward is called only with the gradient of an output
     gradients: tuple[Callable[..., None], Callable[..., Any]] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
     detached: bool = False  # the outputs are scores or positions: they carry no gradient, whatever the inputs do
@@ -362,17 +363,27 @@ def _register_with_torch(entry: Op) -> Callable[..., Any]:
     torch.library.impl(qualified, "CompositeExplicitAutograd", entry.run)
     torch.library.register_fake(qualified, fake)
     if entry.gradients is not None:
-        setup_context, backward = entry.gradients
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        torch.library.register_autograd(qualified, _backward(entry), setup_context=entry.gradients[0])
     overload: Callable[..., Any] = getattr(torch.ops.vlmfast, entry.name).default
     return overload
+
+
+def _backward(entry: Op) -> Callable[..., Any]:
+    """Complete an op's formula: one gradient for each input, and none where no output has one."""
+    formula, inputs = cast("Any", entry.gradients)[1], len(entry.parameters[0])
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = formula(ctx, *grads) if any(grad is not None for grad in grads) else ()
+        return *found, *(None,) * (inputs - len(found))
+
+    return backward
 
 
 def _autograd_function(entry: Op) -> Any:
     """Make the eager twin of ``torch.library.register_autograd``, from the same two functions."""
     if entry.gradients is None:
         return None
-    setup_context, formula = entry.gradients
+    (setup_context, _), formula = entry.gradients, _backward(entry)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = entry.run(*inputs)

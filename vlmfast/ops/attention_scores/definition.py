@@ -65,7 +65,7 @@ def _check_received_attention(
         raise ValueError(f"group must divide the {tokens} tokens, got {group}")
     if cu_seqlens is None:
         return
-    checks.integers("cu_seqlens", cu_seqlens, torch.int32)
+    checks.tensor_of(torch.int32, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (segments + 1,), got {tuple(cu_seqlens.shape)}")
     checks.same_device("cu_seqlens", cu_seqlens, "query", query)

@@ -38,17 +38,15 @@ def _check_row_index(mask: Tensor) -> None:
 
 def check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
     """Raise unless ``x`` is (B, T, D), ``mask`` (B, T) and ``index``, if any, that of the mask."""
-    checks.float_tensor(name, x)
-    if x.dim() != 3:
-        raise ValueError(f"{name} must have shape (B, T, D), got {tuple(x.shape)}")
-    checks.bool_matrix(mask_name, mask)
+    checks.float_tensor(name, x, "BTD")
+    checks.tensor_of(torch.bool, mask_name, mask, "BT")
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"{mask_name} must have shape {tuple(x.shape[:2])}, the first sizes of {name}, got {tuple(mask.shape)}"
         )
     checks.same_device(mask_name, mask, name, x)
     if index is not None:
-        checks.integers("index", index, torch.int32)
+        checks.tensor_of(torch.int32, "index", index)
         checks.same_shape("index", index, mask_name, mask)
         checks.same_device("index", index, name, x)
         if checks.on_host(mask) and checks.on_host(index) and not torch.equal(index >= 0, mask):
@@ -93,11 +91,9 @@ def _check_compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> None:
     check_rows("tokens", tokens, "invalid", invalid, None)
-    checks.integer("keep", keep)
-    if not 0 <= keep <= invalid.shape[1]:
-        raise ValueError(f"keep must be within 0 and {invalid.shape[1]}, the tokens of a sequence, got {keep}")
+    checks.within("keep", keep, invalid.shape[1], "the tokens of a sequence")
     if order is not None:
-        checks.integers("order", order, torch.int64)
+        checks.tensor_of(torch.int64, "order", order)
         if order.shape != (invalid.shape[0], keep):
             raise ValueError(f"order must have shape {(invalid.shape[0], keep)}, got {tuple(order.shape)}")
         checks.same_device("order", order, "tokens", tokens)
@@ -123,23 +119,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(mask, index)
 
 
-def _add_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None or not ctx.needs_input_grad[2]:
-        return grad_output, None, None, None
+def _add_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    if not ctx.needs_input_grad[2]:
+        return (grad_output,)
     mask, index = ctx.saved_tensors
     grad_embeds, _ = split_rows(grad_output, mask, ctx.rows, index, rest=False)
-    return grad_output, None, grad_embeds.to(ctx.dtype), None
+    return grad_output, None, grad_embeds.to(ctx.dtype)
 
 
-def _place_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:
-        return None, None, None, None
+def _place_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     mask, index = ctx.saved_tensors
     inputs_grad = ctx.needs_input_grad[0]
     if not ctx.needs_input_grad[2]:
-        return grad_output.masked_fill(mask[..., None], 0), None, None, None
+        return (grad_output.masked_fill(mask[..., None], 0),)
     grad_embeds, grad_inputs = split_rows(grad_output, mask, ctx.rows, index, rest=inputs_grad)
-    return grad_inputs if inputs_grad else None, None, grad_embeds.to(ctx.dtype), None
+    return grad_inputs if inputs_grad else None, None, grad_embeds.to(ctx.dtype)
 
 
 def _compact_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,17 +141,15 @@ def _compact_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.save_for_backward(invalid, order)
 
 
-def _compact_backward(ctx: Any, grad_tokens: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad_tokens is None:
-        return None, None, None, None, None
+def _compact_backward(ctx: Any, grad_tokens: Tensor, *_: None) -> tuple[Tensor]:
     invalid, order = ctx.saved_tensors
     if order is None:
-        return compact_tokens_backward(grad_tokens, invalid, ctx.pad_left), None, None, None, None
+        return (compact_tokens_backward(grad_tokens, invalid, ctx.pad_left),)
     # any order is one, also with a token taken twice
     hidden = grad_tokens.shape[2]
     kept = grad_tokens.masked_fill(invalid.gather(1, order)[..., None], 0)
-    grad = grad_tokens.new_zeros(*invalid.shape, hidden).scatter_add_(1, order[..., None].expand(-1, -1, hidden), kept)
-    return grad, None, None, None, None
+    grad = grad_tokens.new_zeros(*invalid.shape, hidden)
+    return (grad.scatter_add_(1, order[..., None].expand(-1, -1, hidden), kept),)
 
 
 # ---- the definitions ----

@@ -28,8 +28,7 @@ from torch import Tensor
 from vlmfast import checks
 from vlmfast.linear import linear
 from vlmfast.ops.pixel_shuffle.definition import (
-    _shuffled,
-    check_norm_vector,
+    check_norm_parameters,
     check_pixel_shuffle,
     pixel_shuffle,
     pixel_shuffle_norm,
@@ -54,9 +53,7 @@ def check_linear(
     activation: str | None = None,
 ) -> None:
     """Raise unless the arguments are those of `pixel_shuffle_linear`."""
-    checks.float_tensor("x", x)
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape (B, height * width, C), got {tuple(x.shape)}")
+    checks.float_tensor("x", x, ("B", "height * width", "C"))
     check_pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale)
     checks.float_tensor("weight", weight)
     channels = scale**2 * x.shape[2]
@@ -68,14 +65,10 @@ def check_linear(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}")
         checks.same_device("bias", bias, "x", x)
-    if norm_weight is not None:
-        check_norm_vector("norm_weight", norm_weight, x, scale)
-    if norm_bias is not None:
-        if norm_weight is None:
-            raise ValueError("norm_bias must be None where norm_weight is, got a tensor")
-        check_norm_vector("norm_bias", norm_bias, x, scale)
-        checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
-    checks.epsilon("norm_eps", norm_eps)
+    if norm_weight is None and norm_bias is not None:
+        raise ValueError("norm_bias must be None where norm_weight is, got a tensor")
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_norm_parameters(x, scale, norm_eps, **{name: value for name, value in norm.items() if value is not None})
     if activation is not None:
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
 
@@ -150,15 +143,11 @@ def pixel_shuffle_linear(
     Source:
         InternVLMultiModalProjector, Idefics3Connector and Qwen3VLVisionPatchMerger of transformers 5.23.
     """
-    grid = square(x) if grid is None else grid
-    if norm_weight is not None and norm_weight.shape[0] == x.shape[2]:
-        scaled = x if input_scale == 1.0 else x * input_scale
-        tokens = _shuffled(
-            F.layer_norm(scaled, norm_weight.shape, norm_weight, norm_bias, norm_eps), grid, scale, order, 1.0
-        )
+    layout = square(x) if grid is None else grid, scale, order, input_scale
+    if norm_weight is None:
+        tokens = pixel_shuffle.op.reference(x, *layout)
     else:
-        tokens = _shuffled(x, grid, scale, order, input_scale)
-        if norm_weight is not None:
-            tokens = F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+        norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
+        tokens = pixel_shuffle_norm.op.reference(x, norm_weight, norm_bias, *layout, norm_eps)
     projected = F.linear(tokens, weight, bias)
     return projected if activation is None else F.gelu(projected, approximate=ACTIVATIONS[activation])

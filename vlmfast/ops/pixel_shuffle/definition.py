@@ -41,7 +41,7 @@ def square(x: Tensor) -> tuple[int, int]:
     return side, side
 
 
-def _check_layout(grid: Sequence[int], scale: int, order: str, input_scale: float) -> None:
+def _check_layout(grid: Sequence[int], scale: int, order: str = "row", input_scale: float = 1.0) -> None:
     if not isinstance(scale, (int, torch.SymInt)) or isinstance(scale, bool) or scale < 1:
         raise ValueError(f"scale must be an int of at least 1, got {scale!r}")
     sides = tuple(grid) if isinstance(grid, Sequence) else ()
@@ -90,25 +90,26 @@ def check_pixel_shuffle(
     _check_tokens("x", x, grid[0] * grid[1], grid)
 
 
-def _check_pixel_unshuffle(
-    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
-) -> None:
-    _check_layout(grid, scale, order, input_scale)
+def _check_pixel_unshuffle(x: Tensor, grid: Sequence[int], scale: int = 2, *others: Any, **named: Any) -> None:
+    _check_layout(grid, scale, *others, **named)
     _check_tokens("x", x, grid[0] * grid[1] // scale**2, grid)
     if x.shape[2] % scale**2:
         raise ValueError(f"x must have a multiple of scale**2 = {scale**2} channels, got {x.shape[2]}")
 
 
-def check_norm_vector(name: str, value: Tensor, x: Tensor, scale: int) -> None:
-    """Raise unless ``value`` has one element for each channel of a token or of a patch."""
-    checks.float_tensor(name, value)
+def check_norm_parameters(x: Tensor, scale: int, eps: float, **parameters: Tensor) -> None:
+    """Raise unless all have one element for each channel of a token, or all one for each of a patch."""
     channels = x.shape[2]
-    if value.dim() != 1 or value.shape[0] not in (channels, scale**2 * channels):
-        raise ValueError(
-            f"{name} must have shape ({scale**2 * channels},), the channels of a token, or ({channels},), those of a "
-            f"patch, got {tuple(value.shape)}"
-        )
-    checks.same_device(name, value, "x", x)
+    for name, value in parameters.items():
+        checks.float_tensor(name, value)
+        if value.dim() != 1 or value.shape[0] not in (channels, scale**2 * channels):
+            raise ValueError(
+                f"{name} must have shape ({scale**2 * channels},), the channels of a token, or ({channels},), those of "
+                f"a patch, got {tuple(value.shape)}"
+            )
+        checks.same_device(name, value, "x", x)
+        checks.same_shape(name, value, "norm_weight", parameters["norm_weight"])
+    checks.epsilon("norm_eps", eps)
 
 
 def _check_norm(
@@ -122,23 +123,13 @@ def _check_norm(
     norm_eps: float = 1e-5,
 ) -> None:
     check_pixel_shuffle(x, grid, scale, order, input_scale)
-    check_norm_vector("norm_weight", norm_weight, x, scale)
-    check_norm_vector("norm_bias", norm_bias, x, scale)
-    checks.same_shape("norm_bias", norm_bias, "norm_weight", norm_weight)
-    checks.epsilon("norm_eps", norm_eps)
+    check_norm_parameters(x, scale, norm_eps, norm_weight=norm_weight, norm_bias=norm_bias)
 
 
 def _check_norm_backward(
-    grad_output: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    grid: Sequence[int],
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_eps: float = 1e-5,
+    grad_output: Tensor, x: Tensor, norm_weight: Tensor, grid: Sequence[int], scale: int = 2, *others: Any, **named: Any
 ) -> None:
-    _check_norm(x, norm_weight, norm_weight, grid, scale, order, input_scale, norm_eps)
+    _check_norm(x, norm_weight, norm_weight, grid, scale, *others, **named)
     checks.float_tensor("grad_output", grad_output)
     expected = (x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2)
     if grad_output.shape != expected:
@@ -153,14 +144,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *ctx.layout = inputs
 
 
-def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    grad_x = None if grad_output is None else pixel_unshuffle(grad_output, *ctx.layout)
-    return grad_x, None, None, None, None
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor]:
+    return (pixel_unshuffle(grad_output, *ctx.layout),)
 
 
-def _unshuffle_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    grad = None if grad_output is None else pixel_shuffle(grad_output, *ctx.layout)
-    return grad, None, None, None, None
+def _unshuffle_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor]:
+    return (pixel_shuffle(grad_output, *ctx.layout),)
 
 
 # ---- the definitions ----
@@ -231,14 +220,9 @@ def _norm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.save_for_backward(x, weight)  # mean and deviation are cheaper to compute again than to store and load
 
 
-def _norm_backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (3 + len(ctx.layout))
-    if grad_output is None:
-        return nothing
-    x, weight = ctx.saved_tensors
-    grads = pixel_shuffle_norm_backward(grad_output, x, weight, *ctx.layout)
-    needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
-    return *(grad if need else None for grad, need in needed), *nothing[3:]
+def _norm_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    grads = pixel_shuffle_norm_backward(grad_output, *ctx.saved_tensors, *ctx.layout)
+    return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
 
 
 @op(check=_check_norm, gradients=(_norm_setup_context, _norm_backward))
@@ -277,13 +261,11 @@ def pixel_shuffle_norm(
         InternVLMultiModalProjector.layer_norm after InternVLModel.pixel_shuffle, and Qwen3VLVisionPatchMerger.norm, of
         transformers 5.23.
     """
+    norm = norm_weight.shape, norm_weight, norm_bias, norm_eps
     if norm_weight.shape[0] == x.shape[2]:
         scaled = x if input_scale == 1.0 else x * input_scale
-        return _shuffled(
-            F.layer_norm(scaled, norm_weight.shape, norm_weight, norm_bias, norm_eps), grid, scale, order, 1.0
-        )
-    tokens = _shuffled(x, grid, scale, order, input_scale)
-    return F.layer_norm(tokens, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+        return _shuffled(F.layer_norm(scaled, *norm), grid, scale, order, 1.0)
+    return F.layer_norm(_shuffled(x, grid, scale, order, input_scale), *norm)
 
 
 @op(check=_check_norm_backward)

@@ -94,13 +94,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)  # the inverse rms is cheaper to compute again than to store and load
 
 
-def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:  # what came after has no gradient for it
-        return None, None, None, None
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     weight_grad = ctx.needs_input_grad[1]
     grad_x, grad_weight = rms_norm_backward(grad_output, x, weight, ctx.eps, ctx.variant, None, weight_grad)
-    return grad_x, grad_weight if weight_grad else None, None, None
+    return grad_x, grad_weight if weight_grad else None
 
 
 def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -112,11 +110,11 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
     hidden_states, weight = ctx.saved_tensors
     weight_grad = ctx.needs_input_grad[2]
     if grad_output is None:  # only the new residual was used
-        return grad_residual, grad_residual, None, None, None
+        return grad_residual, grad_residual
     grad_x, grad_weight = rms_norm_backward(
         grad_output, hidden_states, weight, ctx.eps, ctx.variant, grad_residual, weight_grad
     )
-    return grad_x, grad_x, grad_weight if weight_grad else None, None, None
+    return grad_x, grad_x, grad_weight if weight_grad else None
 
 
 # ---- the definitions ----

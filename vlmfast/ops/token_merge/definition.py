@@ -28,35 +28,8 @@ def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> tuple[Tensor,
 # ---- what a call must look like ----
 
 
-def _check_matrix(name: str, value: Tensor) -> None:
-    checks.float_tensor(name, value)
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have shape (B, N), got {tuple(value.shape)}")
-
-
-def _check_rows(name: str, value: Tensor, size: str) -> None:
-    checks.float_tensor(name, value)
-    if value.dim() != 3:
-        raise ValueError(f"{name} must have shape (B, N, {size}), got {tuple(value.shape)}")
-
-
-def _check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless both have the same tokens."""
-    if value.shape[:2] != other.shape[:2]:
-        raise ValueError(
-            f"{name} must have the first two sizes of {other_name}, {tuple(other.shape[:2])}, got {tuple(value.shape)}"
-        )
-    checks.same_device(name, value, other_name, other)
-
-
-def _check_number(name: str, value: int, most: int, of: str) -> None:
-    checks.integer(name, value)
-    if not 0 <= value <= most:
-        raise ValueError(f"{name} must be within 0 and {most}, {of}, got {value}")
-
-
 def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
-    checks.integers("kept", kept, torch.int64)
+    checks.tensor_of(torch.int64, "kept", kept)
     batch, tokens = rows.shape[:2]
     if kept.dim() != 2 or kept.shape[0] != batch or kept.shape[1] > tokens:
         raise ValueError(f"kept must have shape ({batch}, k) with k <= {tokens}, got {tuple(kept.shape)}")
@@ -68,61 +41,51 @@ def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
 
 
 def _check_contextual(contextual: int, tokens: int, kept: int) -> None:
-    checks.integer("contextual", contextual)
-    if not 0 <= contextual <= tokens - kept:
-        raise ValueError(
-            f"contextual must be within 0 and {tokens - kept}, the tokens that are left of {tokens} when {kept} are "
-            f"kept, got {contextual}"
-        )
+    left = f"the tokens that are left of {tokens} when {kept} are kept"
+    checks.within("contextual", contextual, tokens - kept, left)
 
 
 def _check_top_tokens(scores: Tensor, k: int) -> None:
-    _check_matrix("scores", scores)
-    _check_number("k", k, scores.shape[1], "the tokens of a row")
+    checks.float_tensor("scores", scores, "BN")
+    checks.within("k", k, scores.shape[1], "the tokens of a row")
     if checks.on_host(scores) and bool(scores.isnan().any()):
         raise ValueError("scores must not be NaN, got one that is")
 
 
 def _check_merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> None:
-    _check_rows("metric", metric, "M")
+    checks.float_tensor("metric", metric, "BNM")
     _check_kept(kept, "metric", metric)
     _check_contextual(contextual, metric.shape[1], kept.shape[1])
 
 
-def _check_slots(slots: Tensor) -> None:
-    checks.integers("slots", slots, torch.int32)
-    if slots.dim() != 2:
-        raise ValueError(f"slots must have shape (B, N), got {tuple(slots.shape)}")
-
-
 def _check_merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    _check_rows("hidden", hidden, "D")
+    checks.float_tensor("hidden", hidden, "BND")
     _check_kept(kept, "hidden", hidden)
-    _check_slots(slots)
-    _check_beside("slots", slots, "hidden", hidden)
+    checks.tensor_of(torch.int32, "slots", slots, "BN")
+    checks.same_tokens("slots", slots, "hidden", hidden)
     _check_contextual(contextual, hidden.shape[1], kept.shape[1])
     checks.one_of("merge", merge, MERGES)
 
 
 def _check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    _check_rows("grad_tokens", grad_tokens, "D")
-    _check_slots(slots)
+    checks.float_tensor("grad_tokens", grad_tokens, "BND")
+    checks.tensor_of(torch.int32, "slots", slots, "BN")
     batch, tokens = slots.shape
     if grad_tokens.shape[0] != batch or grad_tokens.shape[1] > tokens:
         raise ValueError(
             f"grad_tokens must have shape ({batch}, k + C, D) with k + C <= {tokens}, got {tuple(grad_tokens.shape)}"
         )
     checks.same_device("slots", slots, "grad_tokens", grad_tokens)
-    _check_number("contextual", contextual, grad_tokens.shape[1], "the rows of grad_tokens")
+    checks.within("contextual", contextual, grad_tokens.shape[1], "the rows of grad_tokens")
     checks.one_of("merge", merge, MERGES)
 
 
 def _check_merge_tokens(
     hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference"
 ) -> None:
-    _check_rows("hidden", hidden, "D")
-    _check_rows("metric", metric, "M")
-    _check_beside("metric", metric, "hidden", hidden)
+    checks.float_tensor("hidden", hidden, "BND")
+    checks.float_tensor("metric", metric, "BNM")
+    checks.same_tokens("metric", metric, "hidden", hidden)
     _check_kept(kept, "hidden", hidden)
     _check_contextual(contextual, hidden.shape[1], kept.shape[1])
     checks.one_of("merge", merge, MERGES)
@@ -131,12 +94,12 @@ def _check_merge_tokens(
 def _check_visionzip(
     hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
 ) -> None:
-    _check_rows("hidden", hidden, "D")
-    _check_rows("metric", metric, "M")
-    _check_beside("metric", metric, "hidden", hidden)
+    checks.float_tensor("hidden", hidden, "BND")
+    checks.float_tensor("metric", metric, "BNM")
+    checks.same_tokens("metric", metric, "hidden", hidden)
     _check_top_tokens(scores, 0)
-    _check_beside("scores", scores, "hidden", hidden)
-    _check_number("dominant", dominant, hidden.shape[1], "the tokens of a row")
+    checks.same_tokens("scores", scores, "hidden", hidden)
+    checks.within("dominant", dominant, hidden.shape[1], "the tokens of a row")
     _check_contextual(contextual, hidden.shape[1], dominant)
     checks.one_of("merge", merge, MERGES)
 
@@ -149,12 +112,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(slots)
 
 
-def _backward(ctx: Any, grad_tokens: Tensor | None) -> tuple[Any, ...]:
-    if grad_tokens is None:
-        return None, None, None, None, None
+def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor]:
     (slots,) = ctx.saved_tensors
-    grad = merge_rows_backward(grad_tokens, slots, ctx.contextual, ctx.merge)
-    return grad, None, None, None, None
+    return (merge_rows_backward(grad_tokens, slots, ctx.contextual, ctx.merge),)
 
 
 # ---- the definitions ----
