@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from vlmfast.torch_internals import assert_async, in_function_transform
 
-DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+DTYPES = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16))  # a set that keeps its order
 
 
-def float_tensor(name: str, value: object, dims: Sequence[str] = ()) -> None:
-    """Raise unless ``value`` is a float32, float16 or bfloat16 tensor, with the dimensions ``dims``, if given."""
+def tensor(name: str, value: object, dims: Sequence[str] = (), dtypes: Collection[torch.dtype] = DTYPES) -> None:
+    """Raise unless ``value`` is a tensor of one of the dtypes and, if given, with dimensions of those names."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {value.dtype}")
+    if value.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{name} must be {expected}, got {value.dtype}")
     if dims and value.dim() != len(dims):
         raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
-
-
-def tensor_of(dtype: torch.dtype, name: str, value: object, dims: Sequence[str] = ()) -> None:
-    """Raise unless ``value`` is a tensor of that dtype, with the dimensions ``dims``, if given."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-    if dims and value.dim() != len(dims):
-        raise ValueError(f"{name} must have shape ({', '.join(dims)}), got {tuple(value.shape)}")
-
-
-def bool_matrix(name: str, value: object) -> None:
-    """Raise unless ``value`` is a bool tensor of two dimensions."""
-    tensor_of(torch.bool, name, value, "BT")
 
 
 def same_tokens(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -43,7 +43,7 @@ def deepstack_levels(features: Tensor, grid: tuple[int, int], side: int, pad_to:
     Source:
         process_plain_deepstack of MengLcool/DeepStack-VL, sampling "2d".
     """
-    checks.float_tensor("features", features)
+    checks.tensor("features", features)
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"grid must be a pair (height, width), got {grid!r}")
     height, width = (_count(f"grid[{axis}]", size, least=1) for axis, size in enumerate(grid))
@@ -209,13 +209,13 @@ def _levels(levels: object, positions: Tensor) -> list[Tensor]:
         raise TypeError(
             f"levels must be a tensor (K, V, D) or a sequence of tensors (V, D), got {type(levels).__name__}"
         )
-    checks.bool_matrix("positions", positions)
+    checks.tensor("positions", positions, "BT", (torch.bool,))
     found = list(levels)
     if not found:
         raise ValueError("levels must hold one level or more, got none")
     for number, level in enumerate(found):
         name = f"levels[{number}]"
-        checks.float_tensor(name, level)
+        checks.tensor(name, level)
         if level.dim() != 2:
             raise ValueError(f"{name} must have shape (V, D), got {tuple(level.shape)}")
         checks.same_shape(name, level, "levels[0]", found[0])

@@ -106,7 +106,7 @@ class Op:
             composed = self.compose is not None and name != "torch"
             found = self._composed(name) if composed else backends.load(name, self.name, self.family, self.reference)
             if not (self.differentiable or self.detached or name == "torch"):
-                found = replace(found, unsupported=_refusing_gradients(found.unsupported))
+                found = replace(found, unsupported=functools.partial(_refuse_gradients, found.unsupported))
             self._loaded[name] = found
         return found
 
@@ -162,14 +162,10 @@ def _reason(reasons: Mapping[str, str | None]) -> str | None:
     return reason if shared else f"{part}: {reason}"
 
 
-def _refusing_gradients(unsupported: Callable[..., str | None]) -> Callable[..., str | None]:
-    @functools.wraps(unsupported)
-    def with_gradients(*args: Any) -> str | None:
-        if is_grad_enabled() and any_requires_grad(*args):
-            return "a gradient is needed, and only the definition of this op has one"
-        return unsupported(*args)
-
-    return with_gradients
+def _refuse_gradients(unsupported: Callable[..., str | None], *args: Any) -> str | None:
+    if is_grad_enabled() and any_requires_grad(*args):
+        return "a gradient is needed, and only the definition of this op has one"
+    return unsupported(*args)
 
 
 P = ParamSpec("P")
@@ -364,8 +360,7 @@ def _register_with_torch(entry: Op) -> Callable[..., Any]:
     torch.library.register_fake(qualified, fake)
     if entry.gradients is not None:
         torch.library.register_autograd(qualified, _backward(entry), setup_context=entry.gradients[0])
-    overload: Callable[..., Any] = getattr(torch.ops.vlmfast, entry.name).default
-    return overload
+    return cast("Callable[..., Any]", getattr(torch.ops.vlmfast, entry.name).default)
 
 
 def _backward(entry: Op) -> Callable[..., Any]:

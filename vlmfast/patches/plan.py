@@ -108,6 +108,6 @@ def _difference(cls: type, class_name: str, body: Body) -> str | None:
 def _obstacle(cls: type, method: str, modules: list[nn.Module]) -> str | None:
     """Say why a method of a known body must not be replaced in these modules of one class, or None."""
     dtypes = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
-    if unsupported := ", ".join(sorted(str(dtype) for dtype in dtypes - DTYPES)):
+    if unsupported := ", ".join(sorted(str(dtype) for dtype in dtypes - set(DTYPES))):
         return f"its weights are {unsupported}, and the ops take float32, float16 and bfloat16"
     return replaced_on_instances(modules, cls, method)

@@ -22,8 +22,8 @@ ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a tim
 
 
 def _check_pair(query: Tensor, key: Tensor) -> None:
-    checks.float_tensor("query", query)
-    checks.float_tensor("key", key)
+    checks.tensor("query", query)
+    checks.tensor("key", key)
     if query.dtype != key.dtype:
         raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
     checks.same_device("key", key, "query", query)
@@ -65,7 +65,7 @@ def _check_received_attention(
         raise ValueError(f"group must divide the {tokens} tokens, got {group}")
     if cu_seqlens is None:
         return
-    checks.tensor_of(torch.int32, "cu_seqlens", cu_seqlens)
+    checks.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32,))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (segments + 1,), got {tuple(cu_seqlens.shape)}")
     checks.same_device("cu_seqlens", cu_seqlens, "query", query)

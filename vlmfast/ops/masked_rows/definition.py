@@ -31,22 +31,22 @@ def _indexed(mask: Tensor, rows: int, index: Tensor | None) -> Tensor:
 
 
 def _check_row_index(mask: Tensor) -> None:
-    checks.bool_matrix("mask", mask)
+    checks.tensor("mask", mask, "BT", (torch.bool,))
     if mask.numel() >= 2**31:
         raise ValueError(f"mask must have fewer than 2**31 positions, got {mask.numel()}")
 
 
 def check_rows(name: str, x: Tensor, mask_name: str, mask: Tensor, index: Tensor | None) -> None:
     """Raise unless ``x`` is (B, T, D), ``mask`` (B, T) and ``index``, if any, that of the mask."""
-    checks.float_tensor(name, x, "BTD")
-    checks.tensor_of(torch.bool, mask_name, mask, "BT")
+    checks.tensor(name, x, "BTD")
+    checks.tensor(mask_name, mask, "BT", (torch.bool,))
     if mask.shape != x.shape[:2]:
         raise ValueError(
             f"{mask_name} must have shape {tuple(x.shape[:2])}, the first sizes of {name}, got {tuple(mask.shape)}"
         )
     checks.same_device(mask_name, mask, name, x)
     if index is not None:
-        checks.tensor_of(torch.int32, "index", index)
+        checks.tensor("index", index, dtypes=(torch.int32,))
         checks.same_shape("index", index, mask_name, mask)
         checks.same_device("index", index, name, x)
         if checks.on_host(mask) and checks.on_host(index) and not torch.equal(index >= 0, mask):
@@ -59,7 +59,7 @@ def _check_count(mask_name: str, mask: Tensor, rows_name: str, rows: int) -> Non
 
 
 def _check_embeds(name: str, x: Tensor, mask_name: str, mask: Tensor, embeds_name: str, embeds: Tensor) -> None:
-    checks.float_tensor(embeds_name, embeds)
+    checks.tensor(embeds_name, embeds)
     if embeds.dim() != 2 or embeds.shape[1] != x.shape[2]:
         raise ValueError(
             f"{embeds_name} must have shape (V, {x.shape[2]}), the last size that of {name}, got {tuple(embeds.shape)}"
@@ -93,15 +93,15 @@ def _check_compact_tokens(
     check_rows("tokens", tokens, "invalid", invalid, None)
     checks.within("keep", keep, invalid.shape[1], "the tokens of a sequence")
     if order is not None:
-        checks.tensor_of(torch.int64, "order", order)
+        checks.tensor("order", order, dtypes=(torch.int64,))
         if order.shape != (invalid.shape[0], keep):
             raise ValueError(f"order must have shape {(invalid.shape[0], keep)}, got {tuple(order.shape)}")
         checks.same_device("order", order, "tokens", tokens)
 
 
 def _check_compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> None:
-    checks.float_tensor("grad_tokens", grad_tokens)
-    checks.bool_matrix("invalid", invalid)
+    checks.tensor("grad_tokens", grad_tokens)
+    checks.tensor("invalid", invalid, "BT", (torch.bool,))
     checks.same_device("invalid", invalid, "grad_tokens", grad_tokens)
     shape = tuple(grad_tokens.shape)
     if len(shape) != 3 or shape[0] != invalid.shape[0] or shape[1] > invalid.shape[1]:

@@ -53,15 +53,15 @@ def check_linear(
     activation: str | None = None,
 ) -> None:
     """Raise unless the arguments are those of `pixel_shuffle_linear`."""
-    checks.float_tensor("x", x, ("B", "height * width", "C"))
+    checks.tensor("x", x, ("B", "height * width", "C"))
     check_pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale)
-    checks.float_tensor("weight", weight)
+    checks.tensor("weight", weight)
     channels = scale**2 * x.shape[2]
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(f"weight must have shape (out, {channels}), got {tuple(weight.shape)}")
     checks.same_device("weight", weight, "x", x)
     if bias is not None:
-        checks.float_tensor("bias", bias)
+        checks.tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), the rows of weight, got {tuple(bias.shape)}")
         checks.same_device("bias", bias, "x", x)

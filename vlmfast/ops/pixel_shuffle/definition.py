@@ -56,7 +56,7 @@ def _check_layout(grid: Sequence[int], scale: int, order: str = "row", input_sca
 
 
 def _check_tokens(name: str, x: Tensor, tokens: int, grid: Sequence[int]) -> None:
-    checks.float_tensor(name, x)
+    checks.tensor(name, x)
     if x.dim() != 3 or x.shape[1] != tokens:
         raise ValueError(f"{name} must have shape (B, {tokens}, C) for a grid of {tuple(grid)}, got {tuple(x.shape)}")
 
@@ -101,7 +101,7 @@ def check_norm_parameters(x: Tensor, scale: int, eps: float, **parameters: Tenso
     """Raise unless all have one element for each channel of a token, or all one for each of a patch."""
     channels = x.shape[2]
     for name, value in parameters.items():
-        checks.float_tensor(name, value)
+        checks.tensor(name, value)
         if value.dim() != 1 or value.shape[0] not in (channels, scale**2 * channels):
             raise ValueError(
                 f"{name} must have shape ({scale**2 * channels},), the channels of a token, or ({channels},), those of "
@@ -130,7 +130,7 @@ def _check_norm_backward(
     grad_output: Tensor, x: Tensor, norm_weight: Tensor, grid: Sequence[int], scale: int = 2, *others: Any, **named: Any
 ) -> None:
     _check_norm(x, norm_weight, norm_weight, grid, scale, *others, **named)
-    checks.float_tensor("grad_output", grad_output)
+    checks.tensor("grad_output", grad_output)
     expected = (x.shape[0], x.shape[1] // scale**2, x.shape[2] * scale**2)
     if grad_output.shape != expected:
         raise ValueError(f"grad_output must have shape {expected}, got {tuple(grad_output.shape)}")

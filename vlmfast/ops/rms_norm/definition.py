@@ -41,9 +41,9 @@ def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: 
         and variant in VARIANTS
     ):
         return
-    checks.float_tensor("x", x)
+    checks.tensor("x", x)
     if weight is not None:
-        checks.float_tensor("weight", weight)
+        checks.tensor("weight", weight)
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, got a scalar")
     if weight is not None:
@@ -62,7 +62,7 @@ def _check_add(
 
 
 def _check_twin(name: str, value: Tensor, x: Tensor) -> None:
-    checks.float_tensor(name, value)
+    checks.tensor(name, value)
     checks.same_shape(name, value, "x", x)
     checks.same_device(name, value, "x", x)
     if value.dtype != x.dtype:
@@ -79,7 +79,7 @@ def _check_backward(
     weight_grad: bool = True,
 ) -> None:
     _check(x, weight, eps, variant)
-    checks.float_tensor("grad_output", grad_output)
+    checks.tensor("grad_output", grad_output)
     checks.same_shape("grad_output", grad_output, "x", x)
     checks.same_device("grad_output", grad_output, "x", x)
     if grad_residual is not None:

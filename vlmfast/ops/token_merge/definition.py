@@ -29,7 +29,7 @@ def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
-    checks.tensor_of(torch.int64, "kept", kept)
+    checks.tensor("kept", kept, dtypes=(torch.int64,))
     batch, tokens = rows.shape[:2]
     if kept.dim() != 2 or kept.shape[0] != batch or kept.shape[1] > tokens:
         raise ValueError(f"kept must have shape ({batch}, k) with k <= {tokens}, got {tuple(kept.shape)}")
@@ -46,30 +46,30 @@ def _check_contextual(contextual: int, tokens: int, kept: int) -> None:
 
 
 def _check_top_tokens(scores: Tensor, k: int) -> None:
-    checks.float_tensor("scores", scores, "BN")
+    checks.tensor("scores", scores, "BN")
     checks.within("k", k, scores.shape[1], "the tokens of a row")
     if checks.on_host(scores) and bool(scores.isnan().any()):
         raise ValueError("scores must not be NaN, got one that is")
 
 
 def _check_merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> None:
-    checks.float_tensor("metric", metric, "BNM")
+    checks.tensor("metric", metric, "BNM")
     _check_kept(kept, "metric", metric)
     _check_contextual(contextual, metric.shape[1], kept.shape[1])
 
 
 def _check_merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    checks.float_tensor("hidden", hidden, "BND")
+    checks.tensor("hidden", hidden, "BND")
     _check_kept(kept, "hidden", hidden)
-    checks.tensor_of(torch.int32, "slots", slots, "BN")
+    checks.tensor("slots", slots, "BN", (torch.int32,))
     checks.same_tokens("slots", slots, "hidden", hidden)
     _check_contextual(contextual, hidden.shape[1], kept.shape[1])
     checks.one_of("merge", merge, MERGES)
 
 
 def _check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
-    checks.float_tensor("grad_tokens", grad_tokens, "BND")
-    checks.tensor_of(torch.int32, "slots", slots, "BN")
+    checks.tensor("grad_tokens", grad_tokens, "BND")
+    checks.tensor("slots", slots, "BN", (torch.int32,))
     batch, tokens = slots.shape
     if grad_tokens.shape[0] != batch or grad_tokens.shape[1] > tokens:
         raise ValueError(
@@ -83,8 +83,8 @@ def _check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: i
 def _check_merge_tokens(
     hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference"
 ) -> None:
-    checks.float_tensor("hidden", hidden, "BND")
-    checks.float_tensor("metric", metric, "BNM")
+    checks.tensor("hidden", hidden, "BND")
+    checks.tensor("metric", metric, "BNM")
     checks.same_tokens("metric", metric, "hidden", hidden)
     _check_kept(kept, "hidden", hidden)
     _check_contextual(contextual, hidden.shape[1], kept.shape[1])
@@ -94,8 +94,8 @@ def _check_merge_tokens(
 def _check_visionzip(
     hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
 ) -> None:
-    checks.float_tensor("hidden", hidden, "BND")
-    checks.float_tensor("metric", metric, "BNM")
+    checks.tensor("hidden", hidden, "BND")
+    checks.tensor("metric", metric, "BNM")
     checks.same_tokens("metric", metric, "hidden", hidden)
     _check_top_tokens(scores, 0)
     checks.same_tokens("scores", scores, "hidden", hidden)

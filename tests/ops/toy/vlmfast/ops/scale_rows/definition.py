@@ -11,8 +11,8 @@ from vlmfast.registry import op
 
 
 def _check(x: Tensor, factors: Tensor) -> None:
-    checks.float_tensor("x", x)
-    checks.float_tensor("factors", factors)
+    checks.tensor("x", x)
+    checks.tensor("factors", factors)
     if x.dim() != 2 or factors.shape != x.shape[:1]:
         raise ValueError(f"factors must have shape ({x.shape[0]},), the rows of x, got {tuple(factors.shape)}")
     if factors.dtype != x.dtype:
