@@ -51,11 +51,11 @@ README_MODELS = ("prefill_ms", "prefill_speedup", "decode_ms", "decode_speedup",
 TYPES_HEAD = """# Models
 
 Made by `make docs` from docs/families.json, which `python -m vlmfast.patches.scan docs/families.json` writes under each
-release of transformers. Each type of model that transformers maps to image-text-to-text is built from its default
-configuration; its table says which function of vlmfast replaces a method, or why none does. "unknown" is a norm or a
-mask whose code vlmfast does not know. A checkpoint may have another language model or tower than the default: what is
-known in it is replaced as well. "as a whole" are types in which every norm and mask is replaced.
-"""
+release of transformers. Every type of model that transformers maps to image-text-to-text is built from its default
+configuration. Its table says for each method and release which function of vlmfast replaces it, or why none does;
+"unknown" is a norm or a mask whose body vlmfast does not know. A checkpoint may bring another language model or vision
+tower than the default configuration: what is known in it is replaced as well. In types "patched as a whole" every norm
+and mask is replaced."""
 
 
 def signature(name: str, function: Callable[..., Any]) -> str:
@@ -236,10 +236,20 @@ def model_types() -> str:
         absent = [version for version, found in seen.items() if model_type not in found["types"]]
         notes = [f"Not in {', '.join(absent)}."] if absent else []
         if partly:
-            notes.append(f"Of {', '.join(partly)}, where its default configuration builds no model, its own file only.")
-        shown = table(("method", *seen), len(seen) + 1, rows) if rows else "No RMSNorm, and no placeholder mask."
+            notes.append(
+                f"In {', '.join(partly)} the default configuration builds no model: only the type's own file is shown."
+            )
+        shown = table(("method", *seen), len(seen) + 1, rows) if rows else "It has no RMSNorm and no placeholder mask."
         sections.append("\n\n".join([f"## {model_type}", *([" ".join(notes)] if notes else []), shown]))
-    heads = ("transformers", "types", "built", "patched", "as a whole", "RMSNorm classes", "placeholder methods")
+    heads = (
+        "transformers",
+        "types",
+        "built",
+        "patched",
+        "patched as a whole",
+        "RMSNorm classes",
+        "placeholder methods",
+    )
     return "\n\n".join([TYPES_HEAD, table(heads, 1, counts), *sections]) + "\n"
 
 
