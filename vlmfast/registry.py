@@ -55,8 +55,8 @@ class Op:
     gradients: tuple[Callable[..., None], Callable[..., Any]] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
     detached: bool = False  # the outputs are scores or positions: they carry no gradient, whatever the inputs do
-    # An op made of other ops: what runs in place of the definition, and the ops in it that backends provide. It is
-    # traced through and differentiated through.
+    # An op made of other ops: what runs in place of the definition, given all arguments by position, and the ops in it
+    # that backends provide. It is traced through and differentiated through.
     compose: Callable[..., Any] | None = None
     parts: tuple[str, ...] = ()
     _cases: Cases | None = field(default=None, repr=False)  # in place of those found by name
@@ -70,14 +70,12 @@ class Op:
     @property
     def cases(self) -> Cases:
         """How the op is tested and timed; imported on first use."""
-        found: Cases = self._cases or getattr(importlib.import_module(f"{self.package}.cases"), self.name)
-        return found
+        return cast("Cases", self._cases or getattr(importlib.import_module(f"{self.package}.cases"), self.name))
 
     @property
     def function(self) -> Callable[..., Any]:
         """The function that a user calls."""
-        function: Callable[..., Any] = getattr(sys.modules[self.reference.__module__], self.name)
-        return function
+        return cast("Callable[..., Any]", getattr(sys.modules[self.reference.__module__], self.name))
 
     @functools.cached_property
     def parameters(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -325,14 +323,17 @@ def _function(entry: Op) -> Callable[..., Any]:
 
 def _composed_function(entry: Op) -> Callable[..., Any]:
     """Make the function that a user calls, for an op made of others: tracers and gradients see those."""
-    compose = cast("Callable[..., Any]", entry.compose)
+    compose, defaults = cast("Callable[..., Any]", entry.compose), entry.parameters[1]
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
         entry.check(*args, **kwargs)
+        if kwargs:
+            args = entry.positional(args, kwargs)
+        args = (*args, *defaults[len(args) :])
         if is_compiling() or dispatch_modes():  # a tracer must see the parts, and cannot read a context variable
-            return compose(*args, **kwargs)
-        return entry.run(*(entry.positional(args, kwargs) if kwargs else args))
+            return compose(*args)
+        return entry.run(*args)
 
     call.op = entry  # type: ignore[attr-defined]
     return call

@@ -20,6 +20,7 @@ H100 (3.35 TB/s, 989 TFLOP/s) the pass of the first is 1.3 us beside 7.6 us of m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,18 +75,9 @@ def check_linear(
 
 
 def _fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    grid: Sequence[int] | None = None,
-    scale: int = 2,
-    order: str = "row",
-    input_scale: float = 1.0,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    activation: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, grid: Sequence[int] | None, scale: int, *others: Any
 ) -> Tensor:
+    order, input_scale, norm_weight, norm_bias, norm_eps, activation = others
     grid = square(x) if grid is None else grid
     if norm_weight is not None:
         norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias

@@ -25,13 +25,9 @@ def _norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str =
     if weight is None:
         module = Llama4TextL2Norm(eps)  # the body of NanoChatRMSNorm, which transformers 4.57 lacks
         return module
-    norm_class = {"llama": Qwen2RMSNorm, "gemma": GemmaRMSNorm, "olmo": Olmo2RMSNorm}[variant]
-    module = norm_class(weight.shape[0], eps)
-    if weight.requires_grad:
-        del module.weight  # a parameter would be cut off from the weight's own graph
-        module.weight = weight
-    else:
-        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    module = {"llama": Qwen2RMSNorm, "gemma": GemmaRMSNorm, "olmo": Olmo2RMSNorm}[variant](weight.shape[0], eps)
+    del module.weight  # a parameter would be cut off from the weight's own graph
+    module.weight = weight if weight.requires_grad else torch.nn.Parameter(weight, requires_grad=False)
     return module
 
 

@@ -28,7 +28,8 @@ def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> tuple[Tensor,
 # ---- what a call must look like ----
 
 
-def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
+def _check_choice(kept: Tensor, contextual: int, name: str, rows: Tensor, merge: str = MERGES[0]) -> None:
+    """Raise unless the tokens of ``rows`` can be divided so."""
     checks.tensor("kept", kept, dtypes=(torch.int64,))
     batch, tokens = rows.shape[:2]
     if kept.dim() != 2 or kept.shape[0] != batch or kept.shape[1] > tokens:
@@ -38,11 +39,13 @@ def _check_kept(kept: Tensor, name: str, rows: Tensor) -> None:
         rises = bool((kept[:, 1:] > kept[:, :-1]).all())
         if not rises or int(kept[:, 0].min()) < 0 or int(kept[:, -1].max()) >= tokens:
             raise ValueError(f"kept must be ascending within 0 and {tokens - 1} in each row")
+    _check_contextual(contextual, tokens, kept.shape[1], merge)
 
 
-def _check_contextual(contextual: int, tokens: int, kept: int) -> None:
+def _check_contextual(contextual: int, tokens: int, kept: int, merge: str) -> None:
     left = f"the tokens that are left of {tokens} when {kept} are kept"
     checks.within("contextual", contextual, tokens - kept, left)
+    checks.one_of("merge", merge, MERGES)
 
 
 def _check_top_tokens(scores: Tensor, k: int) -> None:
@@ -54,17 +57,14 @@ def _check_top_tokens(scores: Tensor, k: int) -> None:
 
 def _check_merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> None:
     checks.tensor("metric", metric, "BNM")
-    _check_kept(kept, "metric", metric)
-    _check_contextual(contextual, metric.shape[1], kept.shape[1])
+    _check_choice(kept, contextual, "metric", metric)
 
 
 def _check_merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
     checks.tensor("hidden", hidden, "BND")
-    _check_kept(kept, "hidden", hidden)
     checks.tensor("slots", slots, "BN", (torch.int32,))
     checks.same_tokens("slots", slots, "hidden", hidden)
-    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
-    checks.one_of("merge", merge, MERGES)
+    _check_choice(kept, contextual, "hidden", hidden, merge)
 
 
 def _check_merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> None:
@@ -86,9 +86,7 @@ def _check_merge_tokens(
     checks.tensor("hidden", hidden, "BND")
     checks.tensor("metric", metric, "BNM")
     checks.same_tokens("metric", metric, "hidden", hidden)
-    _check_kept(kept, "hidden", hidden)
-    _check_contextual(contextual, hidden.shape[1], kept.shape[1])
-    checks.one_of("merge", merge, MERGES)
+    _check_choice(kept, contextual, "hidden", hidden, merge)
 
 
 def _check_visionzip(
@@ -100,8 +98,7 @@ def _check_visionzip(
     _check_top_tokens(scores, 0)
     checks.same_tokens("scores", scores, "hidden", hidden)
     checks.within("dominant", dominant, hidden.shape[1], "the tokens of a row")
-    _check_contextual(contextual, hidden.shape[1], dominant)
-    checks.one_of("merge", merge, MERGES)
+    _check_contextual(contextual, hidden.shape[1], dominant, merge)
 
 
 # ---- gradients ----
@@ -261,7 +258,7 @@ def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, mer
     return table.gather(1, index[..., None].expand(-1, -1, hidden)).to(grad_tokens.dtype)
 
 
-def _merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str = "reference") -> Tensor:
+def _merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, merge: str) -> Tensor:
     return merge_rows(hidden, kept[:, :0], merge_slots(metric, kept, contextual), contextual, merge)
 
 
@@ -296,7 +293,7 @@ def merge_tokens(hidden: Tensor, metric: Tensor, kept: Tensor, contextual: int, 
 
 
 def _visionzip(
-    hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str = "reference"
+    hidden: Tensor, metric: Tensor, scores: Tensor, dominant: int, contextual: int, merge: str
 ) -> tuple[Tensor, Tensor]:
     kept = top_tokens(scores, dominant)
     return merge_rows(hidden, kept, merge_slots(metric, kept, contextual), contextual, merge), kept
