@@ -59,16 +59,10 @@ def _names(code: CodeType) -> set[str]:
 def forward_mask_encoder(
     self: Any, mod_dict: Modalities, num_encoder_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pack the visible tokens of all modalities, behind the registers if there are any.
+    """Replace FourM.forward_mask_encoder: pack the visible tokens of all modalities, registers in front.
 
-    Args:
-        self: the FourM.
-        mod_dict: modality -> its tensors, as ``cat_encoder_tensors`` takes them: O tokens of D channels in all.
-        num_encoder_tokens: how many tokens to keep of each sample, if there are as many.
-
-    Returns:
-        ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid, and
-        (B, N) int16, the modality or -1. Rows that are not valid are zeros.
+    Returns ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid, and
+    (B, N) int16, the modality or -1.
     """
     all_tokens, all_emb, all_mask, all_mod = self.cat_encoder_tensors(mod_dict)
     tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_encoder_tokens)
@@ -85,17 +79,10 @@ def forward_mask_encoder(
 def forward_mask_decoder(
     self: Any, mod_dict: Modalities, num_decoder_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pack the targets of all modalities.
+    """Replace FourM.forward_mask_decoder: pack the targets of all modalities.
 
-    Args:
-        self: the FourM.
-        mod_dict: modality -> its tensors, as ``cat_decoder_tensors`` takes them.
-        num_decoder_tokens: how many tokens to keep of each sample, if there are as many.
-
-    Returns:
-        ``(tokens, emb, mask, target_ids, attention_mask, mod_mask)``: (B, M, D), (B, M, D), (B, 1, M) bool, true where
-        a token is not valid, (B, M) int, (B, M, M) bool, true where attention is blocked, and (B, M) int16, the
-        modality or -1. Rows and ids that are not valid are zeros.
+    Returns ``(tokens, emb, mask, target_ids, attention_mask, mod_mask)``: as the encoder's, with (B, M) ids and
+    (B, M, M) bool, true where attention is blocked.
     """
     all_tokens, all_emb, all_mask, all_ids, all_attention, all_mod = self.cat_decoder_tensors(mod_dict)
     tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_decoder_tokens)
@@ -126,21 +113,7 @@ def shuffle_square(self: Any, x: Tensor) -> Tensor:
 
 
 def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
-    """Replace VisionLanguageModel's: put image embeddings in their placeholders, in row-major order over the batch.
-
-    Args:
-        self: the VisionLanguageModel.
-        input_ids: (B, T) integers, ``self.tokenizer.image_token_id`` at V positions.
-        token_embd: (B, T, D) float32, float16 or bfloat16.
-        image_embd: (images, tokens, D), V rows in all; rounded to the dtype of ``token_embd``.
-
-    Returns:
-        (B, T, D), of the dtype of ``token_embd``.
-
-    Raises:
-        ValueError: on a CPU, where there are not as many placeholders as rows; on a GPU that trips a device-side
-            assertion.
-    """
+    """Replace VisionLanguageModel's method: put image embeddings in their placeholders, in order."""
     mask = input_ids == self.tokenizer.image_token_id
     return place_embeddings(token_embd, mask, image_embd.reshape(-1, image_embd.shape[-1]))
 
@@ -149,18 +122,7 @@ def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tenso
 
 
 def extract_feature(self: Any, pixel_values: Tensor) -> Tensor:
-    """Replace InternVLChatModel.extract_feature: make the tokens of images.
-
-    Args:
-        self: the InternVLChatModel; its ``select_layer``, ``downsample_ratio`` and ``ps_version`` hold at each call.
-        pixel_values: (B, 3, height, width), as the tower takes them; h * w patches in a square.
-
-    Returns:
-        (B, h * w * downsample_ratio**2, D), D of the language model.
-
-    Raises:
-        ValueError: for patches that are no square, or whose sides the shuffle does not divide.
-    """
+    """Replace InternVLChatModel.extract_feature: (B, 3, height, width) pixels to (B, h * w / S**2, D) tokens."""
     last = self.select_layer == -1
     outputs = self.vision_model(pixel_values=pixel_values, output_hidden_states=not last, return_dict=True)
     features = outputs.last_hidden_state if last else outputs.hidden_states[self.select_layer]
@@ -179,18 +141,10 @@ def _order(model: Any) -> str:
 
 @torch.no_grad()
 def select_and_shuffle(self: Any, images: Tensor) -> Tensor:
-    """Replace InternViTVisionTower.forward: make the tokens of images; no gradient is recorded, as upstream.
-
-    Args:
-        self: the InternViTVisionTower; its ``select_layer`` and ``scale_pix_shuffle`` hold at each call.
-        images: (B, 3, height, width) float32, float16 or bfloat16; h * w patches in a square.
-
-    Returns:
-        (B, h * w / 4, 4 * C), of the dtype of ``images``.
+    """Replace InternViTVisionTower.forward: (B, 3, height, width) to (B, h * w / 4, 4 * C), without a gradient.
 
     Raises:
-        TypeError: for a list of images, with which upstream's method fails too. ValueError: for patches that are no
-            square, or of an odd side.
+        TypeError: for a list of images, with which upstream's method fails too.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch.Tensor of shape (B, 3, height, width), got {type(images).__name__}")

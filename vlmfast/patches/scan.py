@@ -25,17 +25,11 @@ METHODS = tuple(dict.fromkeys(body.method for body in BODIES if isinstance(body.
 
 @dataclass(frozen=True)
 class Found:
-    """A method whose body is known, or is like the known ones.
+    """A method whose body is known, or is like the known ones."""
 
-    Attributes:
-        site: "<model folder>.<Class>.<method>".
-        digest: of its body.
-        body: the body, where it is known.
-    """
-
-    site: str
+    site: str  # "<model folder>.<Class>.<method>"
     digest: str
-    body: Body | None
+    body: Body | None  # where it is known
 
 
 @dataclass(frozen=True, eq=False)
