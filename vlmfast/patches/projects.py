@@ -61,8 +61,8 @@ def forward_mask_encoder(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Replace FourM.forward_mask_encoder: pack the visible tokens of all modalities, registers in front.
 
-    Returns ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid, and
-    (B, N) int16, the modality or -1.
+    Returns ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid,
+    and (B, N) int16, the modality or -1.
     """
     all_tokens, all_emb, all_mask, all_mod = self.cat_encoder_tensors(mod_dict)
     tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_encoder_tokens)
