@@ -1,6 +1,5 @@
 """RMSNorm in Triton. A row stays in registers between its two uses, so nothing is read twice."""
 
-import functools
 from typing import Any
 
 import torch
@@ -9,11 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmfast.kernels.common.launch import (
-    RowsConfig,
     as_rows,
     ceil_div,
     device_unsupported,
-    next_power_of_two,
+    norm_config_for,
     on_device,
     processors,
 )
@@ -21,20 +19,6 @@ from vlmfast.kernels.common.partial_sums import sum_partials
 
 MAX_ROWS = 2**31 - 64  # rows are counted in 32 bits, their offsets in 64
 MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
-
-
-@functools.lru_cache
-def config_for(hidden: int, backward: bool = False) -> RowsConfig:
-    """Give each thread 32 elements, for bfloat16 four 16-byte loads in flight; half as many in the backward.
-
-    The backward holds three operands and the weight gradient at once. Narrow rows share a program: with one head of 128
-    channels per program, seven eighths of it would idle.
-    """
-    per_thread = 16 if backward else 32
-    columns = next_power_of_two(hidden)
-    rows = min(64, max(1, 64 * per_thread // columns))  # more would only spread narrow rows over more registers
-    warps = min(16, max(4, columns // (32 * per_thread)))
-    return RowsConfig(BLOCK_ROWS=rows, BLOCK_COLUMNS=columns, num_warps=warps)
 
 
 @triton.jit
@@ -156,15 +140,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     widened = weight is not None and variant == "llama"
     dtype = torch.promote_types(x.dtype, weight.dtype) if widened else x.dtype
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    new_residual = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape, dtype=dtype)
+    new_residual = None if residual is None else x.new_empty(x.shape)
     if x.numel() == 0:
         return y, new_residual
     x = as_rows(x)
     residual, residual_stride = _rows_or_none(residual)
     weight = None if weight is None else weight.contiguous()
     rows, hidden = x.shape
-    config = config_for(hidden)
+    config = norm_config_for(hidden)
     with on_device(x):
         rms_norm_kernel[(ceil_div(rows, config.BLOCK_ROWS),)](
             *(x, residual, weight, y, new_residual),
@@ -184,7 +168,7 @@ def rms_norm_backward(
     grad_residual: Tensor | None = None,
     weight_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = x.new_empty(x.shape)
     no_gradient = (x if weight is None else weight).new_empty(0)
     weight_grad = weight_grad and weight is not None
     if x.numel() == 0:
@@ -193,9 +177,9 @@ def rms_norm_backward(
     grad_residual, residual_stride = _rows_or_none(grad_residual)
     weight = None if weight is None else weight.contiguous()
     rows, hidden = x.shape
-    config = config_for(hidden, backward=True)
+    config = norm_config_for(hidden, backward=True)
     programs = min(ceil_div(rows, config.BLOCK_ROWS), 2 * processors(x))
-    partials = torch.empty((programs, hidden), dtype=torch.float32, device=x.device) if weight_grad else None
+    partials = x.new_empty(programs, hidden, dtype=torch.float32) if weight_grad else None
     with on_device(x):
         rms_norm_backward_kernel[(programs,)](
             *(grad_output, x, weight, grad_residual, grad_x, partials),

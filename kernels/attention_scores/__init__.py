@@ -20,13 +20,7 @@ from vlmfast.kernels.attention_scores.received_attention import (
     normaliser_kernel,
     received_kernel,
 )
-from vlmfast.kernels.common.launch import (
-    MAX_EXTENT,
-    ceil_div,
-    device_unsupported,
-    on_device,
-    with_contiguous_rows,
-)
+from vlmfast.kernels.common.launch import MAX_EXTENT, ceil_div, device_unsupported, on_device, with_contiguous_rows
 from vlmfast.kernels.common.sorted_search import steps_of
 
 
@@ -51,7 +45,7 @@ def cls_attention_unsupported(query: Tensor, key: Tensor, *_: Any) -> str | None
 
 def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
     batch, heads, tokens, head_dim = key.shape
-    scores = torch.empty((batch, tokens - 1), dtype=torch.float32, device=key.device)
+    scores = key.new_empty(batch, tokens - 1, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
     query, key = with_contiguous_rows(query), with_contiguous_rows(key)
@@ -59,8 +53,7 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
     config = LogitsConfig.config_for(head_dim)
     blocks = ceil_div(tokens, config.BLOCK_TOKENS)
     logits, peaks, totals = (
-        torch.empty((batch * heads, columns), dtype=torch.float32, device=key.device)
-        for columns in (tokens, blocks, blocks)
+        key.new_empty((batch * heads, columns), dtype=torch.float32) for columns in (tokens, blocks, blocks)
     )
     with on_device(key):
         cls_logits_kernel[(batch * heads * blocks,)](
@@ -90,7 +83,7 @@ def received_attention(
     query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
 ) -> Tensor:
     heads, tokens, head_dim = query.shape
-    scores = torch.empty(tokens // group, dtype=torch.float32, device=query.device)
+    scores = query.new_empty(tokens // group, dtype=torch.float32)
     if tokens == 0:
         return scores
     query, key = with_contiguous_rows(query), with_contiguous_rows(key)
@@ -99,9 +92,7 @@ def received_attention(
     config = ReceivedConfig.config_for(head_dim, query.dtype == torch.float32)
     bounds = 0 if cu_seqlens is None else cu_seqlens.shape[0]
     numbers = *strides, tokens, bounds, *_softness(head_dim, scale)
-    peaks, inverses, received = (
-        torch.empty((heads, tokens), dtype=torch.float32, device=query.device) for _ in range(3)
-    )
+    peaks, inverses, received = (query.new_empty(heads, tokens, dtype=torch.float32) for _ in range(3))
     operands = query, key, cu_seqlens, peaks, inverses
     constants = vars(config) | {"ALIGNED": math.gcd(*strides[::2], 16), "HEAD_DIM": head_dim, "STEPS": steps_of(bounds)}
     grid = (heads * ceil_div(tokens, config.BLOCK),)

@@ -29,7 +29,7 @@ def sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.c
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Add up the rows of ``partials``, contiguous and float32, and round once."""
     rows, hidden = partials.shape
-    total = torch.empty(hidden, dtype=dtype, device=partials.device)
+    total = partials.new_empty(hidden, dtype=dtype)
     with on_device(partials):
         sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](partials, total, rows, hidden, **vars(CONFIG))
     return total

@@ -23,18 +23,18 @@ from vlmfast.kernels.masked_rows.mask_ranks import index_of, index_total, order_
 
 
 @triton.jit
-def _assert_total(index_ptr, positions, rows):
-    """Trip a device-side assertion unless the index numbers just as many rows as there are."""
+def _rows(index_ptr, positions, tokens, rows, batch_stride, token_stride, BLOCK_ROWS: tl.constexpr):
+    """Find the positions of a program, their entries in the index and where each begins in a (B, T, D) tensor.
+
+    A device-side assertion trips unless the index numbers just as many rows as there are.
+    """
     if tl.program_id(0) == 0:
         total = index_total(tl.load(index_ptr + positions - 1))
         tl.device_assert(total == rows, "the mask must be true at as many positions as there are rows")
-
-
-@triton.jit
-def _offsets(row, tokens, batch_stride, token_stride):
-    """Say where each row of a (B, T, D) tensor begins."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
     batch = row // tokens
-    return batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
+    return row, rank, batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
 
 
 @triton.jit
@@ -55,11 +55,9 @@ def add_or_place_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
-    _assert_total(index_ptr, positions, embeds_rows)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
+    row, rank, offset = _rows(index_ptr, positions, tokens, embeds_rows, x_batch_stride, x_token_stride, BLOCK_ROWS)
     masked = rank >= 0
-    x_ptr += _offsets(row, tokens, x_batch_stride, x_token_stride)
+    x_ptr += offset
     embeds_ptr += rank.to(tl.int64) * embeds_row_stride
     y_ptr += row.to(tl.int64) * hidden
     x_read = row < positions if ADD else (row < positions) & (rank < 0)
@@ -91,11 +89,9 @@ def split_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy the masked rows of x, and x with zeros in their place."""
-    _assert_total(index_ptr, positions, rows)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
+    row, rank, offset = _rows(index_ptr, positions, tokens, rows, x_batch_stride, x_token_stride, BLOCK_ROWS)
     masked = rank >= 0
-    x_ptr += _offsets(row, tokens, x_batch_stride, x_token_stride)
+    x_ptr += offset
     taken_ptr += rank.to(tl.int64) * hidden
     rest_ptr += row.to(tl.int64) * hidden
     for start in range(0, hidden, BLOCK_COLUMNS):
@@ -209,7 +205,7 @@ def _is_empty(mask: Tensor, rows: int) -> bool:
 
 
 def _add_or_place(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None, add: bool) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     if _is_empty(mask, embeds.shape[0]):
         return y
     index = row_index(mask) if index is None else index.contiguous()
@@ -230,8 +226,8 @@ def split_rows(
     x: Tensor, mask: Tensor, rows: int, index: Tensor | None = None, rest: bool = True
 ) -> tuple[Tensor, Tensor]:
     hidden = x.shape[2]
-    taken = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
-    remaining = torch.empty(x.shape if rest else 0, dtype=x.dtype, device=x.device)
+    taken = x.new_empty(rows, hidden)
+    remaining = x.new_empty(x.shape if rest else 0)
     if _is_empty(mask, rows):
         return taken, remaining
     index = row_index(mask) if index is None else index.contiguous()
@@ -251,8 +247,8 @@ def compact_tokens(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, token_count, hidden = tokens.shape
-    packed = torch.empty((batch, keep, hidden), dtype=tokens.dtype, device=tokens.device)
-    packed_invalid = torch.empty((batch, keep), dtype=torch.bool, device=tokens.device)
+    packed = tokens.new_empty(batch, keep, hidden)
+    packed_invalid = tokens.new_empty(batch, keep, dtype=torch.bool)
     invalid = invalid.contiguous()
     order = order_of(invalid, keep, pad_left) if order is None else order.clone(memory_format=torch.contiguous_format)
     if order.numel() == 0:
@@ -270,7 +266,7 @@ def compact_tokens(
 
 def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
     keep, hidden = grad_tokens.shape[1:]
-    grad = torch.empty((*invalid.shape, hidden), dtype=grad_tokens.dtype, device=grad_tokens.device)
+    grad = grad_tokens.new_empty((*invalid.shape, hidden))
     if grad.numel() == 0:
         return grad
     index = index_of(invalid, False)

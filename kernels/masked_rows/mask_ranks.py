@@ -86,7 +86,7 @@ def order_kernel(
 
 def index_of(mask: Tensor, true: bool) -> Tensor:
     """Make the index of each row of ``mask``, of the positions where it is ``true``."""
-    index = torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+    index = mask.new_empty(mask.shape, dtype=torch.int32)
     if mask.numel() == 0:
         return index
     batch, positions = mask.shape
@@ -101,7 +101,7 @@ def index_of(mask: Tensor, true: bool) -> Tensor:
 def order_of(invalid: Tensor, keep: int, pad_left: bool) -> Tensor:
     """List the positions of the tokens that are kept, in the order in which they are packed."""
     batch, tokens = invalid.shape
-    order = torch.empty((batch, keep), dtype=torch.int64, device=invalid.device)
+    order = invalid.new_empty(batch, keep, dtype=torch.int64)
     if order.numel():
         config = RanksConfig.config_for(tokens)
         with on_device(invalid):

@@ -40,8 +40,7 @@ def pixel_shuffle_unsupported(x: Tensor, grid: Sequence[int], scale: int = 2, *_
 def pixel_shuffle(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> Tensor:
-    shape = x.shape[0], grid[0] * grid[1] // scale**2, scale**2 * x.shape[2]
-    tokens = torch.empty(shape, dtype=x.dtype, device=x.device)
+    tokens = x.new_empty(x.shape[0], grid[0] * grid[1] // scale**2, scale**2 * x.shape[2])
     if x.numel():
         _copy(with_contiguous_rows(x), tokens, scale, layout(grid, scale, order, input_scale), unshuffle=False)
     return tokens
@@ -54,8 +53,7 @@ def pixel_unshuffle_unsupported(x: Tensor, grid: Sequence[int], *_: Any) -> str 
 def pixel_unshuffle(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> Tensor:
-    shape = x.shape[0], grid[0] * grid[1], x.shape[2] // scale**2
-    patches = torch.empty(shape, dtype=x.dtype, device=x.device)
+    patches = x.new_empty(x.shape[0], grid[0] * grid[1], x.shape[2] // scale**2)
     if x.numel():
         _copy(patches, with_contiguous_rows(x), scale, layout(grid, scale, order, input_scale), unshuffle=True)
     return patches
@@ -104,8 +102,7 @@ def pixel_shuffle_norm(
     input_scale: float = 1.0,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    shape = x.shape[0], grid[0] * grid[1] // scale**2, scale**2 * x.shape[2]
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape[0], grid[0] * grid[1] // scale**2, scale**2 * x.shape[2])
     if x.numel() == 0:
         return y
     x = with_contiguous_rows(x)
@@ -142,7 +139,7 @@ def pixel_shuffle_norm_backward(
     input_scale: float = 1.0,
     norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = x.new_empty(x.shape)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
     x, grad_output = with_contiguous_rows(x), with_contiguous_rows(grad_output)
@@ -150,9 +147,7 @@ def pixel_shuffle_norm_backward(
     patches, rows = size // channels, x.numel() // size
     config = NormConfig.config_for(patches, channels, backward=True)
     programs = min(ceil_div(rows, config.BLOCK_ROWS), 2 * processors(x))
-    weight_partials, bias_partials = (
-        torch.empty((programs, size), dtype=torch.float32, device=x.device) for _ in range(2)
-    )
+    weight_partials, bias_partials = (x.new_empty(programs, size, dtype=torch.float32) for _ in range(2))
     with on_device(x):
         pixel_shuffle_norm_backward_kernel[(programs,)](
             *(grad_output, x, norm_weight.contiguous(), grad_x, weight_partials, bias_partials),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.launch import Config, next_power_of_two
+from vlmfast.kernels.common.launch import Config, next_power_of_two, norm_config_for
 from vlmfast.kernels.pixel_shuffle.patch_map import load_scaled, locate, offset_of
 
 MAX_FORWARD = 16384  # elements that are normalised together, with padding: twice as many would spill registers
@@ -29,16 +29,13 @@ class NormConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(patches: int, channels: int, backward: bool = False) -> "NormConfig":
-        """Give each thread 32 elements, for bfloat16 four 16-byte loads in flight; narrow rows share a program.
-
-        Half of that in the backward, which holds twice as much and more per element.
-        """
-        row, per_thread = padded(patches, channels), 16 if backward else 32
+        """Choose rows and warps as for rows that do not lie in patches."""
+        config = norm_config_for(padded(patches, channels), backward)
         return NormConfig(
-            BLOCK_ROWS=min(64, max(1, 64 * per_thread // row)),
+            BLOCK_ROWS=config.BLOCK_ROWS,
             BLOCK_PATCHES=next_power_of_two(patches),
             BLOCK_CHANNELS=next_power_of_two(channels),
-            num_warps=min(16, max(4, row // (32 * per_thread))),
+            num_warps=config.num_warps,
         )
 
 

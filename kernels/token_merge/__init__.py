@@ -39,7 +39,7 @@ def top_tokens_unsupported(scores: Tensor, *_: Any) -> str | None:
 
 def top_tokens(scores: Tensor, k: int) -> Tensor:
     batch, tokens = scores.shape
-    top = torch.empty((batch, k), dtype=torch.int64, device=scores.device)
+    top = scores.new_empty(batch, k, dtype=torch.int64)
     if scores.numel() == 0:
         return top
     scores = with_contiguous_rows(scores)
@@ -53,7 +53,7 @@ def top_tokens(scores: Tensor, k: int) -> Tensor:
 def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     batch, tokens, metric_dim = metric.shape
     kept_count = kept.shape[1]
-    slots = torch.empty((batch, tokens), dtype=torch.int32, device=metric.device)
+    slots = metric.new_empty(batch, tokens, dtype=torch.int32)
     if slots.numel() == 0:
         return slots
     metric, kept = with_contiguous_rows(metric), with_contiguous_rows(kept)
@@ -72,7 +72,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
 def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     batch, tokens, hidden_size = hidden.shape
     kept_count = kept.shape[1]
-    merged = torch.empty((batch, kept_count + contextual, hidden_size), dtype=hidden.dtype, device=hidden.device)
+    merged = hidden.new_empty(batch, kept_count + contextual, hidden_size)
     if merged.numel() == 0:
         return merged
     hidden, slots = with_contiguous_rows(hidden), with_contiguous_rows(slots)
@@ -96,7 +96,7 @@ def merge_rows_backward_unsupported(grad_tokens: Tensor, slots: Tensor, *_: Any)
 
 def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
     hidden_size = grad_tokens.shape[2]
-    grad = torch.empty((*slots.shape, hidden_size), dtype=grad_tokens.dtype, device=grad_tokens.device)
+    grad = grad_tokens.new_empty((*slots.shape, hidden_size))
     if grad.numel() == 0:
         return grad
     grad_tokens, slots = with_contiguous_rows(grad_tokens), with_contiguous_rows(slots)

@@ -260,7 +260,7 @@ def pixel_shuffle_gemm(
 ) -> Tensor:
     grid = square(x) if grid is None else grid
     out, channels = weight.shape[0], x.shape[2]
-    y = torch.empty((x.shape[0], x.shape[1] // scale**2, out), dtype=x.dtype, device=x.device)
+    y = x.new_empty((x.shape[0], x.shape[1] // scale**2, out))
     if y.numel() == 0:
         return y
     x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
@@ -288,7 +288,7 @@ def pixel_shuffle_gemm(
 
 def _moments(x: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
     """Compute the mean and the variance of each patch."""
-    means, variances = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    means, variances = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     config = NormConfig.config_for(1, x.shape[2])
     moments_kernel[(ceil_div(means.numel(), config.BLOCK_ROWS),)](
         *(x, means, variances),
