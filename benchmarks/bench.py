@@ -33,15 +33,8 @@ Run = dict[str, Any]
 def run(options: Namespace) -> int:
     """Run the benchmarks that the command line names, or show an earlier run.
 
-    Args:
-        options: what `vlmfast.benchmarks.command` parsed for ``bench ops`` or ``bench models``. No name of an op means
-            every public op, or none where models are asked for; ``models=None`` means no model, and no name of one all.
-
-    Returns:
-        1 if one of our own has an error, or no model could be built.
-
-    Raises:
-        CommandError: for what cannot run here, before anything is measured.
+    No name of an op means every public op, or none where models are asked for; ``models=None`` means no model, and no
+    name of one all. Returns 1 if one of our own has an error, or no model could be built.
     """
     asked = (options.models, options.peers, options.dtype, options.device)
     if options.source is not None and (options.ops or any(choice is not None for choice in asked)):

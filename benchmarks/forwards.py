@@ -37,12 +37,9 @@ def twin(model: nn.Module, patch: dict[str, Any] | None) -> nn.Module:
 
 
 class Decoding:
-    """The greedy answer to one prompt, as often as one likes; each begins with `prefill`.
+    """The greedy answer to one unpadded prompt, as often as one likes; each begins with `prefill`.
 
-    Args:
-        model: a model with its head.
-        inputs: one unpadded prompt, as ``generate`` would pass it on; a mask is left out.
-        length: columns of a static cache; None for one that grows.
+    ``length`` is the number of columns of a static cache; None makes a cache that grows.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], length: int | None = None) -> None:

@@ -23,12 +23,7 @@ from vlmfast.console import console, one_line, writable
 def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
     """Count the launches and waits of one prefill and of one step of decoding, in bfloat16.
 
-    Args:
-        recipe: the model.
-        size: one of `vlmfast.benchmarks.published.SIZES`.
-
-    Yields:
-        One record for each variant, without the model's name; one with an ``error`` where it could not be built.
+    Gives one record for each variant, without the model's name; one with an ``error`` where it could not be built.
     """
     try:
         model, inputs = recipe.build(size, torch.bfloat16, "cpu")

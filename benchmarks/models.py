@@ -42,15 +42,7 @@ def measure(
 ) -> list[Record]:
     """Time all variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
 
-    Args:
-        recipe: what the model was built of.
-        model: left as it is.
-        inputs: of its prompt.
-        mode: one of `vlmfast.benchmarks.modes.MODES`.
-        doing: is told what is done next.
-
-    Returns:
-        One record for each variant; ``error`` in it where the variant has no time.
+    The model stays as it is. Returns one record for each variant; ``error`` in it where the variant has no time.
     """
     wanted = {name: (patch, mode) for name, patch in patches_of(recipe).items()}
     if mode != "eager":

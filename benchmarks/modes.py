@@ -28,12 +28,7 @@ class CaptureError(Exception):
 
 
 class Variant:
-    """A model as it is or patched, in one mode; `prepare` makes it ready.
-
-    Args:
-        model: as published; it is left as it is, and its weights are shared.
-        inputs: those of the prompt.
-        patch: the arguments of ``vlmfast.patch``, or None for the model as it is.
+    """A model as it is, or a patched twin that shares its weights, in one mode; `prepare` makes it ready.
 
     Attributes:
         error: why it has no time, in one line, or None.
@@ -75,15 +70,11 @@ class Variant:
 
 @torch.no_grad()
 def prepare(variant: Variant, mode: str, original: Variant | None = None) -> None:
-    """Warm it: compared with the original in eager mode, then compiled or captured and compared.
+    """Warm a variant: compared with the original in eager mode, then compiled or captured and compared.
 
     What goes wrong is its ``error``. Every variant of a process has to be there before the first one is compiled: a
-    patch has torch.compile forget what it has compiled, which a timed call would then compile again.
-
-    Args:
-        variant: what is made ready.
-        mode: one of `MODES`.
-        original: whose answer has to be that of this variant; None where nothing else answers alike.
+    patch has torch.compile forget what it has compiled, which a timed call would then compile again. ``original`` is
+    the variant that must give the same answer; None where no other does.
     """
     if variant.error is not None:
         return

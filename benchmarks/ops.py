@@ -167,12 +167,7 @@ def _traffic() -> dict[tuple[str, str], float]:
 def counted(op: str, backend: str) -> float | None:
     """Return the bytes that an op's kernels move over the fewest possible, as `make static` counted them.
 
-    Args:
-        op: the op's name.
-        backend: "triton", or "cuda" for the kernels of csrc/*/*.cu. The kernels for CPUs are not counted.
-
-    Returns:
-        The ratio, each byte counted once per launch; None where nothing was counted.
+    Each byte counts once per launch. CPU kernels are not counted: None.
     """
     return _traffic().get((op, backend))
 

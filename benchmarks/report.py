@@ -156,12 +156,9 @@ def cells(columns: dict[str, tuple[str, str]], keys: Iterable[str], row: dict[st
 
 
 def grouped(heads: Sequence[str], text: int, rows: Iterable[tuple[str | None, Sequence[str]]]) -> Table:
-    """Make a table of rows in groups.
+    """Make a table of rows, each a style and its cells, in groups.
 
-    Args:
-        heads: of its columns.
-        text: how many columns from the left are text; what all but the last of them say is said once for each group.
-        rows: style and cells of each.
+    The first ``text`` columns are text; all but the last of them are written once for each group.
     """
     lines, above = table(), None
     for index, head in enumerate(heads):

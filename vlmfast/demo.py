@@ -22,14 +22,7 @@ from vlmfast.registry import OPS, Op, override
 
 
 def run(options: Namespace) -> int:
-    """Print the comparison; 0 if patched and original generate the same tokens, 1 if not.
-
-    Args:
-        options: what `vlmfast.cli` parsed for ``demo``.
-
-    Raises:
-        CommandError: for what the user can put right.
-    """
+    """Print the comparison; 0 if patched and original generate the same tokens, 1 if not."""
     out = console()
     device = usable_device(options.device)
     subject = _load(options, device)
