@@ -3,8 +3,6 @@
 // those to the normaliser of each head and sums over the heads.
 #pragma once
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 #include "common/row_policy.cuh"
 
 namespace vlmfast {

@@ -8,7 +8,6 @@
 
 #include "attention_scores/cpu_kernels.h"
 #include "attention_scores/ops.h"
-#include "common/common.h"
 
 namespace vlmfast {
 namespace {
@@ -17,22 +16,19 @@ float softmax_scale(const std::optional<double>& scale, int64_t head_dim) {
   return static_cast<float>(scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(head_dim)));
 }
 
-// Floats at a multiple of 64 bytes, so that no register of them lies across two lines of the cache.
+// Floats in whole lines of the cache, so that no register of them lies across two.
 class Floats {
  public:
-  explicit Floats(int64_t count) : storage_(new float[count + kLine]) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.get());
-    data_ = storage_.get() + (kLine - address / sizeof(float) % kLine) % kLine;
-  }
-  float* data() const { return data_; }
+  explicit Floats(int64_t count) : lines_(new Line[count / kLine + 1]) {}
+  float* data() const { return reinterpret_cast<float*>(lines_.get()); }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  std::unique_ptr<float[]> storage_;
-  float* data_;
+  static constexpr int64_t kLine = 16;
+  struct alignas(kLine * sizeof(float)) Line {
+    float floats[kLine];
+  };
+  std::unique_ptr<Line[]> lines_;
 };
-
-// ---- the ops ----
 
 Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
                      int64_t cls_index) {

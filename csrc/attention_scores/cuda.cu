@@ -14,7 +14,6 @@
 #include "attention_scores/cls_attention.cuh"
 #include "attention_scores/ops.h"
 #include "attention_scores/received_attention.cuh"
-#include "common/cuda_torch.h"
 
 namespace vlmfast {
 namespace {
@@ -41,14 +40,13 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
   float* const logits_data = scope.output<float>(logits);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
-    check_cuda(launch(cls_logits_kernel<scalar_t, decltype(policy)>, dim3(std::min(batch * heads * chunks, kMaxBlocks)),
-                      dim3(ClsPolicy::kThreads), 0, scope.stream(), scope.input<scalar_t>(args.query),
-                      scope.input<scalar_t>(args.key), parts_data, logits_data, sizes));
+    launch_blocks(scope, cls_logits_kernel<scalar_t, decltype(policy)>, batch * heads * chunks, ClsPolicy::kThreads, 0,
+                  scope.input<scalar_t>(args.query), scope.input<scalar_t>(args.key), parts_data, logits_data, sizes);
   };
   const bool fit = vectors_fit(kVectorBytes, args.query, args.key);
   with_row_policy<HeadRow, LongHeadRow>(args.dtype, args.head_dim, fit, run);
-  check_cuda(launch(cls_scores_kernel, dim3(std::min(batch * chunks, kMaxBlocks)), dim3(ClsPolicy::kThreads), 0,
-                    scope.stream(), parts_data, logits_data, scope.output<float>(scores), sizes));
+  launch_blocks(scope, cls_scores_kernel, batch * chunks, ClsPolicy::kThreads, 0, parts_data, logits_data,
+                scope.output<float>(scores), sizes);
   return scores;
 }
 
@@ -75,16 +73,14 @@ Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, 
     using scalar_t = typename Tiles::scalar_t;
     const auto queries = scope.input<scalar_t>(args.query), keys = scope.input<scalar_t>(args.key);
     const int64_t blocks = heads * ((tokens + Tiles::kOwnRows - 1) / Tiles::kOwnRows);
-    const dim3 grid(std::min(blocks, kMaxBlocks)), block(Tiles::kThreads);
     constexpr size_t kShared = sizeof(ReceivedShared<Tiles>);
-    check_cuda(launch(received_pass_kernel<Tiles, RowNormalisers>, grid, block, kShared, scope.stream(), queries, keys,
-                      static_cast<const float2*>(nullptr), normalisers_data, sizes));
-    check_cuda(launch(received_pass_kernel<Tiles, ReceivedSums>, grid, block, kShared, scope.stream(), keys, queries,
-                      normalisers_data, received_data, sizes));
+    launch_blocks(scope, received_pass_kernel<Tiles, RowNormalisers>, blocks, Tiles::kThreads, kShared, queries, keys,
+                  static_cast<const float2*>(nullptr), normalisers_data, sizes);
+    launch_blocks(scope, received_pass_kernel<Tiles, ReceivedSums>, blocks, Tiles::kThreads, kShared, keys, queries,
+                  normalisers_data, received_data, sizes);
   });
-  const int64_t blocks = (groups + MeanPolicy::kThreads - 1) / MeanPolicy::kThreads;
-  check_cuda(launch(received_mean_kernel, dim3(std::min(blocks, kMaxBlocks)), dim3(MeanPolicy::kThreads), 0,
-                    scope.stream(), received_data, scope.output<float>(scores), heads, groups, group));
+  launch_blocks(scope, received_mean_kernel, (groups + kMeanThreads - 1) / kMeanThreads, kMeanThreads, 0, received_data,
+                scope.output<float>(scores), heads, groups, group);
   return scores;
 }
 

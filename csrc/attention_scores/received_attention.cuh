@@ -5,8 +5,6 @@
 
 #include "attention_scores/attention_tiles.cuh"
 #include "attention_scores/cls_attention.cuh"
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 
 namespace vlmfast {
 
@@ -19,15 +17,7 @@ struct ReceivedSizes {
   // Returns the begin and the end of a token's segment: within the tokens, whatever cu_seqlens holds.
   __device__ __forceinline__ int2 segment(int token) const {
     if (cu_seqlens == nullptr) return make_int2(0, tokens);
-    int low = 0, high = bounds;  // of the bounds that are not above the token
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (cu_seqlens[middle] <= token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
+    const int low = count_first(bounds, [&](int middle) { return cu_seqlens[middle] <= token; });
     const int begin = low > 0 ? cu_seqlens[low - 1] : 0, end = low < bounds ? cu_seqlens[low] : tokens;
     return make_int2(max(begin, 0), min(end, tokens));
   }
@@ -165,17 +155,15 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
   }
 }
 
-struct MeanPolicy {
-  static constexpr int kThreads = 128;
-};
+constexpr int kMeanThreads = 128;
 
 // A thread for a score.
-inline __global__ void __launch_bounds__(MeanPolicy::kThreads)
+inline __global__ void __launch_bounds__(kMeanThreads)
     received_mean_kernel(const float* __restrict__ received,  // (heads, groups * group)
                          float* __restrict__ scores,          // (groups,)
                          int64_t heads, int64_t groups, int64_t group) {
-  for (int64_t i = int64_t{blockIdx.x} * MeanPolicy::kThreads + threadIdx.x; i < groups;
-       i += int64_t{gridDim.x} * MeanPolicy::kThreads) {
+  for (int64_t i = int64_t{blockIdx.x} * kMeanThreads + threadIdx.x; i < groups;
+       i += int64_t{gridDim.x} * kMeanThreads) {
     float sum = 0.f;
     for (int64_t token = i * group; token < (i + 1) * group; ++token) {
       float of_heads = 0.f;

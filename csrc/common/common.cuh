@@ -17,18 +17,10 @@ __device__ __forceinline__ float to_float(__half value) { return __half2float(va
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename scalar_t>
-__device__ __forceinline__ scalar_t from_float(float value);
-template <>
-__device__ __forceinline__ float from_float(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __half from_float(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float value) {
-  return __float2bfloat16_rn(value);
+__device__ __forceinline__ scalar_t from_float(float value) {
+  if constexpr (std::is_same_v<scalar_t, __half>) return __float2half_rn(value);
+  if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) return __float2bfloat16_rn(value);
+  if constexpr (std::is_same_v<scalar_t, float>) return value;
 }
 
 template <typename scalar_t>
@@ -57,7 +49,22 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
 };
 
-// ---- sums and counts ----
+// ---- searches, sums and counts ----
+
+// Returns how many of the indices below `count` satisfy(index), which the first ones do.
+template <typename Satisfy>
+__device__ __forceinline__ int count_first(int count, Satisfy satisfy) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (satisfy(middle)) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
 
 // Sums over groups of kThreads neighbouring threads: parts of a warp, or a whole block. Lives in shared memory.
 template <int kThreads, int kSums>

@@ -5,6 +5,8 @@
 #define USE_CUDA  // torch's C shim declares its CUDA part only then; a CPU-only torch will do to compile it
 #endif
 
+#include <algorithm>
+
 #include "common/common.h"
 #include "common/cuda_compat.h"
 
@@ -114,6 +116,13 @@ namespace vlmfast {
 inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) forget_error();
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
+
+// Launches kernel(args...) on the current stream, in a grid of at most kMaxBlocks: the kernel loops over what is beyond.
+template <typename... Params, typename... Args>
+void launch_blocks(const DeviceScope& scope, void (*kernel)(Params...), int64_t blocks, dim3 threads,
+                   size_t shared_bytes, Args... args) {
+  check_cuda(launch(kernel, dim3(std::min(blocks, kMaxBlocks)), threads, shared_bytes, scope.stream(), args...));
 }
 
 // Calls function(scalar_t()) for the storage type of a dtype.

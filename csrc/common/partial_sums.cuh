@@ -2,8 +2,6 @@
 // row of float32 partial sums, and a second kernel adds those up.
 #pragma once
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 #include "common/row_policy.cuh"
 
 namespace vlmfast {

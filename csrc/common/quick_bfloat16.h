@@ -31,15 +31,7 @@ constexpr Order order(const F& from) {
 template <>
 struct Quick<BFloat16> {
   static constexpr bool kExists = true;
-
-  // sum + block * block. The square of a bfloat16 is exact from kExactSquare on.
-  static constexpr float kExactSquare = 0x1p-67f;
-  static VLMFAST_INLINE Block add_square(const Block& sum, const Block& block) {
-    return each_part([&](int i) {
-      const __m512 value = (__m512)block.part[i];
-      return (Float)_mm512_fmadd_ps(value, value, (__m512)sum.part[i]);
-    });
-  }
+  static constexpr float kExactSquare = 0x1p-67f;  // the square of a bfloat16 is exact from here on
 
   // Both keep the elements' own order.
   static VLMFAST_INLINE Block round(const Block& block) { return widen<true>(pack(block)); }

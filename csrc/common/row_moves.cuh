@@ -92,9 +92,8 @@ void launch_move(const DeviceScope& scope, int64_t rows, const Move& move, const
   const auto in_vectors = [&](auto bytes) {
     constexpr int kVec = decltype(bytes)::value / sizeof(scalar_t);
     const MovePolicy policy(move.hidden / kVec);
-    const int64_t blocks = std::min((rows + policy.rows - 1) / policy.rows, kMaxBlocks);
-    check_cuda(launch(move_rows_kernel<scalar_t, kVec, Move>, dim3(blocks), dim3(policy.along, policy.rows), 0,
-                      scope.stream(), move, rows, move.hidden));
+    launch_blocks(scope, move_rows_kernel<scalar_t, kVec, Move>, (rows + policy.rows - 1) / policy.rows,
+                  dim3(policy.along, policy.rows), 0, move, rows, move.hidden);
   };
   const auto fit = [&](int64_t bytes) {
     return move.hidden * sizeof(scalar_t) % bytes == 0 && vectors_fit(bytes, views...);

@@ -100,9 +100,7 @@ void with_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& fu
       (offer(Policies<1>()), ...);
     }
   };
-  if (dtype == Dtype::kFloat32) choose(float());
-  if (dtype == Dtype::kFloat16) choose(__half());
-  if (dtype == Dtype::kBFloat16) choose(__nv_bfloat16());
+  with_dtype(dtype, choose);
 }
 
 }  // namespace vlmfast

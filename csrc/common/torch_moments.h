@@ -10,25 +10,6 @@
 namespace vlmfast {
 namespace {
 
-// a * b + c, rounded once.
-template <class V>
-VLMFAST_INLINE V fused(V a, V b, V c) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#endif
-#if defined(__FMA__)
-  if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#endif
-  V result;
-  for (int lane = 0; lane < static_cast<int>(sizeof(V) / sizeof(float)); ++lane) {
-    result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-  }
-  return result;
-}
-VLMFAST_INLINE Block fused(const Block& a, const Block& b, const Block& c) {
-  return each_part([&](int i) { return fused(a.part[i], b.part[i], c.part[i]); });
-}
-
 constexpr int kMomentLanes = 8;
 constexpr int kMomentSteps = 16;
 

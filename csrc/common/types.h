@@ -27,7 +27,7 @@ constexpr int kBlock = 32;
 constexpr int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
 
 // The order of the arithmetic: "llama" rounds before the weight, "gemma" multiplies by 1 + weight and rounds once, "olmo"
-// multiplies by the weight and rounds once: by ones where there is none.
+// multiplies by the weight and rounds once.
 enum class Variant { kLlama, kGemma, kOlmo };
 
 // How the tokens of a pixel shuffle are numbered: along the rows of the image, or down its columns.

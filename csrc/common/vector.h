@@ -97,6 +97,28 @@ VLMFAST_INLINE Block operator+(float a, const Block& b) {
   return each_part([&](int i) { return a + b.part[i]; });
 }
 
+// a * b + c, rounded once.
+template <class V>
+VLMFAST_INLINE V fused(V a, V b, V c) {
+  [[maybe_unused]] constexpr bool kSingle = std::is_same_v<std::decay_t<decltype(a[0])>, float>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && kSingle) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(V) == 64 && !kSingle) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#endif
+#if defined(__FMA__)
+  if constexpr (sizeof(V) == 32 && kSingle) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(V) == 32 && !kSingle) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#endif
+  V result;
+  for (size_t lane = 0; lane < sizeof(V) / sizeof(a[0]); ++lane) {
+    result[lane] = kSingle ? __builtin_fmaf(a[lane], b[lane], c[lane]) : __builtin_fma(a[lane], b[lane], c[lane]);
+  }
+  return result;
+}
+VLMFAST_INLINE Block fused(const Block& a, const Block& b, const Block& c) {
+  return each_part([&](int i) { return fused(a.part[i], b.part[i], c.part[i]); });
+}
+
 // ---- float32 ----
 
 VLMFAST_INLINE Block load(const float* from) {
@@ -135,6 +157,7 @@ VLMFAST_INLINE Float round_to_bfloat16(Float value) { return (Float)(bfloat16_bi
 // ---- float16 ----
 
 #if defined(__AVX512F__)
+constexpr bool kHalfInstructions = true;
 typedef __m256i Halves;
 constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own unmasked intrinsics
 VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm512_maskz_cvtph_ps(kAll, halves); }
@@ -142,10 +165,12 @@ VLMFAST_INLINE Halves to_halves(Float value) {
   return _mm512_maskz_cvtps_ph(kAll, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__F16C__)
+constexpr bool kHalfInstructions = true;
 typedef __m128i Halves;
 VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm256_cvtph_ps(halves); }
 VLMFAST_INLINE Halves to_halves(Float value) { return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
 #else
+constexpr bool kHalfInstructions = false;
 typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 
 VLMFAST_INLINE Float from_halves(Halves halves) {
@@ -236,7 +261,7 @@ VLMFAST_INLINE void each_block(int64_t size, const F& function) {
 
 // Calls function(begin, end, rows, size) on ranges of whole groups of rows. Narrow rows go several together, their number
 // and size known to the compiler, because the latency of a sum is as long as the rest of their work; others go kWide at a
-// time.
+// time. All go one by one where kWide is 1.
 template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;
@@ -247,12 +272,14 @@ VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F&
     begin = stop;
   };
   if (size == 0) return;
-  if (size == 128) {
-    groups(kNarrow, 128);
-  } else if (size == 64) {
-    groups(kNarrow, 64);
-  } else if (kWide > 1) {
-    groups(std::integral_constant<int, kWide>{}, size);
+  if constexpr (kWide > 1) {
+    if (size == 128) {
+      groups(kNarrow, 128);
+    } else if (size == 64) {
+      groups(kNarrow, 64);
+    } else {
+      groups(std::integral_constant<int, kWide>{}, size);
+    }
   }
   groups(kSingle, size);
 }
@@ -280,27 +307,37 @@ template <class T>
 VLMFAST_INLINE float lane_of(const Quad (&quads)[2], int lane) {
   return std::is_same_v<T, BFloat16> ? quads[lane % 2][lane / 2] : quads[lane / 4][lane % 4];
 }
+constexpr int kChains = 4, kChainLanes = kBlock / kChains;
 
-// The sum over a row, from the sum of its whole blocks and the block of its last `size % 32` elements.
+// Adds the last `size % 32` elements of a row to its chains, and returns the sum of those that fill no vector. Not inline,
+// because compilers take long over so many copies of it.
+template <class T>
+__attribute__((noinline)) float sum_rest(const float* tail, int64_t size, float* chains) {
+  const int rest = static_cast<int>(size % kBlock);
+  float sum = 0;
+  if (size < kChainLanes) {  // four chains of one lane
+    const int chained = size < kChains ? 1 : kChains;
+    sum = tail[place<T>(0)];
+    for (int e = chained; e < rest; ++e) sum += tail[place<T>(e)];
+    for (int e = 1; e < chained; ++e) sum += tail[place<T>(e)];
+    return sum;
+  }
+  const int vectors = rest / kChainLanes * kChainLanes;
+  for (int e = 0; e < vectors; ++e) chains[place<T>(e % kChainLanes)] += tail[place<T>(e)];
+  for (int e = vectors; e < rest; ++e) sum += tail[place<T>(e)];
+  return sum;
+}
+
+// The sum over a row, from the sum of its whole blocks and the block of its last elements.
 template <class T>
 VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, int64_t size) {
-  constexpr int kChains = 4, kChainLanes = kBlock / kChains;
-  const int rest = static_cast<int>(size % kBlock);
   float chains[kBlock], tail[kBlock];
   store(chains, blocks);
   float sum = 0;
-  if (rest > 0) {
+  if (size % kBlock > 0) {
     store(tail, last);
-    if (size < kChainLanes) {  // four chains of one lane
-      const int chained = size < kChains ? 1 : kChains;
-      sum = tail[place<T>(0)];
-      for (int e = chained; e < rest; ++e) sum += tail[place<T>(e)];
-      for (int e = 1; e < chained; ++e) sum += tail[place<T>(e)];
-      return sum;
-    }
-    const int vectors = rest / kChainLanes * kChainLanes;
-    for (int e = 0; e < vectors; ++e) chains[place<T>(e % kChainLanes)] += tail[place<T>(e)];
-    for (int e = vectors; e < rest; ++e) sum += tail[place<T>(e)];
+    sum = sum_rest<T>(tail, size, chains);
+    if (size < kChainLanes) return sum;
   }
   Quad quads[2];
   for (int quad = 0; quad < 2; ++quad) {

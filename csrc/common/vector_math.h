@@ -10,20 +10,10 @@ typedef double Double __attribute__((vector_size(kRegisterBytes)));
 constexpr int kDoubles = kLanes / 2;  // in a register
 
 // a * b + c, rounded once where it is one instruction, and twice elsewhere.
-VLMFAST_INLINE Float multiply_add(Float a, Float b, Float c) {
-#if defined(__AVX512F__)
-  return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-VLMFAST_INLINE Double multiply_add(Double a, Double b, Double c) {
-#if defined(__AVX512F__)
-  return (Double)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-  return (Double)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+template <class V>
+VLMFAST_INLINE V multiply_add(V a, V b, V c) {
+#if defined(__FMA__)
+  return fused(a, b, c);
 #else
   return a * b + c;
 #endif

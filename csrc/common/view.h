@@ -84,18 +84,11 @@ class FloatDtype {
 // A size that tensors of a call share: that of the first one, or a given number.
 class Size {
  public:
-  explicit Size(const char* name, int64_t value = kUnbound) : name_(name), value_(value) {}
+  explicit Size(const char* name, int64_t value = kUnbound, int64_t least = 0, int64_t most = kUnlimited)
+      : name_(name), value_(value), least_(least), most_(most) {}
 
-  Size at_least(int64_t least) const {
-    Size bounded = *this;
-    bounded.least_ = least;
-    return bounded;
-  }
-  Size at_most(int64_t most) const {
-    Size bounded = *this;
-    bounded.most_ = most;
-    return bounded;
-  }
+  Size at_least(int64_t least) const { return Size(name_, value_, least, most_); }
+  Size at_most(int64_t most) const { return Size(name_, value_, least_, most); }
 
   operator int64_t() const { return value_; }
 
@@ -118,7 +111,7 @@ class Size {
  private:
   static constexpr int64_t kUnbound = -1, kUnlimited = std::numeric_limits<int64_t>::max();
   const char* name_;
-  int64_t value_, least_ = 0, most_ = kUnlimited;
+  int64_t value_, least_, most_;
 };
 
 // Any number of leading sizes that tensors of a call share: those of the first one. As a number: their product.
@@ -247,16 +240,14 @@ bool bind_shape(const char* name, const Tensor& tensor, const Dim (&shape)[rank]
 template <int rank>
 class View {
  public:
-  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], FloatDtype& dtype) {
-    bind(name, tensor, shape, dtype);
-  }
-  View(const char* name, const Tensor& tensor, const Dim (&shape)[rank], Dtype dtype) {
-    bind(name, tensor, shape, dtype);
-  }
-  // The view of a tensor that is not given is false, has no data and no strides.
-  template <class AnyDtype>
-  View(const char* name, const std::optional<Tensor>& tensor, const Dim (&shape)[rank], AnyDtype&& dtype) {
-    if (tensor.has_value()) bind(name, *tensor, shape, dtype);
+  // The view of a tensor that is not given is false, has no data and no strides. AnyDtype: a Dtype or a FloatDtype.
+  template <class MaybeTensor, class AnyDtype>
+  View(const char* name, const MaybeTensor& tensor, const Dim (&shape)[rank], AnyDtype&& dtype) {
+    if constexpr (std::is_same_v<MaybeTensor, Tensor>) {
+      bind(name, tensor, shape, dtype);
+    } else if (tensor.has_value()) {
+      bind(name, *tensor, shape, dtype);
+    }
   }
   View() = default;
 

@@ -9,7 +9,6 @@
 #include <tuple>
 #include <utility>
 
-#include "common/cuda_torch.h"
 #include "common/row_moves.cuh"
 #include "masked_rows/mask_ranks.cuh"
 #include "masked_rows/ops.h"
@@ -160,8 +159,6 @@ struct UnpackRows {
     return {place < 0 ? nullptr : grad.at(place), unpacked + row * hidden};
   }
 };
-
-// ---- launchers ----
 
 constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // positions of a mask: ranks are counted in 32 bits
 

@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(RankPolicy::kThreads)
 template <typename Visit>
 void launch_rank(const DeviceScope& scope, const uint8_t* mask, int64_t batch, int64_t tokens, const Visit& visit) {
   const RankPolicy policy(batch, tokens);
-  check_cuda(launch(rank_kernel<Visit>, dim3(std::min(batch * policy.chunks, kMaxBlocks)), dim3(RankPolicy::kThreads),
-                    0, scope.stream(), mask, policy, visit));
+  launch_blocks(scope, rank_kernel<Visit>, batch * policy.chunks, RankPolicy::kThreads, 0, mask, policy, visit);
 }
 
 }  // namespace vlmfast

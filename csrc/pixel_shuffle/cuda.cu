@@ -11,12 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/cuda_torch.h"
-#include "common/partial_sums.cuh"
 #include "common/row_moves.cuh"
-#include "common/row_policy.cuh"
 #include "pixel_shuffle/ops.h"
-#include "pixel_shuffle/patch_map.cuh"
 #include "pixel_shuffle/patch_norm.cuh"
 
 namespace vlmfast {
@@ -57,8 +53,6 @@ struct UnshufflePatches {
     return {tokens.at(token) + part * hidden, patches + (int64_t{image} * map.patches + patch) * hidden};
   }
 };
-
-// ---- launchers ----
 
 constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // patches are counted in 32 bits
 
@@ -166,10 +160,9 @@ Tensor pixel_shuffle_norm(const Tensor& x_tensor, const Tensor& weight, const Te
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
-    check_cuda(launch(pixel_shuffle_norm_kernel<scalar_t, Policy>, dim3(Policy::blocks(args.rows.count, kMaxBlocks)),
-                      dim3(Policy::kThreads), 0, scope.stream(), scope.input<scalar_t>(args.x),
-                      scope.input<scalar_t>(args.weight).data, scope.input<scalar_t>(bias).data,
-                      scope.output<scalar_t>(y), args.rows));
+    launch_blocks(scope, pixel_shuffle_norm_kernel<scalar_t, Policy>, Policy::blocks(args.rows.count, kMaxBlocks),
+                  Policy::kThreads, 0, scope.input<scalar_t>(args.x), scope.input<scalar_t>(args.weight).data,
+                  scope.input<scalar_t>(bias).data, scope.output<scalar_t>(y), args.rows);
   };
   // A vector must not reach from one patch into the next: those of x fit, so those of y do.
   const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, bias);

@@ -1,13 +1,33 @@
-// LayerNorm over the patches of a token or over each patch, on the way to the tokens, and its gradients.
+// Tells which patches of a map make a token, and takes a LayerNorm over them or over each on the way there.
 #pragma once
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 #include "common/partial_sums.cuh"
-#include "common/row_policy.cuh"
-#include "pixel_shuffle/patch_map.cuh"
 
 namespace vlmfast {
+
+// Patches are numbered twice: as they lie in the map, row by row, and in the order of the tokens, those of a token one
+// after the other. In 32 bits: each place takes four divisions.
+struct PatchMap {
+  unsigned patches;                       // of an image
+  unsigned width;                         // of the map, in patches
+  unsigned scale, per_token, token_line;  // token_line: tokens that follow each other in one row, or column
+  bool by_column;
+
+  struct Place {
+    unsigned image, patch;  // the patch as it lies in the map
+  };
+
+  // Returns where the patch lies whose number in the order of the tokens, counted through the batch, is `ordinal`.
+  __device__ __forceinline__ Place place(unsigned ordinal) const {
+    const unsigned in_image = ordinal % patches, token = in_image / per_token;
+    const unsigned line = token / token_line, along = token % token_line;
+    const unsigned row = by_column ? along : line, column = by_column ? line : along;
+    return {ordinal / patches, (row * width + column) * scale + step(in_image % per_token)};
+  }
+
+  // Returns the distance, in patches, from the first patch of a token to another one of it.
+  __device__ __forceinline__ unsigned step(unsigned part) const { return part / scale * width + part % scale; }
+};
 
 // Rows that are normalised: the patches of a token together, or each patch.
 struct NormRows {

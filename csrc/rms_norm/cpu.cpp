@@ -1,50 +1,45 @@
 // RMSNorm on the CPU: the ops' arguments, outputs and threads. The arithmetic is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
-#include <algorithm>
 #include <memory>
 #include <optional>
 #include <tuple>
 
-#include "common/common.h"
 #include "rms_norm/cpu_kernels.h"
 #include "rms_norm/ops.h"
 
 namespace vlmfast {
 namespace {
 
-// The arguments of a call, and where its weight lies: the kernels have no variant without one.
+// The arguments of a call as the kernels take them, which know neither variants nor calls without a
+// weight.
 struct NormCall : RmsNormArguments {
-  std::unique_ptr<float[]> ones;  // or as many elements of 16 bits
+  std::unique_ptr<float[]> zeros;  // of any dtype
+  const void* weight_data;
+  float weight_offset;
+  int rounded;
 
   NormCall(const Tensor& x_tensor, const std::optional<Tensor>& weight_tensor, Variant order)
-      : RmsNormArguments(x_tensor, weight_tensor, order) {
-    if (weight_tensor.has_value()) return;
-    ones.reset(new float[hidden]);
-    if (dtype == Dtype::kFloat32) {
-      std::fill_n(ones.get(), int64_t{hidden}, 1.0f);
-    } else {
-      const uint16_t one = dtype == Dtype::kFloat16 ? 0x3c00 : 0x3f80;
-      std::fill_n(reinterpret_cast<uint16_t*>(ones.get()), int64_t{hidden}, one);
-    }
-  }
-
-  const void* weight_data() const { return ones != nullptr ? ones.get() : weight.data(); }
+      : RmsNormArguments(x_tensor, weight_tensor, order),
+        zeros(weight_tensor ? nullptr : new float[hidden]()),
+        weight_data(weight_tensor ? weight.data() : zeros.get()),
+        weight_offset(variant == Variant::kGemma ? 1.0f : -0.0f),
+        rounded(variant == Variant::kLlama ? 1 : 0) {}
 };
 
 Tensor forward(const NormCall& call, const Tensor& x, const View<2>* residual, void* new_residual, double eps) {
   Tensor y = allocate_output(x.sizes(), x, call.dtype);
   const RmsNormForward args{static_cast<float>(eps),
+                            call.weight_offset,
                             call.hidden,
                             call.x.data(),
                             residual != nullptr ? residual->data() : nullptr,
-                            call.weight_data(),
+                            call.weight_data,
                             y.mutable_data_ptr(),
                             new_residual,
                             call.x.stride(0),
                             residual != nullptr ? residual->stride(0) : 0};
-  const auto kernel =
-      kernels<RmsNormKernels>().forward[residual != nullptr ? 1 : 0][static_cast<int>(call.variant)][call.dtype];
+  const auto kernel = kernels<RmsNormKernels>().forward[residual != nullptr ? 1 : 0][call.rounded][call.dtype];
   parallel_rows(call.rows, row_ranges(call.rows, call.hidden),
                 [&](int64_t begin, int64_t end, int64_t) { kernel(args, begin, end); });
   return y;
@@ -74,10 +69,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   const int64_t grad_weight_size = weight_grad ? int64_t{call.hidden} : 0;
   Tensor grad_weight = allocate({grad_weight_size}, x, call.dtype);
   const RmsNormBackward args{static_cast<float>(eps),
+                             call.weight_offset,
                              call.hidden,
                              grads.data(),
                              call.x.data(),
-                             call.weight_data(),
+                             call.weight_data,
                              residual_grads.data(),
                              grad_x.mutable_data_ptr(),
                              grads.stride(0),
@@ -87,7 +83,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   const auto& table = kernels<RmsNormKernels>();
   const int64_t ranges = row_ranges(call.rows, call.hidden), partial = weight_grad ? partial_size(call.hidden) : 0;
   const std::unique_ptr<float[]> partials(new float[ranges * partial]());
-  const auto backward = table.backward[static_cast<int>(call.variant)][call.dtype];
+  const auto backward = table.backward[call.rounded][call.dtype];
   parallel_rows(call.rows, ranges, [&](int64_t begin, int64_t end, int64_t range) {
     backward(args, begin, end, weight_grad ? &partials[range * partial] : nullptr);
   });

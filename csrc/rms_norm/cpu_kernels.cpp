@@ -25,16 +25,22 @@ VLMFAST_INLINE void inverse_roots(const float* sums, int64_t hidden, float eps, 
   for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(hidden) + eps);
 }
 
-// Times the weight, as the variant takes it.
-template <Variant variant>
-VLMFAST_INLINE Block weighted(const Block& block, const Block& weight) {
-  return variant == Variant::kGemma ? block * (1.0f + weight) : block * weight;
+// Whether rows go several together. Where float16 is converted in software that makes no row faster, and 340 kB of
+// kernels 1900, which take compilers a minute.
+template <class T>
+constexpr bool kGrouped = kHalfInstructions || !std::is_same_v<T, Float16>;
+
+// What multiplies a row. The offset is an argument of the kernels, because one more addition costs nothing that can be
+// measured, and a kernel for each variant a third of the time to compile them all.
+template <bool rounded, class T, class Count>
+VLMFAST_INLINE Block load_weight(const T* weight, float weight_offset, Count count) {
+  return rounded ? load(weight, count) : weight_offset + load(weight, count);
 }
 
-// The normalised block as it meets the weight: "llama" has rounded it.
-template <class T, Variant variant>
+// The normalised block as it meets the weight.
+template <class T, bool rounded>
 VLMFAST_INLINE Block before_weight(const Block& normed) {
-  return variant == Variant::kLlama ? round_to<T>(normed) : normed;
+  return rounded ? round_to<T>(normed) : normed;
 }
 
 // ---- forward ----
@@ -49,9 +55,9 @@ VLMFAST_INLINE float least_quick(float inverse_rms, float least_factor) {
   return (add ? kCancelled : 1) * (least < Quick<T>::kExactSquare ? Quick<T>::kExactSquare : least);
 }
 
-template <class T, Variant variant>
+template <class T>
 float least_factor(const RmsNormForward& args) {
-  if (variant == Variant::kGemma) return 0x1p-9f;  // 1 + weight, for every bfloat16 but -1
+  if (args.weight_offset == 1) return 0x1p-9f;  // 1 + weight, for every bfloat16 but -1
   typename Quick<T>::Least least;
   each_block(args.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     least.see(static_cast<const T*>(args.weight) + offset, count);
@@ -65,6 +71,7 @@ struct ForwardRows {
   const T *x, *residual, *weight;
   T *y, *new_residual;
   int64_t hidden, x_stride, residual_stride;
+  float weight_offset;
 
   VLMFAST_INLINE ForwardRows(const RmsNormForward& args, int64_t row, int64_t row_size)
       : x(static_cast<const T*>(args.x) + row * args.x_row_stride),
@@ -74,7 +81,8 @@ struct ForwardRows {
         new_residual(static_cast<T*>(args.new_residual) + row * row_size),
         hidden(row_size),
         x_stride(args.x_row_stride),
-        residual_stride(args.residual_row_stride) {}
+        residual_stride(args.residual_row_stride),
+        weight_offset(args.weight_offset) {}
 };
 
 template <int N>
@@ -107,11 +115,7 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
         }
         value = load(sum, count);
       }
-      if constexpr (quick) {
-        total[n] = Quick<T>::add_square(total[n], value);
-      } else {
-        total[n] = total[n] + value * value;
-      }
+      total[n] = quick ? fused(value, value, total[n]) : total[n] + value * value;
     }
   };
   torch_sum<T>(rows.hidden, sums, squares);
@@ -129,16 +133,16 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
 
 // The second pass: scales. It loads all rows before it stores any: where rows lie a multiple of 4 kB apart, a load that
 // follows a store of the same offset seems to depend on it, which cost 5 % of 600 x 2048.
-template <class T, Variant variant, bool add, bool quick, int N>
+template <class T, bool rounded, bool add, bool quick, int N>
 VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)[N]) {
-  constexpr bool kInOrder = quick && variant == Variant::kLlama;  // rounded twice by the processor
+  constexpr bool kInOrder = quick && rounded;  // rounded twice by the processor
   const int64_t ahead = rows_ahead<N>(rows.hidden);
   each_block(rows.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     Block w, normed[N];
     if constexpr (kInOrder) {
       w = Quick<T>::load_in_order(rows.weight + offset, count);
     } else {
-      w = load(rows.weight + offset, count);
+      w = load_weight<rounded>(rows.weight + offset, rows.weight_offset, count);
     }
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -154,33 +158,33 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
     for (int n = 0; n < N; ++n) {
       T* to = rows.y + n * rows.hidden + offset;
       if constexpr (kInOrder) {
-        Quick<T>::template store<true>(to, weighted<variant>(Quick<T>::round(normed[n]), w), count);
+        Quick<T>::template store<true>(to, Quick<T>::round(normed[n]) * w, count);
       } else if constexpr (quick) {
-        Quick<T>::template store<false>(to, weighted<variant>(normed[n], w), count);
+        Quick<T>::template store<false>(to, normed[n] * w, count);
       } else {
-        store(to, weighted<variant>(before_weight<T, variant>(normed[n]), w), count);
+        store(to, before_weight<T, rounded>(normed[n]) * w, count);
       }
     }
   });
 }
 
-template <class T, Variant variant, bool add>
+template <class T, bool rounded, bool add>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   // More rows hide the latency of their sums and share the weight, until they do not fit into L1 with their successors.
-  constexpr int kTogether = add ? 2 : 3;
+  constexpr int kWide = !kGrouped<T> ? 1 : add ? 2 : 3;
   constexpr bool kQuick = Quick<T>::kExists;
   const float eps = args.eps;
   float factor = 0;
-  if constexpr (kQuick) factor = least_factor<T, variant>(args);
-  in_groups<kTogether>(begin, end, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t stop, auto rows, int64_t hidden) {
+  if constexpr (kQuick) factor = least_factor<T>(args);
+  in_groups<kWide>(begin, end, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t stop, auto rows, int64_t hidden) {
     for (int64_t row = first; row < stop; row += rows) {
       const ForwardRows<T> at(args, row, hidden);
       Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
       if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
       if (kQuick && scales.quick) {
-        scale<T, variant, add, kQuick, rows>(at, scales.inverse_rms);
+        scale<T, rounded, add, kQuick, rows>(at, scales.inverse_rms);
       } else {
-        scale<T, variant, add, false, rows>(at, scales.inverse_rms);
+        scale<T, rounded, add, false, rows>(at, scales.inverse_rms);
       }
     }
   });
@@ -189,7 +193,7 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
 // ---- backward ----
 
 // The formula of the definition in vlmfast/ops, with both sums over a row taken in one pass.
-template <class T, Variant variant, int N>
+template <class T, bool rounded, int N>
 VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int64_t hidden, float* partial) {
   const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.grad_output_row_stride;
   const T* x = static_cast<const T*>(args.x) + row * args.x_row_stride;
@@ -200,13 +204,13 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
 
   float sums[2 * N], inverse_rms[N], projection[N];  // projection: mean of the weighted gradient times the normed row
   const auto terms = VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[2 * N]) {
-    const Block w = load(weight + offset, count);
+    const Block w = load_weight<rounded>(weight + offset, args.weight_offset, count);
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
       const Block value = load(x + n * args.x_row_stride + offset, count);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
       total[n] = total[n] + value * value;
-      total[N + n] = total[N + n] + weighted<variant>(grad, w) * value;
+      total[N + n] = total[N + n] + grad * w * value;
     }
   };
   torch_sum<T>(hidden, sums, terms);
@@ -216,7 +220,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
 
   const int64_t ahead = rows_ahead<N>(hidden);
   each_block(hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
-    const Block w = load(weight + offset, count);
+    const Block w = load_weight<rounded>(weight + offset, args.weight_offset, count);
     Block weight_grad = partial != nullptr ? load(partial + offset) : Block{};
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -225,51 +229,45 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
       __builtin_prefetch(grad_x + (n + ahead) * hidden + offset, 1);
       const Block grad = load(grad_output + n * args.grad_output_row_stride + offset, count);
       const Block normed = load(x + n * args.x_row_stride + offset, count) * inverse_rms[n];
-      Block result = (weighted<variant>(grad, w) - normed * projection[n]) * inverse_rms[n];
+      Block result = (grad * w - normed * projection[n]) * inverse_rms[n];
       if (grad_residual != nullptr) {
         result = result + load(grad_residual + n * args.grad_residual_row_stride + offset, count);
       }
       store(grad_x + n * hidden + offset, result, count);
-      weight_grad = weight_grad + grad * before_weight<T, variant>(normed);
+      weight_grad = weight_grad + grad * before_weight<T, rounded>(normed);
     }
     if (partial != nullptr) store(partial + offset, weight_grad);
   });
 }
 
-template <class T, Variant variant>
+template <class T, bool rounded>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
     const int64_t stop = row + kSumStep < end ? row + kSumStep : end;
-    in_groups<2>(row, stop, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t hidden) {
-      for (; first < last; first += rows) backward_rows<T, variant, rows>(args, first, hidden, partial);
-    });
+    in_groups<kGrouped<T> ? 2 : 1>(row, stop, args.hidden,
+                                   VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t hidden) {
+                                     for (; first < last; first += rows)
+                                       backward_rows<T, rounded, rows>(args, first, hidden, partial);
+                                   });
     row = stop;
     if (partial != nullptr) carry(partial, args.hidden, row - begin);
   }
 }
 
-// ---- by residual, variant and dtype ----
+// Float32 rounds nothing.
+template <class T, bool rounded, bool add>
+constexpr auto forward_of = forward<T, rounded && !std::is_same_v<T, float>, add>;
 
-// Float32 rounds nothing: there kOlmo does what kLlama does.
-template <class T, Variant variant>
-constexpr Variant kArithmetic = std::is_same_v<T, float> && variant == Variant::kLlama ? Variant::kOlmo : variant;
-
-template <class T, Variant variant, bool add>
-constexpr auto forward_of = forward<T, kArithmetic<T, variant>, add>;
-
-template <class T, Variant variant>
-constexpr auto backward_of = backward<T, kArithmetic<T, variant>>;
+template <class T, bool rounded>
+constexpr auto backward_of = backward<T, rounded && !std::is_same_v<T, float>>;
 
 }  // namespace
 
 template <>
 RmsNormKernels kernels_at<RmsNormKernels, CpuLevel::VLMFAST_ISA>() {
-  return {{{VLMFAST_BY_DTYPE(forward_of, Variant::kLlama, false), VLMFAST_BY_DTYPE(forward_of, Variant::kGemma, false),
-            VLMFAST_BY_DTYPE(forward_of, Variant::kOlmo, false)},
-           {VLMFAST_BY_DTYPE(forward_of, Variant::kLlama, true), VLMFAST_BY_DTYPE(forward_of, Variant::kGemma, true),
-            VLMFAST_BY_DTYPE(forward_of, Variant::kOlmo, true)}},
-          {VLMFAST_BY_DTYPE(backward_of, Variant::kLlama), VLMFAST_BY_DTYPE(backward_of, Variant::kGemma),
-           VLMFAST_BY_DTYPE(backward_of, Variant::kOlmo)},
+  return {{{VLMFAST_BY_DTYPE(forward_of, false, false), VLMFAST_BY_DTYPE(forward_of, true, false)},
+           {VLMFAST_BY_DTYPE(forward_of, false, true), VLMFAST_BY_DTYPE(forward_of, true, true)}},
+          {VLMFAST_BY_DTYPE(backward_of, false), VLMFAST_BY_DTYPE(backward_of, true)},
           VLMFAST_BY_DTYPE(sum_partials)};
 }
 

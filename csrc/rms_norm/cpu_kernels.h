@@ -8,7 +8,7 @@
 namespace vlmfast {
 
 struct RmsNormForward {
-  float eps;
+  float eps, weight_offset;  // weight_offset: added to the weight, 1 or the neutral -0
   int64_t hidden;
   const void* x;         // (rows, hidden)
   const void* residual;  // (rows, hidden), or null: without the addition
@@ -20,7 +20,7 @@ struct RmsNormForward {
 };
 
 struct RmsNormBackward {
-  float eps;
+  float eps, weight_offset;
   int64_t hidden;
   const void* grad_output;    // (rows, hidden)
   const void* x;              // (rows, hidden)
@@ -33,10 +33,10 @@ struct RmsNormBackward {
 };
 
 struct RmsNormKernels {
-  // By whether there is a residual, and by Variant.
-  ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][3];
-  // By Variant. partial: partial sums of the weight's gradient, see types.h; or null.
-  ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[3];
+  // By whether there is a residual, and whether rows are rounded before the weight, which then has no offset.
+  ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][2];
+  // By whether rows are rounded. partial: partial sums of the weight's gradient, see types.h; or null.
+  ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[2];
   ByDtype<SumPartials> sum_partials;
 };
 

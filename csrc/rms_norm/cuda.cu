@@ -6,30 +6,21 @@
 #include <optional>
 #include <tuple>
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 #include "common/partial_sums.cuh"
-#include "common/row_policy.cuh"
 #include "rms_norm/ops.h"
 
 namespace vlmfast {
 namespace {
-
-// ---- kernels ----
 
 // The variant is an argument of the kernels: a uniform branch costs less than thrice as many of them.
 __device__ __forceinline__ float weight_scale(Variant variant, float weight) {
   return variant == Variant::kGemma ? 1.f + weight : weight;
 }
 
-// Loads weights, or ones where there is none.
+// Loads weights, or zeros where there is none.
 template <typename Vec, typename scalar_t>
 __device__ __forceinline__ Vec load_weight(const scalar_t* weight, int column) {
-  if (weight != nullptr) return Vec::load(weight + column);
-  Vec ones;
-#pragma unroll
-  for (size_t i = 0; i < sizeof(Vec) / sizeof(scalar_t); ++i) ones.set(i, 1.f);
-  return ones;
+  return weight == nullptr ? Vec{} : Vec::load(weight + column);
 }
 
 // Returns the normalised value as it meets the weight: "llama" has rounded it.
@@ -158,8 +149,6 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   if (partial != nullptr) store_partial<Policy>(grad_weight, partial, hidden);
 }
 
-// ---- launchers ----
-
 // Writes y, and the new residual where there is a residual.
 void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
                     const std::optional<Tensor>& weight_tensor, double eps, Variant variant, const Tensor& y,
@@ -173,10 +162,10 @@ void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residua
     using Policy = decltype(policy);
     const auto kernel = residual ? rms_norm_kernel<scalar_t, Policy, true> : rms_norm_kernel<scalar_t, Policy, false>;
     const auto x_rows = scope.input<scalar_t>(args.x), residual_rows = scope.input<scalar_t>(residual);
-    check_cuda(launch(kernel, dim3(Policy::blocks(args.rows, kMaxBlocks)), dim3(Policy::kThreads), 0, scope.stream(),
-                      x_rows.data, residual_rows.data, scope.input<scalar_t>(args.weight).data,
-                      scope.output<scalar_t>(y), residual ? scope.output<scalar_t>(*new_residual) : nullptr, args.rows,
-                      args.hidden, x_rows.strides[0], residual_rows.strides[0], eps, args.variant));
+    launch_blocks(scope, kernel, Policy::blocks(args.rows, kMaxBlocks), Policy::kThreads, 0, x_rows.data,
+                  residual_rows.data, scope.input<scalar_t>(args.weight).data, scope.output<scalar_t>(y),
+                  residual ? scope.output<scalar_t>(*new_residual) : nullptr, args.rows, args.hidden, x_rows.strides[0],
+                  residual_rows.strides[0], eps, args.variant);
   };
   const bool fit = vectors_fit(kVectorBytes, args.x, residual, args.weight);
   with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);

@@ -9,7 +9,7 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-// The arguments that all ops share. Without a weight rows are multiplied by ones, as "olmo" does it.
+// The arguments that all ops share. Without a weight rows are multiplied by 1 + 0, as "gemma" does it.
 struct RmsNormArguments {
   Leading rows;
   Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
@@ -21,7 +21,7 @@ struct RmsNormArguments {
   RmsNormArguments(const Tensor& x_tensor, const std::optional<Tensor>& weight_tensor, Variant order)
       : x("x", x_tensor, {rows, hidden}, dtype),
         weight("weight", weight_tensor, {hidden}, dtype),
-        variant(weight_tensor ? order : Variant::kOlmo) {}
+        variant(weight_tensor ? order : Variant::kGemma) {}
 };
 
 }  // namespace vlmfast

@@ -10,11 +10,8 @@
 // which is a few microseconds each. Sums are in float32 and in an order that depends on the slots alone. Nothing waits
 // for the host or has a shape that depends on data, so a CUDA graph may hold them. Numbers that no merge_slots would
 // give are never followed out of bounds. A score that is NaN trips a device-side assertion.
-#include "common/cuda_torch.h"
 #include "token_merge/merge_rows.cuh"
-#include "token_merge/merge_slots.cuh"
 #include "token_merge/ops.h"
-#include "token_merge/top_tokens.cuh"
 
 namespace vlmfast {
 namespace {
@@ -27,9 +24,9 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
   with_dtype(args.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const TopPolicy policy(args.batch, args.tokens, k, sizeof(scalar_t));
-    check_cuda(launch(top_tokens_kernel<scalar_t>, dim3(std::min(policy.batch, kMaxBlocks)), dim3(TopPolicy::kThreads),
-                      policy.cached * sizeof(scalar_t), scope.stream(), scope.input<scalar_t>(args.scores),
-                      scope.output<int64_t>(kept), policy));
+    launch_blocks(scope, top_tokens_kernel<scalar_t>, policy.batch, TopPolicy::kThreads,
+                  policy.cached * sizeof(scalar_t), scope.input<scalar_t>(args.scores), scope.output<int64_t>(kept),
+                  policy);
   });
   return kept;
 }
@@ -44,9 +41,9 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
     const SlotPolicy chunks(sizes, Policy::kRowsPerBlock, scope.multiprocessors());
-    check_cuda(launch(merge_slots_kernel<scalar_t, Policy>, dim3(std::min(args.batch * chunks.chunks, kMaxBlocks)),
-                      dim3(Policy::kThreads), 0, scope.stream(), scope.input<scalar_t>(args.rows),
-                      scope.input<int64_t>(args.kept), scope.output<int32_t>(slots), sizes, chunks));
+    launch_blocks(scope, merge_slots_kernel<scalar_t, Policy>, args.batch * chunks.chunks, Policy::kThreads, 0,
+                  scope.input<scalar_t>(args.rows), scope.input<int64_t>(args.kept), scope.output<int32_t>(slots),
+                  sizes, chunks);
   };
   with_row_policy<ShortMetric, LongMetric>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.rows), run);
   return slots;
@@ -64,10 +61,9 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
     using scalar_t = decltype(zero);
     constexpr int kVec = decltype(row)::kVec;
     const MergePolicy policy(sizes, kVec);
-    check_cuda(launch(merge_rows_kernel<scalar_t, kVec>, dim3(std::min<int64_t>(policy.blocks, kMaxBlocks)),
-                      dim3(MergePolicy::kThreads), sizeof(Members<kWarp * kVec>), scope.stream(),
-                      scope.input<scalar_t>(args.rows), scope.input<int64_t>(args.kept), scope.input<int32_t>(slots),
-                      scope.output<scalar_t>(merged), sizes, merge, policy));
+    launch_blocks(scope, merge_rows_kernel<scalar_t, kVec>, policy.blocks, MergePolicy::kThreads,
+                  sizeof(Members<kWarp * kVec>), scope.input<scalar_t>(args.rows), scope.input<int64_t>(args.kept),
+                  scope.input<int32_t>(slots), scope.output<scalar_t>(merged), sizes, merge, policy);
   });
   return merged;
 }
@@ -81,10 +77,9 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
   const MergeBackwardPolicy policy(sizes, scope.multiprocessors());
   with_row_policy<WarpRow>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.grad), [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
-    check_cuda(launch(merge_rows_backward_kernel<scalar_t, decltype(row)::kVec>,
-                      dim3(std::min(args.batch * policy.chunks, kMaxBlocks)), dim3(MergePolicy::kThreads),
-                      policy.shared_bytes, scope.stream(), scope.input<scalar_t>(args.grad),
-                      scope.input<int32_t>(args.slots), scope.output<scalar_t>(grad_hidden), sizes, merge, policy));
+    launch_blocks(scope, merge_rows_backward_kernel<scalar_t, decltype(row)::kVec>, args.batch * policy.chunks,
+                  MergePolicy::kThreads, policy.shared_bytes, scope.input<scalar_t>(args.grad),
+                  scope.input<int32_t>(args.slots), scope.output<scalar_t>(grad_hidden), sizes, merge, policy);
   });
   return grad_hidden;
 }

@@ -4,9 +4,6 @@
 
 #include <algorithm>
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
-#include "common/types.h"
 #include "token_merge/merge_slots.cuh"
 #include "token_merge/top_tokens.cuh"
 

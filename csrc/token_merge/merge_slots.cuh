@@ -5,8 +5,6 @@
 
 #include <algorithm>
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
 #include "common/row_policy.cuh"
 
 namespace vlmfast {
@@ -49,30 +47,15 @@ struct KeptTokens {
   const int64_t* positions;  // (count,) ascending
   int count;
 
-  // Returns how many of them satisfy(position, rank), which the first ones do.
-  template <typename Satisfy>
-  __device__ __forceinline__ int search(Satisfy satisfy) const {
-    int low = 0, high = count;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (satisfy(positions[middle], middle)) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
-
   // Returns how many are kept before a position.
   __device__ __forceinline__ int before(int position) const {
-    return search([&](int64_t kept, int) { return kept < position; });
+    return count_first(count, [&](int rank) { return positions[rank] < position; });
   }
 
   // Returns the position of a token that is not kept, by its number among those: within the sequence, whatever the
   // positions are.
   __device__ __forceinline__ int position_of(int number) const {
-    return number + search([&](int64_t kept, int rank) { return kept <= number + rank; });
+    return number + count_first(count, [&](int rank) { return positions[rank] <= number + rank; });
   }
 };
 

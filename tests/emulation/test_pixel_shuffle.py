@@ -125,14 +125,14 @@ def test_misfits_are_refused() -> None:
         kernels("pixel_unshuffle", grad[..., :30], (4, 4))
 
 
-MAP, NORM, TORCH = "patch_map.cuh", "patch_norm.cuh", "cuda_torch.h"
+NORM, TORCH = "patch_norm.cuh", "cuda_torch.h"
 FAULTS = [
     Fault(
-        "dy and dx swapped", MAP, "part / scale * width + part % scale", "part % scale * width + part / scale", DIFFER
+        "dy and dx swapped", NORM, "part / scale * width + part % scale", "part % scale * width + part / scale", DIFFER
     ),
     Fault(
         "column order as row order",
-        MAP,
+        NORM,
         "by_column ? along : line",
         "by_column ? line : along",
         f"{DIFFER}|{BOUNDS}|{RACE}",

@@ -107,7 +107,7 @@ FAULTS = [
     Fault("rounding of llama left out", "cuda.cu", "round_to<scalar_t>(normed)", "normed", WRONG),
     Fault("1 of gemma left out", "cuda.cu", "1.f + weight : weight", "weight : weight", WRONG),
     Fault("olmo rounded too soon", "cuda.cu", "variant == Variant::kLlama ?", "variant != Variant::kGemma ?", WRONG),
-    Fault("no weight taken for gemma's", "ops.h", "weight_tensor ? order : Variant::kOlmo", "order", WRONG),
+    Fault("no weight taken for zeros", "ops.h", "weight_tensor ? order : Variant::kGemma", "order", WRONG),
     Fault("eps left out", "cuda.cu", "hidden + eps)", "hidden)", WRONG),
 ]
 

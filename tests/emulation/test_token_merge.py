@@ -148,7 +148,9 @@ FAULTS = [
     ),
     Fault("last of equal targets", "merge_slots.cuh", "similarity > best)", "similarity >= best)", DIFFER),
     Fault("last of equal targets later", "merge_slots.cuh", "!(best > best_s", "!(best >= best_s", DIFFER),
-    Fault("place of a target off by one", "merge_slots.cuh", "kept <= number + rank", "kept < number + rank", DIFFER),
+    Fault(
+        "place of a target off by one", "merge_slots.cuh", "[rank] <= number + rank", "[rank] < number + rank", DIFFER
+    ),
     Fault("more targets than asked for", "merge_slots.cuh", "&& number / step < contextual", "", DIFFER),
     Fault("zero length unchecked", "merge_slots.cuh", "squares[0] > 0.f ?", "true ?", DIFFER),
     Fault(
