@@ -1,8 +1,6 @@
 // The CPU kernels of the attention scores, as cpu.cpp calls them.
 #pragma once
 
-#include <cstdint>
-
 #include "common/types.h"
 
 namespace vlmfast {

@@ -45,8 +45,6 @@ struct ReceivedArguments {
 
 }  // namespace vlmfast
 
-// ---- the table of ops ----
-
 #define VLMFAST_OPS(OP)                                                                            \
   OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor") \
   OP(received_attention,                                                                           \

@@ -1,7 +1,6 @@
 // Rows that are moved, on the CPU: the torch side of row_moves_kernels.h.
 #pragma once
 
-#include "common/common.h"
 #include "common/cpu.h"
 #include "common/row_moves_kernels.h"
 

@@ -1,8 +1,6 @@
 // The CPU kernel that moves rows, as row_moves.h calls it.
 #pragma once
 
-#include <cstdint>
-
 #include "common/types.h"
 
 namespace vlmfast {

@@ -5,7 +5,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/common.h"
 #include "common/row_moves.h"
 #include "masked_rows/ops.h"
 
@@ -54,8 +53,6 @@ void each_kept(const View<1>& mask, int64_t batch, int64_t tokens, int64_t kept_
     }
   }
 }
-
-// ---- the ops ----
 
 Tensor row_index(const Tensor& mask_tensor) {
   Size batch("batch"), tokens("tokens");

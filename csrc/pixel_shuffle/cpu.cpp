@@ -1,12 +1,9 @@
 // The pixel shuffle ops on the CPU: where patches and tokens lie, outputs and threads. Rows that are only moved go
 // through row_moves.h, the LayerNorm is in cpu_kernels.cpp.
-#include "common/cpu.h"
-
 #include <memory>
 #include <tuple>
 #include <vector>
 
-#include "common/common.h"
 #include "common/row_moves.h"
 #include "pixel_shuffle/cpu_kernels.h"
 #include "pixel_shuffle/ops.h"

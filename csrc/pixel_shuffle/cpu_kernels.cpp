@@ -6,7 +6,6 @@
 
 #include "common/partial_sums.h"
 #include "common/torch_moments.h"
-#include "common/vector.h"
 
 namespace vlmfast {
 namespace {

@@ -1,8 +1,6 @@
 // The CPU kernels of the pixel shuffle with a LayerNorm, as cpu.cpp calls them; without one, rows are moved.
 #pragma once
 
-#include <cstdint>
-
 #include "common/types.h"
 
 namespace vlmfast {

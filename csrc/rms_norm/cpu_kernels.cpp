@@ -5,7 +5,6 @@
 
 #include "common/partial_sums.h"
 #include "common/quick_bfloat16.h"
-#include "common/vector.h"
 
 namespace vlmfast {
 namespace {

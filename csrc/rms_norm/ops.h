@@ -26,8 +26,6 @@ struct RmsNormArguments {
 
 }  // namespace vlmfast
 
-// ---- the table of ops ----
-
 #define VLMFAST_OPS(OP)                                                                                             \
   OP(rms_norm, "(Tensor x, Tensor? weight=None, float eps=1e-6, str variant=\"llama\") -> Tensor")                  \
   OP(add_rms_norm,                                                                                                  \

@@ -4,7 +4,6 @@
 #include <memory>
 #include <vector>
 
-#include "common/common.h"
 #include "common/row_moves.h"
 #include "token_merge/cpu_kernels.h"
 #include "token_merge/ops.h"
@@ -39,8 +38,6 @@ std::vector<int64_t> count_joining(const View<2>& slots, int64_t contextual) {
   }
   return counts;
 }
-
-// ---- the ops ----
 
 Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
   const TopTokensArguments call(scores_tensor, k);

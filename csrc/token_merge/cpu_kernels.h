@@ -1,8 +1,6 @@
 // The CPU kernels of the token merge, as cpu.cpp calls them; rows that are only moved go through row_moves.h.
 #pragma once
 
-#include <cstdint>
-
 #include "common/types.h"
 
 namespace vlmfast {

@@ -51,8 +51,6 @@ struct MergeGradientArguments {
 
 }  // namespace vlmfast
 
-// ---- the table of ops ----
-
 #define VLMFAST_OPS(OP)                                                                                              \
   OP(top_tokens, "(Tensor scores, SymInt k) -> Tensor")                                                              \
   OP(merge_slots, "(Tensor metric, Tensor kept, SymInt contextual) -> Tensor")                                       \
