@@ -109,7 +109,7 @@ def prepare(contender: Contender, op: Op, args: tuple[Any, ...], want: Any) -> N
         got = contender.call()
         if contender.group == "limit":
             return
-        # Of float32 scores of bfloat16 keys, peers round the products to bfloat16.
+        # Of float32 scores of bfloat16 keys, peers round the logits to bfloat16.
         inputs = [torch.finfo(a.dtype).eps for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         contender.roundings = distance(got, want, max(inputs, default=0.0) if contender.group == "peer" else 0.0)
     except Exception as error:  # whatever another project raises is a row of the table

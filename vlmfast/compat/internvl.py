@@ -11,8 +11,8 @@ def patch(model: nn.Module) -> Patch:
     """Replace how an InternVL with remote code makes tokens of the features of its tower.
 
     ``extract_feature`` drops the CLS row, shuffles, normalises and projects: what is left of it is the tower, one pass
-    for the gather and the LayerNorm, and the products. ``pixel_shuffle`` is for others who call it. Version v1 of the
-    shuffle, which leaves the map transposed, no longer warns of it at each call.
+    for the gather and the LayerNorm, and the linear layers. ``pixel_shuffle`` is for others who call it. Version v1 of
+    the shuffle, which leaves the map transposed, no longer warns of it at each call.
 
     ``mlp1`` stays a module with its own parameters; where it, or one of its modules, was replaced (LoRA, quantisers) or
     has hooks, it runs as it is, after the shuffle. Where a fork changed ``extract_feature``, that method is skipped

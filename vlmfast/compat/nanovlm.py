@@ -10,10 +10,10 @@ from vlmfast.patches.apply import Patch, patch_projects
 def patch(model: nn.Module) -> Patch:
     """Replace how a nanoVLM shuffles and projects patches, and how it places image embeddings.
 
-    The placement is one pass without a host sync; the shuffle is one pass before the product, where upstream copies the
-    map as often as its layout demands. A model from before placeholders, which puts the image in front of the text, has
-    only its projector patched; what it has not is in the report. A ``proj`` that was replaced (LoRA, quantisers) or has
-    hooks runs as it is, after the shuffle.
+    The placement is one pass without a host sync; the shuffle is one pass before the linear layer, where upstream
+    copies the map as often as its layout demands. A model from before placeholders, which puts the image in front of
+    the text, has only its projector patched; what it has not is in the report. A ``proj`` that was replaced (LoRA,
+    quantisers) or has hooks runs as it is, after the shuffle.
 
     Args:
         model: a ``VisionLanguageModel``, its ``ModalityProjector``, or a wrapper around it; float32, float16 or

@@ -6,12 +6,12 @@ nanoVLM, and must reach 0.94 for one: nothing here splits the channels, and 64 t
 nothing to save: the pass takes at most 1/57 of the whole op.
 
 The rows of a tile of x are one offset each (image, row and column of the token); what a step adds to all of them is
-one number (the patch in the token and its block of channels), so no tile is gathered before the product.
+one number (the patch in the token and its block of channels), so no tile is gathered before the matmul.
 
 The LayerNorm: one launch leaves the mean and the variance of each patch, from its centred values, since features have
 means of ten deviations and more. A token's are put together from its patches'. The matmul normalises its tile of x
-between shared memory and the tensor core, and rounds it there as Hugging Face does before the product: 0.28 of the
-tensor cores' time, on units that are idle beside them. Folded behind the product, a norm would leave that rounding out:
+between shared memory and the tensor core, and rounds it there as Hugging Face does before the matmul: 0.28 of the
+tensor cores' time, on units that are idle beside them. Folded behind the matmul, a norm would leave that rounding out:
 36 % of the outputs would differ from Hugging Face's.
 """
 

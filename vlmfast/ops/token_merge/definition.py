@@ -174,7 +174,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     others = is_kept.argsort(dim=1, stable=True)[:, :left]
     if contextual:
         step = left // contextual
-        # float64, then rounded: a matrix product may give the doubles of a target cosines that differ in the last bit
+        # float64, then rounded: a matmul may give the doubles of a target cosines that differ in the last bit
         wide = metric.to(torch.float32 if metric.device.type == "mps" else torch.float64)
         length = wide.norm(dim=2, keepdim=True)
         unit = torch.where(length > 0, wide / length, 0.0).gather(1, others[..., None].expand(-1, -1, wide.shape[2]))
