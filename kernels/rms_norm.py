@@ -97,12 +97,13 @@ def rms_norm_backward_kernel(
         mask = (row < rows) & (column < hidden)
         x = tl.load(x_ptr + row * x_row_stride + column, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_output_ptr + row * grad_output_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+        if grad_residual_ptr is not None:  # loaded here, it is in flight with the others
+            grad_residual = tl.load(grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0)
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / hidden + eps)
         normed = x * inverse_rms
         scaled = grad * weight
         grad_x = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 1, keep_dims=True) / hidden))
         if grad_residual_ptr is not None:
-            grad_residual = tl.load(grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0)
             grad_x += grad_residual.to(tl.float32)
         tl.store(grad_x_ptr + row * hidden + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:

@@ -68,11 +68,11 @@ def integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
-def within(name: str, value: int, most: int, of: str) -> None:
-    """Raise unless ``value`` is an int from 0 to ``most``, the number ``of`` something."""
+def within(name: str, value: int, most: int, of: str, *sizes: int) -> None:
+    """Raise unless ``value`` is an int from 0 to ``most``, the number ``of`` something, a format of ``sizes``."""
     integer(name, value)
     if not 0 <= value <= most:
-        raise ValueError(f"{name} must be within 0 and {most}, {of}, got {value}")
+        raise ValueError(f"{name} must be within 0 and {most}, {of.format(*sizes)}, got {value}")
 
 
 def expect(condition: Tensor, message: str) -> None:

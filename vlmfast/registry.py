@@ -146,7 +146,7 @@ class Op:
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
 
     def run(self, *args: Any) -> Any:
-        """Run a checked call without recording a gradient."""
+        """Run a checked call without recording a gradient; one of an op made of others gives every argument."""
         return self.choose(*args).run(*args)
 
 

@@ -215,7 +215,7 @@ def test_triton_launchers_wait_for_nothing(op: Op):
     """What a CUDA graph can hold, as far as that shows without a GPU."""
     for args in runnable(op, "triton", list(op.cases.samples("cpu", torch.float32))[:2]):
         with vlmfast.use("triton"), Recorder() as recorder:
-            op.run(*args)
+            op.run(*args, *op.parameters[1][len(args) :])
         assert not recorder.names & WAITING
 
 

@@ -43,8 +43,9 @@ def _check_choice(kept: Tensor, contextual: int, name: str, rows: Tensor, merge:
 
 
 def _check_contextual(contextual: int, tokens: int, kept: int, merge: str) -> None:
-    left = f"the tokens that are left of {tokens} when {kept} are kept"
-    checks.within("contextual", contextual, tokens - kept, left)
+    checks.within(
+        "contextual", contextual, tokens - kept, "the tokens that are left of {} when {} are kept", tokens, kept
+    )
     checks.one_of("merge", merge, MERGES)
 
 
