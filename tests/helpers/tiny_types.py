@@ -32,9 +32,10 @@ TINY_LANGUAGE: dict[str, Callable[[str], Built]] = {
     "helium": partial(language_model, head_dim=16),
     "nanochat": language_model,
 }
-SINCE = {  # the first transformers that takes these inputs or this configuration
+SINCE = {  # the first transformers that takes these inputs or this configuration, or has a body that is known
     "emu3": "5",
     "fuyu": "5.23",
+    "gemma3n_text": "5",  # before, its norm divides by a square root
     "perception_lm": "5.23",
     "video_llava": "5.23",
 }

@@ -39,7 +39,7 @@ def arguments(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]
     """Patches behind or before a CLS token, as the towers leave them: squares, and maps where upstream takes them."""
     module, method = shuffling(model)
     takes_scale = "scale_factor" in inspect.signature(getattr(module, method)).parameters
-    if model.config.model_type in ("internvl", "lfm2_vl"):
+    if model.config.model_type.replace("-", "_") in ("internvl", "lfm2_vl"):  # a hyphen in transformers 4.57
         for height, width, factor in ((4, 4, 0.5), (2, 6, 0.5), (8, 4, 0.25)):
             patches = torch.randn(3, height * width + 1, 32, dtype=dtype)[:, 1:].reshape(3, height, width, 32)
             yield (patches, factor) if takes_scale else (patches,)
