@@ -17,21 +17,13 @@ from vlmfast.patches.upstream import Source, method_of, parameters, site_name, s
 
 @dataclass(frozen=True)
 class Site:
-    """One method of one class in a model.
+    """One method of one class in a model."""
 
-    Attributes:
-        name: what patterns are matched with.
-        method: its name.
-        modules: the modules of the class.
-        body: what the method says, where that is known.
-        reason: why it is not replaced, or None.
-    """
-
-    name: str
+    name: str  # what patterns are matched with
     method: str
-    modules: list[nn.Module]
-    body: Body | None
-    reason: str | None
+    modules: list[nn.Module]  # of that class
+    body: Body | None  # where it is known
+    reason: str | None  # why it is not replaced
 
 
 def find_sites(model: nn.Module, bodies: Iterable[Body] = BODIES) -> list[Site]:

@@ -61,10 +61,8 @@ class Source:
 def closure(method: str, resolve: Callable[[str, bool, Any], tuple[Text, Any] | None]) -> Source:
     """Collect a method and what it names, directly or through another: methods of its class, functions beside them.
 
-    Args:
-        method: its name.
-        resolve: gives the text behind a name and where that was found, None for one that is not part of the body. Its
-            arguments are the name, whether it is a method's, and where the text that names it was found.
+    ``resolve(name, whether it is a method's, where the text that names it was found)`` gives the text behind a name and
+    where that was found; None for one that is not part of the body.
     """
     texts: set[tuple[str, Text]] = set()
     seen = set()
