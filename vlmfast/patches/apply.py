@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from vlmfast.modules import hugging_face_model
-from vlmfast.patches.bodies import BODIES
 from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.projects import Named
+from vlmfast.patches.report import Placed, count
 from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
 from vlmfast.reduce.generation import Reduction, shortening
 from vlmfast.reduce.methods import Method
@@ -40,6 +40,7 @@ class Patch:
     skipped: dict[str, str]
     reduction: Reduction | None = None
     _modules: list[nn.Module] = field(default_factory=list)
+    _placed: Placed | None = None
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -47,12 +48,15 @@ class Patch:
         return [] if self.reduction is None else self.reduction.images
 
     def report(self) -> str:
-        """Write a line for each site: how many modules, or why not.
+        """Write a line for each site: how many modules run the replacement now, or why not.
 
-        Then what became of the last prompt, where visual tokens are reduced.
+        Methods that somebody replaced again, and modules that came after the patch, are told too. Then what became of
+        the last prompt, where visual tokens are reduced. After `undo`, the lines say what was replaced.
         """
-        rows = {site: _count(number, "module") for site, number in self.replaced.items()}
+        rows = {site: count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items()}
+        if self._modules and self._placed is not None:
+            rows |= self._placed.rows()
         width = max(map(len, rows), default=0)
         lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
         if self.reduction is not None:
@@ -84,8 +88,8 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        state = _count(len(self._modules), "module") if self._modules else "undone"
-        return f"<Patch of {self.model_type}: {state}, {_count(len(self.replaced), 'site')}>"
+        state = count(len(self._modules), "module") if self._modules else "undone"
+        return f"<Patch of {self.model_type}: {state}, {count(len(self.replaced), 'site')}>"
 
 
 def patch(
@@ -147,8 +151,8 @@ def patch_projects(model: nn.Module, label: str, classes: tuple[str, ...]) -> Pa
         As `patch`.
     """
     _check_unpatched(model)
-    bodies = [body for body in BODIES if isinstance(body.key, Named) and body.key.class_name in classes]
-    sites = find_sites(model, bodies)
+    named = [(site, site.body.key) for site in find_sites(model) if site.body is not None]
+    sites = [site for site, key in named if isinstance(key, Named) and key.class_name in classes]
     if not sites:
         raise ValueError(
             f"model must be or hold a {' or '.join(classes)} with the methods of {label}, got a {type(model).__name__} "
@@ -174,7 +178,7 @@ def _model_type(module: nn.Module) -> str | None:
 def _nothing_known(label: str, sites: list[Site]) -> str:
     """Name the bodies that are most worth to be known."""
     unknown = sorted((site for site in sites if site.body is None), key=lambda site: -len(site.modules))
-    told = "; ".join(f"{site.name} of {_count(len(site.modules), 'module')}: {site.reason}" for site in unknown[:3])
+    told = "; ".join(f"{site.name} of {count(len(site.modules), 'module')}: {site.reason}" for site in unknown[:3])
     return f"vlmfast knows no method of this {label} model ({told or 'it has no RMSNorm and no placeholder mask'})"
 
 
@@ -243,14 +247,17 @@ def _swap(
         if site.name in chosen and site.reason is not None and (site.body is None or site.body.function is not None):
             warnings.warn(f"{site.name} is not patched: {site.reason}", stacklevel=stacklevel)
     replacements: Replacements = {} if reduction is None else dict(reduction.replacements())
+    names: dict[type, dict[str, str]] = {}
     for site, function in acting:
         cls = type(site.modules[0])
+        names.setdefault(cls, {})[site.method] = site.name
         replacements[cls] = {site.method: function, **replacements.get(cls, {})}
     classes = {cls: patched_class(cls, functions) for cls, functions in replacements.items()}
     counts: Counter[str] = Counter()
     for site, _ in acting:
         counts[site.name] += len(site.modules)
-    result = Patch(label, dict(counts), skipped, reduction)
+    placed = Placed(model, names, frozenset(map(type, model.modules())))
+    result = Patch(label, dict(counts), skipped, reduction, _placed=placed)
     try:
         for module in [module for module in model.modules() if type(module) in classes]:
             set_class(module, classes[type(module)])
@@ -260,7 +267,3 @@ def _swap(
         raise
     trace_anew()
     return result
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

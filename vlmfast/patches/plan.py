@@ -12,6 +12,7 @@ from vlmfast.checks import DTYPES
 from vlmfast.modules import replaced_on_instances
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.patches.projects import Named
+from vlmfast.patches.swap import PatchedModule
 from vlmfast.patches.upstream import Source, method_of, parameters, site_name, source
 
 
@@ -27,30 +28,32 @@ class Site:
 
 
 def find_sites(model: nn.Module, bodies: Iterable[Body] = BODIES) -> list[Site]:
-    """Find every site in a model. Changes nothing."""
+    """Find every site in the modules of a model that are not patched. Changes nothing."""
     table = {(body.method, body.key.class_name if isinstance(body.key, Named) else body.key): body for body in bodies}
     methods = dict.fromkeys(method for method, _ in table)
     modules_of: dict[type, list[nn.Module]] = {}
     for module in model.modules():
-        modules_of.setdefault(type(module), []).append(module)
+        if not isinstance(module, PatchedModule):
+            modules_of.setdefault(type(module), []).append(module)
     return [
-        site
-        for cls, modules in modules_of.items()
-        for method in methods
-        if method_of(cls, method) is not None
-        for site in _site(cls, method, modules, table)
+        site for cls, modules in modules_of.items() for method in methods for site in _site(cls, method, modules, table)
     ]
 
 
 def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[str, str], Body]) -> Iterator[Site]:
     """Give the site at that method, if there is one."""
+    function = method_of(cls, method)
+    if function is None:
+        if hasattr(cls, method) and is_like(cls.__name__, method, Source("", frozenset())):
+            origin = _origin(inspect.getattr_static(cls, method))
+            yield Site(site_name(cls, method), method, modules, None, f"it is not the code of a model, but {origin}")
+        return
     for base in cls.__mro__:
         if body := table.get((method, base.__name__)):
             reason = _difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
             yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
             return
-    function = inspect.unwrap(method_of(cls, method))  # type: ignore[arg-type]
-    if method == "forward" and "RMSNorm" not in cls.__name__ and not _is_short(function.__code__):
+    if method == "forward" and "RMSNorm" not in cls.__name__ and not _is_short(inspect.unwrap(function).__code__):
         return
     name = site_name(cls, method)
     try:
@@ -63,7 +66,7 @@ def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[st
     if body is not None:
         left = f"left alone: {body.says}" if body.function is None else None
         yield Site(name, method, modules, body, left or _obstacle(cls, method, modules))
-    elif is_like(cls.__name__, method, found):
+    elif is_like(cls.__name__, method, found) or (method == "forward" and _calls_a_norm(modules[0], found.names)):
         reason = f"its body is not one that this version of vlmfast was written for (digest {found.digest})"
         yield Site(name, method, modules, None, reason)
 
@@ -75,6 +78,17 @@ def is_like(class_name: str, method: str, found: Source) -> bool:
     names = found.names
     is_norm = "mean" in names and names & {"pow", "square"} and names & {"rsqrt", "sqrt"}
     return "RMSNorm" in class_name or bool(is_norm and names & {"eps", "variance_epsilon"} and "bias" not in names)
+
+
+def _calls_a_norm(module: nn.Module, names: Iterable[str]) -> bool:
+    """Tell whether a module leaves an RMSNorm to a function, such as LigerRMSNormFunction, and not to a module."""
+    return not any(module.children()) and any("rmsnorm" in name.replace("_", "").lower() for name in names)
+
+
+def _origin(method: object) -> str:
+    """Name a method, or what stands in the place of one."""
+    named = method if hasattr(method, "__qualname__") else type(method)
+    return f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined]
 
 
 def _is_short(code: object) -> bool:

@@ -20,7 +20,7 @@ class PatchedModule:
     """First base of every class that is swapped in; the second is the module's own class."""
 
     original_class: ClassVar[type]
-    replacements: ClassVar[tuple[str, ...]]  # the methods that are not those of the original class
+    replacements: ClassVar[Mapping[str, Callable[..., Any]]]  # method -> what is not that of the original class
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as the original class, so that a saved model loads where vlmfast is not installed."""
@@ -39,7 +39,7 @@ class PatchedModule:
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
     """Make a subclass of ``cls`` that passes for it, with these methods."""
     passing = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    record = {"original_class": cls, "replacements": tuple(methods)}
+    record = {"original_class": cls, "replacements": methods}
     return type(cls.__name__, (PatchedModule, cls), {**passing, **record, **methods})
 
 

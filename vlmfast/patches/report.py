@@ -1,0 +1,53 @@
+"""What became of a patch: the model as it is now, not as it was when it was patched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from vlmfast.modules import replaced_on_instances
+from vlmfast.patches.plan import find_sites
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a patch has put its replacements.
+
+    Attributes:
+        model: what was patched.
+        names: original class -> method -> the name of its site, where it was replaced.
+        classes: those of all modules, before the patch.
+    """
+
+    model: nn.Module
+    names: dict[type, dict[str, str]]
+    classes: frozenset[type]
+
+    def rows(self) -> dict[str, str]:
+        """Say of each replaced site how many modules run the replacement now, and name sites that were not there."""
+        running, others = Counter[str](), Counter[str]()
+        for module in self.model.modules():
+            cls = type(module)
+            for method, name in self.names.get(getattr(cls, "original_class", cls), {}).items():
+                (running if _runs(module, method) else others)[name] += 1
+        rows = {name: count(running[name], "module") for methods in self.names.values() for name in methods.values()}
+        for name, number in others.items():
+            rows[name] += f"; {number} not: replaced again or new since the patch"
+        for site in find_sites(self.model):
+            if type(site.modules[0]) not in self.classes:
+                rows[site.name] = f"skipped: {site.reason or 'it came after the patch'}"
+        return rows
+
+
+def _runs(module: nn.Module, method: str) -> bool:
+    """Tell whether a call of the method runs the replacement."""
+    cls = type(module)
+    ours = getattr(cls, "replacements", {}).get(method)
+    return ours is not None and getattr(cls, method) is ours and not replaced_on_instances([module], cls, method)
+
+
+def count(number: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
