@@ -246,7 +246,7 @@ def _caller(frame: FrameType | None) -> str:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         ours = str(path).startswith(OURS) and path.parent.name != "benchmarks"
-        if (ours and path.name != "registry.py") or "transformers" in path.parts:
+        if (ours and path.name not in ("registry.py", "functions.py")) or "transformers" in path.parts:
             return f"{path.stem}.{frame.f_code.co_name}"
         frame = frame.f_back
     return "the caller"

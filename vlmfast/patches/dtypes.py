@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vlmfast.checks import DTYPES
-from vlmfast.registry import OpFunction
+from vlmfast.functions import OpFunction
 
 
 def accepting(function: OpFunction[..., Tensor], x: Tensor) -> Callable[..., Tensor]:

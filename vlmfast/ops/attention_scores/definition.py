@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a time
 

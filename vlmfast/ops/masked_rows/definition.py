@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

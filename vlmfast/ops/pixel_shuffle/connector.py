@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmfast import checks
+from vlmfast.functions import op
 from vlmfast.linear import linear
 from vlmfast.ops.pixel_shuffle.definition import (
     check_norm_parameters,
@@ -35,7 +36,6 @@ from vlmfast.ops.pixel_shuffle.definition import (
     pixel_shuffle_norm,
     square,
 )
-from vlmfast.registry import op
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # -> torch's name of the approximation
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmfast import checks
 from vlmfast.backends import PLAIN
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 ORDERS = ("row", "column")
 

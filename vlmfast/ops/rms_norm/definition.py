@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmfast import checks
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 _INFINITY = math.inf  # a name of this module is found sooner than one of another
 VARIANTS = ("llama", "gemma", "olmo")

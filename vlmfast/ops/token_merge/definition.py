@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 MERGES = ("reference", "mean")
 

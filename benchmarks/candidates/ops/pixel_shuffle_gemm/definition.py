@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmfast.functions import op
 from vlmfast.ops.pixel_shuffle.connector import check_linear, pixel_shuffle_linear
-from vlmfast.registry import op
 
 
 @op(check=check_linear)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmfast import checks
-from vlmfast.registry import op
+from vlmfast.functions import op
 
 
 def _check(x: Tensor, factors: Tensor) -> None:
