@@ -16,6 +16,7 @@ import vlmfast
 from tests.helpers.reduce_models import METHODS, WORD, Talk
 from vlmfast.reduce import EvenTokens
 from vlmfast.reduce.caches import keep, kept_by, lent, release
+from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(WORD))}
@@ -29,8 +30,9 @@ def answer(talk: Talk, inputs: dict[str, Any], **more: Any) -> tuple[Any, Tensor
 
 
 def prefilled(talk: Talk, inputs: dict[str, Any]) -> Any:
+    cache = DynamicCache(config=talk.model.config.get_text_config(decoder=True))
     with torch.no_grad():
-        return talk.model(**inputs, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        return talk.model(**inputs, use_cache=True, past_key_values=cache).past_key_values
 
 
 def second_turn(talk: Talk, output: Any) -> dict[str, Any]:
@@ -156,6 +158,64 @@ def test_threads_do_not_mix_pictures():
     ((output, logits),) = found
     assert torch.equal(logits, want)
     assert torch.equal(kept_by(output.past_key_values).images[0].kept[0], kept)
+
+
+def test_a_step_during_which_another_prompt_runs():
+    """Its positions are its own: a patched model keeps nothing of a prompt."""
+    talk = Talk.of("qwen2_5_vl")
+    mine, other = talk.batch((10, 0, 11)), talk.batch((10, 2, 11), (12, 1, 13))
+    step = torch.tensor([[12]])
+    with vlmfast.patch(talk.model, reduce=METHOD), torch.no_grad():
+        want = talk.model(input_ids=step, past_key_values=prefilled(talk, mine)).logits
+        cache = prefilled(talk, mine)
+        layer = talk.model.get_input_embeddings()
+
+        def run_another(*_: Any) -> None:
+            hook.remove()
+            turns(other)
+
+        def turns(first: dict[str, Tensor]) -> None:
+            output, _ = answer(talk, first)
+            answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
+
+        hook = layer.register_forward_hook(run_another)
+        assert torch.equal(talk.model(input_ids=step, past_key_values=cache).logits, want)
+        turns(mine)
+    assert talk.model.base_model.rope_deltas is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_5"])
+@torch.no_grad()
+def test_inputs_of_two_prompts_are_compressed_before_the_first_one_runs(model_type: str):
+    talk = Talk.of(model_type)
+    mine, other = talk.batch((10, 0, 11)), talk.batch((10, 2, 11), (12, 1, 13))
+    if not takes_features(type(talk.model.base_model)):
+        pytest.skip("this transformers is told at once: each prompt has to run before the next is compressed")
+
+    def steps(short: dict[str, Any]) -> Tensor:
+        cache = talk.model(**short, use_cache=True).past_key_values
+        return talk.model(input_ids=torch.tensor([[12, 13]]), past_key_values=cache).logits
+
+    want = steps(vlmfast.compress_inputs(talk.model, mine, METHOD))
+    short = copy.deepcopy(vlmfast.compress_inputs(talk.model, mine, METHOD))
+    vlmfast.compress_inputs(talk.model, other, METHOD)
+    talk.model(**other)
+    assert torch.equal(steps(short), want)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        cache = prefilled(talk, mine)
+        assert torch.equal(talk.model(input_ids=torch.tensor([[12, 13]]), past_key_values=cache).logits, want)
+
+
+def test_prompts_of_a_copy_are_not_reported():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD) as patch:
+        twin = copy.deepcopy(talk.model)
+        twin(**talk.batch((10, 0, 1, 11)))
+        assert patch.images == []
+        assert "no prompt with images yet" in patch.report()
+        talk.model(**talk.batch((10, 0, 11)))
+        twin(**talk.batch((10, 0, 1, 11)))
+        assert len(patch.images) == 1
 
 
 def test_a_masked_image_behind_the_text_changes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,9 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
 
     ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
     short ids. With M-RoPE (Qwen-VL) ``position_ids`` are those that the tokens had, and the model is told how far from
-    the end of the short prompt the next position is. Gradients reach the projector and the tower.
+    the end of the short prompt the next position is when it runs this prompt, or at once in a transformers without
+    ``mm_encoder_outputs``: run each prompt there before the next is compressed. Gradients reach the projector and the
+    tower.
 
         short = vlmfast.compress_inputs(model, processor(...), vlmfast.VisionZip(dominant=54, contextual=10))
         loss = model(**short).loss
@@ -46,9 +49,30 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
         return dict(inputs)
     base = host.base_model
     prompt, short = shorten(host, reducer, method, inputs)
+    if not takes_features(type(base)):
+        if prompt.rope_deltas is not None:
+            base.rope_deltas = prompt.rope_deltas
+        return _with_embeddings(base, prompt, short)
     if prompt.rope_deltas is not None:
-        base.rope_deltas = prompt.rope_deltas
-    return short if takes_features(type(base)) else _with_embeddings(base, prompt, short)
+        short["mm_encoder_outputs"] = _Encoded(short["mm_encoder_outputs"], weakref.ref(base), prompt.rope_deltas)
+    return short
+
+
+class _Encoded(dict[str, Any]):
+    """Encoded images which tell a model with M-RoPE, when it asks for them, where their prompt goes on.
+
+    As its own prefill tells it: the model keeps this for one prompt, the last one that it has run.
+    """
+
+    def __init__(self, items: Mapping[str, Any], base: weakref.ref[Any], rope_deltas: Tensor) -> None:
+        super().__init__(items)
+        self.base, self.rope_deltas = base, rope_deltas
+
+    def get(self, key: str, default: Any = None) -> Any:
+        base = self.base()
+        if base is not None:
+            base.rope_deltas = self.rope_deltas
+        return super().get(key, default)
 
 
 def _with_embeddings(base: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.prompt import ShortenedPrompt, image_output, parameters, shorten, takes_features
+from vlmfast.reduce.prompt import (
+    ShortenedPrompt,
+    image_output,
+    parameters,
+    positions_after,
+    shorten,
+    takes_features,
+)
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
@@ -29,6 +36,7 @@ class Reduction:
     base_class: type[Any]  # without it
     reducer: Reducer
     method: Method
+    config: Any  # of the model: that of a copy is another one, and so its prompts are not reported here
     last: ShortenedPrompt | None = None  # that had images, without gradients
 
     @property
@@ -64,16 +72,14 @@ class Reduction:
     def shorten(
         self, model: Any, arguments: Mapping[str, Any], cached: ShortenedPrompt | None
     ) -> tuple[ShortenedPrompt, dict[str, Any]]:
-        """Shorten the prompt, tell the model where the next position is, and note the prompt for the report.
+        """Shorten the prompt, and note it for the report.
 
         Returns:
             The prompt, without gradients, and the arguments of the call.
         """
         prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
-        if prompt.rope_deltas is not None:
-            model.base_model.rope_deltas = prompt.rope_deltas
         prompt = prompt.detach()
-        if prompt.images:
+        if prompt.images and model.config is self.config:
             self.last = prompt
         return prompt, short
 
@@ -95,7 +101,7 @@ def shortening(model: Any, method: object) -> Reduction:
     for name in ("forward", "generate"):
         if reason := replaced_on_instances([model], type(model), name):
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    return Reduction(type(model), type(model.base_model), reducer, method)
+    return Reduction(type(model), type(model.base_model), reducer, method, model.config)
 
 
 def reducible(host: Any) -> tuple[Any, Reducer]:
@@ -147,7 +153,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
         cache = arguments.get("past_key_values")
         with lent(cache) as cached:
             if arguments.get("pixel_values") is None and cached is not None:
-                return original(model, **_continued(model.base_model, arguments, cached))
+                return original(model, **_continued(arguments, cached))
             if cache is not None and cache.get_seq_length():
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
             prompt, short = shorten(model, arguments, None)
@@ -158,19 +164,25 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
     return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
 
 
-def _continued(base: Any, arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
-    """Return the arguments of a step after a shortened prompt: its mask, which counts on from the full prompt."""
-    if cached.rope_deltas is not None:
-        base.rope_deltas = cached.rope_deltas
-    mask, columns = arguments.get("attention_mask"), cached.columns
-    past = arguments["past_key_values"].get_seq_length()
+def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
+    """Return the arguments of a step after a shortened prompt: its mask, which counts on from the full prompt.
+
+    With M-RoPE also its positions, which transformers would count on from the last prompt that the model saw.
+    """
+    given, columns = arguments.get("attention_mask"), cached.columns
     tokens = arguments["input_ids" if arguments.get("input_ids") is not None else "inputs_embeds"].shape[1]
-    if mask is None and not bool(columns.valid.all()):
-        mask = columns.valid.new_ones(columns.valid.shape[0], columns.dropped + past + tokens, dtype=torch.long)
-    if mask is None or mask.dim() != 2 or mask.shape[1] != columns.dropped + past + tokens:
-        return arguments
-    short = torch.cat([columns.take(mask[:, : columns.total], 0), mask[:, columns.total :]], 1)
-    return {**arguments, "attention_mask": short}
+    after = int(arguments["past_key_values"].get_seq_length()) + tokens - columns.index.shape[1]
+    changed: dict[str, Any] = {}
+    if given is not None and given.dim() == 2 and given.shape[1] == columns.total + after:
+        mask = torch.cat([columns.take(given[:, : columns.total], 0), given[:, columns.total :]], 1)
+        changed["attention_mask"] = mask
+    else:
+        mask = torch.cat([columns.valid, columns.valid.new_ones(len(columns.valid), after)], 1).long()
+        if given is None and not bool(columns.valid.all()):
+            changed["attention_mask"] = mask
+    if cached.rope_deltas is not None and arguments.get("position_ids") is None:
+        changed["position_ids"] = positions_after(mask, cached.rope_deltas)[..., -tokens:]
+    return {**arguments, **changed}
 
 
 # ---- a transformers whose forward takes no encoded images ----
@@ -233,7 +245,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:  # the ids of what follows alone
             if cached is None or arguments.get("pixel_values") is not None:
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
-            return original(model, **_continued(model.base_model, arguments, cached))
+            return original(model, **_continued(arguments, cached))
         prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
         short |= _lengths(model, arguments, prompt.columns.dropped)
         if (streamer := arguments.get("streamer")) is not None:

@@ -123,6 +123,8 @@ def shorten(
         positions, deltas = _positions(base, arguments, full_mask, mask, columns, deltas)
         if positions is not None:
             short["position_ids"] = positions
+    elif deltas is not None:
+        short["position_ids"] = positions_after(mask, deltas)
     prompt = ShortenedPrompt(ids, columns, deltas, samples)
     if any(samples):
         short["mm_encoder_outputs"] = prompt
@@ -210,6 +212,15 @@ def _positions(
     deltas = deltas + full_mask.sum(1, keepdim=True) - mask.sum(1, keepdim=True)
     text = (mask.cumsum(1) - 1).clamp(min=0)
     return torch.cat([text[None], columns.take(found, 0)]), deltas
+
+
+def positions_after(mask: Tensor, rope_deltas: Tensor) -> Tensor:
+    """(B, N) mask of a short prompt and of text after it -> (4, B, N) positions, of which those of the text are right.
+
+    As in transformers the first row counts the tokens, and the others are the positions of M-RoPE.
+    """
+    text = (mask.cumsum(1) - 1).clamp(min=0)
+    return torch.stack([text, *[text + rope_deltas.to(text.device)] * 3])
 
 
 def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
