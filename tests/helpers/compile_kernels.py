@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -79,8 +80,11 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
     return seen
 
 
-def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """The specialisation that the JIT would make of these arguments."""
+def source_of(kernel: JITFunction, arguments: dict, unaligned: Container[str] = ()) -> ASTSource:
+    """The specialisation that the JIT would make of these arguments.
+
+    Tensors lie at multiples of 16 bytes, as torch's allocations and row views of 16 bytes do, but for those named.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -88,9 +92,11 @@ def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
-            attributes[(index,)] = [["tt.divisibility", 16]]  # torch's allocations are; row views of 16 bytes too
+            if parameter.name not in unaligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            integer = "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = "fp32" if isinstance(value, float) else integer
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

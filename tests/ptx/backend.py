@@ -1,0 +1,96 @@
+"""Triton kernels as compiled for a GPU, run by the machine, as the backends `PLACES` of the generated tests."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import struct
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.ptx.compile import OPTIONS, Compiled, compiled
+from tests.ptx.machine import Machine
+from tests.ptx.memory import READ, WRITE, GlobalMemory
+from tests.ptx.parse import Kernel, parse
+from vlmfast import backends
+
+PLACES = {"ptx_sm_90": "sm_90", "ptx_sm_80": "sm_80"}  # backend -> target
+
+
+def allow(memory: GlobalMemory, tensor: Tensor) -> None:
+    """Let a kernel touch the elements of a tensor, and no byte between them."""
+    if tensor.numel() == 0:
+        return
+    size = tensor.element_size()
+    reach = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    flags = torch.zeros(reach, size, dtype=torch.uint8)
+    flags.as_strided((*tensor.shape, size), (*(size * stride for stride in tensor.stride()), 1)).fill_(READ | WRITE)
+    memory.allow(tensor.data_ptr(), flags.reshape(-1).numpy())
+
+
+def pack(kernel: Kernel, values: list[Any]) -> bytes:
+    """The parameters of a launch, each where the kernel reads it; scratch memory, which no kernel uses, is null."""
+    values = [*values, *[0] * (len(kernel.params) - len(values))]
+    packed = bytearray(kernel.param_size)
+    for (offset, size), value in zip(kernel.params.values(), values, strict=True):
+        if isinstance(value, float):
+            raw = struct.pack({4: "<f", 8: "<d"}[size], value)
+        else:
+            number = value.data_ptr() if isinstance(value, Tensor) else int(value)
+            raw = number.to_bytes(size, "little", signed=number < 0)
+        packed[offset : offset + size] = raw
+    return bytes(packed)
+
+
+@functools.cache
+def machine_for(ptx: str, name: str) -> Machine:
+    """The kernel of a module, assembled."""
+    return Machine(parse(ptx, name))
+
+
+def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+    """Run one launch of a compiled kernel on tensors of the CPU."""
+    memory, machine = GlobalMemory(), machine_for(found.ptx, name)
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            allow(memory, value)
+    params = pack(machine.kernel, [arguments[name] for name in found.passed])
+    machine.launch(memory, grid, machine.kernel.threads, params, found.shared)
+
+
+def _run(target: str, function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Take the place of the interpreter's launch."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    arguments = dict(inspect.signature(function.fn).bind(*args, **kwargs).arguments)
+    found = compiled(function.fn, arguments, options, target)
+    grid = grid(arguments) if callable(grid) else grid
+    launch(found, function.fn.__name__, arguments, (*grid, 1, 1)[:3])
+
+
+def loader(target: str, op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
+    """Load an op, as the loaders of `backends.LOADERS` do."""
+    if torch.cuda.is_available():
+        return "with a GPU, Triton's launches are not looked into"
+    found = backends.LOADERS["triton"](op, family, reference)
+    if isinstance(found, str):
+        return found
+    interpreted = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
+
+    @functools.wraps(found.run)
+    def run(*args: Any) -> Any:
+        with mock.patch.object(interpreted, "run", functools.partialmethod(_launcher, target)):
+            return found.run(*args)
+
+    return backends.Backend(f"ptx_{target}", run, found.unsupported, found.absent_on)
+
+
+def _launcher(function: Any, target: str, *args: Any, **kwargs: Any) -> None:
+    _run(target, function, *args, **kwargs)
+
+
+LOADERS = {name: functools.partial(loader, target) for name, target in PLACES.items()}

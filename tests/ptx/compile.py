@@ -1,0 +1,161 @@
+"""Triton kernels as PTX, from a cache keyed by content.
+
+The tests run under Triton's interpreter, where there is nothing to compile: what the cache lacks is compiled by a
+process of its own, `python -m tests.ptx.compile`, which answers each line of its input with one of its output.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+# Launch arguments that are no parameter of a kernel, but say how it is compiled.
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a launch needs of a compiled kernel."""
+
+    ptx: str
+    shared: int  # bytes of dynamic shared memory
+    passed: list[str]  # the arguments that are parameters of the PTX, in their order
+
+
+@functools.cache
+def _sources() -> str:
+    """Hash what a kernel may be made of: the Triton release, the kernels, and how they are specialised."""
+    digest = hashlib.sha256(metadata.version("triton").encode())
+    files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks/candidates/kernels").rglob("*.py")])
+    for path in [*files, ROOT / "tests/helpers/compile_kernels.py", Path(__file__)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _cache() -> Path:
+    """The checkout's build folder, or a temporary one where that cannot be written."""
+    directory = ROOT / "build" / "ptx"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        directory = Path(tempfile.mkdtemp(prefix="vlmfast-ptx-"))
+    return directory
+
+
+def _kind(value: Any) -> Any:
+    """All that a specialisation depends on: of a tensor its type and alignment, of a number its size and divisors."""
+    if isinstance(value, torch.Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
+    if isinstance(value, float):
+        return 0.5
+    if isinstance(value, int) and not isinstance(value, bool) and value != 1:
+        wide = 0 if -(2**31) <= value < 2**31 else 2**32
+        return wide + (16 if value % 16 == 0 else 3)
+    return value
+
+
+@functools.cache
+def _constants(function: Callable[..., None]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if "constexpr" in str(p.annotation)}
+
+
+def compiled(
+    function: Callable[..., None], arguments: dict[str, Any], options: dict[str, Any], target: str
+) -> Compiled:
+    """Compile a kernel, or find it compiled, as the JIT would for these arguments.
+
+    Args:
+        function: the Python function under the decorator.
+        arguments: those of the launch, by name.
+        options: those of `OPTIONS` that the launch gives.
+        target: "sm_90", for one.
+    """
+    constants = _constants(function)
+    kinds = {name: value if name in constants else _kind(value) for name, value in arguments.items()}
+    request = {"module": function.__module__, "kernel": function.__name__, "arguments": kinds}
+    return _compiled(json.dumps({**request, "options": options, "target": target}))
+
+
+@functools.cache
+def _compiled(request: str) -> Compiled:
+    path = _cache() / (hashlib.sha256((_sources() + request).encode()).hexdigest()[:32] + ".json")
+    if not path.exists():
+        answer = _ask(request)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(answer)
+        os.replace(partial, path)  # whole or not at all: this process may be stopped
+    return Compiled(**json.loads(path.read_text()))
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen[str]:
+    """Start the process that compiles; it ends when this one does, with its input."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "tests.ptx.compile"]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True
+    )
+
+
+def _ask(request: str) -> str:
+    process = _compiler()
+    print(request, file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    if not answer:
+        raise RuntimeError(
+            f"the process that compiles Triton kernels ended: see its messages; it was asked for {request}"
+        )
+    if "error" in json.loads(answer):
+        raise RuntimeError(f"{json.loads(answer)['error']}, asked for {request}")
+    return answer
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    import importlib
+
+    import triton
+
+    from tests.helpers.compile_kernels import TARGETS, source_of
+
+    kernel = getattr(importlib.import_module(request["module"]), request["kernel"])
+    arguments, unaligned = {}, set()
+    for name, kind in request["arguments"].items():
+        if isinstance(kind, dict):
+            arguments[name] = torch.empty(0, dtype=getattr(torch, kind["dtype"]), device="meta")
+            unaligned |= set() if kind["aligned"] else {name}
+        else:
+            arguments[name] = kind
+    source = source_of(kernel, arguments, unaligned)
+    found = triton.compile(source, target=TARGETS[request["target"]], options=request["options"])
+    passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
+    return {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            answer = _answer(json.loads(line))
+        except Exception as error:  # the asking process raises it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

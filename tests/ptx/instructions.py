@@ -1,0 +1,82 @@
+"""The table of instructions, and what most of them share. A handler makes, once per launch, what runs each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.ptx.parse import Instruction, PtxError
+from tests.ptx.values import Type, flush
+
+if TYPE_CHECKING:
+    from tests.ptx.machine import Machine
+
+Action = Callable[[], None]
+Handler = Callable[["Machine", Instruction], Action]
+Function = Callable[..., np.ndarray]
+
+HANDLERS: dict[str, tuple[frozenset[str], Handler]] = {}
+
+
+def instruction(names: str, flags: str = "") -> Callable[[Handler], Handler]:
+    """Register the handler of some instructions, with all the modifiers that it knows."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names.split():
+            HANDLERS[name] = frozenset(flags.split()), handler
+        return handler
+
+    return register
+
+
+def unknown(ins: Instruction, what: str = "") -> PtxError:
+    return PtxError(f"an instruction that is not known here{': ' if what else ''}{what}")
+
+
+def assemble(machine: Machine, ins: Instruction) -> Action:
+    """Make what an instruction does.
+
+    Raises:
+        PtxError: for an instruction, a modifier or an operand that is not known.
+    """
+    if ins.name not in HANDLERS:
+        raise unknown(ins)
+    flags, handler = HANDLERS[ins.name]
+    if strange := set(ins.flags) - flags:
+        raise unknown(ins, "." + ", .".join(sorted(strange)))
+    return handler(machine, ins)
+
+
+def only_type(ins: Instruction) -> Type:
+    """The type of an instruction that has one."""
+    if len(ins.types) != 1:
+        raise unknown(ins, "several types" if ins.types else "no type")
+    return ins.types[0]
+
+
+def elementwise(machine: Machine, ins: Instruction, function: Function) -> Action:
+    """Apply a function of numbers; .ftz and .sat are heeded, the roundings are numpy's: to nearest."""
+    kind = only_type(ins)
+    write = machine.target(ins.args[0])
+    sources = [machine.source(arg, kind) for arg in ins.args[1:]]
+    unpack, pack = kind.unpack, kind.pack
+    flushed = "ftz" in ins.flags and kind.number == np.float32
+    if "sat" in ins.flags:
+        if kind.kind != "f":
+            raise unknown(ins, ".sat of integers")
+        inner, function = function, lambda *values: np.clip(np.nan_to_num(inner(*values), nan=0.0), 0, 1)
+    if flushed:
+        return lambda: write(pack(flush(function(*[flush(unpack(read())) for read in sources]))))
+    if kind.raw == kind.number:
+        return lambda: write(function(*[read() for read in sources]).astype(kind.raw, copy=False))
+    return lambda: write(pack(function(*[unpack(read()) for read in sources])))
+
+
+def extended(raw: np.ndarray, kind: Type, size: int) -> np.ndarray:
+    """Bits of one type in a register of ``size`` bytes, that may be wider: by the sign where the type has one."""
+    if raw.dtype.itemsize == size:
+        return raw
+    wide = f"i{size}" if kind.kind == "s" else f"u{size}"
+    return kind.unpack(raw).astype(wide).view(f"u{size}")

@@ -1,0 +1,254 @@
+"""A kernel in execution: its blocks, the order of their threads, barriers.
+
+Each thread has a place in the program of its own. Of all threads of a batch of blocks those that are least far run, all
+together: threads that went different ways meet again where the ways join. Which threads run first is thus fixed; that
+another order would give the same result is what the checks of shared memory are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+import tests.ptx.arithmetic
+import tests.ptx.matrix  # noqa: F401  (they register their instructions)
+from tests.ptx.access import DeviceAssertionError
+from tests.ptx.copies import Groups
+from tests.ptx.instructions import Action, assemble, unknown
+from tests.ptx.memory import Constant, GlobalMemory, SharedMemory
+from tests.ptx.parse import Instruction, Kernel, PtxError, Variable
+from tests.ptx.registers import Registers
+from tests.ptx.values import TYPES, UNSIGNED
+from tests.ptx.warps import members
+
+SHARED_BEGIN = 0x400  # sm_90 keeps the first KiB
+MOST_STEPS = 1_000_000  # of a batch of blocks: what runs longer does not end
+BATCH = 8192  # threads: more fill the caches, fewer are not worth the while of an array operation
+
+
+@dataclass(frozen=True)
+class Step:
+    """An instruction as it runs: what it does, or how it changes the order of the program."""
+
+    action: Action | None
+    branch: int | None  # where to
+    control: str  # "", "branch", "exit", "barrier"
+    predicate: int | None
+    negated: bool
+
+
+# Where generic addresses of shared and local memory begin: above all global ones.
+WINDOWS = {"shared": 1 << 60, "local": 1 << 61}
+
+
+class Machine(Registers):
+    """Runs the launches of one kernel, which it has assembled once."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        constants = kernel.spaces.get("global", {})
+        self.constants = {name: Constant(variable) for name, variable in constants.items()}
+        offsets, self.static_shared = _offsets(kernel.spaces.get("shared", {}))
+        self.static_shared = -(-self.static_shared // 128) * 128
+        local, self.local_size = _offsets(kernel.spaces.get("local", {}))
+        symbols = {name: constant.begin for name, constant in self.constants.items()} | local
+        symbols |= {name: SHARED_BEGIN + offset for name, offset in offsets.items()}
+        symbols |= dict.fromkeys(kernel.dynamic_shared, SHARED_BEGIN + self.static_shared)
+        super().__init__(kernel, symbols)
+        self.windows = WINDOWS
+        self.call_params: dict[str, np.ndarray] = {}
+        self.at = 0  # the running instruction
+        self.ran = np.zeros(len(kernel.instructions), np.int64)  # how many threads have run each
+        self.most_steps, self.steps = MOST_STEPS, 0
+        self.joins = set(kernel.labels.values())
+        self.unit = min((_unit(ins) for ins in kernel.instructions), default=4)
+        self.program = [self._step(at, ins) for at, ins in enumerate(kernel.instructions)]
+
+    def _step(self, at: int, ins: Instruction) -> Step:
+        self.at = at
+        try:
+            predicate = None if ins.predicate is None else self._register(ins.predicate)
+            if ins.name == "bra":
+                return Step(None, self.kernel.labels[ins.args[0]], "branch", predicate, ins.negated)
+            if ins.name in ("ret", "exit"):
+                return Step(None, None, "exit", predicate, ins.negated)
+            if ins.name in ("bar", "barrier"):
+                return self._barrier(ins, predicate)
+            return Step(assemble(self, ins), None, "", predicate, ins.negated)
+        except PtxError as error:
+            raise self._located(error) from None
+
+    def _barrier(self, ins: Instruction, predicate: int | None) -> Step:
+        if ins.flags == ("warp", "sync"):
+            mask = self.source(ins.args[0], TYPES["u32"])
+            return Step(lambda: members(self, mask) is None, None, "", predicate, ins.negated)
+        if ins.flags not in (("sync",), ("sync", "aligned")) or ins.args != ["0"]:
+            raise unknown(ins, "a barrier that is not the whole block's")
+        return Step(None, None, "barrier", predicate, ins.negated)
+
+    def _located(self, error: Exception) -> Exception:
+        ins = self.kernel.instructions[self.at]
+        return type(error)(f"{error}\n  in {self.kernel.name}, instruction {self.at}: {ins.text}  ({ins.line})")
+
+    # ---- memory of blocks and threads ----
+
+    def shared_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int, aligned: int) -> np.ndarray:
+        return self.shared.offsets(addresses - SHARED_BEGIN, self.block_of[lanes], width, aligned)
+
+    def local_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int) -> np.ndarray:
+        if ((addresses < 0) | (addresses + width > self.local_size) | (addresses % width != 0)).any():
+            raise PtxError(f"{width} bytes of local memory where a thread has none, or misaligned")
+        return addresses + lanes * self.local_stride
+
+    def read_tile(self, addresses: np.ndarray, thread: int) -> np.ndarray:
+        """Read 16-bit elements of shared memory for the warpgroup that begins with a thread."""
+        block = self.block_of[thread]
+        offsets = self.shared.offsets(addresses - SHARED_BEGIN, block, 2, 2)
+        self.shared.note_tile(offsets, block)
+        return self.shared.content[2][offsets // 2]
+
+    # ---- running ----
+
+    def launch(
+        self, memory: GlobalMemory, grid: Sequence[int], block: Sequence[int], params: bytes, dynamic_shared: int = 0
+    ) -> None:
+        """Run all blocks of a launch.
+
+        Raises:
+            PtxError: for what no kernel may do, with the kernel, the instruction and its line.
+            DeviceAssertionError: if an assertion of the kernel fails.
+        """
+        self.grid, self.block, self.params = grid, block, params.ljust(self.kernel.param_size, b"\0")
+        self.memory, self.per_block = memory, math.prod(block)
+        self.shared_size = self.static_shared + dynamic_shared
+        if self.per_block % 32:
+            raise PtxError(f"{self.kernel.name}: blocks of {self.per_block} threads are not whole warps")
+        if self.kernel.threads and math.prod(self.kernel.threads) != self.per_block:
+            raise PtxError(f"{self.kernel.name} demands blocks of {self.kernel.threads}, got {block}")
+        memory.non_coherent = any("nc" in ins.flags for ins in self.kernel.instructions)
+        for constant in self.constants.values():
+            memory.allow(constant.begin, constant.allowed)
+        memory.ready()
+        blocks, together = math.prod(grid), max(1, BATCH // self.per_block)
+        try:
+            with np.errstate(all="ignore"):
+                for first in range(0, blocks, together):
+                    self._run_batch(first, min(together, blocks - first))
+                memory.finish()
+        except (PtxError, DeviceAssertionError) as error:
+            raise self._located(error) from None
+
+    def _run_batch(self, first: int, count: int) -> None:
+        self._begin(first, count)
+        threads = self.threads
+        self.place = np.zeros(threads, np.int32)  # of each thread in the program
+        self.exited, self.waiting = np.zeros(threads, np.bool_), np.zeros(threads, np.bool_)
+        self.steps = 0
+        while not self.exited.all():
+            ready = ~(self.exited | self.waiting)
+            if not ready.any():
+                raise PtxError("a barrier that some threads of a block never reach")
+            at = int(self.place[ready].min())
+            active = ready & (self.place == at)
+            self._advance(at, active, bool((active == ready).all()))
+        self.copies.end()
+        self.multiplications.end()
+
+    def _begin(self, first: int, count: int) -> None:
+        thread, block = (
+            np.tile(np.arange(self.per_block), count),
+            np.repeat(np.arange(first, first + count), self.per_block),
+        )
+        special = {"%laneid": thread % 32, "%warpid": thread // 32}
+        for name, number_, shape in (("tid", thread, self.block), ("ctaid", block, self.grid)):
+            size = 1
+            for axis, extent in zip("xyz", (*shape, 1, 1)[:3], strict=True):
+                special[f"%{name}.{axis}"] = number_ // size % extent
+                special[f"%n{name}.{axis}"] = np.array([extent])
+                size *= extent
+        self.reset(count * self.per_block, special)
+        self.warp_of, self.block_of = (thread // 32).astype(np.int16), block - first
+        self.shared = SharedMemory(count, self.shared_size, self.unit)
+        self.local_stride = -(-self.local_size // 16) * 16
+        local = np.full(max(16, self.threads * self.local_stride), 0xFF, np.uint8)
+        self.local = {size: local.view(raw) for size, raw in UNSIGNED.items()}
+        self.copies, self.multiplications = (Groups(self.threads, name) for name in ("an asynchronous copy", "a wgmma"))
+
+    def _advance(self, at: int, active: np.ndarray, alone: bool) -> None:
+        """Run some threads until they part, wait, end, or come where others may join them."""
+        full, many = bool(active.all()), int(np.count_nonzero(active))
+        while True:
+            self.at = at
+            self.steps += 1
+            if self.steps > self.most_steps:
+                raise PtxError(f"more than {self.most_steps} steps: a loop that does not end")
+            step = self.program[at]
+            taken, count = self._taking(step, active, full, many)
+            self.ran[at] += count
+            self.mask = taken
+            if step.control == "":
+                if count:
+                    step.action()
+                at += 1
+            elif step.control == "branch":
+                if 0 < count < many:
+                    self.place[active] = at + 1
+                    self.place[taken] = step.branch
+                    return
+                at = step.branch if count else at + 1
+            elif step.control == "exit":
+                self.exited |= True if taken is None else taken
+                if count == many:
+                    return
+                active = active & ~taken
+                full, many, at = False, many - count, at + 1
+            else:
+                self._wait(active, count == many)
+                at += 1
+                self.place[active] = at
+                if not full:
+                    return
+            if not alone and (at in self.joins or step.control == "branch"):
+                self.place[active] = at
+                return
+
+    def _taking(self, step: Step, active: np.ndarray, full: bool, many: int) -> tuple[np.ndarray | None, int]:
+        """Which of the active threads an instruction is for (None: all there are), and how many."""
+        if step.predicate is None:
+            return (None if full else active), many
+        chosen = self.values[step.predicate]
+        if step.negated:
+            chosen = ~chosen
+        if not full:
+            chosen = active & chosen
+        elif chosen.size == 1:
+            return None, many if chosen[0] else 0
+        count = int(np.count_nonzero(chosen))
+        return (None if count == self.threads else chosen), count
+
+    def _wait(self, active: np.ndarray, whole: bool) -> None:
+        """Arrive at the barrier; blocks of which all threads have arrived go on."""
+        if not whole:
+            raise PtxError("a barrier for some of the threads that reach it")
+        self.waiting |= active
+        arrived = self.waiting.reshape(-1, self.per_block).all(1)
+        self.shared.interval[arrived] += 1
+        self.waiting[np.repeat(arrived, self.per_block)] = False
+
+
+def _unit(ins: Instruction) -> int:
+    """The width of what an instruction may touch in shared memory at once: at most 4 bytes are told apart."""
+    if ins.name in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(ins.flags):
+        return min(4, ins.types[0].size)
+    return {"ldmatrix": 2, "stmatrix": 2, "wgmma": 2}.get(ins.name, 4)
+
+
+def _offsets(variables: dict[str, Variable]) -> tuple[dict[str, int], int]:
+    """Where each variable lies in its space, and how large that is."""
+    found, end = {}, 0
+    for name, variable in variables.items():
+        found[name] = -(-end // variable.align) * variable.align
+        end = found[name] + variable.size
+    return found, end

@@ -1,0 +1,286 @@
+"""Global, shared and local memory, each with what may be done to it. Addresses are numbers, of one per thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.ptx.parse import PtxError, Variable
+from tests.ptx.values import UNSIGNED
+
+READ, WRITE = 1, 2
+
+
+def host_bytes(begin: int, size: int) -> np.ndarray:
+    """The memory of this process from an address on."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(begin))
+
+
+class Region:
+    """Global memory that lies together, and what a kernel may do with each byte of it."""
+
+    def __init__(self, begin: int, content: np.ndarray, allowed: np.ndarray) -> None:
+        self.begin, self.end = begin, begin + len(content)
+        self.content = {n: content[: len(content) // n * n].view(raw) for n, raw in UNSIGNED.items()}
+        whole = bool((allowed == allowed[:1]).all()) and len(allowed) > 0
+        self.everywhere = int(allowed[0]) if whole else 0
+        # How many bytes before each may be read, and written: an access is allowed where their number is its width.
+        self.counts = {} if whole else {kind: _running((allowed & kind) > 0) for kind in (READ, WRITE)}
+        self.stored, self.cached = (np.zeros(len(content), np.bool_) for _ in range(2))
+
+    def permits(self, kind: int, offsets: np.ndarray, width: int) -> np.ndarray:
+        inside = (offsets >= 0) & (offsets + width <= self.end - self.begin)
+        if self.everywhere or not inside.all():
+            return (
+                inside & bool(self.everywhere & kind)
+                if self.everywhere
+                else inside & self._permits(kind, np.where(inside, offsets, 0), width)
+            )
+        return self._permits(kind, offsets, width)
+
+    def _permits(self, kind: int, offsets: np.ndarray, width: int) -> np.ndarray:
+        count = self.counts[kind]
+        return count[np.minimum(offsets + width, len(count) - 1)] - count[offsets] == width
+
+
+def _running(flags: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
+
+
+class Constant:
+    """A constant of a module, in memory of its own that kernels may read."""
+
+    def __init__(self, variable: Variable) -> None:
+        align = max(variable.align, 8)
+        self.room = np.zeros(variable.size + align, np.uint8)
+        self.begin = -(-self.room.ctypes.data // align) * align
+        self.room[self.begin - self.room.ctypes.data :][: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+        self.allowed = np.full(variable.size, READ, np.uint8)
+
+
+class GlobalMemory:
+    """What the launches of one kernel may touch: `allow` what, then `load` and `store`."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[int, np.ndarray]] = []  # begin, and what is allowed with each byte from there on
+        self.regions: list[Region] = []
+        self.non_coherent = False  # whether the kernel loads through the non-coherent cache: what it stores is noted
+
+    def allow(self, begin: int, allowed: np.ndarray) -> None:
+        """Allow the bytes of a span: to each belongs 0, `READ`, `WRITE` or both. Spans may overlap."""
+        if len(allowed):
+            self.spans.append((begin, allowed))
+            self.regions = []
+
+    def ready(self) -> None:
+        """Join spans that overlap, once all are known."""
+        groups: list[list[tuple[int, np.ndarray]]] = []
+        for begin, allowed in sorted(self.spans, key=lambda span: span[0]):
+            if groups and begin < max(at + len(flags) for at, flags in groups[-1]):
+                groups[-1].append((begin, allowed))
+            else:
+                groups.append([(begin, allowed)])
+        for group in groups:
+            begin = group[0][0]
+            flags = np.zeros(max(at + len(one) for at, one in group) - begin, np.uint8)
+            for at, one in group:
+                flags[at - begin :][: len(one)] |= one
+            self.regions.append(Region(begin, host_bytes(begin, len(flags)), flags))
+
+    def _parts(self, addresses: np.ndarray, width: int, kind: int) -> list[tuple[Region, np.ndarray, np.ndarray]]:
+        """The (region, accesses, offsets) that addresses mean: all in one region but where a pointer was chosen."""
+        if (addresses % width).any():
+            wrong = addresses[addresses % width != 0]
+            raise PtxError(f"a misaligned access of {width} bytes at {hex(int(wrong[0]))}")
+        everything = np.arange(len(addresses))
+        for region in self.regions:
+            offsets = addresses - region.begin
+            if region.permits(kind, offsets, width).all():
+                return [(region, everything, offsets)]
+        parts, left = [], np.ones(len(addresses), np.bool_)
+        for region in self.regions:
+            chosen = region.permits(kind, addresses - region.begin, width) & left
+            if chosen.any():
+                parts.append((region, everything[chosen], addresses[chosen] - region.begin))
+                left &= ~chosen
+        if left.any():
+            raise PtxError(self._outside(int(addresses[left][0]), width, kind))
+        return parts
+
+    def _outside(self, address: int, width: int, kind: int) -> str:
+        what = f"{'a load' if kind == READ else 'a store'} of {width} bytes"
+        near = min(self.regions, key=lambda r: max(r.begin - address, address + width - r.end), default=None)
+        if near is None:
+            return f"{what} where a kernel has no memory at all"
+        at = address - near.begin
+        if at >= 0 and address + width <= near.end:
+            return f"{what} between the elements of a tensor, {at} bytes behind its begin"
+        return f"{what} outside all tensors, {at} bytes behind the begin of one of {near.end - near.begin} bytes"
+
+    def load(self, addresses: np.ndarray, size: int, count: int, coherent: bool = True) -> list[np.ndarray]:
+        """Load ``count`` neighbours of ``size`` bytes from each address."""
+        width = size * count
+        parts = self._parts(addresses, width, READ)
+        if not coherent:
+            for region, _, offsets in parts:
+                _mark(region.cached, offsets, width)
+        if len(parts) == 1:
+            region, _, offsets = parts[0]
+            content, first = region.content[size], offsets // size
+            return [content[first + i] if i else content[first] for i in range(count)]
+        columns = [np.empty(len(addresses), UNSIGNED[size]) for _ in range(count)]
+        for region, where, offsets in parts:
+            for i, column in enumerate(columns):
+                column[where] = region.content[size][offsets // size + i]
+        return columns
+
+    def store(self, addresses: np.ndarray, columns: Sequence[np.ndarray]) -> None:
+        size = columns[0].dtype.itemsize
+        for region, where, offsets in self._parts(addresses, size * len(columns), WRITE):
+            if self.non_coherent:
+                _mark(region.stored, offsets, size * len(columns))
+            first, whole = offsets // size, len(where) == len(addresses)
+            for i, column in enumerate(columns):
+                region.content[size][first + i] = column if whole else column[where]
+
+    def element(self, address: int, kind: np.dtype) -> tuple[np.ndarray, int]:
+        """One number that may be read and written: an array, and its place there."""
+        size = kind.itemsize
+        for permission in (READ, WRITE):
+            ((region, _, offsets),) = self._parts(np.array([address]), size, permission)
+        return region.content[size].view(kind), int(offsets[0]) // size
+
+    def text(self, address: int) -> str:
+        """A constant string, without the zero at its end."""
+        region = next(region for region in self.regions if region.begin <= address < region.end)
+        return bytes(region.content[1][address - region.begin :]).partition(b"\0")[0].decode()
+
+    def finish(self) -> None:
+        """Check, when the launch is over, what no order of its blocks would have made right."""
+        if any((region.stored & region.cached).any() for region in self.regions):
+            raise PtxError("a load through the non-coherent cache (.nc) of bytes that the same launch stores")
+
+
+def _mark(flags: np.ndarray, offsets: np.ndarray, width: int) -> None:
+    for byte in range(width):
+        flags[offsets + byte] = True
+
+
+class SharedMemory:
+    """The shared memory of a batch of blocks, and who touched each unit of it since the last barrier.
+
+    A unit is as wide as the narrowest access of the kernel. Between two barriers a warp must not touch what another one
+    writes, and nobody reads what nobody has written.
+    """
+
+    NOBODY, SEVERAL, IN_FLIGHT, ATOMIC = -1, -2, -3, 2**14  # beside the numbers of warps
+
+    def __init__(self, blocks: int, size: int, unit: int) -> None:
+        self.size, self.unit = size, unit
+        self.stride = -(-size // 1024) * 1024 + 1024  # swizzles look at addresses: each block's begin alike
+        content = np.full(blocks * self.stride, 0xFF, np.uint8)
+        self.content = {n: content.view(raw) for n, raw in UNSIGNED.items()}
+        units = len(content) // unit
+        self.writer, self.reader = (np.full(units, self.NOBODY, np.int16) for _ in range(2))
+        self.written_in, self.read_in = (np.full(units, -1, np.int32) for _ in range(2))
+        self.interval = np.zeros(blocks, np.int32)  # how many barriers each block has passed
+
+    def offsets(self, addresses: np.ndarray, blocks: np.ndarray, width: int, aligned: int) -> np.ndarray:
+        """Where addresses are in `content`; each must lie in the block's own memory."""
+        outside = (addresses < 0) | (addresses + width > self.size)
+        if outside.any():
+            at = int(addresses[outside][0])
+            raise PtxError(f"{width} bytes of shared memory at {at}, of which a block has {self.size}")
+        if (addresses % aligned).any():
+            raise PtxError(f"a misaligned access of {width} bytes of shared memory at {int(addresses.max())}")
+        return addresses + blocks * self.stride
+
+    def _units(self, offsets: np.ndarray, width: int, *each: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The units of accesses, and what belongs to each access once per unit."""
+        count = width // self.unit
+        first = offsets // self.unit
+        if count == 1:
+            return first, *each
+        return (first[:, None] + np.arange(count)).reshape(-1), *(np.repeat(value, count) for value in each)
+
+    def _place(self, units: np.ndarray) -> str:
+        return f"at {int(units[0]) * self.unit % self.stride} of shared memory"
+
+    def note_load(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
+        """Check that what is read has been written, by this warp or before a barrier."""
+        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
+        writer = self.writer[units]
+        if (writer < 0).any():
+            flying = writer == self.IN_FLIGHT
+            if flying.any():
+                raise PtxError(f"a load of what an asynchronous copy has not delivered, {self._place(units[flying])}")
+            raise PtxError(f"a load of what nobody has written, {self._place(units[writer < 0])}")
+        race = (self.written_in[units] == now) & (writer != warp)
+        if race.any():
+            raise PtxError(f"a race: a load of what another warp stores, {self._place(units[race])}")
+        others = (self.read_in[units] == now) & (self.reader[units] != warp)
+        reader = np.where(others, np.int16(self.SEVERAL), warp)
+        self.reader[units] = reader
+        self.reader[units[self.reader[units] != reader]] = self.SEVERAL  # several warps in this very instruction
+        self.read_in[units] = now
+
+    def note_store(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
+        """Check that nobody else touches what is written."""
+        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
+        flying = self.writer[units] == self.IN_FLIGHT
+        if flying.any():
+            raise PtxError(f"a store to what an asynchronous copy has not delivered, {self._place(units[flying])}")
+        written = (self.written_in[units] == now) & (self.writer[units] != warp)
+        if written.any():
+            raise PtxError(f"a race: two warps store, {self._place(units[written])}")
+        read = (self.read_in[units] == now) & (self.reader[units] != warp)
+        if read.any():
+            raise PtxError(f"a race: a store to what another warp loads, {self._place(units[read])}")
+        self._written(units, warp, now)
+
+    def note_atomic(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
+        """Check atomics, which may meet others of them, but no loads and stores of another warp."""
+        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
+        writer = self.writer[units]
+        if (writer < 0).any():
+            raise PtxError(f"an atomic on what nobody has written, {self._place(units[writer < 0])}")
+        race = (self.written_in[units] == now) & (writer != warp) & (writer != self.ATOMIC)
+        race |= (self.read_in[units] == now) & (self.reader[units] != warp)
+        if race.any():
+            raise PtxError(f"a race: an atomic on what another warp loads or stores, {self._place(units[race])}")
+        self.writer[units], self.written_in[units] = self.ATOMIC, now
+
+    def note_tile(self, offsets: np.ndarray, block: int) -> None:
+        """Check that what all warps of a warpgroup read was there before the last barrier."""
+        units = np.unique(offsets // self.unit)
+        if (self.writer[units] < 0).any():
+            raise PtxError(f"a wgmma reads what nobody has written, {self._place(units[self.writer[units] < 0])}")
+        race = self.written_in[units] == self.interval[block]
+        if race.any():
+            raise PtxError(f"a race: a wgmma reads what is stored since the last barrier, {self._place(units[race])}")
+        self.reader[units], self.read_in[units] = self.SEVERAL, self.interval[block]
+
+    def note_start(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
+        """Check a copy that may arrive at any time from now on: until it is waited for nobody may touch its bytes."""
+        self.note_store(offsets, width, blocks, warps)
+        (units,) = self._units(offsets, width)
+        self.writer[units] = self.IN_FLIGHT
+
+    def note_arrival(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
+        """A copy has been waited for: to its own warp it is there, to others behind the next barrier."""
+        self._written(*self._units(offsets, width, warps, self.interval[blocks]))
+
+    def _written(self, units: np.ndarray, warp: np.ndarray, now: np.ndarray) -> None:
+        self.writer[units], self.written_in[units] = warp, now
+
+    def store(self, offsets: np.ndarray, columns: Sequence[np.ndarray]) -> None:
+        """Store neighbours at each offset; several threads may store the same there, as Triton's do."""
+        size = columns[0].dtype.itemsize
+        for index, column in enumerate(columns):
+            at = offsets // size + index
+            self.content[size][at] = column
+            lost = self.content[size][at] != column
+            if lost.any():
+                raise PtxError(f"a race: two threads store at once, {self._place(at[lost] * size // self.unit)}")

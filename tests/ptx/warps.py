@@ -1,0 +1,150 @@
+"""Instructions in which the threads of a warp exchange values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.ptx.instructions import Action, instruction, only_type, unknown
+from tests.ptx.parse import Instruction, PtxError
+from tests.ptx.registers import Reader
+from tests.ptx.values import TYPES
+
+LANE = np.arange(32)
+BIT = np.uint32(1) << LANE.astype(np.uint32)
+
+
+def taking_part(machine) -> np.ndarray:
+    """Which lanes of each warp run the instruction: (warps, 32)."""
+    mask = np.ones(machine.threads, np.bool_) if machine.mask is None else machine.mask
+    return mask.reshape(-1, 32)
+
+
+def members(machine, read: Reader) -> np.ndarray:
+    """Which lanes of each warp run an instruction that names its members: all of them must be here."""
+    here, named = taking_part(machine), machine.whole(read()).reshape(-1, 32)
+    mask = np.where(here, named, 0).max(1, keepdims=True)
+    if ((named != mask) & here).any():
+        raise PtxError("the lanes of a warp name different members")
+    wanted = (mask & BIT) > 0
+    if (wanted & ~here).any():
+        raise PtxError("a lane that is named as a member does not take part")
+    if (here & ~wanted).any():
+        raise PtxError("a lane takes part that is not named as a member")
+    return here
+
+
+def whole_warps(machine) -> np.ndarray:
+    """Which warps run an instruction that needs all of their lanes: (warps,)."""
+    here = taking_part(machine)
+    if (here.any(1) != here.all(1)).any():
+        raise PtxError("not all lanes of a warp take part")
+    return here.all(1)
+
+
+def by_warp(machine, read: Reader) -> np.ndarray:
+    return machine.whole(read()).reshape(-1, 32)
+
+
+def to_all(values: np.ndarray) -> np.ndarray:
+    """One value per warp, for each of its lanes."""
+    return np.repeat(values, 32)
+
+
+@instruction("shfl", "sync up down bfly idx")
+def shuffle(machine, ins: Instruction) -> Action:
+    if "sync" not in ins.flags:
+        raise unknown(ins, "without .sync")
+    mode, u32 = ins.flags[1], TYPES["u32"]
+    writes = [machine.target(name) for name in ins.args[0].split("|")]
+    value, distance, limits, names = (machine.source(arg, u32) for arg in ins.args[1:5])
+
+    def run() -> None:
+        here = members(machine, names)
+        by, limit = (by_warp(machine, read).astype(np.int64) for read in (distance, limits))
+        by, clamp, segment = by & 31, limit & 31, limit >> 8 & 31
+        last = (LANE & segment) | (clamp & ~segment)
+        if mode == "idx":
+            other = (LANE & segment) | (by & ~segment)
+        else:
+            other = {"up": LANE - by, "down": LANE + by, "bfly": LANE ^ by}[mode]
+        inside = other >= last if mode == "up" else other <= last
+        other = np.where(inside, other, LANE)
+        if (here & ~np.take_along_axis(here, other, 1)).any():
+            raise PtxError("a shuffle reads a lane that does not take part")
+        found = np.take_along_axis(by_warp(machine, value), other, 1)
+        for write, result in zip(writes, (found, inside), strict=False):
+            write(result.reshape(-1))
+
+    return run
+
+
+@instruction("redux", "sync add min max and or xor")
+def reduce(machine, ins: Instruction) -> Action:
+    kind, write = only_type(ins), machine.target(ins.args[0])
+    value, names = machine.source(ins.args[1], kind), machine.source(ins.args[2], TYPES["u32"])
+    if kind.kind == "f":
+        raise unknown(ins)
+    limits = np.iinfo(kind.number)
+    function, neutral = {
+        "add": (np.add, 0),
+        "min": (np.minimum, limits.max),
+        "max": (np.maximum, limits.min),
+        "and": (np.bitwise_and, -1 if kind.kind == "s" else limits.max),
+        "or": (np.bitwise_or, 0),
+        "xor": (np.bitwise_xor, 0),
+    }[ins.flags[1]]
+
+    def run() -> None:
+        here = members(machine, names)
+        values = np.where(here, kind.unpack(by_warp(machine, value)), kind.number.type(neutral))
+        write(to_all(kind.pack(function.reduce(values, axis=1, dtype=kind.number))))
+
+    return run
+
+
+@instruction("vote", "sync ballot any all")
+def vote(machine, ins: Instruction) -> Action:
+    write = machine.target(ins.args[0])
+    question, names = machine.source(ins.args[1], TYPES["pred"]), machine.source(ins.args[2], TYPES["u32"])
+
+    def run() -> None:
+        here, yes = members(machine, names), by_warp(machine, question)
+        if "ballot" in ins.flags:
+            write(to_all(np.where(yes & here, BIT, 0).sum(1, dtype=np.uint32)))
+        else:
+            write(to_all((yes & here).any(1) if "any" in ins.flags else (yes | ~here).all(1)))
+
+    return run
+
+
+@instruction("match", "any sync")
+def match(machine, ins: Instruction) -> Action:
+    kind, write = only_type(ins), machine.target(ins.args[0])
+    value, names = machine.source(ins.args[1], kind), machine.source(ins.args[2], TYPES["u32"])
+
+    def run() -> None:
+        here, values = members(machine, names), by_warp(machine, value)
+        alike = (values[:, :, None] == values[:, None, :]) & here[:, None, :]
+        write(np.where(alike, BIT, 0).sum(2, dtype=np.uint32).reshape(-1))
+
+    return run
+
+
+@instruction("activemask")
+def active_mask(machine, ins: Instruction) -> Action:
+    write = machine.target(ins.args[0])
+    return lambda: write(to_all(np.where(taking_part(machine), BIT, 0).sum(1, dtype=np.uint32)))
+
+
+@instruction("elect", "sync")
+def elect(machine, ins: Instruction) -> Action:
+    """The lowest member is the one."""
+    leader, chosen = (machine.target(name) for name in ins.args[0].split("|"))
+    names = machine.source(ins.args[1], TYPES["u32"])
+
+    def run() -> None:
+        first = members(machine, names).argmax(1)
+        leader(to_all(first.astype(np.uint32)))
+        chosen((first[:, None] == LANE).reshape(-1))
+
+    return run
