@@ -103,7 +103,9 @@ def deepstack(
     """Add one level of visual features before each of several layers, at the visual tokens.
 
     Level ``k`` is added to the hidden states that enter layer ``start + k * interval``, by `vlmfast.deepstack_add`: its
-    i-th row goes to the i-th true position, in row-major order over the batch. Gradients reach the levels. With
+    i-th row goes to the i-th true position, in row-major order over the batch. It is added as the layer before returns
+    them, so that ``output_hidden_states`` records them with the level, as DeepStack's own code does; transformers 4.57
+    records most decoders without. Gradients reach the levels. With
     gradient checkpointing, run the backward in the block as well: it may call the layers again. What ``torch.compile``
     has traced in this process is traced anew in the block and after it.
 
@@ -123,8 +125,8 @@ def deepstack(
             tower(pixel_values)
 
     Args:
-        layers: the layers of a decoder or of a vision tower, in order; they take hidden states (B, T, D) as their first
-            argument or as ``hidden_states``.
+        layers: the layers of a decoder or of a vision tower, in order and none left out, since each is given what the
+            one before returns: hidden states (B, T, D), as the first argument or ``hidden_states``.
         levels: (K, V, D), or K tensors (V, D); float32, float16 or bfloat16, on the device of the hidden states, to
             whose dtype they are rounded.
         positions: (B, T) bool, true at the V visual tokens; on the device of ``levels``. A copy is kept.
@@ -160,9 +162,13 @@ def deepstack(
     index = None if positions.is_cpu else row_index(positions)
     handle = DeepStack()
     try:
-        for layer, level in zip(layers[start : last + 1 : interval], levels, strict=True):
-            hook = _adding(handle, level, positions, index)
-            handle._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for number, level in zip(range(start, last + 1, interval), levels, strict=True):
+            adding = _Adding(handle, level, positions, index)
+            if number == 0:
+                hook = layers[0].register_forward_pre_hook(adding.enter, with_kwargs=True)
+            else:
+                hook = layers[number - 1].register_forward_hook(adding.leave, prepend=True)  # before what records
+            handle._hooks.append(hook)
     except BaseException:
         handle._end(warn=False)
         raise
@@ -170,25 +176,41 @@ def deepstack(
     return handle
 
 
-def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor | None) -> Any:
-    """Make the hook of one layer. It counts nothing: gradient checkpointing may run it twice."""
+class _Adding:
+    """The hooks that add one level. They count nothing: gradient checkpointing may run them twice."""
 
-    def note() -> None:
-        handle._added = True
+    def __init__(self, handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor | None) -> None:
+        self.level, self.positions, self.index = level, positions, index
 
-    # torch.compile calls it while tracing: the graph of a checkpointed layer must have no side effects
-    torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
+        def note() -> None:
+            handle._added = True
 
-    def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        hidden_states = args[0] if args else kwargs.get("hidden_states")
+        # torch.compile calls it while tracing: the graph of a checkpointed layer must have no side effects
+        torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
+        self.note = note
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Add to what the first layer is called with."""
+        what = f"called with hidden states (B, T, D), first or as hidden_states, and {type(layer).__name__} was not"
+        if args:
+            return (self.add(args[0], what), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.add(kwargs.get("hidden_states"), what)}
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Add to what the layer in front returns."""
+        what = f"such as return hidden states (B, T, D), alone or first, and {type(layer).__name__} does not"
+        if isinstance(output, tuple):
+            return self.add(output[0] if output else None, what), *output[1:]
+        return self.add(output, what)
+
+    def add(self, hidden_states: object, what: str) -> Tensor:
+        """Return the hidden states with the level, those of a cached step as they are."""
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
-            raise TypeError(
-                f"layers must be called with hidden states (B, T, D), first or as hidden_states, and "
-                f"{type(layer).__name__} was not"
-            )
+            raise TypeError(f"layers must be {what}")
+        positions, level = self.positions, self.level
         batch, tokens, width = hidden_states.shape
         if tokens == 1 and positions.shape[1] != 1:
-            return None
+            return hidden_states
         if (batch, tokens) != positions.shape:
             raise ValueError(
                 f"positions must be those of the pass, ({batch}, {tokens}), got {tuple(positions.shape)}: run the "
@@ -197,11 +219,9 @@ def _adding(handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor |
             )
         if width != level.shape[1]:
             raise ValueError(f"levels must have the width of the hidden states, {width}, got {level.shape[1]}")
-        added = deepstack_add(hidden_states, positions, level, index)
-        note()
-        return ((added, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": added})
-
-    return add
+        added = deepstack_add(hidden_states, positions, level, self.index)
+        self.note()
+        return added
 
 
 def _levels(levels: object, positions: Tensor) -> list[Tensor]:

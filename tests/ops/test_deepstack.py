@@ -50,7 +50,7 @@ def random_levels(number: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def hooks(layers) -> list[int]:
-    return [len(layer._forward_pre_hooks) for layer in layers]
+    return [len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in layers]
 
 
 @torch.no_grad()
@@ -68,7 +68,8 @@ def test_levels_are_added_before_their_layers(model_type: str, start: int, inter
     with naive(layers, levels, POSITIONS, start, interval):
         want = logits(model)
     with vlmfast.deepstack(layers, levels, POSITIONS, start=start, interval=interval) as handle:
-        assert hooks(layers) == [int(i in range(start, start + number * interval, interval)) for i in range(5)]
+        hooked = [max(level - 1, 0) for level in range(start, start + number * interval, interval)]
+        assert hooks(layers) == [hooked.count(i) for i in range(5)]
         got = logits(model)
         assert repr(handle) == f"<DeepStack: {number} layers>"
     assert torch.equal(got, want)
@@ -158,6 +159,24 @@ class Layer(nn.Module):
 
     def forward(self, scale: float = 1.0, hidden_states: Tensor | None = None) -> Tensor:
         return hidden_states * scale
+
+
+class Returning(nn.Module):
+    """A layer that returns hidden states with something else behind them."""
+
+    def forward(self, hidden_states: Tensor | None = None) -> tuple:
+        return hidden_states, "cache"
+
+
+def test_layers_that_return_tuples():
+    (level,) = random_levels(1)
+    want = torch.zeros(2, 6, WIDTH)
+    want[POSITIONS] = level
+    first = Returning()
+    with vlmfast.deepstack([first, Layer()], [level], POSITIONS):
+        added, cache = first(torch.zeros(2, 6, WIDTH))
+    assert torch.equal(added, want)
+    assert cache == "cache"
 
 
 def test_keyword_and_layouts():
@@ -324,19 +343,25 @@ def test_bad_calls(arguments: dict, error: type[Exception], message: str):
         (None, TypeError, r"must be called with hidden states \(B, T, D\).* Layer was not"),
     ],
 )
-def test_bad_passes(hidden: Tensor | None, error: type[Exception], message: str):
-    layer = Layer()
-    with pytest.raises(error, match=message), vlmfast.deepstack([layer], random_levels(1), POSITIONS, start=0):
-        layer(hidden_states=hidden)
-    assert hooks([layer]) == [0]
+@pytest.mark.parametrize("start", [0, 1])
+def test_bad_passes(hidden: Tensor | None, error: type[Exception], message: str, start: int):
+    layers = [Layer() if start == 0 else Returning(), Layer()]
+    message = (
+        message
+        if start == 0
+        else message.replace("called with", "such as return").replace("Layer was", "Returning does")
+    )
+    with pytest.raises(error, match=message), vlmfast.deepstack(layers, random_levels(1), POSITIONS, start=start):
+        layers[0](hidden_states=hidden)
+    assert hooks(layers) == [0, 0]
 
 
 def test_failure_half_way_leaves_no_hook():
     class Refusing(Layer):
-        def register_forward_pre_hook(self, *args, **kwargs):
+        def register_forward_hook(self, *args, **kwargs):
             raise RuntimeError("no hooks here")
 
-    layers = [Layer(), Layer(), Refusing()]
+    layers = [Layer(), Layer(), Refusing(), Layer()]
     with pytest.raises(RuntimeError, match="no hooks here"):
-        vlmfast.deepstack(layers, random_levels(3), POSITIONS, start=0)
-    assert hooks(layers) == [0, 0, 0]
+        vlmfast.deepstack(layers, random_levels(4), POSITIONS, start=0)
+    assert hooks(layers) == [0, 0, 0, 0]
