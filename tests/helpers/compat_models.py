@@ -40,34 +40,36 @@ class FourM(nn.Module):
         joined = [torch.cat([values[key] for values in mod_dict.values()], 1) for key in keys]
         return (*joined, torch.cat(modality, 1))
 
-    def _first(self, mask: Tensor, number: int) -> Tensor:
-        return torch.argsort(mask + torch.arange(mask.shape[1], device=mask.device) * 1e-6, dim=1)[:, :number]
-
     def forward_mask_encoder(self, mod_dict: dict, num_encoder_tokens: int) -> tuple[Tensor, ...]:
+        batch = list(mod_dict.values())[0]["x"].shape[0]  # noqa: RUF015
         tokens, emb, mask, modality = self.cat_encoder_tensors(mod_dict)
-        order = self._first(mask, num_encoder_tokens)
-        tokens, emb, mask, modality = (rows(value, order) for value in (tokens, emb, mask, modality))
-        if self.num_register_tokens:
-            registers = self.register_tokens.repeat(len(mask), 1, 1)
+        place = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0) * 1e-6
+        order = torch.argsort(mask + place, dim=1)[:, :num_encoder_tokens]
+        tokens, emb = (torch.gather(x, 1, repeat(order, "b n -> b n d", d=x.shape[2])) for x in (tokens, emb))
+        mask, modality = torch.gather(mask, 1, order), torch.gather(modality, 1, order)
+        if self.num_register_tokens > 0:
+            registers = repeat(self.register_tokens, "() n d -> b n d", b=batch)
             shape = registers.shape[:2]
             tokens, emb = torch.cat([registers, tokens], 1), torch.cat([torch.zeros_like(registers), emb], 1)
-            mask = torch.cat([torch.zeros(shape, dtype=torch.bool), mask], 1)
+            mask = torch.cat([torch.zeros(shape, dtype=torch.bool, device=mask.device), mask], 1)
             modality = torch.cat([torch.full(shape, -1, dtype=torch.int16), modality], 1)
         tokens[mask] = 0.0
         emb[mask] = 0.0
         modality[mask] = -1
-        return tokens, emb, mask.unsqueeze(1), modality
+        return tokens, emb, rearrange(mask, "b n -> b 1 n"), modality
 
     def forward_mask_decoder(self, mod_dict: dict, num_decoder_tokens: int) -> tuple[Tensor, ...]:
-        joined = self.cat_decoder_tensors(mod_dict)
-        order = self._first(joined[2], num_decoder_tokens)
-        tokens, emb, mask, ids, attention, modality = (rows(value, order) for value in joined)
+        tokens, emb, mask, ids, attention, modality = self.cat_decoder_tensors(mod_dict)
+        place = torch.arange(mask.shape[1], device=mask.device).unsqueeze(0) * 1e-6
+        order = torch.argsort(mask + place, dim=1)[:, :num_decoder_tokens]
+        tokens, emb = (torch.gather(x, 1, repeat(order, "b n -> b n d", d=x.shape[2])) for x in (tokens, emb))
+        mask, ids, attention, modality = (torch.gather(x, 1, order) for x in (mask, ids, attention, modality))
         tokens[mask] = 0.0
         emb[mask] = 0.0
         ids[mask] = 0
         attention = self.adapt_decoder_attention_mask(attention, modality)
         modality[mask] = -1
-        return tokens, emb, mask.unsqueeze(1), ids, attention, modality
+        return tokens, emb, rearrange(mask, "b n -> b 1 n"), ids, attention, modality
 
     def adapt_decoder_attention_mask(self, decoder_attention_mask: Tensor, mod_mask: Tensor) -> Tensor:
         batch, number = decoder_attention_mask.shape
@@ -78,15 +80,14 @@ class FourM(nn.Module):
         return blocked | (mod_mask[:, None] != mod_mask[..., None]) if self.decoder_sep_mask else blocked
 
 
-class ExactFourM(FourM):
-    """Sorted by a key that holds for any number of tokens."""
-
-    def _first(self, mask: Tensor, number: int) -> Tensor:
-        return torch.argsort(mask.long(), dim=1, stable=True)[:, :number]
+def repeat(x: Tensor, pattern: str, b: int = -1, d: int = -1) -> Tensor:
+    """As einops does it."""
+    return x.expand(b, -1, -1) if b >= 0 else x[..., None].expand(-1, -1, d)
 
 
-def rows(values: Tensor, order: Tensor) -> Tensor:
-    return values.gather(1, order if values.dim() == 2 else order[..., None].expand(-1, -1, values.shape[2]))
+def rearrange(x: Tensor, pattern: str) -> Tensor:
+    """As einops does it."""
+    return x[:, None]
 
 
 class FM(FourM):
@@ -104,7 +105,8 @@ class VisionLanguageModel(nn.Module):
 
     def _replace_img_tokens_with_embd(self, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
         placed = token_embd.clone()
-        placed[input_ids == self.tokenizer.image_token_id] = image_embd.flatten(0, -2).to(placed.dtype)
+        rows = image_embd.view(-1, image_embd.size(-1))
+        placed[input_ids == self.tokenizer.image_token_id] = rows.to(placed.dtype)
         return placed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import vlmfast
-from tests.helpers.compat_models import FM, PLACEHOLDER, WIDTH, ExactFourM, FourM, VisionLanguageModel
+from tests.helpers import compat_models
+from tests.helpers.compat_models import FM, PLACEHOLDER, WIDTH, FourM, VisionLanguageModel
 from vlmfast.compat import fourm, nanovlm
 from vlmfast.patches import Patch, projects
 
@@ -81,8 +83,20 @@ def test_fourm(method: str, options: dict, number: int, dtype: torch.dtype):
     assert_same(*gradients)
 
 
+class Exact:
+    """In the place of torch: sorts by the mask alone, which holds for any number of tokens."""
+
+    argsort = functools.partial(torch.argsort, stable=True)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def arange(self, number: int, device: torch.device) -> Tensor:
+        return torch.zeros(number, device=device)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_fourm_beyond_the_resolution_of_a_float(method: str):
+def test_fourm_beyond_the_resolution_of_a_float(method: str, monkeypatch: pytest.MonkeyPatch):
     tokens = 2**20 + 37
     mask = torch.rand(1, tokens) < 0.3
     inputs = {
@@ -95,10 +109,11 @@ def test_fourm_beyond_the_resolution_of_a_float(method: str):
             "decoder_attention_mask": torch.randint(0, 3, (1, tokens)),
         }
     }
-    model, exact = FourM(), ExactFourM()
-    for each in (model, exact):  # the real one makes a matrix of tokens x tokens
-        each.adapt_decoder_attention_mask = lambda attention, modality: attention + modality
-    want = masked(exact, method, inputs, tokens)
+    model = FourM()
+    model.adapt_decoder_attention_mask = lambda attention, modality: attention + modality  # not of tokens x tokens
+    with monkeypatch.context() as patched:
+        patched.setattr(compat_models, "torch", Exact())
+        want = masked(model, method, inputs, tokens)
     assert not torch.equal(masked(model, method, inputs, tokens)[0], want[0])
     with fourm.patch(model):
         assert_same(masked(model, method, inputs, tokens), want)
@@ -272,8 +287,34 @@ def test_methods_of_others_are_left_alone():
 
     Other.__name__ = "VisionLanguageModel"
     message = r"its parameters are \(self, .*, image_embd=None\), expected \(self, input_ids, token_embd, image_embd\)"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         nanovlm.patch(Other())
+
+    class Truncating(VisionLanguageModel):
+        def _replace_img_tokens_with_embd(self, input_ids, token_embd, image_embd):
+            mask = input_ids == self.tokenizer.image_token_id
+            rows = image_embd.view(-1, image_embd.size(-1))[: int(mask.sum())]
+            placed = token_embd.clone()
+            placed[mask] = rows.to(placed.dtype)
+            return placed
+
+    Truncating.__name__ = "VisionLanguageModel"
+    message = "there is nothing to replace in this nanoVLM model .* its body is another .*with int, sum"
+    with pytest.raises(ValueError, match=message):
+        nanovlm.patch(Truncating())
+    with pytest.warns(UserWarning, match="its body is another"):
+        handle = vlmfast.patch(nn.Sequential(Truncating(), LlamaRMSNorm(WIDTH)))
+    assert list(handle.replaced) == ["llama.LlamaRMSNorm.forward"]
+
+    class Truncated(FourM):
+        def forward_mask_encoder(self, mod_dict, num_encoder_tokens):
+            tokens, *others = super().forward_mask_encoder(mod_dict, num_encoder_tokens)
+            return (tokens.clamp(max=1), *others)
+
+    Truncated.__name__ = "FourM"
+    with pytest.warns(UserWarning, match="FourM.forward_mask_encoder is not patched: its body is another"):
+        handle = fourm.patch(Truncated())
+    assert list(handle.replaced) == ["FourM.forward_mask_decoder"]
 
     model = FourM()
     model.forward_mask_encoder = lambda *args: None

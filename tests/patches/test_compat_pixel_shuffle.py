@@ -285,13 +285,13 @@ def of(name: str, base: type = nn.Module, **members: object) -> nn.Module:
         (
             internvl.patch,
             of("InternVLChatModel", extract_feature=lambda self, pixel_values, flags: None),
-            RuntimeError,
+            ValueError,
             r"its parameters are \(self, pixel_values, flags\), expected \(self, pixel_values\)",
         ),
         (
             vita.patch,
             of("Other", InternViTVisionTower, **dict.fromkeys(["forward", "pixel_shuffle"], lambda self, images: None)),
-            RuntimeError,
+            ValueError,
             "InternViTVisionTower.forward: it is that of Other",
         ),
         (
@@ -303,8 +303,8 @@ def of(name: str, base: type = nn.Module, **members: object) -> nn.Module:
         (
             nanovlm.patch,
             of("ModalityProjector", forward=lambda self, x: self.net(x)),
-            RuntimeError,
-            r"nothing was replaced in this nanoVLM model \(.*its body .* with net",
+            ValueError,
+            r"there is nothing to replace in this nanoVLM model \(.*its body .* with net",
         ),
     ],
 )

@@ -158,6 +158,9 @@ def patch_projects(model: nn.Module, label: str, classes: tuple[str, ...]) -> Pa
             f"model must be or hold a {' or '.join(classes)} with the methods of {label}, got a {type(model).__name__} "
             "with none"
         )
+    if all(site.reason for site in sites):
+        reasons = "; ".join(f"{site.name}: {site.reason}" for site in sites)
+        raise ValueError(f"there is nothing to replace in this {label} model ({reasons})")
     return _swap(model, label, sites, {site.name for site in sites}, stacklevel=4)
 
 

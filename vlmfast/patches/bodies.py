@@ -35,6 +35,12 @@ class Body:
 MASK = "get_placeholder_mask"
 REPLACE = "_replace_img_tokens_with_embd"
 # The names that the bodies of projects outside transformers read
+PACK = "torch arange shape device unsqueeze argsort gather repeat rearrange"
+PACK_VISIBLE = (
+    f"{PACK} list values cat_encoder_tensors num_register_tokens register_tokens cat zeros_like zeros bool full int16"
+)
+PACK_TARGETS = f"{PACK} cat_decoder_tensors adapt_decoder_attention_mask"
+PLACE = "clone tokenizer image_token_id view size to dtype"
 SHUFFLE = "size view int permute contiguous"
 SHUFFLE_SQUARE = f"{SHUFFLE} scale_factor reshape"
 SHUFFLE_EITHER = f"{SHUFFLE} ps_version"
@@ -128,9 +134,11 @@ BODIES = (
     Body("pixel_unshuffle", "34cd16df0e9b8183", None, "it interpolates"),
     Body("pixel_shuffle", "2df8ea4545572550", None, "it is of images of several sizes"),
     # Projects outside transformers
-    Body("forward_mask_encoder", Named("FourM"), projects.forward_mask_encoder, "packs visible tokens: 4M"),
-    Body("forward_mask_decoder", Named("FourM"), projects.forward_mask_decoder, "packs targets: 4M"),
-    Body(REPLACE, Named("VisionLanguageModel"), projects.replace_img_tokens_with_embd, "of images: nanoVLM"),
+    Body(
+        "forward_mask_encoder", Named("FourM", PACK_VISIBLE), projects.forward_mask_encoder, "packs visible tokens: 4M"
+    ),
+    Body("forward_mask_decoder", Named("FourM", PACK_TARGETS), projects.forward_mask_decoder, "packs targets: 4M"),
+    Body(REPLACE, Named("VisionLanguageModel", PLACE), projects.replace_img_tokens_with_embd, "of images: nanoVLM"),
     Body("forward", Named("ModalityProjector", PROJECT), projects.project_square, "shuffle, linear layer: nanoVLM"),
     Body("pixel_shuffle", Named("ModalityProjector", SHUFFLE_SQUARE), projects.shuffle_square, "of a square: nanoVLM"),
     Body("extract_feature", Named("InternVLChatModel", EXTRACT), projects.extract_feature, "shuffle, layers: InternVL"),

@@ -30,16 +30,14 @@ class Named:
 
     Attributes:
         class_name: the class that defines the method.
-        names: functions, methods and attributes that the body uses, if its class and parameters do not tell enough.
+        names: functions, methods and attributes that the body uses.
     """
 
     class_name: str
-    names: str = ""
+    names: str
 
     def difference(self, method: Any) -> str | None:
         """Say how the body of a method differs from this one, or None."""
-        if not self.names:
-            return None
         known = set(self.names.split())
         code = getattr(inspect.unwrap(method), "__code__", None)
         used = _names(code) - _TALKING if code else set()
