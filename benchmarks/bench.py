@@ -7,7 +7,6 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from argparse import Namespace
 from collections import ChainMap
 from pathlib import Path
@@ -22,7 +21,7 @@ from vlmfast.benchmarks import html, models, peers, report, timing
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
-from vlmfast.console import CommandError, console, usable_device, writable
+from vlmfast.console import CommandError, console, needed, usable_device, writable
 from vlmfast.registry import OPS
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
@@ -39,15 +38,8 @@ def run(options: Namespace) -> int:
     asked = (options.models, options.peers, options.dtype, options.device)
     if options.source is not None and (options.ops or any(choice is not None for choice in asked)):
         raise CommandError("--from shows an earlier run whole: it takes no op, --models, --peers, --dtype or --device")
-    for path in (options.html, options.json):
-        writable(path)
-    if options.html is not None:
-        if options.html.suffix in (".json", ".csv"):
-            raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise CommandError("--html needs matplotlib: pip install matplotlib")
+    kept = _checked_files(options)
     out = console(150)
-    kept: Path | None = options.json or (options.html and options.html.with_suffix(".json"))
     if options.source is None:
         found = _measure(options, kept, out)
     else:
@@ -62,6 +54,23 @@ def run(options: Namespace) -> int:
         out.print(f"report: {options.html}")
     wrong = [row for r in found["records"] for row in r["contenders"] if row["group"] == "ours" and row["error"]]
     return models.verdict(out, found["models"]) or int(bool(wrong))
+
+
+def _checked_files(options: Namespace) -> Path | None:
+    """Return where the records go, if anywhere; each file can be written, and none is written over by another."""
+    kept: Path | None = options.json or (options.html and options.html.with_suffix(".json"))
+    if options.json is not None and options.json.suffix == ".csv":
+        raise CommandError(f"--json {options.json}: a file of that name would be written over by the CSV")
+    if options.html is not None:
+        if options.html.suffix in (".json", ".csv") or options.html == options.json:
+            raise CommandError(f"--html {options.html}: a file of that name would be written over by the records")
+        needed("matplotlib", "--html")
+    writable("--html", options.html, make_folder=True)
+    if kept is not None:
+        argument = "--html" if options.json is None else "--json"
+        for path in (kept, kept.with_suffix(".csv")):
+            writable(argument, path, make_folder=True)
+    return kept
 
 
 def _show(console: Console, found: Run) -> None:

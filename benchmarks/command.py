@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmfast.benchmarks import digits, gpu_report, launches, modes, peers, published
 from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
-from vlmfast.console import DEFAULT, DTYPES, positive
+from vlmfast.console import DEFAULT, DTYPES, positive, seconds
 
 NAMES = ("ops", "models", "launches", "gpu", "digits")
 
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     command.add_argument("--full", action="store_true", default=None, help="the published sizes (default on a GPU)")
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)
-    command.add_argument("--budget", metavar="SECONDS", type=float, help="begin no other model after so many seconds")
+    command.add_argument("--budget", metavar="SECONDS", type=seconds, help="begin no other model after so many seconds")
 
     text = "kernel launches and host synchronisations of whole models, counted without a GPU"
     command = _add(benches, "launches", launches.run, text)
@@ -51,7 +51,9 @@ def add(commands: Any) -> None:
     text = "all that a machine with a GPU can tell: build, tests and benchmarks, each with a log"
     command = _add(benches, "gpu", gpu_report.run, text)
     command.add_argument("--out", type=Path, default=gpu_report.ROOT / "gpu-report", help="folder for logs and JSON")
-    command.add_argument("--limit", type=float, default=530, help=f"seconds for all steps together; {DEFAULT}")
+    command.add_argument(
+        "--limit", metavar="SECONDS", type=seconds, default=530, help=f"for all steps together; {DEFAULT}"
+    )
 
     command = _add(
         benches, "digits", digits.run, "accuracy against token budget, of a small LLaVA trained from scratch"

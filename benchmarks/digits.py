@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast.benchmarks import report
-from vlmfast.console import CommandError, console
+from vlmfast.console import CommandError, console, needed, writable
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, PATCH, DIGIT = 64, 8, 16  # pixels
@@ -178,8 +178,8 @@ def show(console: Console, found: dict[str, Any], path: Path) -> None:
     lines = {name: [record["digits"] for record in reduced if record["method"] == name] for name in METHODS}
     console.print("right answers about a quarter that holds a digit (chance is 10%)")
     rows = zip((PATCHES, *BUDGETS), *([whole["digits"], *line] for line in lines.values()), strict=True)
-    shown = ((None, [str(tokens), *(f"{share:.1%}" for share in shares)]) for tokens, *shares in rows)
-    console.print(report.grouped(("tokens", *METHODS), 1, shown))
+    shown = [(None, [str(tokens), *(f"{share:.1%}" for share in shares)]) for tokens, *shares in rows]
+    report.show_table(console, ("tokens", *METHODS), 1, shown)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.axhline(whole["digits"], color="grey", linestyle="--", label=f"all {PATCHES} tokens")
@@ -200,6 +200,10 @@ def run(options: Namespace) -> int:
     out = console()
     if not options.out.is_dir():
         raise CommandError(f"--out: there is no folder {options.out}")
+    for name in ("digits.json", "digits.png"):
+        writable("--out", options.out / name)
+    for package in ("transformers", "sklearn", "matplotlib"):
+        needed(package, "bench digits")
     model = build(options.seed)
     losses = train(model, options, out)
     training = {"steps": options.steps, "batch": options.batch, "learning_rate": LEARNING_RATE, "seed": options.seed}

@@ -75,9 +75,11 @@ def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
         )
         try:
             code = process.wait(min(seconds, step.seconds))
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             os.killpg(process.pid, signal.SIGKILL)  # what it has started (compilers, say) too
             process.wait()
+            if isinstance(stop, KeyboardInterrupt):
+                raise
             code = None
     taken = time.monotonic() - start
     print(f"{step.name}: {'stopped' if code is None else f'exit code {code}'} after {taken:.0f} s", flush=True)

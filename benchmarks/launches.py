@@ -53,7 +53,7 @@ def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
 
 def run(options: Namespace) -> int:
     """Count every variant of the models that ``options`` names, or of all; 1 if no model could be built."""
-    writable(options.json)
+    writable("--json", options.json, make_folder=True)
     out, records = console(150), []
     environment = report.environment("cpu")
     for name in track(options.models or published.MODELS, "counting", console=out, transient=True):
@@ -72,6 +72,6 @@ def show(console: Console, records: list[dict[str, Any]]) -> None:
         counts = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]
         rows.append((None, [record["model"], record["variant"], str(record["cached_tokens"]), *counts]))
     heads = "model", "", "tokens", "prefill launches", "syncs", "decode launches", "syncs"
-    console.print(report.grouped(heads, 2, rows))
+    report.show_table(console, heads, 2, rows)
     report.show_errors(console, (f"{record['model']}: {record['error']}" for record in records if "error" in record))
     console.print("all layers, one prompt with one image; lower bounds, by the rules of vlmfast/benchmarks/counting.py")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -143,7 +144,8 @@ def _all_modes(common: Record, modes: Sequence[str], device: str, console: Conso
 
 def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> list[Record]:
     """Call a function that gives records in a process of its own; what ends that process is a record too."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+    interrupt = signal.SIGINT, signal.SIG_DFL  # Ctrl-C reaches both processes: one line about it is enough
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, interrupt) as processes:
         try:
             return processes.submit(function, *args).result()
         except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 import vlmfast
@@ -104,10 +105,13 @@ def read(path: Path) -> dict[str, Any]:
         if "models" not in found:  # of whole models alone, as they were written once
             found |= {"records": [], "models": found["records"]}
         for record in found["records"]:
-            record["contenders"]
+            record["op"], record["workload"], record["dtype"]
+            for row in record["contenders"]:
+                row["name"], row["group"], row["error"]
         for record in found["models"]:
-            record["model"], record["variant"], record.get("error") or record["prefill_ms"]
-        found["environment"]["device"]
+            record["model"], record["variant"], record["size"], record["dtype"]
+            record.get("error") or record["prefill_ms"]
+        found["environment"]["device"], found["environment"]["kind"], found["environment"]["threads"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = one_line(error) if isinstance(error, OSError) else "it is not what `bench --json` writes"
         raise CommandError(f"cannot read {path}: {what}") from error
@@ -172,6 +176,20 @@ def grouped(heads: Sequence[str], text: int, rows: Iterable[tuple[str | None, Se
     return lines
 
 
+def show_table(
+    console: Console, heads: Sequence[str], text: int, rows: Sequence[tuple[str | None, Sequence[str]]]
+) -> None:
+    """Print a table as `grouped` makes it; where it is too wide, its rows one below the other."""
+    lines = grouped(heads, text, rows)
+    if console.measure(lines, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(lines)
+        return
+    for style, shown in rows:
+        console.print(", ".join(filter(None, shown[:text])), style=style, markup=False)
+        named = [f"{head} {cell}" for head, cell in zip(heads[text:], shown[text:], strict=False) if cell]
+        console.print(Padding(", ".join(named), (0, 0, 0, 2)), markup=False)
+
+
 def show_errors(console: Console, lines: Iterable[str]) -> None:
     """Print why there is no result, a line for each."""
     for line in lines:
@@ -191,7 +209,7 @@ def show_op(console: Console, records: list[dict[str, Any]], where: dict[str, An
             rows.append((style, [record["workload"], row["name"], *cells(COLUMNS, filled, row)]))
     kind = "device time, cold cache" if where["kind"] != "cpu" else f"{where['threads']} thread(s)"
     console.print(f"{records[0]['op']}, {records[0]['dtype']}, {kind}", style="bold")
-    console.print(grouped(("shape", "", *(COLUMNS[key][0] for key in filled)), 2, rows))
+    show_table(console, ("shape", "", *(COLUMNS[key][0] for key in filled)), 2, rows)
     show_errors(console, (f"{reason} ({', '.join(found)})" for reason, found in shapes.items()))
 
 
@@ -206,7 +224,7 @@ def show_models(console: Console, records: list[dict[str, Any]]) -> None:
             rows.append(("red", [*named, "no time"]))
         else:
             rows.append((None, [*named, *cells(MODEL_COLUMNS, MODEL_COLUMNS, record)]))
-    console.print(grouped(("model", "mode", "", *(head for head, _ in MODEL_COLUMNS.values())), 3, rows))
+    show_table(console, ("model", "mode", "", *(head for head, _ in MODEL_COLUMNS.values())), 3, rows)
     if records:
         console.print(f"{records[0]['size']} sizes, {records[0]['dtype']}")
         console.print(MODEL_LEGEND, style="dim", highlight=False)

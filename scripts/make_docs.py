@@ -50,7 +50,7 @@ README_MODELS = ("prefill_ms", "prefill_speedup", "decode_ms", "decode_speedup",
 
 TYPES_HEAD = """# Models
 
-Made by `make docs` from docs/families.json, which `python -m vlmfast.patches.scan docs/families.json` writes under each
+Made by `make docs` from docs/families.json, which `python -m vlmfast scan docs/families.json` writes under each
 release of transformers. Every type of model that transformers maps to image-text-to-text is built from its default
 configuration. Its table says for each method and release which function of vlmfast replaces it, or why none does;
 "unknown" is a norm or a mask whose body vlmfast does not know. A checkpoint may bring another language model or vision

@@ -2,6 +2,6 @@
 
 import sys
 
-from vlmfast.cli import main
+from vlmfast.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

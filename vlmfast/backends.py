@@ -38,9 +38,16 @@ def absent(name: str, reason: str) -> Backend:
     return Backend(name, lambda *_: None, lambda *_: reason, lambda x: reason, reason)
 
 
+def loader(name: str) -> Callable[[str, str, Callable[..., Any]], Backend | str]:
+    """Return what loads the backend of that name; ValueError where only VLMFAST_BACKEND can have named it."""
+    if name not in LOADERS:
+        raise ValueError(f"VLMFAST_BACKEND must be one of {', '.join(LOADERS)}, got {name!r}")
+    return LOADERS[name]
+
+
 def load(name: str, op: str, family: str, reference: Callable[..., Any]) -> Backend:
     """Load the backend of that name for one op."""
-    found = LOADERS[name](op, family, reference)
+    found = loader(name)(op, family, reference)
     return absent(name, found) if isinstance(found, str) else found
 
 

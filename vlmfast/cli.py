@@ -1,8 +1,9 @@
-"""The command line: ``python -m vlmfast demo``, ``bench``, ``info`` and ``explain``."""
+"""The command line: ``python -m vlmfast demo``, ``bench``, ``info``, ``explain`` and ``scan``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +11,53 @@ from typing import Any
 
 import vlmfast
 from vlmfast import demo, demo_reduce, info
+from vlmfast.backends import loader
 from vlmfast.benchmarks import command as benchmarks
-from vlmfast.console import DEFAULT, DTYPES, CommandError, positive
+from vlmfast.console import DEFAULT, DTYPES, CommandError, one_line, positive
 from vlmfast.demo_model import PHOTOGRAPH
+from vlmfast.patches import scan
+from vlmfast.registry import order
+
+
+def entry(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of this process and return its exit code.
+
+    0: it is done. 1: it is done, and what it compares differs. 2, with one line: it is not done, for a reason outside
+    of vlmfast: an argument, a file, Ctrl-C, a pipe that nobody reads any more. A fault of vlmfast is an exception.
+    """
+    try:
+        try:
+            return main(arguments)
+        finally:
+            sys.stdout.flush()  # not at exit, where Python itself would speak of a closed pipe
+    except KeyboardInterrupt:
+        reason = "stopped by Ctrl-C"
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        reason = "stopped, because nobody reads the output any more"
+    except OSError as error:
+        reason = one_line(error)
+    return _refuse(reason)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, or 2 for what the user can put right; the demo has its own 1."""
+    """Run one command and return its exit code, as `entry` does, to which it leaves what happens to the process."""
     options = parse(sys.argv[1:] if arguments is None else list(arguments))
+    try:
+        for name in order.get():
+            loader(name)
+    except ValueError as error:  # of VLMFAST_BACKEND
+        return _refuse(str(error))
     try:
         exit_code: int | None = options.command(options)
     except CommandError as error:
-        print(f"vlmfast: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     return exit_code or 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"vlmfast: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -50,6 +84,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("op", metavar="OP", help="such as rms_norm")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=DEFAULT)
     command.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+
+    text = "say which methods of the installed transformers are known, and which are only like them"
+    command = commands.add_parser("scan", help=text, description=text)
+    command.set_defaults(command=scan.run)
+    what = "write there instead what `make docs` makes docs/families.md of, beside what the file says of other releases"
+    command.add_argument("file", metavar="PATH.json", nargs="?", type=Path, help=what)
     return parser.parse_args(arguments)
 
 
@@ -81,6 +121,5 @@ def _add_demo(commands: Any) -> None:
         "--overlay",
         metavar="FILE",
         type=Path,
-        default=Path("reduced.png"),
-        help=f"where --reduce draws which tokens were kept; {DEFAULT}",
+        help="where --reduce draws which tokens were kept; default: reduced.png",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import os
 import sys
 from importlib import metadata
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT = "default: %(default)s"  # of an argument's help
@@ -23,16 +25,41 @@ class CommandError(Exception):
 
 
 def positive(text: str) -> int:
-    """Parse the argument of a command, a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    """Parse the argument of a command, a positive integer that torch can count to."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**31 - 1}, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Parse the argument of a command, a time that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
     return value
 
 
+class _Console(Console):
+    """A console that leaves a pipe that nobody reads to `vlmfast.cli.entry`; rich would end with the exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what was raised."""
+        raise BrokenPipeError
+
+
 def console(columns: int = 120) -> Console:
-    """Return the terminal; in a pipe or a CI log, whose width nobody knows, plain lines of up to ``columns``."""
-    return Console(width=None if sys.stdout.isatty() else columns, highlight=False)
+    """Return the terminal; in a pipe or a CI log, where only COLUMNS can tell the width, lines of up to ``columns``."""
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").strip("0").isdecimal()
+    return _Console(width=None if told else columns, highlight=False)
+
+
+def needed(package: str, what: str) -> None:
+    """Refuse what the user asked for where the package that it needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise CommandError(f"{what} needs {package}, which is not installed")
 
 
 def version(package: str) -> str | None:
@@ -50,20 +77,25 @@ def one_line(error: BaseException) -> str:
 
 
 def table(*columns: str) -> Table:
-    """Make an empty table in the style of all commands."""
-    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    """Make an empty table in the style of all commands; where it is narrow, a word too long goes on below."""
+    return Table(*(Column(head, overflow="fold") for head in columns), box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def writable(path: Path | None) -> None:
-    """Refuse now what would fail after a whole run."""
+def writable(argument: str, path: Path | None, make_folder: bool = False) -> None:
+    """Refuse now what would fail after a whole run: a path of an argument to which nothing can be written."""
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise CommandError(f"{argument}: cannot write {path}: it is a folder")
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("ab").close()  # permissions do not tell of a file system that only reads
+        if is_new:
+            path.unlink()
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {one_line(error)}") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise CommandError(f"cannot write {path}: {'it is a folder' if path.is_dir() else 'permission denied'}")
+        raise CommandError(f"{argument}: cannot write {path}: {one_line(error)}") from error
 
 
 def facts() -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -131,10 +132,14 @@ def _device_name(device: torch.device) -> str:
 
 
 def _print_calls(out: Console, calls: dict[tuple[str, str], Calls]) -> None:
-    rows = table("op", "backend that ran", "calls", "passed over")
+    rows, refused = table("op", "backend that ran", "calls"), defaultdict[str, list[str]](list)
     for (name, backend), noted in calls.items():
-        rows.add_row(name, backend, str(noted.number), "\n".join(noted.refusals))
+        rows.add_row(name, backend, str(noted.number))
+        for refusal in noted.refusals:
+            refused[refusal].append(name)
     out.print(rows)
+    for refusal, names in refused.items():
+        out.print(f"passed over {refusal} ({', '.join(names)})", markup=False)
     if all(backend == "torch" for _, backend in calls):
         out.print(
             "Every call ran on its definition in plain PyTorch: expect no speed-up, only the noise of this machine."
@@ -168,7 +173,8 @@ def _print_times(out: Console, pairs: list[tuple[Clock, Clock]]) -> None:
         each = [(statistics.median(before.following), statistics.median(after.following)) for before, after in pairs]
         rows.add_row("each further token", *compare(each))
     out.print(rows)
+    ratio = "the speed-up is taken pair by pair" if len(pairs) > 1 else "one gives no speed-up: --repeats 5 would"
     out.print(
-        f"Pairs of generate() measured: {len(pairs)}, original and patched in turns after a warm-up; the speed-up is "
-        "taken pair by pair. The first token includes the vision tower and the prefill."
+        f"Pairs of generate() measured: {len(pairs)}, original and patched in turns after a warm-up; {ratio}. "
+        "The first token includes the vision tower and the prefill."
     )

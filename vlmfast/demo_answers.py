@@ -101,11 +101,15 @@ def clocks(
 
 
 def compare(seconds: list[tuple[float, float]]) -> tuple[str, str, str]:
-    """Format both columns of times and the ratio; pairs, because both runs of one met the machine in the same state."""
+    """Format both columns of times and the ratio; pairs, because both runs of one met the machine in the same state.
+
+    One pair has no ratio: nobody could tell it from the noise of the machine.
+    """
 
     def spread(values: list[float], unit: str) -> str:
-        return f"{statistics.median(values):.2f}{unit} ({min(values):.2f} to {max(values):.2f})"
+        typical = f"{statistics.median(values):.2f}{unit}"
+        return typical if len(values) == 1 else f"{typical} ({min(values):.2f} to {max(values):.2f})"
 
     before, after = ([1e3 * value for value in column] for column in zip(*seconds, strict=True))
     ratios = [one / other for one, other in seconds]
-    return spread(before, " ms"), spread(after, " ms"), spread(ratios, "x")
+    return spread(before, " ms"), spread(after, " ms"), spread(ratios, "x") if len(seconds) > 1 else "not known"

@@ -173,15 +173,10 @@ def _refuse_gradients(unsupported: Callable[..., str | None], *args: Any) -> str
 OPS: dict[str, Op] = {}
 
 
-def _from_environment() -> Iterable[str]:
-    name = os.environ.get("VLMFAST_BACKEND") or None
-    if name is not None and name not in backends.LOADERS:
-        raise ValueError(f"VLMFAST_BACKEND must be one of {', '.join(backends.LOADERS)}, got {name!r}")
-    return backends.LOADERS if name is None else (name,)
-
-
-# The names of the backends that a call may run on, the preferred first; a pinned one stands alone.
-order: ContextVar[Iterable[str]] = ContextVar("vlmfast_backends", default=_from_environment())  # noqa: B039  (tests add backends)
+# The names of the backends that a call may run on, the preferred first; a pinned one stands alone. A name that is none
+# is refused by `backends.loader` when an op is called: an import that raises leaves a command nothing to say it with.
+_pinned = os.environ.get("VLMFAST_BACKEND")
+order: ContextVar[Iterable[str]] = ContextVar("vlmfast_backends", default=(_pinned,) if _pinned else backends.LOADERS)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The bodies that vlmfast knows: what each says, and the function that does the same. A new body is one line.
 
-``python -m vlmfast.patches.scan`` prints the digests of those that are not here, and who has them. A body of one
+``python -m vlmfast scan`` prints the digests of those that are not here, and who has them. A body of one
 release is often written a little differently in the next, and so has a line for each way.
 """
 

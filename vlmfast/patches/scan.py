@@ -1,4 +1,4 @@
-"""``python -m vlmfast.patches.scan``: which methods of the installed transformers are known, and which only look so.
+"""``python -m vlmfast scan``: which methods of the installed transformers are known, and which only look so.
 
 Modelling files are read, not imported, so that none of their dependencies has to be there.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmfast.console import CommandError, needed, version, writable
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.patches.plan import find_sites, is_like
 from vlmfast.patches.upstream import Source, Text, closure
@@ -157,18 +160,17 @@ def grouped(found: list[Found]) -> dict[str, list[str]]:
     return dict(sorted(sites.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
-def main() -> None:
+def run(options: Namespace) -> None:
     """Print the classes that each known function reaches, and the unknown bodies, those of most classes first.
 
-    With a file as its argument, write into that what ``make docs`` makes docs/families.md of.
+    With a file among the options, write into that what ``make docs`` makes docs/families.md of.
     """
+    needed("transformers", "scan")
+    file = options.file
+    seen = _read(file)
     found = scan()
-    if sys.argv[1:]:
-        import transformers
-
-        file = Path(sys.argv[1])
-        seen = json.loads(file.read_text()) if file.exists() else {}
-        seen[transformers.__version__] = {"bodies": grouped(found), "types": model_types()}
+    if file is not None:
+        seen[str(version("transformers"))] = {"bodies": grouped(found), "types": model_types()}
         file.write_text(json.dumps(seen, indent=0, sort_keys=False) + "\n")
         return
     groups: dict[str, dict[str, list[str]]] = {"known": {}, "left alone": {}, "unknown": {}}
@@ -185,5 +187,19 @@ def main() -> None:
             print(f"{len(sites):5} {name}: {', '.join(sites)}")
 
 
+def _read(file: Path | None) -> dict[str, Any]:
+    """Read what a file says of other releases."""
+    writable("PATH.json", file)
+    if file is None or not file.exists():
+        return {}
+    try:
+        seen = json.loads(file.read_text())
+    except ValueError:
+        seen = None
+    if not isinstance(seen, dict):
+        raise CommandError(f"PATH.json: {file} is not what `scan` writes")
+    return seen
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(importlib.import_module("vlmfast.cli").entry(["scan", *sys.argv[1:]]))
