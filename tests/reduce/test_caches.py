@@ -25,7 +25,7 @@ OPTIONS |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_i
 
 def answer(talk: Talk, inputs: dict[str, Any], **more: Any) -> tuple[Any, Tensor]:
     """What generate returns, and its logits (B, steps, V)."""
-    output = talk.model.generate(**inputs, **OPTIONS, **more)
+    output = talk.model.generate(**inputs, **{**OPTIONS, **more})
     return output, torch.stack(output.logits, 1)
 
 
@@ -94,6 +94,107 @@ def test_a_model_without_the_patch_cannot_go_on():
     # the patch may come back
     with vlmfast.patch(talk.model, reduce=METHOD):
         answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
+
+
+def test_a_model_without_the_patch_writes_nothing():
+    """Linear attention has methods of its own to write, and comes first."""
+    talk = Talk.of("qwen3_5")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        cache = prefilled(talk, talk.batch((10, 0, 11)))
+    before = [copy.deepcopy(vars(layer)) for layer in cache.layers]
+    with pytest.raises(RuntimeError, match="only a model patched with reduce"), torch.no_grad():
+        talk.model(input_ids=torch.tensor([[12]]), past_key_values=cache)
+    for layer, state in zip(cache.layers, before, strict=True):
+        assert str(vars(layer)) == str(state)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("removed", [2, 3, 5])  # of 3 columns that were generated, then 4 of text
+def test_another_question_after_cropping(model_type: str, removed: int):
+    talk = Talk.of(model_type)
+    first, more = talk.batch((10, 0, 11, 12, 13, 14)), torch.tensor([[20, 21, 22]])
+    with vlmfast.patch(talk.model, reduce=METHOD), torch.no_grad():
+        output, _ = answer(talk, first, max_new_tokens=4)
+        held = output.sequences.shape[1] - 1 - removed
+        ids = torch.cat([output.sequences[:, :held], more], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        want = answer(talk, talk.with_types(turn | talk.vision(0)))[1]
+        step = talk.model(**talk.with_types(turn | talk.vision(0))).logits[:, -3:]
+        cache = output.past_key_values
+        cache.crop(-removed)
+        again = copy.deepcopy(cache)
+        torch.testing.assert_close(answer(talk, turn, past_key_values=cache)[1], want, rtol=1e-4, atol=1e-5)
+        # by forward, after which the cache holds the new question
+        got = talk.model(input_ids=more, past_key_values=again).logits
+        torch.testing.assert_close(got, step, rtol=1e-4, atol=1e-5)
+        again.crop(-1)
+        torch.testing.assert_close(answer(talk, turn, past_key_values=again)[1], want, rtol=1e-4, atol=1e-5)
+
+
+def test_cropping_into_an_image():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=EvenTokens(0.25)), torch.no_grad():
+        cache = prefilled(talk, talk.batch((10, 0, 11)))
+        prompt = kept_by(cache)
+        cache.crop(-3)
+        for call in (
+            lambda: talk.model(input_ids=torch.tensor([[20]]), past_key_values=cache),
+            lambda: answer(talk, talk.batch((10, 0, 20)) | {"pixel_values": None}, past_key_values=cache),
+        ):
+            with pytest.raises(ValueError, match="it was cropped by 3 columns of the prompt, where visual tokens"):
+                call()
+            assert kept_by(cache) is prompt
+        # nothing is left to keep: the cache is as good as new
+        cache.crop(-cache.get_seq_length())
+        other = talk.batch((12, 1, 13))
+        got = talk.model(**other, past_key_values=cache).logits
+        assert torch.equal(got, talk.model(**other).logits)
+        assert torch.equal(kept_by(cache).ids, other["input_ids"])
+
+
+def test_a_cache_made_of_the_layers_of_another():
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=EvenTokens(0.25)):
+        output, _ = answer(talk, talk.batch((10, 0, 11)))
+        with pytest.raises(RuntimeError, match=r"would not know: copy it with copy\.deepcopy"):
+            DynamicCache(tuple(output.past_key_values))
+        made = DynamicCache()
+        for number, layer in enumerate(output.past_key_values.layers):
+            made.update(layer.keys, layer.values, number)
+        with pytest.raises(ValueError, match=r"after the 10 columns that past_key_values holds; .* copy\.deepcopy"):
+            answer(talk, second_turn(talk, output), past_key_values=made)
+        # a text before the first image
+        text, _ = answer(talk, talk.batch((10, 11, 12)))
+        ids = torch.cat([text.sequences, torch.tensor([talk.ids(20, 0, 21)])], 1)
+        answer(talk, {"input_ids": ids, **talk.vision(0)}, past_key_values=text.past_key_values)
+
+
+def test_embeddings_in_place_of_ids():
+    talk = Talk.of("llava")
+    first = talk.batch((10, 0, 11))
+    with vlmfast.patch(talk.model, reduce=METHOD), torch.no_grad():
+        output, _ = answer(talk, first)
+        turn = second_turn(talk, output)
+        embeddings = talk.model.get_input_embeddings()(turn.pop("input_ids"))
+        for inputs in (
+            {"inputs_embeds": embeddings, **talk.vision(0)},
+            {"inputs_embeds": embeddings, **turn, "past_key_values": output.past_key_values},
+            {"inputs_embeds": embeddings[:, -3:], **turn, "past_key_values": output.past_key_values},
+            talk.vision(0),
+        ):
+            with pytest.raises(ValueError, match=r"input_ids must be a tensor \(B, L\) .*, got none"):
+                answer(talk, inputs)
+        answer(talk, {"inputs_embeds": embeddings[:, -3:]})
+
+
+def test_generate_makes_no_graph():
+    talk = Talk.of("llava")
+    needed: list[bool] = []
+    talk.model.model.multi_modal_projector.register_forward_hook(lambda _, __, rows: needed.append(rows.requires_grad))
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        answer(talk, talk.batch((10, 0, 11)))
+        talk.model(**talk.batch((10, 0, 11)))
+    assert needed == [False, True]
 
 
 def test_a_cache_that_was_lent_keeps_its_prompt_after_an_error():

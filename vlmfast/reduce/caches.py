@@ -1,7 +1,8 @@
 """A cache that keeps the shortened prompt it holds, so that the next turn may be given the full ids again.
 
-Its class becomes a subclass of the same name. Copies keep the prompt as well, and repeating or selecting rows does the
-same to the prompt. A model that is not patched cannot go on from it: it would count columns that are not there.
+Its class becomes a subclass of the same name. Copies keep the prompt as well, and repeating or selecting rows, or
+cropping, does the same to the prompt. A model that is not patched cannot go on from it: it would count columns that are
+not there.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ class KeepsPrompt:
     original_class: ClassVar[type]
     shortened_prompt: ShortenedPrompt
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: `lent` takes the prompt off while a patched model runs."""
+    def __iter__(self) -> Any:
+        """Refuse: layers are iterated over to make another cache of them, which would not know the prompt."""
         raise RuntimeError(
-            "past_key_values holds a prompt whose visual tokens were reduced: only a model patched with reduce=... can "
-            "continue it"
+            "past_key_values holds a prompt whose visual tokens were reduced, which a cache made of its layers would "
+            "not know: copy it with copy.deepcopy, or read past_key_values.layers"
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -54,9 +55,19 @@ class KeepsPrompt:
         return _restored, (self.original_class,), vars(self)
 
 
+def _refuse(self: KeepsPrompt, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of what a model calls to write: `lent` takes the prompt off while a patched one runs."""
+    raise RuntimeError(
+        "past_key_values holds a prompt whose visual tokens were reduced: only a model patched with reduce=... can "
+        "continue it"
+    )
+
+
 @functools.cache
 def _keeping(cls: Any) -> Any:
-    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls}
+    # linear attention also gets its states, and writes into them
+    writing = {name: _refuse for name in dir(cls) if name.startswith("update") or name.endswith("_state")}
+    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls, **writing}
     return type(cls.__name__, (KeepsPrompt, cls), passing)
 
 
@@ -89,9 +100,18 @@ def release(cache: Any) -> ShortenedPrompt | None:
 
 @contextmanager
 def lent(cache: Any) -> Iterator[ShortenedPrompt | None]:
-    """Release the cache for a block, after which it keeps the prompt again unless it was given another one."""
+    """Release the cache for a block, after which it keeps the prompt again unless it was given another one.
+
+    The prompt is as long as the cache, which may have been cropped.
+
+    Raises:
+        ValueError: if what was cropped away is not text at the end of the prompt.
+    """
     prompt = release(cache)
     try:
+        if prompt is not None:
+            held = int(cache.get_seq_length())
+            prompt = prompt.crop(held) if held else None
         yield prompt
     finally:
         if prompt is not None and kept_by(cache) is None:

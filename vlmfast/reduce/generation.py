@@ -19,6 +19,7 @@ from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
+    check,
     image_output,
     parameters,
     positions_after,
@@ -54,7 +55,9 @@ class Reduction:
             found[base] = {"get_image_features": _get_image_features(base)}
         found[cls] = {
             "forward": _forward(self, original),
-            "generate": _replacement(cls.generate, functools.partial(_short_generate, self, cls.generate)),
+            "generate": _replacement(
+                _with_images(cls.generate), functools.partial(_short_generate, self, cls.generate)
+            ),
         }
         return found
 
@@ -158,7 +161,8 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
             prompt, short = shorten(model, arguments, None)
             output = original(model, **short)
-            keep(_cache_of(output) if cache is None else cache, prompt)
+            if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
+                keep(_cache_of(output) if cache is None else cache, prompt)
             return output
 
     return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
@@ -233,6 +237,25 @@ def _get_image_features(cls: type) -> Callable[..., Any]:
 # ---- generate ----
 
 
+def _with_images(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``generate`` refuse placeholders without images after a cache: it may be made of a shorter one's layers."""
+    names = parameters(original)
+
+    @functools.wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        cache, ids = arguments.get("past_key_values"), arguments.get("input_ids", arguments.get("inputs"))
+        past = 0 if cache is None or arguments.get("mm_encoder_outputs") is not None else int(cache.get_seq_length())
+        if past and isinstance(ids, Tensor) and bool((ids[:, past:] == self.config.image_token_id).any()):
+            raise ValueError(
+                f"pixel_values must be given with images after the {past} columns that past_key_values holds; if it "
+                f"was made of the layers of a cache whose visual tokens were reduced, copy that with copy.deepcopy"
+            )
+        return original(self, *args, **kwargs)
+
+    return generate
+
+
 def _short_generate(reduction: Reduction, original: Callable[..., Any], model: Any, arguments: dict[str, Any]) -> Any:
     if arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model cannot be given where visual tokens are reduced: it would see other prompts")
@@ -240,13 +263,16 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         arguments["input_ids"] = arguments.pop("inputs")
     cache = arguments.get("past_key_values")
     with lent(cache) as cached:  # the steps count on from the short prompt
-        if arguments.get("attention_mask") is None:
-            arguments["attention_mask"] = _mask(model, arguments)
-        elif arguments["attention_mask"].shape[1] > arguments["input_ids"].shape[1]:  # the ids of what follows alone
+        ids, given = arguments.get("input_ids"), arguments.get("attention_mask")
+        if ids is not None and given is not None and given.shape[1] > ids.shape[1]:  # the ids of what follows alone
             if cached is None or arguments.get("pixel_values") is not None:
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))
-        prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
+        check(model, arguments)
+        if given is None:
+            arguments["attention_mask"] = _mask(model, arguments)
+        with torch.no_grad():
+            prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
         short |= _lengths(model, arguments, prompt.columns.dropped)
         if (streamer := arguments.get("streamer")) is not None:
             short["streamer"] = _FullPrompt(streamer, prompt.ids)

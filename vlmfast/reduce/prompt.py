@@ -53,6 +53,24 @@ class ShortenedPrompt:
         images = [self.samples[number] for number in samples.tolist()]
         return ShortenedPrompt(self.ids[samples], self.columns.select(samples), deltas, images)
 
+    def crop(self, held: int) -> ShortenedPrompt:
+        """Return what a cache holds of it that was cropped to so many columns of the short prompt.
+
+        Raises:
+            ValueError: if other columns than these were cropped away, as a reduced image ends among them.
+        """
+        removed = self.columns.index.shape[1] - held
+        if removed <= 0:
+            return self
+        index, total = self.columns.index, self.columns.total - removed
+        if not bool((index[:, held:] == torch.arange(total, self.columns.total, device=index.device)).all()):
+            raise ValueError(
+                f"past_key_values must hold the images of its prompt: it was cropped by {removed} columns of the "
+                f"prompt, where visual tokens were left out"
+            )
+        columns = Columns(index[:, :held], self.columns.valid[:, :held], total)
+        return replace(self, ids=self.ids[:, :total], columns=columns)
+
 
 def named(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return those of the arguments that have one of the names and are given."""
@@ -89,7 +107,7 @@ def shorten(
         The prompt, and the arguments with which the model sees it short: without the vision inputs, and where there are
         images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
     """
-    _check(model, arguments)
+    check(model, arguments)
     base = model.base_model
     ids: Tensor = arguments["input_ids"]
     given = arguments.get("attention_mask")
@@ -160,8 +178,8 @@ def _encode(
     return samples
 
 
-def _check(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse what cannot be rewritten."""
+def check(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that `shorten` cannot rewrite."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = "none" if ids is None else type(ids).__name__ if not isinstance(ids, Tensor) else tuple(ids.shape)
