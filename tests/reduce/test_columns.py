@@ -32,10 +32,20 @@ def short(rows: list[list[int]], *images: ReducedImage) -> list[list[int]]:
         ([[7, 0, 0, 0], [8, V, V, V]], [image([0], 3)], [[7, 0], [8, V]]),
         ([[7, V, V, 0], [8, V, V, 9]], [image([0], 2), image([], 2)], [[7, V], [8, 9]]),
         ([[7, 8, 9], [0, 0, 7]], [], [[7, 8, 9], [0, 0, 7]]),
+        ([[0, 7, V, V], [0, 8, V, V]], [image([0, 1], 2), image([0, 1], 2)], [[0, 7, V, V], [0, 8, V, V]]),
+        ([[7, V, V, 0], [8, 9, 0, 0]], [image([0, 1], 2)], [[7, V, V, 0], [8, 9, 0, 0]]),
     ],
 )
 def test_columns(rows: list[list[int]], images: list[ReducedImage], want: list[list[int]]):
     assert short(rows, *images) == want
+
+
+def test_a_masked_image_stays_where_it_is():
+    ids = torch.tensor([[7, 8, V, V, 9], [V, V, 9, 7, 8]])
+    mask = torch.tensor([[True, True, False, False, False], [False, False, False, True, True]])
+    columns = drop_columns(ids == V, mask, [image([1], 2), image([0], 2)])
+    assert columns.take(ids, PAD).tolist() == [[7, 8, V], [V, 7, 8]]
+    assert columns.take(mask.long(), 0).tolist() == [[1, 1, 0], [0, 1, 1]]
 
 
 def test_a_gap_of_the_callers_own_stays():
@@ -79,5 +89,5 @@ def test_images_of_samples():
     assert found([a, b, c], [2, 3], [0, 2]) == [[], [2]]  # the whole conversation is given
     assert found([c], [2, 3], [0, 2]) == [[], [2]]  # what is new alone
     for images, cached, new in (([a, b], [0, 0], [3, 2]), ([a], [0], [3]), ([a, b, c], [0], [5]), ([a, b], [3], [2])):
-        with pytest.raises(ValueError, match="the images must fit the placeholders of the prompts"):
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             found(images, cached, new)

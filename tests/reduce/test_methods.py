@@ -68,9 +68,14 @@ class WithCls(Scored):
         return torch.cat([scores.new_full((len(scores), 1), -1.0), scores], 1)
 
 
-class TooMany(Scored):
+class Choosing(Scored):
+    """Chooses these positions, whatever it was asked."""
+
+    def __init__(self, *positions: float) -> None:
+        self.positions = positions
+
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
-        return super().choose(tokens, k + 1)
+        return torch.tensor(self.positions).expand(tokens.batch, -1)
 
 
 @torch.no_grad()
@@ -82,12 +87,76 @@ def test_budget_and_score_are_a_method_and_wrong_answers_are_refused():
         assert torch.equal(image.kept[0], want.kept[0])
     with pytest.raises(ValueError, match=r"score of .* must be of the shape \(B, N\) = \(2, 16\), got \(2, 17\)"):
         reduce(base, vision, WithCls())
-    with pytest.raises(ValueError, match=r"choose of .* must return \(2, 4\), got \(2, 5\)"):
-        reduce(base, vision, TooMany())
+    for wrong in ((0, 1, 2), (0, 1, 2, 3, 4)):
+        with pytest.raises(ValueError, match=rf"choose of Choosing must return \(2, 4\), got \(2, {len(wrong)}\)"):
+            reduce(base, vision, Choosing(*wrong))
+    for wrong in ((0, 3, 2, 4), (0, 2, 2, 4), (-1, 0, 1, 2), (12, 13, 14, 16)):
+        got = ", ".join(map(str, wrong))
+        ascending = rf"choose of Choosing must return ascending positions within 0 and 15, each once, got \[{got}\]"
+        with pytest.raises(ValueError, match=ascending):
+            reduce(base, vision, Choosing(*wrong))
+    with pytest.raises(ValueError, match=r"choose of Choosing must return int64 positions, got torch\.float32"):
+        reduce(base, vision, Choosing(0.0, 1.0, 2.0, 3.0))
+    for image in reduce(base, vision, Choosing(0, 5, 6, 15)):
+        assert image.kept[0].tolist() == [0, 5, 6, 15]
+
+
+def test_a_budget_is_at_least_nothing():
+    class Negative(EvenTokens):
+        def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
+            return 3, -1
+
+    talk = Talk.of("llava")
+    with pytest.raises(ValueError, match=r"budget of .*Negative.* must be of at least 0 \+ 0 .*, got 3 \+ -1"):
+        REDUCERS["llava"].reduce(talk.model.base_model, talk.vision(0), Negative(3))
+    with pytest.raises(ValueError, match=r"dominant and contextual must be shares of at most 1\.0 .*\[0\.8, 0\.3\]"):
+        VisionZip(0.8, 0.3)
+    assert VisionZip(0.7, 0.3).budget(10, False) == (7, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [EvenTokens(1000), vlmfast.RandomTokens(70), VisionZip(60, 1000)], ids=str)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_an_image_with_fewer_tokens_than_the_budget_keeps_what_it_has(model_type: str, method: Method):
+    """A CLS token takes the place of a patch."""
+    talk = Talk.of(model_type)
+    images = REDUCERS[model_type].reduce(talk.model.base_model, talk.vision(0, 1), method)
+    published = isinstance(method, VisionZip) and model_type.startswith("llava_next")  # three crops without newlines
+    for image, total in zip(images, talk.counts, strict=False):
+        assert image.total == total
+        assert len(image.features) == (3 * 16 if published else total)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_a_random_draw_is_the_pictures_own(model_type: str):
+    """The same alone, in any batch and among other sizes; another one for another picture or seed."""
+    talk = Talk.of(model_type)
+
+    def drawn(*numbers: int, seed: int = 0) -> list[list[list[int]]]:
+        images = REDUCERS[model_type].reduce(
+            talk.model.base_model, talk.vision(*numbers), vlmfast.RandomTokens(0.5, seed=seed)
+        )
+        return [[crop.tolist() for crop in image.kept] for image in images]
+
+    first, second, third = drawn(0, 1, 2)
+    assert [drawn(0), drawn(1), drawn(2)] == [[first], [second], [third]]
+    assert drawn(2, 0, 0) == [third, first, first]
+    assert first[0] != third[0]
+    assert first != drawn(0, seed=1)[0]
+
+
+def test_all_that_a_model_uses_is_kept():
+    """Where the model uses the CLS token, that is one of its tokens."""
+    talk = Talk.of("llava")
+    base, vision = talk.model.base_model, {**talk.vision(0), "vision_feature_select_strategy": "full"}
+    for method in (EvenTokens(1.0), EvenTokens(17), VisionZip(1.0, 0), VisionZip(17, 0), VisionZip(99, 9)):
+        (image,) = REDUCERS["llava"].reduce(base, vision, method)
+        assert (image.total, len(image.features)) == (17, 17), method
 
 
 def test_what_merges_says_how():
-    tokens: dict[str, Any] = dict.fromkeys(("scores", "metric", "features"), lambda: torch.rand(1, 6))
+    tokens: dict[str, Any] = dict.fromkeys(("scores", "metric", "features", "pixels"), lambda: torch.rand(1, 6))
     tokens |= {"hidden": torch.rand(1, 6, 8), "has_cls": True, "grid": (1, 2, 3)}
     tokens["metric"] = lambda: torch.rand(1, 6, 4)
     found: Selection = VisionZip(3, 2, merge="mean").select(VisualTokens(**tokens))
@@ -96,10 +165,11 @@ def test_what_merges_says_how():
     assert (found.keep_cls, found.kept.tolist()) == (False, [[0, 2, 4]])
 
 
+@pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("method", [EvenTokens(0.01), VisionZip(0.1, 0.05), vlmfast.RandomTokens(0.9)], ids=str)
-def test_a_share_of_a_small_image_is_a_token(method: Method):
+def test_a_share_of_a_small_image_is_a_token(method: Method, has_cls: bool):
     """Rounded down it would be none, and the image would be left out."""
-    assert method.budget(1, False) == (1, 0)
+    assert method.budget(1, has_cls) == (1 - (has_cls and method.keeps_cls), 0)
     assert type(method)(*[0] * len(type(method).required())).budget(1, False) == (0, 0)
 
 

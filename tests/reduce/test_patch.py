@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 import vlmfast
 from tests.helpers.patches_models import patched, state, tiny
 from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
-from vlmfast.reduce import generation
+from vlmfast.reduce import EvenTokens, Selection, VisualTokens, generation
 from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
@@ -152,9 +153,21 @@ def test_refusals(monkeypatch):
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
         ({"inputs_embeds": torch.ones(2, 4, 64)}, ValueError, "inputs_embeds cannot be given where"),
         ({"logits_to_keep": torch.tensor([1])}, ValueError, "logits_to_keep must be an int"),
-        ({"input_ids": torch.full((2, 40), 9)}, ValueError, "there are images and no placeholders"),
-        ({"pixel_values": torch.ones(2, 3, 28, 28)}, ValueError, r"sample 1 has 32, and the next images have \[16\]"),
-        ({"pixel_values": torch.ones(4, 3, 28, 28)}, ValueError, r"48 placeholders, and images of \[16, 16, 16, 16\]"),
+        (
+            {"input_ids": torch.full((2, 40), 9)},
+            ValueError,
+            "tokens do not match: there are images and no placeholders",
+        ),
+        (
+            {"pixel_values": torch.ones(2, 3, 28, 28)},
+            ValueError,
+            r"tokens do not match: sample 1 has 32 placeholders, and the next images make \[16\]",
+        ),
+        (
+            {"pixel_values": torch.ones(4, 3, 28, 28)},
+            ValueError,
+            r"tokens do not match: 48 placeholders, and images of \[16, 16, 16, 16\]",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: str):
@@ -164,10 +177,17 @@ def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: s
         logits(talk.model, inputs)
 
 
+class OneTooMany(EvenTokens):
+    """Keeps the CLS token beside all patches."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return dataclasses.replace(super().select(tokens), keep_cls=True)
+
+
 def test_budgets_and_callers_that_do_not_fit():
     talk = Talk.of("llava")
     inputs = talk.batch(*PROMPTS)
-    with vlmfast.patch(talk.model, reduce=vlmfast.VisionZip(dominant=17, contextual=0)):
+    with vlmfast.patch(talk.model, reduce=OneTooMany(1.0)):
         with pytest.raises(ValueError, match=r"makes 17 tokens of an image that has 16 placeholders"):
             logits(talk.model, inputs)
         with pytest.raises(ValueError, match="assistant_model cannot be given"):

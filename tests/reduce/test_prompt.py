@@ -125,10 +125,60 @@ def test_keeping_everything_changes_no_bit(model_type: str, dtype: torch.dtype):
     keep = [EvenTokens(1.0), *keep_all_by_visionzip(talk)]
     for method in keep:
         with vlmfast.patch(talk.model, exclude="*", reduce=method):
-            got = logits(talk.model, inputs)
-            real = inputs["attention_mask"].bool()
-            assert torch.equal(got[real], want[real])
+            assert torch.equal(logits(talk.model, inputs), want)
             assert torch.equal(talk.model.generate(**inputs, max_new_tokens=4, do_sample=False), ids)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_keeping_everything_leaves_no_column_out(model_type: str, side: str):
+    """Padding that all samples share, gaps in the mask and inputs that go beside the ids stay as well."""
+    talk = Talk.of(model_type)
+    inputs = talk.batch(*RAGGED, side=side)
+    pad = (3, 0) if side == "left" else (0, 3)
+    for name in {"input_ids", "attention_mask", "mm_token_type_ids"} & inputs.keys():
+        inputs[name] = nn.functional.pad(inputs[name], pad)
+    inputs["attention_mask"][1, -2 if side == "left" else 1] = 0  # a word, or the start of the image
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        want = talk.model(**inputs)
+        with vlmfast.patch(talk.model, exclude="*", reduce=EvenTokens(1.0)) as patch:
+            got = talk.model(**inputs)
+        assert torch.equal(got.logits, want.logits)
+        assert torch.equal(got.loss, want.loss)
+        assert patch.reduction.last.columns.dropped == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_a_masked_image_at_an_edge_is_no_padding(model_type: str, side: str):
+    """Such as the dummy image that trainers put behind a text, or one in a masked prefix. Text does not see it."""
+    talk = Talk.of(model_type)
+    prompt = (20, 1, 10, 11, 12, 13) if side == "left" else (10, 11, 12, 13, 1, 20)
+    inputs = talk.batch(ONE, prompt, side=side)  # it comes last: upstream would tell the others' positions by its size
+    text = [0] * (len(inputs["input_ids"][1]) - 4)
+    inputs["attention_mask"][1] = torch.tensor([*text, 1, 1, 1, 1] if side == "left" else [1, 1, 1, 1, *text])
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        want = talk.model(**inputs)
+        with vlmfast.patch(talk.model, exclude="*", reduce=EvenTokens(1.0)):
+            got = talk.model(**inputs)
+            assert torch.equal(got.logits, want.logits)
+            assert torch.equal(got.loss, want.loss)
+        for method in (*METHODS, EvenTokens(0)):
+            with vlmfast.patch(talk.model, reduce=method) as patch:
+                short = logits(talk.model, inputs)
+            columns = patch.reduction.last.columns
+            seen = columns.take(inputs["attention_mask"], 0)[1].bool()
+            assert columns.index[1, seen].tolist() == inputs["attention_mask"][1].nonzero()[:, 0].tolist()
+            torch.testing.assert_close(short[1, seen], want.logits[1, columns.index[1, seen]], **CLOSE)
+            alone = patch.reduction.last.images[0]
+            torch.testing.assert_close(
+                short[0, columns.take(inputs["attention_mask"], 0)[0].bool()],
+                ByHand.of(talk, method, ONE).logits(),
+                **CLOSE,
+            )
+            assert alone.total == talk.counts[0]
 
 
 def keep_all_by_visionzip(talk: Talk) -> list[Method]:

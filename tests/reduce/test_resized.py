@@ -160,14 +160,6 @@ def test_an_image_alone_is_reduced_as_in_a_batch():
         torch.testing.assert_close(alone.features, together[index].features, rtol=1e-4, atol=1e-4)
 
 
-def test_a_budget_that_fits_no_crop_is_refused():
-    """All tokens of this image would be more than one crop has, so that they alone do not tell."""
-    base, inputs = crop_model("llava_onevision"), large([(56, 56)])
-    for method in (VisionZip(SIDE**2, 1), VisionZip(0.8, 0.8)):
-        with pytest.raises(ValueError, match=r"asks for \d+ \+ \d+ of 16 visual tokens"):
-            reduced(base, inputs, method)
-
-
 def test_gradients_reach_the_tower_and_the_newline():
     base, inputs = crop_model("llava_onevision"), large([(56, 56)])
     (image,) = reduce_onevision(base, inputs, VisionZip(4, 2))

@@ -58,14 +58,17 @@ def test_images_of_a_batch_are_apart(model_type: str):
 def test_cls_token_stands_in_front_where_it_is_kept():
     tower, pixels, layers = tower_of("llava")
     images = encode(tower, pixels, layers)
-    selection = VisionZip(dominant=5, contextual=3).select(images.visual_tokens(lambda: images.patches, images.has_cls))
+    tokens = images.visual_tokens(lambda: images.patches, images.has_cls, 16)
+    selection = VisionZip(dominant=5, contextual=3).select(tokens)
     rows = images.reduce(selection)
     assert rows.shape == (2, 8, 32)
     assert torch.equal(rows[:, 0], images.hidden[:, 0])
     for image in range(2):
         assert torch.equal(rows[image, 1:5], images.hidden[image, 1 + selection.kept[image]])
-    even = EvenTokens(4).select(images.visual_tokens(lambda: images.patches, images.has_cls))
+    even = EvenTokens(4).select(tokens)
     assert torch.equal(images.reduce(even), images.hidden[:, 1::4])
+    some = VisionZip(dominant=5, contextual=3).select(tokens.take([1], 16))
+    assert torch.equal(images.reduce(some, [1]), rows[1:])
 
 
 def test_refusals():

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vlmfast.reduce.reduced_image import ReducedImage
 
+MISMATCH = "Image features and image tokens do not match"  # upstream's words, which handlers look for
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -48,14 +50,16 @@ class Columns:
 def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage]) -> Columns:
     """Leave out the placeholders that the images do not keep, and the padding that no sample needs any more.
 
-    Samples that are shorter than the longest one are padded on the left, or on the right if the prompt was.
+    Where the images keep all of theirs, nothing is left out. A masked placeholder is no padding: its image is encoded
+    and takes its place. Samples that are shorter than the longest one are padded on the left, or on the right if the
+    prompt was.
 
     Args:
         is_image: (B, L) bool, true at the placeholders of ``images``, in row-major order.
         mask: (B, L) bool, false at padding.
         images: all images of the batch.
     """
-    if not is_image.shape[1]:
+    if all(len(image.columns) == image.total for image in images):
         return Columns.all(is_image)
     flags = [is_image.new_zeros(image.total).index_fill(0, image.columns.to(is_image.device), True) for image in images]
     present = ~is_image
@@ -91,14 +95,13 @@ def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Seque
                 taken.append(waiting.pop(0))
             if sum(image.total for image in taken) != placeholders:
                 raise ValueError(
-                    f"the images must fit the placeholders of the prompts: sample {sample} has {placeholders}, and the "
-                    f"next images have {[image.total for image in taken + waiting]}"
+                    f"{MISMATCH}: sample {sample} has {placeholders} placeholders, and the next images make "
+                    f"{[image.total for image in taken + waiting]}"
                 )
         found.append(taken)
     if waiting:
         raise ValueError(
-            f"the images must fit the placeholders of the prompts: {sum(cached) + sum(new)} placeholders, and images "
-            f"of {[image.total for image in images]}"
+            f"{MISMATCH}: {sum(cached) + sum(new)} placeholders, and images of {[image.total for image in images]}"
         )
     return found
 

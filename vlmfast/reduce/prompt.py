@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
+from vlmfast.reduce.columns import MISMATCH, Columns, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
@@ -162,7 +162,7 @@ def _encode(
     if "pixel_values" not in vision or (any(cached) and not any(new)):
         return [[] for _ in new]  # what is in the cache is not encoded again
     if not any((*cached, *new)):
-        raise ValueError("the images must fit the placeholders of the prompts: there are images and no placeholders")
+        raise ValueError(f"{MISMATCH}: there are images and no placeholders")
     images = reducer.reduce(base, vision, method)
     for image in images:
         if image.features.shape[0] > image.total:

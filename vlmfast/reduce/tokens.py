@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from vlmfast.ops.token_merge import merge_rows, top_tokens
 Grid = tuple[int, int, int]  # frames, rows and columns of visual tokens
 
 
+LAZY = ("scores", "metric", "features", "pixels")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """The visual tokens of B images, or crops of images, of one size: N each, without a CLS token.
 
-    ``scores``, ``metric`` and ``features`` are functions, computed when a method first asks and then kept.
+    ``scores``, ``metric``, ``features`` and ``pixels`` are functions, computed when a method first asks and then kept.
 
     Attributes:
         hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
@@ -26,8 +30,11 @@ class VisualTokens:
         scores: gives (B, N) float32, the attention that each token gets: from the CLS token, or from all of its image.
         metric: gives (B, N, M), the keys, averaged over the heads: they tell how alike two tokens are.
         features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
+        pixels: gives (B, ...), what the tower was given of each image: the same alone and in any batch.
         has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
         crops: the number of crops whose tokens these are, where the crops of an image are reduced together.
+        total: how many tokens the model itself makes of each, so that no more may be left: N, unless it uses the CLS
+            token too, or cuts off padding that is among the N.
     """
 
     hidden: Tensor
@@ -35,12 +42,23 @@ class VisualTokens:
     scores: Callable[[], Tensor]
     metric: Callable[[], Tensor]
     features: Callable[[], Tensor]
+    pixels: Callable[[], Tensor]
     has_cls: bool = False
     crops: int = 1
+    total: int = -1
 
     def __post_init__(self) -> None:
-        for name in ("scores", "metric", "features"):
+        for name in LAZY:
             object.__setattr__(self, name, functools.cache(getattr(self, name)))
+        if self.total < 0:
+            object.__setattr__(self, "total", self.count)
+
+    def take(self, images: list[int], total: int) -> VisualTokens:
+        """Return those of these images, given by ascending numbers, of each of which the model makes ``total``."""
+        if len(images) == self.batch:
+            return replace(self, total=total)
+        rows: dict[str, Any] = {name: functools.partial(_taken, getattr(self, name), images) for name in LAZY}
+        return replace(self, hidden=self.hidden[images], total=total, **rows)
 
     @property
     def batch(self) -> int:
@@ -56,6 +74,10 @@ class VisualTokens:
     def device(self) -> torch.device:
         """Return the device of the tokens."""
         return self.hidden.device
+
+
+def _taken(rows: Callable[[], Tensor], images: list[int]) -> Tensor:
+    return rows()[images]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vlmfast.reduce.tokens import Selection, VisualTokens
 class EncodedImages:
     """What a tower made of B images, or crops of images, of T tokens each, a CLS token included."""
 
+    pixels: Tensor  # (B, ...), what the tower was given
     output: Any  # of the tower
     hidden: Tensor  # (B, T, C), the hidden states that were asked for; those of several layers side by side
     query: Tensor  # (B, T, H, head_dim), the queries of the scored layer, without a gradient
@@ -57,24 +58,38 @@ class EncodedImages:
         """The patches along a side of an image, which is square."""
         return math.isqrt(self.patches.shape[1])
 
-    def visual_tokens(self, features: Callable[[], Tensor], has_cls: bool) -> VisualTokens:
-        """Describe the patches for a method, where each is a visual token; ``features`` gives them projected."""
+    def visual_tokens(self, features: Callable[[], Tensor], has_cls: bool, total: int) -> VisualTokens:
+        """Describe the patches for a method, where each is a visual token.
+
+        Args:
+            features: gives them projected.
+            has_cls: whether the method may keep the CLS token.
+            total: how many tokens the model makes of each image.
+        """
         return VisualTokens(
             hidden=self.patches,
             grid=(1, self.side, self.side),
             scores=self.scores,
             metric=self.metric,
             features=lambda: features().detach(),
+            pixels=lambda: self.pixels,
             has_cls=has_cls,
+            total=total,
         )
 
-    def reduce(self, selection: Selection) -> Tensor:
-        """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept."""
-        rows = selection.apply(self.patches)
+    def reduce(self, selection: Selection, images: list[int] | None = None) -> Tensor:
+        """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept.
+
+        Args:
+            selection: for all images, or for some of them.
+            images: their numbers, ascending.
+        """
+        hidden = self.hidden if images is None or len(images) == len(self.hidden) else self.hidden[images]
+        rows = selection.apply(hidden[:, int(self.has_cls) :])
         # a linear layer rounds once more where its input is not contiguous: rows are laid out as upstream's would be
         if not self.has_cls:
             return rows if self.hidden.is_contiguous() else rows.mT.contiguous().mT
-        rows = torch.cat([self.hidden[:, :1], rows], 1)
+        rows = torch.cat([hidden[:, :1], rows], 1)
         return rows if selection.keep_cls else rows[:, 1:]
 
 
@@ -107,7 +122,7 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
     query, key = (calls[name][1].detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
     features = [output.hidden_states[index] for index in wanted]
     hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
-    return EncodedImages(output, hidden, query, key, attention.scale, has_cls(tower))
+    return EncodedImages(pixel_values, output, hidden, query, key, attention.scale, has_cls(tower))
 
 
 @contextmanager

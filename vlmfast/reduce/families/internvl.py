@@ -50,6 +50,7 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduce
         scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
         metric=lambda: shuffle(encoded.metric()).view(*hidden.shape[:2], -1, encoded.key.shape[3]).mean(2),
         features=lambda: project(hidden).detach(),
+        pixels=lambda: pixels,
     )
     selection = method.select(tokens)
     # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were

@@ -30,11 +30,11 @@ def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduced
             "tower has none"
         )
     project = base.multi_modal_projector
-    tokens = encoded.visual_tokens(lambda: project(encoded.patches), encoded.has_cls)
+    total = (encoded.hidden if uses_first else encoded.patches).shape[1]
+    tokens = encoded.visual_tokens(lambda: project(encoded.patches), encoded.has_cls, total)
     selection = method.select(tokens)
     if uses_first and encoded.has_cls:
         selection = replace(selection, keep_cls=True)
-    total = (encoded.hidden if uses_first else encoded.patches).shape[1]
     # the positions of these models are counted anew, so that only the number of columns matters
     rows = project(encoded.reduce(selection))
     return cut(selection, [rows], (1, encoded.side, encoded.side), total, in_raster_order=False)

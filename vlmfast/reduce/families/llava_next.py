@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,27 +59,44 @@ def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str,
         pack = packer(model.pack_image_features, size, **settings)
         numbers = pack_numbers(pack, count, side**2)
         grid = grid_of(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        packings.append(Packing(pack, numbers, tuple(grid), side, model.image_newline))
+        packings.append(Packing(pack, numbers, count, tuple(grid), side, model.image_newline))
 
     encoded = _encode(model, inputs, counts, side)
     project = model.multi_modal_projector
     # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
     projected = functools.cache(lambda: project(encoded.patches))
-    tokens = encoded.visual_tokens(projected, encoded.has_cls and packing == "published")
-    method.checked_budget(tokens)  # one that does not fit a crop is refused, whatever becomes of the crops
-    if not all(packing.makes_smaller for packing in packings):
-        selection = method.select(tokens)
-        rows = project(encoded.reduce(selection))
-        places = selection.positions().to(rows.device)  # the tower may be on another one
+    published = packing == "published"
+    tokens = encoded.visual_tokens(projected, encoded.has_cls and published, side**2)
+    totals = [total for image in packings for total in (image.shown if published else [side**2] * image.crops)]
+    crops = (
+        []
+        if all(image.makes_smaller for image in packings)
+        else _reduce_crops(encoded, tokens, totals, method, project)
+    )
     images, end = [], 0
-    for image, count in zip(packings, counts, strict=True):
-        crops, end = slice(end, end + count), end + count
+    for image in packings:
+        own, end = slice(end, end + image.crops), end + image.crops
         if image.makes_smaller:
-            images.append(image.reduce(projected()[crops], tokens, crops, method))
+            images.append(image.reduce(projected()[own], tokens, own, method))
         else:
-            arrange = image.in_model_order if packing == "model" else image.as_published
-            images.append(arrange(rows[crops], places[crops], selection.contextual))
+            arrange = image.as_published if published else image.in_model_order
+            images.append(arrange(crops[own]))
     return images
+
+
+def _reduce_crops(
+    encoded: EncodedImages, tokens: VisualTokens, totals: Sequence[int], method: Method, project: Any
+) -> list[Crop]:
+    """Reduce each crop by itself, those together of which the model makes as many tokens."""
+    crops: dict[int, Crop] = {}
+    for total in dict.fromkeys(totals):
+        members = [number for number, other in enumerate(totals) if other == total]
+        selection = method.select(tokens.take(members, total))
+        rows = project(encoded.reduce(selection, members))
+        places = selection.positions().to(rows.device)  # the tower may be on another one
+        for number, row, place in zip(members, rows, places, strict=True):
+            crops[number] = Crop(row, place, selection.contextual)
+    return [crops[number] for number in range(len(totals))]
 
 
 def _encode(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:
@@ -144,11 +161,31 @@ def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """What is left of one crop."""
+
+    rows: Tensor  # (r, D), projected: the CLS token where it is kept, the kept patches, the contextual tokens
+    places: Tensor  # (k + C,) int64, where the patches stood in the crop, a contextual token at its target
+    contextual: int  # C
+
+    @property
+    def kept(self) -> Tensor:
+        """(k,): the places of the patches that are kept."""
+        return self.places[: len(self.places) - self.contextual]
+
+    @property
+    def merged(self) -> Tensor:
+        """(C,): the places of the targets."""
+        return self.places[len(self.places) - self.contextual :]
+
+
+@dataclass(frozen=True)
 class Packing:
-    """How the model packs the T crops of one image, of which the overview is the first."""
+    """How the model packs the crops of one image, of which the overview is the first."""
 
     pack: Packer
     numbers: Tensor  # (L,) int64 on the CPU, as `pack_numbers` gives them
+    crops: int  # T
     grid: tuple[int, int]  # (height, width) of the other crops
     side: int  # patches along a side of a crop
     newline: Tensor  # (D,)
@@ -158,50 +195,47 @@ class Packing:
         """Whether a token is made of several patches."""
         return bool((self.numbers == MIXED).any())
 
-    def as_published(self, rows: Tensor, places: Tensor, contextual: int) -> ReducedImage:
+    @property
+    def shown(self) -> list[int]:
+        """How many patches of each crop the model shows: those that it does not cut off as padding."""
+        return (self.numbers[self.numbers >= 0] // self.side**2).bincount(minlength=self.crops).tolist()
+
+    def as_published(self, crops: Sequence[Crop]) -> ReducedImage:
         """Arrange the rows of reduced crops as VisionZip does.
 
         First come the overview's rows; then of the other crops the kept patches in raster order over the whole grid,
         their CLS tokens crop by crop, and their contextual tokens crop by crop. There are no newlines, and padding
         counts as image. The placeholders are all alike: the first ones stay.
-
-        Args:
-            rows: (T, r, D), projected: the CLS token where it is kept, the kept patches, the contextual tokens.
-            places: (T, k + C) int64, where the patches stood in their crop, a contextual token at its target.
-            contextual: C.
-
-        Raises:
-            ValueError: if the image has fewer placeholders than tokens are left.
         """
-        kept_count, left = places.shape[1] - contextual, rows.shape[:2].numel()
-        if left > len(self.numbers):
-            raise ValueError(
-                f"{left} visual tokens are left of an image of {len(rows)} crops, which has {len(self.numbers)} "
-                'placeholders in the prompt: choose smaller budgets, or packing="model"'
-            )
-        cls, kept, merged = torch.split(rows[1:], [rows.shape[1] - places.shape[1], kept_count, contextual], 1)
         height, width = self.grid
-        whole = torch.arange(height * width * self.side**2, device=places.device).view(
+        whole = torch.arange(height * width * self.side**2, device=crops[0].places.device).view(
             height, self.side, width, self.side
         )
-        raster = whole.transpose(1, 2).flatten(2).flatten(0, 1).gather(1, places[1:, :kept_count]).flatten().argsort()
-        features = torch.cat([rows[0], kept.flatten(0, 1)[raster], cls.flatten(0, 1), merged.flatten(0, 1)])
-        columns = torch.arange(len(features), device=places.device)
-        return self._image(features, columns, places[:, :kept_count], places[:, kept_count:])
+        tiles = whole.transpose(1, 2).flatten(2).flatten(0, 1)
+        raster = torch.cat([tile[crop.kept] for tile, crop in zip(tiles, crops[1:], strict=True)]).argsort()
+        parts = [
+            torch.split(crop.rows, [len(crop.rows) - len(crop.places), len(crop.kept), crop.contextual])
+            for crop in crops[1:]
+        ]
+        cls, kept, merged = zip(*parts, strict=True)
+        features = torch.cat([crops[0].rows, torch.cat(kept)[raster], *cls, *merged])
+        columns = torch.arange(len(features), device=raster.device)
+        return self._image(features, columns, [crop.kept for crop in crops], [crop.merged for crop in crops])
 
-    def in_model_order(self, rows: Tensor, places: Tensor, contextual: int) -> ReducedImage:
-        """Arrange the rows of reduced crops, as `as_published` takes them, in the model's order, cut by position.
+    def in_model_order(self, crops: Sequence[Crop]) -> ReducedImage:
+        """Arrange the rows of reduced crops in the model's order, cut by position.
 
         Each row stays where the model puts its patch, a contextual token where it puts its target. What the model cuts
         off as padding is left out, be it a kept patch or a contextual token whose target is padding: such a token
         stands for patches that look like padding.
         """
+        rows, places = (torch.stack([getattr(crop, name) for crop in crops]) for name in ("rows", "places"))
         column_of = self.numbers.new_full((len(rows) * self.side**2,), -1)
         columns = (self.numbers >= 0).nonzero().flatten()
         column_of[self.numbers[columns]] = columns
         first = torch.arange(len(rows), device=places.device)[:, None] * self.side**2
         columns = column_of.to(places.device)[first + places]
-        shown, kept_count = columns >= 0, places.shape[1] - contextual
+        shown, kept_count = columns >= 0, places.shape[1] - crops[0].contextual
         seen = [place[own] for place, own in zip(places[:, :kept_count], shown[:, :kept_count], strict=True)]
         targets = [place[own] for place, own in zip(places[:, kept_count:], shown[:, kept_count:], strict=True)]
         return self._with_newlines(rows[shown], columns[shown], seen, targets)
@@ -227,6 +261,7 @@ class Packing:
             scores=lambda: as_packed(tokens.scores()[crops].unsqueeze(2)).squeeze(2),
             metric=lambda: as_packed(tokens.metric()[crops]),
             features=packed.detach,
+            pixels=lambda: tokens.pixels()[None, crops],
             crops=len(features),
         )
         selection = method.select(whole)

@@ -54,6 +54,7 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
             scores=lambda: stack(scores()),
             metric=lambda: stack(metric()),
             features=features[0].detach,
+            pixels=lambda: stack(inputs["pixel_values"].unflatten(0, (-1, side**2))),
         )
         selection = method.select(tokens)
         rows = [selection.apply(level) for level in features]

@@ -24,5 +24,5 @@ class EvenTokens(PruningMethod, name="even"):
 
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
         """Choose position ``i * N // k`` for each i."""
-        positions = torch.arange(k, device=tokens.device) * tokens.count // max(k, 1)
+        positions = torch.arange(k) * tokens.count // max(k, 1)
         return positions.expand(tokens.batch, -1)

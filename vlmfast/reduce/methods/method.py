@@ -7,6 +7,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmfast.ops.token_merge import merge_slots, top_tokens
@@ -39,7 +40,8 @@ class Method(abc.ABC):
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Return how many of ``count`` tokens are kept, and how many the others are merged into; a CLS token aside.
 
-        Where they are the tokens of several crops together, a number of tokens counts for each, see `share`.
+        Where they are the tokens of several crops together, a number of tokens counts for each, see `share`. Of an
+        image that has fewer tokens than this, all are kept.
         """
 
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -47,41 +49,52 @@ class Method(abc.ABC):
         return tokens.scores()
 
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
-        """(B, k) int64, ascending: the tokens that are kept: those of the highest score, unless it says otherwise."""
+        """(B, k) int64, ascending: the tokens that are kept: those of the highest score, unless it says otherwise.
+
+        On the device of the tokens, or on the CPU, where they are checked without waiting for the device.
+        """
         scores, shape = self.score(tokens), (tokens.batch, tokens.count)
         if scores.shape != shape:
             raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
         return top_tokens(scores, k)
 
-    def checked_budget(self, tokens: VisualTokens) -> tuple[int, int]:
-        """Return the budget for these tokens.
-
-        Crops that the model makes smaller may have fewer tokens than their budgets add up to: then all are kept.
-
-        Raises:
-            ValueError: if it does not fit the tokens.
-        """
-        kept, contextual = self.budget(tokens.count, tokens.has_cls, tokens.crops)
-        if tokens.crops > 1:
-            kept = min(kept, tokens.count)
-            contextual = min(contextual, tokens.count - kept)
-        if kept < 0 or contextual < 0 or kept + contextual > tokens.count:
-            raise ValueError(f"{self} asks for {kept} + {contextual} of {tokens.count} visual tokens")
-        return kept, contextual
-
     def select(self, tokens: VisualTokens) -> Selection:
         """Decide for all images at once.
 
         Raises:
-            ValueError: if the budget does not fit the tokens, or `choose` returns another number of them.
+            ValueError: if the budget is below 0, or `score` or `choose` return something else than they have to.
         """
-        kept, contextual = self.checked_budget(tokens)
-        chosen = self.choose(tokens, kept)
-        if chosen.shape != (tokens.batch, kept):
-            raise ValueError(f"choose of {self} must return ({tokens.batch}, {kept}), got {tuple(chosen.shape)}")
+        kept, contextual = self.budget(tokens.total, tokens.has_cls, tokens.crops)
+        if kept < 0 or contextual < 0:
+            raise ValueError(f"budget of {self} must be of at least 0 + 0 visual tokens, got {kept} + {contextual}")
+        keep_cls = self.keeps_cls and tokens.has_cls and tokens.total > 0
+        room = min(tokens.count, tokens.total - keep_cls)
+        kept = min(kept, room)
+        contextual = min(contextual, room - kept)
+        chosen = self._chosen(tokens, kept)
         metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
         slots = merge_slots(metric, chosen, contextual)
-        return Selection(chosen, slots, contextual, keep_cls=self.keeps_cls and tokens.has_cls)
+        return Selection(chosen, slots, contextual, keep_cls=keep_cls)
+
+    def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
+        """Return what `choose` does, on the device of the tokens, and check it where it is not the one above."""
+        chosen = self.choose(tokens, k)
+        if chosen.shape != (tokens.batch, k):
+            raise ValueError(f"choose of {self} must return ({tokens.batch}, {k}), got {tuple(chosen.shape)}")
+        if chosen.dtype != torch.int64:
+            raise ValueError(f"choose of {self} must return int64 positions, got {chosen.dtype}")
+        if k and type(self).choose is not Method.choose:
+            ends = chosen.new_tensor([-1, tokens.count]).expand(len(chosen), 2)
+            wrong = (torch.cat([ends[:, :1], chosen, ends[:, 1:]], 1).diff(dim=1) < 1).any(1)
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"choose of {self} must return ascending positions within 0 and {tokens.count - 1}, each once, "
+                    f"got {chosen[wrong][0].tolist()}"
+                )
+        return chosen.to(tokens.device)
+
+    def __repr__(self) -> str:
+        return type(self).__name__
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ class RandomTokens(PruningMethod, name="random"):
 
     Args:
         keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
-        seed: the same seed chooses the same tokens at every call.
+        seed: a picture gets the same tokens for the same seed, be it alone, in any batch or in any turn: the draw is
+            told by its pixels.
 
     Raises:
         TypeError or ValueError: for a ``keep`` that is neither.
@@ -27,5 +29,11 @@ class RandomTokens(PruningMethod, name="random"):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Draw numbers on the CPU, so that every device has the same."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(tokens.batch, tokens.count, generator=generator).to(tokens.device)
+        pictures = tokens.pixels().detach().cpu().contiguous()
+        return torch.stack([self._draw(picture, tokens.count) for picture in pictures]).to(tokens.device)
+
+    def _draw(self, picture: Tensor, count: int) -> Tensor:
+        digest = hashlib.blake2b(repr(self.seed).encode(), digest_size=8)
+        digest.update(picture.view(torch.uint8).numpy().data)
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little", signed=True))
+        return torch.rand(count, generator=generator)

@@ -17,7 +17,8 @@ class VisionZip(Method, name="visionzip"):
 
     Args:
         dominant: how many tokens are kept for each image, or for each crop where a model cuts images into crops: an
-            int, or a float as the share of its visual tokens. A CLS token is kept and counts as one, as published.
+            int, or a float as the share of its visual tokens, those that the model shows of a crop. A CLS token is
+            kept and counts as one, as published.
         contextual: how many tokens the others are merged into, as an int or a share.
         merge: "reference", as published, or "mean"; see `vlmfast.merge_tokens`.
         packing: how the tokens of LLaVA-NeXT's crops are arranged: "published", without row ends, or "model", in the
@@ -40,14 +41,17 @@ class VisionZip(Method, name="visionzip"):
     def __post_init__(self) -> None:
         check_share("dominant", self.dominant)
         check_share("contextual", self.contextual)
+        shares = [value for value in (self.dominant, self.contextual) if isinstance(value, float)]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(f"dominant and contextual must be shares of at most 1.0 together, got {shares}")
         checks.one_of("merge", self.merge, MERGES)
         checks.one_of("packing", self.packing, ("published", "model"))
 
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Count the CLS token as one of the dominant ones."""
-        dominant = share(self.dominant, count, crops, least=0 if has_cls else 1)
+        dominant = share(self.dominant, count, crops, least=1)
         contextual = share(self.contextual, count, crops)
-        if not has_cls:
+        if not has_cls or not count:
             return dominant, contextual
         if not dominant:
             raise ValueError(
