@@ -147,10 +147,17 @@ def test_gradients_are_those_of_upstream(model_type: str):
                 assert torch.equal(got[parameter], grad), (name, parameter)
 
 
+def outcome(model: nn.Module, prompts: dict[str, Any]) -> Tensor | Exception:
+    try:
+        return logits(model, prompts)
+    except (ValueError, RuntimeError) as error:
+        return error
+
+
 @pytest.mark.parametrize("model_type", COMMON)
 def test_counts_that_do_not_match_are_an_error(model_type: str):
+    """In the words of upstream, where it counts; features that it ignores are ignored."""
     model, inputs = tiny(model_type)
-    vlmfast.patch(model)
     ids = inputs["input_ids"]
     first = ids.flatten().tolist().index(IMAGE)
     for token, position in ((10, first), (IMAGE, 0)):  # a placeholder too few, one too many
@@ -158,8 +165,15 @@ def test_counts_that_do_not_match_are_an_error(model_type: str):
         changed.view(-1)[position] = token
         prompts = {**inputs, "input_ids": changed}
         prompts.pop("mm_token_type_ids", None)  # or upstream's positions fail first
-        with pytest.raises(ValueError, match="mask must be true at as many positions as image_embeds has rows"):
-            logits(model, prompts)
+        want = outcome(model, prompts)
+        with vlmfast.patch(model, exclude=NORMS):
+            got = outcome(model, prompts)
+        if isinstance(want, Tensor):
+            assert torch.equal(got, want)
+        else:
+            whole = "At least one sample has <image> tokens not divisible by patch_size"  # SmolVLM up to 5.17
+            assert (whole if whole in str(want) else "Image features and image tokens do not match") in str(got)
+            assert isinstance(got, ValueError)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "llava"])

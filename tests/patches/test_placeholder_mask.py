@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 
 import vlmfast
 from tests.helpers.patches_models import logits, tiny
-from vlmfast.patches.masked_rows import PlaceholderMask
+from vlmfast.patches.masked_rows import (
+    PlaceholderMask,
+    VideoMask,
+    expanded,
+    flat,
+    masks,
+    token_mask,
+    video_as_image_masks,
+)
 
 PLAIN = torch.tensor([[True, False, True], [False, True, False]])[..., None]
 
@@ -38,7 +47,7 @@ def test_every_way_to_scatter_places_and_counts(scatter):
     got = scatter(x, mask, features)
     assert type(got) is Tensor
     assert torch.equal(got, x.masked_scatter(PLAIN, features))
-    with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 4, got 3"):
+    with pytest.raises(ValueError, match=r"^Image features and image tokens do not match, tokens: 3, features: 4$"):
         scatter(x, mask, torch.randn(4, 4))  # upstream's own scatter would drop the last row
 
 
@@ -71,15 +80,38 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         assert torch.equal(x.masked_scatter(fit(mask), features), x.masked_scatter(plain, features))
     for shaped in (features, features[None], features.flatten()):
         assert torch.equal(x.masked_scatter(mask, shaped), x.masked_scatter(plain, features))
-    with pytest.raises(ValueError, match=r"placeholder tokens .* has rows, 2, got 3"):
+    with pytest.raises(ValueError, match="tokens: 3, features: 2"):
         x.masked_scatter(mask, features[:2])
     x.requires_grad_()
     assert "place_embeddings" in type(x.masked_scatter(mask, features).grad_fn).__name__
 
 
+@pytest.mark.parametrize("shape", [lambda function: function, expanded, flat], ids=["", "expanded", "flat"])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (masks("image"), ["Image features and image tokens"]),
+        (masks("image", "audio"), ["Image features and image tokens", "Audio features and audio tokens"]),
+        (video_as_image_masks, ["Image features and image tokens", "Video features and video tokens"]),
+        (lambda *args: token_mask(*args, None, 3), ["Multimodal features and placeholder tokens"]),
+    ],
+    ids=["image", "image and audio", "video", "token"],
+)
+def test_numbers_that_differ_are_told_in_upstream_s_words(function: Callable, words: list[str], shape: Callable):
+    config = SimpleNamespace(image_token_id=3, audio_token_id=4, video_token_id=3)
+    ids, embeds = torch.tensor([[3, 4, 9], [3, 4, 9]]), torch.zeros(2, 3, 4)
+    found = shape(function)(SimpleNamespace(config=config), ids, embeds)
+    for mask, told in zip(found if isinstance(found, tuple) else [found], words, strict=True):
+        mask = mask if mask.dim() == 3 else mask.unsqueeze(-1)  # as upstream's callers do
+        with pytest.raises(ValueError, match=f"^{told} do not match, tokens: 2, features: 5$"):
+            embeds.masked_scatter(mask.to(embeds.device), torch.zeros(5, 4))
+        with pytest.raises(ValueError, match="image_embeds must be on the device of inputs_embeds"):
+            embeds.masked_scatter(mask, torch.zeros(2, 4, device="meta"))
+
+
 def test_deepcopy():
-    twin = copy.deepcopy({"mask": PLAIN.as_subclass(PlaceholderMask)})["mask"]
-    assert type(twin) is PlaceholderMask
+    twin = copy.deepcopy({"mask": PLAIN.as_subclass(VideoMask)})["mask"]
+    assert type(twin) is VideoMask
     assert torch.equal(twin.as_subclass(Tensor), PLAIN)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.checks import expect
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings, row_index
+from vlmfast.ops.masked_rows.definition import take_rows
 from vlmfast.patches.dtypes import accepting
 
 # ---- DeepStack ----
@@ -69,16 +71,18 @@ class PlaceholderMask(Tensor):
     plain tensor and gives plain tensors.
     """
 
+    words = "Image features and image tokens"  # of upstream's message where their numbers differ
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run ``masked_scatter`` as `place_embeddings`, and anything else as it is."""
         if func in (Tensor.masked_scatter, torch.masked_scatter):
-            return _place(*args, **(kwargs or {}))
+            return _place(cls.words, *args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.masked_scatter_:
-                return args[0].copy_(_place(*args, **(kwargs or {})))
+                return args[0].copy_(_place(cls.words, *args, **(kwargs or {})))
             result = func(*args, **(kwargs or {}))
             if func in _FITTING and isinstance(args[0], PlaceholderMask):
                 return result.as_subclass(cls) if result.dim() == 3 and result.dtype == torch.bool else result
@@ -86,32 +90,58 @@ class PlaceholderMask(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceholderMask:
         """Copy; Tensor's own would need a constructor."""
-        return self.as_subclass(Tensor).clone().as_subclass(PlaceholderMask)
+        return self.as_subclass(Tensor).clone().as_subclass(type(self))
 
 
-def _place(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+class VideoMask(PlaceholderMask):
+    """Of the tokens of videos."""
+
+    words = "Video features and video tokens"
+
+
+class AudioMask(PlaceholderMask):
+    """Of the tokens of audio."""
+
+    words = "Audio features and audio tokens"
+
+
+class TokenMask(PlaceholderMask):
+    """Of a token that may stand for anything."""
+
+    words = "Multimodal features and placeholder tokens"
+
+
+MASKS = {"image": PlaceholderMask, "video": VideoMask, "audio": AudioMask}
+
+
+def _place(words: str, input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """Do what ``masked_scatter`` does, under the names that torch gives its arguments."""
     if mask.dim() != 3 or not (mask.shape[2] == 1 or mask.stride(2) == 0):  # it selects no rows
         with torch._C.DisableTorchFunctionSubclass():
             return input.masked_scatter(mask, source)
+    rows, features = mask[..., 0], source.reshape(-1, input.shape[-1])
     try:
-        return accepting(place_embeddings, input)(input, mask[..., 0], source.reshape(-1, input.shape[-1]))
+        return accepting(place_embeddings, input)(input, rows, features)
     except ValueError as error:  # it names the op's arguments, which a model's user has not passed
-        raise ValueError(f"placeholder tokens of input_ids and image features do not match: {error}") from error
+        if (tokens := int(rows.sum())) == len(features):
+            raise
+        raise ValueError(f"{words} do not match, tokens: {tokens}, features: {len(features)}") from error
 
 
-def placeholder_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Any, token: int) -> Tensor:
+def placeholder_mask(
+    self: Any, input_ids: Tensor | None, inputs_embeds: Any, token: int, cls: type[PlaceholderMask] = PlaceholderMask
+) -> Tensor:
     """Find where the token stands or, if there are no ids, where its embedding does: (B, T, 1)."""
     if input_ids is not None:
         mask = input_ids == token if inputs_embeds is None else (input_ids == token).to(inputs_embeds.device)
-        return _as_mask(mask.unsqueeze(-1))
+        return _as_mask(mask.unsqueeze(-1), cls)
     ids = torch.full((), token, dtype=torch.long, device=inputs_embeds.device)
-    return _as_mask((inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True))
+    return _as_mask((inputs_embeds == self.get_input_embeddings()(ids)).all(-1, keepdim=True), cls)
 
 
-def _as_mask(mask: Tensor) -> Tensor:
+def _as_mask(mask: Tensor, cls: type[Tensor]) -> Tensor:
     """Mark a mask; a tracer's tensor stays one, for which ``masked_scatter`` is an operator like any other."""
-    return mask.as_subclass(PlaceholderMask) if type(mask) is Tensor else mask
+    return mask.as_subclass(cls) if type(mask) is Tensor else mask
 
 
 def masks(*kinds: str, owner: str = "config") -> Callable[..., Any]:
@@ -125,8 +155,8 @@ def masks(*kinds: str, owner: str = "config") -> Callable[..., Any]:
     def replacement(
         self: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        tokens = [getattr(getattr(self, owner), f"{kind}_token_id") for kind in kinds]
-        found = [placeholder_mask(self, input_ids, inputs_embeds, token) for token in tokens]
+        tokens = [(getattr(getattr(self, owner), f"{kind}_token_id"), MASKS[kind]) for kind in kinds]
+        found = [placeholder_mask(self, input_ids, inputs_embeds, token, cls) for token, cls in tokens]
         return found[0] if len(found) == 1 else tuple(found)
 
     replacement.__name__ = f"{'_'.join(kinds)}_mask{'' if len(kinds) == 1 else 's'}"
@@ -140,7 +170,7 @@ def expanded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def flat(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the replacement with masks of (B, T)."""
-    return _changed(function, lambda mask, embeds: _as_mask(mask[..., 0]))
+    return _changed(function, lambda mask, embeds: _as_mask(mask[..., 0], type(mask)))
 
 
 def _changed(function: Callable[..., Any], change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
@@ -158,32 +188,52 @@ def video_as_image_masks(
     self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Replace Glm4vModel.get_placeholder_mask and its copies: among ids, frames of videos have the token of images."""
+    token = self.config.video_token_id if input_ids is None else self.config.image_token_id
     images = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
-    if input_ids is not None:
-        return images, images
-    return images, placeholder_mask(self, input_ids, inputs_embeds, self.config.video_token_id)
+    return images, placeholder_mask(self, input_ids, inputs_embeds, token, VideoMask)
 
 
 def token_mask(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, token_id: int) -> Tensor:
     """Replace MiniCPMV4_6Model.get_placeholder_mask and its copies, which are told the token."""
-    return placeholder_mask(self, input_ids, inputs_embeds, token_id)
+    return placeholder_mask(self, input_ids, inputs_embeds, token_id, TokenMask)
 
 
 def placeholder_token_mask(
     self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, placeholder_token_id: int
 ) -> Tensor:
     """Replace PocketTTSModel.get_placeholder_mask."""
-    return placeholder_mask(self, input_ids, inputs_embeds, placeholder_token_id)
+    return placeholder_mask(self, input_ids, inputs_embeds, placeholder_token_id, TokenMask)
 
 
 def merge_inputs(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:
-    """Replace Idefics3Model.inputs_merger, and up to transformers 5.17 that of SmolVLMModel, which goes block by block.
-
-    Up to 5.17 ``generate(image_hidden_states=...)`` passes them along with every further token, where they have no
-    place: such a call, with more rows than positions, is left to upstream, which ignores them.
-    """
-    if image_hidden_states.numel() > inputs_embeds.numel():
-        merged: Tensor = type(self).original_class.inputs_merger(self, input_ids, inputs_embeds, image_hidden_states)
-        return merged
+    """Replace Idefics3Model.inputs_merger of transformers 5.23, which wants as many features as placeholders."""
     mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id)
     return inputs_embeds.masked_scatter(mask, image_hidden_states.to(inputs_embeds.device, inputs_embeds.dtype))
+
+
+def merge_first_inputs(
+    self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor
+) -> Tensor:
+    """Replace Idefics3Model.inputs_merger up to transformers 5.17, which ignores features without a placeholder.
+
+    ``generate(image_hidden_states=...)`` passes all of them along with every further token.
+    """
+    return _merge_first(self, input_ids, inputs_embeds, image_hidden_states, 1)
+
+
+def merge_blocks(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, image_hidden_states: Tensor) -> Tensor:
+    """Replace SmolVLMModel.inputs_merger up to transformers 5.17, which goes block by block; otherwise as before."""
+    return _merge_first(self, input_ids, inputs_embeds, image_hidden_states, image_hidden_states.shape[1])
+
+
+def _merge_first(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, block: int) -> Tensor:
+    """Place as many features as there are placeholders, whole blocks in each sample, without counting on the host."""
+    mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id).as_subclass(Tensor)
+    rows = features.to(inputs_embeds.device, inputs_embeds.dtype).reshape(-1, inputs_embeds.shape[-1])
+    counts = mask.sum(1)
+    try:
+        expect((counts % block == 0).all(), "At least one sample has <image> tokens not divisible by patch_size.")
+        expect(counts.sum() <= len(rows), "Image features and image tokens do not match: there are more tokens.")
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return torch.where(mask, take_rows(rows, row_index(mask[..., 0])), inputs_embeds)

@@ -15,7 +15,7 @@ from vlmfast import checks
 from vlmfast.functions import op
 
 
-def _take(rows: Tensor, index: Tensor) -> Tensor:
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Put at each masked position the row of its number, (B, T, D); some row or zeros elsewhere."""
     if isinstance(rows.shape[0], int) and rows.shape[0] == 0:  # a tracer may not know the number (Idefics3)
         return rows.new_zeros(*index.shape, rows.shape[1])
@@ -206,7 +206,7 @@ def deepstack_add(
         Qwen3VLTextModel._deepstack_process of transformers 5.23.
     """
     index = _indexed(visual_pos_masks, visual_embeds.shape[0], index)
-    added = hidden_states + _take(visual_embeds.to(hidden_states.dtype), index)
+    added = hidden_states + take_rows(visual_embeds.to(hidden_states.dtype), index)
     return torch.where(visual_pos_masks[..., None], added, hidden_states)
 
 
@@ -234,7 +234,7 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
         ``inputs_embeds.masked_scatter(mask, image_embeds)`` in Qwen3VLModel.forward and others of transformers 5.23.
     """
     index = _indexed(mask, image_embeds.shape[0], index)
-    return torch.where(mask[..., None], _take(image_embeds.to(inputs_embeds.dtype), index), inputs_embeds)
+    return torch.where(mask[..., None], take_rows(image_embeds.to(inputs_embeds.dtype), index), inputs_embeds)
 
 
 @op(check=_check_split_rows, exact=True)
