@@ -160,146 +160,119 @@ struct UnpackRows {
   }
 };
 
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // positions of a mask: ranks are counted in 32 bits
+// ---- launches ----
 
-// A (batch, tokens, hidden) tensor and the numbers of its masked rows.
-class MaskedRows {
+// The numbers of the masked rows of a call, of which there must be `count`: those that are given, or new ones.
+class NumberedRows {
  public:
-  Size batch{"batch"}, tokens{"tokens"}, hidden{"hidden"};
-  FloatDtype dtype;
-  View<2> x;
-
-  MaskedRows(const char* name, const Tensor& tensor) : x(name, tensor, {{batch, tokens}, hidden}, dtype) {}
-
-  // Numbers the masked rows, of which there must be `count`: by the index that is given, or by a new one.
-  RowNumbers number(const DeviceScope& scope, const char* name, const Tensor& mask_tensor,
-                    const std::optional<Tensor>& given, int64_t count) {
-    const int64_t positions = batch * tokens;
-    STD_TORCH_CHECK(positions > 0 || count == 0, "the mask must be true at as many positions as there are rows, ",
+  NumberedRows(const DeviceScope& scope, const MaskedRowsArguments& args, const Tensor& like, int64_t count)
+      : numbers{scope.input<int32_t>(args.index).data, args.rows(), count} {
+    STD_TORCH_CHECK(args.rows() > 0 || count == 0, "the mask must be true at as many positions as there are rows, ",
                     count);
-    check_within("the positions of a mask", positions, 0, kMost);
-    if (given) {
-      index_view_ = View<1>("index", *given, {{batch, tokens}}, Dtype::kInt32);
-      return {scope.input<int32_t>(index_view_).data, positions, count};
-    }
-    const View mask(name, mask_tensor, {{batch, tokens}}, Dtype::kBool);
-    index_ = allocate({batch, tokens}, mask_tensor, Dtype::kInt32);
-    int32_t* const numbers = scope.output<int32_t>(index_);
-    if (positions > 0) launch_rank(scope, scope.input<uint8_t>(mask).data, 1, positions, WriteIndex{numbers});
-    return {numbers, positions, count};
+    if (args.index || args.rows() == 0) return;
+    index_ = allocate({args.rows()}, like, Dtype::kInt32);
+    const WriteIndex write{scope.output<int32_t>(index_)};
+    launch_rank(scope, scope.input<uint8_t>(args.mask).data, 1, args.rows(), write);
+    numbers.index = write.index;
   }
 
+  RowNumbers numbers;
+
  private:
-  View<1> index_view_;
   Tensor index_;
 };
 
 Tensor row_index(const Tensor& mask_tensor) {
-  Size batch("batch"), tokens("tokens");
-  const View mask("mask", mask_tensor, {{batch, tokens}}, Dtype::kBool);
-  check_within("the positions of mask", mask.size(0), 0, kMost);
-  Tensor index = allocate({batch, tokens}, mask_tensor, Dtype::kInt32);
-  if (mask.size(0) == 0) return index;
+  const MaskArguments args(mask_tensor);
+  Tensor index = allocate({args.batch, args.tokens}, mask_tensor, Dtype::kInt32);
+  if (args.mask.size(0) == 0) return index;
   const DeviceScope scope(mask_tensor);
   const WriteIndex write{scope.output<int32_t>(index)};
-  launch_rank(scope, scope.input<uint8_t>(mask).data, 1, mask.size(0), write);
+  launch_rank(scope, scope.input<uint8_t>(args.mask).data, 1, args.mask.size(0), write);
   return index;
 }
 
 Tensor deepstack_add(const Tensor& hidden_states, const Tensor& visual_pos_masks, const Tensor& visual_embeds,
                      const std::optional<Tensor>& index) {
-  MaskedRows rows("hidden_states", hidden_states);
-  Size visual("visual");
-  const View embeds("visual_embeds", visual_embeds, {visual, rows.hidden}, rows.dtype);
+  const DeepstackArguments args(hidden_states, visual_pos_masks, visual_embeds, index);
   Tensor sums = allocate_like(hidden_states);
   const DeviceScope scope(hidden_states);
-  const RowNumbers numbers = rows.number(scope, "visual_pos_masks", visual_pos_masks, index, visual);
-  with_dtype(rows.dtype, [&](auto zero) {
+  const NumberedRows numbered(scope, args, hidden_states, args.visual);
+  with_dtype(args.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const AddRows<scalar_t> move{numbers, scope.input<scalar_t>(rows.x), scope.input<scalar_t>(embeds),
-                                 scope.output<scalar_t>(sums), rows.hidden};
-    launch_move<scalar_t>(scope, rows.x.size(0), move, rows.x, embeds);
+    const AddRows<scalar_t> move{numbered.numbers, scope.input<scalar_t>(args.x), scope.input<scalar_t>(args.embeds),
+                                 scope.output<scalar_t>(sums), args.hidden};
+    launch_move<scalar_t>(scope, args.rows(), move, args.x, args.embeds);
   });
   return sums;
 }
 
 Tensor place_embeddings(const Tensor& inputs_embeds, const Tensor& mask, const Tensor& image_embeds,
                         const std::optional<Tensor>& index) {
-  MaskedRows rows("inputs_embeds", inputs_embeds);
-  Size visual("visual");
-  const View embeds("image_embeds", image_embeds, {visual, rows.hidden}, rows.dtype);
+  const PlaceArguments args(inputs_embeds, mask, image_embeds, index);
   Tensor placed = allocate_like(inputs_embeds);
   const DeviceScope scope(inputs_embeds);
-  const RowNumbers numbers = rows.number(scope, "mask", mask, index, visual);
-  const PlaceRows move{numbers, scope.input<Word>(rows.x), scope.input<Word>(embeds), scope.output<Word>(placed),
-                       row_size<Word>(rows.x)};
-  launch_move<Word>(scope, rows.x.size(0), move, rows.x, embeds);
+  const NumberedRows numbered(scope, args, inputs_embeds, args.visual);
+  const PlaceRows move{numbered.numbers, scope.input<Word>(args.x), scope.input<Word>(args.embeds),
+                       scope.output<Word>(placed), row_size<Word>(args.x)};
+  launch_move<Word>(scope, args.rows(), move, args.x, args.embeds);
   return placed;
 }
 
-std::tuple<Tensor, Tensor> split_rows(const Tensor& x_tensor, const Tensor& mask, int64_t count,
+std::tuple<Tensor, Tensor> split_rows(const Tensor& x, const Tensor& mask, int64_t count,
                                       const std::optional<Tensor>& index, bool with_rest) {
-  MaskedRows rows("x", x_tensor);
-  check_within("rows", count, 0, rows.x.size(0));
-  Tensor taken = allocate({count, rows.hidden}, x_tensor, rows.dtype);
-  Tensor rest = with_rest ? allocate_like(x_tensor) : allocate({0}, x_tensor, rows.dtype);
-  const DeviceScope scope(x_tensor);
-  const RowNumbers numbers = rows.number(scope, "mask", mask, index, count);
-  const SplitRows move{numbers, scope.input<Word>(rows.x), scope.output<Word>(taken),
-                       with_rest ? scope.output<Word>(rest) : nullptr, row_size<Word>(rows.x)};
-  launch_move<Word>(scope, rows.x.size(0), move, rows.x);
+  const SplitArguments args(x, mask, count, index);
+  Tensor taken = allocate({count, args.hidden}, x, args.dtype);
+  Tensor rest = with_rest ? allocate_like(x) : allocate({0}, x, args.dtype);
+  const DeviceScope scope(x);
+  const NumberedRows numbered(scope, args, x, count);
+  const SplitRows move{numbered.numbers, scope.input<Word>(args.x), scope.output<Word>(taken),
+                       with_rest ? scope.output<Word>(rest) : nullptr, row_size<Word>(args.x)};
+  launch_move<Word>(scope, args.rows(), move, args.x);
   return {std::move(taken), std::move(rest)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> compact_tokens(const Tensor& tokens_tensor, const Tensor& invalid_tensor,
                                                   int64_t keep, const std::optional<Tensor>& given_order,
                                                   bool pad_left) {
-  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden"), kept_count("keep", keep);
-  FloatDtype dtype;
-  const View x("tokens", tokens_tensor, {{batch, tokens}, hidden}, dtype);
-  const View invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool);
-  const View given("order", given_order, {{batch, kept_count}}, Dtype::kInt64);
-  check_within("keep", keep, 0, tokens);
-  Tensor packed = allocate({batch, keep, hidden}, tokens_tensor, dtype);
-  Tensor packed_invalid = allocate({batch, keep}, tokens_tensor, Dtype::kBool);
-  Tensor order = allocate({batch, keep}, tokens_tensor, Dtype::kInt64);
+  const CompactArguments args(tokens_tensor, invalid_tensor, keep, given_order);
+  Tensor packed = allocate({args.batch, keep, args.hidden}, tokens_tensor, args.dtype);
+  Tensor packed_invalid = allocate({args.batch, keep}, tokens_tensor, Dtype::kBool);
+  Tensor order = allocate({args.batch, keep}, tokens_tensor, Dtype::kInt64);
   const DeviceScope scope(tokens_tensor);
-  const uint8_t* const mask = scope.input<uint8_t>(invalid).data;
+  const uint8_t* const mask = scope.input<uint8_t>(args.invalid).data;
   int64_t* const order_data = scope.output<int64_t>(order);
-  PackRows move{scope.input<Word>(x),
+  PackRows move{scope.input<Word>(args.x),
                 mask,
                 order_data,
                 scope.output<Word>(packed),
                 scope.output<uint8_t>(packed_invalid),
                 nullptr,
-                tokens,
+                args.tokens,
                 keep,
-                row_size<Word>(x)};
+                row_size<Word>(args.x)};
   if (given_order) {
-    move.order = scope.input<int64_t>(given).data;
+    move.order = scope.input<int64_t>(args.order).data;
     move.packed_order = order_data;
-  } else if (batch * keep > 0) {
-    launch_rank(scope, mask, batch, tokens, WriteOrder{{tokens, keep, pad_left}, order_data});
+  } else if (args.batch * keep > 0) {
+    launch_rank(scope, mask, args.batch, args.tokens, WriteOrder{{args.tokens, keep, pad_left}, order_data});
   }
-  launch_move<Word>(scope, batch * keep, move, x);
+  launch_move<Word>(scope, args.batch * keep, move, args.x);
   return {std::move(packed), std::move(packed_invalid), std::move(order)};
 }
 
 Tensor compact_tokens_backward(const Tensor& grad_tensor, const Tensor& invalid_tensor, bool pad_left) {
-  Size batch("batch"), tokens = Size("tokens").at_most(kMost), hidden("hidden");
-  FloatDtype dtype;
-  const View invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool);
-  Size kept_count = Size("keep").at_most(tokens);
-  const View grad("grad_tokens", grad_tensor, {{batch, kept_count}, hidden}, dtype);
-  Tensor unpacked = allocate({batch, tokens, hidden}, grad_tensor, dtype);
-  if (batch * tokens == 0) return unpacked;
-  Tensor places = allocate({batch, tokens}, grad_tensor, Dtype::kInt64);
+  const CompactGradientArguments args(grad_tensor, invalid_tensor);
+  Tensor unpacked = allocate({args.batch, args.tokens, args.hidden}, grad_tensor, args.dtype);
+  if (args.batch * args.tokens == 0) return unpacked;
+  Tensor places = allocate({args.batch, args.tokens}, grad_tensor, Dtype::kInt64);
   const DeviceScope scope(grad_tensor);
   int64_t* const places_data = scope.output<int64_t>(places);
-  const WritePlaces write{{tokens, kept_count, pad_left}, places_data};
-  launch_rank(scope, scope.input<uint8_t>(invalid).data, batch, tokens, write);
-  const UnpackRows move{scope.input<Word>(grad), places_data, scope.output<Word>(unpacked), row_size<Word>(grad)};
-  launch_move<Word>(scope, batch * tokens, move, grad);
+  const WritePlaces write{{args.tokens, args.kept_count, pad_left}, places_data};
+  launch_rank(scope, scope.input<uint8_t>(args.invalid).data, args.batch, args.tokens, write);
+  const UnpackRows move{scope.input<Word>(args.grad), places_data, scope.output<Word>(unpacked),
+                        row_size<Word>(args.grad)};
+  launch_move<Word>(scope, args.batch * args.tokens, move, args.grad);
   return unpacked;
 }
 

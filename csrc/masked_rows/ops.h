@@ -1,6 +1,102 @@
 // The ops on masked rows as torch sees them: vlmfast/ops/masked_rows/definition.py defines what they compute.
 #pragma once
 
+#include <optional>
+
+#include "common/common.h"
+
+namespace vlmfast {
+
+// ---- arguments, checked once for the CPU and CUDA ----
+
+constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // positions of a mask are counted in 32 bits
+
+struct MaskArguments {
+  Size batch{"batch"}, tokens{"tokens"};
+  View<1> mask;
+
+  explicit MaskArguments(const Tensor& mask_tensor) : mask("mask", mask_tensor, {{batch, tokens}}, Dtype::kBool) {
+    check_within("the positions of mask", mask.size(0), 0, kMost);
+  }
+};
+
+// Rows, a mask of some of them, and the numbers of those, where they are given.
+struct MaskedRowsArguments {
+  Size batch{"batch"}, tokens{"tokens"}, hidden{"hidden"};
+  FloatDtype dtype;
+  View<2> x;
+  View<1> mask, index;
+
+  MaskedRowsArguments(const char* x_name, const Tensor& x_tensor, const char* mask_name, const Tensor& mask_tensor,
+                      const std::optional<Tensor>& index_tensor)
+      : x(x_name, x_tensor, {{batch, tokens}, hidden}, dtype),
+        mask(mask_name, mask_tensor, {{batch, tokens}}, Dtype::kBool),
+        index("index", index_tensor, {{batch, tokens}}, Dtype::kInt32) {
+    check_within("the positions of a mask", rows(), 0, kMost);
+  }
+
+  int64_t rows() const { return x.size(0); }
+};
+
+struct DeepstackArguments : MaskedRowsArguments {
+  Size visual{"visual"};
+  View<2> embeds;
+
+  DeepstackArguments(const Tensor& hidden_states, const Tensor& visual_pos_masks, const Tensor& visual_embeds,
+                     const std::optional<Tensor>& index_tensor)
+      : MaskedRowsArguments("hidden_states", hidden_states, "visual_pos_masks", visual_pos_masks, index_tensor),
+        embeds("visual_embeds", visual_embeds, {visual, hidden}, dtype) {}
+};
+
+struct PlaceArguments : MaskedRowsArguments {
+  Size visual{"visual"};
+  View<2> embeds;
+
+  PlaceArguments(const Tensor& inputs_embeds, const Tensor& mask_tensor, const Tensor& image_embeds,
+                 const std::optional<Tensor>& index_tensor)
+      : MaskedRowsArguments("inputs_embeds", inputs_embeds, "mask", mask_tensor, index_tensor),
+        embeds("image_embeds", image_embeds, {visual, hidden}, dtype) {}
+};
+
+struct SplitArguments : MaskedRowsArguments {
+  SplitArguments(const Tensor& x_tensor, const Tensor& mask_tensor, int64_t count,
+                 const std::optional<Tensor>& index_tensor)
+      : MaskedRowsArguments("x", x_tensor, "mask", mask_tensor, index_tensor) {
+    check_within("rows", count, 0, rows());
+  }
+};
+
+struct CompactArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden{"hidden"}, kept_count;
+  FloatDtype dtype;
+  View<2> x;
+  View<1> invalid, order;
+
+  CompactArguments(const Tensor& tokens_tensor, const Tensor& invalid_tensor, int64_t keep,
+                   const std::optional<Tensor>& order_tensor)
+      : kept_count("keep", keep),
+        x("tokens", tokens_tensor, {{batch, tokens}, hidden}, dtype),
+        invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool),
+        order("order", order_tensor, {{batch, kept_count}}, Dtype::kInt64) {
+    check_within("keep", keep, 0, tokens);
+  }
+};
+
+struct CompactGradientArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden{"hidden"}, kept_count{"keep"};
+  FloatDtype dtype;
+  View<1> invalid;
+  View<2> grad;
+
+  CompactGradientArguments(const Tensor& grad_tensor, const Tensor& invalid_tensor)
+      : invalid("invalid", invalid_tensor, {{batch, tokens}}, Dtype::kBool),
+        grad("grad_tokens", grad_tensor, {{batch, kept_count}, hidden}, dtype) {
+    check_within("keep", kept_count, 0, tokens);
+  }
+};
+
+}  // namespace vlmfast
+
 #define VLMFAST_OPS(OP)                                                                                          \
   OP(row_index, "(Tensor mask) -> Tensor")                                                                       \
   OP(deepstack_add,                                                                                              \

@@ -42,162 +42,120 @@ template <typename scalar_t>
 struct UnshufflePatches {
   static constexpr Arithmetic kArithmetic = kScaling<scalar_t>;
   PatchMap map;
-  Input<scalar_t, 2> tokens;  // of the whole batch
+  Input<scalar_t, 3> tokens;
   scalar_t* patches;
   int64_t hidden;  // channels
   float factor;
 
   __device__ __forceinline__ Route<scalar_t> operator()(int64_t ordinal) const {
     const auto [image, patch] = map.place(ordinal);
-    const unsigned token = static_cast<unsigned>(ordinal) / map.per_token, part = ordinal - token * map.per_token;
-    return {tokens.at(token) + part * hidden, patches + (int64_t{image} * map.patches + patch) * hidden};
+    const unsigned in_image = static_cast<unsigned>(ordinal) - image * map.patches;
+    const unsigned token = in_image / map.per_token, part = in_image % map.per_token;
+    return {tokens.at(image, token) + part * hidden, patches + (int64_t{image} * map.patches + patch) * hidden};
   }
 };
 
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // patches are counted in 32 bits
-
-PatchMap patch_map(const std::vector<int64_t>& grid, int64_t scale, TokenOrder order) {
-  STD_TORCH_CHECK(grid.size() == 2 && scale > 0 && scale <= kMost, "grid must be (height, width), scale at least 1");
-  const int64_t height = grid[0], width = grid[1];
-  STD_TORCH_CHECK(height >= 0 && width >= 0 && height % scale == 0 && width % scale == 0,
-                  "grid must be divisible by scale, ", scale, ", got (", height, ", ", width, ")");
-  STD_TORCH_CHECK(width == 0 || height <= kMost / width, "grid must have fewer than 2^31 patches");
+PatchMap map_of(const PatchGrid& grid) {
   PatchMap map;
-  map.patches = height * width;
-  map.width = width;
-  map.scale = scale;
-  map.per_token = scale * scale;
-  map.token_line = (order == TokenOrder::kColumn ? height : width) / scale;
-  map.by_column = order == TokenOrder::kColumn;
+  map.patches = grid.patches();
+  map.width = grid.width;
+  map.scale = grid.scale;
+  map.per_token = grid.per_token();
+  map.token_line = (grid.order == TokenOrder::kColumn ? grid.height : grid.width) / grid.scale;
+  map.by_column = grid.order == TokenOrder::kColumn;
   return map;
 }
 
-// The sizes of a call.
-struct PatchSizes {
-  Size batch, patches, tokens, channels{"channels"};
-
-  explicit PatchSizes(const PatchMap& map)
-      : batch(Size("batch").at_most(kMost / std::max<int64_t>(map.patches, 1))),
-        patches("patches", map.patches),
-        tokens("tokens", map.patches / map.per_token) {}
-};
-
-Tensor pixel_shuffle(const Tensor& x_tensor, std::vector<int64_t> grid, int64_t scale, TokenOrder order,
-                     double input_scale) {
-  const PatchMap map = patch_map(grid, scale, order);
-  PatchSizes sizes(map);
-  FloatDtype dtype;
-  const View x("x", x_tensor, {sizes.batch, sizes.patches, sizes.channels}, dtype);
-  Tensor tokens = allocate({sizes.batch, sizes.tokens, sizes.channels * map.per_token}, x_tensor, dtype);
-  const DeviceScope scope(x_tensor);
+Tensor pixel_shuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale, TokenOrder order, double input_scale) {
+  const ShuffleArguments args(x, {grid, scale, order});
+  Tensor tokens = allocate({args.batch, args.tokens, args.hidden}, x, args.dtype);
+  const DeviceScope scope(x);
   const auto move_all = [&](auto zero) {
     using scalar_t = decltype(zero);
-    const ShufflePatches<scalar_t> move{map, scope.input<scalar_t>(x), scope.output<scalar_t>(tokens),
-                                        row_size<scalar_t>(x), static_cast<float>(input_scale)};
-    launch_move<scalar_t>(scope, sizes.batch * sizes.patches, move, x);
+    const ShufflePatches<scalar_t> move{map_of(args.grid), scope.input<scalar_t>(args.x),
+                                        scope.output<scalar_t>(tokens), row_size<scalar_t>(args.x),
+                                        static_cast<float>(input_scale)};
+    launch_move<scalar_t>(scope, args.batch * args.patches, move, args.x);
   };
-  input_scale == 1. ? move_all(Word()) : with_dtype(dtype, move_all);
+  input_scale == 1. ? move_all(Word()) : with_dtype(args.dtype, move_all);
   return tokens;
 }
 
-Tensor pixel_unshuffle(const Tensor& x_tensor, std::vector<int64_t> grid, int64_t scale, TokenOrder order,
+Tensor pixel_unshuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale, TokenOrder order,
                        double input_scale) {
-  const PatchMap map = patch_map(grid, scale, order);
-  PatchSizes sizes(map);
-  FloatDtype dtype;
-  const View tokens("x", x_tensor, {{sizes.batch, sizes.tokens}, sizes.channels}, dtype);
-  STD_TORCH_CHECK(sizes.channels % map.per_token == 0, "x must have a multiple of ", map.per_token, " channels, got ",
-                  sizes.channels);
-  Tensor patches = allocate({sizes.batch, sizes.patches, sizes.channels / map.per_token}, x_tensor, dtype);
-  const DeviceScope scope(x_tensor);
+  const UnshuffleArguments args(x, {grid, scale, order});
+  Tensor patches = allocate({args.batch, args.patches, args.channels}, x, args.dtype);
+  const DeviceScope scope(x);
   const auto move_all = [&](auto zero) {
     using scalar_t = decltype(zero);
-    const UnshufflePatches<scalar_t> move{map, scope.input<scalar_t>(tokens), scope.output<scalar_t>(patches),
-                                          row_size<scalar_t>(tokens) / map.per_token, static_cast<float>(input_scale)};
-    launch_move<scalar_t>(scope, sizes.batch * sizes.patches, move, tokens);
+    const UnshufflePatches<scalar_t> move{
+        map_of(args.grid), scope.input<scalar_t>(args.x), scope.output<scalar_t>(patches),
+        row_size<scalar_t>(args.x) / args.grid.per_token(), static_cast<float>(input_scale)};
+    launch_move<scalar_t>(scope, args.batch * args.patches, move, args.x);
   };
-  input_scale == 1. ? move_all(Word()) : with_dtype(dtype, move_all);
+  input_scale == 1. ? move_all(Word()) : with_dtype(args.dtype, move_all);
   return patches;
 }
 
-// The arguments that both directions of the norm share.
-struct NormArguments {
-  PatchMap map;
-  PatchSizes sizes;
-  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
-  FloatDtype dtype;
-  View<3> x;
-  View<1> weight;
+// The rows that both directions of the norm work on.
+NormRows rows_of(const ShuffleNormArguments& args, double input_scale, double eps) {
   NormRows rows;
+  rows.map = map_of(args.grid);
+  rows.patches = args.each_patch() ? 1 : rows.map.per_token;
+  rows.channels = args.channels;
+  rows.count = args.batch * args.patches / rows.patches;
+  rows.hidden = args.norm_size;
+  rows.input_scale = input_scale;
+  rows.eps = eps;
+  return rows;
+}
 
-  NormArguments(const Tensor& x_tensor, const Tensor& weight_tensor, const std::vector<int64_t>& grid, int64_t scale,
-                TokenOrder order, double input_scale, double eps)
-      : map(patch_map(grid, scale, order)),
-        sizes(map),
-        x("x", x_tensor, {sizes.batch, sizes.patches, sizes.channels}, dtype),
-        weight("norm_weight", weight_tensor, {hidden}, dtype) {
-    const int64_t patches = hidden == sizes.channels ? 1 : map.per_token;
-    STD_TORCH_CHECK(hidden == patches * sizes.channels, "norm_weight must have shape (", map.per_token * sizes.channels,
-                    ",) or (", sizes.channels, ",), got (", hidden, ",)");
-    rows.map = map;
-    rows.patches = patches;
-    rows.channels = sizes.channels;
-    rows.count = sizes.batch * sizes.patches / patches;
-    rows.hidden = hidden;
-    rows.input_scale = input_scale;
-    rows.eps = eps;
-  }
-};
-
-Tensor pixel_shuffle_norm(const Tensor& x_tensor, const Tensor& weight, const Tensor& bias_tensor,
-                          std::vector<int64_t> grid, int64_t scale, TokenOrder order, double input_scale, double eps) {
-  NormArguments args(x_tensor, weight, grid, scale, order, input_scale, eps);
-  const View bias("norm_bias", bias_tensor, {args.hidden}, args.dtype);
-  const int64_t token_size = args.sizes.channels * args.map.per_token;
-  Tensor y = allocate({args.sizes.batch, args.sizes.tokens, token_size}, x_tensor, args.dtype);
-  if (args.rows.count * args.rows.hidden == 0) return y;
-  const DeviceScope scope(x_tensor);
+Tensor pixel_shuffle_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, std::vector<int64_t> grid,
+                          int64_t scale, TokenOrder order, double input_scale, double eps) {
+  const ShuffleNormForwardArguments args(x, weight, bias, {grid, scale, order});
+  Tensor y = allocate({args.batch, args.tokens, args.hidden}, x, args.dtype);
+  if (y.numel() == 0) return y;
+  const NormRows rows = rows_of(args, input_scale, eps);
+  const DeviceScope scope(x);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
-    launch_blocks(scope, pixel_shuffle_norm_kernel<scalar_t, Policy>, Policy::blocks(args.rows.count, kMaxBlocks),
+    launch_blocks(scope, pixel_shuffle_norm_kernel<scalar_t, Policy>, Policy::blocks(rows.count, kMaxBlocks),
                   Policy::kThreads, 0, scope.input<scalar_t>(args.x), scope.input<scalar_t>(args.weight).data,
-                  scope.input<scalar_t>(bias).data, scope.output<scalar_t>(y), args.rows);
+                  scope.input<scalar_t>(args.bias).data, scope.output<scalar_t>(y), rows);
   };
   // A vector must not reach from one patch into the next: those of x fit, so those of y do.
-  const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, bias);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
+  const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, args.bias);
+  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.norm_size, fit, run);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& grad_tensor, const Tensor& x_tensor,
+std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& grad_output, const Tensor& x,
                                                                const Tensor& weight, std::vector<int64_t> grid,
                                                                int64_t scale, TokenOrder order, double input_scale,
                                                                double eps) {
-  NormArguments args(x_tensor, weight, grid, scale, order, input_scale, eps);
-  Size token_size("scale**2 * channels", args.sizes.channels * args.map.per_token);
-  const View grad_output("grad_output", grad_tensor, {{args.sizes.batch, args.sizes.tokens}, token_size}, args.dtype);
-  Tensor grad_x = allocate_like(x_tensor), grad_weight = allocate_like(weight), grad_bias = allocate_like(weight);
-  if (args.hidden == 0) return {grad_x, grad_weight, grad_bias};
-  const DeviceScope scope(x_tensor);
+  const ShuffleNormBackwardArguments args(grad_output, x, weight, {grid, scale, order});
+  Tensor grad_x = allocate_like(x), grad_weight = allocate_like(weight), grad_bias = allocate_like(weight);
+  if (args.norm_size == 0) return {grad_x, grad_weight, grad_bias};
+  const NormRows rows = rows_of(args, input_scale, eps);
+  const DeviceScope scope(x);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
     const int64_t resident = int64_t{scope.multiprocessors()} * Policy::kBlocksPerMultiprocessor;
-    const int64_t blocks = Policy::blocks(args.rows.count, resident);
-    const Tensor partials = float_buffer(blocks * 2 * args.hidden, x_tensor);
+    const int64_t blocks = Policy::blocks(rows.count, resident);
+    const Tensor partials = float_buffer(blocks * 2 * rows.hidden, x);
     float* const partials_data = scope.output<float>(partials);
     if (blocks > 0) {
       check_cuda(launch(pixel_shuffle_norm_backward_kernel<scalar_t, Policy>, dim3(blocks), dim3(Policy::kThreads), 0,
-                        scope.stream(), scope.input<scalar_t>(grad_output), scope.input<scalar_t>(args.x),
-                        scope.input<scalar_t>(args.weight).data, scope.output<scalar_t>(grad_x), partials_data,
-                        args.rows));
+                        scope.stream(), scope.input<scalar_t>(args.grad_output), scope.input<scalar_t>(args.x),
+                        scope.input<scalar_t>(args.weight).data, scope.output<scalar_t>(grad_x), partials_data, rows));
     }
-    launch_sum_partials(scope, partials_data, blocks, args.hidden, scope.output<scalar_t>(grad_weight),
+    launch_sum_partials(scope, partials_data, blocks, rows.hidden, scope.output<scalar_t>(grad_weight),
                         scope.output<scalar_t>(grad_bias));
   };
-  const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, grad_output);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
+  const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, args.grad_output);
+  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.norm_size, fit, run);
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 

@@ -1,6 +1,109 @@
 // The pixel shuffle ops as torch sees them: vlmfast/ops/pixel_shuffle/definition.py defines what they compute.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
+#include "common/common.h"
+
+namespace vlmfast {
+
+// ---- arguments, checked once for the CPU and CUDA ----
+
+constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // patches are counted in 32 bits
+
+// How the patches of an image make tokens.
+struct PatchGrid {
+  int64_t height, width, scale;
+  TokenOrder order;
+
+  PatchGrid(const std::vector<int64_t>& grid, int64_t scale, TokenOrder order) : scale(scale), order(order) {
+    STD_TORCH_CHECK(grid.size() == 2, "grid must be (height, width), got ", grid.size(), " numbers");
+    height = grid[0];
+    width = grid[1];
+    check_within("scale", scale, 1, 46340);  // the largest number whose square is within kMost
+    STD_TORCH_CHECK(height >= 0 && width >= 0 && height % scale == 0 && width % scale == 0,
+                    "grid must be divisible by scale, ", scale, ", got (", height, ", ", width, ")");
+    STD_TORCH_CHECK(width == 0 || height <= kMost / width, "grid must have fewer than 2^31 patches");
+  }
+
+  int64_t patches() const { return height * width; }
+  int64_t per_token() const { return scale * scale; }
+  int64_t tokens() const { return patches() / per_token(); }
+};
+
+// What all ops share.
+struct GridArguments {
+  PatchGrid grid;
+  Size batch, patches, tokens;
+  FloatDtype dtype;
+
+  explicit GridArguments(const PatchGrid& patch_grid)
+      : grid(patch_grid),
+        batch(Size("batch").at_most(kMost / std::max<int64_t>(grid.patches(), 1))),
+        patches("patches", grid.patches()),
+        tokens("tokens", grid.tokens()) {}
+};
+
+struct ShuffleArguments : GridArguments {
+  Size channels{"channels"};
+  View<3> x;
+  Size hidden;
+
+  ShuffleArguments(const Tensor& x_tensor, const PatchGrid& patch_grid)
+      : GridArguments(patch_grid),
+        x("x", x_tensor, {batch, patches, channels}, dtype),
+        hidden("scale**2 * channels", grid.per_token() * channels) {}
+};
+
+struct UnshuffleArguments : GridArguments {
+  Size hidden{"scale**2 * channels"};
+  View<3> x;
+  int64_t channels;
+
+  UnshuffleArguments(const Tensor& x_tensor, const PatchGrid& patch_grid)
+      : GridArguments(patch_grid),
+        x("x", x_tensor, {batch, tokens, hidden}, dtype),
+        channels(hidden / grid.per_token()) {
+    STD_TORCH_CHECK(hidden % grid.per_token() == 0, "x must have a multiple of ", grid.per_token(), " channels, got ",
+                    hidden);
+  }
+};
+
+// Those that both directions of the norm share, which is over a token or over each of its patches.
+struct ShuffleNormArguments : ShuffleArguments {
+  Size norm_size;
+  View<1> weight;
+
+  ShuffleNormArguments(const Tensor& x_tensor, const Tensor& weight_tensor, const PatchGrid& patch_grid)
+      : ShuffleArguments(x_tensor, patch_grid),
+        norm_size(weight_tensor.numel() == channels ? channels : hidden),
+        weight("norm_weight", weight_tensor, {norm_size}, dtype) {
+    check_within("the elements of norm_weight", norm_size, 0, (int64_t{1} << 30) - 1);  // they are counted in 32 bits
+  }
+
+  bool each_patch() const { return norm_size == channels; }
+};
+
+struct ShuffleNormForwardArguments : ShuffleNormArguments {
+  View<1> bias;
+
+  ShuffleNormForwardArguments(const Tensor& x_tensor, const Tensor& weight_tensor, const Tensor& bias_tensor,
+                              const PatchGrid& patch_grid)
+      : ShuffleNormArguments(x_tensor, weight_tensor, patch_grid), bias("norm_bias", bias_tensor, {norm_size}, dtype) {}
+};
+
+struct ShuffleNormBackwardArguments : ShuffleNormArguments {
+  View<2> grad_output;  // of the tokens of the whole batch
+
+  ShuffleNormBackwardArguments(const Tensor& grad_tensor, const Tensor& x_tensor, const Tensor& weight_tensor,
+                               const PatchGrid& patch_grid)
+      : ShuffleNormArguments(x_tensor, weight_tensor, patch_grid),
+        grad_output("grad_output", grad_tensor, {{batch, tokens}, hidden}, dtype) {}
+};
+
+}  // namespace vlmfast
+
 #define VLMFAST_OPS(OP)                                                                                               \
   OP(pixel_shuffle, "(Tensor x, SymInt[] grid, SymInt scale=2, str order=\"row\", float input_scale=1.) -> Tensor")   \
   OP(pixel_unshuffle, "(Tensor x, SymInt[] grid, SymInt scale=2, str order=\"row\", float input_scale=1.) -> Tensor") \
