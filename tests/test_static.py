@@ -113,6 +113,12 @@ def test_length_of_compiled_functions(path: Path):
             assert end - start < 80, lines[start]
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name in {"cpu.cpp", "cuda.cu"}], ids=name_of)
+def test_compiled_ops_declare_their_arguments_once(path: Path):
+    """Name, shape and dtype of a tensor stand in the family's ops.h, for the CPU and CUDA alike."""
+    assert not re.findall(r"\b(?:View|Size)\b[^;]*?[({]\"\w+\"", path.read_text())
+
+
 @pytest.mark.parametrize("path", [p for p in PYTHON if p.is_relative_to(ROOT / "vlmfast")], ids=name_of)
 def test_users_meet_no_assert(path: Path):
     """An assert vanishes under python -O and says nothing to a user."""

@@ -11,79 +11,70 @@
 namespace vlmfast {
 namespace {
 
-// The arguments of a call as the kernels take them, which know neither variants nor calls without a
-// weight.
-struct NormCall : RmsNormArguments {
+// The weight of a call as the kernels take it, which know neither variants nor calls without a weight.
+struct KernelWeight {
   std::unique_ptr<float[]> zeros;  // of any dtype
-  const void* weight_data;
-  float weight_offset;
+  const void* data;
+  float offset;
   int rounded;
 
-  NormCall(const Tensor& x_tensor, const std::optional<Tensor>& weight_tensor, Variant order)
-      : RmsNormArguments(x_tensor, weight_tensor, order),
-        zeros(weight_tensor ? nullptr : new float[hidden]()),
-        weight_data(weight_tensor ? weight.data() : zeros.get()),
-        weight_offset(variant == Variant::kGemma ? 1.0f : -0.0f),
-        rounded(variant == Variant::kLlama ? 1 : 0) {}
+  explicit KernelWeight(const RmsNormArguments& call)
+      : zeros(call.weight ? nullptr : new float[call.hidden]()),
+        data(call.weight ? call.weight.data() : zeros.get()),
+        offset(call.variant == Variant::kGemma ? 1.0f : -0.0f),
+        rounded(call.variant == Variant::kLlama ? 1 : 0) {}
 };
 
-Tensor forward(const NormCall& call, const Tensor& x, const View<2>* residual, void* new_residual, double eps) {
+Tensor forward(const RmsNormArguments& call, const Tensor& x, void* new_residual, double eps) {
+  const KernelWeight weight(call);
   Tensor y = allocate_output(x.sizes(), x, call.dtype);
-  const RmsNormForward args{static_cast<float>(eps),
-                            call.weight_offset,
-                            call.hidden,
-                            call.x.data(),
-                            residual != nullptr ? residual->data() : nullptr,
-                            call.weight_data,
-                            y.mutable_data_ptr(),
-                            new_residual,
-                            call.x.stride(0),
-                            residual != nullptr ? residual->stride(0) : 0};
-  const auto kernel = kernels<RmsNormKernels>().forward[residual != nullptr ? 1 : 0][call.rounded][call.dtype];
+  const RmsNormForward args{static_cast<float>(eps), weight.offset,        call.hidden,
+                            call.x.data(),           call.residual.data(), weight.data,
+                            y.mutable_data_ptr(),    new_residual,         call.x.stride(0),
+                            call.residual.stride(0)};
+  const auto kernel = kernels<RmsNormKernels>().forward[call.residual ? 1 : 0][weight.rounded][call.dtype];
   parallel_rows(call.rows, row_ranges(call.rows, call.hidden),
                 [&](int64_t begin, int64_t end, int64_t) { kernel(args, begin, end); });
   return y;
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, Variant variant) {
-  return forward(NormCall(x, weight, variant), x, nullptr, nullptr, eps);
+  return forward(RmsNormArguments(x, std::nullopt, weight, variant), x, nullptr, eps);
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual_tensor,
-                                        const std::optional<Tensor>& weight, double eps, Variant variant) {
-  NormCall call(x, weight, variant);
-  const View residual("residual", residual_tensor, {call.rows, call.hidden}, call.dtype);
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
+                                        double eps, Variant variant) {
+  const RmsNormArguments call(x, residual, weight, variant);
   Tensor new_residual = allocate_output(x.sizes(), x, call.dtype);
-  Tensor y = forward(call, x, &residual, new_residual.mutable_data_ptr(), eps);
+  Tensor y = forward(call, x, new_residual.mutable_data_ptr(), eps);
   return {std::move(y), std::move(new_residual)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x,
                                              const std::optional<Tensor>& weight, double eps, Variant variant,
                                              const std::optional<Tensor>& grad_residual, bool weight_grad) {
-  NormCall call(x, weight, variant);
-  const View grads("grad_output", grad_output, {call.rows, call.hidden}, call.dtype);
-  const View residual_grads("grad_residual", grad_residual, {call.rows, call.hidden}, call.dtype);
+  const RmsNormBackwardArguments call(grad_output, x, weight, variant, grad_residual);
+  const KernelWeight kernel_weight(call);
   Tensor grad_x = allocate_output(x.sizes(), x, call.dtype);
   weight_grad = weight_grad && weight.has_value();
   const int64_t grad_weight_size = weight_grad ? int64_t{call.hidden} : 0;
   Tensor grad_weight = allocate({grad_weight_size}, x, call.dtype);
   const RmsNormBackward args{static_cast<float>(eps),
-                             call.weight_offset,
+                             kernel_weight.offset,
                              call.hidden,
-                             grads.data(),
+                             call.grad_output.data(),
                              call.x.data(),
-                             call.weight_data,
-                             residual_grads.data(),
+                             kernel_weight.data,
+                             call.grad_residual.data(),
                              grad_x.mutable_data_ptr(),
-                             grads.stride(0),
+                             call.grad_output.stride(0),
                              call.x.stride(0),
-                             residual_grads.stride(0)};
+                             call.grad_residual.stride(0)};
 
   const auto& table = kernels<RmsNormKernels>();
   const int64_t ranges = row_ranges(call.rows, call.hidden), partial = weight_grad ? partial_size(call.hidden) : 0;
   const std::unique_ptr<float[]> partials(new float[ranges * partial]());
-  const auto backward = table.backward[call.rounded][call.dtype];
+  const auto backward = table.backward[kernel_weight.rounded][call.dtype];
   parallel_rows(call.rows, ranges, [&](int64_t begin, int64_t end, int64_t range) {
     backward(args, begin, end, weight_grad ? &partials[range * partial] : nullptr);
   });

@@ -153,21 +153,21 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
 void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
                     const std::optional<Tensor>& weight_tensor, double eps, Variant variant, const Tensor& y,
                     const std::optional<Tensor>& new_residual) {
-  RmsNormArguments args(x_tensor, weight_tensor, variant);
-  const View residual("residual", residual_tensor, {args.rows, args.hidden}, args.dtype);
+  const RmsNormArguments args(x_tensor, residual_tensor, weight_tensor, variant);
   if (args.x.numel() == 0) return;
   const DeviceScope scope(x_tensor);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
-    const auto kernel = residual ? rms_norm_kernel<scalar_t, Policy, true> : rms_norm_kernel<scalar_t, Policy, false>;
-    const auto x_rows = scope.input<scalar_t>(args.x), residual_rows = scope.input<scalar_t>(residual);
+    const auto kernel =
+        args.residual ? rms_norm_kernel<scalar_t, Policy, true> : rms_norm_kernel<scalar_t, Policy, false>;
+    const auto x_rows = scope.input<scalar_t>(args.x), residual_rows = scope.input<scalar_t>(args.residual);
     launch_blocks(scope, kernel, Policy::blocks(args.rows, kMaxBlocks), Policy::kThreads, 0, x_rows.data,
                   residual_rows.data, scope.input<scalar_t>(args.weight).data, scope.output<scalar_t>(y),
-                  residual ? scope.output<scalar_t>(*new_residual) : nullptr, args.rows, args.hidden, x_rows.strides[0],
-                  residual_rows.strides[0], eps, args.variant);
+                  args.residual ? scope.output<scalar_t>(*new_residual) : nullptr, args.rows, args.hidden,
+                  x_rows.strides[0], residual_rows.strides[0], eps, args.variant);
   };
-  const bool fit = vectors_fit(kVectorBytes, args.x, residual, args.weight);
+  const bool fit = vectors_fit(kVectorBytes, args.x, args.residual, args.weight);
   with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
 }
 
@@ -184,12 +184,10 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   return {y, new_residual};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, const Tensor& x_tensor,
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x_tensor,
                                              const std::optional<Tensor>& weight_tensor, double eps, Variant variant,
-                                             const std::optional<Tensor>& grad_residual_tensor, bool weight_grad) {
-  RmsNormArguments args(x_tensor, weight_tensor, variant);
-  const View grad_output("grad_output", grad_output_tensor, {args.rows, args.hidden}, args.dtype);
-  const View grad_residual("grad_residual", grad_residual_tensor, {args.rows, args.hidden}, args.dtype);
+                                             const std::optional<Tensor>& grad_residual, bool weight_grad) {
+  const RmsNormBackwardArguments args(grad_output, x_tensor, weight_tensor, variant, grad_residual);
   const int64_t rows = args.rows, hidden = args.hidden;
   weight_grad = weight_grad && weight_tensor;
   Tensor grad_x = allocate_like(x_tensor), grad_weight = allocate({weight_grad ? hidden : 0}, x_tensor, args.dtype);
@@ -204,8 +202,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, c
     std::optional<Tensor> partials;
     if (weight_grad) partials = float_buffer(blocks * hidden, x_tensor);
     float* const partials_data = weight_grad ? scope.output<float>(*partials) : nullptr;
-    const auto grads = scope.input<scalar_t>(grad_output), x_rows = scope.input<scalar_t>(args.x);
-    const auto residuals = scope.input<scalar_t>(grad_residual);
+    const auto grads = scope.input<scalar_t>(args.grad_output), x_rows = scope.input<scalar_t>(args.x);
+    const auto residuals = scope.input<scalar_t>(args.grad_residual);
     if (blocks > 0) {
       check_cuda(launch(rms_norm_backward_kernel<scalar_t, Policy>, dim3(blocks), dim3(Policy::kThreads), 0,
                         scope.stream(), grads.data, x_rows.data, scope.input<scalar_t>(args.weight).data,
@@ -216,7 +214,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output_tensor, c
       launch_sum_partials(scope, partials_data, blocks, hidden, scope.output<scalar_t>(grad_weight));
     }
   };
-  const bool fit = vectors_fit(kVectorBytes, grad_output, args.x, args.weight, grad_residual);
+  const bool fit = vectors_fit(kVectorBytes, args.grad_output, args.x, args.weight, args.grad_residual);
   with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
   return {grad_x, grad_weight};
 }

@@ -9,19 +9,32 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-// The arguments that all ops share. Without a weight rows are multiplied by 1 + 0, as "gemma" does it.
+// Without a weight rows are multiplied by 1 + 0, as "gemma" does it.
 struct RmsNormArguments {
   Leading rows;
   Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
   FloatDtype dtype;
-  View<2> x;
+  View<2> x, residual;
   View<1> weight;
   Variant variant;
 
-  RmsNormArguments(const Tensor& x_tensor, const std::optional<Tensor>& weight_tensor, Variant order)
+  RmsNormArguments(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
+                   const std::optional<Tensor>& weight_tensor, Variant order)
       : x("x", x_tensor, {rows, hidden}, dtype),
+        residual("residual", residual_tensor, {rows, hidden}, dtype),
         weight("weight", weight_tensor, {hidden}, dtype),
         variant(weight_tensor ? order : Variant::kGemma) {}
+};
+
+struct RmsNormBackwardArguments : RmsNormArguments {
+  View<2> grad_output, grad_residual;
+
+  RmsNormBackwardArguments(const Tensor& grad_output_tensor, const Tensor& x_tensor,
+                           const std::optional<Tensor>& weight_tensor, Variant order,
+                           const std::optional<Tensor>& grad_residual_tensor)
+      : RmsNormArguments(x_tensor, std::nullopt, weight_tensor, order),
+        grad_output("grad_output", grad_output_tensor, {rows, hidden}, dtype),
+        grad_residual("grad_residual", grad_residual_tensor, {rows, hidden}, dtype) {}
 };
 
 }  // namespace vlmfast

@@ -67,7 +67,7 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
 }
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
-  const MergeArguments call("metric", metric_tensor, kept_tensor, contextual);
+  const MergeSlotsArguments call(metric_tensor, kept_tensor, contextual);
   check_kept(call.kept, call.tokens);
   const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, head_dim = call.hidden;
   const int64_t left = tokens - kept_count, joining = left - contextual;
@@ -114,10 +114,10 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
 
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
-  MergeArguments call("hidden", hidden_tensor, kept_tensor, contextual);
-  const View slots("slots", slots_tensor, {call.batch, call.tokens}, Dtype::kInt32);
+  const MergeRowsArguments call(hidden_tensor, kept_tensor, slots_tensor, contextual);
   check_kept(call.kept, call.tokens);
   const View<3>& x = call.rows;
+  const View<2>& slots = call.slots;
   const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, hidden = call.hidden;
   const int64_t merged_count = kept_count + contextual, rows = batch * merged_count;
   Tensor y = allocate_output({batch, merged_count, hidden}, hidden_tensor, call.dtype);

@@ -32,7 +32,7 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
 }
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
-  const MergeArguments args("metric", metric_tensor, kept_tensor, contextual);
+  const MergeSlotsArguments args(metric_tensor, kept_tensor, contextual);
   Tensor slots = allocate({args.batch, args.tokens}, metric_tensor, Dtype::kInt32);
   if (slots.numel() == 0) return slots;
   const MergeSizes sizes(args.batch, args.tokens, args.hidden, args.kept_count, contextual);
@@ -51,8 +51,7 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
 
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
-  MergeArguments args("hidden", hidden_tensor, kept_tensor, contextual);
-  const View slots("slots", slots_tensor, {args.batch, args.tokens}, Dtype::kInt32);
+  const MergeRowsArguments args(hidden_tensor, kept_tensor, slots_tensor, contextual);
   Tensor merged = allocate({args.batch, args.kept_count + contextual, args.hidden}, hidden_tensor, args.dtype);
   if (merged.numel() == 0) return merged;
   const MergeSizes sizes(args.batch, args.tokens, args.hidden, args.kept_count, contextual);
@@ -63,7 +62,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
     const MergePolicy policy(sizes, kVec);
     launch_blocks(scope, merge_rows_kernel<scalar_t, kVec>, policy.blocks, MergePolicy::kThreads,
                   sizeof(Members<kWarp * kVec>), scope.input<scalar_t>(args.rows), scope.input<int64_t>(args.kept),
-                  scope.input<int32_t>(slots), scope.output<scalar_t>(merged), sizes, merge, policy);
+                  scope.input<int32_t>(args.slots), scope.output<scalar_t>(merged), sizes, merge, policy);
   });
   return merged;
 }

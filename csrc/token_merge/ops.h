@@ -35,6 +35,20 @@ struct MergeArguments {
   }
 };
 
+struct MergeSlotsArguments : MergeArguments {
+  MergeSlotsArguments(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual)
+      : MergeArguments("metric", metric_tensor, kept_tensor, contextual) {}
+};
+
+struct MergeRowsArguments : MergeArguments {
+  View<2> slots;
+
+  MergeRowsArguments(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
+                     int64_t contextual)
+      : MergeArguments("hidden", hidden_tensor, kept_tensor, contextual),
+        slots("slots", slots_tensor, {batch, tokens}, Dtype::kInt32) {}
+};
+
 struct MergeGradientArguments {
   Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kMost), hidden{"hidden"};
   Size tokens = Size("tokens").at_most(kMost);

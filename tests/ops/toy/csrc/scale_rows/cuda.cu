@@ -15,18 +15,16 @@ __global__ void scale_rows_kernel(Input<scalar_t, 2> x, Input<scalar_t, 1> facto
   }
 }
 
-Tensor scale_rows(const Tensor& x_tensor, const Tensor& factors_tensor) {
-  Size batch("batch"), hidden("hidden");
-  FloatDtype dtype;
-  const View x("x", x_tensor, {batch, hidden}, dtype);
-  const View factors("factors", factors_tensor, {batch}, dtype);
-  Tensor y = allocate({batch, hidden}, x_tensor, dtype);
+Tensor scale_rows(const Tensor& x, const Tensor& factors) {
+  const ScaleArguments args(x, factors);
+  Tensor y = allocate({args.batch, args.hidden}, x, args.dtype);
   if (y.numel() == 0) return y;
-  const DeviceScope scope(x_tensor);
-  with_dtype(dtype, [&](auto zero) {
+  const DeviceScope scope(x);
+  with_dtype(args.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    check_cuda(launch(scale_rows_kernel<scalar_t>, dim3(batch), dim3(128), 0, scope.stream(), scope.input<scalar_t>(x),
-                      scope.input<scalar_t>(factors), scope.output<scalar_t>(y), int64_t{hidden}));
+    check_cuda(launch(scale_rows_kernel<scalar_t>, dim3(args.batch), dim3(128), 0, scope.stream(),
+                      scope.input<scalar_t>(args.x), scope.input<scalar_t>(args.factors), scope.output<scalar_t>(y),
+                      int64_t{args.hidden}));
   });
   return y;
 }
