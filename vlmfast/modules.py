@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -41,6 +42,20 @@ def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) 
             taken += 1
     plural = "" if len(modules) == 1 else "s"
     return f"{method} was already replaced on {taken} of {len(modules)} module{plural}" if taken else None
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Have a module's own parameters loaded, which accelerate offloads until the module is called."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def is_bare(module: nn.Module) -> bool:

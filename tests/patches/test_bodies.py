@@ -155,6 +155,17 @@ def gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(output, [*inputs, *module.parameters()], grad))
 
 
+def test_an_input_changed_in_place_is_noticed():
+    """As `vlmfast.patch` says; upstream keeps a copy in float32."""
+    (x,), module = norm_inputs(find(NORMS[0], "forward")[0], 48, torch.bfloat16), norm_of(find(NORMS[0], "forward")[0])
+    x = x.clone().requires_grad_() * 1
+    with vlmfast.patch(module.bfloat16()):
+        output = module(x)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_of_norm_are_no_worse(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import io
 
 import pytest
@@ -151,6 +152,7 @@ def test_refusals(monkeypatch):
     [
         ({"input_ids": None}, ValueError, r"input_ids must be a tensor \(B, L\) .*, got none"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, ValueError, "attention_mask must have the shape of input_ids"),
+        ({"attention_mask": {"full_attention": None}}, ValueError, "attention_mask must have .*, got a dict"),
         ({"inputs_embeds": torch.ones(2, 4, 64)}, ValueError, "inputs_embeds cannot be given where"),
         ({"logits_to_keep": torch.tensor([1])}, ValueError, "logits_to_keep must be an int"),
         (
@@ -175,6 +177,34 @@ def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: s
     inputs = {**talk.batch(*PROMPTS), **change}
     with vlmfast.patch(talk.model, reduce=METHOD), pytest.raises(error, match=message):
         logits(talk.model, inputs)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1, 40, 40), {"full_attention": None}], ids=["4-D", "dict"])
+def test_masks_that_no_prompt_can_be_cut_from_are_refused_by_generate(mask: object):
+    talk = Talk.of("llava")
+    inputs = {**talk.batch(*PROMPTS), "attention_mask": mask}
+    with (
+        vlmfast.patch(talk.model, reduce=METHOD),
+        pytest.raises(ValueError, match="attention_mask must have the shape"),
+    ):
+        talk.model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision"])
+def test_weights_offloaded_until_they_are_needed(model_type: str):
+    """The newline belongs to the model itself, whose forward accelerate loads it for."""
+    accelerate = pytest.importorskip("accelerate")
+    talk = Talk.of(model_type)
+    inputs = talk.batch(*PROMPTS)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        want = logits(talk.model, inputs)
+        ids = talk.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    accelerate.cpu_offload(talk.model, execution_device=torch.device("cpu"))
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        assert torch.equal(logits(talk.model, inputs), want)
+        assert talk.model.model.image_newline.is_meta
+        if "mm_encoder_outputs" in inspect.signature(type(talk.model.model).forward).parameters:
+            assert torch.equal(talk.model.generate(**inputs, max_new_tokens=2, do_sample=False), ids)
 
 
 class OneTooMany(EvenTokens):

@@ -105,7 +105,9 @@ def patch(
     name of the class decides. Each module is given a subclass of its own class, of the same name; ``isinstance``,
     ``state_dict``, hooks, gradient checkpointing and ``copy.deepcopy`` work as before, and a pickled model holds the
     original classes. A norm or a placeholder mask whose body is not known is skipped with a warning; `Patch.report`
-    lists all of them. What ``torch.compile`` has traced in this process is traced anew at its next call.
+    lists all of them. For the backward a norm keeps its input, where upstream keeps a float32 copy of one in half
+    precision: in training, code that changes the input in place after the norm has read it ends in torch's error about
+    an inplace operation. What ``torch.compile`` has traced in this process is traced anew at its next call.
 
     With ``reduce`` the model also sees fewer visual tokens, which changes what it answers. ``generate`` and ``forward``
     encode and reduce the images and shorten the prompt once, before the language model sees it. Prompts without images

@@ -177,7 +177,7 @@ def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, 
     tokens = arguments["input_ids" if arguments.get("input_ids") is not None else "inputs_embeds"].shape[1]
     after = int(arguments["past_key_values"].get_seq_length()) + tokens - columns.index.shape[1]
     changed: dict[str, Any] = {}
-    if given is not None and given.dim() == 2 and given.shape[1] == columns.total + after:
+    if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == columns.total + after:
         mask = torch.cat([columns.take(given[:, : columns.total], 0), given[:, columns.total :]], 1)
         changed["attention_mask"] = mask
     else:
@@ -264,7 +264,9 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
     cache = arguments.get("past_key_values")
     with lent(cache) as cached:  # the steps count on from the short prompt
         ids, given = arguments.get("input_ids"), arguments.get("attention_mask")
-        if ids is not None and given is not None and given.shape[1] > ids.shape[1]:  # the ids of what follows alone
+        if (
+            ids is not None and isinstance(given, Tensor) and given.shape[1] > ids.shape[1]
+        ):  # the ids of what follows alone
             if cached is None or arguments.get("pixel_values") is not None:
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))

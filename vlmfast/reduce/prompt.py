@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.modules import at_hand
 from vlmfast.reduce.columns import MISMATCH, Columns, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
 from vlmfast.reduce.methods import Method
@@ -163,7 +164,8 @@ def _encode(
         return [[] for _ in new]  # what is in the cache is not encoded again
     if not any((*cached, *new)):
         raise ValueError(f"{MISMATCH}: there are images and no placeholders")
-    images = reducer.reduce(base, vision, method)
+    with at_hand(base):  # such as the newline of LLaVA-NeXT
+        images = reducer.reduce(base, vision, method)
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
@@ -184,10 +186,11 @@ def check(model: Any, arguments: Mapping[str, Any]) -> None:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = "none" if ids is None else type(ids).__name__ if not isinstance(ids, Tensor) else tuple(ids.shape)
         raise ValueError(f"input_ids must be a tensor (B, L) where visual tokens are reduced, got {got}")
-    if mask is not None and mask.shape != ids.shape:
+    if mask is not None and getattr(mask, "shape", None) != ids.shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ValueError(
             f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, where visual tokens are reduced, "
-            f"got {tuple(mask.shape)}"
+            f"got {got}"
         )
     for name in named(arguments, REFUSED):
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")

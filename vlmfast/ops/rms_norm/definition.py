@@ -124,8 +124,9 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> Tensor:
     """Divide each row by its root mean square and multiply it by a weight, if there is one.
 
-    The mean square is taken in float32. "llama" rounds the quotient to the dtype of ``x`` before the weight; "olmo"
-    multiplies by the weight and "gemma" by ``1 + weight`` in float32, and both round once::
+    The mean square is taken in float32. ``x`` is kept for the backward: until then it must not be changed in place.
+    "llama" rounds the quotient to the dtype of ``x`` before the weight; "olmo" multiplies by the weight and "gemma" by
+    ``1 + weight`` in float32, and both round once::
 
         llama:      weight * (x32 * rsqrt(mean(x32 ** 2) + eps)).to(x.dtype)
         gemma:      (x32 * rsqrt(mean(x32 ** 2) + eps) * (1 + weight32)).to(x.dtype)
