@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -19,7 +22,9 @@ def hugging_face_model(model: object) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
     def outermost(module: nn.Module) -> list[nn.Module]:
-        if isinstance(getattr(getattr(module, "config", None), "model_type", None), str):
+        # torch.compile and FSDP show the attributes of the model that they wrap as their own
+        config = vars(module).get("config", getattr(type(module), "config", None))
+        if isinstance(getattr(config, "model_type", None), str):
             return [module]
         return [found for child in module.children() for found in outermost(child)]
 
@@ -37,8 +42,9 @@ def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) 
     modules, taken = list(modules), 0
     for module in modules:
         # accelerate's hooks call the method that they keep here; `kernelize` assigns to the instance
-        bound = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
-        if bound is not None and getattr(bound, "__func__", None) is not getattr(cls, method):
+        kept = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
+        own = getattr(cls, method)
+        if kept is not None and made_around(kept, own, own) is None:
             taken += 1
     plural = "" if len(modules) == 1 else "s"
     return f"{method} was already replaced on {taken} of {len(modules)} module{plural}" if taken else None
@@ -56,6 +62,45 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def made_around(wrapper: Any, old: Any, new: Any) -> Any:
+    """Make a wrapper of ``old`` anew around ``new``, such as accelerate's of a ``forward`` for mixed precision.
+
+    Returns:
+        A twin of ``wrapper``, which stays as it is: copies of a model share it. None if it does not wrap ``old``, or
+        not so that one can tell: by bound methods, and by functions and objects that hold their ``__wrapped__``.
+    """
+    if wrapper is old:
+        return new
+    if isinstance(wrapper, MethodType):
+        inner = made_around(wrapper.__func__, old, new)
+        return None if inner is None else MethodType(inner, wrapper.__self__)
+    attributes = getattr(wrapper, "__dict__", {})
+    wrapped = attributes.get("__wrapped__")
+    if wrapped is None or "_torchdynamo_orig_callable" in attributes:  # what is compiled would not be compiled anew
+        return None
+    inner = made_around(wrapped, old, new)
+    cells = getattr(wrapper, "__closure__", None) or ()
+    held = [_content(cell) for cell in cells] + [value for name, value in attributes.items() if name != "__wrapped__"]
+    if inner is None or not any(value is wrapped for value in held):
+        return None
+    if isinstance(wrapper, FunctionType):
+        closure = tuple(CellType(inner) if _content(cell) is wrapped else cell for cell in cells)
+        code = wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__
+        twin: Any = functools.update_wrapper(FunctionType(*code, closure), wrapper)
+        twin.__kwdefaults__ = wrapper.__kwdefaults__
+    else:
+        twin = object.__new__(type(wrapper))
+    twin.__dict__.update({name: inner if value is wrapped else value for name, value in attributes.items()})
+    return twin
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of what is not there yet
+        return None
 
 
 def is_bare(module: nn.Module) -> bool:

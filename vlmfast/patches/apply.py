@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,7 +16,7 @@ from vlmfast.modules import hugging_face_model
 from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.projects import Named
 from vlmfast.patches.report import Placed, count
-from vlmfast.patches.swap import PatchedModule, patched_class, set_class, trace_anew
+from vlmfast.patches.swap import PatchedModule, is_swapped, patched_class, set_class, trace_anew
 from vlmfast.reduce.generation import Reduction, shortening
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
@@ -39,8 +40,8 @@ class Patch:
     replaced: dict[str, int]
     skipped: dict[str, str]
     reduction: Reduction | None = None
-    _modules: list[nn.Module] = field(default_factory=list)
     _placed: Placed | None = None
+    _classes: dict[nn.Module, type] = field(default_factory=dict)  # that the modules were given
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -55,7 +56,7 @@ class Patch:
         """
         rows = {site: count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items()}
-        if self._modules and self._placed is not None:
+        if self._placed is not None:
             rows |= self._placed.rows()
         width = max(map(len, rows), default=0)
         lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
@@ -64,22 +65,33 @@ class Patch:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Give every module its own class back. A second call does nothing.
+        """Give every module its own class back, also the copies that were put into the model since.
+
+        A second call does nothing. A method that was captured before, such as ``model.forward`` in a partial or in what
+        ``Accelerator.prepare`` returned, runs upstream's code from then on.
 
         Raises:
             RuntimeError: if the class of a module was changed again since; nothing is undone then.
         """
-        changed = {type(m).__name__ for m in self._modules if "original_class" not in vars(type(m))}
-        if changed:
-            raise RuntimeError(
-                f"cannot undo: modules of {self.model_type} were given another class after the patch "
-                f"({', '.join(sorted(changed))}); undo that first"
-            )
-        while self._modules:
-            module = self._modules[-1]
-            set_class(module, vars(type(module))["original_class"])
-            self._modules.pop()
-        trace_anew()
+        _restore(self._patched())
+        self._placed, self._classes = None, {}
+
+    def _patched(self) -> list[nn.Module]:
+        """Return the modules that are patched by this patch now."""
+        inside = [] if self._placed is None else self._placed.model.modules()
+        classes = tuple(set(self._classes.values()))
+        return [module for module in dict.fromkeys((*self._classes, *inside)) if isinstance(module, classes)]
+
+    def __copy__(self) -> Patch:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        """Be the patch of the copy of the model: what holds both may be copied."""
+        return replace(self, **{name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model: its modules are pickled as not patched."""
+        return {**vars(self), "_placed": None, "_classes": {}}
 
     def __enter__(self) -> Patch:
         return self
@@ -88,7 +100,8 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        state = count(len(self._modules), "module") if self._modules else "undone"
+        patched = self._patched()
+        state = count(len(patched), "module") if patched else "undone"
         return f"<Patch of {self.model_type}: {state}, {count(len(self.replaced), 'site')}>"
 
 
@@ -103,8 +116,9 @@ def patch(
 
     A method is known by its body, the code that it runs with all that this names: neither the type of the model nor the
     name of the class decides. Each module is given a subclass of its own class, of the same name; ``isinstance``,
-    ``state_dict``, hooks, gradient checkpointing and ``copy.deepcopy`` work as before, and a pickled model holds the
-    original classes. A norm or a placeholder mask whose body is not known is skipped with a warning; `Patch.report`
+    ``state_dict``, hooks and gradient checkpointing work as before. A copy is as patched as what was copied; a pickled
+    model holds the original classes, and ``type(model)(config)`` or ``type(model).from_pretrained(path)`` makes a model
+    that is not patched. A norm or a placeholder mask whose body is not known is skipped with a warning; `Patch.report`
     lists all of them. For the backward a norm keeps its input, where upstream keeps a float32 copy of one in half
     precision: in training, code that changes the input in place after the norm has read it ends in torch's error about
     an inplace operation. What ``torch.compile`` has traced in this process is traced anew at its next call.
@@ -197,15 +211,26 @@ def unpatch(model: nn.Module) -> int:
         The number of modules that got their own class back.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module. RuntimeError: if the class of a module was changed again since.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    patched = [module for module in model.modules() if "original_class" in vars(type(module))]
-    for module in patched:
-        set_class(module, vars(type(module))["original_class"])
-    trace_anew()
+    patched: list[nn.Module] = [module for module in model.modules() if isinstance(module, PatchedModule)]
+    _restore(patched)
     return len(patched)
+
+
+def _restore(modules: list[nn.Module]) -> None:
+    """Give patched modules their own classes back: all, or none where one cannot be."""
+    if changed := {type(module).__name__ for module in modules if not is_swapped(type(module))}:
+        raise RuntimeError(
+            f"cannot undo: modules were given another class after the patch ({', '.join(sorted(changed))}); undo that "
+            "first"
+        )
+    for module in reversed(modules):
+        set_class(module, vars(type(module))["original_class"])
+    if modules:
+        trace_anew()
 
 
 def _choose(
@@ -262,11 +287,12 @@ def _swap(
     for site, _ in acting:
         counts[site.name] += len(site.modules)
     placed = Placed(model, names, frozenset(map(type, model.modules())))
-    result = Patch(label, dict(counts), skipped, reduction, _placed=placed)
+    result = Patch(label, dict(counts), skipped, reduction, placed)
     try:
         for module in [module for module in model.modules() if type(module) in classes]:
-            set_class(module, classes[type(module)])
-            result._modules.append(module)
+            cls = classes[type(module)]
+            set_class(module, cls)
+            result._classes[module] = cls
     except BaseException:
         result.undo()
         raise

@@ -23,7 +23,7 @@ def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
 def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace T5LayerNorm.forward, which rounds to the dtype of the weight: as Llama's where that is the input's."""
     if self.weight.dtype != hidden_states.dtype:
-        unrounded: Tensor = self.original_class.forward(self, hidden_states)
+        unrounded: Tensor = _upstream(self).forward(self, hidden_states)
         return unrounded
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -56,7 +56,7 @@ def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
 def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's, unless it normalises groups."""
     if self.group_size is not None:
-        grouped: Tensor = self.original_class.forward(self, x)
+        grouped: Tensor = _upstream(self).forward(self, x)
         return grouped
     return rms_norm(x, self.weight, self.eps, "gemma")
 
@@ -68,3 +68,8 @@ def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
     gated: Tensor = normed * ACT2FN[getattr(self, "activation", "silu")](gate.to(torch.float32))
     return gated.to(hidden_states.dtype)
+
+
+def _upstream(module: Any) -> Any:
+    """Return the class whose methods are upstream's, also after the patch, which these functions outlive."""
+    return getattr(module, "original_class", type(module))

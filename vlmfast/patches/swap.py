@@ -8,12 +8,34 @@ class) and would still call the first model from a copy.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any, ClassVar
 
 from torch import nn
+
+from vlmfast.modules import made_around
+from vlmfast.patches import rms_norm
+
+
+class PatchedType(type):
+    """The class of every class that is swapped in. What calling one makes is not patched."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of the original class: ``type(model)(config)``, ``type(model).from_pretrained(path)``.
+
+        Raises:
+            TypeError: for a class that was derived from one that is swapped in.
+        """
+        original = cls.original_class  # type: ignore[attr-defined]
+        if not is_swapped(cls):
+            raise TypeError(
+                f"{cls.__name__} must be derived from {original.__module__}.{original.__qualname__}, got one derived "
+                "from the class of a patched module: derive it before the patch"
+            )
+        return original(*args, **kwargs)
 
 
 class PatchedModule:
@@ -26,32 +48,88 @@ class PatchedModule:
         """Pickle as the original class, so that a saved model loads where vlmfast is not installed."""
         # what later protocols write, copyreg.__newobj__, refuses every class but the object's own
         rebuild, arguments, *state = tuple(super().__reduce_ex__(1))
-        return rebuild, tuple(self.original_class if item is type(self) else item for item in arguments), *state
+        cls = type(self)
+        own = self.original_class if is_swapped(cls) else cls
+        rebuild, *arguments = (own if item is cls else item for item in (rebuild, *arguments))
+        return rebuild, tuple(arguments), *state
+
+    def __copy__(self) -> Any:
+        """Copy the patched module as patched."""
+        return self._as_patched(getattr(super(), "__copy__", None) or self._rebuilt)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy the patched module as patched; the default would build the copy from `__reduce_ex__`."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[attr-defined]
+        """Copy the patched module as patched."""
+        return self._as_patched(getattr(super(), "__deepcopy__", None) or self._rebuilt, memo)
+
+    def _rebuilt(self, memo: dict[int, Any] | None = None) -> Any:
+        """Copy as `copy` does where a class says nothing about copies: of the state that it gives to be pickled."""
+        rebuild, arguments, *state = self.__reduce_ex__(1)
+        twin = rebuild(*arguments)
+        if memo is not None:
+            memo[id(self)] = twin
+            state = copy.deepcopy(state, memo)
+        if state:
+            twin.__setstate__(state[0])
         return twin
+
+    def _as_patched(self, copied: Callable[..., Any], *memo: dict[int, Any]) -> Any:
+        twin = copied(*memo)
+        twin.__class__ = type(self)
+        return twin
+
+
+def is_swapped(cls: type) -> bool:
+    """Tell whether a class is one that a patch swaps in; others may be derived from it."""
+    return "original_class" in vars(cls)
 
 
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
     """Make a subclass of ``cls`` that passes for it, with these methods."""
     passing = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    record = {"original_class": cls, "replacements": methods}
-    return type(cls.__name__, (PatchedModule, cls), {**passing, **record, **methods})
+    made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), {**passing, "original_class": cls})
+    made.replacements = {name: _while_patched(made, name, function) for name, function in methods.items()}
+    for name, function in made.replacements.items():
+        setattr(made, name, function)
+    return made  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _type_over(kind: type) -> type:
+    return PatchedType if kind is type else type(PatchedType.__name__, (PatchedType, kind), {})
+
+
+def _while_patched(cls: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a method that somebody keeps (``model.forward`` in a partial, a wrapper, a compiler) end with its patch.
+
+    On a module that is no longer of ``cls`` it runs what the class of the module has by then. The methods of norms do
+    not ask, which would make a norm of one row 5 to 20% slower: one that is kept goes on calling the op, with the
+    weights of its module.
+    """
+    if function.__module__ == rms_norm.__name__:
+        return function
+
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, cls):
+            return function(self, *args, **kwargs)
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    # accelerate takes its wrappers off by going on to the last `__wrapped__`, and would take this method off as well
+    method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    del method.__wrapped__  # type: ignore[attr-defined]
+    return method
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Assign the class, and bind anew the methods of the old one that accelerate's hooks keep on the instance."""
+    """Assign the class, and make anew what accelerate keeps on the instance around a method of the old one."""
     old = type(module)
     module.__class__ = cls
     stored = vars(module)
     for name in {*vars(cls).get("replacements", ()), *vars(old).get("replacements", ())}:
-        for key in (name, f"_old_{name}"):
-            if getattr(stored.get(key), "__func__", None) is getattr(old, name):
-                stored[key] = MethodType(getattr(cls, name), module)
+        for key in (name, f"_old_{name}", f"_original_{name}"):
+            anew = made_around(stored.get(key), getattr(old, name), getattr(cls, name))
+            if anew is not None:
+                stored[key] = anew
 
 
 def trace_anew() -> None:

@@ -1,0 +1,182 @@
+"""How long a reduction lasts: methods that were kept while it was on, wrappers that were there before it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vlmfast
+from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
+
+METHOD = METHODS[0]
+PROMPTS = ((10, 0, 11, 12), (13, 14, 15, 1, 2, 16))
+
+
+@pytest.fixture(autouse=True)
+def on_the_definition():
+    with vlmfast.use("torch"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def traced_anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def tokens(forward: Callable[..., Any], inputs: dict) -> int:
+    return forward(**inputs).logits.shape[1]
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+
+
+# ---- kept while it was on ----
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_methods_that_are_kept_end_with_the_patch(model_type: str):
+    talk = Talk.of(model_type)
+    inputs = talk.batch(*PROMPTS)
+    full = tokens(talk.model, inputs)
+    lengths: list[int] = []
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        forward, generate = functools.partial(talk.model.forward), functools.partial(talk.model.generate)
+        assert tokens(forward, inputs) < full
+    assert tokens(forward, inputs) == full
+    talk.model.base_model.language_model.register_forward_pre_hook(
+        lambda _, __, arguments: lengths.append(arguments["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert lengths[0] == full
+
+
+def test_a_method_that_is_kept_is_that_of_the_next_patch():
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    with vlmfast.patch(talk.model, reduce=vlmfast.EvenTokens(0.5)):
+        forward = talk.model.forward
+        half = tokens(forward, inputs)
+    with vlmfast.patch(talk.model, reduce=vlmfast.EvenTokens(0.25)):
+        assert tokens(forward, inputs) == tokens(talk.model, inputs) < half
+
+
+def assigned(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [assigned, prepared])
+def test_what_wraps_the_patched_model_sees_full_prompts_after_the_patch(wrap: Callable[[nn.Module], nn.Module]):
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    full = tokens(talk.model, inputs)
+    patch = vlmfast.patch(talk.model, reduce=METHOD)
+    wrapped = wrap(talk.model)
+    assert tokens(wrapped, inputs) < full
+    patch.undo()
+    assert tokens(wrapped, inputs) == full
+
+
+def test_a_copy_of_what_is_prepared_is_as_patched():
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    full = tokens(talk.model, inputs)
+    patch = vlmfast.patch(talk.model, reduce=METHOD)
+    twin = copy.deepcopy(prepared(talk.model))
+    patch.undo()
+    assert tokens(twin, inputs) < full
+    vlmfast.unpatch(twin)
+    assert tokens(twin, inputs) == full
+
+
+def test_accelerate_takes_its_wrapper_off_and_leaves_ours():
+    accelerate = pytest.importorskip("accelerate")
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    full = tokens(talk.model, inputs)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        model = accelerate.Accelerator(cpu=True).unwrap_model(prepared(talk.model), keep_fp32_wrapper=False)
+        assert tokens(model, inputs) < full
+    assert tokens(model, inputs) == full
+
+
+# ---- there before it ----
+
+
+def test_prepared_before_or_after_is_the_same():
+    first, second = Talk.of("llava"), Talk.of("llava")
+    inputs = first.batch(*PROMPTS)
+    model = prepared(first.model)
+    full = model(**inputs).logits
+    twin = copy.deepcopy(model)
+    patch = vlmfast.patch(model, reduce=METHOD)
+    vlmfast.patch(second.model, reduce=METHOD)
+    short = model(**inputs).logits
+    assert torch.equal(short, prepared(second.model)(**inputs).logits)
+    assert short.shape[1] < full.shape[1]
+    assert tokens(twin, inputs) == full.shape[1], "it shares the wrapper, not the patch"
+    patch.undo()
+    assert torch.equal(model(**inputs).logits, full)
+
+
+def test_a_forward_compiled_before_is_refused():
+    talk = Talk.of("llava")
+    assigned(talk.model)
+    with pytest.raises(RuntimeError, match="cannot be shortened: forward was already replaced on 1 of 1 module"):
+        vlmfast.patch(talk.model, reduce=METHOD)
+
+
+class Showing(nn.Module):
+    """As FullyShardedDataParallel and what torch.compile makes: shows the attributes of the model as its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+@pytest.mark.parametrize(
+    "wrap", [Showing, functools.partial(torch.compile, backend="eager")], ids=["shown", "compiled"]
+)
+def test_inside_what_shows_the_attributes_of_the_model(wrap: Callable[[nn.Module], nn.Module]):
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    full, wrapped = tokens(talk.model, inputs), wrap(talk.model)
+    with vlmfast.patch(wrapped, reduce=METHOD):
+        assert tokens(wrapped, inputs) < full
+    assert tokens(wrapped, inputs) == full
+    assert vlmfast.compress_inputs(wrapped, inputs, METHOD)["attention_mask"].shape[1] < full
+
+
+# ---- other models of the class ----
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_another_model_of_the_same_class_is_not_patched(model_type: str):
+    talk = Talk.of(model_type)
+    inputs = talk.batch(*PROMPTS)
+    full = tokens(talk.model, inputs)
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        other = type(talk.model)(talk.model.config).eval()
+        assert tokens(other, inputs) == full
+        with vlmfast.patch(other, reduce=METHOD):
+            assert tokens(other, inputs) < full
