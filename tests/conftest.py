@@ -16,11 +16,13 @@ pytest.register_assert_rewrite("tests.helpers", "tests.emulation.harness")  # th
 
 from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
+from tests.ptx.backend import LOADERS as AS_COMPILED  # noqa: E402
 from vlmfast import backends, registry  # noqa: E402
 
 if not GPU:
     interpreter.repair()
-backends.LOADERS["emulated"] = emulated  # csrc/*.cu, compiled for the CPU; last, so that only `use` chooses it
+# csrc/*.cu, compiled for the CPU, and Triton kernels as compiled for GPUs; last, so that only `use` chooses them
+backends.LOADERS |= {"emulated": emulated, **AS_COMPILED}
 
 
 def shortens_prompts() -> bool:

@@ -20,6 +20,7 @@ from tests.helpers.cases import (
     Recorder,
     calls,
     each,
+    each_as_compiled,
     each_place,
     is_float,
     is_tensor,
@@ -38,7 +39,7 @@ def replaced(op: Op):
     return op.reference if op.cases.upstream is None else lambda *args: op.cases.upstream(*args)()
 
 
-@pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES))
+@pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES) + each_as_compiled(DTYPES))
 def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str, str], dtype: torch.dtype):
     """The error is no larger than the definition's, and numbers are rounded in the order of the code replaced.
 

@@ -58,7 +58,7 @@ def _store(machine, space: str, addresses, lanes, columns: Sequence[np.ndarray])
     if space == "shared":
         offsets = machine.shared_offsets(addresses, lanes, width, width)
         machine.shared.note_store(offsets, width, machine.block_of[lanes], machine.warp_of[lanes])
-        machine.shared.store(offsets, columns)
+        machine.shared.store(offsets, columns, machine.warp_of[lanes])
         return
     offsets = machine.local_offsets(addresses, lanes, width)
     for i, column in enumerate(columns):

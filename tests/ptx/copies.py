@@ -87,7 +87,7 @@ def copy(machine, ins: Instruction) -> Action:
         def arrive(ready: np.ndarray) -> None:
             at = places[ready]
             machine.shared.note_arrival(at, width, blocks[ready], warps[ready])
-            machine.shared.store(at, [column[ready] for column in columns])
+            machine.shared.store(at, [column[ready] for column in columns], warps[ready])
 
         machine.copies.issue(lanes, arrive)
 

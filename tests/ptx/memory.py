@@ -255,6 +255,8 @@ class SharedMemory:
     def note_tile(self, offsets: np.ndarray, block: int) -> None:
         """Check that what all warps of a warpgroup read was there before the last barrier."""
         units = np.unique(offsets // self.unit)
+        if (self.writer[units] == self.IN_FLIGHT).any():
+            raise PtxError(f"a race: a wgmma reads what an asynchronous copy writes, {self._place(units)}")
         if (self.writer[units] < 0).any():
             raise PtxError(f"a wgmma reads what nobody has written, {self._place(units[self.writer[units] < 0])}")
         race = self.written_in[units] == self.interval[block]
@@ -275,12 +277,16 @@ class SharedMemory:
     def _written(self, units: np.ndarray, warp: np.ndarray, now: np.ndarray) -> None:
         self.writer[units], self.written_in[units] = warp, now
 
-    def store(self, offsets: np.ndarray, columns: Sequence[np.ndarray]) -> None:
-        """Store neighbours at each offset; several threads may store the same there, as Triton's do."""
+    def store(self, offsets: np.ndarray, columns: Sequence[np.ndarray], warps: np.ndarray) -> None:
+        """Store neighbours at each offset, after a note of it.
+
+        Several warps may store the same numbers there, as Triton's do. Of lanes that differ one wins: PTX does not say
+        which, and where a reduction's lanes fuse another multiplication each, their last bits do differ.
+        """
         size = columns[0].dtype.itemsize
         for index, column in enumerate(columns):
             at = offsets // size + index
             self.content[size][at] = column
-            lost = self.content[size][at] != column
+            lost = (self.content[size][at] != column) & (self.writer[at * size // self.unit] != warps)
             if lost.any():
-                raise PtxError(f"a race: two threads store at once, {self._place(at[lost] * size // self.unit)}")
+                raise PtxError(f"a race: two warps store at once, {self._place(at[lost] * size // self.unit)}")

@@ -83,7 +83,7 @@ FAULTS = {
     ),
     "written by two at once": (
         "st.shared.b32 [%r1], %r0;",
-        "a race: two threads store at once",
+        "a race: two warps store at once",
         "st.shared.b32 [%r1], 5;",
     ),
     "atomic beside a store": (
@@ -172,6 +172,16 @@ WIDE_FAULTS = {  # of a warpgroup
     "wgmma before the barrier": (
         f"{STORE} {WGMMA} {ISSUED} {WAITED}",
         "a race: a wgmma reads what is stored since the last barrier",
+        f"{STORE} {BARRIER} {WGMMA} {ISSUED} {WAITED}",
+    ),
+    "copy before the wait": (
+        f"{STORE} {BARRIER} {WGMMA} {ISSUED} {COPY} {COMMIT} {WAITED} {WAIT}",
+        "a race: a wgmma reads what an asynchronous copy writes",
+        f"{STORE} {BARRIER} {WGMMA} {ISSUED} {WAITED} {BARRIER} {COPY} {COMMIT} {WAIT}",
+    ),
+    "unwritten tile": (
+        f"{WGMMA} {ISSUED} {WAITED}",
+        "a wgmma reads what nobody has written",
         f"{STORE} {BARRIER} {WGMMA} {ISSUED} {WAITED}",
     ),
     "store before the wait": (
