@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
+import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ from tests.conftest import shortens_prompts
 from tests.helpers.tiny_types import build
 from vlmfast import demo_answers
 from vlmfast.backends import LOADERS, Backend
-from vlmfast.cli import entry, main
-from vlmfast.console import version
+from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches.bodies import BODIES
+from vlmfast.reduce.drawing import KEPT
 from vlmfast.registry import OPS, Op
 
 SHORT = ["--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
@@ -53,6 +53,13 @@ def wrong_rms_norm(x, weight, eps=1e-6, variant="llama"):
 
 def plant(override, op, backend, run):
     override(OPS[op], backend, Backend(backend, run, lambda *args, **kwargs: None))
+
+
+def one_error(text: str) -> str:
+    """The one line of an error, without what stands in front of it."""
+    [line] = text.splitlines()
+    assert line.startswith("vlmfast: error: ")
+    return line.removeprefix("vlmfast: error: ")
 
 
 # ---- demo ----
@@ -126,6 +133,19 @@ def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, overr
     [
         (["--image", "no/such.jpg"], "cannot read the image no/such.jpg: FileNotFoundError"),
         (["--image", __file__], "UnidentifiedImageError"),
+        (["--image", "."], "IsADirectoryError"),
+        (["--image", "PICTURE empty.png 0"], "UnidentifiedImageError"),
+        (["--image", "PICTURE half.png 500"], "cannot read the image"),
+        (["--image", "PICTURE half.jpg 500"], "cannot read the image"),
+        (["--image", "BOMB"], "DecompressionBombError"),
+        (["--image", "PANORAMA"], "the processor refuses the image or the prompt: ValueError: absolute aspect ratio"),
+        (["--prompt", "what is <|image_pad|> ?"], "--prompt: must be without <|image_pad|>"),
+        (["--prompt", "what is<|video_pad|>?"], "--prompt: must be without <|video_pad|>"),
+        (["--prompt", "what \udcff"], "--prompt: must be text"),
+        (["--model", "LLAVA", "--prompt", "what is <image>"], "--prompt: must be without <image>"),
+        (["--model", "LLAVA", "--layers", "1"], "--layers: is of the random model"),
+        (["--model", "PICTURE model.png 9"], "there is no directory"),
+        (["--overlay", "kept.png"], "--overlay: there is nothing to draw without --reduce"),
         (["--model", "./no-such-model"], "there is no directory ./no-such-model"),
         (["--model", "EMPTY"], "cannot load"),
         (["--device", "tpu9"], "cannot use tpu9"),
@@ -137,18 +157,39 @@ def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, overr
         ),
     ],
 )
-def test_what_the_user_can_put_right_is_one_line(arguments, message, capsys, tmp_path):
-    assert main(["demo", *(str(tmp_path) if argument == "EMPTY" else argument for argument in arguments)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("vlmfast: error: ")
-    assert len(error.splitlines()) == 1
+def test_what_the_user_can_put_right_is_one_line(arguments, message, capsys, tmp_path, checkpoint):
+    def given(argument: str) -> str:
+        if argument.startswith("PICTURE"):
+            _, name, size = argument.split()
+            whole = io.BytesIO()
+            Image.effect_noise((64, 64), 50).save(whole, Path(name).suffix[1:].replace("jpg", "jpeg"))
+            (tmp_path / name).write_bytes(whole.getvalue()[: int(size)])
+            return str(tmp_path / name)
+        if argument in ("BOMB", "PANORAMA"):
+            picture = tmp_path / "large.png"
+            Image.new("1", (16000, 16000) if argument == "BOMB" else (4200, 20)).save(picture)
+            return str(picture)
+        return {"EMPTY": str(tmp_path), "LLAVA": str(checkpoint)}.get(argument, argument)
+
+    assert main(["demo", *map(given, arguments)]) == 2
+    assert message in one_error(capsys.readouterr().err)
 
 
 def test_demo_of_a_model_in_which_nothing_is_known(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("vlmfast.demo_model.find_sites", lambda model: [])
     assert main(["demo", "--model", str(checkpoint), *SHORT]) == 2
     assert re.search("knows no method of .*, which is of type llava", capsys.readouterr().err)
+
+
+def test_what_fails_without_the_patch_is_not_ours(checkpoint, capsys, monkeypatch):
+    def fail(subject, new_tokens, options):
+        assert options is None
+        raise RuntimeError("planted\nand more")
+
+    monkeypatch.setattr("vlmfast.demo.answer", fail)
+    assert main(["demo", "--model", str(checkpoint), *SHORT]) == 2
+    message = "the model cannot answer, even without vlmfast: RuntimeError: planted"
+    assert one_error(capsys.readouterr().err) == message
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x"])
@@ -207,12 +248,25 @@ def test_method_that_is_none(method, capsys):
     assert "argument --reduce" in capsys.readouterr().err
 
 
-def test_overlay_that_cannot_be_written(checkpoint, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["no/such.png", "", "kept.xyz", "kept", "kept.json"])
+def test_overlay_that_cannot_be_written(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmfast.demo._load", lambda *_: pytest.fail("found out too late"))
+    assert main(["demo", *SHORT, "--reduce", "even:4", "--overlay", str(tmp_path / name)]) == 2
+    assert "--overlay: cannot write" in one_error(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overlay_shows_what_a_centre_crop_saw(checkpoint, tmp_path):
+    """The sides of a wide picture, which the processor cuts off, are dimmed all over."""
     if not shortens_prompts():
         pytest.skip("this transformers is too old")
-    missing = tmp_path / "no" / "such.png"
-    assert main(["demo", "--model", str(checkpoint), *SHORT, "--reduce", "even:4", "--overlay", str(missing)]) == 2
-    assert "--overlay: cannot write" in capsys.readouterr().err
+    Image.new("RGB", (112, 28), (200, 90, 20)).save(tmp_path / "wide.png")
+    files = ["--image", str(tmp_path / "wide.png"), "--overlay", str(tmp_path / "kept.png")]
+    assert main(["demo", "--model", str(checkpoint), *SHORT, "--reduce", "even:1.0", *files]) == 0
+    with Image.open(tmp_path / "kept.png") as drawn:
+        framed = [x for x in range(112) if KEPT in {drawn.getpixel((x, y)) for y in range(28)}]
+        assert drawn.size == (112, 28)
+    assert framed == list(range(42, 70))
 
 
 # ---- info and explain ----
@@ -267,116 +321,3 @@ def test_as_a_module():
     assert result.returncode == 2
     assert result.stderr.startswith("vlmfast: error: there is no op 'no_such_op'")
     assert not result.stdout
-
-
-# ---- what goes wrong outside of vlmfast ----
-
-
-def one_error(text: str) -> str:
-    """The one line of an error, without what stands in front of it."""
-    [line] = text.splitlines()
-    assert line.startswith("vlmfast: error: ")
-    return line.removeprefix("vlmfast: error: ")
-
-
-@pytest.mark.parametrize(
-    ("raised", "line"),
-    [
-        (KeyboardInterrupt(), "stopped by Ctrl-C"),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
-    ],
-)
-def test_a_command_that_is_stopped(raised, line, capsys, monkeypatch):
-    def stop(options):
-        raise raised
-
-    monkeypatch.setattr("vlmfast.info.info", stop)
-    assert entry(["info"]) == 2
-    assert one_error(capsys.readouterr().err) == line
-
-
-@pytest.mark.parametrize("command", ["info", "explain rms_norm"])
-def test_a_pipe_that_nobody_reads(command):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlmfast", *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    process.stdout.close()
-    assert one_error(process.communicate()[1]) == "stopped, because nobody reads the output any more"
-    assert process.returncode == 2
-
-
-def test_a_backend_of_another_name_in_the_environment():
-    environment = {**os.environ, "VLMFAST_BACKEND": "nonsense"}
-    for command in ([], ["info"], ["explain", "rms_norm"]):
-        ran = subprocess.run(
-            [sys.executable, "-m", "vlmfast", *command], env=environment, capture_output=True, text=True, check=False
-        )
-        message = "VLMFAST_BACKEND must be one of native, triton, torch, got 'nonsense'"
-        assert (ran.returncode, one_error(ran.stderr), ran.stdout) == (2, message, "")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["demo", "--layers", "99999999999"],
-        ["demo", "--repeats", "1.5"],
-        ["bench", "--threads", "-1"],
-        ["bench", "models", "--budget", "-1"],
-        ["bench", "models", "--budget", "nan"],
-        ["bench", "gpu", "--limit", "soon"],
-        ["bench", "digits", "--steps", "0"],
-    ],
-)
-def test_numbers_that_are_none(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    assert re.search(rf"argument {arguments[-2]}: must be a .*, got '{arguments[-1]}'", capsys.readouterr().err)
-
-
-def test_narrow(capsys, monkeypatch):
-    """All that is said is there, within the width, in whole words."""
-    monkeypatch.setenv("COLUMNS", "60")
-    assert main(["info"]) == 0
-    narrow = capsys.readouterr().out
-    assert max(map(len, narrow.splitlines())) <= 60
-    assert "…" not in narrow
-    for name in OPS:
-        assert f" {name} " in narrow
-    monkeypatch.setenv("COLUMNS", "0")  # says nothing
-    assert main(["info"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) > 60
-
-
-def test_one_run_gives_no_speed_up():
-    assert demo_answers.compare([(0.2, 0.1)]) == ("200.00 ms", "100.00 ms", "not known")
-
-
-# ---- scan ----
-
-
-def test_scan_keeps_what_a_file_says_of_other_releases(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "families.json"
-    file.write_text('{"1.0": {}}')
-    monkeypatch.setattr("vlmfast.patches.scan.model_types", dict)
-    assert main(["scan", str(file)]) == 0
-    written = json.loads(file.read_text())
-    assert list(written) == ["1.0", version("transformers")]
-    assert main(["scan"]) == 0
-    counts = re.findall(r"^(?:known|left alone|unknown): (\d+) methods", capsys.readouterr().out, re.MULTILINE)
-    assert sum(map(int, counts)) == sum(map(len, written[version("transformers")]["bodies"].values())) > 0
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("", "is not what `scan` writes"), ("[]", "is not what `scan` writes")]
-)
-def test_scan_into_a_file_of_something_else(content, message, tmp_path, capsys):
-    file = tmp_path / "families.json"
-    file.write_text(content)
-    assert main(["scan", str(file)]) == 2
-    assert message in one_error(capsys.readouterr().err)
-    assert file.read_text() == content
-    assert main(["scan", str(tmp_path)]) == 2
-    assert "it is a folder" in one_error(capsys.readouterr().err)
-    assert main(["scan", str(tmp_path / "no" / "such.json")]) == 2
-    assert "FileNotFoundError" in one_error(capsys.readouterr().err)

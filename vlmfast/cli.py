@@ -110,7 +110,7 @@ def _add_demo(commands: Any) -> None:
     )
     command.add_argument("--new-tokens", metavar="N", type=positive, default=16, help=DEFAULT)
     command.add_argument("--repeats", metavar="N", type=positive, default=5, help=f"timed runs; {DEFAULT}")
-    command.add_argument("--layers", metavar="N", type=positive, default=30, help=f"of the random model; {DEFAULT}")
+    command.add_argument("--layers", metavar="N", type=positive, help="of the random model; default: 30")
     command.add_argument(
         "--reduce",
         metavar="METHOD",

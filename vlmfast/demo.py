@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from vlmfast import demo_reduce
 from vlmfast.backends import LOADERS, Backend
-from vlmfast.console import console, cpu_capabilities, facts, table, usable_device
+from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device
 from vlmfast.demo_answers import Answer, Clock, answer, clocks, compare, patched
 from vlmfast.demo_model import Subject, checkpoint, open_image, random_qwen3_vl
 from vlmfast.registry import OPS, Op, override
@@ -26,13 +27,19 @@ def run(options: Namespace) -> int:
     """Print the comparison; 0 if patched and original generate the same tokens, 1 if not."""
     out = console()
     device = usable_device(options.device)
-    subject = _load(options, device)
+    path = options.overlay or Path("reduced.png")
+    _check(options, path)
+    picture = open_image(options.image)
+    subject = _load(options, device, picture)
+    if options.reduce is not None:
+        with patched(subject.model, reduce=options.reduce):
+            pass  # refused now, if it is
     _describe(out, subject, options)
     with patched(subject.model) as applied:
         out.print(applied.report(), markup=False, soft_wrap=True)
 
     with out.status("comparing"):  # also the warm-up
-        original = answer(subject, options.new_tokens, None)
+        original = _as_it_is(subject, options.new_tokens)
         with _calls() as calls:
             other = answer(subject, options.new_tokens, {})
     _print_calls(out, calls)
@@ -45,24 +52,32 @@ def run(options: Namespace) -> int:
         out.print("On a CPU the matmuls take nearly all of the time: expect a few per cent.")
     if options.reduce is not None:
         out.print()
-        picture = open_image(options.image)
-        demo_reduce.compare(out, subject, options.reduce, picture, options.overlay, options.repeats)
+        demo_reduce.compare(out, subject, options.reduce, picture, path, options.repeats)
     return 0 if same else 1
 
 
 # ---- load ----
 
 
-def _load(options: Namespace, device: torch.device) -> Subject:
+def _check(options: Namespace, path: Path) -> None:
+    """Refuse options that say nothing beside the others, and a picture that could not be drawn after the run."""
+    if options.reduce is not None:
+        demo_reduce.check_overlay(path)
+    elif options.overlay is not None:
+        raise CommandError("--overlay: there is nothing to draw without --reduce")
+    if options.model is not None and options.layers is not None:
+        raise CommandError("--layers: is of the random model, not of --model")
+
+
+def _load(options: Namespace, device: torch.device, image: Any) -> Subject:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    image = open_image(options.image)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     if options.model is not None:
         return checkpoint(options.model, image, options.prompt, device, dtype)
-    return random_qwen3_vl(image, options.prompt, device, dtype or _quick_dtype(device), options.layers)
+    return random_qwen3_vl(image, options.prompt, device, dtype or _quick_dtype(device), options.layers or 30)
 
 
 def _quick_dtype(device: torch.device) -> torch.dtype:
@@ -74,6 +89,14 @@ def _quick_dtype(device: torch.device) -> torch.dtype:
 
 
 # ---- run ----
+
+
+def _as_it_is(subject: Subject, new_tokens: int) -> Answer:
+    """Answer by the model as it is; what fails there is not vlmfast's."""
+    try:
+        return answer(subject, new_tokens, None)
+    except Exception as error:
+        raise CommandError(f"the model cannot answer, even without vlmfast: {one_line(error)}") from error
 
 
 @dataclass

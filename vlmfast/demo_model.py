@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from vlmfast.console import CommandError, one_line
 from vlmfast.patches.plan import find_sites
 
 PHOTOGRAPH = Path(__file__).parent / "assets" / "china.jpg"
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<|vision_start|>", IMAGE, "<|vision_end|>", VIDEO]
 VOCABULARY = 16384
 
 
@@ -29,6 +31,7 @@ class Subject:
     inputs: Any  # the BatchFeature of one prompt, on the model's device
     image_size: tuple[int, int]
     decode: Callable[[list[int]], str]
+    process: Callable[[Any], Any] | None = None  # gives the BatchFeature of another image with the same prompt
 
     @property
     def visual_tokens(self) -> int | None:
@@ -39,13 +42,20 @@ class Subject:
 
 
 def open_image(path: Path) -> Any:
-    """Open the image at ``path`` in RGB."""
-    from PIL import Image
+    """Open the image at ``path`` as transformers does: turned as its EXIF orientation says, in RGB.
+
+    Grey of 16 bits becomes grey of 8, where transformers leaves it to Pillow, which clips nearly all of it to white.
+    """
+    from PIL import Image, ImageOps
+    from transformers.image_utils import load_image
 
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise CommandError(f"cannot read the image {path}: {one_line(error)}") from error
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):
+            image = image.convert("I").point(lambda level: level * (255 / 65535)).convert("L")
+        return load_image(image)
+    except Exception as error:  # a broken file makes Pillow's readers raise anything
+        raise CommandError(f"--image: cannot read the image {path}: {one_line(error)}") from error
 
 
 def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: torch.dtype | None) -> Subject:
@@ -63,13 +73,37 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto").to(device).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise CommandError(f"--model: cannot load {name}: {one_line(error)}") from error
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        text = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}"
-    inputs = processor(text=[text], images=[image], return_tensors="pt").to(device, model.dtype)
-    return Subject(name, model, inputs, image.size, lambda ids: processor.decode(ids, skip_special_tokens=True))
+    marks = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video")]
+    _check_prompt(prompt, *marks)
+
+    def process(picture: Any) -> Any:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        else:
+            text = f"{marks[0] or '<image>'}\n{prompt}"
+        return processor(text=[text], images=[picture], return_tensors="pt")
+
+    inputs = _processed(process, image).to(device, model.dtype)
+    decode = functools.partial(processor.decode, skip_special_tokens=True)
+    return Subject(name, model, inputs, image.size, decode, process)
+
+
+def _check_prompt(prompt: str, *placeholders: str | None) -> None:
+    """Refuse a prompt that is no text, or in which something stands for an image, which the demo puts in front."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(f"--prompt: must be text, got {prompt!r}") from error
+    if found := [mark for mark in placeholders if mark is not None and mark in prompt]:
+        raise CommandError(f"--prompt: must be without {found[0]}: the demo shows one image, in front of the prompt")
+
+
+def _processed(process: Callable[[Any], Any], image: Any) -> Any:
+    try:
+        return process(image)
+    except Exception as error:  # whatever others' code raises
+        raise CommandError(f"the processor refuses the image or the prompt: {one_line(error)}") from error
 
 
 def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.dtype, layers: int) -> Subject:
@@ -84,6 +118,8 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
     # without torchvision: a class of its own in transformers 5, the plain one before
     processor_class = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
     image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
+    _check_prompt(prompt, IMAGE, VIDEO)
+    inputs = _processed(lambda picture: image_processor(images=[picture], return_tensors="pt"), image)
     tokenizer = _tokenizer(prompt)
     pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     # without an end: generate as many tokens as asked for
@@ -103,7 +139,6 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         _initialise(model)
     model.generation_config.pad_token_id = pad
-    inputs = image_processor(images=[image], return_tensors="pt")
     visual = int(inputs["image_grid_thw"].prod()) // image_processor.merge_size**2
     ids = [start, *[image_token] * visual, end, *tokenizer(prompt)["input_ids"]]
     inputs["input_ids"] = torch.tensor([ids])
@@ -136,7 +171,7 @@ def _tokenizer(prompt: str) -> Any:
 
     syllables = ["".join(pair) for pair in itertools.product("bdfghklmnprstvz", "aeiou")]
     pseudo_words = ("".join(parts) for parts in itertools.product(syllables, repeat=3))
-    words = dict.fromkeys([*SPECIAL_TOKENS, *prompt.split()])
+    words = dict.fromkeys([*SPECIAL_TOKENS, *prompt.split()[: VOCABULARY // 2]])
     spread = itertools.islice(pseudo_words, 0, None, 23)  # not only those that begin with "ba"
     words |= dict.fromkeys(itertools.islice(spread, VOCABULARY - len(words)))
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

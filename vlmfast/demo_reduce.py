@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vlmfast import demo_answers
-from vlmfast.console import CommandError, one_line, table
+from vlmfast.console import CommandError, one_line, table, writable
 from vlmfast.demo_answers import answer, clocks
+from vlmfast.demo_crops import find_boxes
 from vlmfast.demo_model import Subject
-from vlmfast.reduce import Method, ReducedImage, overlay
+from vlmfast.reduce import Method, ReducedImage
+from vlmfast.reduce.drawing import Crop, draw
 from vlmfast.reduce.methods import METHODS
 
 
@@ -51,27 +54,43 @@ def compare(out: Console, subject: Subject, method: Method, picture: Any, path: 
         except ValueError as error:
             raise CommandError(f"--reduce: {one_line(error)}") from error
     caches.append(reduced.cache)
-    image = reduced.images[0]
-    shown = len(image.columns)
+    total = sum(image.total for image in reduced.images)  # some models have the tiles of a picture as images
+    shown = sum(len(image.columns) for image in reduced.images)
     cached = [cache.get_seq_length() for cache in caches]
     size = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in caches]
     rows = table("", "all tokens", "reduced", "ratio")
-    rows.add_row("visual tokens", str(image.total), str(shown), f"{image.total / max(shown, 1):.2f}")
+    rows.add_row("visual tokens", str(total), str(shown), f"{total / max(shown, 1):.2f}")
     rows.add_row("tokens in the KV cache", *map(str, cached), f"{cached[0] / cached[1]:.2f}")
     rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.2f}")
     times = demo_answers.compare([(before.first, after.first) for before, after in pairs])
     rows.add_row("first token, median (range)", *times)
     out.print(f"Fewer visual tokens, which changes the answer: {method}", markup=False, soft_wrap=True)
     out.print(rows)
-    _draw(picture, image, path)
+    _draw(picture, reduced.images, subject.process, path)
     out.print(
         f"{path}: kept tokens framed in green, the targets of merged ones in orange, the rest dimmed.", soft_wrap=True
     )
 
 
-def _draw(picture: Any, image: ReducedImage, path: Path) -> None:
-    """Draw over the first crop of the image, which shows all of it."""
+def check_overlay(path: Path) -> None:
+    """Refuse a file of which Pillow cannot make a picture."""
+    from PIL import Image
+
+    writable("--overlay", path)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise CommandError(f"--overlay: cannot write {path}: a picture's name ends as in .png or .jpg")
+
+
+def _draw(picture: Any, images: list[ReducedImage], process: Callable[[Any], Any] | None, path: Path) -> None:
+    """Draw each crop where it lies in the picture: over one copy of it those that do not overlap."""
+    crops = [
+        Crop(kept, image.grid, merged)
+        for image in images
+        for kept, merged in zip(image.kept, image.merged, strict=True)
+    ]
+    if process is not None and (boxes := find_boxes(process, picture.size)) is not None:
+        crops = [crop._replace(box=box) for crop, box in zip(crops, boxes, strict=False) if box is not None]
     try:
-        overlay(picture, image.kept[0], image.grid, image.merged[0]).save(path)
+        draw(picture, crops).save(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"--overlay: cannot write {path}: {one_line(error)}") from error
