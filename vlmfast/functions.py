@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmfast import backends
+from vlmfast.checks import DTYPES
 from vlmfast.registry import OPS, Op, detached, order
 from vlmfast.torch_internals import (
     any_requires_grad,
@@ -55,6 +56,12 @@ def op(check: Callable[P, None], **fields: Any) -> Callable[[Callable[P, R]], Op
         return cast("OpFunction[P, R]", _function(entry) if entry.compose is None else _composed_function(entry))
 
     return register
+
+
+def accepting(function: OpFunction[..., R], x: Tensor) -> Callable[..., R]:
+    """Return the op, or its definition where the op does not take the dtype of ``x`` (float64)."""
+    taken = not isinstance(x, Tensor) or x.dtype in DTYPES
+    return function if taken else cast("Callable[..., R]", function.op.reference)
 
 
 def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:

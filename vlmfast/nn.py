@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import checks
+from vlmfast.functions import accepting
 from vlmfast.modules import is_bare
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
 from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
@@ -104,7 +105,7 @@ class PixelShuffleConnector(nn.Sequential):
         """Make the tower's features into tokens of the language model.
 
         Args:
-            x: (B, height * width, C) float32, float16 or bfloat16, row-major patches, behind a CLS token with
+            x: (B, height * width, C) of the dtype of the weights, row-major patches, behind a CLS token with
                 ``drop_cls``; any strides.
             grid: (height, width) of the patches, both divisible by the scale; None for a square.
 
@@ -112,7 +113,7 @@ class PixelShuffleConnector(nn.Sequential):
             (B, height * width / scale**2, out).
 
         Raises:
-            TypeError: for a tensor of another dtype. ValueError: for a shape or a grid that does not fit.
+            TypeError: for what is no tensor. ValueError: for a shape or a grid that does not fit.
         """
         patches = x[:, 1:] if self.drop_cls else x
         return apply_shuffled(list(self), patches, grid, self.scale, self.order, self.input_scale)
@@ -143,11 +144,12 @@ def apply_shuffled(
     """Apply modules, one after the other, to ``pixel_shuffle(x, ...)``.
 
     A LayerNorm, a Linear and a GELU in front are one `vlmfast.pixel_shuffle_linear`, unless a module is of another
-    class, even a derived one, or has hooks, as those of PEFT, of quantisers and of accelerate do.
+    class, even a derived one, or has hooks, as those of PEFT, of quantisers and of accelerate do, or ``x`` has a dtype
+    that the ops do not take.
 
     Args:
         modules: what follows the shuffle.
-        x: (B, height * width, C) float32, float16 or bfloat16, row-major patches; any strides.
+        x: (B, height * width, C) of the dtype of the modules, row-major patches; any strides.
         grid: (height, width) of the patches, both divisible by ``scale``; None for a square.
         scale: patches along each side of a token.
         order: how the tokens are numbered: "row" or "column".
@@ -157,14 +159,16 @@ def apply_shuffled(
         What the last module returns.
 
     Raises:
-        TypeError: for a tensor of another dtype. ValueError: for a shape, a grid or an order that does not fit.
+        TypeError: for what is no tensor. ValueError: for a shape, a grid or an order that does not fit.
     """
     norm = _first(modules, nn.LayerNorm)
     rest = modules if norm is None else modules[1:]
     linear = _first(rest, nn.Linear)
     # a norm may have no weight, or be for another width
-    if linear is None or (norm is not None and getattr(norm.weight, "shape", None) != linear.weight.shape[1:]):
-        tokens, rest = pixel_shuffle(x, square(x) if grid is None else grid, scale, order, input_scale), modules
+    unfit = norm is not None and linear is not None and getattr(norm.weight, "shape", None) != linear.weight.shape[1:]
+    shuffle = accepting(pixel_shuffle, x)
+    if linear is None or unfit or shuffle is not pixel_shuffle:
+        tokens, rest = shuffle(x, square(x) if grid is None else grid, scale, order, input_scale), modules
     else:
         gelu = _first(rest[1:], nn.GELU)
         rest = rest[1:] if gelu is None else rest[2:]

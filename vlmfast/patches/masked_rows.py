@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmfast.checks import expect
+from vlmfast.functions import accepting
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings, row_index
 from vlmfast.ops.masked_rows.definition import take_rows
-from vlmfast.patches.dtypes import accepting
 
 # ---- DeepStack ----
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmfast.functions import accepting
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.pixel_shuffle.definition import square
-from vlmfast.patches.dtypes import accepting
 
 
 def shuffle_square(self: Any, x: Tensor, scale_factor: int = 2) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vlmfast.ops.pixel_shuffle as ops
+from vlmfast.functions import accepting
 from vlmfast.nn import apply_shuffled, is_plain
 from vlmfast.ops.masked_rows import compact_tokens, place_embeddings
+from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.pixel_shuffle.definition import square
 from vlmfast.patches.pixel_shuffle import shuffled_map, side_of
 
@@ -93,8 +94,9 @@ def forward_mask_decoder(
 
 def _pack(tokens: Tensor, emb: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keep = min(number, tokens.shape[1])
-    tokens, kept_mask, order = compact_tokens(tokens, mask, keep)
-    return tokens, compact_tokens(emb, mask, keep, order)[0], kept_mask, order
+    compact = accepting(compact_tokens, tokens)
+    tokens, kept_mask, order = compact(tokens, mask, keep)
+    return tokens, compact(emb, mask, keep, order)[0], kept_mask, order
 
 
 # ---- nanoVLM ----
@@ -113,7 +115,8 @@ def shuffle_square(self: Any, x: Tensor) -> Tensor:
 def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
     """Replace VisionLanguageModel's method: put image embeddings in their placeholders, in order."""
     mask = input_ids == self.tokenizer.image_token_id
-    return place_embeddings(token_embd, mask, image_embd.reshape(-1, image_embd.shape[-1]))
+    rows = image_embd.reshape(-1, image_embd.shape[-1])
+    return accepting(place_embeddings, token_embd)(token_embd, mask, rows)
 
 
 # ---- InternVL with remote code, and VITA ----
@@ -148,7 +151,7 @@ def select_and_shuffle(self: Any, images: Tensor) -> Tensor:
         raise TypeError(f"images must be a torch.Tensor of shape (B, 3, height, width), got {type(images).__name__}")
     outputs = self.vision_tower(images.to(device=self.device, dtype=self.dtype), output_hidden_states=True)
     features = self.feature_select(outputs).to(images.dtype)
-    return ops.pixel_shuffle(features, square(features), input_scale=self.scale_pix_shuffle)
+    return accepting(pixel_shuffle, features)(features, square(features), input_scale=self.scale_pix_shuffle)
 
 
 def shuffle_x_map(self: Any, x: Tensor, scale_factor: float = 0.5) -> Tensor:
