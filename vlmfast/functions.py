@@ -58,9 +58,9 @@ def op(check: Callable[P, None], **fields: Any) -> Callable[[Callable[P, R]], Op
     return register
 
 
-def accepting(function: OpFunction[..., R], x: Tensor) -> Callable[..., R]:
-    """Return the op, or its definition where the op does not take the dtype of ``x`` (float64)."""
-    taken = not isinstance(x, Tensor) or x.dtype in DTYPES
+def accepting(function: OpFunction[..., R], *tensors: Tensor) -> Callable[..., R]:
+    """Return the op, or its definition where the op does not take the dtype of one of these tensors (float64)."""
+    taken = all(not isinstance(x, Tensor) or x.dtype in DTYPES for x in tensors)
     return function if taken else cast("Callable[..., R]", function.op.reference)
 
 

@@ -133,19 +133,21 @@ def variants(cls: type) -> list[dict[str, Any]]:
     return [{"with_scale": True}, {"with_scale": False}] if scales else [{}]
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_rounds_as_upstream(name: str, dtype: torch.dtype, weight_dtype: torch.dtype):
+    """Also after its weights have become those of another dtype."""
     cls, _ = find(name, "forward")
     for arguments in variants(cls):
-        module = norm_of(cls, **arguments).to(weight_dtype)
+        module = norm_of(cls, **arguments)
         for width in (48, 96):
             inputs = norm_inputs(cls, width, dtype)
-            want = module(*inputs)
             with vlmfast.patch(module):
-                assert_same(module(*inputs), want)
+                got = module.to(weight_dtype)(*inputs)
             assert type(module) is cls
+            assert_same(got, module(*inputs))
+            module.float()
 
 
 def gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:

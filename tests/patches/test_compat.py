@@ -18,7 +18,7 @@ from tests.helpers.compat_models import FM, PLACEHOLDER, WIDTH, FourM, VisionLan
 from vlmfast.compat import fourm, nanovlm
 from vlmfast.patches import Patch, projects
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TOKENS = {"rgb": 9, "depth": 5, "caption": 4}
 
 
@@ -66,10 +66,10 @@ METHODS = ("forward_mask_encoder", "forward_mask_decoder")
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_fourm(method: str, options: dict, number: int, dtype: torch.dtype):
-    model, inputs = FourM(**options).to(dtype), modalities(dtype)
-    want = masked(model, method, inputs, number)
+    model, inputs = FourM(**options), modalities(dtype)
     with fourm.patch(model):
-        got = masked(model, method, inputs, number)
+        got = masked(model.to(dtype), method, inputs, number)
+    want = masked(model, method, inputs, number)
     assert_same(got, want)
     assert got[2].dtype == torch.bool
     assert got[2].shape[1] == 1
@@ -140,14 +140,13 @@ def test_fourm_orders_once(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("image_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nanovlm(dtype: torch.dtype, image_dtype: torch.dtype):
-    model = VisionLanguageModel().to(dtype)
+    model = VisionLanguageModel()
     ids = torch.tensor([[3, 3, 9, 3], [8, 9, 3, 3], [9, 9, 9, 3]])
     images = torch.randn(2, 3, 2 * WIDTH, dtype=image_dtype)[..., ::2].requires_grad_()
-    leaves = [images, model.token_embedding.weight]
-    want = model(ids, images)
     with nanovlm.patch(model):
-        got = model(ids, images)
-    weight = torch.randn_like(want)
+        got = model.to(dtype)(ids, images)
+    want = model(ids, images)
+    leaves, weight = [images, model.token_embedding.weight], torch.randn_like(want)
     assert_same((got, *torch.autograd.grad(got, leaves, weight)), (want, *torch.autograd.grad(want, leaves, weight)))
 
 

@@ -96,6 +96,15 @@ def distance(gradient: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("patch", "build", "sites"), EACH)
+def test_float64_after_the_patch(patch, build, sites: list[str]):
+    model = build()
+    x = inputs(model, torch.float64)
+    with patch(model):
+        got = model.double()(x)
+    assert torch.equal(got, model(x))
+
+
+@pytest.mark.parametrize(("patch", "build", "sites"), EACH)
 def test_patch_and_undo(patch, build, sites: list[str]):
     model = build()
     cls, state = type(model), list(model.state_dict())
@@ -138,7 +147,7 @@ def test_one_op_reads_the_features_where_they_lie(patch, build, sites: list[str]
     for name in ("pixel_shuffle", "pixel_shuffle_linear"):
         spy(vlmfast.nn, name)
     if isinstance(model, InternViTVisionTower):  # elsewhere the ops of that module call each other
-        spy(projects.ops, "pixel_shuffle")
+        spy(projects, "pixel_shuffle")
     with patch(model), torch.no_grad():
         model(x)
     [(name, features)] = calls

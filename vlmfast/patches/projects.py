@@ -116,7 +116,7 @@ def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tenso
     """Replace VisionLanguageModel's method: put image embeddings in their placeholders, in order."""
     mask = input_ids == self.tokenizer.image_token_id
     rows = image_embd.reshape(-1, image_embd.shape[-1])
-    return accepting(place_embeddings, token_embd)(token_embd, mask, rows)
+    return accepting(place_embeddings, token_embd, rows)(token_embd, mask, rows)
 
 
 # ---- InternVL with remote code, and VITA ----

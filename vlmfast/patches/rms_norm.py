@@ -1,4 +1,7 @@
-"""`vlmfast.rms_norm` under the parameters and attributes of the upstream classes."""
+"""`vlmfast.rms_norm` under the parameters and attributes of the upstream classes.
+
+Where the op refuses a dtype, such as float64, the replaced method runs. To ask beforehand would make each call slower.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +15,93 @@ from vlmfast.ops.rms_norm import rms_norm
 
 def llama_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace LlamaRMSNorm.forward, which rounds before the weight, and its many copies."""
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    try:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    except TypeError:
+        return _upstream(self, hidden_states)
 
 
 def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace Llama4TextRMSNorm.forward: as Llama's, under other names."""
-    return rms_norm(x, self.weight, self.eps)
+    try:
+        return rms_norm(x, self.weight, self.eps)
+    except TypeError:
+        return _upstream(self, x)
 
 
 def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace T5LayerNorm.forward, which rounds to the dtype of the weight: as Llama's where that is the input's."""
     if self.weight.dtype != hidden_states.dtype:
-        unrounded: Tensor = _upstream(self).forward(self, hidden_states)
-        return unrounded
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return _upstream(self, hidden_states)
+    try:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    except TypeError:
+        return _upstream(self, hidden_states)
 
 
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
-    return rms_norm(x, self.weight, self.eps, "gemma")
+    try:
+        return rms_norm(x, self.weight, self.eps, "gemma")
+    except TypeError:
+        return _upstream(self, x)
 
 
 def olmo_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Olmo2RMSNorm.forward and its copies: the weight is multiplied in float32."""
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon, "olmo")
+    try:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, "olmo")
+    except TypeError:
+        return _upstream(self, hidden_states)
 
 
 def moshi_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace MoshiRMSNorm.forward: as OLMo's, under other names."""
-    return rms_norm(x, self.weight, self.eps, "olmo")
+    try:
+        return rms_norm(x, self.weight, self.eps, "olmo")
+    except TypeError:
+        return _upstream(self, x)
 
 
 def gemma4_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Gemma4RMSNorm.forward: as OLMo's, or without a weight."""
-    return rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
+    try:
+        return rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
+    except TypeError:
+        return _upstream(self, hidden_states)
 
 
 def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace NanoChatRMSNorm.forward and Llama4TextL2Norm's, which have no weight."""
-    return rms_norm(x, None, self.eps)
+    try:
+        return rms_norm(x, None, self.eps)
+    except TypeError:
+        return _upstream(self, x)
 
 
 def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's, unless it normalises groups."""
     if self.group_size is not None:
-        grouped: Tensor = _upstream(self).forward(self, x)
-        return grouped
-    return rms_norm(x, self.weight, self.eps, "gemma")
+        return _upstream(self, x)
+    try:
+        return rms_norm(x, self.weight, self.eps, "gemma")
+    except TypeError:
+        return _upstream(self, x)
 
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32; transformers 4.57 has SiLU only."""
     from transformers.activations import ACT2FN  # which `import vlmfast` does without
 
-    normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    try:
+        normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    except TypeError:
+        return _upstream(self, hidden_states, gate)
     gated: Tensor = normed * ACT2FN[getattr(self, "activation", "silu")](gate.to(torch.float32))
     return gated.to(hidden_states.dtype)
 
 
-def _upstream(module: Any) -> Any:
-    """Return the class whose methods are upstream's, also after the patch, which these functions outlive."""
-    return getattr(module, "original_class", type(module))
+def _upstream(self: Any, *inputs: Tensor) -> Tensor:
+    """Run the replaced method, also after the patch, which these functions outlive."""
+    output: Tensor = getattr(self, "original_class", type(self)).forward(self, *inputs)
+    return output
