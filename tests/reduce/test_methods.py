@@ -128,6 +128,20 @@ def test_an_image_with_fewer_tokens_than_the_budget_keeps_what_it_has(model_type
 
 
 @torch.no_grad()
+def test_small_images_beside_large_ones():
+    talk = Talk.of("qwen2_5_vl")
+    base, vision = talk.model.base_model, talk.vision(0, 1, 2)
+    assert talk.counts == [4, 8, 12]
+    for method, want in (
+        (EvenTokens(6), [(4, 0), (6, 0), (6, 0)]),
+        (VisionZip(3, 4), [(3, 1), (3, 4), (3, 4)]),
+        (VisionZip(10, 2), [(4, 0), (8, 0), (10, 2)]),
+    ):
+        images = REDUCERS["qwen2_5_vl"].reduce(base, vision, method)
+        assert [(len(image.kept[0]), len(image.merged[0])) for image in images] == want
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_a_random_draw_is_the_pictures_own(model_type: str):
     """The same alone, in any batch and among other sizes; another one for another picture or seed."""

@@ -165,6 +165,10 @@ def test_a_masked_image_at_an_edge_is_no_padding(model_type: str, side: str):
             got = talk.model(**inputs)
             assert torch.equal(got.logits, want.logits)
             assert torch.equal(got.loss, want.loss)
+            if side == "left":
+                ids = talk.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        if side == "left":
+            assert torch.equal(ids, talk.model.generate(**inputs, max_new_tokens=3, do_sample=False))
         for method in (*METHODS, EvenTokens(0)):
             with vlmfast.patch(talk.model, reduce=method) as patch:
                 short = logits(talk.model, inputs)
