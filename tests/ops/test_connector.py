@@ -12,6 +12,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
 from tests.helpers.compat_models import WIDTH, InternVLChatModel, ModalityProjector
+from tests.helpers.global_hooks import REGISTER, seen_by_global_hooks
 from tests.helpers.rounding import assert_within
 from vlmfast.nn import PixelShuffleConnector
 
@@ -157,6 +158,14 @@ def test_a_part_with_a_hook_runs_as_it_is(part: int):
     assert len(calls) == 1
     handle.remove()
     assert torch.equal(ours(x), want)
+
+
+def test_global_hooks_see_every_part():
+    _, ours, x = pair(InternVL, {})
+    names = [name for name, _ in ours.named_modules()]
+    assert seen_by_global_hooks(ours, lambda: ours(x).sum().backward()) == {
+        (kind, name): 1 for kind in REGISTER for name in names
+    }
 
 
 def test_another_part_runs_as_it_is():

@@ -19,6 +19,7 @@ from tests.helpers.compat_models import (
     OlderVisionLanguageModel,
     VisionLanguageModel,
 )
+from tests.helpers.global_hooks import seen_by_global_hooks
 from tests.helpers.rounding import assert_within
 from vlmfast.compat import internvl, nanovlm, vita
 from vlmfast.patches import projects
@@ -181,6 +182,21 @@ def test_hooks_of_the_projector_run(part: int | None):
     with internvl.patch(model):
         torch.testing.assert_close(model(x), want)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("patch", "build", "sites"), EACH)
+def test_global_hooks_see_what_they_saw(patch, build, sites: list[str]):
+    model = build()
+    x, backward = inputs(model), not isinstance(model, InternViTVisionTower)
+
+    def step() -> None:
+        output = model(x)
+        if backward:
+            output.sum().backward()
+
+    want = seen_by_global_hooks(model, step)
+    with patch(model):
+        assert seen_by_global_hooks(model, step) == want
 
 
 def test_compiles_into_one_graph():

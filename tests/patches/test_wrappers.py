@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import vlmfast
-from tests.helpers.patches_models import assert_same, logits, patched, replaceable, rms_norms, state, tiny
+from tests.helpers.global_hooks import seen_by_global_hooks
+from tests.helpers.patches_models import COMMON, assert_same, logits, patched, replaceable, rms_norms, state, tiny
 from vlmfast.patches.rms_norm import llama_rms_norm
 
 
@@ -145,3 +146,15 @@ def test_accelerate_offload():
     with vlmfast.patch(model):
         assert_same(logits(model, inputs), want)
     assert torch.equal(logits(model, inputs), want)
+
+
+@pytest.mark.parametrize("model_type", [name for name in COMMON if name != "llama4"])  # upstream changes views in place
+def test_global_hooks_see_what_they_saw(model_type: str):
+    model, inputs = tiny(model_type)
+
+    def step() -> None:
+        model(**inputs).logits.sum().backward()
+
+    want = seen_by_global_hooks(model, step)
+    with vlmfast.patch(model):
+        assert seen_by_global_hooks(model, step) == want
