@@ -260,5 +260,5 @@ def test_hooks_are_removed_and_a_tower_without_them_is_refused(monkeypatch):
     assert not attention._forward_pre_hooks
     assert not attention.qkv._forward_hooks
     monkeypatch.setattr(type(model.model), "get_image_features", lambda self, pixels, grid, **_: ())
-    with pytest.raises(RuntimeError, match="not compiled"):
+    with pytest.raises(RuntimeError, match="compiled by themselves"):
         reduce(model, inputs, METHOD)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import vlmfast
 from tests.helpers.patches_models import tiny
+from tests.helpers.reduce_models import Talk
 from vlmfast.reduce.methods import EvenTokens, VisionZip
-from vlmfast.reduce.towers import encode, has_cls
+from vlmfast.reduce.towers import encode, has_cls, recorded
 
 TOWERS = {"llava": True, "vipllava": True, "llava_onevision": False, "internvl": True}
 
@@ -82,3 +86,43 @@ def test_refusals():
     del tower.encoder.layers[-1].self_attn.scale
     with pytest.raises(ValueError, match="must project queries and keys by themselves, got CLIPAttention"):
         encode(tower, pixels, -1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parts"),
+    [
+        ("llava", "vision_tower.encoder.layers.*"),
+        ("llava", "vision_tower.encoder"),
+        ("llava", "vision_tower"),
+        ("qwen2_5_vl", "visual.blocks.*"),
+    ],
+)
+def test_parts_that_are_compiled_by_themselves(model_type: str, parts: str):
+    """They share what the first layer was traced with, which is not the one that has hooks."""
+    torch._dynamo.reset()
+    talk = Talk.of(model_type)
+    talk.model.config.vision_feature_layer = -1
+    inputs = talk.batch((10, 0, 11, 12))
+    for name, part in talk.model.base_model.named_modules():
+        if fnmatchcase(name, parts) and name.count(".") == parts.count("."):
+            part.compile(backend="eager")
+    with vlmfast.patch(talk.model, reduce=VisionZip(4, 2)):
+        with pytest.raises(RuntimeError, match="as it does where it or its layers are compiled by themselves"):
+            talk.model(**inputs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_modules_are_recorded_that_are_called_once(times: int):
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def run() -> None:
+        with recorded(module=module, other=other) as calls:
+            other(torch.ones(2))
+            for _ in range(times):
+                module(torch.ones(2))
+            assert len(calls) == 1 + bool(times)
+
+    with pytest.raises(RuntimeError, match="the vision tower passed its hooks by"):
+        run()
+    assert not module._forward_hooks

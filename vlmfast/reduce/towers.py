@@ -105,7 +105,7 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
 
     Raises:
         ValueError: for a layer that the tower has not, the input of the first one, or a tower whose attention is not
-            known here.
+            known here. RuntimeError: as `recorded`.
     """
     wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     attention: Any = _attention(tower, wanted)
@@ -127,13 +127,20 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
 
 @contextmanager
 def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[dict[str, Any], Any]]]:
-    """Record the keyword arguments and the output of each module, for its last call in this thread."""
+    """Record the keyword arguments and the output of each module, which this thread calls once in the block.
+
+    Raises:
+        RuntimeError: if the hooks did not run once each. Layers that are compiled by themselves or with their encoder
+            share what one of them was traced with, its hooks or their absence.
+    """
     thread = threading.get_ident()
     calls: dict[str, tuple[dict[str, Any], Any]] = {}
+    seen: list[str] = []
 
     def record(name: str, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() == thread:
             calls[name] = kwargs, output
+            seen.append(name)
 
     hooks = [
         module.register_forward_hook(functools.partial(record, name), with_kwargs=True)
@@ -144,6 +151,11 @@ def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[dict[str, Any], A
     finally:
         for hook in hooks:
             hook.remove()
+    if sorted(seen) != sorted(modules):
+        raise RuntimeError(
+            "the vision tower passed its hooks by, as it does where it or its layers are compiled by themselves: "
+            "compile the whole model, or not the tower"
+        )
 
 
 def setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:

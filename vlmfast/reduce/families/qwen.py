@@ -31,8 +31,7 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     A merged token takes the place of its target. The order stays that of the raster.
 
     Raises:
-        RuntimeError: if the hooks did not run, because the tower is compiled. ValueError: if the budget of the method
-            does not fit an image.
+        RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
     side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
@@ -75,9 +74,6 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
     attention = tower.blocks[-1].attn
     with recorded(attention=attention, qkv=attention.qkv) as calls:
         output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    if "qkv" not in calls:
-        raise RuntimeError("the vision tower passed its hooks by: reduce tokens with a tower that is not compiled")
-
     given, projected = calls["attention"][0], calls["qkv"][1].detach()
     device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
