@@ -126,6 +126,7 @@ class ByHand:
         levels: DeepStack's, (V, D) each.
         columns: (N,) the columns of the full prompt that are left.
         full: the positions (3, 1, L) of the full prompt with M-RoPE.
+        prompt: as `Talk.ids` takes it.
     """
 
     talk: Talk
@@ -136,6 +137,7 @@ class ByHand:
     levels: list[Tensor]
     columns: Tensor
     full: Tensor | None
+    prompt: tuple[int, ...]
 
     @classmethod
     def of(cls, talk: Talk, method: Method, prompt: tuple[int, ...], tail: list[int] | None = None) -> ByHand:
@@ -166,9 +168,8 @@ class ByHand:
             full = rope(talk, torch.tensor([ids]), talk.vision(*numbers))
             positions = full[:, :, left]
         after = int(full.max()) + 1 if full is not None else len(columns)
-        return cls(
-            talk, torch.cat(rows)[None], positions, after, visual, [torch.cat(level) for level in levels], left, full
-        )
+        own = [torch.cat(level) for level in levels]
+        return cls(talk, torch.cat(rows)[None], positions, after, visual, own, left, full, prompt)
 
     def hidden(self) -> Tensor:
         """(1, N, D): what the language model makes of it."""
@@ -177,6 +178,11 @@ class ByHand:
     def logits(self) -> Tensor:
         """(N, V)."""
         return self.talk.model.lm_head(self.hidden())[0]
+
+    def full_logits(self) -> Tensor:
+        """(L, V): of each token of the full prompt its own, or those of the last one before it that is left."""
+        left = torch.arange(len(self.talk.ids(*self.prompt)))[:, None] >= self.columns
+        return self.logits()[left.sum(1) - 1]
 
     def then(self, token: int) -> None:
         """Append one token."""

@@ -128,9 +128,10 @@ def patch(
     are left alone. With M-RoPE (Qwen-VL) each token that is left stays at its position, and what follows goes on as
     after the full prompt; other models number the tokens anew.
 
-    * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and a streamer
-      is told these. Logits processors and stopping criteria see the short ids.
-    * ``forward`` returns the logits of the short prompt, and with ``labels`` its loss.
+    * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and streamers,
+      logits processors and stopping criteria are shown these.
+    * ``forward`` returns logits for every column of the full prompt, those of the last column kept before it where one
+      was left out, and with ``labels`` the loss of the short one.
     * A cache remembers which columns of the prompt it has: a second turn is given the full ids again.
 
     Args:

@@ -40,6 +40,12 @@ class Columns:
         """Return the columns of these samples."""
         return Columns(self.index[samples], self.valid[samples], self.total)
 
+    def latest(self) -> Tensor:
+        """(B, L) int64: the column of the short prompt that each of the full one is, or the last one before it."""
+        own = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
+        found = own.new_zeros(own.shape[0], self.total).scatter(1, self.index, own.masked_fill(~self.valid, 0))
+        return found.cummax(1).values
+
     @classmethod
     def all(cls, like: Tensor) -> Columns:
         """Return every column of (B, L)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.families import REDUCERS, Reducer
+from vlmfast.reduce.full_prompt import fitted
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
@@ -160,12 +160,36 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             if cache is not None and cache.get_seq_length():
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
             prompt, short = shorten(model, arguments, None)
-            output = original(model, **short)
+            rows = prompt.columns.latest()
+            if last := arguments.get("logits_to_keep"):
+                rows = rows[:, -last:]
+                first = int(rows.min())
+                short["logits_to_keep"], rows = prompt.columns.index.shape[1] - first, rows - first
+            output = _with_logits(original(model, **short), rows, arguments)
             if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
                 keep(_cache_of(output) if cache is None else cache, prompt)
             return output
 
     return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
+
+
+def _with_logits(output: Any, rows: Tensor, arguments: Mapping[str, Any]) -> Any:
+    """Give each column of the full prompt logits, (B, n) ``rows`` of those of the short one.
+
+    They say what comes after that column, as those of the last column before it do for one that was left out: labels,
+    metrics and log probabilities of the full prompt find theirs where they look for them.
+    """
+
+    def lengthen(logits: Tensor) -> Tensor:
+        samples = torch.arange(rows.shape[0], device=logits.device)[:, None]
+        return logits[samples, rows.to(logits.device)]
+
+    if isinstance(output, tuple):
+        at = int(arguments.get("labels") is not None)  # behind the loss
+        return (*output[:at], lengthen(output[at]), *output[at + 1 :])
+    if isinstance(output.logits, Tensor):
+        output.logits = lengthen(output.logits)
+    return output
 
 
 def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
@@ -275,14 +299,10 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
             arguments["attention_mask"] = _mask(model, arguments)
         with torch.no_grad():
             prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
-        short |= _lengths(model, arguments, prompt.columns.dropped)
-        if (streamer := arguments.get("streamer")) is not None:
-            short["streamer"] = _FullPrompt(streamer, prompt.ids)
+        short |= fitted(model, arguments, prompt)
         output = original(model, **short)
-        sequences = output if isinstance(output, Tensor) else output.sequences
+        sequences = prompt.lengthen(output if isinstance(output, Tensor) else output.sequences)
         prompt = prompt.repeat(sequences.shape[0] // prompt.ids.shape[0])
-        new = sequences[:, prompt.columns.index.shape[1] :]
-        sequences = torch.cat([prompt.ids.to(sequences.device), new], 1)
         keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
         if isinstance(output, Tensor):
             return sequences
@@ -299,48 +319,6 @@ def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
         return None
     ids: Tensor = arguments["input_ids"]
     return ids.ne(pad).long()
-
-
-def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
-    """Return the arguments for ``max_length`` and ``min_length``, which count the full prompt where they are given.
-
-    In force is the length among the arguments; otherwise, unless a number of new tokens is asked for, that of the first
-    configuration that has one.
-    """
-    given = arguments.get("generation_config")
-    configs = [config for config in (given, model.generation_config) if config is not None]
-    own = copy.deepcopy(given)
-    changed: dict[str, Any] = {}
-    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = arguments.get(name)
-        if value is not None:
-            changed[name] = max(0, value - dropped)
-            continue
-        if arguments.get(instead) is not None or any(getattr(config, instead, None) for config in configs):
-            continue
-        value = next((length for config in configs if (length := getattr(config, name, None)) is not None), 0)
-        if value and getattr(given, name, None) is not None:
-            setattr(own, name, max(0, value - dropped))
-            changed["generation_config"] = own
-        elif value:
-            changed[name] = max(0, value - dropped)
-    return changed
-
-
-class _FullPrompt:
-    """A streamer that is told the caller's prompt in place of the short one."""
-
-    def __init__(self, streamer: Any, ids: Tensor) -> None:
-        self.streamer, self.ids = streamer, ids
-        self.started = False
-
-    def put(self, value: Tensor) -> None:
-        if not self.started:
-            self.started, value = True, self.ids.repeat_interleave(value.shape[0] // self.ids.shape[0], 0).cpu()
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        self.streamer.end()
 
 
 def _cache_of(output: Any) -> Any:

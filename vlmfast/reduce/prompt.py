@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,15 @@ class ShortenedPrompt:
     def images(self) -> list[ReducedImage]:
         """All images, in the order of their placeholders."""
         return [image for sample in self.samples for image in sample]
+
+    def lengthen(self, ids: Tensor, samples: Sequence[int] | None = None) -> Tensor:
+        """(B', N + n) ids that begin with the short prompt -> (B', L + n) that begin with the full one.
+
+        B' is B, or a multiple of it where each sample has several rows, or the number of ``samples``.
+        """
+        full = self.ids if samples is None else self.ids[list(samples)]
+        full = full.to(ids.device).repeat_interleave(ids.shape[0] // full.shape[0], 0)
+        return torch.cat([full, ids[:, self.columns.index.shape[1] :]], 1)
 
     def detach(self) -> ShortenedPrompt:
         """Return it without gradients."""
@@ -133,7 +142,15 @@ def shorten(
                 f"{tuple(rows.shape)}"
             )
         # those of the first turn may be given again: what follows its images is text
-        short[name] = columns.take(nn.functional.pad(rows, (0, missing), value=FILLS[name]), FILLS[name])
+        rows = nn.functional.pad(rows, (0, missing), value=FILLS[name])
+        short[name] = columns.take(rows, FILLS[name])
+        if name == "labels" and arguments.get("num_items_in_batch") is not None:
+            lost = int((rows != FILLS[name]).sum() - (short[name] != FILLS[name]).sum())
+            if lost:
+                raise ValueError(
+                    f"labels must be -100 at the visual tokens that are left out where num_items_in_batch is given, "
+                    f"which counts them: {lost} are not"
+                )
     mask = columns.take(full_mask, 0)
     if given is not None or not bool(mask.all()):
         short["attention_mask"] = mask

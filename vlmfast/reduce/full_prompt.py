@@ -1,0 +1,121 @@
+"""What ``generate`` is given that counts from the caller's prompt, made to fit a shortened one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vlmfast.reduce.prompt import ShortenedPrompt
+
+# attributes of transformers' own processors and criteria that hold a number of columns from the beginning of the prompt
+COUNTS = (
+    "max_length",
+    "min_length",
+    "prompt_length_to_skip",
+    "prompt_ignore_length",
+    "begin_index",
+    "regulation_start",
+)
+
+
+def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) -> dict[str, Any]:
+    """Return the arguments of ``generate`` that have to change: lengths, and whatever of the caller's is shown the ids.
+
+    Args:
+        model: the model, for its ``generation_config``.
+        arguments: those of the call, by name.
+        prompt: the shortened prompt.
+    """
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    changed = _lengths(model, arguments, prompt.columns.dropped)
+    if (streamer := arguments.get("streamer")) is not None:
+        changed["streamer"] = _Streamer(streamer, prompt)
+    if (processors := arguments.get("logits_processor")) is not None:
+        changed["logits_processor"] = LogitsProcessorList(_told(processors, prompt))
+    if (criteria := arguments.get("stopping_criteria")) is not None:
+        changed["stopping_criteria"] = StoppingCriteriaList(_told(criteria, prompt))
+    if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
+        beams, sequences = (_setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+        rows = sequences if beams == 1 else 1  # of each sample, as its number counts them: without beams
+        changed["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
+            number, prompt.lengthen(ids[None], [number // rows])[0]
+        )
+    return changed
+
+
+def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """Return what is in force: an argument, or that of the first configuration that has one."""
+    configs = (arguments.get("generation_config"), model.generation_config)
+    values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
+def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
+    """Return ``max_length`` and ``min_length``, which count the full prompt, unless new tokens are counted."""
+    config = arguments.get("generation_config")
+    own = copy.deepcopy(config)
+    changed: dict[str, Any] = {}
+    for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        is_argument = arguments.get(name) is not None
+        value = _setting(model, arguments, name)
+        if not value or (not is_argument and _setting(model, arguments, instead)):
+            continue
+        if is_argument or getattr(config, name, None) is None:
+            changed[name] = max(0, value - dropped)
+        else:
+            setattr(own, name, max(0, value - dropped))
+            changed["generation_config"] = own
+    return changed
+
+
+def _told(functions: Iterable[Any], prompt: ShortenedPrompt) -> list[Any]:
+    """Return processors or criteria that are shown the full prompt.
+
+    ``generate`` knows transformers' own by their classes: of these the numbers of columns are made smaller.
+    """
+    found: list[Any] = []
+    for function in functions:
+        if not type(function).__module__.startswith("transformers."):
+            found.append(_Told(function, prompt))
+            continue
+        counting = copy.copy(function)
+        for name in COUNTS:
+            if getattr(counting, name, None) is not None:
+                setattr(counting, name, getattr(counting, name) - prompt.columns.dropped)
+        found.append(counting)
+    return found
+
+
+class _Told:
+    """A processor or a criterion of the caller's, shown the full prompt in place of the short one."""
+
+    def __init__(self, function: Callable[..., Any], prompt: ShortenedPrompt) -> None:
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, ids: Tensor, scores: Any) -> Any:
+        return self.function(self.prompt.lengthen(ids), scores)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("function", "prompt"):  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
+
+class _Streamer:
+    """A streamer that is told the caller's prompt in place of the short one."""
+
+    def __init__(self, streamer: Any, prompt: ShortenedPrompt) -> None:
+        self.streamer, self.prompt = streamer, prompt
+        self.started = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.started:
+            self.started, value = True, self.prompt.lengthen(value)
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
