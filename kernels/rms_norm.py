@@ -22,18 +22,18 @@ MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
 
 
 @triton.jit
-def _load_weight(weight_ptr, column, hidden, VARIANT: tl.constexpr):
-    """Load what rows are multiplied by: ones where there is no weight."""
+def _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED: tl.constexpr):
+    """Load what rows are multiplied by: ones where there is no weight. Rounded rows have no offset."""
     if weight_ptr is None:
         weight = tl.full(column.shape, 1.0, tl.float32)
     else:
         weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
-        if VARIANT == "gemma":
-            weight += 1.0
+        if not ROUNDED:
+            weight += weight_offset
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -45,7 +45,8 @@ def rms_norm_kernel(
     rows,
     hidden,
     eps,
-    VARIANT: tl.constexpr,
+    weight_offset,
+    ROUNDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -61,13 +62,13 @@ def rms_norm_kernel(
         tl.store(new_residual_ptr + row * hidden + column, rounded, mask=mask)
         h = rounded.to(tl.float32)
     normed = h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / hidden + eps)
-    if VARIANT == "llama":
+    if ROUNDED:  # before the weight multiplies it
         normed = normed.to(dtype).to(tl.float32)
-    y = normed * _load_weight(weight_ptr, column, hidden, VARIANT)
+    y = normed * _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED)
     tl.store(y_ptr + row * hidden + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
     grad_output_ptr,
     x_ptr,
@@ -81,7 +82,8 @@ def rms_norm_backward_kernel(
     rows,
     hidden,
     eps,
-    VARIANT: tl.constexpr,
+    weight_offset,
+    ROUNDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -90,7 +92,7 @@ def rms_norm_backward_kernel(
     A program walks over blocks of rows and keeps its share of the weight gradient in registers.
     """
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    weight = _load_weight(weight_ptr, column, hidden, VARIANT)
+    weight = _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED)
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
         row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
@@ -107,7 +109,7 @@ def rms_norm_backward_kernel(
             grad_x += grad_residual.to(tl.float32)
         tl.store(grad_x_ptr + row * hidden + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            if VARIANT == "llama":  # the weight multiplied the rounded row
+            if ROUNDED:  # the weight multiplied the rounded row
                 normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
             grad_weight += grad * normed
     if partial_ptr is not None:
@@ -154,7 +156,7 @@ def _forward(
         rms_norm_kernel[(ceil_div(rows, config.BLOCK_ROWS),)](
             *(x, residual, weight, y, new_residual),
             *(x.stride(0), residual_stride, rows, hidden, eps),
-            VARIANT=variant,
+            *_order(x, weight, variant),
             **vars(config),
         )
     return y, new_residual
@@ -185,10 +187,16 @@ def rms_norm_backward(
         rms_norm_backward_kernel[(programs,)](
             *(grad_output, x, weight, grad_residual, grad_x, partials),
             *(grad_output.stride(0), x.stride(0), residual_stride, rows, hidden, eps),
-            VARIANT=variant,
+            *_order(x, weight if weight_grad else None, variant),
             **vars(config),
         )
     return grad_x, sum_partials(partials, weight.dtype) if weight_grad else no_gradient
+
+
+def _order(x: Tensor, weight: Tensor | None, variant: str) -> tuple[float, bool]:
+    """Say what is added to the weight, and whether rows are rounded before: in float32 there is nothing to round."""
+    rounded = variant == "llama" and weight is not None and x.dtype != torch.float32
+    return 1.0 if variant == "gemma" else -0.0, rounded  # -0.0 changes no number
 
 
 def _rows_or_none(x: Tensor | None) -> tuple[Tensor | None, int]:

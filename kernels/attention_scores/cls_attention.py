@@ -81,7 +81,7 @@ def cls_logits_kernel(
     tl.store(total_ptr + tl.program_id(0), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "cls_index"])
 def cls_scores_kernel(
     logit_ptr,
     peak_ptr,

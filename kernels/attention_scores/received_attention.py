@@ -212,7 +212,7 @@ def received_kernel(
     tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["means", "group", "count", "tokens"])
 def mean_kernel(
     received_ptr, mean_ptr, means, group, count, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):

@@ -13,7 +13,7 @@ from vlmfast.kernels.common.launch import RowsConfig, ceil_div, on_device
 CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partials"])
 def sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Add up the rows of ``partial``."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]

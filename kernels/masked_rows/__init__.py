@@ -37,7 +37,7 @@ def _rows(index_ptr, positions, tokens, rows, batch_stride, token_stride, BLOCK_
     return row, rank, batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "tokens", "embeds_rows"])
 def add_or_place_kernel(
     x_ptr,
     embeds_ptr,
@@ -72,7 +72,7 @@ def add_or_place_kernel(
         tl.store(y_ptr + column, tl.where(masked, merged, x), mask=(row < positions) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "tokens", "rows"])
 def split_kernel(
     x_ptr,
     index_ptr,
@@ -103,7 +103,7 @@ def split_kernel(
             tl.store(rest_ptr + column, tl.where(masked, 0.0, x), mask=(row < positions) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "keep"])
 def pack_kernel(
     tokens_ptr,
     invalid_ptr,
@@ -136,7 +136,7 @@ def pack_kernel(
         tl.store(packed_ptr + column, packed, mask=(row < rows) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "tokens", "keep"])
 def unpack_kernel(
     grad_packed_ptr,
     index_ptr,

@@ -64,7 +64,7 @@ def row_index_kernel(mask_ptr, index_ptr, positions, TRUE: tl.constexpr, CHUNK: 
     tl.store(index_ptr + position, tl.where(flag != 0, rank, ~rank), mask=position < positions)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def order_kernel(
     invalid_ptr, order_ptr, tokens, keep, PAD_LEFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):

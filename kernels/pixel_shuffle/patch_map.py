@@ -58,7 +58,7 @@ def load_scaled(ptr, mask, input_scale, INPUT_SCALED: tl.constexpr):
     return scaled.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["patches", "height", "width"])
 def pixel_shuffle_kernel(
     map_ptr,
     tokens_ptr,

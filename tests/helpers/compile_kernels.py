@@ -88,7 +88,8 @@ def source_of(kernel: JITFunction, arguments: dict, unaligned: Container[str] = 
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        number = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (number and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
@@ -97,7 +98,7 @@ def source_of(kernel: JITFunction, arguments: dict, unaligned: Container[str] = 
         else:
             integer = "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
             signature[parameter.name] = "fp32" if isinstance(value, float) else integer
-            if isinstance(value, int) and value % 16 == 0:
+            if number and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
