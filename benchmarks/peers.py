@@ -1,8 +1,4 @@
-"""Kernels of other projects that compute what an op of ours does, timed where they are installed.
-
-A peer is prepared from the op's arguments like those in `Cases.peers`, in its fastest documented way of being called,
-and imports its package there: what an import or a call raises becomes a row of the table. All of them are forward only.
-"""
+"""What else computes what an op of ours does: modules of transformers, torch's own, other projects where installed."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmfast.cases import Preparation
 from vlmfast.registry import Op
@@ -21,56 +16,15 @@ from vlmfast.registry import Op
 Call = Callable[[], Any]
 
 
-def _norms(prepare: Preparation) -> dict[str, Preparation]:
-    """Return the preparations of both norms, from one that takes a residual or None."""
-    return {"rms_norm": lambda x, *rest: prepare(x, None, *rest), "add_rms_norm": prepare}
-
-
-def _liger(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from liger_kernel.ops import fused_add_rms_norm, rms_norm
-
-    rest = weight, eps, float(variant == "gemma"), variant, False
-    if residual is None:
-        return functools.partial(rms_norm.LigerRMSNormFunction.apply, x, *rest)
-    return functools.partial(fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply, x, residual, *rest)
-
-
-def _quack(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from quack.rmsnorm import rmsnorm
-
-    norm = functools.partial(rmsnorm, x, weight, eps=eps, weight_offset=float(variant == "gemma"))
-    return norm if residual is None else functools.partial(norm, residual=residual, prenorm=True)
-
-
-def _flashinfer(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama") -> Call:
-    from flashinfer.norm import fused_add_rmsnorm, rmsnorm
-
-    if variant != "llama":
-        raise ValueError(f"flashinfer has no call for the variant {variant} here")
-    if residual is None:
-        return functools.partial(rmsnorm, x, weight, eps)
-
-    def run() -> tuple[Tensor, Tensor]:
-        y, hidden = x.clone(), residual.clone()  # it writes over both; a call that keeps them copies them first
-        fused_add_rmsnorm(y, hidden, weight, eps)
-        return y, hidden
-
-    return run
-
-
-# Project -> (the package to import, op -> preparation).
-PROJECTS: dict[str, tuple[str, dict[str, Preparation]]] = {
-    "liger": ("liger_kernel", _norms(_liger)),
-    "quack": ("quack", _norms(_quack)),
-    "flashinfer": ("flashinfer", _norms(_flashinfer)),
-}
+# Project -> the package that must be installed.
+PROJECTS = {"liger": "liger_kernel", "quack": "quack", "flashinfer": "flashinfer"}
 # transformers: the module that the op replaces. torch: other ways that the op's table lists, such as F.rms_norm.
 KINDS = ("transformers", "torch", "compile", *PROJECTS)
 
 
 def installed() -> tuple[str, ...]:
     """Return the kinds of peers that can be asked for here."""
-    return tuple(k for k in KINDS if k not in PROJECTS or importlib.util.find_spec(PROJECTS[k][0]) is not None)
+    return tuple(k for k in KINDS if k not in PROJECTS or importlib.util.find_spec(PROJECTS[k]) is not None)
 
 
 def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
@@ -81,9 +35,9 @@ def of(op: Op, kinds: tuple[str, ...]) -> Iterator[tuple[str, Preparation]]:
         yield from op.cases.peers.items()
     if "compile" in kinds:
         yield "torch.compile", lambda *args: _compiled(op, args)
-    for project, (_, ops) in PROJECTS.items():
-        if project in kinds and op.name in ops:
-            yield project, ops[op.name]
+    for project, prepare in op.cases.projects.items():
+        if project in kinds:
+            yield project, prepare
 
 
 def _compiled(op: Op, args: tuple[Any, ...]) -> Call:

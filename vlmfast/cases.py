@@ -35,6 +35,7 @@ class Cases:
     flops: Callable[..., int] | None = None  # its floating-point operations; None of what is only moved or ordered
     upstream: Preparation | None = None  # the Hugging Face code that the op replaces
     peers: Mapping[str, Preparation] = field(default_factory=dict)  # other ways to compute the same, to time against
+    projects: Mapping[str, Preparation] = field(default_factory=dict)  # peers of the projects in benchmarks/peers.py
     limits: Mapping[str, Preparation] = field(default_factory=dict)  # less work than any way takes, to time against
     launches: int | Mapping[str, int] = 1  # kernels of a call; by backend where that differs
     requested: float = 1.1  # the most bytes that all lanes ask for, in units of `bytes`: caches serve the rest

@@ -132,7 +132,8 @@ def test_the_gpu_is_the_one_that_was_asked_for(asked, monkeypatch):
 def test_peers(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name == "quack" or None)
     assert peers.installed() == ("transformers", "torch", "compile", "quack")
-    assert [name for name, _ in peers.of(OPS["rms_norm"], ("quack", "liger"))] == ["liger", "quack"]
+    for op in (OPS["rms_norm"], OPS["add_rms_norm"]):
+        assert [name for name, _ in peers.of(op, ("quack", "liger"))] == ["liger", "quack"]
 
 
 def test_a_run_is_a_table_json_csv_and_a_page_without_a_network(small, tmp_path: Path, capsys):

@@ -150,6 +150,7 @@ def test_every_contender_of_every_op_runs(op: Op, monkeypatch):
         want = op.reference(*args)
         found = ops.contenders(op, args, (*KINDS, "compile"))
         assert {"torch.compile", "copy", *op.cases.peers, *op.cases.limits} <= {c.name for c in found}
+        assert op.cases.projects.keys() <= peers.PROJECTS.keys()
         assert op.cases.upstream is None or "transformers" in {c.name for c in found}
         for contender in found:
             ops.prepare(contender, op, args, want)
@@ -172,7 +173,7 @@ def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
         raise OSError("no such library\nand more")
 
     for name, prepare in {"liger": broken, "quack": lambda *args: broken}.items():
-        monkeypatch.setitem(peers.PROJECTS, name, (name, {"rms_norm": prepare}))
+        monkeypatch.setitem(small.cases.projects, name, prepare)
     found = measured(small, ("liger", "quack", "flashinfer"))
     assert found["liger"]["error"] == found["quack"]["error"] == "OSError: no such library"
     assert "us" in found["vlmfast native"]
@@ -191,7 +192,7 @@ def test_a_peer_that_fails_while_it_is_timed_is_a_row(small, call: str, monkeypa
         return small.reference(*args)
 
     ((_, args),) = small.cases.workloads("cpu", torch.float32)
-    monkeypatch.setitem(peers.PROJECTS, "liger", ("liger", {"rms_norm": lambda *_: fails}))
+    monkeypatch.setitem(small.cases.projects, "liger", lambda *_: fails)
     monkeypatch.setattr(peers, "installed", lambda: ("liger",))
     found = measured(small, ("liger",))
     assert found["liger"]["error"] == "OutOfMemoryError: planted"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmfast.cases import Cases, Samples, Workloads, derived, named, partial_sums_bytes
+from vlmfast.cases import Cases, Preparation, Samples, Workloads, derived, named, partial_sums_bytes
 from vlmfast.ops.rms_norm import definition
 from vlmfast.ops.rms_norm.definition import VARIANTS
 
@@ -57,6 +58,54 @@ def _upstream_backward(
 
 def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, *_: Any) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+# ---- the kernels of other projects, each in its fastest documented way of being called; forward only ----
+
+
+def _liger(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Any]:
+    from liger_kernel.ops import fused_add_rms_norm, rms_norm
+
+    rest = weight, eps, float(variant == "gemma"), variant, False
+    if residual is None:
+        return functools.partial(rms_norm.LigerRMSNormFunction.apply, x, *rest)
+    return functools.partial(fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply, x, residual, *rest)
+
+
+def _quack(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Any]:
+    from quack.rmsnorm import rmsnorm
+
+    norm = functools.partial(rmsnorm, x, weight, eps=eps, weight_offset=float(variant == "gemma"))
+    return norm if residual is None else functools.partial(norm, residual=residual, prenorm=True)
+
+
+def _flashinfer(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6, variant: str = "llama"
+) -> Callable[[], Any]:
+    from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+
+    if variant != "llama":
+        raise ValueError(f"flashinfer has no call for the variant {variant} here")
+    if residual is None:
+        return functools.partial(rmsnorm, x, weight, eps)
+
+    def run() -> tuple[Tensor, Tensor]:
+        y, hidden = x.clone(), residual.clone()  # it writes over both; a call that keeps them copies them first
+        fused_add_rmsnorm(y, hidden, weight, eps)
+        return y, hidden
+
+    return run
+
+
+_PROJECTS = {"liger": _liger, "quack": _quack, "flashinfer": _flashinfer}
+
+
+def _without_residual(prepare: Preparation) -> Preparation:
+    return lambda x, *rest: prepare(x, None, *rest)
 
 
 # ---- calls to test, to refuse and to time ----
@@ -151,6 +200,7 @@ rms_norm = Cases(
     flops=lambda x, *_: 4 * x.numel(),
     upstream=_upstream,
     peers={"F.rms_norm": _torch_functional},
+    projects={name: _without_residual(prepare) for name, prepare in _PROJECTS.items()},
     requested=1.55,  # a weight for each row of 2048: as much as the row
 )
 
@@ -166,6 +216,7 @@ add_rms_norm = derived(
     bytes=_add_bytes,
     flops=lambda x, *_: 5 * x.numel(),
     upstream=_upstream_add,
+    projects=_PROJECTS,
     requested=1.3,  # a weight for each row
 )
 
