@@ -1,6 +1,6 @@
 """Each known body by one class of the installed transformers that has it: upstream's results, forward and backward.
 
-Connectors, DeepStack and the bodies of other projects have tests of their own.
+Those of connectors and of DeepStack that a tiny model has are compared in its tests, those of other projects in theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import vlmfast
-from tests.helpers.patches_models import assert_same
+from tests.helpers.patches_models import assert_same, tiny
+from tests.patches.test_masked_rows import DEEPSTACK
+from tests.patches.test_merger import MERGERS
+from tests.patches.test_pixel_shuffle import EACH_SHUFFLE
 from vlmfast.patches.bodies import BODIES
 from vlmfast.patches.plan import find_sites
 from vlmfast.patches.upstream import source
@@ -267,9 +270,16 @@ def test_shuffle_moves_what_upstream_moves(name: str):
     module = host_of(cls)
     takes_map = "vision_features" in inspect.signature(cls.pixel_shuffle).parameters
     x = torch.randn(2, 4, 4, 32) if takes_map else torch.randn(2, 16, 32)
-    want = module.pixel_shuffle(x, 0.5 if takes_map else 2)
+
+    def results() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        output = module.pixel_shuffle(leaf, 0.5 if takes_map else 2)
+        grad = torch.linspace(-1, 1, output.numel()).view_as(output)
+        return [output, *torch.autograd.grad(output, [leaf], grad)]
+
+    want = results()
     with vlmfast.patch(module, only="*.pixel_shuffle"):
-        assert torch.equal(module.pixel_shuffle(x, 0.5 if takes_map else 2), want)
+        assert all(map(torch.equal, results(), want))
 
 
 # ---- the table ----
@@ -279,9 +289,10 @@ def test_each_body_has_a_class_here():
     """Those of this transformers; what a body says ends with the version of those that are no more."""
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("not every body is in this transformers")
-    here = {key for key, body in KNOWN.items() if body.function.__module__.endswith((".rms_norm", ".masked_rows"))}
-    here = {key for key in here if "deepstack" not in KNOWN[key].method}
-    here = {key for key in here if not re.search(r" of \d+\.\d+$", KNOWN[key].says)}
-    found = [look_up(name, *(("forward",) if name in NORMS else PLACING)) for name in (*NORMS, *MASKS)]
+    here = {key for key, body in KNOWN.items() if not re.search(r" of \d+\.\d+$", body.says)}
+    methods = {NORMS: ("forward",), MASKS: PLACING, SHUFFLES: ("pixel_shuffle",)}
+    found = [look_up(name, *methods[names]) for names in methods for name in names]
     seen = {source(*place).digest for place in found if place is not None}
+    models = [tiny(model_type)[0] for model_type in {*MERGERS, *EACH_SHUFFLE, *DEEPSTACK}]
+    seen |= {site.body.key for model in models for site in find_sites(model) if site.body is not None}
     assert {KNOWN[key].says for key in here - seen} == set()

@@ -206,7 +206,10 @@ def test_dtype_that_the_ops_do_not_take(model_type: str):
 # ---- DeepStack ----
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "granite_docling"])
+DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "granite_docling")
+
+
+@pytest.mark.parametrize("model_type", DEEPSTACK)
 def test_deepstack_process(model_type: str):
     (module,) = [m for m in tiny(model_type)[0].modules() if hasattr(m, "_deepstack_process")]
     mask = torch.rand(2, 7) < 0.5
@@ -220,6 +223,26 @@ def test_deepstack_process(model_type: str):
     assert torch.equal(hidden, before), "out of place"
     assert torch.equal(got, want)
     assert not torch.equal(got, hidden)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model_type", DEEPSTACK)
+def test_gradients_of_deepstack_process(model_type: str, dtype: torch.dtype):
+    (module,) = [m for m in tiny(model_type)[0].modules() if hasattr(m, "_deepstack_process")]
+    mask = torch.rand(2, 7) < 0.5
+    leaves = [torch.randn(2, 7, 8, dtype=dtype), torch.randn(int(mask.sum()), 8, dtype=dtype)]
+    if takes_wide_masks(type(module)):
+        mask = mask[..., None].expand(2, 7, 8)
+
+    def gradients() -> tuple[Tensor, ...]:
+        hidden, embeds = (leaf.clone().requires_grad_() for leaf in leaves)
+        output = module._deepstack_process(hidden * 1, mask, embeds)  # upstream may write over it
+        grad = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
+        return torch.autograd.grad(output, [hidden, embeds], grad)
+
+    want = gradients()
+    with vlmfast.patch(module, only="*_deepstack_process"):
+        assert all(map(torch.equal, gradients(), want))
 
 
 def calls_of_row_index(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
