@@ -3,8 +3,8 @@
     python tests/helpers/compile_kernels.py sm_90 gfx942 > static.json
 
 A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
-accesses in bytes, whether it multiplies on tensor cores, and whether one of the op's workloads asks for it: their rows
-are all multiples of 16 bytes.
+accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and whether one of
+the op's workloads asks for it: their rows are all multiples of 16 bytes.
 It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
 """
 
@@ -36,6 +36,7 @@ MULTIPROCESSORS = (16, 48, 108, 132)  # a launch may depend on them; MIG slices 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
+DOT = re.compile(r"tt\.dot .*?: tensor<[\dx]+x(\w+)>")  # the dtype of its operands
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -139,6 +140,7 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
         "shared": compiled.metadata.shared,
         "loads": sorted({size for load, size in accesses if load}),
         "stores": sorted({size for load, size in accesses if not load}),
+        "multiplied": sorted(set(DOT.findall(assembly["ttir"]))),
         "tensor_cores": TENSOR_CORES.search(text) is not None,
     }
 
