@@ -148,13 +148,16 @@ def test_accelerate_offload():
     assert torch.equal(logits(model, inputs), want)
 
 
-@pytest.mark.parametrize("model_type", [name for name in COMMON if name != "llama4"])  # upstream changes views in place
+@pytest.mark.parametrize("model_type", COMMON)
 def test_global_hooks_see_what_they_saw(model_type: str):
     model, inputs = tiny(model_type)
 
     def step() -> None:
         model(**inputs).logits.sum().backward()
 
-    want = seen_by_global_hooks(model, step)
+    try:
+        want = seen_by_global_hooks(model, step)
+    except RuntimeError as error:  # of Llama 4, and of transformers 4.57: it changes what a hook has seen in place
+        pytest.skip(f"upstream: {error}")
     with vlmfast.patch(model):
         assert seen_by_global_hooks(model, step) == want
