@@ -62,14 +62,13 @@ class PatchedModule:
         return self._as_patched(getattr(super(), "__deepcopy__", None) or self._rebuilt, memo)
 
     def _rebuilt(self, memo: dict[int, Any] | None = None) -> Any:
-        """Copy as `copy` does where a class says nothing about copies: of the state that it gives to be pickled."""
-        rebuild, arguments, *state = self.__reduce_ex__(1)
-        twin = rebuild(*arguments)
+        """Copy by the state that the class gives, which leaves out what is compiled for the original."""
+        twin: Any = object.__new__(type(self))
+        state = super().__getstate__()  # type: ignore[misc] # not that of a class on top: torch's parametrised ones refuse
         if memo is not None:
             memo[id(self)] = twin
             state = copy.deepcopy(state, memo)
-        if state:
-            twin.__setstate__(state[0])
+        twin.__setstate__(state)
         return twin
 
     def _as_patched(self, copied: Callable[..., Any], *memo: dict[int, Any]) -> Any:
