@@ -93,6 +93,7 @@ def test_number_of_labels():
 
 
 def trainer(talk: Talk, folder: Path, kind: str = "", **options: Any) -> Any:
+    pytest.importorskip("accelerate")
     settings = {"per_device_eval_batch_size": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True, **options}
     settings |= {"remove_unused_columns": False, "label_names": ["labels"], "per_device_train_batch_size": 1}
     talk.model.config.get_text_config().use_cache = False  # some releases cannot gather a cache

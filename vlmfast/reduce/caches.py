@@ -8,7 +8,7 @@ not there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -35,10 +35,11 @@ class KeepsPrompt:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.repeat(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Select rows, also of the prompt."""
+        selected = self.shortened_prompt.select(indices)
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.shortened_prompt = self.shortened_prompt.select(indices)
+        self.shortened_prompt = selected
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows, also of the prompt."""

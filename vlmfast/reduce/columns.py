@@ -36,7 +36,7 @@ class Columns:
         index = torch.cat([self.index, other.index + self.total], 1)
         return Columns(index, torch.cat([self.valid, other.valid], 1), self.total + other.total)
 
-    def select(self, samples: Tensor) -> Columns:
+    def select(self, samples: list[int]) -> Columns:
         """Return the columns of these samples."""
         return Columns(self.index[samples], self.valid[samples], self.total)
 

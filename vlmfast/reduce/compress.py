@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
             base.rope_deltas = prompt.rope_deltas
         return _with_embeddings(base, prompt, short)
     if prompt.rope_deltas is not None:
-        short["mm_encoder_outputs"] = _Encoded(short["mm_encoder_outputs"], weakref.ref(base), prompt.rope_deltas)
+        # what moves inputs to a device makes another mapping of the same class
+        telling = type("Encoded", (_Encoded,), {"base": weakref.ref(base), "rope_deltas": prompt.rope_deltas})
+        short["mm_encoder_outputs"] = telling(short["mm_encoder_outputs"])
     return short
 
 
@@ -64,9 +66,8 @@ class _Encoded(dict[str, Any]):
     As its own prefill tells it: the model keeps this for one prompt, the last one that it has run.
     """
 
-    def __init__(self, items: Mapping[str, Any], base: weakref.ref[Any], rope_deltas: Tensor) -> None:
-        super().__init__(items)
-        self.base, self.rope_deltas = base, rope_deltas
+    base: ClassVar[weakref.ref[Any]]
+    rope_deltas: ClassVar[Tensor]
 
     def get(self, key: str, default: Any = None) -> Any:
         base = self.base()

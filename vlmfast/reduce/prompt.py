@@ -52,16 +52,14 @@ class ShortenedPrompt:
 
     def repeat(self, times: int) -> ShortenedPrompt:
         """Return it with each sample so many times."""
-        if times == 1:
-            return self
-        return self.select(torch.arange(len(self.ids), device=self.ids.device).repeat_interleave(times))
+        return self if times == 1 else self.select(torch.arange(len(self.ids)).repeat_interleave(times))
 
-    def select(self, samples: Tensor) -> ShortenedPrompt:
-        """Return the prompt of these samples."""
-        samples = samples.to(self.ids.device)
-        deltas = None if self.rope_deltas is None else self.rope_deltas[samples.to(self.rope_deltas.device)]
-        images = [self.samples[number] for number in samples.tolist()]
-        return ShortenedPrompt(self.ids[samples], self.columns.select(samples), deltas, images)
+    def select(self, samples: Tensor | Sequence[int]) -> ShortenedPrompt:
+        """Return the prompt of these samples, told by numbers or by a mask."""
+        chosen = samples.cpu() if isinstance(samples, Tensor) else list(samples)
+        rows: list[int] = torch.arange(len(self.ids))[chosen].tolist()
+        deltas = None if self.rope_deltas is None else self.rope_deltas[rows]
+        return ShortenedPrompt(self.ids[rows], self.columns.select(rows), deltas, [self.samples[row] for row in rows])
 
     def crop(self, held: int) -> ShortenedPrompt:
         """Return what a cache holds of it that was cropped to so many columns of the short prompt.
