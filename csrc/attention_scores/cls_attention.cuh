@@ -7,14 +7,17 @@
 
 namespace vlmfast {
 
-// The largest logit and the sum of all exponentials, in powers of two. Any number of them can be joined.
+// The largest logit and the sum of all exponentials, in powers of two. Any number of them can be joined. A NaN is no
+// maximum, and makes the sum NaN.
 struct Normaliser {
   float maximum = -INFINITY, sum = 0.f;
 
+  // What exponentials are taken from: logits that are all -inf have exponentials of 0.
+  static __device__ __forceinline__ float base(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
+
   __device__ __forceinline__ void join(float other_maximum, float other_sum) {
-    const float largest = max(maximum, other_maximum);
-    if (largest == -INFINITY) return;  // both are empty
-    sum = sum * fast_exp2(maximum - largest) + other_sum * fast_exp2(other_maximum - largest);
+    const float largest = max(maximum, other_maximum), from = base(largest);
+    sum = sum * fast_exp2(maximum - from) + other_sum * fast_exp2(other_maximum - from);
     maximum = largest;
   }
 
@@ -107,7 +110,7 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
     if (token < count) {
       logits[head_index * sizes.tokens + first + token] = chunk_logits[token];
       part.maximum = chunk_logits[token] * sizes.factor;
-      part.sum = fast_exp2(fmaf(chunk_logits[token], sizes.factor, -part.maximum));
+      part.sum = fast_exp2(fmaf(chunk_logits[token], sizes.factor, -Normaliser::base(part.maximum)));
     }
     part.join_lanes<kWarp>();
     if (token % kWarp == 0) {

@@ -40,10 +40,11 @@ struct RowNormalisers {
       for (int c = 0; c < Tiles::kPartColumns; ++c) {
         if (inside(r, c)) largest = max(largest, logits[r][c] * factor);
       }
+      const float from = Normaliser::base(largest);
       float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < Tiles::kPartColumns; ++c) {
-        if (inside(r, c)) sum += fast_exp2(fmaf(logits[r][c], factor, -largest));
+        if (inside(r, c)) sum += fast_exp2(fmaf(logits[r][c], factor, -from));
       }
       rows[r].join(largest, sum);
     }

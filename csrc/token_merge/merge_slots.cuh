@@ -120,7 +120,8 @@ struct Targets {
       Policy::for_all(end, kept, [&](int column) { return Vec::load(row + column); }, add);
       row_sum.add_up(dot, 0);
       const float similarity = dot[0] * inverse_lengths[target];
-      if (similarity > best) best = similarity, best_target = first + target;
+      // a row that is not finite has no cosine: its token goes to the first target
+      if (similarity > best && similarity < INFINITY) best = similarity, best_target = first + target;
     }
   }
 };

@@ -81,6 +81,13 @@ def merge_rows_kernel(
         sums = dot(joins.to(tl.float32).to(x.dtype), x, sums)
         count += tl.sum(joins.to(tl.int32), 1)
         place += tl.sum(tl.where(slot[None, :] == target[:, None], position[None, :], 0), 1)
+    if tl.sum(tl.sum((sums != sums).to(tl.int32), 1), 0) > 0:  # 0 times what is not finite is not 0: add row by row
+        sums = tl.zeros((BLOCK_TARGETS, BLOCK_COLUMNS), tl.float32)
+        for token in range(tokens):
+            each = token + tl.zeros((1, 1), tl.int32)
+            owner = tl.load(slot_ptr + each)
+            row = tl.load(at(x_ptr, each, x_token_stride), mask=(owner >= contextual) & (column < hidden), other=0.0)
+            sums += tl.where((contextual + target)[:, None] == owner, row.to(tl.float32), 0.0)
     mask = (target < contextual)[:, None] & (column < hidden)
     own = tl.load(at(x_ptr, place[:, None], x_token_stride), mask=mask & (place < tokens)[:, None], other=0.0)
     own = own.to(tl.float32)

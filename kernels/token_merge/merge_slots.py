@@ -88,7 +88,9 @@ def merge_slots_kernel(
             similarity = dot(own, theirs, similarity)
             square += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 0)
         inverse = tl.where(square > 0.0, tl.rsqrt(tl.where(square > 0.0, square, 1.0)), 0.0)
-        cosine = tl.where((target < contextual)[None, :], similarity * inverse[None, :], float("-inf"))
+        cosine = similarity * inverse[None, :]
+        # a metric that is not finite has no cosine; of NaN, `max` would return any index
+        cosine = tl.where((target < contextual)[None, :] & (tl.abs(cosine) < float("inf")), cosine, float("-inf"))
         highest, index = tl.max(cosine, 1, return_indices=True)
         owner = tl.where(highest > best, first + index, owner)
         best = tl.maximum(best, highest)

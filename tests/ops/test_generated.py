@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import platform
 
 import pytest
@@ -32,6 +33,8 @@ from tests.helpers.cases import (
 from tests.helpers.rounding import Tensors, assert_within
 from vlmfast.linear import SLOW
 from vlmfast.registry import OPS, Op
+
+INTERPRETED = ("triton", "emulated")
 
 
 def replaced(op: Op):
@@ -71,6 +74,45 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     elif dtype != torch.float32:  # in float32 every sum is its own rounding
         share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so that a float32 sum shows more often
         assert differ <= total // share, f"{differ} of {total} elements differ"
+
+
+def spoiled(args, backend: str):
+    """A call with one number that is not finite, in each floating input, at its begin and further on."""
+    values = (math.inf, -math.inf, math.nan)
+    for index in (i for i, a in enumerate(args) if is_float(a) and a.numel()):
+        # an interpreter takes a second for a call
+        for value, share in itertools.product(values, (0.6,) if backend in INTERPRETED else (0.0, 0.6)):
+            changed = args[index].clone().contiguous()
+            changed.view(-1)[int(share * (changed.numel() - 1))] = value
+            yield (*args[:index], changed, *args[index + 1 :])
+
+
+def result_or_error(function):
+    try:
+        return function()
+    except (ValueError, RuntimeError) as error:
+        return error
+
+
+@pytest.mark.parametrize(("op", "place"), [p for p in each_place(OPS.values()) if p.values[1][1] != "torch"])
+def test_what_is_not_finite_goes_where_it_does_in_the_definition(op: Op, place: tuple[str, str]):
+    """It spoils the same outputs, and is refused alike. What is moved stays what it is."""
+    device, backend = place
+    most = 3 if backend in INTERPRETED else 8
+    for args in (
+        *runnable(op, backend, op.cases.samples(device, torch.bfloat16))[:most],
+        *(() if backend == "triton" else runnable(op, backend, op.cases.samples(device, torch.float32))[:most]),
+    ):
+        for call in spoiled(args, backend):
+            got = result_or_error(lambda: run(op, backend, call))  # noqa: B023
+            want = result_or_error(lambda: outputs(op.reference(*call)))  # noqa: B023
+            if isinstance(want, Exception):
+                assert isinstance(got, Exception)
+                continue
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g.isfinite(), w.isfinite(), rtol=0, atol=0)
+                if op.exact:
+                    torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

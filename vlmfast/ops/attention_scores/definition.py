@@ -137,11 +137,15 @@ def received_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     columns = key.to(wide).transpose(1, 2)
     position = torch.arange(tokens, device=query.device)
-    segment = torch.zeros_like(position) if cu_seqlens is None else torch.bucketize(position, cu_seqlens, right=True)
+    segment = position if cu_seqlens is None else torch.bucketize(position, cu_seqlens, right=True)
     received = torch.zeros(heads, tokens, dtype=wide, device=query.device)
     parts = (query.tensor_split(ROW_CHUNKS, 1), segment.tensor_split(ROW_CHUNKS))
     for rows, row_segment in zip(*parts, strict=True):
-        elsewhere = row_segment[:, None] != segment
         logits = torch.matmul(rows.to(wide), columns) * factor
-        received += logits.masked_fill(elsewhere, -torch.inf).softmax(-1).sum(1)
+        if cu_seqlens is None:
+            received += logits.softmax(-1).sum(1)
+            continue
+        elsewhere = row_segment[:, None] != segment
+        attention = logits.masked_fill(elsewhere, -torch.inf).softmax(-1)
+        received += attention.masked_fill_(elsewhere, 0).sum(1)  # a row with a NaN in its segment is NaN elsewhere too
     return received.mean(0).view(tokens // group, group).mean(1)

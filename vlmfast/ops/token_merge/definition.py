@@ -18,11 +18,19 @@ from vlmfast.functions import op
 MERGES = ("reference", "mean")
 
 
-def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tell which tokens were assigned to which contextual token, (B, C, N), and how many, (B, C, 1)."""
-    numbers = torch.arange(contextual, 2 * contextual, device=slots.device)
-    assigned = (slots[:, None] == numbers[:, None]).to(dtype)
-    return assigned, assigned.sum(2, keepdim=True)
+def _sums(rows: Tensor, slots: Tensor, contextual: int) -> Tensor:
+    """Add up the rows of the tokens that were assigned to each contextual token, (B, C, D); others leave no trace."""
+    batch, _, size = rows.shape
+    assigned = (slots >= contextual) & (slots < 2 * contextual)
+    owner = torch.where(assigned, slots - contextual, contextual).long()
+    owner = owner + torch.arange(batch, device=slots.device)[:, None] * (contextual + 1)
+    sums = rows.new_zeros(batch * (contextual + 1), size).index_add(0, owner.flatten(), rows.flatten(0, 1))
+    return sums.view(batch, contextual + 1, size)[:, :contextual]
+
+
+def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> Tensor:
+    """Count the tokens that were assigned to each contextual token, (B, C, 1)."""
+    return _sums(torch.ones_like(slots, dtype=dtype)[..., None], slots, contextual)
 
 
 # ---- what a call must look like ----
@@ -178,10 +186,10 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
         # float64, then rounded: a matmul may give the doubles of a target cosines that differ in the last bit
         wide = metric.to(torch.float32 if metric.device.type == "mps" else torch.float64)
         length = wide.norm(dim=2, keepdim=True)
-        unit = torch.where(length > 0, wide / length, 0.0).gather(1, others[..., None].expand(-1, -1, wide.shape[2]))
+        unit = torch.where(length == 0, 0.0, wide / length).gather(1, others[..., None].expand(-1, -1, wide.shape[2]))
         target = torch.arange(contextual, device=metric.device)
-        similarity = unit @ unit[:, target * step].transpose(1, 2)
-        slot = similarity.float().argmax(2) + contextual
+        similarity = (unit @ unit[:, target * step].transpose(1, 2)).float()
+        slot = similarity.masked_fill(similarity.isnan(), -torch.inf).argmax(2) + contextual
         slot[:, target * step] = target
     else:
         slot = torch.full_like(others, -kept_count - 1)
@@ -213,12 +221,12 @@ def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, mer
     """
     batch, tokens, size = hidden.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    assigned, count = _counts(slots, contextual, wide)
+    count = _counts(slots, contextual, wide)
     spare = torch.where((slots >= 0) & (slots < contextual), slots, contextual).long()
     position = torch.arange(tokens, device=hidden.device).expand(batch, -1)
     target = position.new_zeros(batch, contextual + 1).scatter(1, spare, position)[:, :contextual]
     taken = hidden.gather(1, torch.cat([kept, target], 1)[..., None].expand(-1, -1, size))
-    first, added = taken[:, kept.shape[1] :].to(wide), assigned @ hidden.to(wide)
+    first, added = taken[:, kept.shape[1] :].to(wide), _sums(hidden.to(wide), slots, contextual)
     merged = (first + added) / (1 + count) if merge == "mean" else first + added / count.clamp(min=1)
     return torch.cat([taken[:, : kept.shape[1]], merged.to(hidden.dtype)], 1)
 
@@ -247,7 +255,7 @@ def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, mer
     kept_count = rows - contextual
     wide = torch.promote_types(grad_tokens.dtype, torch.float32)
     grad = grad_tokens.to(wide)
-    _, count = _counts(slots, contextual, wide)
+    count = _counts(slots, contextual, wide)
     ours = grad[:, kept_count:]
     if merge == "mean":
         ours = shared = ours / (1 + count)
