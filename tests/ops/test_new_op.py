@@ -14,7 +14,8 @@ import vlmfast
 from tests.emulation import build
 
 ROOT = Path(vlmfast.__file__).parents[1]
-PARTS = ("vlmfast", "kernels", "csrc", "benchmarks", "scripts", "tests", "docs", "pyproject.toml", "README.md")
+PARTS = ("vlmfast", "kernels", "csrc", "benchmarks", "scripts", "tests", "docs")
+FILES = ("pyproject.toml", "setup.py", "README.md")
 TESTS = ("tests/ops/test_generated.py", "tests/ops/test_traffic.py", "tests/test_static.py")
 QUIET = ("-q", "-p", "no:cacheprovider")
 USE = """
@@ -28,6 +29,24 @@ docs = runpy.run_path("scripts/make_docs.py")
 assert "## `scale_rows`" in docs["page"]()
 assert "import scale_rows" in docs["stub"]()
 """
+TIME = """
+import torch
+from vlmfast.benchmarks import command, ops
+from vlmfast.registry import OPS
+
+assert "scale_rows" in command.KNOWN
+found = ops.contenders(OPS["scale_rows"], (torch.randn(3, 8), torch.randn(3)), ("torch", "compile"))
+assert [contender.name for contender in found] == ["vlmfast triton", "torch.compile", "copy"]
+"""
+BUILD = """
+import pathlib, runpy, setuptools
+
+setuptools.setup = lambda **_: None
+setup = runpy.run_path("setup.py")
+pathlib.Path("csrc/scale_rows/cpu.cpp").touch()
+commands = setup["cpu_commands"](setup["import_torch"](), ["c++"])
+assert any(command[-1].endswith("scale_rows/cpu.cpp") for command in commands)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +55,9 @@ def run(tmp_path_factory):
     copy = tmp_path_factory.mktemp("tree")
     ignored = shutil.ignore_patterns("__pycache__")
     for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=ignored)
-        else:
-            shutil.copy(ROOT / part, copy)
+        shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=ignored)
+    for file in FILES:
+        shutil.copy(ROOT / file, copy)
     shutil.copytree(Path(__file__).parent / "toy", copy, dirs_exist_ok=True)
 
     def python(*command: str) -> str:
@@ -55,6 +73,15 @@ def run(tmp_path_factory):
 def test_it_is_public_explained_and_documented(run):
     pytest.importorskip("triton")
     run("-c", USE)
+
+
+def test_it_is_timed(run):
+    pytest.importorskip("triton")
+    run("-c", TIME)
+
+
+def test_it_is_built(run):
+    run("-c", BUILD)
 
 
 def test_the_generated_tests_have_it(run):
