@@ -162,9 +162,10 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             prompt, short = shorten(model, arguments, None)
             rows = prompt.columns.latest()
             if last := arguments.get("logits_to_keep"):
-                rows = rows[:, -last:]
-                first = int(rows.min())
-                short["logits_to_keep"], rows = prompt.columns.index.shape[1] - first, rows - first
+                rows, columns = rows[:, -last:], prompt.columns.index.shape[1]
+                # a sample alone has no padding behind it, and the device need not be asked
+                first = max(0, columns - last) if len(rows) == 1 else int(rows.min())
+                short["logits_to_keep"], rows = columns - first, rows - first
             output = _with_logits(original(model, **short), rows, arguments)
             if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
                 keep(_cache_of(output) if cache is None else cache, prompt)
