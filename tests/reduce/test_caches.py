@@ -192,6 +192,16 @@ def test_a_cache_made_of_the_layers_of_another():
         answer(talk, {"input_ids": ids, **talk.vision(0)}, past_key_values=text.past_key_values)
 
 
+def test_replicas_of_data_parallel():
+    """It takes the caches of its replicas apart to gather them."""
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        replica = talk.model._replicate_for_data_parallel()
+        replica._modules = talk.model._modules
+        cache = replica(**talk.batch((10, 0, 11)), use_cache=True).past_key_values
+    assert len(tuple(cache)) == len(cache.layers) > 0
+
+
 def test_embeddings_in_place_of_ids():
     talk = Talk.of("llava")
     first = talk.batch((10, 0, 11))
