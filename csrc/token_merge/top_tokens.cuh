@@ -125,7 +125,7 @@ struct TopShared {
 };
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(TopPolicy::kThreads, 1)
+__global__ void __launch_bounds__(TopPolicy::kThreads)
     top_tokens_kernel(Input<scalar_t, 2> scores,   // (batch, tokens)
                       int64_t* __restrict__ kept,  // (batch, kept_count)
                       TopPolicy policy) {
