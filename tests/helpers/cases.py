@@ -89,7 +89,7 @@ def family(name: str) -> list[Op]:
 
 
 def with_cases(op: Op, **changes: Any) -> Op:
-    """The op with other cases."""
+    """Return the op with other cases."""
     return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, **changes))
 
 
@@ -102,7 +102,7 @@ def require(op: Op, backend: str) -> None:
 
 
 def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """The calls that the backend accepts: it may refuse some, such as tensors of several dtypes, but not all."""
+    """Return the calls that the backend accepts: it may refuse some, such as tensors of several dtypes, but not all."""
     require(op, backend)
     reasons = [(op.backend(backend).unsupported(*args), args) for args in candidates]
     accepted = [args for reason, args in reasons if reason is None]
@@ -113,7 +113,7 @@ def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> lis
 
 
 def run(op: Op, backend: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The outputs of the op's function on one backend."""
+    """Return the outputs of the op's function on one backend."""
     with vlmfast.use(backend):
         return outputs(op.function(*args))
 
@@ -131,7 +131,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call in float64: what the definition says without rounding."""
+    """Return the same call in float64: what the definition says without rounding."""
     return tuple(a.double() if is_float(a) else a for a in args)
 
 
@@ -139,7 +139,7 @@ def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _filling(x: Tensor) -> float:
-    """What nobody may read: NaN; true in a mask, a large number in an index."""
+    """Make what nobody may read: NaN; true in a mask, a large number in an index."""
     return float("nan") if x.is_floating_point() else torch.iinfo(torch.int32).max
 
 
@@ -180,12 +180,12 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def every_other(x: Tensor) -> Tensor:
-    """A last dimension of stride two."""
+    """Give a last dimension of stride two."""
     return torch.stack([x, torch.full_like(x, _filling(x))], -1).flatten(-2)[..., ::2]
 
 
 def expanded(x: Tensor) -> Tensor:
-    """The first row, repeated with a stride of zero; not of a mask or an index, which would then not fit the others."""
+    """Repeat the first row with a stride of zero; not of a mask or an index, which would then not fit the others."""
     return x[:1].expand(x.shape) if x.dim() > 1 and x.is_floating_point() else x
 
 

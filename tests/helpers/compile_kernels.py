@@ -41,7 +41,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def calls_of(op: Op) -> list[tuple[bool, int, list]]:
-    """The (real, multiprocessors, arguments) of the op's workloads and samples on each GPU, the tensors on none.
+    """Return the (real, multiprocessors, arguments) of the op's workloads and samples on each GPU, the tensors on none.
 
     They are made on the CPU, because some shapes depend on how many positions of a mask are true. The samples take no
     time, and are made for each GPU anew.
@@ -58,7 +58,7 @@ def calls_of(op: Op) -> list[tuple[bool, int, list]]:
 
 
 def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
-    """The (kernel, arguments, options, real) of every launch of the calls; none is executed."""
+    """Return the (kernel, arguments, options, real) of every launch of the calls; none is executed."""
     seen, launched, backend = [], [], op.backend("triton")
     module = sys.modules[backend.run.__module__]
     module.device_unsupported = lambda x: None  # as if the meta device were a GPU
@@ -82,7 +82,7 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
 
 
 def source_of(kernel: JITFunction, arguments: dict, unaligned: Container[str] = ()) -> ASTSource:
-    """The specialisation that the JIT would make of these arguments.
+    """Return the specialisation that the JIT would make of these arguments.
 
     Tensors lie at multiples of 16 bytes, as torch's allocations and row views of 16 bytes do, but for those named.
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The bits (uint16) of float32 values rounded to bfloat16, to nearest, ties to even."""
+    """Return the bits (uint16) of float32 values rounded to bfloat16, to nearest, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)

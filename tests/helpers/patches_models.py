@@ -70,7 +70,7 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
 
 
 def sites_of(model: nn.Module, replacements: ModuleType) -> list[str]:
-    """The sites of a model that get a function of this module of vlmfast.patches."""
+    """Return the sites of a model that get a function of this module of vlmfast.patches."""
     return sorted({site.name for site in find_sites(model) if _gets(site.body and site.body.function, replacements)})
 
 
@@ -93,7 +93,7 @@ def _gets(function: Callable[..., Any] | None, replacements: ModuleType) -> bool
 
 
 def exact(model: nn.Module) -> dict[str, list[str]]:
-    """What leaves the mergers out: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
+    """Leave the mergers out: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
     return {"exclude": sites_of(model, merger)}
 
 
@@ -102,7 +102,7 @@ def patched(model: nn.Module) -> list[nn.Module]:
 
 
 def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
-    """The class and the attributes of every module."""
+    """Return the class and the attributes of every module."""
     return {
         name: (type(module), {key: id(value) for key, value in vars(module).items()})
         for name, module in model.named_modules()
@@ -110,7 +110,7 @@ def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
 
 
 def require(backend: str) -> str:
-    """The backend, where it is there."""
+    """Return the backend, where it is there."""
     for function in (rms_norm, deepstack_add, place_embeddings, pixel_shuffle):
         found = function.op.backend(backend)
         if isinstance(found, str):
@@ -128,7 +128,7 @@ def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:
 
 
 def llava_processor() -> transformers.LlavaProcessor:
-    """What belongs to the tiny LLaVA: a word for each of its ids, and images of 4 x 4 patches."""
+    """Make what belongs to the tiny LLaVA: a word for each of its ids, and images of 4 x 4 patches."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "describe", "this", *(f"word{number}" for number in range(57))]

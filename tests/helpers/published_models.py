@@ -15,7 +15,7 @@ SMALLER_IMAGES = {
 
 
 def little(name: str) -> Published:
-    """The model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
+    """Make the model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
     model = MODELS[name]
     depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}  # LLaVA uses the last but one
     if "deepstack_visual_indexes" in model.vision:

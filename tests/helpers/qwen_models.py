@@ -20,7 +20,7 @@ SMALL, BROAD, WIDE, TALL = (1, 8, 12), (1, 6, 16), (1, 6, 14), (1, 10, 6)
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model whose last vision block prefers some patches clearly."""
+    """Make a tiny model whose last vision block prefers some patches clearly."""
     model, _ = tiny(name)
     if not hasattr(model, "_prepare_position_ids_for_generation"):
         pytest.skip("visual tokens are reduced from transformers 5.17 on")

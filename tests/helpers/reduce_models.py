@@ -68,19 +68,19 @@ class Talk:
         return takes_features or not hasattr(self.model.base_model.language_model, "_deepstack_process")
 
     def ids(self, *parts: int) -> list[int]:
-        """A prompt: the image of that number for numbers below 3, and other numbers as ids of text."""
+        """Make a prompt: the image of that number for numbers below 3, and other numbers as ids of text."""
         found = []
         for part in parts:
             found += [VISION_START, *[IMAGE] * self.counts[part], VISION_END] if part < 3 else [part]
         return found
 
     def vision(self, *numbers: int) -> dict[str, Tensor]:
-        """The vision inputs of these images, in this order."""
+        """Make the vision inputs of these images, in this order."""
         chosen = [self.pictures[number] for number in numbers]
         return {name: torch.cat([picture[name] for picture in chosen]) for name in chosen[0]} if chosen else {}
 
     def batch(self, *prompts: tuple[int, ...], side: str = "left") -> dict[str, Tensor]:
-        """The inputs of a batch of prompts, each as `ids` takes it."""
+        """Make the inputs of a batch of prompts, each as `ids` takes it."""
         rows = [self.ids(*prompt) for prompt in prompts]
         longest = max(map(len, rows))
         padding = [[0] * (longest - len(row)) for row in rows]
@@ -91,7 +91,7 @@ class Talk:
         return self.with_types({"input_ids": ids, "attention_mask": torch.tensor(mask), **images})
 
     def with_types(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs, with the token types that belong to the ids where the model wants them."""
+        """Make the inputs, with the token types that belong to the ids where the model wants them."""
         if self.wants_types:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         return inputs
@@ -194,7 +194,7 @@ class ByHand:
         self.after += 1
 
     def greedy(self, steps: int) -> tuple[list[int], Tensor]:
-        """The next words (no ids of padding or images, which would be read as such in a second turn); their logits."""
+        """Return the next words (none that a second turn would read as padding or images) and their logits."""
         found, logits = [], []
         for _ in range(steps):
             logits.append(self.logits()[-1])
@@ -221,7 +221,7 @@ def run(
     levels: list[Tensor],
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The language model on embeddings, without a cache."""
+    """Run the language model on embeddings, without a cache."""
     extra = {"visual_pos_masks": visual, "deepstack_visual_embeds": levels} if levels else {}
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long) if mask is None else mask
     return talk.model.base_model.language_model(

@@ -63,7 +63,7 @@ class Tower:
 
 @torch.no_grad()
 def encoded(model: nn.Module, pixels: Tensor, layer: int, has_cls: bool, dtype: torch.dtype = torch.float64) -> Tower:
-    """A copy of the tower with eager attention and all of its maps."""
+    """Make a copy of the tower with eager attention and all of its maps."""
     tower: Any = copy.deepcopy(model.vision_tower).to(dtype)
     tower.set_attn_implementation("eager")
     out = tower(pixels.to(dtype), output_attentions=True, output_hidden_states=True)
@@ -100,7 +100,7 @@ Token = tuple[int, int] | str  # (crop, patch), or what else
 
 
 def model_order(grid: tuple[int, int] | None, side: int, size: tuple[int, int]) -> list[Token]:
-    """The tokens of an unpruned image; without a grid it was not cut into crops."""
+    """Return the tokens of an unpruned image; without a grid it was not cut into crops."""
     tokens: list[Token] = [(0, patch) for patch in range(side * side)]
     if grid is None:
         return [*tokens, "newline"]

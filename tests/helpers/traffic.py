@@ -52,7 +52,7 @@ class Traffic:
 
 
 def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
-    """A real shape of the op in bfloat16 that is large enough, and its arguments; the largest if none is.
+    """Return a real shape of the op in bfloat16 that is large enough, and its arguments; the largest if none is.
 
     If the first image of a batch is enough, it stands for all: Triton's interpreter would take a minute for five.
     """
@@ -132,7 +132,7 @@ class _Launch:
 
 @contextmanager
 def watched() -> Iterator[list[_Launch]]:
-    """What the launches inside the block touch."""
+    """Record what the launches inside the block touch."""
     from triton.runtime import interpreter
 
     launches: list[_Launch] = []

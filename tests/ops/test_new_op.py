@@ -30,7 +30,6 @@ assert "## `scale_rows`" in docs["page"]()
 assert "import scale_rows" in docs["stub"]()
 """
 TIME = """
-import torch
 from vlmfast.benchmarks import command, ops
 from vlmfast.registry import OPS
 
@@ -70,14 +69,9 @@ def run(tmp_path_factory):
     return python
 
 
-def test_it_is_public_explained_and_documented(run):
+def test_it_is_public_explained_documented_and_timed(run):
     pytest.importorskip("triton")
-    run("-c", USE)
-
-
-def test_it_is_timed(run):
-    pytest.importorskip("triton")
-    run("-c", TIME)
+    run("-c", USE + TIME)
 
 
 def test_it_is_built(run):
