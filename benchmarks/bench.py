@@ -7,6 +7,7 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 from __future__ import annotations
 
 import functools
+import itertools
 from argparse import Namespace
 from collections import ChainMap
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 import vlmfast
-from vlmfast.benchmarks import html, models, peers, report, timing
+from vlmfast.benchmarks import graphs, html, models, peers, report, timing
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
@@ -112,7 +113,9 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         )
         for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
             records = []
-            for record in benchmark(KNOWN[name], device, dtype_of_ops, kinds, machine):
+            found_of_op = benchmark(KNOWN[name], device, dtype_of_ops, kinds, machine)
+            in_graphs = graphs.benchmark(KNOWN[name], device, dtype_of_ops, machine) if "compile" in kinds else ()
+            for record in itertools.chain(found_of_op, in_graphs):
                 records.append(record)
                 keep("records", [*found["records"], record])
             report.show_op(console, records, where)

@@ -69,7 +69,8 @@ def _svg(figure: Any) -> str:
 
 
 def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in record["contenders"] if "us" in row]
+    """List what can be drawn: contenders with a time, unless the record is of a graph, whose bytes nobody counts."""
+    return [row for row in record["contenders"] if "us" in row and record["bytes"]]
 
 
 def _scaling(records: list[dict[str, Any]]) -> str:

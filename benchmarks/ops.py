@@ -172,9 +172,11 @@ def counted(op: str, backend: str) -> float | None:
     return _traffic().get((op, backend))
 
 
-def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings) -> dict[str, Any]:
-    """Write down what was found of one workload; times in microseconds."""
-    bytes, flops = op.cases.bytes(*args), op.cases.flops(*args) if op.cases.flops else 0
+def record(
+    op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings, alone: bool = True
+) -> dict[str, Any]:
+    """Write down what was found of one workload; times in microseconds. Only of a call ``alone`` the cost is known."""
+    bytes, flops = (op.cases.bytes(*args), op.cases.flops(*args) if op.cases.flops else 0) if alone else (0, 0)
     by_name = {c.name: c.times for c in found if c.times is not None}
     rows = []
     for contender in found:
@@ -187,7 +189,7 @@ def record(op: Op, label: str, args: tuple[Any, ...], found: list[Contender], ma
             for name, key in {"transformers": "x_transformers", "torch.compile": "x_compile"}.items():
                 if name in by_name:
                     row[key] = by_name[name].over(times)
-            if contender.group != "limit":
+            if contender.group != "limit" and bytes:
                 row["gb_per_s"] = bytes / times.median / 1e9
                 row["tflop_per_s"] = flops / times.median / 1e12 if flops else None
                 row["of_ceiling"] = machine.seconds(bytes, flops) / times.median

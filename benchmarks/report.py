@@ -51,7 +51,8 @@ of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of 
 above 100% where the data lie in a cache
 / copy: time over that of a copy of as many bytes; x: how many times faster than; all ratios are of this one run
 roundings: distance from the definition, of peers in roundings of the inputs' dtype; 0 is bit-equal
-traffic: bytes counted over the fewest possible"""
+traffic: bytes counted over the fewest possible
+in a graph: eight layers around the op, compiled, as are those of transformers; torch.compile: the definition alone"""
 MODEL_LEGEND = """ms: median of the rounds; range: shortest to longest, over the median; x: median of the rounds' ratios
 compile is of the language model alone; where the host waits in a prefill, it runs as in eager mode (no graph)"""
 

@@ -27,7 +27,8 @@ REDUCTION = ROOT / "docs" / "token_reduction.md"
 HEAD = """# Ops
 
 Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable in its floating-point
-tensors, one node under `torch.compile`, and returns new contiguous tensors.
+tensors, and returns new contiguous tensors. In a graph of `torch.compile` it is one node, or its definition on the
+devices that its entry names; exporters get its definition.
 """
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
@@ -37,7 +38,8 @@ one run, medians of interleaved rounds. Rows with a `date` of their own in the J
 machine, and replace rows whose peers had been refused by too narrow a comparison. Below 1 the other is faster than
 vlmfast. "copy" moves as many bytes as the op; in runs before 2026-11-28 it read memory that had never been written, and
 is up to a quarter too fast. `clone()` and `F.linear alone` are limits too: less work than the op takes, unless the
-processor does not multiply bfloat16 numbers, where the op multiplies in float32.
+processor does not multiply bfloat16 numbers, where the op multiplies in float32. "torch.compile" is the definition,
+compiled alone. Rows "in a graph" are of eight layers of residual, norm and scale, compiled, as are transformers' own.
 """
 README_ROWS = {
     ("rms_norm", "600x2048"),
@@ -76,7 +78,9 @@ def section(name: str) -> str:
     """Show the documentation of one public function."""
     function = operator.attrgetter(name)(vlmfast)
     text = inspect.getdoc(function)
-    return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n"
+    inlined = OPS[name].inlined if name in OPS else ()
+    more = f"\nA compiled graph has its definition on: {', '.join(inlined)}.\n" if inlined else ""
+    return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n{more}"
 
 
 Run = dict[str, Any]
@@ -132,7 +136,8 @@ def figures_of(run: Run, compiled: Run) -> str:
     return (
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},\n"
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the\n"
-        "last column is the time over that of a copy of as many bytes.\n\n"
+        "last column is the time over that of a copy of as many bytes. torch.compile has the\n"
+        "definition alone; in the graph of a model, norms are upstream's own lines.\n\n"
     ) + table(("op", "shape", "time", "x transformers", "x torch.compile", "time / copy"), 2, rows)
 
 

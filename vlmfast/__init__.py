@@ -1,6 +1,6 @@
 """vlmfast: fused kernels for vision-language models, and drop-in patches for Hugging Face transformers."""
 
-from vlmfast import compat, reduce
+from vlmfast import backends, compat, reduce
 from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops import PUBLIC
 from vlmfast.patches import Patch, patch, unpatch
@@ -10,6 +10,7 @@ from vlmfast.registry import explain, use
 from vlmfast.repacking import repack
 
 __version__ = "0.1.0"
+backends.load_extension()  # here: a graph that was saved with its ops loads once this package is imported
 globals().update(PUBLIC | CLASSES)  # their types are in __init__.pyi, which `make docs` writes
 __all__ = [
     *PUBLIC,

@@ -36,6 +36,8 @@ class Cases:
     upstream: Preparation | None = None  # the Hugging Face code that the op replaces
     peers: Mapping[str, Preparation] = field(default_factory=dict)  # other ways to compute the same, to time against
     projects: Mapping[str, Preparation] = field(default_factory=dict)  # peers of the projects in benchmarks/peers.py
+    # Layers around a call as they stand in a model, of "vlmfast" and of its peers, to compile and time
+    layers: Mapping[str, Preparation] = field(default_factory=dict)
     limits: Mapping[str, Preparation] = field(default_factory=dict)  # less work than any way takes, to time against
     launches: int | Mapping[str, int] = 1  # kernels of a call; by backend where that differs
     requested: float = 1.1  # the most bytes that all lanes ask for, in units of `bytes`: caches serve the rest

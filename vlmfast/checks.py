@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from vlmfast.torch_internals import assert_async, in_function_transform
+from vlmfast.torch_internals import assert_async, dispatch_modes, in_function_transform
 
 DTYPES = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16))  # a set that keeps its order
 
@@ -85,4 +85,4 @@ def on_host(value: Tensor) -> bool:
     """Tell whether the numbers in ``value`` can be read without waiting for a device: not a tracer's or vmap's."""
     if not value.is_cpu or type(value) is not Tensor or torch.compiler.is_compiling():
         return False
-    return not in_function_transform()
+    return not (dispatch_modes() or in_function_transform())

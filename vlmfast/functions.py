@@ -1,7 +1,8 @@
 """The function that a user calls, made of an op's definition: what eager code, gradients and tracers run.
 
-Eager code goes straight to the backend that the registry chooses, past torch's dispatcher. Tracers see one op of the
-library ``vlmfast``, which does the same when it runs.
+Eager code goes straight to the backend that the registry chooses, past torch's dispatcher. torch.compile and modes that
+watch operators see one op of the library ``vlmfast``, which does the same when it runs: a barrier to fusion. Where that
+loses (`Op.inlined`), and for exporters, the definition is traced.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from vlmfast import backends
+from vlmfast.backends import contiguous
 from vlmfast.checks import DTYPES
 from vlmfast.registry import OPS, Op, detached, order
 from vlmfast.torch_internals import (
     any_requires_grad,
+    constant_result,
     dispatch_modes,
-    forward_mode_level,
+    exporting,
+    forward_mode,
     in_function_transform,
     is_compiling,
     is_grad_enabled,
+    jit_tracer,
 )
 
 P = ParamSpec("P")
@@ -44,7 +48,7 @@ def op(check: Callable[P, None], **fields: Any) -> Callable[[Callable[P, R]], Op
 
     Args:
         check: raises ValueError or TypeError on a bad call; it takes the op's arguments.
-        **fields: `gradients`, `exact`, `detached`, `compose` and `parts` of `Op`, by name.
+        **fields: `gradients`, `exact`, `detached`, `inlined`, `compose` and `parts` of `Op`, by name.
 
     Returns:
         A decorator, which gives the function that a user calls.
@@ -75,10 +79,11 @@ def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
 def _function(entry: Op) -> Callable[..., Any]:
     """Make the function that a user calls, for an op with kernels of its own."""
     overload, differentiable = _register_with_torch(entry), _autograd_function(entry)
+    is_inlined, define = _inlining(entry)
     check, choose, scores = entry.check, entry.choose, entry.detached
     _, defaults = entry.parameters
 
-    def trace(*args: Any, **kwargs: Any) -> Any:
+    def node(*args: Any, **kwargs: Any) -> Any:
         if is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (*args, *kwargs.values())):
             if scores:
                 args, kwargs = detached(args, kwargs)
@@ -88,12 +93,12 @@ def _function(entry: Op) -> Callable[..., Any]:
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # A tracer (torch.compile, export, a dispatch mode) must see one op. Everybody else is spared the
-        # dispatcher: define/impl costs 1.5 us a call, custom_op 8 us.
-        if is_compiling() or dispatch_modes():
-            return trace(*args, **kwargs)
+        # Who traces or watches operators must see some. Everybody else is spared the dispatcher: define/impl costs
+        # 1.5 us a call, custom_op 8 us.
+        if is_compiling() or dispatch_modes() or jit_tracer():
+            return define(*args, **kwargs) if is_inlined(args, kwargs) else node(*args, **kwargs)
         check(*args, **kwargs)
-        if in_function_transform() or forward_mode_level() >= 0:
+        if in_function_transform() or forward_mode._current_level >= 0:
             return entry.run_definition(*args, **kwargs)
         if kwargs:  # which every call on the way down would pay for
             args = entry.positional(args, kwargs)
@@ -111,19 +116,59 @@ def _function(entry: Op) -> Callable[..., Any]:
 def _composed_function(entry: Op) -> Callable[..., Any]:
     """Make the function that a user calls, for an op made of others: tracers and gradients see those."""
     compose, defaults = cast("Callable[..., Any]", entry.compose), entry.parameters[1]
+    is_inlined, define = _inlining(entry)
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
+        tracing = is_compiling() or dispatch_modes() or jit_tracer()
+        if tracing and is_inlined(args, kwargs):
+            return define(*args, **kwargs)
         entry.check(*args, **kwargs)
         if kwargs:
             args = entry.positional(args, kwargs)
         args = (*args, *defaults[len(args) :])
-        if is_compiling() or dispatch_modes():  # a tracer must see the parts, and cannot read a context variable
+        if tracing:  # a tracer must see the parts, and cannot read a context variable
             return compose(*args)
         return entry.run(*args)
 
     call.op = entry  # type: ignore[attr-defined]
     return call
+
+
+@constant_result
+def _compiled_inline(name: str, device: str) -> bool:
+    """Tell whether a graph of torch.compile has the definition; of torch.export, every one."""
+    return torch.compiler.is_exporting() or device in OPS[name].inlined
+
+
+@constant_result
+def _is_refused(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype not in DTYPES
+
+
+def _inlining(entry: Op) -> tuple[Callable[..., bool], Callable[..., Any]]:
+    """Make what tells whether who traces a call is given the definition, and what gives it.
+
+    All that torch.compile reads here is read again at each call of the graph: a variable costs less than an attribute.
+    """
+    name, check, first = entry.name, entry.check, entry.parameters[0][0]
+    definition = entry.definition if entry.detached else entry.reference
+
+    def is_inlined(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not is_compiling():
+            return exporting()
+        x = args[0] if args else kwargs.get(first)
+        return _compiled_inline(name, x.device.type)  # type: ignore[union-attr]
+
+    def define(*args: Any, **kwargs: Any) -> Any:
+        # What a check reads would cost a compiled graph 1 us a call; and while torch.jit traces, sizes are tensors, and
+        # no sizes to a check. There only a dtype is refused, and another bad call raises torch's own error.
+        x = args[0] if args else kwargs[first]
+        if _is_refused(x.dtype) or not (is_compiling() or jit_tracer()):
+            check(*args, **kwargs)
+        return contiguous(definition(*args, **kwargs))
+
+    return is_inlined, define
 
 
 def _register_with_torch(entry: Op) -> Callable[..., Any]:
@@ -132,7 +177,7 @@ def _register_with_torch(entry: Op) -> Callable[..., Any]:
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         entry.check(*args, **kwargs)
-        return backends.contiguous(entry.reference(*args, **kwargs))
+        return contiguous(entry.reference(*args, **kwargs))
 
     # The dispatcher drops arguments equal to their schema default before it calls `entry.run`: the defaults of
     # every backend must therefore equal the definition's (tests/test_static.py).

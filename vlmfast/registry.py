@@ -46,6 +46,9 @@ class Op:
     gradients: tuple[Callable[..., None], Callable[..., Any]] | None = None
     exact: bool = False  # nothing is summed: every backend gives the same bits
     detached: bool = False  # the outputs are scores or positions: they carry no gradient, whatever the inputs do
+    # Types of devices on which a compiled graph has the definition in place of the op: with what stands around it,
+    # Inductor makes something of it that is as fast as the kernel. Elsewhere the op is one node of the graph.
+    inlined: tuple[str, ...] = ()
     # An op made of other ops: what runs in place of the definition, given all arguments by position, and the ops in it
     # that backends provide. It is traced through and differentiated through.
     compose: Callable[..., Any] | None = None
@@ -183,8 +186,9 @@ order: ContextVar[Iterable[str]] = ContextVar("vlmfast_backends", default=(_pinn
 def use(backend: str) -> Iterator[None]:
     """Run every op inside the block on one backend; a call that it cannot run raises its reason.
 
-    It holds for this thread, and for the backward of what ran inside. A compiled graph follows the pin of the moment in
-    which it runs, forward or backward.
+    It holds for this thread, and for the backward of what ran inside. The ops that are nodes of a compiled graph follow
+    the pin of the moment in which it runs, forward or backward; where a tracer got an op's definition, there is nothing
+    to pin.
 
     Args:
         backend: "native", "triton" or "torch".

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # in half the time of a loop in Python
-is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling  # other tracers are dispatch modes
-dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # what other tracers are, but for torch.jit's
+jit_tracer: Callable[[], Any] = torch._C._get_tracing_state  # None outside
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
-forward_mode_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_current_level")  # -1 outside
+forward_mode = forward_ad  # its `_current_level` is -1 outside; a function that reads it would cost 0.03 us
 has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
+
+
+def constant_result(function: Function) -> Function:
+    """Have torch.compile call a function while it traces, and guard nothing that this reads.
+
+    As `torch.compiler.assume_constant_result`, which imports torch._dynamo: that takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def exporting() -> bool:
+    """Tell whether a graph is traced that may run where this package is not: by torch.export, torch.jit or make_fx."""
+    if torch.compiler.is_exporting() or jit_tracer() is not None:
+        return True
+    # what torch.compile does with a graph of its own is traced by the same mode as make_fx
+    return get_proxy_mode() is not None and TracingContext.try_get() is None
 
 
 def function_of(overload: Any) -> Callable[..., Any]:

@@ -29,6 +29,6 @@ def small(monkeypatch):
     monkeypatch.setattr(timing.measure, "__defaults__", (3,))
     monkeypatch.setattr(timing, "ceilings", lambda device, dtype: MACHINE)
     workload = ("4x64", (torch.randn(4, 64), torch.randn(64)))
-    op = with_cases(OPS["rms_norm"], workloads=lambda device, dtype: [workload])
+    op = with_cases(OPS["rms_norm"], workloads=lambda device, dtype: [workload], layers={})
     monkeypatch.setitem(OPS, "rms_norm", op)
     return op

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import vlmfast
 from tests.benchmarks.conftest import MACHINE
 from tests.helpers.cases import EACH_OP, with_cases
 from vlmfast import cli
 from vlmfast.backends import LOADERS, Backend
-from vlmfast.benchmarks import ops, peers, timing
+from vlmfast.benchmarks import graphs, ops, peers, timing
 from vlmfast.registry import OPS, Op, order
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("transformers", "torch")
+LAYERS = OPS["rms_norm"].cases.layers
 
 
 # ---- what is made of it ----
@@ -175,7 +178,7 @@ def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
     for name, prepare in {"liger": broken, "quack": lambda *args: broken}.items():
         monkeypatch.setitem(small.cases.projects, name, prepare)
     found = measured(small, ("liger", "quack", "flashinfer"))
-    assert [found[name]["error"] for name in ("liger", "quack")] == ["OSError: no such library"] * 2
+    assert found["liger"]["error"] == found["quack"]["error"] == "OSError: no such library"
     assert "us" in found["vlmfast native"]
     assert "us" not in found["liger"]
 
@@ -238,8 +241,41 @@ def test_an_op_without_a_kernel_says_so(small, override, capsys):
     assert "no kernel runs this call (native: not built; triton: not built)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cls_attention", "received_attention"])
-def test_attention_is_timed_on_keys_of_both_layouts(name):
-    """A strided key makes PyTorch's own ways slower than they have to be."""
-    layouts = {label.rpartition(" ")[2]: args[1] for label, args in OPS[name].cases.workloads("cpu", torch.bfloat16)}
-    assert {label: key.is_contiguous() for label, key in layouts.items()} == {"projected": False, "contiguous": True}
+# ---- in a graph ----
+
+
+def test_layers_are_compiled_and_compared(small, monkeypatch):
+    """Ours and upstream's, with nothing said of bytes that Inductor may never move."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    op = with_cases(small, layers=LAYERS)
+    (found,) = graphs.benchmark(op, "cpu", torch.float32, MACHINE)
+    assert found["workload"] == "4x64, in a graph"
+    assert [(row["name"], row["group"], row["error"]) for row in found["contenders"]] == [
+        ("vlmfast", "ours", None),
+        ("transformers", "peer", None),
+    ]
+    assert len(compiled) == 2
+    assert found["contenders"][0]["x_transformers"] > 0
+    assert not {"gb_per_s", "of_ceiling"} & found["contenders"][0].keys()
+    assert list(graphs.benchmark(small, "cpu", torch.float32, MACHINE)) == []
+
+
+def test_layers_that_say_something_else_have_no_time(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda: function() * 2)
+    (found,) = graphs.benchmark(with_cases(small, layers=LAYERS), "cpu", torch.float32, MACHINE)
+    assert all("no speed" in row["error"] for row in found["contenders"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_of_a_norm_become_the_code_of_upstream(dtype: torch.dtype):
+    """Patched and compiled is as fast as compiled: it is the same code."""
+    args = torch.randn(3, 64, dtype=dtype), torch.randn(64, dtype=dtype)
+    generated = []
+    for layers in LAYERS.values():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            _, code = run_and_get_code(torch.compile(layers(*args), dynamic=False))
+        generated.append(re.sub(r"#.*", "", "\n".join(code)))
+    assert "rsqrt" in generated[0]
+    assert generated[0] == generated[1]

@@ -158,16 +158,7 @@ def test_meta_tensors_and_fake_mode():
     assert vlmfast.rms_norm(x, weight).shape == x.shape
     with FakeTensorMode():
         y, residual = vlmfast.add_rms_norm(torch.empty(2, 64), torch.empty(2, 64), torch.empty(64))
-    assert [y.shape, residual.shape] == [(2, 64)] * 2
-
-
-def test_export_sees_one_op(call):
-    class Norm(torch.nn.Module):
-        def forward(self, x, weight):
-            return vlmfast.rms_norm(x, weight)
-
-    graph = torch.export.export(Norm(), call).graph
-    assert [n.target for n in graph.nodes if n.op == "call_function"] == [torch.ops.vlmfast.rms_norm.default]
+    assert y.shape == residual.shape == (2, 64)
 
 
 @pytest.mark.parametrize("op", EACH_OP)

@@ -47,15 +47,10 @@ def pack(kernel: Kernel, values: list[Any]) -> bytes:
     return bytes(packed)
 
 
-# The kernels that have run, each assembled once: by its PTX and its name.
-machines: dict[tuple[str, str], Machine] = {}
-
-
+@functools.cache
 def machine_for(ptx: str, name: str) -> Machine:
     """The kernel of a module, assembled."""
-    if (ptx, name) not in machines:
-        machines[ptx, name] = Machine(parse(ptx, name))
-    return machines[ptx, name]
+    return Machine(parse(ptx, name))
 
 
 def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:

@@ -60,14 +60,6 @@ def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, *_: Any) -> 
     return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def _torch_functional_add(x: Tensor, residual: Tensor, *norm: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    def run() -> tuple[Tensor, Tensor]:
-        hidden_states = residual + x
-        return _torch_functional(hidden_states, *norm)(), hidden_states
-
-    return run
-
-
 # ---- the kernels of other projects, each in its fastest documented way of being called; forward only ----
 
 
@@ -105,6 +97,24 @@ def _flashinfer(
         y, hidden = x.clone(), residual.clone()  # it writes over both; a call that keeps them copies them first
         fused_add_rmsnorm(y, hidden, weight, eps)
         return y, hidden
+
+    return run
+
+
+def _norm_function(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    norm = definition.rms_norm
+    return lambda hidden_states: norm(hidden_states, weight)
+
+
+def _layers(norm: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    """Take eight times a residual addition, the norm and a scaling."""
+
+    def run() -> Tensor:
+        hidden_states = residual = x
+        for _ in range(8):
+            residual = residual + hidden_states
+            hidden_states = norm(residual) * 0.5
+        return hidden_states
 
     return run
 
@@ -209,6 +219,10 @@ rms_norm = Cases(
     upstream=_upstream,
     peers={"F.rms_norm": _torch_functional},
     projects={name: _without_residual(prepare) for name, prepare in _PROJECTS.items()},
+    layers={
+        "vlmfast": lambda x, weight: _layers(_norm_function(weight), x),
+        "transformers": lambda x, weight: _layers(_norm_module(weight), x),
+    },
     requested=1.55,  # a weight for each row of 2048: as much as the row
 )
 
@@ -224,7 +238,6 @@ add_rms_norm = derived(
     bytes=_add_bytes,
     flops=lambda x, *_: 5 * x.numel(),
     upstream=_upstream_add,
-    peers={"F.rms_norm": _torch_functional_add},
     projects=_PROJECTS,
     requested=1.3,  # a weight for each row
 )

@@ -15,6 +15,9 @@ from vlmfast.functions import op
 
 _INFINITY = math.inf  # a name of this module is found sooner than one of another
 VARIANTS = ("llama", "gemma", "olmo")
+# One of 8 compiled layers of residual, norm and scale takes 4 us for a token of 2048 channels (a CPU with AVX-512), and
+# 8 us with the kernel as a node; 600 tokens take as long. No GPU has timed it, where Inductor fuses norms as well.
+INLINED = ("cpu", "cuda")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 # ---- the definitions ----
 
 
-@op(check=_check, gradients=(_setup_context, _backward))
+@op(check=_check, gradients=(_setup_context, _backward), inlined=INLINED)
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> Tensor:
     """Divide each row by its root mean square and multiply it by a weight, if there is one.
 
@@ -161,7 +164,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant
     return weight * normed.to(x.dtype)
 
 
-@op(check=_check_add, gradients=(_add_setup_context, _add_backward))
+@op(check=_check_add, gradients=(_add_setup_context, _add_backward), inlined=INLINED)
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> tuple[Tensor, Tensor]:
@@ -189,7 +192,7 @@ def add_rms_norm(
     return rms_norm.op.reference(new_residual, weight, eps, variant), new_residual
 
 
-@op(check=_check_backward)
+@op(check=_check_backward, inlined=INLINED)
 def rms_norm_backward(
     grad_output: Tensor,
     x: Tensor,

@@ -1,0 +1,40 @@
+"""Ops where torch.compile meets them: layers around an op in one graph, with ours and with upstream's code.
+
+A call that is compiled alone pays for a graph and has nothing to be fused with, so that it says nothing about a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import vlmfast
+from vlmfast.benchmarks.ops import OURS, Contender, prepare, record, time
+from vlmfast.benchmarks.timing import Call, Ceilings
+from vlmfast.cases import Preparation
+from vlmfast.registry import Op
+
+
+def benchmark(op: Op, device: str, dtype: torch.dtype, machine: Ceilings) -> Iterator[dict[str, Any]]:
+    """Yield one record per workload of an op that has layers: the times of both graphs, or why one has none."""
+    if not op.cases.layers:
+        return
+    for label, args in op.cases.workloads(device, dtype):
+        torch._dynamo.reset()
+        found = [
+            Contender(name, "ours" if name == OURS else "peer", _compiled(layers))
+            for name, layers in op.cases.layers.items()
+        ]
+        with torch.no_grad():
+            with vlmfast.use("torch"):
+                want = op.cases.layers[OURS](*args)()
+            for contender in found:
+                prepare(contender, op, args, want)
+            time(found, device)
+        yield record(op, f"{label}, in a graph", args, found, machine, alone=False)
+
+
+def _compiled(layers: Preparation) -> Callable[..., Call]:
+    return lambda *args: torch.compile(layers(*args), dynamic=False)

@@ -1,0 +1,134 @@
+"""What tracers see of an op: a compiled graph the op or its definition, an exporter plain operators alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import vlmfast
+from tests.helpers.cases import EACH_OP, Recorder, is_float, is_tensor, outputs, require
+from vlmfast.registry import OPS, Op
+
+Tensors = tuple[Tensor, ...]
+LOAD = """
+import sys, torch
+if sys.argv[2] == "without":
+    sys.modules["vlmfast"] = None
+else:
+    import vlmfast
+for kind, name, tensors, want in torch.load(f"{sys.argv[1]}/calls.pt"):
+    path = f"{sys.argv[1]}/{name}.{kind}"
+    loaded = torch.jit.load(path) if kind == "jit" else torch.export.load(path).module()
+    found = loaded(*tensors)
+    for g, w in zip(found if isinstance(found, tuple) else (found,), want, strict=True):
+        assert torch.equal(g, w), (kind, name)
+    print(kind, name)
+"""
+
+
+class Call(nn.Module):
+    """A call of an op whose tensors are the inputs."""
+
+    def __init__(self, op: Op, args: tuple[Any, ...]):
+        super().__init__()
+        self.function, self.args = op.function, [None if is_tensor(a) else a for a in args]
+        self.places = [index for index, a in enumerate(args) if is_tensor(a)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args = list(self.args)
+        for place, value in zip(self.places, tensors, strict=True):
+            args[place] = value
+        return self.function(*args)
+
+
+def a_call(op: Op) -> tuple[Call, Tensors, Tensors]:
+    """The call that has most tensors, which need gradients as weights do; the tensors, and what comes out."""
+    args = max(op.cases.samples("cpu", torch.float32), key=lambda args: sum(map(is_tensor, args)))
+    tensors = tuple(a.clone().requires_grad_(is_float(a)) for a in args if is_tensor(a))
+    return Call(op, args), tensors, outputs(op.reference(*args))
+
+
+def ours(graph: torch.fx.Graph) -> list[str]:
+    """The ops of this package in a graph."""
+    return [node.target.name() for node in graph.nodes if "vlmfast" in str(node.target)]
+
+
+def load(folder: Path, how: str) -> list[str]:
+    """Load and run in a fresh process what ``folder`` holds; what was loaded."""
+    command = [sys.executable, "-c", LOAD, str(folder), how]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.parametrize("exporter", ["export", "strict export", "make_fx", "symbolic make_fx"])
+@pytest.mark.parametrize("op", EACH_OP)
+def test_exporters_get_plain_operators(op: Op, exporter: str):
+    call, tensors, want = a_call(op)
+    if "export" in exporter:
+        program = torch.export.export(call, tensors, strict=exporter.startswith("strict"))
+        graph, module = program.graph, program.module()
+    else:
+        module = make_fx(call, tracing_mode="symbolic" if exporter.startswith("symbolic") else "real")(*tensors)
+        graph = module.graph
+    assert ours(graph) == []
+    for g, w in zip(outputs(module(*tensors)), want, strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_was_exported_loads_where_vlmfast_is_not(tmp_path: Path):
+    calls = []
+    for name, op in OPS.items():
+        call, tensors, want = a_call(op)
+        torch.jit.save(torch.jit.trace(call, tensors, check_trace=False), tmp_path / f"{name}.jit")
+        torch.export.save(torch.export.export(call, tensors), tmp_path / f"{name}.pt2")
+        plain = tuple(tensor.detach() for tensor in tensors)
+        calls += [(kind, name, plain, want) for kind in ("jit", "pt2")]
+    torch.save(calls, tmp_path / "calls.pt")
+    assert len(load(tmp_path, "without")) == 2 * len(OPS)
+
+
+def test_what_was_saved_with_kernels_loads_after_the_import(tmp_path: Path):
+    """As traces of earlier versions were."""
+    require(OPS["rms_norm"], "native")
+    x, weight = torch.randn(3, 64), torch.randn(64)
+
+    def native(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.vlmfast_native.rms_norm(x, weight, 1e-6, "llama")
+
+    torch.jit.save(torch.jit.trace(native, (x, weight)), str(tmp_path / "norm.jit"))
+    torch.save([("jit", "norm", (x, weight), outputs(native(x, weight)))], tmp_path / "calls.pt")
+    assert load(tmp_path, "with") == ["jit norm"]
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_a_compiled_graph_has_the_op_or_its_definition(op: Op):
+    seen: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, example_inputs: list) -> Any:
+        seen.extend(name.removeprefix("vlmfast::") for name in ours(module.graph))
+        return module.forward
+
+    torch._dynamo.reset()
+    call, tensors, _ = a_call(op)
+    with torch.no_grad():
+        torch.compile(call, backend=backend, fullgraph=True)(*tensors)
+    nodes = [part for part in op.parts or (op.name,) if "cpu" not in OPS[part].inlined]
+    assert seen == nodes if op.compose is None else set(seen) <= set(nodes)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_modes_that_only_watch_see_one_op(requires_grad: bool):
+    x, weight = torch.randn(3, 64, requires_grad=requires_grad), torch.randn(64)
+    with Recorder() as recorder:
+        vlmfast.rms_norm(x, weight)
+    assert "vlmfast::rms_norm" in recorder.names
+    assert "aten::rsqrt" not in recorder.names
