@@ -143,8 +143,12 @@ class Fault:
     notice: str
 
 
+FAULTS: dict[str, Sequence[Fault]] = {}  # of the families whose tests are imported
+
+
 def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Callable[..., None]:
     """Make the test that examines a family's kernels with each fault in turn."""
+    FAULTS[family] = faults
 
     @pytest.mark.planted
     @pytest.mark.parametrize("fault", faults, ids=[fault.name.replace(" ", "-") for fault in faults])
@@ -161,16 +165,25 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
 
 def _plant(fault: Fault, family: str, into: Path) -> Path:
     """Copy one family with the fault in it, and with bfloat16 kernels alone: a third of the time to compile."""
-    planted = False
-    for source in build.CSRC.glob("*/*.*"):
-        if source.suffix == ".cpp" or (source.suffix == ".cu" and source.parent.name != family):
-            continue
+    places = places_of(fault, family)
+    assert places, f"{fault.file} has changed: nowhere to plant the fault"
+    for source in _sources(family):
         text = source.read_text()
-        if source.name == fault.file and fault.old in text:
-            text, planted = text.replace(fault.old, fault.new), True
+        if source in places:
+            text = text.replace(fault.old, fault.new)
         text = re.sub(r"if \(dtype == Dtype::kFloat(32|16)\) .*;\n", "", text)
         copy = into / source.relative_to(build.CSRC)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(text)
-    assert planted, f"{fault.file} has changed: nowhere to plant the fault"
     return into
+
+
+def _sources(family: str) -> list[Path]:
+    """List what a family's kernels are compiled from, and headers of others."""
+    sources = build.CSRC.glob("*/*.*")
+    return [s for s in sources if s.suffix != ".cpp" and (s.suffix != ".cu" or s.parent.name == family)]
+
+
+def places_of(fault: Fault, family: str) -> list[Path]:
+    """Find the sources in which the fault can be planted."""
+    return [s for s in _sources(family) if s.name == fault.file and fault.old in s.read_text()]

@@ -126,7 +126,7 @@ FAULTS = [
         "maximum not taken off", "cls_attention.cuh", "-normaliser.x)) * normaliser.y;", "0.f)) * normaliser.y;", WRONG
     ),
     Fault("CLS column kept", "cls_attention.cuh", "&& token != sizes.cls", "", f"{BOUNDS}|{RACE}|{WRONG}"),
-    Fault("sums joined without their maxima", "cls_attention.cuh", "sum * fast_exp2(maximum - largest)", "sum", WRONG),
+    Fault("sums joined without their maxima", "cls_attention.cuh", "sum * fast_exp2(maximum - from)", "sum", WRONG),
     Fault(
         "key of another image",
         "cuda_torch.h",

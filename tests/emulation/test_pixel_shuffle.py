@@ -151,6 +151,7 @@ FAULTS = [
     ),
     Fault("barrier missing in the reduction", "common.cuh", "      __syncthreads();\n", "", "nobody has written"),
     Fault("barrier missing between partial sums", NORM, "  __syncthreads();", "", RACE),
+    Fault("token of another image", "cuda.cu", "tokens.at(image, token)", "tokens.at(0, token)", DIFFER),
     Fault("variance uncentred", NORM, "mean = sum[0] / rows.hidden;", "mean = 0.f;", WRONG),
     Fault("partial sum dropped", "partial_sums.cuh", "int block = warp;", "int block = warp + 1;", WRONG),
 ]

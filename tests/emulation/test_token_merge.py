@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "NaN unchecked", "top_tokens.cuh", "VLMFAST_DEVICE_ASSERT(numbers,", "VLMFAST_DEVICE_ASSERT(true,", UNNOTICED
     ),
-    Fault("last of equal targets", "merge_slots.cuh", "similarity > best)", "similarity >= best)", DIFFER),
+    Fault("last of equal targets", "merge_slots.cuh", "similarity > best &&", "similarity >= best &&", DIFFER),
     Fault("last of equal targets later", "merge_slots.cuh", "!(best > best_s", "!(best >= best_s", DIFFER),
     Fault(
         "place of a target off by one", "merge_slots.cuh", "[rank] <= number + rank", "[rank] < number + rank", DIFFER
