@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmfast.benchmarks import digits, gpu_report, launches, modes, peers, published
 from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
-from vlmfast.console import DEFAULT, DTYPES, positive, seconds
+from vlmfast.console import DEFAULT, DTYPES, positive, seconds, seed
 
 NAMES = ("ops", "models", "launches", "gpu", "digits")
 
@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
     command.add_argument("--out", type=Path, default=digits.RESULTS, help="folder of the results")
     command.add_argument("--steps", type=positive, default=2000, help=f"of the training; {DEFAULT}")
     command.add_argument("--batch", type=positive, default=64, help=f"pictures per step; {DEFAULT}")
-    command.add_argument("--seed", type=int, default=0, help=DEFAULT)
+    command.add_argument("--seed", type=seed, default=0, help=DEFAULT)
     command.add_argument("--test-pictures", type=positive, default=500, help=DEFAULT)
 
 

@@ -109,6 +109,7 @@ def read(path: Path) -> dict[str, Any]:
             record["op"], record["workload"], record["dtype"]
             for row in record["contenders"]:
                 row["name"], row["group"], row["error"]
+                sum(row.get(key) or 0 for key in COLUMNS)  # numbers, or nothing
         for record in found["models"]:
             record["model"], record["variant"], record["size"], record["dtype"]
             record.get("error") or record["prefill_ms"]

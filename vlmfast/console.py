@@ -24,11 +24,16 @@ class CommandError(Exception):
     """Something that the user can put right; the command prints it and ends with exit code 2."""
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """Parse the argument of a command, a positive integer that torch can count to."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**31 - 1}, got {text!r}")
+    if not text.isdecimal() or not least <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {2**31 - 1}, got {text!r}")
     return int(text)
+
+
+def seed(text: str) -> int:
+    """Parse the argument of a command, the seed of random numbers."""
+    return positive(text, least=0)
 
 
 def seconds(text: str) -> float:

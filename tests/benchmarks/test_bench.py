@@ -198,7 +198,11 @@ def test_a_run_of_models_alone_is_shown(tmp_path: Path, capsys):
     assert "roundings" not in page.read_text()
     page.unlink()
     (tmp_path / "broken.json").write_text(json.dumps({"environment": {}, "records": [{"model": "x", "variant": "y"}]}))
-    for other in (written.with_name("launches.json"), tmp_path / "broken.json"):
+    row = {"name": "vlmfast", "group": "ours", "error": None, "us": "fast"}
+    records = [{"op": "rms_norm", "workload": "1x8", "dtype": "float32", "contenders": [row]}]
+    where = {"device": "cpu", "kind": "cpu", "threads": 1}
+    (tmp_path / "text.json").write_text(json.dumps({"environment": where, "records": records, "models": []}))
+    for other in (written.with_name("launches.json"), tmp_path / "broken.json", tmp_path / "text.json"):
         assert cli.main(["bench", "--from", str(other)]) == 2
         assert "it is not what `bench --json` writes" in capsys.readouterr().err
 
