@@ -59,6 +59,8 @@ def _ends(place: Tensor, shown: Tensor, length: int) -> tuple[float, float] | No
 
     The rows at the rim are left out: there is nothing beyond them to interpolate with. One row tells no line.
     """
+    if length == 1:  # no place differs from another
+        return (0.0, 1.0) if bool(shown.any()) else None
     rows = shown.any(1).nonzero().flatten()
     rows = rows[len(rows) // 4 : len(rows) - len(rows) // 4]
     if len(rows) < 2:
