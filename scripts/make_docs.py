@@ -40,6 +40,7 @@ vlmfast. "copy" moves as many bytes as the op; in runs before 2026-11-28 it read
 is up to a quarter too fast. `clone()` and `F.linear alone` are limits too: less work than the op takes, unless the
 processor does not multiply bfloat16 numbers, where the op multiplies in float32. "torch.compile" is the definition,
 compiled alone. Rows "in a graph" are of eight layers of residual, norm and scale, compiled, as are transformers' own.
+What is called "PyTorch" or "the row in PyTorch" in runs before 2026-11-29 is slower than PyTorch has to be.
 """
 README_ROWS = {
     ("rms_norm", "600x2048"),
@@ -131,14 +132,17 @@ def figures_of(run: Run, compiled: Run) -> str:
         if key(record)[:2] in README_ROWS and (found := ratios(record)):
             found = apart.get(key(record), {}) | found
             cells = [f"`{record['op']}`", record["workload"], f"{record['contenders'][0]['us']:.1f} us"]
-            cells += [f"{found[name]:.1f}" if name in found else "" for name in ("transformers", "torch.compile")]
+            peers = [found[name] for name in OPS[record["op"]].cases.peers if name in found]
+            others = found.get("transformers"), min(peers, default=None), found.get("torch.compile")
+            cells += ["" if ratio is None else f"{ratio:.1f}" for ratio in others]
             rows.append([*cells, format(1 / found["copy"], ".2f") if "copy" in found else ""])
     return (
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},\n"
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the\n"
-        "last column is the time over that of a copy of as many bytes. torch.compile has the\n"
-        "definition alone; in the graph of a model, norms are upstream's own lines.\n\n"
-    ) + table(("op", "shape", "time", "x transformers", "x torch.compile", "time / copy"), 2, rows)
+        "last column is the time over that of a copy of as many bytes. PyTorch has the fastest\n"
+        "lines that were found; torch.compile has the definition alone; in the graph of a model,\n"
+        "norms are upstream's own lines.\n\n"
+    ) + table(("op", "shape", "time", "x transformers", "x PyTorch", "x torch.compile", "time / copy"), 2, rows)
 
 
 def key(record: Run) -> tuple[str, str, str]:

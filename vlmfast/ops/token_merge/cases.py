@@ -224,7 +224,7 @@ merge_tokens = Cases(
     workloads=merge_workloads,
     bytes=merge_bytes,
     flops=lambda hidden, metric, kept, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
-    peers={"PyTorch": merge_plain},
+    peers={"index_add_": merge_plain},
     launches=2,
 )
 
@@ -244,7 +244,7 @@ visionzip = derived(
     ),
     bytes=visionzip_bytes,
     flops=lambda hidden, metric, scores, dominant, contextual, *_: hidden.numel() + 2 * metric.numel() * contextual,
-    peers={"PyTorch": visionzip_plain},
+    peers={"topk and index_add_": visionzip_plain},
     launches=3,
 )
 
