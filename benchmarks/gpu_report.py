@@ -55,7 +55,7 @@ def steps(out: Path) -> list[Step]:
         Step("info", [*vlmfast, "info"], 60),
         Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
         Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 150),
-        Step("product", [*bench, "pixel_shuffle_gemm", *peers, "--json", str(out / "product.json")], 60),
+        Step("matmul", [*bench, "pixel_shuffle_gemm", *peers, "--json", str(out / "matmul.json")], 60),
         Step("page", [*vlmfast, "bench", *page], 60),
         Step("models", [*models, "--json", str(out / "models.json")], 200),
         Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 90),

@@ -90,7 +90,7 @@ Run = dict[str, Any]
 def runs() -> list[dict[str, Run]]:
     """Read the committed runs, as far as there are these files: each GPU's folder, then those of CPUs."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    found = [{name: folder / f"{name}.json" for name in ("ops", "compiled", "product", "models")} for folder in folders]
+    found = [{name: folder / f"{name}.json" for name in ("ops", "compiled", "matmul", "models")} for folder in folders]
     found += [{"ops": path} for path in sorted(RESULTS.glob("cpu*.json"))]
     found += [{"models": path} for path in sorted(RESULTS.glob("models*.json"))]
     read = [{name: report.read(path) for name, path in paths.items() if path.exists()} for paths in found]
@@ -177,7 +177,7 @@ def benchmarks() -> str:
     """Show every committed run, each row with all that it was timed against."""
     sections = []
     for run in runs():
-        sections += [run_of(run[name]) for name in ("ops", "compiled", "product") if name in run]
+        sections += [run_of(run[name]) for name in ("ops", "compiled", "matmul") if name in run]
         if "models" in run:
             sections.append(f"## {run['models']['environment']['device']}\n\n{models_of(run['models'])}")
     return "\n".join([BENCHMARKS_HEAD, *(f"{section}\n" for section in sections)])

@@ -48,7 +48,7 @@ def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
     commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
     assert list(commands)[:4] == ["build", "info", "tests", "ops"]
     assert "compile" not in commands["ops"]
-    for name in ("info", "ops", "product", "models", "compiled", "demo"):  # the command line takes these
+    for name in ("info", "ops", "matmul", "models", "compiled", "demo"):  # the command line takes these
         cli.parse(commands[name][3:])
 
 
@@ -108,7 +108,8 @@ def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
     def compiled(records):
         (record,) = [r for r in records if (r["op"], r["workload"]) == ("rms_norm", "600x2048")]
         ours = record["contenders"][0]
-        return [{**record, "contenders": [{**ours, "us": 2.0}, {"name": "torch.compile", "group": "peer", "us": 14.0}]}]
+        theirs = {"name": "torch.compile", "group": "peer", "error": None, "us": 14.0}
+        return [{**record, "contenders": [{**ours, "us": 2.0}, theirs]}]
 
     def graphs(records):
         broken = {"model": "smolvlm-256m", "size": "full", "dtype": "bfloat16", "mode": "graph", "variant": "patched"}
@@ -159,7 +160,7 @@ def test_what_failed_in_one_file_of_a_gpu_report_is_left_out(docs, tmp_path: Pat
 
     folder = tmp_path / "nvidia-h0"
     stand_in("cpu.json", folder, lambda records: records)
-    for name in ("compiled", "product"):
+    for name in ("compiled", "matmul"):
         shutil.copy(folder / "ops.json", folder / f"{name}.json")
     stand_in("cpu.json", folder, failed)
     assert "`rms_norm`" not in docs.figures().partition("AMD EPYC")[0]

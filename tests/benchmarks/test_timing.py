@@ -94,7 +94,7 @@ def test_a_gpu_is_timed_from_a_cold_cache(did, monkeypatch):
 
 
 def test_ceilings(monkeypatch):
-    """A copy reads and writes; the faster product counts."""
+    """A copy reads and writes; the faster matmul counts."""
     assert timing.COPY_BYTES["cpu"] // 2 > 96 << 20  # what a core of the processors with the largest caches fills
     taken = {"copy": 2.0, "torch.bfloat16": 4.0, "torch.float32": 1.0}
 

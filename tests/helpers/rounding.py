@@ -20,7 +20,7 @@ def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bo
     """Check that a row's error is at most that of the reference in this dtype, 5 %, and one rounding of the output.
 
     Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
-    largest number of all outputs, is allowed too; four where a matrix product and an activation follow it, and of 1 at
+    largest number of all outputs, is allowed too; four where a matmul and an activation follow it, and of 1 at
     least: GELU makes -0.17 or less of all that is negative, but not of its error.
     """
     scale = max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)

@@ -81,7 +81,7 @@ def test_results(patch, build, sites: list[str], dtype: torch.dtype):
     with patch(model):
         got = outputs_and_gradients(model, x, weight)
     assert_within(got[:1], reference[:1], exact[:1])
-    if not isinstance(model, InternVLChatModel):  # nothing but torch's own product sums
+    if not isinstance(model, InternVLChatModel):  # nothing but torch's own matmul sums
         assert torch.equal(got[0], reference[0])
     for gradients in (got, reference):
         assert (len(gradients) == 1) == isinstance(model, InternViTVisionTower)
