@@ -57,11 +57,15 @@ def test_logits_stand_where_the_labels_do(model_type: str, side: str):
         _, logits, *_ = talk.model(**inputs, return_dict=False)
         assert torch.equal(logits, output.logits)
         del inputs["labels"]
+        count = torch.tensor(len(PROMPTS))
+        torch.testing.assert_close(talk.model(**inputs, num_items_in_batch=count).logits, output.logits)
         for last in (1, 3, 7, 100):
             torch.testing.assert_close(talk.model(**inputs, logits_to_keep=last).logits, output.logits[:, -last:])
             one = talk.batch(PROMPTS[1])
             torch.testing.assert_close(talk.model(**one, logits_to_keep=last).logits[0], want[1][-last:])
-        assert torch.equal(talk.model(**inputs, return_dict=False)[0], output.logits)
+        short = talk.model(**inputs)
+        assert short.logits.shape[1] == short.past_key_values.get_seq_length() < mask.shape[1]
+        assert torch.equal(talk.model(**inputs, return_dict=False)[0], short.logits)
 
 
 def test_log_probabilities_of_answers_of_several_lengths():

@@ -56,8 +56,7 @@ def test_undo_and_copy(model_type: str):
     full, before = logits(talk.model, inputs), settled(talk.model)
     with vlmfast.patch(talk.model, reduce=METHOD):
         short = logits(talk.model, inputs)
-        assert short.shape == full.shape
-        assert not torch.equal(short, full)
+        assert short.shape[1] < full.shape[1]
         twin = copy.deepcopy(talk.model)
         assert isinstance(talk.model, before[""][0])
     assert settled(talk.model) == before
@@ -291,7 +290,7 @@ def test_inside_peft():
         out = wrapped.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3
         assert patch.reduction.last.columns.index.shape[1] < patch.reduction.last.columns.total
-        assert wrapped(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+        assert wrapped(**inputs).logits.shape[1] == patch.reduction.last.columns.index.shape[1]
 
 
 # ---- inputs shortened beforehand ----

@@ -130,8 +130,8 @@ def patch(
 
     * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and streamers,
       logits processors and stopping criteria are shown these.
-    * ``forward`` returns logits for every column of the full prompt, those of the last column kept before it where one
-      was left out, and with ``labels`` the loss of the short one.
+    * ``forward`` returns the logits of the short prompt. Where labels, ``num_items_in_batch`` or ``logits_to_keep`` count
+      columns, it returns those of the full prompt, for one that was left out those of the last one kept before it.
     * A cache remembers which columns of the prompt it has: a second turn is given the full ids again.
 
     Args:

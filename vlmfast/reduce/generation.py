@@ -21,12 +21,16 @@ from vlmfast.reduce.prompt import (
     ShortenedPrompt,
     check,
     image_output,
+    named,
     parameters,
     positions_after,
     shorten,
     takes_features,
 )
 from vlmfast.reduce.reduced_image import ReducedImage
+
+# arguments of `forward` by whose columns its caller finds logits again: a `Trainer` that smooths labels gives the second
+COUNTED = ("labels", "num_items_in_batch")
 
 
 @dataclass
@@ -160,13 +164,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             if cache is not None and cache.get_seq_length():
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
             prompt, short = shorten(model, arguments, None)
-            rows = prompt.columns.latest()
-            if last := arguments.get("logits_to_keep"):
-                rows, columns = rows[:, -last:], prompt.columns.index.shape[1]
-                # a sample alone has no padding behind it, and the device need not be asked
-                first = max(0, columns - last) if len(rows) == 1 else int(rows.min())
-                short["logits_to_keep"], rows = columns - first, rows - first
-            output = _with_logits(original(model, **short), rows, arguments)
+            output = _lengthened(model, original, arguments, short, prompt.columns)
             if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
                 keep(_cache_of(output) if cache is None else cache, prompt)
             return output
@@ -174,17 +172,29 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
     return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
 
 
-def _with_logits(output: Any, rows: Tensor, arguments: Mapping[str, Any]) -> Any:
-    """Give each column of the full prompt logits, (B, n) ``rows`` of those of the short one.
+def _lengthened(
+    model: Any, original: Callable[..., Any], arguments: Mapping[str, Any], short: dict[str, Any], columns: Columns
+) -> Any:
+    """Run the short prompt; where the caller counts columns, give each of the full prompt logits.
 
     They say what comes after that column, as those of the last column before it do for one that was left out: labels,
     metrics and log probabilities of the full prompt find theirs where they look for them.
     """
+    last = arguments.get("logits_to_keep")
+    if not last and not named(arguments, COUNTED):
+        return original(model, **short)
+    rows = columns.latest()
+    if last:
+        rows, seen = rows[:, -last:], columns.index.shape[1]
+        # a sample alone has no padding behind it, and the device need not be asked
+        first = max(0, seen - last) if len(rows) == 1 else int(rows.min())
+        short["logits_to_keep"], rows = seen - first, rows - first
 
     def lengthen(logits: Tensor) -> Tensor:
         samples = torch.arange(rows.shape[0], device=logits.device)[:, None]
         return logits[samples, rows.to(logits.device)]
 
+    output = original(model, **short)
     if isinstance(output, tuple):
         at = int(arguments.get("labels") is not None)  # behind the loss
         return (*output[:at], lengthen(output[at]), *output[at + 1 :])
