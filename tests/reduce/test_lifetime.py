@@ -107,7 +107,8 @@ def test_accelerate_takes_its_wrapper_off_and_leaves_ours():
     inputs = talk.batch(*PROMPTS)
     full = tokens(talk.model, inputs)
     with vlmfast.patch(talk.model, reduce=METHOD):
-        model = accelerate.Accelerator(cpu=True).unwrap_model(prepared(talk.model), keep_fp32_wrapper=False)
+        wrapped = prepared(talk.model)
+        model = accelerate.Accelerator(cpu=True).unwrap_model(wrapped, keep_fp32_wrapper=False)
         assert tokens(model, inputs) < full
     assert tokens(model, inputs) == full
 

@@ -29,7 +29,7 @@ from vlmfast.reduce.prompt import (
 )
 from vlmfast.reduce.reduced_image import ReducedImage
 
-# arguments of `forward` by whose columns its caller finds logits again: a `Trainer` that smooths labels gives the second
+# arguments of `forward` by whose columns its caller finds logits again: `Trainer`, smoothing labels, gives the second
 COUNTED = ("labels", "num_items_in_batch")
 
 
