@@ -27,7 +27,7 @@ from vlmfast.torch_internals import (
     in_function_transform,
     is_compiling,
     is_grad_enabled,
-    jit_tracer,
+    is_jit_tracing,
 )
 
 P = ParamSpec("P")
@@ -95,7 +95,7 @@ def _function(entry: Op) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         # Who traces or watches operators must see some. Everybody else is spared the dispatcher: define/impl costs
         # 1.5 us a call, custom_op 8 us.
-        if is_compiling() or dispatch_modes() or jit_tracer():
+        if is_compiling() or dispatch_modes() or is_jit_tracing():
             return define(*args, **kwargs) if is_inlined(args, kwargs) else node(*args, **kwargs)
         check(*args, **kwargs)
         if in_function_transform() or forward_mode._current_level >= 0:
@@ -120,7 +120,7 @@ def _composed_function(entry: Op) -> Callable[..., Any]:
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
-        tracing = is_compiling() or dispatch_modes() or jit_tracer()
+        tracing = is_compiling() or dispatch_modes() or is_jit_tracing()
         if tracing and is_inlined(args, kwargs):
             return define(*args, **kwargs)
         entry.check(*args, **kwargs)
@@ -164,7 +164,7 @@ def _inlining(entry: Op) -> tuple[Callable[..., bool], Callable[..., Any]]:
         # What a check reads would cost a compiled graph 1 us a call; and while torch.jit traces, sizes are tensors, and
         # no sizes to a check. There only a dtype is refused, and another bad call raises torch's own error.
         x = args[0] if args else kwargs[first]
-        if _is_refused(x.dtype) or not (is_compiling() or jit_tracer()):
+        if _is_refused(x.dtype) or not (is_compiling() or is_jit_tracing()):
             check(*args, **kwargs)
         return contiguous(definition(*args, **kwargs))
 

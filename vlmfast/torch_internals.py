@@ -16,7 +16,7 @@ is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # in half the time of a loop in Python
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # what other tracers are, but for torch.jit's
-jit_tracer: Callable[[], Any] = torch._C._get_tracing_state  # None outside
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 forward_mode = forward_ad  # its `_current_level` is -1 outside; a function that reads it would cost 0.03 us
 has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -34,7 +34,7 @@ def constant_result(function: Function) -> Function:
 
 def exporting() -> bool:
     """Tell whether a graph is traced that may run where this package is not: by torch.export, torch.jit or make_fx."""
-    if torch.compiler.is_exporting() or jit_tracer() is not None:
+    if torch.compiler.is_exporting() or is_jit_tracing():
         return True
     # what torch.compile does with a graph of its own is traced by the same mode as make_fx
     return get_proxy_mode() is not None and TracingContext.try_get() is None
