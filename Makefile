@@ -17,7 +17,7 @@ demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: 
 test: $(VENV)/built $(VENV)/tools          ## every test that this machine can run; JOBS of them at a time, each on one thread
 	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch,ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not planted and not ptx"
 
-test-ptx: $(VENV)/built $(VENV)/tools      ## Triton kernels as compiled for sm_90 and sm_80, executed on the CPU: every op, dtype and layout
+test-ptx: $(VENV)/built $(VENV)/tools      ## Triton kernels as compiled for sm_90 and sm_80, run on the CPU in every dtype and layout
 	VLMFAST_TEST_REQUIRE=ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k ptx tests/ptx tests/ops
 
 test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation

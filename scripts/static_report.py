@@ -3,7 +3,8 @@
 Registers, spills, shared memory and the widths of global accesses are those of the generated code, for GPUs that this
 machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
 numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
-csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must: see tests/helpers/traffic.py.
+csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must: see tests/helpers/traffic.py;
+`executed` how many instructions of the compiled kernels the generated tests run: see tests/ptx/.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def main() -> None:
     versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(nvcc)}
     sections = {
         "traffic": run("-m", "tests.helpers.traffic", interpret=True),
+        "executed": run("-m", "tests.ptx.coverage", interpret=True),
         "triton": of_triton(),
         "cuda": of_cuda(nvcc),
     }

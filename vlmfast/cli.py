@@ -64,7 +64,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse the arguments of a command, whose function is ``command`` of the result."""
     if arguments[:1] == ["bench"] and not {*arguments[1:2]} & {"-h", "--help", *benchmarks.NAMES}:
         arguments = ["bench", "ops", *arguments[1:]]  # `bench rms_norm`
-    parser = argparse.ArgumentParser(prog="vlmfast", description=vlmfast.__doc__)
+    codes = (
+        "Exit codes: 0, done; 1, done, and what is compared differs; 2, not done, for a reason that one line tells: an "
+        "argument, a file, Ctrl-C, a pipe that nobody reads."
+    )
+    parser = argparse.ArgumentParser(prog="vlmfast", description=vlmfast.__doc__, epilog=codes)
     parser.add_argument("--version", action="version", version=f"vlmfast {vlmfast.__version__}")
 
     parser.set_defaults(command=lambda _: parser.print_help())

@@ -51,8 +51,7 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
   }
 }
 
-// Takes the dots of the queries and keys of the heads from `begin` to `end`, token by token, because a projection leaves
-// the keys so in memory.
+// Takes the dots of the queries and keys of the heads from `begin` to `end`, all heads of some tokens before the next.
 template <class T>
 VLMFAST_INLINE void cls_dots(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
   const int64_t tokens = args.tokens, size = args.head_dim, row_size = padded(tokens);
@@ -116,7 +115,11 @@ void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
       store(to + offset, load(from + offset, count) * sign_of(args.softmax_scale));
     });
   }
-  cls_dots<T>(args, begin, end, query);
+  // As the keys lie in memory: heads side by side behind a projection, or a head as a whole.
+  const int64_t together = args.key.head_stride < args.key.token_stride ? end - begin : 1;
+  for (int64_t head = begin; head < end; head += together) {
+    cls_dots<T>(args, head, head + together, query + (head - begin) * query_size);
+  }
   for (int64_t head = begin; head < end; ++head) {
     softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.softmax_scale));
   }

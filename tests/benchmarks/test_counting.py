@@ -156,11 +156,12 @@ def test_patched_models_launch_less(name: str):
     norms = 2 * (4 if "qwen3" in name else 2) + 1  # q_norm and k_norm
     saved = original["decode"]["launches"] - patched["decode"]["launches"]
     assert saved == norms * 7  # two casts, pow, mean, add, rsqrt, mul, mul in one kernel
-    assert original["decode"]["syncs"] == patched["decode"]["syncs"] == 0
+    assert [counted["decode"]["syncs"] for counted in (original, patched)] == [0, 0]
     assert patched["prefill"]["launches"] < original["prefill"]["launches"] - saved
     assert patched["prefill"]["syncs"] < original["prefill"]["syncs"]
+    assert patched["cached_tokens"] == patched["prompt_tokens"]
     for record in reduced:
-        assert record["cached_tokens"] < patched["cached_tokens"] == patched["prompt_tokens"]
+        assert record["cached_tokens"] < patched["cached_tokens"]
         assert record["decode"] == patched["decode"]
 
 

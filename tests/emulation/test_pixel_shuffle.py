@@ -56,7 +56,8 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
     """Both directions of the norm, of rows whose mean is far from zero; some are almost constant."""
     for index, ((batch, channels), grid, scale, each_patch) in enumerate(NORMS):
         noise = torch.randn(batch, grid[0] * grid[1], channels)
-        x = in_gaps(((noise > 1.5) + 250.0 if index % 2 else noise + 10.0).to(dtype), (8, 3)[index % 4 == 0])
+        values = torch.where(noise > 1.5, 251.0, 250.0) if index % 2 else noise + 10.0
+        x = in_gaps(values.to(dtype), 8 if index % 4 else 3)
         size = channels if each_patch else channels * scale**2
         weight, bias = torch.randn(2, size).to(dtype)
         grad = torch.randn(batch, x.shape[1] // scale**2, channels * scale**2).to(dtype)

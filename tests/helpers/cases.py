@@ -22,10 +22,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("native", "triton", "emulated", "torch")
 PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
-# Triton kernels as compiled for a GPU, on the CPU: see tests/ptx/. `make test-ptx` runs all of them, `make test` these,
-# in bfloat16: a norm, copies that are asynchronous, tensor cores.
+# Triton kernels as compiled for a GPU, on the CPU: see tests/ptx/. `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80")]
-QUICK = {("rms_norm", "ptx_sm_90"), ("cls_attention", "ptx_sm_80"), ("merge_slots", "ptx_sm_80")}
 # What Triton 3.9 makes of an op is wrong: its loop copies targets over those that a wgmma may still be reading, because
 # the tile has a second use and so a buffer too few. triton-lang/triton#8554 mended it for two wgmmas of one tile.
 RACES = {("merge_slots", "ptx_sm_90", dtype) for dtype in (torch.float16, torch.bfloat16)}
@@ -40,8 +38,7 @@ def _marks(device: str, backend: str, values: tuple[Any, ...]) -> list:
         return []
     op, dtype = (next(v for v in values if isinstance(v, kind)) for kind in (Op, torch.dtype))
     race = pytest.mark.xfail(strict=True, raises=PtxError, reason="a race of Triton's: see tests/helpers/cases.py")
-    quick = (op.name, backend) in QUICK and dtype == torch.bfloat16
-    return ([race] if (op.name, backend, dtype) in RACES else []) + ([] if quick else [pytest.mark.ptx])
+    return [pytest.mark.ptx, *([race] if (op.name, backend, dtype) in RACES else [])]
 
 
 def _parameters(*axes: Any) -> list:

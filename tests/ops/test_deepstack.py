@@ -254,7 +254,7 @@ def test_row_index_is_computed_once(monkeypatch: pytest.MonkeyPatch):
     assert computed.call_count == 1
     indices = [call.args[3] for call in added.call_args_list]
     assert [index.dtype for index in indices] == [torch.int32] * 3
-    assert indices[0] is indices[1] is indices[2]
+    assert all(index is indices[0] for index in indices)
 
 
 @pytest.mark.gpu

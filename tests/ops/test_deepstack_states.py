@@ -67,7 +67,7 @@ def test_recorded_hidden_states(build, recorded_before: bool, start: int):
         got = states()
     with of_the_paper(layers, levels, positions, start):
         want = states()
-    assert len(got) == len(want) == LAYERS + 1
+    assert [len(got), len(want)] == [LAYERS + 1] * 2
     for number, (state, expected) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(state, expected), number
     assert not torch.equal(got[start], (plain or states())[start])

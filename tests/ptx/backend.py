@@ -47,10 +47,15 @@ def pack(kernel: Kernel, values: list[Any]) -> bytes:
     return bytes(packed)
 
 
-@functools.cache
+# The kernels that have run, each assembled once: by its PTX and its name.
+machines: dict[tuple[str, str], Machine] = {}
+
+
 def machine_for(ptx: str, name: str) -> Machine:
     """The kernel of a module, assembled."""
-    return Machine(parse(ptx, name))
+    if (ptx, name) not in machines:
+        machines[ptx, name] = Machine(parse(ptx, name))
+    return machines[ptx, name]
 
 
 def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:

@@ -79,6 +79,23 @@ def test_rows_of_a_cache_are_rows_of_its_prompt():
         assert type(cache) is DynamicCache
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_a_cache_of_beams_has_a_prompt_for_each(options: dict[str, int]):
+    talk = Talk.of("llava")
+    first = talk.batch((10, 0, 11), (12, 1, 13))
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        cache = answer(talk, first, **options)[0].past_key_values
+        assert torch.equal(kept_by(cache).ids, first["input_ids"].repeat_interleave(3, 0))
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        assert torch.equal(kept_by(cache).ids, first["input_ids"])
+        cache.crop(len(kept_by(cache).columns.index[0]) - cache.get_seq_length())
+        inputs = talk.batch((10, 0, 11, 20), (12, 1, 13, 20))
+        want = answer(talk, inputs)[1]
+        del inputs["pixel_values"]
+        got = answer(talk, inputs, past_key_values=cache)[1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_and_pickles_keep_the_prompt():
     talk = Talk.of("llava")
     with vlmfast.patch(talk.model, reduce=METHOD):
@@ -173,6 +190,16 @@ def test_a_cache_made_of_the_layers_of_another():
         text, _ = answer(talk, talk.batch((10, 11, 12)))
         ids = torch.cat([text.sequences, torch.tensor([talk.ids(20, 0, 21)])], 1)
         answer(talk, {"input_ids": ids, **talk.vision(0)}, past_key_values=text.past_key_values)
+
+
+def test_replicas_of_data_parallel():
+    """It takes the caches of its replicas apart to gather them."""
+    talk = Talk.of("llava")
+    with vlmfast.patch(talk.model, reduce=METHOD):
+        replica = talk.model._replicate_for_data_parallel()
+        replica._modules = talk.model._modules
+        cache = replica(**talk.batch((10, 0, 11)), use_cache=True).past_key_values
+    assert len(tuple(cache)) == len(cache.layers) > 0
 
 
 def test_embeddings_in_place_of_ids():

@@ -231,7 +231,7 @@ def test_those_of_transformers_count_the_full_prompt():
         assert stop.max_length == length + 2
         # they take the place of those that generate makes
         eos = EosTokenCriteria(torch.tensor([63]))
-        assert new(eos_token_id=int(plain[0, 0]), stopping_criteria=[eos]).shape == plain.shape
+        assert torch.equal(new(eos_token_id=int(plain[0, 0]), stopping_criteria=[eos]), plain)
         first = int(plain[0, 0])
         late = new(eos_token_id=None, logits_processor=[MinLengthLogitsProcessor(length + 3, first)])
         assert first not in late[0, :3]

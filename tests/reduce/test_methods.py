@@ -207,6 +207,12 @@ assert "| `Farthest(keep)` | Tokens that are unlike each other. |" in make_docs.
 """
 
 
+def test_positions_of_merged_tokens_are_those_of_their_targets():
+    slots = torch.tensor([[-2, 2, 0, 3, -1, 1]], dtype=torch.int32)
+    selection = Selection(torch.tensor([[0, 4]]), slots, 2)
+    assert selection.positions().tolist() == [[0, 4, 2, 5]]
+
+
 def test_a_new_method_is_one_file(tmp_path: Path):
     """In a copy of the tree, the example of the docs has public names, a name to type, a row in the docs, and tests."""
     shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

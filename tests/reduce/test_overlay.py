@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmfast.reduce.drawing import KEPT, MERGED, overlay
+from vlmfast.reduce.drawing import KEPT, MERGED, Crop, draw, overlay
 
 GRID = (3, 5)
 
@@ -46,6 +46,12 @@ def test_grid_is_height_and_width():
     assert overlay(picture, [5], GRID).getpixel((10, 30)) == picture.getpixel((10, 30))
 
 
+@pytest.mark.parametrize(("begin", "copies"), [(50, 1), (49, 1), (48, 1), (47, 2)])
+def test_crops_that_overlap_by_no_more_than_rounding_share_a_picture(begin: int, copies: int):
+    crops = [Crop([0], GRID, box=(0, 0, 50, 60)), Crop([0], GRID, box=(begin, 0, 100, 60))]
+    assert draw(image((100, 60)), crops).size == (100, 60 * copies)
+
+
 def test_original_is_untouched_and_nothing_kept_is_fine():
     picture = image()
     before = picture.tobytes()
@@ -71,6 +77,8 @@ def test_other_modes(mode: str):
         (lambda: overlay(image(), [0], (0, 5)), ValueError, r"grid must be \(height, width\)"),
         (lambda: overlay(image(), [15], GRID), ValueError, "kept must be positions within a grid of 3 x 5 .* got 15"),
         (lambda: overlay(image(), [0], GRID, [-1]), ValueError, "merged must be positions within .* got -1"),
+        (lambda: overlay(image(), [0], GRID, box=(5, 0, 5, 9)), ValueError, "box must be .* with an area"),
+        (lambda: overlay(image(), [0], GRID, box=(0, 9, 5, 9)), ValueError, "box must be .* with an area"),
     ],
 )
 def test_bad_input(call, error: type[Exception], message: str):

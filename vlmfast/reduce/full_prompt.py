@@ -39,7 +39,7 @@ def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) ->
     if (criteria := arguments.get("stopping_criteria")) is not None:
         changed["stopping_criteria"] = StoppingCriteriaList(_told(criteria, prompt))
     if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
-        beams, sequences = (_setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+        beams, sequences = (setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
         rows = sequences if beams == 1 else 1  # of each sample, as its number counts them: without beams
         changed["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
             number, prompt.lengthen(ids[None], [number // rows])[0]
@@ -47,7 +47,7 @@ def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) ->
     return changed
 
 
-def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     """Return what is in force: an argument, or that of the first configuration that has one."""
     configs = (arguments.get("generation_config"), model.generation_config)
     values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
@@ -61,8 +61,8 @@ def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str
     changed: dict[str, Any] = {}
     for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         is_argument = arguments.get(name) is not None
-        value = _setting(model, arguments, name)
-        if not value or (not is_argument and _setting(model, arguments, instead)):
+        value = setting(model, arguments, name)
+        if not value or (not is_argument and setting(model, arguments, instead)):
             continue
         if is_argument or getattr(config, name, None) is None:
             changed[name] = max(0, value - dropped)

@@ -15,7 +15,7 @@ from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.families import REDUCERS, Reducer
-from vlmfast.reduce.full_prompt import fitted
+from vlmfast.reduce.full_prompt import fitted, setting
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
@@ -313,7 +313,9 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         short |= fitted(model, arguments, prompt)
         output = original(model, **short)
         sequences = prompt.lengthen(output if isinstance(output, Tensor) else output.sequences)
-        prompt = prompt.repeat(sequences.shape[0] // prompt.ids.shape[0])
+        # a cache has a row for each beam, also for those that are not returned
+        rows = max(setting(model, arguments, "num_beams") or 1, sequences.shape[0] // prompt.ids.shape[0])
+        prompt = prompt.repeat(rows)
         keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
         if isinstance(output, Tensor):
             return sequences

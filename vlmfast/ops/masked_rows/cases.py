@@ -52,6 +52,58 @@ def compact_upstream(
     return run
 
 
+# ---- other ways to compute the same ----
+
+
+def deepstack_index_add(
+    hidden_states: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None = None
+) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        added = hidden_states.clone(memory_format=torch.contiguous_format)
+        added.view(-1, added.shape[2]).index_add_(0, mask.flatten().nonzero().squeeze(1), embeds)
+        return added
+
+    return run
+
+
+def place_index_put(
+    inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, index: Tensor | None = None
+) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        placed = inputs_embeds.clone()
+        placed[mask] = image_embeds
+        return placed
+
+    return run
+
+
+def index_cumsum(mask: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        flat = mask.flatten()
+        ranks = (flat.cumsum(0, dtype=torch.int32) - flat.int()).view(mask.shape)
+        return torch.where(mask, ranks, ~ranks)
+
+    return run
+
+
+def compact_stable(
+    tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Sort the mask itself, and gather whole rows."""
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, size = tokens.shape
+        found = invalid.sort(stable=True, dim=1).indices[:, :keep]
+        if pad_left:
+            found = found.gather(1, invalid.gather(1, found).sort(stable=True, dim=1, descending=True).indices)
+        masked = invalid.gather(1, found)
+        rows = (found + torch.arange(batch, device=found.device)[:, None] * length).flatten()
+        packed = tokens.reshape(-1, size).index_select(0, rows).view(batch, keep, size)
+        return packed.masked_fill_(masked[..., None], 0), masked, found
+
+    return run
+
+
 # ---- calls to test, to refuse and to time ----
 
 # (B, T, D), the share of masked rows
@@ -199,6 +251,7 @@ deepstack_add = Cases(
     bytes=deepstack_bytes,
     flops=lambda hidden_states, mask, embeds, *_: embeds.numel(),
     upstream=deepstack_upstream,
+    peers={"index_add_": deepstack_index_add},
     limits={"hidden_states.clone()": lambda hidden_states, *_: hidden_states.clone},
     launches=2,
 )
@@ -210,6 +263,7 @@ place_embeddings = derived(
     bad_calls=_embeds_bad_calls("inputs_embeds", "mask", "image_embeds"),
     bytes=place_bytes,
     upstream=place_upstream,
+    peers={"index_put_": place_index_put},
     limits={"inputs_embeds.clone()": lambda inputs_embeds, *_: inputs_embeds.clone},
     launches=2,
 )
@@ -223,6 +277,7 @@ row_index = derived(
         ("mask", _MASK[0], ValueError, r"mask must have shape \(B, T\), got \(3,\)"),
     ),
     bytes=lambda mask: 5 * mask.numel(),
+    peers={"cumsum": index_cumsum},
     requested=1.75,  # the mask before a chunk is counted again, a byte a position
 )
 
@@ -251,6 +306,7 @@ compact_tokens = Cases(
     workloads=compact_workloads,
     bytes=compact_bytes,
     upstream=compact_upstream,
+    peers={"a stable sort": compact_stable},
     limits={"tokens.clone()": lambda tokens, *_: tokens.clone},
     launches=2,
 )

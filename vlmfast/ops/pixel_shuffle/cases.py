@@ -39,7 +39,26 @@ def shuffle_upstream(
     return run
 
 
+def one_copy(
+    x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
+) -> Callable[[], Tensor]:
+    """Move each patch once, where the code above does so twice or three times."""
+    (height, width), (batch, _, channels) = grid, x.shape
+    axes = (0, 3, 1, 2, 4, 5) if order == "column" else (0, 1, 3, 2, 4, 5)
+
+    def run() -> Tensor:
+        patches = x if input_scale == 1.0 else x * input_scale
+        blocks = patches.view(batch, height // scale, scale, width // scale, scale, channels).permute(axes)
+        return blocks.reshape(batch, -1, scale * scale * channels)
+
+    return run
+
+
 def norm_upstream(*args: Any) -> Callable[[], Tensor]:
+    return _norm(shuffle_upstream, *args)
+
+
+def _norm(shuffle: Callable[..., Callable[[], Tensor]], *args: Any) -> Callable[[], Tensor]:
     call = named(definition.pixel_shuffle_norm, args)
     layout = call.grid, call.scale, call.order
 
@@ -48,20 +67,28 @@ def norm_upstream(*args: Any) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         if call.norm_weight.shape[0] == call.x.shape[2]:
-            return shuffle_upstream(norm(call.x if call.input_scale == 1.0 else call.x * call.input_scale), *layout)()
-        return norm(shuffle_upstream(call.x, *layout, call.input_scale)())
+            return shuffle(norm(call.x if call.input_scale == 1.0 else call.x * call.input_scale), *layout)()
+        return norm(shuffle(call.x, *layout, call.input_scale)())
 
     return run
 
 
 def linear_upstream(*args: Any) -> Callable[[], Tensor]:
+    return _linear(shuffle_upstream, *args)
+
+
+def linear_one_copy(*args: Any) -> Callable[[], Tensor]:
+    return _linear(one_copy, *args)
+
+
+def _linear(shuffle: Callable[..., Callable[[], Tensor]], *args: Any) -> Callable[[], Tensor]:
     call = named(connector.pixel_shuffle_linear, args)
     layout = square(call.x) if call.grid is None else call.grid, call.scale, call.order, call.input_scale
     if call.norm_weight is None:
-        tokens = shuffle_upstream(call.x, *layout)
+        tokens = shuffle(call.x, *layout)
     else:
         bias = torch.zeros_like(call.norm_weight) if call.norm_bias is None else call.norm_bias
-        tokens = norm_upstream(call.x, call.norm_weight, bias, *layout, call.norm_eps)
+        tokens = _norm(shuffle, call.x, call.norm_weight, bias, *layout, call.norm_eps)
     act = Identity() if call.activation is None else GELU(ACTIVATIONS[call.activation])
     return lambda: act(F.linear(tokens(), call.weight, call.bias))
 
@@ -202,6 +229,7 @@ pixel_shuffle = Cases(
     workloads=shuffle_workloads,
     bytes=lambda x, *_: 2 * x.nbytes,
     upstream=shuffle_upstream,
+    peers={"one copy": one_copy},
     limits={"x.clone()": lambda x, *_: x.clone},
 )
 
@@ -264,6 +292,7 @@ pixel_shuffle_linear = Cases(
     bytes=linear_bytes,
     flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
     upstream=linear_upstream,
+    peers={"PyTorch, one copy": linear_one_copy},
     limits={"F.linear alone": bare_linear},
     compute_bound="a matrix multiplication of torch's, whose traffic nobody counts",
 )

@@ -60,6 +60,14 @@ def _torch_functional(x: Tensor, weight: Tensor, eps: float = 1e-6, *_: Any) -> 
     return lambda: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
 
 
+def _torch_functional_add(x: Tensor, residual: Tensor, *norm: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+    def run() -> tuple[Tensor, Tensor]:
+        hidden_states = residual + x
+        return _torch_functional(hidden_states, *norm)(), hidden_states
+
+    return run
+
+
 # ---- the kernels of other projects, each in its fastest documented way of being called; forward only ----
 
 
@@ -238,6 +246,7 @@ add_rms_norm = derived(
     bytes=_add_bytes,
     flops=lambda x, *_: 5 * x.numel(),
     upstream=_upstream_add,
+    peers={"F.rms_norm": _torch_functional_add},
     projects=_PROJECTS,
     requested=1.3,  # a weight for each row
 )

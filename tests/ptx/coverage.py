@@ -1,0 +1,83 @@
+"""How many of a kernel's instructions the generated tests run: what none of them reaches is not tested.
+
+    TRITON_INTERPRET=1 python -m tests.ptx.coverage > coverage.json
+    TRITON_INTERPRET=1 python -m tests.ptx.coverage --missing top_tokens
+
+The first writes a record for each op and kernel; the second prints which instructions of some ops never ran. An
+instruction has run if it did so for one thread at least: one whose predicate was never true has not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+import vlmfast
+from tests.helpers import interpreter
+from tests.helpers.cases import DTYPES, PRIMITIVE, RACES, calls
+from tests.ptx import backend
+from tests.ptx.parse import Instruction, PtxError
+from vlmfast import backends
+from vlmfast.registry import Op
+
+PLACE = "ptx_sm_90"
+
+
+def execute(op: Op, dtype: torch.dtype) -> None:
+    """Run all calls of the generated tests; `backend.machines` then knows what ran."""
+    found = op.backend(PLACE)
+    torch.manual_seed(0)
+    with vlmfast.use(PLACE):
+        for args in calls(op, "cpu", dtype):
+            if found.unsupported(*args) is None:
+                try:
+                    found.run(*args)
+                except PtxError:
+                    if (op.name, PLACE, dtype) not in RACES:
+                        raise
+
+
+def never_ran() -> list[tuple[str, Instruction]]:
+    """The kernels' instructions that have not run, those of one line and text once."""
+    found = {}
+    for (_, name), machine in backend.machines.items():
+        for ins, ran in zip(machine.kernel.instructions, machine.ran, strict=True):
+            if ran == 0:
+                found.setdefault((name, ins.line, ins.opcode), ins)
+    return [(name, ins) for (name, _, _), ins in found.items()]
+
+
+def records(op: Op) -> list[dict[str, Any]]:
+    """Count, over all specialisations of each kernel, the instructions and those that ran."""
+    backend.machines.clear()
+    for dtype in DTYPES:
+        execute(op, dtype)
+    count: dict[str, Counter[str]] = {}
+    for (_, name), machine in backend.machines.items():
+        kernel = count.setdefault(name, Counter())
+        kernel.update(specialisations=1, instructions=len(machine.ran), ran=int((machine.ran > 0).sum()))
+    place = {"target": backend.PLACES[PLACE]}
+    return [{"op": op.name, "kernel": name, **place, **numbers} for name, numbers in count.items()]
+
+
+def main(arguments: list[str]) -> None:
+    interpreter.repair()
+    backends.LOADERS |= backend.LOADERS
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    ops = [op for op in PRIMITIVE if not names or op.name in names]
+    if "--missing" in arguments:
+        for op in ops:
+            for record in records(op):
+                print(record)
+            for name, ins in never_ran():
+                print(f"{name}  {ins.line}  {'@' + ins.predicate + ' ' if ins.predicate else ''}{ins.text}")
+    else:
+        json.dump([record for op in ops for record in records(op)], sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

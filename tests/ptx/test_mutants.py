@@ -1,0 +1,39 @@
+"""What synchronises a kernel is needed: without one of its barriers, waits and commits a test of the op fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.helpers.cases import PRIMITIVE, RACES, each, require
+from tests.ptx.mutants import survivors_of_drops
+from vlmfast.registry import Op
+
+PLACE = "ptx_sm_90"
+OWN = "each warp stores where it alone has loaded since the barrier before"
+# Barriers that Triton sets though nothing needs them, by kernel: how many, and why none of them is missed.
+IDLE = {
+    "cls_logits_kernel": (1, "nothing has been stored before it"),
+    "cls_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),
+    "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
+    "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
+    "pack_kernel": (1, "it follows an assertion, and the kernel has no shared memory"),
+    "pixel_shuffle_norm_kernel": (1, OWN),
+    "pixel_shuffle_norm_backward_kernel": (2, OWN),
+    "rms_norm_kernel": (1, OWN),
+    "rms_norm_backward_kernel": (1, OWN),
+    "sum_partials_kernel": (1, OWN),
+}
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("op", each(op for op in PRIMITIVE if (op.name, PLACE, torch.bfloat16) not in RACES))
+def test_nothing_that_synchronises_can_be_left_out(op: Op) -> None:
+    require(op, PLACE)
+    alive = survivors_of_drops(op, PLACE, torch.bfloat16)
+    assert not [str(mutant) for mutant in alive if mutant.was.name != "bar" and not mutant.excuse]
+    for kernel, count in Counter(mutant.kernel for mutant in alive if mutant.was.name == "bar").items():
+        most, _ = IDLE.get(kernel, (0, ""))
+        assert count <= most, [str(mutant) for mutant in alive if mutant.kernel == kernel]

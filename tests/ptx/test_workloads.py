@@ -1,0 +1,35 @@
+"""The kernels that real shapes run, as compiled: other specialisations than those of the samples, and whole tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vlmfast
+from tests.helpers import traffic
+from tests.helpers.cases import RACES, outputs, require, widened
+from tests.helpers.rounding import assert_within
+from tests.ptx.backend import PLACES
+from tests.ptx.parse import PtxError
+from vlmfast.registry import Op
+
+
+def parameters() -> list:
+    """Each op that is bound by memory, where its kernels are its own; `make test` runs those of one target."""
+    found = []
+    for op in (op for op in traffic.BOUND_BY_MEMORY if op.compose is None):
+        for place in PLACES:
+            marks = [] if place == "ptx_sm_90" else [pytest.mark.ptx]
+            if (op.name, place, torch.bfloat16) in RACES:
+                marks.append(pytest.mark.xfail(strict=True, raises=PtxError, reason="a race of Triton's"))
+            found.append(pytest.param(op, place, marks=marks, id=f"{op.name}-{place}"))
+    return found
+
+
+@pytest.mark.parametrize(("op", "place"), parameters())
+def test_real_shapes(op: Op, place: str) -> None:
+    require(op, place)
+    _, args = traffic.workload(op)
+    with vlmfast.use(place):
+        got = outputs(op.function(*args))
+    assert_within(got, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))
