@@ -13,12 +13,13 @@ from vlmfast.registry import Op
 
 PLACE = "ptx_sm_90"
 OWN = "each warp stores where it alone has loaded since the barrier before"
-# Barriers that Triton sets though nothing needs them, by kernel: how many, and why none of them is missed.
+# Barriers that no sample needs, by kernel: how many, and why none of them is missed.
 IDLE = {
     "cls_logits_kernel": (1, "nothing has been stored before it"),
     "cls_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
+    "merge_rows_kernel": (2, "they stand in the branch for sums that are not finite, which no sample takes"),
     "pack_kernel": (1, "it follows an assertion, and the kernel has no shared memory"),
     "pixel_shuffle_norm_kernel": (1, OWN),
     "pixel_shuffle_norm_backward_kernel": (2, OWN),
