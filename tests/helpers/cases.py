@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfast
-from tests.ptx.parse import PtxError
 from vlmfast.cases import Samples
 from vlmfast.registry import OPS, Op
 
@@ -24,21 +23,16 @@ PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Triton kernels as compiled for a GPU, on the CPU: see tests/ptx/. `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80")]
-# What Triton 3.9 makes of an op is wrong: its loop copies targets over those that a wgmma may still be reading, because
-# the tile has a second use and so a buffer too few. triton-lang/triton#8554 mended it for two wgmmas of one tile.
-RACES = {("merge_slots", "ptx_sm_90", dtype) for dtype in (torch.float16, torch.bfloat16)}
 # Backends whose absence is a failure, not a skip. With a GPU the CPU has no Triton: its interpreter is off.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
 
 
-def _marks(device: str, backend: str, values: tuple[Any, ...]) -> list:
+def _marks(device: str, backend: str) -> list:
     if device == "cuda":
         return [pytest.mark.gpu]
     if (device, backend) not in COMPILED:
         return []
-    op, dtype = (next(v for v in values if isinstance(v, kind)) for kind in (Op, torch.dtype))
-    race = pytest.mark.xfail(strict=True, raises=PtxError, reason="a race of Triton's: see tests/helpers/cases.py")
-    return [pytest.mark.ptx, *([race] if (op.name, backend, dtype) in RACES else [])]
+    return [pytest.mark.ptx]
 
 
 def _parameters(*axes: Any) -> list:
@@ -49,7 +43,7 @@ def _parameters(*axes: Any) -> list:
         names = [
             v.name if isinstance(v, Op) else str(v).removeprefix("torch.") for v in values if not isinstance(v, tuple)
         ]
-        marks = _marks(device, backend, values)
+        marks = _marks(device, backend)
         found.append(pytest.param(*values, marks=marks, id="-".join([*names, device, backend])))
     return found
 

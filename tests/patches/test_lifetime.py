@@ -168,7 +168,7 @@ def elsewhere(function: Callable) -> Callable:
         (functools.update_wrapper(functools.partial(ten), one), None),
         (None, None),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_made_around(wrapper: Callable | None, want: int | None):
     bound = wrapper and MethodType(wrapper, nn.Module())

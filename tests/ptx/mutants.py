@@ -23,7 +23,7 @@ import torch
 
 import vlmfast
 from tests.helpers import interpreter, traffic
-from tests.helpers.cases import RACES, calls, outputs, widened
+from tests.helpers.cases import calls, outputs, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx import backend
 from tests.ptx.machine import Machine
@@ -172,9 +172,8 @@ def main(count: int, names: list[str], place: str = "ptx_sm_90") -> None:
     backends.LOADERS |= backend.LOADERS
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    racing = {op for op, where, _ in RACES if where == place}
-    ops = [op for op in traffic.BOUND_BY_MEMORY if op.compose is None and op.name not in racing]
-    draw, ops = random.Random(0), [op for op in ops if not names or op.name in names]
+    ops = [op for op in traffic.BOUND_BY_MEMORY if op.compose is None and (not names or op.name in names)]
+    draw = random.Random(0)
     dead = total = 0
     for op in ops:
         torch.manual_seed(0)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import vlmfast
 from tests.helpers import traffic
-from tests.helpers.cases import RACES, outputs, require, widened
+from tests.helpers.cases import outputs, require, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx.backend import PLACES
-from tests.ptx.parse import PtxError
 from vlmfast.registry import Op
 
 
@@ -20,8 +18,6 @@ def parameters() -> list:
     for op in (op for op in traffic.BOUND_BY_MEMORY if op.compose is None):
         for place in PLACES:
             marks = [] if place == "ptx_sm_90" else [pytest.mark.ptx]
-            if (op.name, place, torch.bfloat16) in RACES:
-                marks.append(pytest.mark.xfail(strict=True, raises=PtxError, reason="a race of Triton's"))
             found.append(pytest.param(op, place, marks=marks, id=f"{op.name}-{place}"))
     return found
 
