@@ -336,6 +336,21 @@ def test_a_class_with_a_metaclass_of_its_own():
     assert type(module) is cls
 
 
+def test_a_class_goes_by_its_name_wherever_it_was_defined():
+    """Transformers looks for what records hidden states under ``str`` of the class."""
+    model, _ = tiny("qwen3_vl")
+    text = model.model.language_model
+
+    class Text(type(text)):
+        pass
+
+    text.__class__ = Text
+    names = [str(type(module)) for module in model.modules()]
+    with vlmfast.patch(model):
+        assert Text is not type(text)
+        assert [str(type(module)) for module in model.modules()] == names
+
+
 # ---- the patch itself ----
 
 

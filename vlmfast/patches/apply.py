@@ -52,11 +52,11 @@ class Patch:
         """Write a line for each site: how many modules run the replacement now, or why not.
 
         Methods that somebody replaced again, and modules that came after the patch, are told too. Then what became of
-        the last prompt, where visual tokens are reduced. After `undo`, the lines say what was replaced.
+        the last prompt, where visual tokens are reduced. Once the patch is undone, the lines say what was replaced.
         """
         rows = {site: count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items()}
-        if self._placed is not None:
+        if self._placed is not None and self._patched():
             rows |= self._placed.rows()
         width = max(map(len, rows), default=0)
         lines = [f"{self!r}:", *(f"  {site:{width}}  {text}" for site, text in rows.items())]
@@ -68,7 +68,8 @@ class Patch:
         """Give every module its own class back, also the copies that were put into the model since.
 
         A second call does nothing. A method that was captured before, such as ``model.forward`` in a partial or in what
-        ``Accelerator.prepare`` returned, runs upstream's code from then on.
+        ``Accelerator.prepare`` returned, runs upstream's code from then on. That of a norm, such as ``norm.forward``,
+        goes on calling the op, with the weights of its module: to ask would make every norm slower.
 
         Raises:
             RuntimeError: if the class of a module was changed again since; nothing is undone then.
@@ -121,7 +122,8 @@ def patch(
     that is not patched. A norm or a placeholder mask whose body is not known is skipped with a warning; `Patch.report`
     lists all of them. For the backward a norm keeps its input, where upstream keeps a float32 copy of one in half
     precision: in training, code that changes the input in place after the norm has read it ends in torch's error about
-    an inplace operation. What ``torch.compile`` has traced in this process is traced anew at its next call.
+    an inplace operation. What ``torch.compile`` has traced in this process is traced anew at its next call. A
+    parametrization that a module had before the patch can be removed after ``undo`` only.
 
     With ``reduce`` the model also sees fewer visual tokens, which changes what it answers. ``generate`` and ``forward``
     encode and reduce the images and shorten the prompt once, before the language model sees it. Prompts without images

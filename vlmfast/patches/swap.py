@@ -84,7 +84,7 @@ def is_swapped(cls: type) -> bool:
 
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
     """Make a subclass of ``cls`` that passes for it, with these methods."""
-    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), {**passing, "original_class": cls})
     made.replacements = {name: _while_patched(made, name, function) for name, function in methods.items()}
     for name, function in made.replacements.items():

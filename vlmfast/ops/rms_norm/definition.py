@@ -143,7 +143,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant
         variant: "llama", "gemma" or "olmo".
 
     Returns:
-        (..., D) contiguous; of the dtype of ``x``, or for "llama" with a weight of the wider of the two dtypes.
+        (..., D) contiguous; of the dtype of ``x``, or for "llama" with a weight of the dtype that torch promotes both
+        to, which for float16 with bfloat16 is float32.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.
