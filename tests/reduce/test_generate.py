@@ -60,6 +60,9 @@ def test_tokens_are_those_of_each_sample_by_hand(model_type: str):
         if (ids == 0).any():  # without a mask, padding is told by its id
             del inputs["attention_mask"]
             assert_same(generate(talk.model, **inputs), ids, want)
+            # a configuration of the caller's that is silent on an id leaves that to the model's
+            own = GenerationConfig(**GREEDY, return_dict_in_generate=True, output_logits=True)
+            assert_same(talk.model.generate(**inputs, generation_config=own), ids, want)
     full = generate(talk.model, **inputs).logits[0]
     assert ((full - want[1][:, 0])[1:].abs().amax(1) > 1e-3).all(), "what is reduced does not show"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import pytest
@@ -126,3 +127,19 @@ def test_modules_are_recorded_that_are_called_once(times: int):
     with pytest.raises(RuntimeError, match="the vision tower passed its hooks by"):
         run()
     assert not module._forward_hooks
+
+
+def test_another_thread_that_torch_has_call_the_hook_half_registered():
+    """torch notes that a hook takes keyword arguments after it adds the hook, and forgets it before it removes it."""
+    module = nn.Linear(2, 2)
+
+    def run_half_registered() -> None:
+        taken, module._forward_hooks_with_kwargs = module._forward_hooks_with_kwargs, {}
+        module(torch.ones(2))
+        module._forward_hooks_with_kwargs = taken
+
+    with recorded(module=module) as calls, ThreadPoolExecutor(1) as pool:
+        pool.submit(run_half_registered).result()
+        assert not calls
+        output = module(torch.ones(2))
+    assert calls["module"][1] is output

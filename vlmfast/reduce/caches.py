@@ -66,7 +66,7 @@ def _refuse(self: KeepsPrompt, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _keeping(cls: Any) -> Any:
-    # linear attention also gets its states, and writes into them
+    # linear attention asks for a previous state or gets it first, and then writes into it in place, without an update
     writing = {name: _refuse for name in dir(cls) if name.startswith("update") or name.endswith("_state")}
     passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls, **writing}
     return type(cls.__name__, (KeepsPrompt, cls), passing)

@@ -325,9 +325,9 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
 
 def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     """Make the mask as ``generate`` does: padding is told by its id, unless that also ends a text."""
-    config = arguments.get("generation_config") or model.generation_config
-    pad = arguments.get("pad_token_id", config.pad_token_id)
-    end = arguments.get("eos_token_id", config.eos_token_id)
+    names = "pad_token_id", "eos_token_id"
+    # as an argument, None is an answer
+    pad, end = (arguments[name] if name in arguments else setting(model, arguments, name) for name in names)
     if pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
         return None
     ids: Tensor = arguments["input_ids"]

@@ -126,7 +126,7 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
 
 
 @contextmanager
-def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[dict[str, Any], Any]]]:
+def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[Any, ...]]]:
     """Record the keyword arguments and the output of each module, which this thread calls once in the block.
 
     Raises:
@@ -134,12 +134,14 @@ def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[dict[str, Any], A
             share what one of them was traced with, its hooks or their absence.
     """
     thread = threading.get_ident()
-    calls: dict[str, tuple[dict[str, Any], Any]] = {}
+    calls: dict[str, tuple[Any, ...]] = {}
     seen: list[str] = []
 
-    def record(name: str, _: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def record(name: str, _: nn.Module, __: Any, *rest: Any) -> None:
+        # torch reads its hooks and which of them take keyword arguments one after the other: another thread, caught
+        # while this one adds or removes a hook, calls it without them
         if threading.get_ident() == thread:
-            calls[name] = kwargs, output
+            calls[name] = rest  # the keyword arguments and the output
             seen.append(name)
 
     hooks = [
