@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import vlmfast
-from tests.helpers.patches_models import patched, state, tiny
+from tests.helpers.patches_models import cast, patched, state, tiny
 from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
-from vlmfast.reduce import EvenTokens, Selection, VisualTokens, generation
+from vlmfast.reduce import EvenTokens, Method, Selection, VisualTokens, generation
 from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
+EACH_DOUBLE = [name for name in EACH_TYPE if not name.endswith("_moe")]  # experts multiply in torch._grouped_mm
 PROMPTS = ((10, 0, 11, 12), (13, 14, 15, 1, 2, 16))
 
 
@@ -64,6 +65,26 @@ def test_undo_and_copy(model_type: str):
     assert torch.equal(logits(twin, inputs), short)
     vlmfast.unpatch(twin)
     assert torch.equal(logits(twin, inputs), full)
+
+
+@pytest.mark.parametrize("model_type", EACH_DOUBLE)
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_is_reduced_alike(model_type: str, method: Method):
+    """No op takes it: its definitions stand in, from the model that is patched and from one that is widened later."""
+    talk, later = Talk.of(model_type), Talk.of(model_type)
+    inputs = talk.batch(*PROMPTS)
+    wide = {name: cast(value, torch.float64) for name, value in inputs.items()}
+    with vlmfast.patch(talk.model, exclude="*", reduce=method):
+        want = logits(talk.model, inputs)
+    talk.model.double()
+    with vlmfast.patch(talk.model, exclude="*", reduce=method), vlmfast.patch(later.model, exclude="*", reduce=method):
+        got = logits(talk.model, wide)
+        later.model.double()
+        assert torch.equal(logits(later.model, wide), got)
+        ids = talk.model.generate(**wide, max_new_tokens=2, do_sample=False)
+    assert ids.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)

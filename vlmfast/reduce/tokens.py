@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.functions import accepting
 from vlmfast.ops.token_merge import merge_rows, top_tokens
 
 Grid = tuple[int, int, int]  # frames, rows and columns of visual tokens
@@ -27,7 +28,8 @@ class VisualTokens:
     Attributes:
         hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
         grid: (frames, rows, columns) of the N tokens, in raster order; None for the crops of an image together.
-        scores: gives (B, N) float32, the attention that each token gets: from the CLS token, or from all of its image.
+        scores: gives (B, N) float32, of a float64 model float64, the attention that each token gets: from the CLS
+            token, or from all of its image.
         metric: gives (B, N, M), the keys, averaged over the heads: they tell how alike two tokens are.
         features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
         pixels: gives (B, ...), what the tower was given of each image: the same alone and in any batch.
@@ -100,7 +102,7 @@ class Selection:
 
     def apply(self, hidden: Tensor) -> Tensor:
         """(B, N, D) -> (B, k + C, D): the kept rows in the order of their positions, then the merged ones."""
-        return merge_rows(hidden, self.kept, self.slots, self.contextual, self.merge)
+        return accepting(merge_rows, hidden)(hidden, self.kept, self.slots, self.contextual, self.merge)
 
     def positions(self) -> Tensor:
         """(B, k + C) int64: where the rows that `apply` gives stood, the merged ones at their targets."""

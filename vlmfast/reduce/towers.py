@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.functions import accepting
 from vlmfast.ops.attention_scores import cls_attention, received_attention
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
@@ -41,13 +42,13 @@ class EncodedImages:
         return self.hidden[:, int(self.has_cls) :]
 
     def scores(self) -> Tensor:
-        """(B, N) float32: the attention that each patch gets."""
+        """(B, N) float32, of a float64 model float64: the attention that each patch gets."""
         batch, tokens, heads, size = self.key.shape
         if self.has_cls:
-            return cls_attention(self.query[:, 0], self.key.transpose(1, 2), self.scale)
+            return accepting(cls_attention, self.key)(self.query[:, 0], self.key.transpose(1, 2), self.scale)
         query, key = (rows.reshape(batch * tokens, heads, size).transpose(0, 1) for rows in (self.query, self.key))
         bounds = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=key.device)
-        return received_attention(query, key, bounds, 1, self.scale).view(batch, tokens)
+        return accepting(received_attention, key)(query, key, bounds, 1, self.scale).view(batch, tokens)
 
     def metric(self) -> Tensor:
         """(B, N, head_dim): the keys of the patches, averaged over the heads."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.functions import accepting
 from vlmfast.ops.attention_scores import received_attention
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
@@ -67,8 +68,9 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
     """Run the tower.
 
     Returns:
-        Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); (N,) float32,
-        the attention that the patches of each get; and (N, head_dim) float32, their mean key.
+        Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); (N,), the
+        attention that the patches of each get; and (N, head_dim), their mean key; both float32, of a float64 model
+        float64.
     """
     tower = base.visual
     attention = tower.blocks[-1].attn
@@ -96,11 +98,12 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
     @functools.cache
     def scores() -> Tensor:
         by_head = query.transpose(0, 1), key.transpose(0, 1)
-        return raster(received_attention(*by_head, bounds, group, attention.scaling))
+        return raster(accepting(received_attention, key)(*by_head, bounds, group, attention.scaling))
 
     @functools.cache
     def metric() -> Tensor:
-        return raster(key.reshape(-1, group, *key.shape[1:]).mean((1, 2), dtype=torch.float32))
+        wide = torch.promote_types(key.dtype, torch.float32)
+        return raster(key.reshape(-1, group, *key.shape[1:]).mean((1, 2), dtype=wide))
 
     return levels, scores, metric
 

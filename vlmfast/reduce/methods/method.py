@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.functions import accepting
 from vlmfast.ops.token_merge import merge_slots, top_tokens
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
@@ -56,7 +57,7 @@ class Method(abc.ABC):
         scores, shape = self.score(tokens), (tokens.batch, tokens.count)
         if scores.shape != shape:
             raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
-        return top_tokens(scores, k)
+        return accepting(top_tokens, scores)(scores, k)
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Decide for all images at once.
@@ -73,7 +74,7 @@ class Method(abc.ABC):
         contextual = min(contextual, room - kept)
         chosen = self._chosen(tokens, kept)
         metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
-        slots = merge_slots(metric, chosen, contextual)
+        slots = accepting(merge_slots, metric)(metric, chosen, contextual)
         return Selection(chosen, slots, contextual, keep_cls=keep_cls)
 
     def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
