@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmfast
-from tests.helpers.reduce_models import METHODS, WORD, Talk
+from tests.helpers.reduce_models import EACH_TYPE, METHODS, WORD, Talk
 from vlmfast.reduce import EvenTokens
 from vlmfast.reduce.caches import keep, kept_by, lent, release
 from vlmfast.reduce.prompt import takes_features
@@ -72,7 +75,7 @@ def test_rows_of_a_cache_are_rows_of_its_prompt():
             assert cache.layers[0].keys.shape[0] == len(rows)
             assert torch.equal(kept_by(cache).ids, prompt.ids[rows])
             assert torch.equal(kept_by(cache).columns.index, prompt.columns.index[rows])
-            assert kept_by(cache).samples == [prompt.samples[row] for row in rows]
+            assert kept_by(cache).samples == [[] for _ in rows]
             prompt = kept_by(cache)
         cache.reset()
         assert kept_by(cache) is None
@@ -94,6 +97,20 @@ def test_a_cache_of_beams_has_a_prompt_for_each(options: dict[str, int]):
         del inputs["pixel_values"]
         got = answer(talk, inputs, past_key_values=cache)[1]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_features_of_images_do_not_live_as_long_as_a_cache(model_type: str):
+    talk = Talk.of(model_type)
+    inputs = talk.batch((10, 0, 11))
+    with vlmfast.patch(talk.model, reduce=METHOD) as patch:
+        for make in (prefilled, lambda talk, inputs: answer(talk, inputs)[0].past_key_values):
+            cache = make(talk, inputs)
+            features = weakref.ref(patch.images[0].features)
+            assert kept_by(cache) is not None
+            patch.reduction.last = None
+            gc.collect()
+            assert features() is None
 
 
 def test_copies_and_pickles_keep_the_prompt():
@@ -340,6 +357,27 @@ def test_inputs_of_two_prompts_are_compressed_before_the_first_one_runs(model_ty
     with vlmfast.patch(talk.model, reduce=METHOD):
         cache = prefilled(talk, mine)
         assert torch.equal(talk.model(input_ids=torch.tensor([[12, 13]]), past_key_values=cache).logits, want)
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+@torch.no_grad()
+def test_compressed_inputs_are_pickled(model_type: str):
+    talk = Talk.of(model_type)
+    if not talk.compressible:
+        pytest.skip("inputs of this model cannot be shortened beforehand")
+    short = vlmfast.compress_inputs(talk.model, talk.batch((10, 0, 11)), METHOD)
+    want = talk.model(**short).logits
+    file = io.BytesIO()
+    torch.save(short, file)
+    file.seek(0)
+    for loaded in (pickle.loads(pickle.dumps(short)), torch.load(file, weights_only=False)):
+        told = loaded.get("mm_encoder_outputs")
+        if not hasattr(told, "rope_deltas"):
+            assert torch.equal(talk.model(**loaded).logits, want)
+            continue
+        assert torch.equal(told.rope_deltas, short["mm_encoder_outputs"].rope_deltas)
+        with pytest.warns(UserWarning, match="before generate, set rope_deltas of the base model"):
+            assert torch.equal(talk.model(**copy.deepcopy(loaded)).logits, want)
 
 
 def test_prompts_of_a_copy_are_not_reported():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -21,7 +23,8 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
     short ids. With M-RoPE (Qwen-VL) ``position_ids`` are those that the tokens had, and the model is told how far from
     the end of the short prompt the next position is when it runs this prompt, or at once in a transformers without
-    ``mm_encoder_outputs``: run each prompt there before the next is compressed. Gradients reach the projector and the
+    ``mm_encoder_outputs``: run each prompt there before the next is compressed. Inputs that were pickled do not
+    know the model any more, and warn. Gradients reach the projector and the
     tower.
 
         short = vlmfast.compress_inputs(model, processor(...), vlmfast.VisionZip(dominant=54, contextual=10))
@@ -54,26 +57,47 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
             base.rope_deltas = prompt.rope_deltas
         return _with_embeddings(base, prompt, short)
     if prompt.rope_deltas is not None:
-        # what moves inputs to a device makes another mapping of the same class
-        telling = type("Encoded", (_Encoded,), {"base": weakref.ref(base), "rope_deltas": prompt.rope_deltas})
-        short["mm_encoder_outputs"] = telling(short["mm_encoder_outputs"])
+        short["mm_encoder_outputs"] = _telling(weakref.ref(base), prompt.rope_deltas)(short["mm_encoder_outputs"])
     return short
 
 
-class _Encoded(dict[str, Any]):
+class _Telling(dict[str, Any]):
     """Encoded images which tell a model with M-RoPE, when it asks for them, where their prompt goes on.
 
     As its own prefill tells it: the model keeps this for one prompt, the last one that it has run.
     """
 
-    base: ClassVar[weakref.ref[Any]]
+    base: ClassVar[weakref.ref[Any] | None]  # None where it was loaded
     rope_deltas: ClassVar[Tensor]
 
     def get(self, key: str, default: Any = None) -> Any:
-        base = self.base()
-        if base is not None:
+        base = None if self.base is None else self.base()
+        if base is None:
+            warnings.warn(
+                "these compressed inputs were loaded, or their model is gone: before generate, set rope_deltas of the "
+                "base model to that of mm_encoder_outputs",
+                stacklevel=2,
+            )
+        else:
             base.rope_deltas = self.rope_deltas
         return super().get(key, default)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Telling:
+        """Tell the same model."""
+        return type(self)(copy.deepcopy(dict(self), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle without the model, and without a class that nobody could import."""
+        return _loaded, (self.rope_deltas, dict(self))
+
+
+def _telling(base: weakref.ref[Any] | None, rope_deltas: Tensor) -> type[_Telling]:
+    """Make a class: what moves inputs to a device makes another mapping of the same one."""
+    return type("_Telling", (_Telling,), {"base": base, "rope_deltas": rope_deltas})
+
+
+def _loaded(rope_deltas: Tensor, outputs: dict[str, Any]) -> _Telling:
+    return _telling(None, rope_deltas)(outputs)
 
 
 def _with_embeddings(base: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             prompt, short = shorten(model, arguments, None)
             output = _lengthened(model, original, arguments, short, prompt.columns)
             if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
-                keep(_cache_of(output) if cache is None else cache, prompt)
+                keep(_cache_of(output) if cache is None else cache, prompt.without_images())
             return output
 
     return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
@@ -315,7 +315,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         sequences = prompt.lengthen(output if isinstance(output, Tensor) else output.sequences)
         # a cache has a row for each beam, also for those that are not returned
         rows = max(setting(model, arguments, "num_beams") or 1, sequences.shape[0] // prompt.ids.shape[0])
-        prompt = prompt.repeat(rows)
+        prompt = prompt.without_images().repeat(rows)
         keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
         if isinstance(output, Tensor):
             return sequences

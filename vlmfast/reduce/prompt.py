@@ -50,6 +50,10 @@ class ShortenedPrompt:
         """Return it without gradients."""
         return replace(self, samples=[[image.detach() for image in sample] for sample in self.samples])
 
+    def without_images(self) -> ShortenedPrompt:
+        """Return what a cache needs of it: features are large, and a cache holds what was made of them."""
+        return replace(self, samples=[[] for _ in self.samples])
+
     def repeat(self, times: int) -> ShortenedPrompt:
         """Return it with each sample so many times."""
         return self if times == 1 else self.select(torch.arange(len(self.ids)).repeat_interleave(times))

@@ -161,7 +161,7 @@ def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[Any, ...]]]:
         )
 
 
-def setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
+def vision_setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
     """Return an argument of the model's ``get_image_features`` if it is given, else the configuration's value."""
     value = inputs.get(name)
     return getattr(model.config, name) if value is None else value

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.tokens import VisualTokens
-from vlmfast.reduce.towers import encode, setting
+from vlmfast.reduce.towers import encode, vision_setting
 
 
 def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
@@ -23,10 +23,10 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduce
     their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
     CLS token among them, so the whole budget goes to patches.
     """
-    layer = setting(model, inputs, "vision_feature_layer")
+    layer = vision_setting(model, inputs, "vision_feature_layer")
     pixels: Tensor = inputs["pixel_values"]
     encoded = encode(model.vision_tower, pixels.to(model.dtype), layer)
-    strategy = setting(model, inputs, "vision_feature_select_strategy")
+    strategy = vision_setting(model, inputs, "vision_feature_select_strategy")
     if not encoded.has_cls or strategy != "default":
         raise ValueError(
             "token reduction of InternVL needs a tower with a CLS token, cut off by vision_feature_select_strategy "

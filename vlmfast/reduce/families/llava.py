@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
-from vlmfast.reduce.towers import encode, setting
+from vlmfast.reduce.towers import encode, vision_setting
 
 
 def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
@@ -20,7 +20,7 @@ def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduced
     config: Any = base.config
     # ViP-LLaVA, which takes several, speaks of vision_feature_layers up to transformers 5.17
     name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
-    layer = setting(base, inputs, name)
+    layer = vision_setting(base, inputs, name)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     uses_first = inputs.get("vision_feature_select_strategy", strategy) != "default"
     encoded = encode(base.vision_tower, inputs["pixel_values"], layer)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.tokens import VisualTokens
-from vlmfast.reduce.towers import EncodedImages, encode, setting
+from vlmfast.reduce.towers import EncodedImages, encode, vision_setting
 
 NEWLINE, MIXED = -1, -2
 
@@ -34,7 +34,7 @@ def reduce_next(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> 
 
     The model's own packing has no place for a CLS token: it is left out, and the whole budget goes to patches.
     """
-    strategy = setting(model, inputs, "vision_feature_select_strategy")
+    strategy = vision_setting(model, inputs, "vision_feature_select_strategy")
     packing = getattr(method, "packing", "model")
     return _reduce(model, inputs, method, packing, vision_feature_select_strategy=strategy)
 
@@ -45,7 +45,7 @@ def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method
     With ``vision_aspect_ratio="anyres_max_9"`` the model makes a grid of more than about 9 crops smaller, so that a
     token is made of several patches: `Packing.reduce` takes such an image, with the budget of all its crops.
     """
-    ratio = setting(model, inputs, "vision_aspect_ratio")
+    ratio = vision_setting(model, inputs, "vision_aspect_ratio")
     return _reduce(model, inputs, method, "model", vision_aspect_ratio=ratio)
 
 
@@ -108,8 +108,8 @@ def _encode(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side
         raise ValueError(
             f"pixel_values must hold {counts} crops, as image_sizes say, got {tuple(inputs['pixel_values'].shape)}"
         )
-    encoded = encode(model.vision_tower, pixels, setting(model, inputs, "vision_feature_layer"))  # type: ignore[arg-type]
-    cut = setting(model, inputs, "vision_feature_select_strategy") == "default"
+    encoded = encode(model.vision_tower, pixels, vision_setting(model, inputs, "vision_feature_layer"))  # type: ignore[arg-type]
+    cut = vision_setting(model, inputs, "vision_feature_select_strategy") == "default"
     if cut != encoded.has_cls or encoded.patches.shape[1] != side**2:
         raise ValueError(
             f"the visual tokens must be the {side} x {side} patches of a crop, but {encoded.patches.shape[1]} patches "
