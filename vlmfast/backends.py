@@ -84,8 +84,13 @@ def load_extension() -> str | None:
     return None
 
 
-def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any]) -> Backend | str:
-    """Make a backend of the compiled op in one torch library namespace."""
+def compiled_backend(
+    name: str, namespace: str, op: str, fake: Callable[..., Any], mixed: Callable[..., bool] | None = None
+) -> Backend | str:
+    """Make a backend of the compiled op in one torch library namespace.
+
+    ``mixed`` says whether the CPU kernels take a call whose tensors are of several dtypes: by default, none.
+    """
     packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
         return f"csrc/ has no {op}"
@@ -105,7 +110,7 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
             if found is dtype:
                 continue
             if found.is_floating_point:
-                if dtype is not None:
+                if dtype is not None and not (mixed is not None and value.is_cpu and mixed(*args)):
                     return f"the tensors are of several dtypes ({dtype} and {found})"
                 dtype = found
             # not value.device.type, which costs 0.4 us
@@ -117,7 +122,8 @@ def compiled_backend(name: str, namespace: str, op: str, fake: Callable[..., Any
 
 
 def _native(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:
-    return load_extension() or compiled_backend("native", "vlmfast_native", op, reference)
+    mixed = getattr(importlib.import_module(reference.__module__), f"{op}_mixed", None)
+    return load_extension() or compiled_backend("native", "vlmfast_native", op, reference, mixed)
 
 
 def _triton(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:

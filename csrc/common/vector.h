@@ -40,6 +40,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// A bfloat16 whose blocks keep the elements' own order, as those of float32 do: for kernels that take both.
+struct OrderedBFloat16 : BFloat16 {};
 
 template <class V, class T>
 VLMFAST_INLINE V load_unaligned(const T* from) {
@@ -204,20 +206,32 @@ VLMFAST_INLINE void store(Float16* to, const Block& block) {
   }
 }
 
-// ---- any of the three ----
+// ---- any of them ----
+
+typedef uint16_t HalfWords __attribute__((vector_size(kRegisterBytes / 2)));
 
 // A register of adjacent elements in their own order.
 VLMFAST_INLINE Float load_in_order(const float* from) { return load_unaligned<Float>(from); }
 VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(load_unaligned<Halves>(from)); }
 VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
-  typedef uint16_t Words __attribute__((vector_size(kRegisterBytes / 2)));
-  return (Float)(__builtin_convertvector(load_unaligned<Words>(from), Bits) << 16);
+  return (Float)(__builtin_convertvector(load_unaligned<HalfWords>(from), Bits) << 16);
+}
+
+VLMFAST_INLINE Block load(const OrderedBFloat16* from) {
+  return each_part([&](int i) { return load_in_order(from + i * kLanes); });
+}
+VLMFAST_INLINE void store(OrderedBFloat16* to, const Block& block) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; ++i) {
+    const HalfWords words = __builtin_convertvector(bfloat16_bits(block.part[i]) >> 16, HalfWords);
+    std::memcpy(to + i * kLanes, &words, sizeof(words));
+  }
 }
 
 // Rounds a block to T and widens it again.
 template <class T>
 VLMFAST_INLINE Block round_to(const Block& block) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_base_of_v<BFloat16, T>) {
     return each_part([&](int i) { return round_to_bfloat16(block.part[i]); });
   } else if constexpr (std::is_same_v<T, Float16>) {
     return each_part([&](int i) { return from_halves(to_halves(block.part[i])); });

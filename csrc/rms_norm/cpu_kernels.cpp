@@ -25,14 +25,19 @@ VLMFAST_INLINE void inverse_roots(const float* sums, int64_t hidden, float eps, 
 }
 
 // Whether rows go several together. Where float16 is converted in software that makes no row faster, and 340 kB of
-// kernels 1900, which take compilers a minute.
-template <class T>
-constexpr bool kGrouped = kHalfInstructions || !std::is_same_v<T, Float16>;
+// kernels 1900, which take compilers a minute. A weight of another type is rare, and kernels of single rows compile in a
+// quarter of the time.
+template <class T, class Weight>
+constexpr bool kGrouped = std::is_same_v<T, Weight> && (kHalfInstructions || !std::is_same_v<T, Float16>);
+
+// What a rounded row gives when a weight has multiplied it has the wider type, which is the weight's.
+template <class T, class Weight, bool rounded>
+using Output = std::conditional_t<rounded, Weight, T>;
 
 // What multiplies a row. The offset is an argument of the kernels, because one more addition costs nothing that can be
 // measured, and a kernel for each variant a third of the time to compile them all.
-template <bool rounded, class T, class Count>
-VLMFAST_INLINE Block load_weight(const T* weight, float weight_offset, Count count) {
+template <bool rounded, class Weight, class Count>
+VLMFAST_INLINE Block load_weight(const Weight* weight, float weight_offset, Count count) {
   return rounded ? load(weight, count) : weight_offset + load(weight, count);
 }
 
@@ -65,18 +70,20 @@ float least_factor(const RmsNormForward& args) {
 }
 
 // Where the rows of a call lie. Copied, because the compiler must assume that stores alias `args`.
-template <class T>
+template <class T, class Weight, class Y>
 struct ForwardRows {
-  const T *x, *residual, *weight;
-  T *y, *new_residual;
+  const T *x, *residual;
+  const Weight* weight;
+  Y* y;
+  T* new_residual;
   int64_t hidden, x_stride, residual_stride;
   float weight_offset;
 
   VLMFAST_INLINE ForwardRows(const RmsNormForward& args, int64_t row, int64_t row_size)
       : x(static_cast<const T*>(args.x) + row * args.x_row_stride),
         residual(static_cast<const T*>(args.residual) + row * args.residual_row_stride),
-        weight(static_cast<const T*>(args.weight)),
-        y(static_cast<T*>(args.y) + row * row_size),
+        weight(static_cast<const Weight*>(args.weight)),
+        y(static_cast<Y*>(args.y) + row * row_size),
         new_residual(static_cast<T*>(args.new_residual) + row * row_size),
         hidden(row_size),
         x_stride(args.x_row_stride),
@@ -92,8 +99,8 @@ struct Scales {
 
 // The first pass: adds, and sums the squares. With `quick` the processor rounds the sums; where it could have flushed
 // one the result is not quick either, and all is to be done again.
-template <class T, bool add, bool quick, int N>
-VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float factor) {
+template <class T, bool add, bool quick, int N, class Rows>
+VLMFAST_INLINE Scales<N> scales_of(const Rows& rows, float eps, float factor) {
   float sums[N];
   typename Quick<T>::Least least[N];
   const auto squares = VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[N]) {
@@ -132,8 +139,8 @@ VLMFAST_INLINE Scales<N> scales_of(const ForwardRows<T>& rows, float eps, float 
 
 // The second pass: scales. It loads all rows before it stores any: where rows lie a multiple of 4 kB apart, a load that
 // follows a store of the same offset seems to depend on it, which cost 5 % of 600 x 2048.
-template <class T, bool rounded, bool add, bool quick, int N>
-VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)[N]) {
+template <class T, bool rounded, bool add, bool quick, int N, class Rows>
+VLMFAST_INLINE void scale(const Rows& rows, const float (&inverse_rms)[N]) {
   constexpr bool kInOrder = quick && rounded;  // rounded twice by the processor
   const int64_t ahead = rows_ahead<N>(rows.hidden);
   each_block(rows.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
@@ -155,7 +162,7 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
     }
     VLMFAST_UNROLL
     for (int n = 0; n < N; ++n) {
-      T* to = rows.y + n * rows.hidden + offset;
+      auto* to = rows.y + n * rows.hidden + offset;
       if constexpr (kInOrder) {
         Quick<T>::template store<true>(to, Quick<T>::round(normed[n]) * w, count);
       } else if constexpr (quick) {
@@ -167,17 +174,17 @@ VLMFAST_INLINE void scale(const ForwardRows<T>& rows, const float (&inverse_rms)
   });
 }
 
-template <class T, bool rounded, bool add>
+template <class T, class Weight, bool rounded, bool add>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   // More rows hide the latency of their sums and share the weight, until they do not fit into L1 with their successors.
-  constexpr int kWide = !kGrouped<T> ? 1 : add ? 2 : 3;
+  constexpr int kWide = !kGrouped<T, Weight> ? 1 : add ? 2 : 3;
   constexpr bool kQuick = Quick<T>::kExists;
   const float eps = args.eps;
   float factor = 0;
   if constexpr (kQuick) factor = least_factor<T>(args);
   in_groups<kWide>(begin, end, args.hidden, VLMFAST_LAMBDA(int64_t first, int64_t stop, auto rows, int64_t hidden) {
     for (int64_t row = first; row < stop; row += rows) {
-      const ForwardRows<T> at(args, row, hidden);
+      const ForwardRows<T, Weight, Output<T, Weight, rounded>> at(args, row, hidden);
       Scales<rows> scales = scales_of<T, add, kQuick, rows>(at, eps, factor);
       if (kQuick && !scales.quick) scales = scales_of<T, add, false, rows>(at, eps, factor);
       if (kQuick && scales.quick) {
@@ -192,11 +199,12 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
 // ---- backward ----
 
 // The formula of the definition in vlmfast/ops, with both sums over a row taken in one pass.
-template <class T, bool rounded, int N>
+template <class T, class Weight, bool rounded, int N>
 VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int64_t hidden, float* partial) {
-  const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.grad_output_row_stride;
+  const auto* grad_output =
+      static_cast<const Output<T, Weight, rounded>*>(args.grad_output) + row * args.grad_output_row_stride;
   const T* x = static_cast<const T*>(args.x) + row * args.x_row_stride;
-  const T* weight = static_cast<const T*>(args.weight);
+  const Weight* weight = static_cast<const Weight*>(args.weight);
   const T* grad_residual = static_cast<const T*>(args.grad_residual);
   if (grad_residual != nullptr) grad_residual += row * args.grad_residual_row_stride;
   T* grad_x = static_cast<T*>(args.grad_x) + row * hidden;
@@ -239,34 +247,47 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   });
 }
 
-template <class T, bool rounded>
+template <class T, class Weight, bool rounded>
 void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial) {
   for (int64_t row = begin; row < end;) {
     const int64_t stop = row + kSumStep < end ? row + kSumStep : end;
-    in_groups<kGrouped<T> ? 2 : 1>(row, stop, args.hidden,
-                                   VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t hidden) {
-                                     for (; first < last; first += rows)
-                                       backward_rows<T, rounded, rows>(args, first, hidden, partial);
-                                   });
+    in_groups<kGrouped<T, Weight> ? 2 : 1>(row, stop, args.hidden,
+                                           VLMFAST_LAMBDA(int64_t first, int64_t last, auto rows, int64_t hidden) {
+                                             for (; first < last; first += rows)
+                                               backward_rows<T, Weight, rounded, rows>(args, first, hidden, partial);
+                                           });
     row = stop;
     if (partial != nullptr) carry(partial, args.hidden, row - begin);
   }
 }
 
-// Float32 rounds nothing.
-template <class T, bool rounded, bool add>
-constexpr auto forward_of = forward<T, rounded && !std::is_same_v<T, float>, add>;
+// The types of rows and weight, whose blocks must be in one order.
+template <class T, bool wide_weight>
+using Row = std::conditional_t<wide_weight && std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
+template <class T, bool wide_weight>
+using WeightOf = std::conditional_t<wide_weight, float, T>;
 
-template <class T, bool rounded>
-constexpr auto backward_of = backward<T, rounded && !std::is_same_v<T, float>>;
+// Float32 rounds nothing.
+template <class T, bool wide_weight, bool rounded, bool add>
+constexpr auto forward_of =
+    forward<Row<T, wide_weight>, WeightOf<T, wide_weight>, rounded && !std::is_same_v<T, float>, add>;
+
+template <class T, bool wide_weight, bool rounded>
+constexpr auto backward_of =
+    backward<Row<T, wide_weight>, WeightOf<T, wide_weight>, rounded && !std::is_same_v<T, float>>;
+
+#define VLMFAST_FORWARD(wide_weight, add) \
+  {VLMFAST_BY_DTYPE(forward_of, wide_weight, false, add), VLMFAST_BY_DTYPE(forward_of, wide_weight, true, add)}
+#define VLMFAST_BACKWARD(wide_weight) \
+  {VLMFAST_BY_DTYPE(backward_of, wide_weight, false), VLMFAST_BY_DTYPE(backward_of, wide_weight, true)}
 
 }  // namespace
 
 template <>
 RmsNormKernels kernels_at<RmsNormKernels, CpuLevel::VLMFAST_ISA>() {
-  return {{{VLMFAST_BY_DTYPE(forward_of, false, false), VLMFAST_BY_DTYPE(forward_of, true, false)},
-           {VLMFAST_BY_DTYPE(forward_of, false, true), VLMFAST_BY_DTYPE(forward_of, true, true)}},
-          {VLMFAST_BY_DTYPE(backward_of, false), VLMFAST_BY_DTYPE(backward_of, true)},
+  return {{{VLMFAST_FORWARD(false, false), VLMFAST_FORWARD(false, true)},
+           {VLMFAST_FORWARD(true, false), VLMFAST_FORWARD(true, true)}},
+          {VLMFAST_BACKWARD(false), VLMFAST_BACKWARD(true)},
           VLMFAST_BY_DTYPE(sum_partials)};
 }
 

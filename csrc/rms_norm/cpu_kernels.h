@@ -31,11 +31,12 @@ struct RmsNormBackward {
 };
 
 struct RmsNormKernels {
-  // By whether there is a residual, and whether rows are rounded before the weight, which then has no offset.
-  ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][2];
-  // By whether rows are rounded. partial: partial sums of the weight's gradient, see types.h; or null.
-  ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[2];
-  ByDtype<SumPartials> sum_partials;
+  // By whether the weight is float32 whatever the rows are, whether there is a residual, and whether rows are rounded
+  // before the weight, which then has no offset; the dtype is that of rows.
+  ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][2][2];
+  // By the weight and whether rows are rounded. partial: partial sums of the weight's gradient, see types.h; or null.
+  ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[2][2];
+  ByDtype<SumPartials> sum_partials;  // by the dtype of the weight
 };
 
 }  // namespace vlmfast

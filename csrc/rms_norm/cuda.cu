@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
 void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
                     const std::optional<Tensor>& weight_tensor, double eps, Variant variant, const Tensor& y,
                     const std::optional<Tensor>& new_residual) {
-  const RmsNormArguments args(x_tensor, residual_tensor, weight_tensor, variant);
+  const RmsNormArguments args(x_tensor, residual_tensor, weight_tensor, variant, WeightDtypes::kOfRows);
   if (args.x.numel() == 0) return;
   const DeviceScope scope(x_tensor);
   const auto run = [&](auto zero, auto policy) {
@@ -187,7 +187,8 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& x_tensor,
                                              const std::optional<Tensor>& weight_tensor, double eps, Variant variant,
                                              const std::optional<Tensor>& grad_residual, bool weight_grad) {
-  const RmsNormBackwardArguments args(grad_output, x_tensor, weight_tensor, variant, grad_residual);
+  const RmsNormBackwardArguments args(grad_output, x_tensor, weight_tensor, variant, grad_residual,
+                                      WeightDtypes::kOfRows);
   const int64_t rows = args.rows, hidden = args.hidden;
   weight_grad = weight_grad && weight_tensor;
   Tensor grad_x = allocate_like(x_tensor), grad_weight = allocate({weight_grad ? hidden : 0}, x_tensor, args.dtype);

@@ -9,6 +9,9 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
+// The dtypes of weights that kernels take.
+enum class WeightDtypes { kOfRows, kOfRowsOrFloat32 };
+
 // Without a weight rows are multiplied by 1 + 0, as "gemma" does it.
 struct RmsNormArguments {
   Leading rows;
@@ -19,11 +22,19 @@ struct RmsNormArguments {
   Variant variant;
 
   RmsNormArguments(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
-                   const std::optional<Tensor>& weight_tensor, Variant order)
+                   const std::optional<Tensor>& weight_tensor, Variant order, WeightDtypes taken)
       : x("x", x_tensor, {rows, hidden}, dtype),
         residual("residual", residual_tensor, {rows, hidden}, dtype),
-        weight("weight", weight_tensor, {hidden}, dtype),
-        variant(weight_tensor ? order : Variant::kGemma) {}
+        weight("weight", weight_tensor, {hidden}, FloatDtype()),
+        variant(weight_tensor ? order : Variant::kGemma) {
+    const bool or_float32 = taken == WeightDtypes::kOfRowsOrFloat32 && dtype != Dtype::kFloat32;
+    const Dtype found = weight_dtype();
+    STD_TORCH_CHECK(found == dtype || (or_float32 && found == Dtype::kFloat32), "weight must be ", info(dtype).name,
+                    ", the dtype of x, ", or_float32 ? "or float32, " : "", "got ", info(found).name);
+  }
+
+  Dtype weight_dtype() const { return weight.dtype() == Dtype::kOther ? Dtype(dtype) : weight.dtype(); }
+  Dtype output_dtype() const { return variant == Variant::kLlama ? weight_dtype() : Dtype(dtype); }
 };
 
 struct RmsNormBackwardArguments : RmsNormArguments {
@@ -31,9 +42,9 @@ struct RmsNormBackwardArguments : RmsNormArguments {
 
   RmsNormBackwardArguments(const Tensor& grad_output_tensor, const Tensor& x_tensor,
                            const std::optional<Tensor>& weight_tensor, Variant order,
-                           const std::optional<Tensor>& grad_residual_tensor)
-      : RmsNormArguments(x_tensor, std::nullopt, weight_tensor, order),
-        grad_output("grad_output", grad_output_tensor, {rows, hidden}, dtype),
+                           const std::optional<Tensor>& grad_residual_tensor, WeightDtypes taken)
+      : RmsNormArguments(x_tensor, std::nullopt, weight_tensor, order, taken),
+        grad_output("grad_output", grad_output_tensor, {rows, hidden}, output_dtype()),
         grad_residual("grad_residual", grad_residual_tensor, {rows, hidden}, dtype) {}
 };
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers.cases import DTYPES, family, require
+from tests.helpers.cases import DTYPES, each, family, outputs, padded, require, run, runnable, widened
+from tests.helpers.rounding import assert_within
 from vlmfast.ops.rms_norm.definition import VARIANTS
-from vlmfast.registry import OPS
+from vlmfast.registry import OPS, Op
 
 ROOT = Path(__file__).parents[2]
 FAMILY = family("rms_norm")
@@ -45,11 +46,85 @@ def test_classes_of_hugging_face(name: str, variant: str | None, wide_weight: bo
     else:
         module = norm_class(96, 1e-5, with_scale=False) if folder == "gemma4" else norm_class(1e-5)
     x = torch.randn(5, 96).to(dtype)
-    with torch.no_grad():
+    with torch.no_grad(), vlmfast.use("native"):
         got = vlmfast.rms_norm(x, getattr(module, "weight", None), 1e-5, variant or "llama")
         want = module(x)
     assert got.dtype == want.dtype
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", each(FAMILY))
+def test_native_takes_every_sample(op: Op, dtype: torch.dtype):
+    """The generated tests leave out what a backend refuses: here nothing, a weight of float32 least of all."""
+    require(op, "native")
+    samples = list(op.cases.samples("cpu", dtype))
+    assert runnable(op, "native", samples) == samples
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("hidden", [2, 7, 64, 1000, 2048])  # rows that fill no vector, no block, and a level of a sum
+def test_native_weight_of_float32(hidden: int, variant: str, dtype: torch.dtype):
+    """Rows of 16 bits beside it give what Hugging Face gives, to the bit; gradients are as near as the definition's."""
+    x, residual = (padded(torch.randn(35, hidden).to(dtype)) for _ in range(2))
+    norm = torch.randn(hidden), 1e-6, variant
+    grad_output = torch.randn_like(DEFINITION(x, *norm))
+    args = {
+        "rms_norm": (x, *norm),
+        "add_rms_norm": (x, residual, *norm),
+        "rms_norm_backward": (grad_output, x, *norm, residual),
+    }
+    for op in FAMILY:
+        require(op, "native")
+        call = args[op.name]
+        got = run(op, "native", call)
+        if op.cases.upstream is None:
+            assert_within(got, op.reference(*call), op.reference(*widened(call)))
+            continue
+        for g, u in zip(got, outputs(op.cases.upstream(*call)()), strict=True):
+            assert g.dtype == u.dtype
+            assert torch.equal(g, u)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_native_refuses_other_mixtures(x: torch.dtype, weight: torch.dtype, variant: str):
+    """By its reason, so that another backend runs, and where it is called all the same by an error."""
+    require(OPS["rms_norm"], "native")
+    rows, factors = torch.randn(3, 96).to(x), torch.randn(96).to(weight)
+    wide = torch.promote_types(x, weight) if variant == "llama" else x
+    tail = factors, 1e-6, variant
+    for op, args in (
+        (OPS["rms_norm"], (rows, *tail)),
+        (OPS["add_rms_norm"], (rows, rows, *tail)),
+        (OPS["rms_norm_backward"], (rows.to(wide), rows, *tail)),
+    ):
+        assert "several dtypes" in op.backend("native").unsupported(*args)
+        with pytest.raises(RuntimeError, match=f"weight must be {str(x)[6:]}, the dtype of x, .*got {str(weight)[6:]}"):
+            op.backend("native").run(*args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_have_the_dtype_of_the_output(variant: str):
+    require(OPS["rms_norm"], "native")
+    backward = OPS["rms_norm_backward"]
+    x, weight = torch.randn(3, 96).bfloat16(), torch.randn(96)
+    right = OPS["rms_norm"].reference(x, weight, 1e-6, variant)
+    wrong = right.bfloat16() if variant == "llama" else right.float()
+    assert backward.backend("native").unsupported(right, x, weight, 1e-6, variant) is None
+    assert "several dtypes" in backward.backend("native").unsupported(wrong, x, weight, 1e-6, variant)
+    with pytest.raises(RuntimeError, match=f"grad_output must be {str(right.dtype)[6:]}, got {str(wrong.dtype)[6:]}"):
+        backward.backend("native").run(wrong, x, weight, 1e-6, variant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

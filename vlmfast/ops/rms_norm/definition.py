@@ -89,6 +89,27 @@ def _check_backward(
         _check_twin("grad_residual", grad_residual, x)
 
 
+# ---- calls of several dtypes: the native CPU kernels take a weight of float32 beside rows of 16 bits ----
+
+
+def rms_norm_mixed(x: Tensor, weight: Tensor, *_: Any) -> bool:
+    """Say whether they take a call whose tensors are of several dtypes."""
+    return weight.dtype == torch.float32
+
+
+def add_rms_norm_mixed(x: Tensor, residual: Tensor, *norm: Any) -> bool:
+    """Say so of `add_rms_norm`, whose residual has the dtype of ``x``."""
+    return rms_norm_mixed(x, *norm)
+
+
+def rms_norm_backward_mixed(
+    grad_output: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any
+) -> bool:
+    """Say so of `rms_norm_backward`, where the gradient has the dtype of the output."""
+    dtype = torch.float32 if variant == "llama" else x.dtype
+    return weight is not None and rms_norm_mixed(x, weight) and grad_output.dtype == dtype
+
+
 # ---- gradients ----
 
 
