@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MinLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
@@ -198,17 +200,20 @@ def test_the_callers_processors_and_criteria_are_shown_the_full_prompt():
         assert torch.equal(found[: ids.shape[1]], ids[sample])
         return [20 + sample]
 
-    for options in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+    searches = ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2})
+    for options, by_processor in itertools.product(searches, (False, True)):
         several = "num_return_sequences" in options
+        beams = options.get("num_beams", 1)
+        given = [PrefixConstrainedLogitsProcessor(allowed, beams)] if by_processor else []
         seen.clear()
         with vlmfast.patch(talk.model, reduce=METHOD):
             found = talk.model.generate(
                 **inputs,
                 max_new_tokens=6,
                 eos_token_id=None,
-                logits_processor=LogitsProcessorList([process]),
+                logits_processor=LogitsProcessorList([process, *given]),
                 stopping_criteria=StoppingCriteriaList([after_three]),
-                prefix_allowed_tokens_fn=allowed,
+                prefix_allowed_tokens_fn=None if given else allowed,
                 **options,
             )
         assert sorted(set(seen)) == [ids.shape[1] + number for number in range(4)]

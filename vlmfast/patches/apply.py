@@ -131,7 +131,7 @@ def patch(
     after the full prompt; other models number the tokens anew.
 
     * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and streamers,
-      logits processors and stopping criteria are shown these.
+      logits processors and stopping criteria of your own are shown these.
     * ``forward`` returns the logits of the short prompt. Where ``labels``, ``num_items_in_batch`` or ``logits_to_keep``
       count columns, it returns those of the full prompt; a column that was left out has those of the one before.
     * A cache remembers which columns of the prompt it has: a second turn is given the full ids again.

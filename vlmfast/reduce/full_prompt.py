@@ -31,20 +31,23 @@ def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) ->
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
+    beams, sequences = (setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    rows = beams if beams > 1 else sequences  # of each sample
     changed = _lengths(model, arguments, prompt.columns.dropped)
     if (streamer := arguments.get("streamer")) is not None:
         changed["streamer"] = _Streamer(streamer, prompt)
     if (processors := arguments.get("logits_processor")) is not None:
-        changed["logits_processor"] = LogitsProcessorList(_told(processors, prompt))
+        changed["logits_processor"] = LogitsProcessorList(_told(processors, prompt, rows))
     if (criteria := arguments.get("stopping_criteria")) is not None:
-        changed["stopping_criteria"] = StoppingCriteriaList(_told(criteria, prompt))
+        changed["stopping_criteria"] = StoppingCriteriaList(_told(criteria, prompt, rows))
     if (allowed := arguments.get("prefix_allowed_tokens_fn")) is not None:
-        beams, sequences = (setting(model, arguments, name) or 1 for name in ("num_beams", "num_return_sequences"))
-        rows = sequences if beams == 1 else 1  # of each sample, as its number counts them: without beams
-        changed["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
-            number, prompt.lengthen(ids[None], [number // rows])[0]
-        )
+        changed["prefix_allowed_tokens_fn"] = _allowing(allowed, prompt, rows, beams)
     return changed
+
+
+def _allowing(allowed: Callable[..., Any], prompt: ShortenedPrompt, rows: int, beams: int) -> Callable[..., Any]:
+    """Show a ``prefix_allowed_tokens_fn`` the full prompt, given the rows of a sample and of a number it is told."""
+    return lambda number, ids: allowed(number, prompt.lengthen(ids[None], [number * beams // rows])[0])
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
@@ -72,11 +75,14 @@ def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str
     return changed
 
 
-def _told(functions: Iterable[Any], prompt: ShortenedPrompt) -> list[Any]:
-    """Return processors or criteria that are shown the full prompt.
+def _told(functions: Iterable[Any], prompt: ShortenedPrompt, rows: int) -> list[Any]:
+    """Return processors or criteria that are shown the full prompt, of which each sample has so many rows.
 
-    ``generate`` knows transformers' own by their classes: of these the numbers of columns are made smaller.
+    ``generate`` knows transformers' own by their classes: of these the numbers of columns are made smaller, and the
+    function of the caller's that one of them has is shown the full prompt.
     """
+    from transformers import PrefixConstrainedLogitsProcessor
+
     found: list[Any] = []
     for function in functions:
         if not type(function).__module__.startswith("transformers."):
@@ -86,6 +92,9 @@ def _told(functions: Iterable[Any], prompt: ShortenedPrompt) -> list[Any]:
         for name in COUNTS:
             if getattr(counting, name, None) is not None:
                 setattr(counting, name, getattr(counting, name) - prompt.columns.dropped)
+        if isinstance(counting, PrefixConstrainedLogitsProcessor):
+            allowed, beams = counting._prefix_allowed_tokens_fn, counting._num_beams
+            counting._prefix_allowed_tokens_fn = _allowing(allowed, prompt, rows, beams)
         found.append(counting)
     return found
 
