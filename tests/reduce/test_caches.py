@@ -108,7 +108,7 @@ def test_features_of_images_do_not_live_as_long_as_a_cache(model_type: str):
             cache = make(talk, inputs)
             features = weakref.ref(patch.images[0].features)
             assert kept_by(cache) is not None
-            patch.reduction.last = None
+            patch.reduction.note.prompt = None
             gc.collect()
             assert features() is None
 
@@ -390,6 +390,31 @@ def test_prompts_of_a_copy_are_not_reported():
         talk.model(**talk.batch((10, 0, 11)))
         twin(**talk.batch((10, 0, 1, 11)))
         assert len(patch.images) == 1
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_a_patch_reports_of_its_own_model(patch_first: bool):
+    """Whatever its configuration is by then, and of a copy where both were copied."""
+    talk = Talk.of("llava")
+    one, two = talk.batch((10, 0, 11)), talk.batch((10, 0, 1, 11))
+    with vlmfast.patch(talk.model, reduce=METHOD) as patch:
+        if patch_first:
+            twin_patch, twin = copy.deepcopy((patch, talk.model))
+        else:
+            twin, twin_patch = copy.deepcopy((talk.model, patch))
+        talk.model.config = copy.deepcopy(talk.model.config)
+        for run in (lambda model, inputs: model(**inputs), lambda model, inputs: model.generate(**inputs, **OPTIONS)):
+            run(talk.model, one)
+            assert len(patch.images) == 1
+            run(twin, two)
+            assert (len(patch.images), len(twin_patch.images)) == (1, 2)
+            run(talk.model, two)
+            run(twin, one)
+            assert (len(patch.images), len(twin_patch.images)) == (2, 1)
+        loaded = pickle.loads(pickle.dumps(twin_patch))
+        assert loaded.report().splitlines()[1:] == twin_patch.report().splitlines()[1:]
+        twin_patch.undo()
+        assert len(twin_patch.images) == 1
 
 
 def test_a_masked_image_behind_the_text_changes_nothing():

@@ -88,7 +88,8 @@ class Patch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         """Be the patch of the copy of the model: what holds both may be copied."""
-        return replace(self, **{name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        # the reduction comes after the model, whose copy it has to know
+        return replace(self, **{name: copy.deepcopy(value, memo) for name, value in reversed(vars(self).items())})
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model: its modules are pickled as not patched."""

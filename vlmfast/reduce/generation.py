@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,16 @@ COUNTED = ("labels", "num_items_in_batch")
 
 
 @dataclass
+class Note:
+    """What became of the last prompt of a model that had images, without gradients."""
+
+    prompt: ShortenedPrompt | None = None
+
+
+NOTES: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()  # of each model that a patch reports of
+
+
+@dataclass
 class Reduction:
     """How the prompts of a patched model are shortened, and what became of the last one."""
 
@@ -41,8 +52,19 @@ class Reduction:
     base_class: type[Any]  # without it
     reducer: Reducer
     method: Method
-    config: Any  # of the model: that of a copy is another one, and so its prompts are not reported here
-    last: ShortenedPrompt | None = None  # that had images, without gradients
+    note: Note  # of the model that is reported of: copies of it run this reduction as well
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reduction:
+        """Report of the copy of the model, where it is copied as well."""
+        twin = replace(self, note=replace(self.note))
+        for model in [model for model, note in NOTES.items() if note is self.note and id(model) in memo]:
+            NOTES[memo[id(model)]] = twin.note
+        return twin
+
+    @property
+    def last(self) -> ShortenedPrompt | None:
+        """The last prompt that had images."""
+        return self.note.prompt
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -86,8 +108,9 @@ class Reduction:
         """
         prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
         prompt = prompt.detach()
-        if prompt.images and model.config is self.config:
-            self.last = prompt
+        note = self.note if getattr(model, "_is_replica", False) else NOTES.get(model)
+        if prompt.images and note is not None:
+            note.prompt = prompt
         return prompt, short
 
 
@@ -108,7 +131,8 @@ def shortening(model: Any, method: object) -> Reduction:
     for name in ("forward", "generate"):
         if reason := replaced_on_instances([model], type(model), name):
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
-    return Reduction(type(model), type(model.base_model), reducer, method, model.config)
+    NOTES[model] = Note()
+    return Reduction(type(model), type(model.base_model), reducer, method, NOTES[model])
 
 
 def reducible(host: Any) -> tuple[Any, Reducer]:
