@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vlmfast
 from tests.helpers.reduce_models import EACH_TYPE, Talk
-from vlmfast.reduce import EvenTokens, Method, Selection, VisionZip, VisualTokens
+from vlmfast.reduce import EvenTokens, Method, PruningMethod, RandomTokens, Selection, VisionZip, VisualTokens
 from vlmfast.reduce.families import REDUCERS
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,11 @@ class WithCls(Scored):
         return torch.cat([scores.new_full((len(scores), 1), -1.0), scores], 1)
 
 
+class Silent(Scored):
+    def score(self, tokens: VisualTokens) -> None:
+        pass
+
+
 class Choosing(Scored):
     """Chooses these positions, whatever it was asked."""
 
@@ -87,6 +92,8 @@ def test_budget_and_score_are_a_method_and_wrong_answers_are_refused():
         assert torch.equal(image.kept[0], want.kept[0])
     with pytest.raises(ValueError, match=r"score of .* must be of the shape \(B, N\) = \(2, 16\), got \(2, 17\)"):
         reduce(base, vision, WithCls())
+    with pytest.raises(TypeError, match="score of Silent must return a tensor, got NoneType"):
+        reduce(base, vision, Silent())
     for wrong in ((0, 1, 2), (0, 1, 2, 3, 4)):
         with pytest.raises(ValueError, match=rf"choose of Choosing must return \(2, 4\), got \(2, {len(wrong)}\)"):
             reduce(base, vision, Choosing(*wrong))
@@ -99,6 +106,16 @@ def test_budget_and_score_are_a_method_and_wrong_answers_are_refused():
         reduce(base, vision, Choosing(0.0, 1.0, 2.0, 3.0))
     for image in reduce(base, vision, Choosing(0, 5, 6, 15)):
         assert image.kept[0].tolist() == [0, 5, 6, 15]
+
+
+def test_what_makes_no_method_is_refused_when_it_is_made():
+    class Chose(PruningMethod):
+        def chose(self, tokens: VisualTokens, k: int) -> None: ...
+
+    with pytest.raises(TypeError, match=r"Chose must have score\(tokens\) or choose\(tokens, k\), and has neither"):
+        Chose(4)
+    with pytest.raises(TypeError, match="seed must be an int, got 'a'"):
+        RandomTokens(4, seed="a")
 
 
 def test_a_budget_is_at_least_nothing():

@@ -139,6 +139,8 @@ def test_refusals(monkeypatch):
     model = talk.model
     with pytest.raises(TypeError, match=r"reduce must be a method such as .*, got int"):
         vlmfast.patch(model, reduce=64)
+    with pytest.raises(TypeError, match="inputs must be a mapping of the arguments of forward, got Tensor"):
+        vlmfast.compress_inputs(talk.model, torch.ones(1, 4), METHOD)
     with pytest.raises(TypeError, match=r"method must be one such as .*, got str"):
         vlmfast.compress_inputs(model, {}, "visionzip")
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be reduced; those of these families can: .*llava"):

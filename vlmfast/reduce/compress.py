@@ -23,9 +23,8 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
     short ids. With M-RoPE (Qwen-VL) ``position_ids`` are those that the tokens had, and the model is told how far from
     the end of the short prompt the next position is when it runs this prompt, or at once in a transformers without
-    ``mm_encoder_outputs``: run each prompt there before the next is compressed. Inputs that were pickled do not
-    know the model any more, and warn. Gradients reach the projector and the
-    tower.
+    ``mm_encoder_outputs``: run each prompt there before the next is compressed. Inputs that were pickled do not know
+    the model any more, and warn. Gradients reach the projector and the tower.
 
         short = vlmfast.compress_inputs(model, processor(...), vlmfast.VisionZip(dominant=54, contextual=10))
         loss = model(**short).loss
@@ -43,10 +42,13 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
         alone.
 
     Raises:
-        TypeError: if ``method`` is none. ValueError: for a model or inputs whose visual tokens cannot be reduced.
+        TypeError: if ``method`` is none, or ``inputs`` no mapping. ValueError: for a model or inputs whose visual
+            tokens cannot be reduced.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of the arguments of forward, got {type(inputs).__name__}")
     host, reducer = reducible(hugging_face_model(model))
     if inputs.get("pixel_values") is None:
         return dict(inputs)

@@ -55,6 +55,7 @@ class Method(abc.ABC):
         On the device of the tokens, or on the CPU, where they are checked without waiting for the device.
         """
         scores, shape = self.score(tokens), (tokens.batch, tokens.count)
+        _check_tensor(f"score of {self}", scores)
         if scores.shape != shape:
             raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
         return accepting(top_tokens, scores)(scores, k)
@@ -80,6 +81,7 @@ class Method(abc.ABC):
     def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
         """Return what `choose` does, on the device of the tokens, and check it where it is not the one above."""
         chosen = self.choose(tokens, k)
+        _check_tensor(f"choose of {self}", chosen)
         if chosen.shape != (tokens.batch, k):
             raise ValueError(f"choose of {self} must return ({tokens.batch}, {k}), got {tuple(chosen.shape)}")
         if chosen.dtype != torch.int64:
@@ -106,13 +108,16 @@ class PruningMethod(Method):
         keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
 
     Raises:
-        TypeError or ValueError: for a ``keep`` that is neither.
+        TypeError or ValueError: for a ``keep`` that is neither. TypeError: for a method with neither of the two.
     """
 
     keep: int | float
 
     def __post_init__(self) -> None:
         check_share("keep", self.keep)
+        cls = type(self)
+        if cls.score is Method.score and cls.choose is Method.choose:
+            raise TypeError(f"{cls.__name__} must have score(tokens) or choose(tokens, k), and has neither")
 
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Keep at least one token of an image, unless none at all are asked for, and merge nothing."""
@@ -127,6 +132,11 @@ def share(value: float, count: int, crops: int, least: int = 0) -> int:
     if isinstance(value, int):
         return value * crops
     return max(int(value * count), min(least, count) if value > 0 else 0)
+
+
+def _check_tensor(what: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must return a tensor, got {type(value).__name__}")
 
 
 def check_share(name: str, value: object) -> None:

@@ -22,10 +22,15 @@ class RandomTokens(PruningMethod, name="random"):
             told by its pixels.
 
     Raises:
-        TypeError or ValueError: for a ``keep`` that is neither.
+        TypeError or ValueError: for a ``keep`` that is neither. TypeError: for a ``seed`` that is no int.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """Draw numbers on the CPU, so that every device has the same."""
