@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
+from vlmfast.reduce.encoded_images import forward_with_features, get_image_features_of
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
     check,
-    image_output,
     named,
     parameters,
     positions_after,
@@ -77,8 +76,8 @@ class Reduction:
         original: Callable[..., Any] = cls.forward
         found: dict[type, dict[str, Callable[..., Any]]] = {}
         if not takes_features(base):
-            original = _forward_with_features(original, self.reducer)
-            found[base] = {"get_image_features": _get_image_features(base)}
+            original = forward_with_features(original, self.reducer)
+            found[base] = {"get_image_features": get_image_features_of(base)}
         found[cls] = {
             "forward": _forward(self, original),
             "generate": _replacement(
@@ -246,51 +245,6 @@ def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, 
     if cached.rope_deltas is not None and arguments.get("position_ids") is None:
         changed["position_ids"] = positions_after(mask, cached.rope_deltas)[..., -tokens:]
     return {**arguments, **changed}
-
-
-# ---- a transformers whose forward takes no encoded images ----
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Encoded images on their way through the ``pixel_values`` of a forward."""
-
-    output: Any
-
-    def size(self, dim: int) -> int:
-        """Answer LLaVA-NeXT, which asks whether there are images."""
-        return 1
-
-
-def _forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
-    """Have a ``forward`` of transformers 5.17 take ``mm_encoder_outputs``, as later ones do: a shortened prompt."""
-    signature = inspect.signature(original)
-    *others, last = signature.parameters.values()  # that is **kwargs
-    added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
-
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
-        # generate passes it to every step, of which only a prompt has several tokens
-        if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
-            samples = mm_encoder_outputs.samples
-            times = kwargs["input_ids"].shape[0] // len(samples)  # beams
-            kwargs["pixel_values"] = _Encoded(image_output(self.base_model, reducer, samples, times))
-        return original(self, *args, **kwargs)
-
-    forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
-    return forward
-
-
-def _get_image_features(cls: type) -> Callable[..., Any]:
-    original: Callable[..., Any] = cls.get_image_features  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def get_image_features(self: nn.Module, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(pixel_values, _Encoded):
-            return pixel_values.output
-        return original(self, pixel_values, *args, **kwargs)
-
-    return get_image_features
 
 
 # ---- generate ----

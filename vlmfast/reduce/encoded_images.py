@@ -1,0 +1,57 @@
+"""A ``forward`` that takes encoded images, for a transformers whose own does not (5.17)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.prompt import ShortenedPrompt, image_output
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Encoded images on their way through the ``pixel_values`` of a forward."""
+
+    output: Any
+
+    def size(self, dim: int) -> int:
+        """Answer LLaVA-NeXT, which asks whether there are images."""
+        return 1
+
+
+def forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
+    """Have a ``forward`` of transformers 5.17 take ``mm_encoder_outputs``, as later ones do: a shortened prompt."""
+    signature = inspect.signature(original)
+    *others, last = signature.parameters.values()  # that is **kwargs
+    added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
+        # generate passes it to every step, of which only a prompt has several tokens
+        if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
+            samples = mm_encoder_outputs.samples
+            times = kwargs["input_ids"].shape[0] // len(samples)  # beams
+            kwargs["pixel_values"] = _Encoded(image_output(self.base_model, reducer, samples, times))
+        return original(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
+    return forward
+
+
+def get_image_features_of(cls: type) -> Callable[..., Any]:
+    """Have a ``get_image_features`` pass on what is encoded already."""
+    original: Callable[..., Any] = cls.get_image_features  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def get_image_features(self: nn.Module, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(pixel_values, _Encoded):
+            return pixel_values.output
+        return original(self, pixel_values, *args, **kwargs)
+
+    return get_image_features
