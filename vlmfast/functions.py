@@ -79,7 +79,7 @@ def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
 def _function(entry: Op) -> Callable[..., Any]:
     """Make the function that a user calls, for an op with kernels of its own."""
     overload, differentiable = _register_with_torch(entry), _autograd_function(entry)
-    is_inlined, define = _inlining(entry)
+    is_inlined, define = _inlining(entry, overload)
     check, choose, scores = entry.check, entry.choose, entry.detached
     _, defaults = entry.parameters
 
@@ -116,7 +116,7 @@ def _function(entry: Op) -> Callable[..., Any]:
 def _composed_function(entry: Op) -> Callable[..., Any]:
     """Make the function that a user calls, for an op made of others: tracers and gradients see those."""
     compose, defaults = cast("Callable[..., Any]", entry.compose), entry.parameters[1]
-    is_inlined, define = _inlining(entry)
+    is_inlined, define = _inlining(entry, entry.check)
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -142,11 +142,22 @@ def _compiled_inline(name: str, device: str) -> bool:
 
 
 @constant_result
-def _is_refused(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype not in DTYPES
+def _checked_by(compiling: bool, dtypes: list[torch.dtype]) -> str | None:
+    """Tell how a call whose definition is traced is checked: in "Python", by the op's "fake", or not at all.
+
+    What a check reads would cost a compiled graph 1 us a call. So Python runs it there only where it refuses a dtype,
+    which the caller can catch; the fake of the op does for all else. While torch.jit traces, sizes are tensors, and no
+    sizes to a check.
+    """
+    refused = any(dtype.is_floating_point and dtype not in DTYPES for dtype in dtypes)
+    if refused or in_function_transform() or forward_mode._current_level >= 0:  # for which the op has no rule
+        return "Python"
+    if compiling:  # which is not so in here
+        return None if torch.compiler.is_exporting() else "fake"
+    return None if is_jit_tracing() else "Python"
 
 
-def _inlining(entry: Op) -> tuple[Callable[..., bool], Callable[..., Any]]:
+def _inlining(entry: Op, overload: Callable[..., Any]) -> tuple[Callable[..., bool], Callable[..., Any]]:
     """Make what tells whether who traces a call is given the definition, and what gives it.
 
     All that torch.compile reads here is read again at each call of the graph: a variable costs less than an attribute.
@@ -158,14 +169,14 @@ def _inlining(entry: Op) -> tuple[Callable[..., bool], Callable[..., Any]]:
         if not is_compiling():
             return exporting()
         x = args[0] if args else kwargs.get(first)
-        return _compiled_inline(name, x.device.type)  # type: ignore[union-attr]
+        return isinstance(x, Tensor) and _compiled_inline(name, x.device.type)
 
     def define(*args: Any, **kwargs: Any) -> Any:
-        # What a check reads would cost a compiled graph 1 us a call; and while torch.jit traces, sizes are tensors, and
-        # no sizes to a check. There only a dtype is refused, and another bad call raises torch's own error.
-        x = args[0] if args else kwargs[first]
-        if _is_refused(x.dtype) or not (is_compiling() or is_jit_tracing()):
+        how = _checked_by(is_compiling(), [x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
+        if how == "Python":
             check(*args, **kwargs)
+        elif how == "fake":  # nothing reads what comes of it: compilers leave it out of the graph, "eager" runs it
+            overload(*args, **kwargs)
         return contiguous(definition(*args, **kwargs))
 
     return is_inlined, define

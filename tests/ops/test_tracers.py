@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlmfast
@@ -113,16 +115,73 @@ def test_what_was_saved_with_kernels_loads_after_the_import(tmp_path: Path):
 def test_a_compiled_graph_has_the_op_or_its_definition(op: Op):
     seen: list[str] = []
 
-    def backend(module: torch.fx.GraphModule, example_inputs: list) -> Any:
+    def compiler(module: torch.fx.GraphModule, example_inputs: list) -> Any:
         seen.extend(name.removeprefix("vlmfast::") for name in ours(module.graph))
-        return module.forward
+        return make_boxed_func(module.forward)
 
     torch._dynamo.reset()
     call, tensors, _ = a_call(op)
     with torch.no_grad():
-        torch.compile(call, backend=backend, fullgraph=True)(*tensors)
+        torch.compile(call, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(*tensors)
     nodes = [part for part in op.parts or (op.name,) if "cpu" not in OPS[part].inlined]
     assert seen == nodes if op.compose is None else set(seen) <= set(nodes)
+
+
+def needs_numbers(op: Op, call: dict[str, Any]) -> bool:
+    """Whether only numbers in the tensors tell that the call is a bad one: a graph leaves those to the kernels."""
+    try:
+        op.check(**{name: value.to("meta") if is_tensor(value) else value for name, value in call.items()})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("op", EACH_OP)
+def test_bad_calls_in_a_compiled_graph_are_refused(op: Op):
+    bad = [(name, value, f"{message}|{name}") for name, value, _, message in op.cases.bad_calls]
+    for name, value in op.cases.good_call.items():
+        if is_tensor(value):
+            others = [value.double(), value.long()] if is_float(value) else []
+            bad += [(name, other, name) for other in ([1.0], value.to(torch.complex64), *others)]
+    for name, value, message in bad:
+        call = {**op.cases.good_call, name: value}
+        if value is True or needs_numbers(op, call):  # True is an int to the schema of an op
+            continue
+        torch._dynamo.reset()
+        with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=message) as raised:
+            torch.compile(op.function, fullgraph=True, backend="eager")(**call)
+        assert not isinstance(raised.value, torch._dynamo.exc.InternalTorchDynamoError)
+
+
+INLINED = [param for param in EACH_OP if "cpu" in param.values[0].inlined]
+
+
+@pytest.mark.parametrize("op", INLINED)
+def test_a_check_in_a_compiled_graph_fixes_no_size(op: Op):
+    """The graph of the first size that differed runs all others."""
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend=graphs)
+    args = next(a for a in op.cases.samples("cpu", torch.float32) if a[0].dim() > 1 and a[0].numel())
+    size = args[0].shape[0]
+    for number in (3, 4, 5, 7):
+        alike = [
+            a[:1].expand(number, *a.shape[1:]) if is_tensor(a) and a.dim() > 1 and len(a) == size else a for a in args
+        ]
+        for got, want in zip(outputs(compiled(*alike)), outputs(op.definition(*alike)), strict=True):
+            assert torch.equal(got, want)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.parametrize("op", INLINED)
+def test_a_compiled_graph_may_transform_an_inlined_op(op: Op):
+    """By torch.func, for which the op has no rule, but its definition has."""
+    call, tensors, want = a_call(op)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.vmap(call), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for got, one in zip(outputs(compiled(*(tensor[None] for tensor in tensors))), want, strict=True):
+            assert torch.allclose(got[0], one, atol=1e-5)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
