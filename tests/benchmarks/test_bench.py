@@ -231,7 +231,7 @@ def test_an_interruption_stops_and_loses_nothing(small, tmp_path: Path, monkeypa
         (["softmax"], "unknown op softmax; known: "),
         (["--peers", "apex"], "unknown peer apex; known: transformers, torch, compile, liger"),
         (["--models", "gpt-2"], "unknown model gpt-2; known: llava-1.5-7b"),
-        (["--threads", "0"], "must be at least 1, got 0"),
+        (["--threads", "0"], "must be a whole number from 1 to 2147483647, got '0'"),
         (["--device", "cuda"], "--device: cannot use cuda"),
         (["--json", "/proc/no/out.json"], "cannot write /proc/no/out.json"),
         (["--json", "tests"], "cannot write tests: it is a folder"),

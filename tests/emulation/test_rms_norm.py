@@ -53,7 +53,7 @@ def calls(name: str, dtype: torch.dtype) -> Iterator[Call]:
         tail = (torch.randn(rows, hidden).to(dtype) if index % 3 else None, index % 4 > 0)
         variant = ("llama", "gemma", "olmo", None)[index // 2 % 4]
         weight = None if variant is None else torch.randn(hidden).to(dtype)
-        settings = (1e-6, 0.3)[index % 2], variant or "gemma"
+        settings = (1e-6, 0.3)[index % 2], variant or "olmo"
         yield name, (*inputs, weight, *settings, *(tail if name == "rms_norm_backward" else ()))
 
 
