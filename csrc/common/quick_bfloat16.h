@@ -5,7 +5,7 @@
 // the even elements in one and the odd ones in the other: what was rounded so is to be put in order again.
 #pragma once
 
-#include "common/vector.h"
+#include "common/torch_sum.h"
 
 namespace vlmfast {
 namespace {

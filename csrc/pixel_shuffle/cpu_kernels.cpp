@@ -6,6 +6,7 @@
 
 #include "common/partial_sums.h"
 #include "common/torch_moments.h"
+#include "common/torch_sum.h"
 
 namespace vlmfast {
 namespace {

@@ -5,6 +5,7 @@
 
 #include "common/partial_sums.h"
 #include "common/quick_bfloat16.h"
+#include "common/torch_sum.h"
 
 namespace vlmfast {
 namespace {

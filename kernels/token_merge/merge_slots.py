@@ -18,20 +18,22 @@ class MergeSlotsConfig(Config):
     BLOCK_TOKENS: int
     BLOCK_TARGETS: int
     BLOCK_COLUMNS: int
+    STAGES: int
 
     @staticmethod
     @functools.lru_cache
     def config_for(contextual: int, metric_dim: int, wide: bool) -> "MergeSlotsConfig":
-        """Take few tokens: 90 programs for five crops, each of which reads all targets out of the L2 cache.
+        """Take few tokens: 45 programs for five crops, each of which reads all targets out of the L2 cache.
 
-        Of 64 tokens Triton 3.9 makes a wgmma, over whose targets the pipeline copies the next ones: the tile is read a
-        second time, for its squares, and gets a buffer too few. Float32 is multiplied element by element, out of
-        registers that larger blocks would not leave.
+        Float32 is multiplied element by element, out of registers that larger blocks would not leave. The others have
+        one stage: Triton 3.9 gives the pipeline a buffer too few where a tile that a wgmma reads has a second use, and
+        copies the next targets over those that are still being multiplied.
         """
         return MergeSlotsConfig(
-            BLOCK_TOKENS=32,
+            BLOCK_TOKENS=32 if wide else 64,
             BLOCK_TARGETS=min(32, max(16, next_power_of_two(contextual))),
             BLOCK_COLUMNS=16 if wide else min(32, max(16, next_power_of_two(metric_dim))),
+            STAGES=3 if wide else 1,
             num_warps=4,
         )
 
@@ -58,6 +60,7 @@ def merge_slots_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_TARGETS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Store the slots of a block of tokens; see `merge_slots`.
@@ -81,7 +84,7 @@ def merge_slots_kernel(
         place = target * step + count_up_to(kept_ptr, kept_count, target * step, True, STEPS)
         similarity = tl.zeros((BLOCK_TOKENS, BLOCK_TARGETS), tl.float32)
         square = tl.zeros((BLOCK_TARGETS,), tl.float32)
-        for start in range(0, metric_dim, BLOCK_COLUMNS):
+        for start in tl.range(0, metric_dim, BLOCK_COLUMNS, num_stages=STAGES):
             column = start + tl.arange(0, BLOCK_COLUMNS)
             mask = wanted[:, None] & (column[None, :] < metric_dim)
             own = tl.load(at(metric_ptr, position[:, None], token_stride) + column[None, :], mask=mask, other=0.0)

@@ -144,15 +144,17 @@ def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take an image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP-so400m, as `cls_workloads` does."""
+    """Take an image of 1024 visual tokens in Qwen2.5-VL, in both layouts of `cls_workloads`, and five crops of SigLIP."""
+
+    def pair(tokens: int, head_dim: int) -> list[Tensor]:
+        return [torch.randn(tokens, 16, head_dim, device=device, dtype=dtype).transpose(0, 1) for _ in range(2)]
+
+    rows = pair(4096, 80)
+    yield "16x4096x80 projected", (*rows, None, 4)
+    yield "16x4096x80 contiguous", (*(row.contiguous() for row in rows), None, 4)
     crops = torch.arange(0, 5 * 729 + 1, 729, dtype=torch.int32, device=device)
-    for label, tokens, head_dim, rest in (
-        ("16x4096x80", 4096, 80, (None, 4)),
-        ("16x(5x729)x72", 5 * 729, 72, (crops,)),
-    ):
-        pair = [torch.randn(tokens, 16, head_dim, device=device, dtype=dtype).transpose(0, 1) for _ in range(2)]
-        yield f"{label} projected", (*pair, *rest)
-        yield f"{label} contiguous", (*(rows.contiguous() for rows in pair), *rest)
+    # contiguous rows of 72 elements Triton reads one by one: no multiple of 16 tells it where they begin
+    yield "16x(5x729)x72 projected", (*pair(5 * 729, 72), crops)
 
 
 # ---- the cases of each op ----
