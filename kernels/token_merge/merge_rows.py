@@ -86,7 +86,10 @@ def merge_rows_kernel(
         for token in range(tokens):
             each = token + tl.zeros((1, 1), tl.int32)
             owner = tl.load(slot_ptr + each)
-            row = tl.load(at(x_ptr, each, x_token_stride), mask=column < hidden, other=0.0)
+            mask = column < hidden
+            if x_ptr.dtype.element_ty == tl.float32:  # rows of 16 bits are read in vain: sm_80 has no register for more
+                mask = mask & (owner >= contextual)
+            row = tl.load(at(x_ptr, each, x_token_stride), mask=mask, other=0.0)
             sums += tl.where((contextual + target)[:, None] == owner, row.to(tl.float32), 0.0)
     mask = (target < contextual)[:, None] & (column < hidden)
     own = tl.load(at(x_ptr, place[:, None], x_token_stride), mask=mask & (place < tokens)[:, None], other=0.0)

@@ -144,7 +144,7 @@ def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take an image of 1024 visual tokens in Qwen2.5-VL, in both layouts of `cls_workloads`, and five crops of SigLIP."""
+    """Take an image of 1024 visual tokens in Qwen2.5-VL, in two layouts, and five crops of SigLIP."""
 
     def pair(tokens: int, head_dim: int) -> list[Tensor]:
         return [torch.randn(tokens, 16, head_dim, device=device, dtype=dtype).transpose(0, 1) for _ in range(2)]
