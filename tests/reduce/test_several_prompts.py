@@ -10,32 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import vlmfast
-from tests.helpers.reduce_models import EACH_TYPE, METHODS, WORD, Talk
+from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
+from tests.helpers.turns import OPTIONS, prefilled
 from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(WORD))}
-OPTIONS |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
-
-
-def answer(talk: Talk, inputs: dict[str, Any], **more: Any) -> tuple[Any, Tensor]:
-    """What generate returns, and its logits (B, steps, V)."""
-    output = talk.model.generate(**inputs, **{**OPTIONS, **more})
-    return output, torch.stack(output.logits, 1)
-
-
-def prefilled(talk: Talk, inputs: dict[str, Any]) -> Any:
-    cache = DynamicCache(config=talk.model.config.get_text_config(decoder=True))
-    with torch.no_grad():
-        return talk.model(**inputs, use_cache=True, past_key_values=cache).past_key_values
-
-
-def second_turn(talk: Talk, output: Any) -> dict[str, Any]:
-    ids = torch.cat([output.sequences, torch.full((len(output.sequences), 2), 12)], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_5"])
