@@ -58,6 +58,12 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch):
+    """Have commands write as to a pipe whose width nobody tells: pytest-xdist tells its workers that of a terminal."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def own_accelerator():
     """Forget the settings of accelerate, which are those of the first `Accelerator` of a process."""
     yield
