@@ -21,7 +21,6 @@ from tests.helpers.patches_models import (
     tiny,
 )
 from vlmfast.patches import apply, plan
-from vlmfast.patches.bodies import BODIES
 from vlmfast.patches.rms_norm import gated_rms_norm
 from vlmfast.patches.swap import PatchedModule
 from vlmfast.patches.upstream import source
@@ -191,15 +190,15 @@ def test_weights_that_the_ops_refuse_are_left_alone():
 def test_unknown_bodies(monkeypatch):
     model, _ = tiny("qwen3_5")
     gated = "qwen3_5.Qwen3_5RMSNormGated.forward"
-    known = [body for body in BODIES if body.function is not gated_rms_norm]
-    monkeypatch.setattr(plan.find_sites, "__defaults__", (known,))
+    known = {key: body for key, body in plan.KNOWN.items() if body.function is not gated_rms_norm}
+    monkeypatch.setattr(plan, "KNOWN", known)
     with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
         patch = vlmfast.patch(model)
     assert caught[0].filename == __file__
     assert {type(m).__name__ for m in patched(model)} == {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
     assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
     patch.undo()
-    monkeypatch.setattr(plan.find_sites, "__defaults__", (known[-1:],))
+    monkeypatch.setattr(plan, "KNOWN", dict([known.popitem()]))
     with pytest.raises(ValueError, match=r"knows no method of this qwen3_5 model"):
         vlmfast.patch(model)
     assert not patched(model)

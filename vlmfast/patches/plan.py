@@ -27,20 +27,21 @@ class Site:
     reason: str | None  # why it is not replaced
 
 
-def find_sites(model: nn.Module, bodies: Iterable[Body] = BODIES) -> list[Site]:
+# (method, digest of its body or name of its class) -> what is known
+KNOWN = {(body.method, body.key.class_name if isinstance(body.key, Named) else body.key): body for body in BODIES}
+METHODS = tuple(dict.fromkeys(method for method, _ in KNOWN))
+
+
+def find_sites(model: nn.Module) -> list[Site]:
     """Find every site in the modules of a model that are not patched. Changes nothing."""
-    table = {(body.method, body.key.class_name if isinstance(body.key, Named) else body.key): body for body in bodies}
-    methods = dict.fromkeys(method for method, _ in table)
     modules_of: dict[type, list[nn.Module]] = {}
     for module in model.modules():
         if not isinstance(module, PatchedModule):
             modules_of.setdefault(type(module), []).append(module)
-    return [
-        site for cls, modules in modules_of.items() for method in methods for site in _site(cls, method, modules, table)
-    ]
+    return [site for cls, modules in modules_of.items() for method in METHODS for site in _site(cls, method, modules)]
 
 
-def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[str, str], Body]) -> Iterator[Site]:
+def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
     """Give the site at that method, if there is one."""
     function = method_of(cls, method)
     if function is None:
@@ -49,7 +50,7 @@ def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[st
             yield Site(site_name(cls, method), method, modules, None, f"it is not the code of a model, but {origin}")
         return
     for base in cls.__mro__:
-        if body := table.get((method, base.__name__)):
+        if body := KNOWN.get((method, base.__name__)):
             reason = _difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
             yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
             return
@@ -62,7 +63,7 @@ def _site(cls: type, method: str, modules: list[nn.Module], table: dict[tuple[st
         if is_like(cls.__name__, method, Source("", frozenset())):
             yield Site(name, method, modules, None, f"its source cannot be read ({error})")
         return
-    body = table.get((method, found.digest))
+    body = KNOWN.get((method, found.digest))
     if body is not None:
         left = f"left alone: {body.says}" if body.function is None else None
         yield Site(name, method, modules, body, left or _obstacle(cls, method, modules))
