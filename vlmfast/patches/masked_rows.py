@@ -228,12 +228,12 @@ def merge_blocks(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, ima
 
 def _merge_first(self: Any, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor, block: int) -> Tensor:
     """Place as many features as there are placeholders, whole blocks in each sample, without counting on the host."""
-    mask = placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id).as_subclass(Tensor)
+    mask = _plain(placeholder_mask(self, input_ids, inputs_embeds, self.config.image_token_id))
     rows = features.to(inputs_embeds.device, inputs_embeds.dtype).reshape(-1, inputs_embeds.shape[-1])
     counts = mask.sum(1)
     try:
         expect((counts % block == 0).all(), "At least one sample has <image> tokens not divisible by patch_size.")
-        expect(counts.sum() <= len(rows), "Image features and image tokens do not match: there are more tokens.")
+        expect(counts.sum() <= rows.shape[0], "Image features and image tokens do not match: there are more tokens.")
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     return torch.where(mask, take_rows(rows, row_index(mask[..., 0])), inputs_embeds)
