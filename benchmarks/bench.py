@@ -6,10 +6,12 @@ neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from argparse import Namespace
 from collections import ChainMap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from vlmfast.benchmarks import graphs, html, models, peers, report, timing
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
+from vlmfast.cases import Workloads
 from vlmfast.console import CommandError, console, needed, usable_device, writable
-from vlmfast.registry import OPS
+from vlmfast.registry import OPS, Op
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
 KNOWN = ChainMap(OPS, CANDIDATES)
@@ -82,6 +85,28 @@ def _show(console: Console, found: Run) -> None:
         report.show_models(console, found["models"])
 
 
+def _asked(names: Iterable[str], device: str, dtype: torch.dtype) -> list[Op]:
+    """Return the ops of these names, each once; one named with workloads (rms_norm:600x2048) has only them."""
+    wanted: dict[str, list[str]] = {}
+    for text in names:
+        name, _, workload = text.partition(":")
+        wanted.setdefault(name, []).append(workload)
+    return [_with_workloads(KNOWN[name], labels, device, dtype) for name, labels in wanted.items()]
+
+
+def _with_workloads(op: Op, wanted: list[str], device: str, dtype: torch.dtype) -> Op:
+    if "" in wanted:
+        return op
+    known = [label for label, _ in op.cases.workloads(device, dtype)]
+    if unknown := [label for label in wanted if label not in known]:
+        raise CommandError(f"{op.name} has no workload {', '.join(unknown)} here; it has: {', '.join(known)}")
+
+    def workloads(device: str, dtype: torch.dtype) -> Workloads:
+        return ((label, args) for label, args in op.cases.workloads(device, dtype) if label in wanted)
+
+    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads))
+
+
 def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
     torch.set_num_threads(options.threads)
     place, dtype = usable_device(options.device), options.dtype and getattr(torch, options.dtype)
@@ -102,7 +127,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
         if kept is not None:
             report.write(kept, found)
 
-    if names := options.ops or ([] if options.models is not None else PUBLIC):
+    if ops := _asked(options.ops or ([] if options.models is not None else PUBLIC), device, dtype or torch.bfloat16):
         kinds = peers.installed() if options.peers is None else tuple(kind for kind in options.peers if kind != "none")
         dtype_of_ops, where = dtype or torch.bfloat16, found["environment"]
         machine = timing.ceilings(device, dtype_of_ops)
@@ -111,10 +136,10 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             f"{where['device']}, {str(dtype_of_ops).removeprefix('torch.')}: a large copy {machine.copy_gb_per_s:.1f} "
             f"GB/s, a large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {where['F.rms_norm']}"
         )
-        for name in track(names, "measuring", console=console, transient=True, disable=not console.is_terminal):
+        for op in track(ops, "measuring", console=console, transient=True, disable=not console.is_terminal):
             records = []
-            found_of_op = benchmark(KNOWN[name], device, dtype_of_ops, kinds, machine)
-            in_graphs = graphs.benchmark(KNOWN[name], device, dtype_of_ops, machine) if "compile" in kinds else ()
+            found_of_op = benchmark(op, device, dtype_of_ops, kinds, machine)
+            in_graphs = graphs.benchmark(op, device, dtype_of_ops, machine) if "compile" in kinds else ()
             for record in itertools.chain(found_of_op, in_graphs):
                 records.append(record)
                 keep("records", [*found["records"], record])

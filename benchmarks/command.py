@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
 
     command = _add_timed(benches, "ops", "the ops, on their real shapes")
     command.set_defaults(full=None, modes=[], budget=None)
-    what = "such as rms_norm; default: every public op"
-    command.add_argument("ops", metavar="OP", nargs="*", type=_one_of("op", KNOWN, PUBLIC), help=what)
+    what = "such as rms_norm, or rms_norm:600x2048 alone; default: every public op"
+    command.add_argument("ops", metavar="OP[:WORKLOAD]", nargs="*", type=_op, help=what)
     kinds = (*peers.KINDS, "none")
     what = f"of {', '.join(kinds)}; default: those installed"
     command.add_argument("--peers", metavar="PEER", nargs="+", type=_one_of("peer", kinds), help=what)
@@ -53,6 +53,10 @@ def add(commands: Any) -> None:
     command.add_argument("--out", type=Path, default=gpu_report.ROOT / "gpu-report", help="folder for logs and JSON")
     command.add_argument(
         "--limit", metavar="SECONDS", type=seconds, default=530, help=f"for all steps together; {DEFAULT}"
+    )
+    command.add_argument("--again", action="store_true", help="also what an earlier call into the folder has finished")
+    command.add_argument(
+        "--rehearse", action="store_true", help="with this CPU in the place of a GPU, less of each step"
     )
 
     command = _add(
@@ -91,6 +95,15 @@ def _one_of(kind: str, names: Collection[str], shown: Collection[str] = ()) -> C
         return text
 
     return check
+
+
+_known_op = _one_of("op", KNOWN, PUBLIC)
+
+
+def _op(text: str) -> str:
+    """Check the op's name; which workloads it has, the device and dtype decide."""
+    _known_op(text.partition(":")[0])
+    return text
 
 
 def moved(name: str) -> None:

@@ -1,9 +1,10 @@
 """``make gpu-report``: on a machine with a GPU, build, run the GPU tests and the benchmarks, and keep what came out.
 
-    python -m vlmfast bench gpu [--out FOLDER] [--limit SECONDS]
+    python -m vlmfast bench gpu [--out FOLDER] [--limit SECONDS] [--again] [--rehearse]
 
-Needs nothing that is not installed already (torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels).
-Each step writes its own log, and the benchmarks write after every workload, so a stop loses only what was running.
+Needs nothing that is not installed already (torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels). The
+numbers that decide come first. Each step writes its own log, and the benchmarks write after every workload, so a stop
+loses only what was running; the next call goes on with the steps that have not ended well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,11 +29,31 @@ from vlmfast.benchmarks.peers import installed
 from vlmfast.console import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]  # not the folder of the link vlmfast/benchmarks
+SAME = ("device", "vlmfast", "torch", "triton", "transformers", "python")  # or else an earlier call is not gone on with
+Done = dict[str, Any]
+
+
+# What decides, of what device: the op and workload of each number that is wanted before all others.
+DECIDING = {
+    "cuda": (
+        "rms_norm:1x4096",
+        "rms_norm:32768x4096",
+        "rms_norm_backward:32768x4096",
+        "add_rms_norm:4096x4096",
+        "place_embeddings:8x4096x4096",
+        "deepstack_add:8x4096x4096",
+        "cls_attention:5x16x577x64 projected",
+        "pixel_shuffle_norm:16 x InternViT-300M",
+        "visionzip:5x576x1024",
+        "merge_rows:1x1024x3584",
+    ),
+    "cpu": ("rms_norm:1x4096", "rms_norm_backward:600x2048", "visionzip:5x576x1024"),
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, with the seconds that it may take at most, so that those after it have their share."""
+    """One command, with the seconds that are set aside for it, beside what the steps before it have left over."""
 
     name: str
     command: list[str]
@@ -39,34 +61,49 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def steps(out: Path) -> list[Step]:
-    """List the steps in order of worth: of what the limit leaves out, the last is missed least."""
+def steps(out: Path, device: str = "cuda") -> list[Step]:
+    """List the steps in order of worth: of what the limit leaves out, the last is missed least.
+
+    "cpu" stands in for a GPU in a rehearsal: the same steps, less of each.
+    """
     vlmfast = [sys.executable, "-m", "vlmfast"]
-    bench = [*vlmfast, "bench", "--device", "cuda"]
+    bench = [*vlmfast, "bench", "ops", "--device", device]
     # Without torch.compile, which takes longer to compile than all else takes to run.
     peers = ["--peers", *(kind for kind in installed() if kind != "compile")]
-    models = [*vlmfast, "bench", "models", "qwen3-vl-8b", "llava-next-7b", "qwen2.5-vl-7b", "smolvlm-256m"]
-    models += ["--device", "cuda", "--modes", "eager,graph", "--budget", "120"]
+    models = [
+        *vlmfast,
+        "bench",
+        "models",
+        "--device",
+        device,
+        "--modes",
+        "eager,graph" if device == "cuda" else "eager",
+    ]
     compiled = ["rms_norm", "add_rms_norm", "deepstack_add", "--peers", "compile"]
-    architecture = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
     page = ["--from", str(out / "ops.json"), "--html", str(out / "report.html")]
+    architecture = {}
+    if device == "cuda":
+        architecture = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
     found = [
-        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 150, architecture),
-        Step("info", [*vlmfast, "info"], 60),
-        Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 150),
-        Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 150),
-        Step("matmul", [*bench, "pixel_shuffle_gemm", *peers, "--json", str(out / "matmul.json")], 60),
-        Step("page", [*vlmfast, "bench", *page], 60),
-        Step("models", [*models, "--json", str(out / "models.json")], 200),
-        Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 90),
-        Step("demo", [*vlmfast, "demo", "--device", "cuda"], 60),
+        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 120, architecture),
+        Step("deciding", [*bench, *DECIDING[device], *peers, "--json", str(out / "deciding.json")], 60),
+        Step("decode", [*models, "qwen3-vl-8b", "--json", str(out / "decode.json")], 70),
+        Step("prefill", [*models, "llava-next-7b", "--json", str(out / "prefill.json")], 60),
+        Step("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"], 90),
+        Step("info", [*vlmfast, "info"], 10),
+        Step("ops", [*bench, *peers, "--json", str(out / "ops.json")], 70),
+        Step("page", [*vlmfast, "bench", "ops", *page], 10),
+        Step("compiled", [*bench, *compiled, "--json", str(out / "compiled.json")], 20),
+        Step("matmul", [*bench, "pixel_shuffle_gemm", *peers, "--json", str(out / "matmul.json")], 10),
+        Step("models", [*models, "qwen2.5-vl-7b", "smolvlm-256m", "--json", str(out / "models.json")], 5),
+        Step("demo", [*vlmfast, "demo", "--device", device], 5),
     ]
     can_draw = importlib.util.find_spec("matplotlib") is not None
     return [step for step in found if can_draw or step.name != "page"]
 
 
-def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
-    """Run one step with its own log, and return what happened and how long it took."""
+def _run(step: Step, out: Path, seconds: float) -> Done:
+    """Run one step with its own log for so long at most, and return what happened and how long it took."""
     start = time.monotonic()
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
     with (out / f"{step.name}.log").open("w") as log:
@@ -74,7 +111,7 @@ def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
             step.command, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
         )
         try:
-            code = process.wait(min(seconds, step.seconds))
+            code = process.wait(seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             os.killpg(process.pid, signal.SIGKILL)  # what it has started (compilers, say) too
             process.wait()
@@ -86,19 +123,45 @@ def _run(step: Step, out: Path, seconds: float) -> dict[str, object]:
     return {"step": step.name, "exit_code": code, "seconds": round(taken, 1)}
 
 
+def _earlier(out: Path, where: dict[str, Any]) -> dict[str, Done]:
+    """Return what an earlier call on the same device and versions has finished: those steps are not run again."""
+    summary = out / "summary.json"
+    if not summary.exists():
+        return {}
+    found = json.loads(summary.read_text())
+    changed = [name for name in SAME if found["environment"].get(name) != where.get(name)]
+    if changed:
+        print(f"all of it again: {', '.join(changed)} changed since {summary}")
+        return {}
+    return {step["step"]: step for step in found["steps"] if step["exit_code"] == 0}
+
+
 def run(options: Namespace) -> int:
     """Run every step, within ``options.limit`` seconds, into ``options.out``; 0 if all of them ended well."""
-    if not torch.cuda.is_available():
-        raise CommandError("bench gpu needs a GPU, and torch sees none")
+    device = "cpu" if options.rehearse else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("bench gpu needs a GPU, and torch sees none; --rehearse runs its steps on the CPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline, done = time.monotonic() + options.limit, []
-    for step in steps(options.out.resolve()):
-        done.append(_run(step, options.out, max(1.0, deadline - time.monotonic())))
-        summary = {"environment": report.environment("cuda"), "steps": done}
-        (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    folder = re.sub(r"[^a-z0-9]+", "-", report.device_name("cuda").lower()).strip("-")
-    print(f"to show it in the README: commit {options.out} as benchmarks/results/{folder}, then `make docs`")
-    return 0 if all(step["exit_code"] == 0 for step in done) else 1
+    where, planned = report.environment(device), steps(options.out.resolve(), device)
+    done = {} if options.again else _earlier(options.out, where)
+    to_do = [step for step in planned if step.name not in done]
+    print(
+        f"seconds set aside, {sum(step.seconds for step in to_do):g} of {options.limit:g}; what is left over goes on:"
+    )
+    print(", ".join(f"{step.name} {'done' if step.name in done else f'{step.seconds:g}'}" for step in planned))
+    start, share = time.monotonic(), 0.0
+    for step in to_do:
+        share += step.seconds
+        left = min(share, options.limit) - (time.monotonic() - start)
+        done[step.name] = _run(step, options.out, max(1.0, left))
+        steps_done = [done[other.name] for other in planned if other.name in done]
+        (options.out / "summary.json").write_text(
+            json.dumps({"environment": where, "steps": steps_done}, indent=1) + "\n"
+        )
+    if device == "cuda":
+        folder = re.sub(r"[^a-z0-9]+", "-", report.device_name("cuda").lower()).strip("-")
+        print(f"to show it in the README: commit {options.out} as benchmarks/results/{folder}, then `make docs`")
+    return 0 if all(done[step.name]["exit_code"] == 0 for step in planned) else 1
 
 
 if __name__ == "__main__":

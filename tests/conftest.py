@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     too_old = pytest.mark.skip(reason="prompts can be shortened from transformers 5.17 on")
     reducing = [item for item in items if item.path.parent.name == "reduce"]
     for item in items:
-        if "gpu" in item.keywords and not GPU:
+        if item.get_closest_marker("gpu") and not GPU:  # not its keywords, which are the names of its folders too
             item.add_marker(no_gpu)
     if reducing and not shortens_prompts():
         for item in reducing:

@@ -13,49 +13,101 @@ import torch
 
 from vlmfast import cli
 from vlmfast.benchmarks import gpu_report, report
+from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_gpu_report_keeps_what_came_out(tmp_path: Path, monkeypatch, capsys):
-    """A step that fails or takes too long does not take the others with it."""
-    slow = gpu_report.Step(
-        "slow", [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(60)"], 2.0
-    )
-    broken = gpu_report.Step("broken", [sys.executable, "-c", "raise SystemExit(3)"], 20.0)
-    last = gpu_report.Step(
-        "last", [sys.executable, "-c", "import os; print(os.environ['GIVEN'])"], 20.0, {"GIVEN": "yes"}
-    )
-    monkeypatch.setattr(gpu_report, "steps", lambda out: [slow, broken, last])
+def python(name: str, code: str, seconds: float = 20.0, **environment: str) -> gpu_report.Step:
+    return gpu_report.Step(name, [sys.executable, "-c", code], seconds, environment)
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch, capsys):
+    """Runs `bench gpu` with these steps and no GPU; gives the exit code, the steps done and what was printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(report, "environment", lambda device: {"device": device})
     monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
-    assert cli.main(["bench", "gpu", "--out", str(tmp_path / "out")]) == 1
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [(step["step"], step["exit_code"]) for step in summary["steps"]] == [
-        ("slow", None),
-        ("broken", 3),
-        ("last", 0),
-    ]
+
+    def run(planned: list[gpu_report.Step], *arguments: str):
+        monkeypatch.setattr(gpu_report, "steps", lambda out, device: planned)
+        code = cli.main(["bench", "gpu", "--out", str(tmp_path / "out"), *arguments])
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        return code, {step["step"]: step["exit_code"] for step in summary["steps"]}, capsys.readouterr().out
+
+    return run
+
+
+SLOW = python("slow", "print('half', flush=True); import time; time.sleep(60)", 2.0)
+BROKEN = python("broken", "raise SystemExit(3)")
+LAST = python("last", "import os; print(os.environ['GIVEN'])", GIVEN="yes")
+
+
+def test_gpu_report_keeps_what_came_out(tmp_path: Path, call):
+    """A step that fails or takes too long does not take the others with it."""
+    code, done, printed = call([SLOW, BROKEN, LAST])
+    assert code == 1
+    assert done == {"slow": None, "broken": 3, "last": 0}
     assert (tmp_path / "out" / "slow.log").read_text() == "half\n"
     assert (tmp_path / "out" / "last.log").read_text() == "yes\n"
-    assert "benchmarks/results/nvidia-h200" in capsys.readouterr().out
+    assert "benchmarks/results/nvidia-h200" in printed
+    assert "seconds set aside, 42 of 530" in printed
+    assert "slow 2, broken 20, last 20" in printed
+
+
+def test_gpu_report_goes_on_where_it_was_stopped(call, monkeypatch):
+    """What ended well is not run again, unless it is asked for, or the device or a version is another one."""
+    call([SLOW, LAST])
+    must_not_run = python("last", "raise SystemExit(4)")
+    quick = python("slow", "")
+    code, done, printed = call([quick, must_not_run])
+    assert (code, done) == (0, {"slow": 0, "last": 0})
+    assert "slow 20, last done" in printed
+    assert call([quick, must_not_run], "--again")[:2] == (1, {"slow": 0, "last": 4})
+    call([quick, LAST])
+    monkeypatch.setattr(report, "environment", lambda device: {"device": device, "torch": "2.99"})
+    code, done, printed = call([quick, must_not_run])
+    assert (code, done) == (1, {"slow": 0, "last": 4})
+    assert "all of it again: torch changed" in printed
+
+
+def test_a_step_has_what_those_before_it_left_over(call):
+    nap = python("nap", "import time; time.sleep(4)", 2.0)
+    assert call([nap, LAST], "--again")[1] == {"nap": None, "last": 0}
+    assert call([LAST, nap], "--again")[1] == {"last": 0, "nap": 0}
+    assert call([LAST, nap], "--again", "--limit", "3")[1]["nap"] is None
 
 
 def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    commands = {step.name: step.command for step in gpu_report.steps(tmp_path)}
-    assert list(commands)[:4] == ["build", "info", "tests", "ops"]
-    assert "compile" not in commands["ops"]
-    for name in ("info", "ops", "matmul", "models", "compiled", "demo"):  # the command line takes these
-        cli.parse(commands[name][3:])
+    for device in ("cuda", "cpu"):
+        planned = gpu_report.steps(tmp_path, device)
+        commands = {step.name: step.command for step in planned}
+        assert list(commands)[:4] == ["build", "deciding", "decode", "prefill"]
+        assert sum(step.seconds for step in planned) <= 530, "nine minutes, and some to start"
+        assert "compile" not in commands["ops"]
+        for name, command in commands.items():
+            if command[1:3] == ["-m", "vlmfast"]:  # the command line takes these
+                assert cli.parse(command[3:]), name
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_numbers_that_decide_are_workloads(device: str):
+    for text in gpu_report.DECIDING[device]:
+        name, _, label = text.partition(":")
+        like = "compact_tokens" if OPS[name].family == "masked_rows" else name  # its masks need no numbers
+        place = "meta" if device == "cuda" else "cpu"
+        assert label in [label for label, _ in OPS[like].cases.workloads(place, torch.bfloat16)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_report_needs_a_gpu(capsys):
     assert cli.main(["bench", "gpu"]) == 2
-    assert capsys.readouterr().err == "vlmfast: error: bench gpu needs a GPU, and torch sees none\n"
+    assert (
+        capsys.readouterr().err
+        == "vlmfast: error: bench gpu needs a GPU, and torch sees none; --rehearse runs its steps on the CPU\n"
+    )
 
 
 # ---- make docs ----
