@@ -105,9 +105,9 @@ def deepstack(
     Level ``k`` is added to the hidden states that enter layer ``start + k * interval``, by `vlmfast.deepstack_add`: its
     i-th row goes to the i-th true position, in row-major order over the batch. It is added as the layer before returns
     them, so that ``output_hidden_states`` records them with the level, as DeepStack's own code does; transformers 4.57
-    records most decoders without. Gradients reach the levels. With
-    gradient checkpointing, run the backward in the block as well: it may call the layers again. What ``torch.compile``
-    has traced in this process is traced anew in the block and after it.
+    records most decoders without. Gradients reach the levels. With gradient checkpointing, run the backward in the
+    block as well: it may call the layers again. What ``torch.compile`` has traced in this process is traced anew in the
+    block and after it.
 
     The levels belong to one prompt, so leave the block before the next one. They are added in passes over as many
     tokens as ``positions`` has: the prefill. A pass over one token, a step of ``generate`` with a cache, is left alone,
