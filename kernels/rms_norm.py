@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import (
     as_rows,
     ceil_div,
@@ -33,7 +34,7 @@ def _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED: tl.constexp
     return weight
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -47,10 +48,13 @@ def rms_norm_kernel(
     eps,
     weight_offset,
     ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Normalise h = x, or h = residual + x, which is then stored as the new residual."""
+    hidden = aligned(hidden, ALIGNED)
+    x_row_stride, residual_row_stride = aligned(x_row_stride, ALIGNED), aligned(residual_row_stride, ALIGNED)
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
@@ -68,7 +72,7 @@ def rms_norm_kernel(
     tl.store(y_ptr + row * hidden + column, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def rms_norm_backward_kernel(
     grad_output_ptr,
     x_ptr,
@@ -84,6 +88,7 @@ def rms_norm_backward_kernel(
     eps,
     weight_offset,
     ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -91,6 +96,9 @@ def rms_norm_backward_kernel(
 
     A program walks over blocks of rows and keeps its share of the weight gradient in registers.
     """
+    hidden = aligned(hidden, ALIGNED)
+    grad_output_row_stride, x_row_stride = aligned(grad_output_row_stride, ALIGNED), aligned(x_row_stride, ALIGNED)
+    grad_residual_row_stride = aligned(grad_residual_row_stride, ALIGNED)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     weight = _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED)
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -157,6 +165,7 @@ def _forward(
             *(x, residual, weight, y, new_residual),
             *(x.stride(0), residual_stride, rows, hidden, eps),
             *_order(x, weight, variant),
+            ALIGNED=alignment(hidden, x.stride(0), residual_stride),
             **vars(config),
         )
     return y, new_residual
@@ -188,6 +197,7 @@ def rms_norm_backward(
             *(grad_output, x, weight, grad_residual, grad_x, partials),
             *(grad_output.stride(0), x.stride(0), residual_stride, rows, hidden, eps),
             *_order(x, weight if weight_grad else None, variant),
+            ALIGNED=alignment(hidden, grad_output.stride(0), x.stride(0), residual_stride),
             **vars(config),
         )
     return grad_x, sum_partials(partials, weight.dtype) if weight_grad else no_gradient

@@ -20,6 +20,7 @@ from vlmfast.kernels.attention_scores.received_attention import (
     normaliser_kernel,
     received_kernel,
 )
+from vlmfast.kernels.common.kernel import alignment
 from vlmfast.kernels.common.launch import MAX_EXTENT, ceil_div, device_unsupported, on_device, with_contiguous_rows
 from vlmfast.kernels.common.sorted_search import steps_of
 
@@ -59,6 +60,7 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
         cls_logits_kernel[(batch * heads * blocks,)](
             *(query, key, logits, peaks, totals),
             *(*query.stride()[:2], *key.stride()[:3], heads, tokens, head_dim, sign, sharpness),
+            ALIGNED=alignment(head_dim, *query.stride()[:2], *key.stride()[:3]),
             **vars(config),
         )
         config = ScoresConfig.config_for(heads)
@@ -94,7 +96,8 @@ def received_attention(
     numbers = *strides, tokens, bounds, *_softness(head_dim, scale)
     peaks, inverses, received = (query.new_empty(heads, tokens, dtype=torch.float32) for _ in range(3))
     operands = query, key, cu_seqlens, peaks, inverses
-    constants = vars(config) | {"ALIGNED": math.gcd(*strides[::2], 16), "HEAD_DIM": head_dim, "STEPS": steps_of(bounds)}
+    sizes = {"ALIGNED": alignment(head_dim, *strides), "HEAD_DIM": head_dim, "STEPS": steps_of(bounds)}
+    constants = vars(config) | sizes
     grid = (heads * ceil_div(tokens, config.BLOCK),)
     with on_device(query):
         normaliser_kernel[grid](*operands, *numbers, **constants)

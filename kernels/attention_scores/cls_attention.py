@@ -3,10 +3,10 @@
 import functools
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 
 from vlmfast.kernels.attention_scores.received_attention import LOWEST
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import Config, next_power_of_two
 
 
@@ -40,7 +40,7 @@ class ScoresConfig(Config):
         return ScoresConfig(BLOCK_TOKENS=64, BLOCK_HEADS=min(16, next_power_of_two(heads)), BLOCK_PARTS=16, num_warps=4)
 
 
-@triton.jit
+@kernel
 def cls_logits_kernel(
     query_ptr,
     key_ptr,
@@ -57,10 +57,14 @@ def cls_logits_kernel(
     head_dim,
     sign,
     sharpness,
+    ALIGNED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Store the logits of one head's query and a block of its keys, their maximum, and their sum of exponentials."""
+    query_batch_stride, query_head_stride = aligned(query_batch_stride, ALIGNED), aligned(query_head_stride, ALIGNED)
+    key_batch_stride, key_head_stride = aligned(key_batch_stride, ALIGNED), aligned(key_head_stride, ALIGNED)
+    key_token_stride, head_dim = aligned(key_token_stride, ALIGNED), aligned(head_dim, ALIGNED)
     blocks = tl.cdiv(tokens, BLOCK_TOKENS)
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
@@ -81,7 +85,7 @@ def cls_logits_kernel(
     tl.store(total_ptr + tl.program_id(0), total)
 
 
-@triton.jit(do_not_specialize=["blocks", "cls_index"])
+@kernel
 def cls_scores_kernel(
     logit_ptr,
     peak_ptr,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import Config, RowsConfig, next_power_of_two
 from vlmfast.kernels.common.sorted_search import count_up_to
 
@@ -115,7 +116,7 @@ def _add_exponentials(peak, total, logit, inside, sharpness, MASKED: tl.constexp
     return higher, total * tl.exp2((peak - higher) * sharpness) + tl.sum(weights, 1)
 
 
-@triton.jit
+@kernel
 def normaliser_kernel(
     query_ptr,
     key_ptr,
@@ -141,8 +142,9 @@ def normaliser_kernel(
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
-    key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
+    query_ptr += head * aligned(query_head_stride, ALIGNED)
+    key_ptr += head * aligned(key_head_stride, ALIGNED)
+    query_stride, key_stride = aligned(query_stride, ALIGNED), aligned(key_stride, ALIGNED)
     query, query_rest = _tile(query_ptr, row, query_stride, tokens, HEAD_DIM, COLUMNS, REST, 0)
     query, query_rest = _times(query, sign), _times(query_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, row, tokens, BLOCK, STEPS)
@@ -159,7 +161,7 @@ def normaliser_kernel(
     tl.store(inverse_ptr + head * tokens + row, 1.0 / total, mask=row < tokens)
 
 
-@triton.jit
+@kernel
 def received_kernel(
     query_ptr,
     key_ptr,
@@ -186,8 +188,9 @@ def received_kernel(
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    query_ptr += tl.multiple_of(head * query_head_stride, ALIGNED)
-    key_ptr += tl.multiple_of(head * key_head_stride, ALIGNED)
+    query_ptr += head * aligned(query_head_stride, ALIGNED)
+    key_ptr += head * aligned(key_head_stride, ALIGNED)
+    query_stride, key_stride = aligned(query_stride, ALIGNED), aligned(key_stride, ALIGNED)
     key, key_rest = _tile(key_ptr, column, key_stride, tokens, HEAD_DIM, COLUMNS, REST, 1)
     key, key_rest = _times(key, sign), _times(key_rest, sign)
     begin, end, first, full, stop = _segments(bounds_ptr, bounds, column, tokens, BLOCK, STEPS)
@@ -212,7 +215,7 @@ def received_kernel(
     tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
 
 
-@triton.jit(do_not_specialize=["means", "group", "count", "tokens"])
+@kernel
 def mean_kernel(
     received_ptr, mean_ptr, means, group, count, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):

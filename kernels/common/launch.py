@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -84,16 +85,22 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+@functools.cache
+def properties_of(device: torch.device) -> Any:
+    """Ask for the properties of a GPU, once: each backward would wait for the answer."""
+    return torch.cuda.get_device_properties(device)
+
+
 def processors(x: Tensor) -> int:
     """Count the multiprocessors of the device of ``x``; a small number in the interpreter, so that loops loop."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return properties_of(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def shared_memory(x: Tensor) -> int:
     """Count the bytes of shared memory that a program may have where ``x`` is; an H100's in the interpreter."""
     if not x.is_cuda:
         return 227 << 10
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = properties_of(x.device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # AMD's has no more
 
 

@@ -4,18 +4,27 @@ A bounded number of rows added up in a fixed order, where atomics would give oth
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import RowsConfig, ceil_div, on_device
 
 CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["partials"])
-def sum_partials_kernel(partial_ptr, sum_ptr, partials, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+@kernel
+def sum_partials_kernel(
+    partial_ptr,
+    sum_ptr,
+    partials,
+    hidden,
+    ALIGNED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
     """Add up the rows of ``partial``."""
+    hidden = aligned(hidden, ALIGNED)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, partials, BLOCK_ROWS):
@@ -31,5 +40,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     rows, hidden = partials.shape
     total = partials.new_empty(hidden, dtype=dtype)
     with on_device(partials):
-        sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](partials, total, rows, hidden, **vars(CONFIG))
+        sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](
+            partials, total, rows, hidden, ALIGNED=alignment(hidden), **vars(CONFIG)
+        )
     return total

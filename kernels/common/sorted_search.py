@@ -5,8 +5,11 @@ import triton.language as tl
 
 
 def steps_of(size: int) -> int:
-    """Count how often a search halves ``size`` numbers; a constant, so that it is no loop, which would spill."""
-    return size.bit_length()
+    """Count how often a search halves ``size`` numbers: a constant, so that it is no loop, which would spill.
+
+    It is enough for all sizes of 16 bits, so that the number of images or kept tokens does not ask for another kernel.
+    """
+    return 16 if size < 1 << 16 else 31
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import (
     ASSERTING,
     MAX_EXTENT,
@@ -23,7 +24,9 @@ from vlmfast.kernels.masked_rows.mask_ranks import index_of, index_total, order_
 
 
 @triton.jit
-def _rows(index_ptr, positions, tokens, rows, batch_stride, token_stride, BLOCK_ROWS: tl.constexpr):
+def _rows(
+    index_ptr, positions, tokens, rows, batch_stride, token_stride, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr
+):
     """Find the positions of a program, their entries in the index and where each begins in a (B, T, D) tensor.
 
     A device-side assertion trips unless the index numbers just as many rows as there are.
@@ -34,10 +37,11 @@ def _rows(index_ptr, positions, tokens, rows, batch_stride, token_stride, BLOCK_
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     rank = tl.load(index_ptr + row, mask=row < positions, other=-1)
     batch = row // tokens
+    batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     return row, rank, batch.to(tl.int64) * batch_stride + (row - batch * tokens).to(tl.int64) * token_stride
 
 
-@triton.jit(do_not_specialize=["positions", "tokens", "embeds_rows"])
+@kernel
 def add_or_place_kernel(
     x_ptr,
     embeds_ptr,
@@ -51,11 +55,15 @@ def add_or_place_kernel(
     hidden,
     embeds_rows,
     ADD: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
-    row, rank, offset = _rows(index_ptr, positions, tokens, embeds_rows, x_batch_stride, x_token_stride, BLOCK_ROWS)
+    row, rank, offset = _rows(
+        index_ptr, positions, tokens, embeds_rows, x_batch_stride, x_token_stride, ALIGNED, BLOCK_ROWS
+    )
+    hidden, embeds_row_stride = aligned(hidden, ALIGNED), aligned(embeds_row_stride, ALIGNED)
     masked = rank >= 0
     x_ptr += offset
     embeds_ptr += rank.to(tl.int64) * embeds_row_stride
@@ -72,7 +80,7 @@ def add_or_place_kernel(
         tl.store(y_ptr + column, tl.where(masked, merged, x), mask=(row < positions) & inside)
 
 
-@triton.jit(do_not_specialize=["positions", "tokens", "rows"])
+@kernel
 def split_kernel(
     x_ptr,
     index_ptr,
@@ -85,11 +93,13 @@ def split_kernel(
     hidden,
     rows,
     REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy the masked rows of x, and x with zeros in their place."""
-    row, rank, offset = _rows(index_ptr, positions, tokens, rows, x_batch_stride, x_token_stride, BLOCK_ROWS)
+    row, rank, offset = _rows(index_ptr, positions, tokens, rows, x_batch_stride, x_token_stride, ALIGNED, BLOCK_ROWS)
+    hidden = aligned(hidden, ALIGNED)
     masked = rank >= 0
     x_ptr += offset
     taken_ptr += rank.to(tl.int64) * hidden
@@ -103,7 +113,7 @@ def split_kernel(
             tl.store(rest_ptr + column, tl.where(masked, 0.0, x), mask=(row < positions) & inside)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "keep"])
+@kernel
 def pack_kernel(
     tokens_ptr,
     invalid_ptr,
@@ -116,10 +126,13 @@ def pack_kernel(
     tokens,
     keep,
     hidden,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy the tokens in ``order``, zeros where they are invalid."""
+    hidden = aligned(hidden, ALIGNED)
+    batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     batch = (row // keep).to(tl.int64)
     position = tl.load(order_ptr + row, mask=row < rows, other=-1)
@@ -136,7 +149,7 @@ def pack_kernel(
         tl.store(packed_ptr + column, packed, mask=(row < rows) & inside)
 
 
-@triton.jit(do_not_specialize=["positions", "tokens", "keep"])
+@kernel
 def unpack_kernel(
     grad_packed_ptr,
     index_ptr,
@@ -148,10 +161,13 @@ def unpack_kernel(
     keep,
     hidden,
     PAD_LEFT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy the gradient of the slot that a valid token was packed into, zeros where it got none."""
+    hidden = aligned(hidden, ALIGNED)
+    batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     batch = (row // tokens).to(tl.int64)
     slot = tl.load(index_ptr + row, mask=row < positions, other=-1)
@@ -216,6 +232,7 @@ def _add_or_place(x: Tensor, mask: Tensor, embeds: Tensor, index: Tensor | None,
             *(x, embeds, index, y),
             *(*x.stride()[:2], embeds.stride(0), mask.numel(), mask.shape[1], hidden, embeds.shape[0]),
             ADD=add,
+            ALIGNED=alignment(hidden, *x.stride()[:2], embeds.stride(0)),
             **vars(config),
             **ASSERTING,
         )
@@ -237,6 +254,7 @@ def split_rows(
             *(x, index, taken, remaining),
             *(*x.stride()[:2], mask.numel(), mask.shape[1], hidden, rows),
             REST=rest,
+            ALIGNED=alignment(hidden, *x.stride()[:2]),
             **vars(config),
             **ASSERTING,
         )
@@ -258,6 +276,7 @@ def compact_tokens(
         pack_kernel[(ceil_div(batch * keep, config.BLOCK_ROWS),)](
             *(tokens, invalid, order, packed, packed_invalid),
             *(*tokens.stride()[:2], batch * keep, token_count, keep, hidden),
+            ALIGNED=alignment(hidden, *tokens.stride()[:2]),
             **vars(config),
             **ASSERTING,
         )
@@ -276,6 +295,7 @@ def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool
             *(grad_tokens, index, grad),
             *(*grad_tokens.stride()[:2], invalid.numel(), invalid.shape[1], keep, hidden),
             PAD_LEFT=pad_left,
+            ALIGNED=alignment(hidden, *grad_tokens.stride()[:2]),
             **vars(config),
         )
     return grad

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import kernel
 from vlmfast.kernels.common.launch import Config, ceil_div, next_power_of_two, on_device
 
 
@@ -51,20 +52,23 @@ def index_total(last):
     return tl.maximum(last + 1, ~last)  # last >= 0 is the rank of the last row, last < 0 the complement of the total
 
 
-@triton.jit
-def row_index_kernel(mask_ptr, index_ptr, positions, TRUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+@kernel
+def row_index_kernel(
+    mask_ptr, index_ptr, positions, TRUE: tl.constexpr, SINGLE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     """Store the index of each sequence of ``positions``: the rank where the mask is ``TRUE``, ~rank elsewhere."""
     chunks = tl.cdiv(positions, CHUNK)
     batch, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
-    mask_ptr += batch * positions
+    first = 0 if SINGLE else batch * positions  # of which the compiler could not tell whether 16 bytes may begin there
+    mask_ptr += first
     position = start + tl.arange(0, CHUNK)
     flag = _flags(mask_ptr, position, positions, TRUE)
     rank = _count(mask_ptr, 0, start, TRUE, BLOCK) + tl.cumsum(flag, 0) - flag
-    index_ptr += batch * positions
+    index_ptr += first
     tl.store(index_ptr + position, tl.where(flag != 0, rank, ~rank), mask=position < positions)
 
 
-@triton.jit(do_not_specialize=["keep"])
+@kernel
 def order_kernel(
     invalid_ptr, order_ptr, tokens, keep, PAD_LEFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -93,7 +97,7 @@ def index_of(mask: Tensor, true: bool) -> Tensor:
     config = RanksConfig.config_for(positions)
     with on_device(mask):
         row_index_kernel[(batch * ceil_div(positions, config.CHUNK),)](
-            mask.contiguous(), index, positions, TRUE=true, **vars(config)
+            mask.contiguous(), index, positions, TRUE=true, SINGLE=batch == 1, **vars(config)
         )
     return index
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import alignment
 from vlmfast.kernels.common.launch import (
     MAX_EXTENT,
     ceil_div,
@@ -65,11 +66,13 @@ def _copy(patches: Tensor, tokens: Tensor, scale: int, arguments: dict[str, Any]
     channels = joined * patches.shape[2]
     config = config_for(channels)
     count = patches.numel() // channels
+    strides = patches.stride(0), joined * patches.stride(1), *tokens.stride()[:2]
     with on_device(patches):
         pixel_shuffle_kernel[(ceil_div(count, config.BLOCK_ROWS) * ceil_div(channels, config.BLOCK_COLUMNS),)](
             *(patches, tokens),
-            *(patches.stride(0), joined * patches.stride(1), *tokens.stride()[:2], count),
+            *(*strides, count),
             channels=channels,
+            ALIGNED=alignment(channels, *strides),
             UNSHUFFLE=unshuffle,
             SCALE_Y=scale,
             SCALE_X=scale // joined,
@@ -114,6 +117,7 @@ def pixel_shuffle_norm(
             *(x, norm_weight.contiguous(), norm_bias.contiguous(), y),
             *(*x.stride()[:2], rows),
             channels=channels,
+            ALIGNED=alignment(channels, *x.stride()[:2]),
             eps=norm_eps,
             SCALE=scale,
             PATCHES=patches,
@@ -153,6 +157,7 @@ def pixel_shuffle_norm_backward(
             *(grad_output, x, norm_weight.contiguous(), grad_x, weight_partials, bias_partials),
             *(*grad_output.stride()[:2], *x.stride()[:2], rows),
             channels=channels,
+            ALIGNED=alignment(channels, *grad_output.stride()[:2], *x.stride()[:2]),
             eps=norm_eps,
             SCALE=scale,
             PATCHES=patches,

@@ -7,6 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import RowsConfig, next_power_of_two
 
 
@@ -58,7 +59,7 @@ def load_scaled(ptr, mask, input_scale, INPUT_SCALED: tl.constexpr):
     return scaled.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["patches", "height", "width"])
+@kernel
 def pixel_shuffle_kernel(
     map_ptr,
     tokens_ptr,
@@ -76,10 +77,14 @@ def pixel_shuffle_kernel(
     SCALE_Y: tl.constexpr,
     SCALE_X: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Copy the map's patches to the tokens, or back."""
+    map_batch_stride, map_stride = aligned(map_batch_stride, ALIGNED), aligned(map_stride, ALIGNED)
+    tokens_batch_stride, tokens_stride = aligned(tokens_batch_stride, ALIGNED), aligned(tokens_stride, ALIGNED)
+    channels = aligned(channels, ALIGNED)
     blocks = tl.cdiv(channels, BLOCK_COLUMNS)
     patch = (tl.program_id(0) // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     channel = (tl.program_id(0) % blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import Config, next_power_of_two, norm_config_for
 from vlmfast.kernels.pixel_shuffle.patch_map import load_scaled, locate, offset_of
 
@@ -57,7 +58,7 @@ def centre(x, mask, size):
     return centred - error, mean + error, _row_sum(centred * centred) / size - error * error
 
 
-@triton.jit
+@kernel
 def pixel_shuffle_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -75,11 +76,14 @@ def pixel_shuffle_norm_kernel(
     SCALE: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     PATCHES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Store weight * (x - mean) * rsqrt(variance + eps) + bias over rows of PATCHES patches."""
+    x_batch_stride, x_stride = aligned(x_batch_stride, ALIGNED), aligned(x_stride, ALIGNED)
+    channels = aligned(channels, ALIGNED)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]
     part = tl.arange(0, BLOCK_PATCHES)[None, :, None]
     channel = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
@@ -99,7 +103,7 @@ def pixel_shuffle_norm_kernel(
     tl.store(y_ptr, (normed * weight + bias).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def pixel_shuffle_norm_backward_kernel(
     grad_output_ptr,
     x_ptr,
@@ -121,6 +125,7 @@ def pixel_shuffle_norm_backward_kernel(
     SCALE: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     PATCHES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -129,6 +134,9 @@ def pixel_shuffle_norm_backward_kernel(
 
     A program walks over blocks of rows and keeps its share of the parameters' gradients in registers.
     """
+    grad_output_batch_stride = aligned(grad_output_batch_stride, ALIGNED)
+    grad_output_stride, channels = aligned(grad_output_stride, ALIGNED), aligned(channels, ALIGNED)
+    x_batch_stride, x_stride = aligned(x_batch_stride, ALIGNED), aligned(x_stride, ALIGNED)
     part = tl.arange(0, BLOCK_PATCHES)[None, :, None]
     channel = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
     inside = (part < PATCHES) & (channel < channels)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import alignment
 from vlmfast.kernels.common.launch import (
     ASSERTING,
     MAX_EXTENT,
@@ -17,9 +18,7 @@ from vlmfast.kernels.common.launch import (
 from vlmfast.kernels.common.sorted_search import steps_of
 from vlmfast.kernels.token_merge.merge_rows import MergeRowsConfig, merge_rows_backward_kernel, merge_rows_kernel
 from vlmfast.kernels.token_merge.merge_slots import MergeSlotsConfig, merge_slots_kernel
-from vlmfast.kernels.token_merge.top_tokens import TopTokensConfig, top_tokens_kernel
-
-MAX_SCORES = 8192  # per row, all in the registers of one program; twice as many would spill
+from vlmfast.kernels.token_merge.top_tokens import MAX_SCORES, TopTokensConfig, top_tokens_kernel
 
 
 def unsupported(rows: Tensor, *_: Any) -> str | None:
@@ -64,6 +63,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
             *(*metric.stride()[:2], kept.stride(0), tokens, metric_dim, kept_count, contextual),
             step=(tokens - kept_count) // max(contextual, 1),
             STEPS=steps_of(kept_count),
+            ALIGNED=alignment(metric_dim, *metric.stride()[:2]),
             **vars(config),
         )
     return slots
@@ -76,13 +76,14 @@ def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, mer
     if merged.numel() == 0:
         return merged
     hidden, slots = with_contiguous_rows(hidden), with_contiguous_rows(slots)
-    config = MergeRowsConfig.config_for(batch, contextual, hidden_size, hidden.dtype == torch.float32)
+    config = MergeRowsConfig.config_for(contextual, hidden.dtype == torch.float32)
     target_blocks = max(1, ceil_div(contextual, config.BLOCK_TARGETS))
     with on_device(hidden):
         merge_rows_kernel[(batch * target_blocks * ceil_div(hidden_size, config.BLOCK_COLUMNS),)](
             *(hidden, slots, merged),
             *(*hidden.stride()[:2], slots.stride(0), tokens, hidden_size, kept_count, contextual),
             MEAN=merge == "mean",
+            ALIGNED=alignment(hidden_size, *hidden.stride()[:2]),
             **vars(config),
         )
     return merged
@@ -107,6 +108,7 @@ def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, mer
             *(*grad_tokens.stride()[:2], slots.stride(0), slots.numel()),
             *(slots.shape[1], hidden_size, grad_tokens.shape[1] - contextual, contextual),
             MEAN=merge == "mean",
+            ALIGNED=alignment(hidden_size, *grad_tokens.stride()[:2]),
             BLOCK_TOKENS=max(16, 1024 // config.BLOCK_ROWS),
             **vars(config),
         )

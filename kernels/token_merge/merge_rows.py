@@ -7,11 +7,11 @@ the sum, and the same on every run.
 import functools
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
-from vlmfast.kernels.common.launch import Config, ceil_div, next_power_of_two
+from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.launch import Config
 from vlmfast.kernels.token_merge.merge_slots import at
 
 
@@ -26,18 +26,18 @@ class MergeRowsConfig(Config):
 
     @staticmethod
     @functools.lru_cache
-    def config_for(batch: int, contextual: int, hidden: int, wide: bool) -> "MergeRowsConfig":
-        """Take columns of a cache line at least, of half as many rather than leave half of a GPU idle."""
+    def config_for(contextual: int, wide: bool) -> "MergeRowsConfig":
+        """Take columns of two sectors, rather than leave half of a GPU idle; few or many targets."""
         return MergeRowsConfig(
-            BLOCK_TARGETS=min(32 if wide else 64, max(16, next_power_of_two(contextual))),
-            BLOCK_COLUMNS=64 if batch * ceil_div(hidden, 64) >= 128 else 32,
+            BLOCK_TARGETS=16 if wide or contextual <= 16 else 64,
+            BLOCK_COLUMNS=32,
             BLOCK_TOKENS=32,
             num_warps=4,
             num_stages=3,
         )
 
 
-@triton.jit
+@kernel
 def merge_rows_kernel(
     x_ptr,
     slot_ptr,
@@ -50,11 +50,14 @@ def merge_rows_kernel(
     kept_count,
     contextual,
     MEAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_TARGETS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
     """Copy the kept rows as they are passed, and add up a block of contextual ones, of some columns."""
+    x_batch_stride, x_token_stride = aligned(x_batch_stride, ALIGNED), aligned(x_token_stride, ALIGNED)
+    hidden = aligned(hidden, ALIGNED)
     column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
     target_blocks = tl.maximum(tl.cdiv(contextual, BLOCK_TARGETS), 1)
     target_block = tl.program_id(0) // column_blocks % target_blocks
@@ -101,7 +104,7 @@ def merge_rows_kernel(
     tl.store(at(y_ptr, (kept_count + target)[:, None], hidden), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def merge_rows_backward_kernel(
     grad_tokens_ptr,
     slot_ptr,
@@ -115,6 +118,7 @@ def merge_rows_backward_kernel(
     kept_count,
     contextual,
     MEAN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -123,6 +127,8 @@ def merge_rows_backward_kernel(
 
     A program counts them for its own tokens alone, in the slots of their sequence.
     """
+    batch_stride, row_stride = aligned(batch_stride, ALIGNED), aligned(row_stride, ALIGNED)
+    hidden = aligned(hidden, ALIGNED)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     batch = (tl.minimum(row, positions - 1) // tokens).to(tl.int64)
     slot_ptr += batch * slot_stride

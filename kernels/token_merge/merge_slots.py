@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import Config, next_power_of_two
 from vlmfast.kernels.common.sorted_search import count_up_to
 
@@ -31,7 +32,7 @@ class MergeSlotsConfig(Config):
         """
         return MergeSlotsConfig(
             BLOCK_TOKENS=32 if wide else 64,
-            BLOCK_TARGETS=min(32, max(16, next_power_of_two(contextual))),
+            BLOCK_TARGETS=16 if wide or contextual <= 16 else 32,
             BLOCK_COLUMNS=16 if wide else min(32, max(16, next_power_of_two(metric_dim))),
             STAGES=3 if wide else 1,
             num_warps=4,
@@ -44,7 +45,7 @@ def at(ptr, row, stride):
     return ptr + row.to(tl.int64) * stride
 
 
-@triton.jit
+@kernel
 def merge_slots_kernel(
     metric_ptr,
     kept_ptr,
@@ -57,6 +58,7 @@ def merge_slots_kernel(
     kept_count,
     contextual,
     step,
+    ALIGNED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_TARGETS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -68,6 +70,8 @@ def merge_slots_kernel(
     The length of a token's own metric changes no argmax, and one of zeros has the same similarity to all. So only the
     targets are divided by their lengths, after the multiplication, which is exact for 16-bit metrics.
     """
+    batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
+    metric_dim = aligned(metric_dim, ALIGNED)
     blocks = tl.cdiv(tokens, BLOCK_TOKENS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     position = (tl.program_id(0) % blocks) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)

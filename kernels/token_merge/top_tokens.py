@@ -3,10 +3,12 @@
 import functools
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.launch import Config, next_power_of_two
+from vlmfast.kernels.common.kernel import kernel
+from vlmfast.kernels.common.launch import Config
+
+MAX_SCORES = 8192  # scores of a row, all in the registers of one program; twice as many would spill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +20,12 @@ class TopTokensConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(tokens: int) -> "TopTokensConfig":
-        """Take a warp for each 1024 scores, four at least."""
-        block = next_power_of_two(tokens)
-        return TopTokensConfig(BLOCK=block, num_warps=max(4, block // 1024))
+        """Take one of two sizes, so that the tokens of an image do not ask for another kernel; few scores a thread."""
+        block, warps = (1024, 4) if tokens <= 1024 else (MAX_SCORES, 16)
+        return TopTokensConfig(BLOCK=block, num_warps=warps)
 
 
-@triton.jit
+@kernel
 def top_tokens_kernel(score_ptr, top_ptr, row_stride, tokens, k, BLOCK: tl.constexpr):
     """Store the positions of the k largest scores of a row, ascending.
 

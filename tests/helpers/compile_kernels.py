@@ -17,23 +17,21 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, type_canonicalisation_dict
+from triton.runtime.jit import JITFunction
 
 import vlmfast  # noqa: F401  (registers the ops)
-from vlmfast.architectures import CUDA, GPUS
+from tests.helpers.specialisation import TARGETS, source_of
+from tests.ptx.compile import OPTIONS
+from vlmfast.architectures import GPUS
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
 
-TARGETS = {name: GPUTarget("hip", name, 64) for name in GPUS} | {f"sm_{n}": GPUTarget("cuda", n, 32) for n in CUDA}
 MULTIPROCESSORS = (16, 48, 108, 132)  # a launch may depend on them; MIG slices have fewer
-OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow"}
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 DOT = re.compile(r"tt\.dot .*?: tensor<[\dx]+x(\w+)>")  # the dtype of its operands
@@ -65,7 +63,7 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
     module.shared_memory = lambda x: GPUS[target]
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         launched.append((kernel, dict(inspect.signature(kernel.fn).bind(*args, **kwargs).arguments), options))
 
     original, JITFunction.run = JITFunction.run, record
@@ -79,29 +77,6 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
     finally:
         JITFunction.run = original
     return seen
-
-
-def source_of(kernel: JITFunction, arguments: dict, unaligned: Container[str] = ()) -> ASTSource:
-    """Return the specialisation that the JIT would make of these arguments.
-
-    Tensors lie at multiples of 16 bytes, as torch's allocations and row views of 16 bytes do, but for those named.
-    """
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        number = isinstance(value, int) and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (number and value == 1):
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
-            if parameter.name not in unaligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            integer = "i32" if isinstance(value, int) and -(2**31) <= value < 2**31 else "i64"
-            signature[parameter.name] = "fp32" if isinstance(value, float) else integer
-            if number and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) -> dict:
@@ -154,7 +129,7 @@ def main(targets: list[str]) -> None:
         calls = calls_of(op)
         on_each = ([(target, *launch) for launch in launches(op, calls, target)] for target in targets)
         for target, kernel, arguments, options, real in itertools.chain(*zip(*on_each, strict=True)):
-            source = source_of(kernel, arguments)
+            source = source_of(kernel, arguments, target)
             facts = source.signature, source.constants, source.attrs, options
             key = (target, kernel.__name__, *map(str, facts))
             if key in done:

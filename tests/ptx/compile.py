@@ -41,7 +41,7 @@ def _sources() -> str:
     """Hash what a kernel may be made of: the Triton release, the kernels, and how they are specialised."""
     digest = hashlib.sha256(metadata.version("triton").encode())
     files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks/candidates/kernels").rglob("*.py")])
-    for path in [*files, ROOT / "tests/helpers/compile_kernels.py", Path(__file__)]:
+    for path in [*files, ROOT / "tests/helpers/specialisation.py", Path(__file__)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -132,17 +132,17 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     import triton
 
-    from tests.helpers.compile_kernels import TARGETS, source_of
+    from tests.helpers.specialisation import TARGETS, Unaligned, source_of
 
     kernel = getattr(importlib.import_module(request["module"]), request["kernel"])
-    arguments, unaligned = {}, set()
+    arguments = {}
     for name, kind in request["arguments"].items():
         if isinstance(kind, dict):
-            arguments[name] = torch.empty(0, dtype=getattr(torch, kind["dtype"]), device="meta")
-            unaligned |= set() if kind["aligned"] else {name}
+            dtype = getattr(torch, kind["dtype"])
+            arguments[name] = torch.empty(0, dtype=dtype, device="meta") if kind["aligned"] else Unaligned(dtype)
         else:
             arguments[name] = kind
-    source = source_of(kernel, arguments, unaligned)
+    source = source_of(kernel, arguments, request["target"])
     found = triton.compile(source, target=TARGETS[request["target"]], options=request["options"])
     passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
     return {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed}

@@ -136,15 +136,18 @@ def received_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT: behind its projection, and contiguous."""
-    for batch in (1, 5):
-        key = torch.randn(batch, 577, 16, 64, device=device, dtype=dtype).transpose(1, 2)
+    """Take CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT: behind its projection, and contiguous.
+
+    And EVA-CLIP-g/14, with heads of 88 channels.
+    """
+    for batch, tokens, head_dim in ((1, 577, 64), (1, 257, 88), (5, 577, 64)):
+        key = torch.randn(batch, tokens, 16, head_dim, device=device, dtype=dtype).transpose(1, 2)
         for layout, keys in (("projected", key), ("contiguous", key.contiguous())):
-            yield f"{batch}x16x577x64 {layout}", (keys[:, :, 0], keys)
+            yield f"{batch}x16x{tokens}x{head_dim} {layout}", (keys[:, :, 0], keys)
 
 
 def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take an image of 1024 visual tokens in Qwen2.5-VL, in two layouts, and five crops of SigLIP."""
+    """Take an image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP, both in two layouts."""
 
     def pair(tokens: int, head_dim: int) -> list[Tensor]:
         return [torch.randn(tokens, 16, head_dim, device=device, dtype=dtype).transpose(0, 1) for _ in range(2)]
@@ -153,8 +156,9 @@ def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
     yield "16x4096x80 projected", (*rows, None, 4)
     yield "16x4096x80 contiguous", (*(row.contiguous() for row in rows), None, 4)
     crops = torch.arange(0, 5 * 729 + 1, 729, dtype=torch.int32, device=device)
-    # contiguous rows of 72 elements Triton reads one by one: no multiple of 16 tells it where they begin
-    yield "16x(5x729)x72 projected", (*pair(5 * 729, 72), crops)
+    rows = pair(5 * 729, 72)
+    yield "16x(5x729)x72 projected", (*rows, crops)
+    yield "16x(5x729)x72 contiguous", (*(row.contiguous() for row in rows), crops)
 
 
 # ---- the cases of each op ----

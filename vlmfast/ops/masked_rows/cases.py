@@ -180,8 +180,11 @@ def _embeds_bad_calls(name: str, mask: str, embeds: str) -> tuple[BadCall, ...]:
 
 
 def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Make prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run."""
-    shapes = [(1, 600, 2048, 256), (2, 2048, 2048, 1600)]
+    """Make prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run.
+
+    One of rows whose size is no multiple of 16: the patches of Qwen2.5-VL.
+    """
+    shapes = [(1, 600, 2048, 256), (1, 256, 1176, 64), (2, 2048, 2048, 1600)]
     for batch, tokens, hidden, visual in [*shapes, (8, 4096, 4096, 3200)] if device != "cpu" else shapes:
         mask = torch.zeros(batch, tokens, device=device, dtype=torch.bool)
         mask[:, 16 : 16 + visual] = True

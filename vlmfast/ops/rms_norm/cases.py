@@ -175,8 +175,11 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take rows x hidden of Qwen3-VL-2B/8B: a decoded token, a prompt with an image, per-head norms, long prompts."""
-    shapes = [(1, 2048), (1, 4096), (600, 2048), (9600, 128), (4096, 4096)]
+    """Take rows x hidden of Qwen3-VL-2B/8B: a decoded token, a prompt with an image, per-head norms, long prompts.
+
+    Two of sizes that are no multiple of 16: heads of its tower, and patches.
+    """
+    shapes = [(1, 2048), (1, 4096), (600, 2048), (9600, 128), (9600, 72), (600, 1176), (4096, 4096)]
     for rows, hidden in [*shapes, (32768, 4096), (131072, 128)] if device != "cpu" else shapes:
         x = torch.randn(rows, hidden, device=device, dtype=dtype)
         yield f"{rows}x{hidden}", (x, torch.randn(hidden, device=device, dtype=dtype))

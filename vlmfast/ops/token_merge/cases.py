@@ -125,8 +125,13 @@ def rows_samples(device: str, dtype: torch.dtype) -> Samples:
     yield hidden, kept[:, :0], one, contextual
 
 
-# (label, B, N, D, M, kept, contextual): the crops of LLaVA-NeXT without their CLS tokens, an image in Qwen2.5-VL
-_WORKLOADS = [("5x576x1024", 5, 576, 1024, 64, 26, 5), ("1x1024x3584", 1, 1024, 3584, 80, 460, 51)]
+# (label, B, N, D, M, kept, contextual): the crops of LLaVA-NeXT without their CLS tokens, an image of SigLIP with its
+# heads of 72 channels, and one in Qwen2.5-VL
+_WORKLOADS = [
+    ("5x576x1024", 5, 576, 1024, 64, 26, 5),
+    ("1x729x1152", 1, 729, 1152, 72, 54, 10),
+    ("1x1024x3584", 1, 1024, 3584, 80, 460, 51),
+]
 
 
 def top_workloads(device: str, dtype: torch.dtype) -> Workloads:

@@ -1,9 +1,9 @@
 """Rows, each times a number of its own: a program for each row."""
 
 import torch
-import triton
 import triton.language as tl
 
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import device_unsupported, on_device, with_contiguous_rows
 
 
@@ -11,8 +11,9 @@ def unsupported(x, factors):
     return device_unsupported(x)
 
 
-@triton.jit
-def _scale_rows_kernel(x_ptr, factor_ptr, y_ptr, x_row_stride, hidden, BLOCK: tl.constexpr):
+@kernel
+def _scale_rows_kernel(x_ptr, factor_ptr, y_ptr, x_row_stride, hidden, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    x_row_stride, hidden = aligned(x_row_stride, ALIGNED), aligned(hidden, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row).to(tl.float32)
     for first in range(0, hidden, BLOCK):
@@ -26,5 +27,6 @@ def scale_rows(x, factors):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         with on_device(x):
-            _scale_rows_kernel[(x.shape[0],)](x, factors, y, x.stride(0), x.shape[1], BLOCK=1024)
+            numbers = x.stride(0), x.shape[1]
+            _scale_rows_kernel[(x.shape[0],)](x, factors, y, *numbers, ALIGNED=alignment(*numbers), BLOCK=1024)
     return y
