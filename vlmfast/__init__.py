@@ -3,7 +3,7 @@
 from vlmfast import backends, compat, reduce
 from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops import PUBLIC
-from vlmfast.patches import Patch, patch, unpatch
+from vlmfast.patches import Patch, Warmup, patch, unpatch, warmup
 from vlmfast.reduce.compress import compress_inputs
 from vlmfast.reduce.methods import CLASSES
 from vlmfast.registry import explain, use
@@ -16,6 +16,7 @@ __all__ = [
     *PUBLIC,
     *CLASSES,
     "Patch",
+    "Warmup",
     "compat",
     "compress_inputs",
     "deepstack",
@@ -26,4 +27,5 @@ __all__ = [
     "repack",
     "unpatch",
     "use",
+    "warmup",
 ]

@@ -19,6 +19,8 @@ from vlmfast.ops.token_merge.definition import visionzip as visionzip
 from vlmfast.patches.apply import Patch as Patch
 from vlmfast.patches.apply import patch as patch
 from vlmfast.patches.apply import unpatch as unpatch
+from vlmfast.patches.warm_up import Warmup as Warmup
+from vlmfast.patches.warm_up import warmup as warmup
 from vlmfast.reduce.compress import compress_inputs as compress_inputs
 from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
 from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens

@@ -1,0 +1,166 @@
+"""Run once what a patched model will run, so that nothing is compiled while it serves or is captured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.modules import at_hand
+from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
+from vlmfast.patches import masked_rows, rms_norm
+from vlmfast.patches.swap import PatchedModule
+from vlmfast.patches.upstream import site_name
+from vlmfast.registry import OPS, order, override
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What `warmup` ran.
+
+    Attributes:
+        ops: op -> the backends that ran it.
+        compiled: the Triton kernels that were compiled, or loaded from Triton's cache; one may be there several times.
+        left: the sites that did not run, because what they take is not known before a prompt comes.
+    """
+
+    ops: dict[str, tuple[str, ...]]
+    compiled: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def report(self) -> str:
+        """Write what was compiled, which backend runs each op, and what was left."""
+        head = f"{len(self.compiled)} Triton kernels compiled" if self.compiled else "nothing was to be compiled"
+        lines = [head, *(f"  {name}: {' and '.join(backends)}" for name, backends in self.ops.items())]
+        return "\n".join([*lines, *(f"  {site}: not run, give `warmup` a prompt" for site in self.left)])
+
+    def __str__(self) -> str:
+        return self.report()
+
+
+def warmup(model: nn.Module, *prompts: Mapping[str, Any]) -> Warmup:
+    """Compile what a patched model needs, before it serves or a CUDA graph is captured.
+
+    Triton compiles a kernel at its first call: a second of one prompt's time, and within a capture an error. No kernel
+    is compiled for the number of tokens, so a few rows will do for every prompt. Norms, the placement of embeddings and
+    DeepStack are known by their weights. What connectors and token reductions take, is known once a prompt has run: one
+    with an image, and of a reduction a short and a long one.
+
+    Args:
+        model: a patched model, or a module with patched ones in it, where it will run.
+        *prompts: inputs of the model, as ``generate`` takes them by name. Two tokens are generated of each, by a model
+            without ``generate`` its forward runs.
+
+    Returns:
+        A `Warmup`, which says what was compiled: nothing, where the ops run on a CPU or in CUDA C++.
+
+    Raises:
+        TypeError: if ``model`` is not a module, or a prompt no mapping. ValueError: if nothing in the model is patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for prompt in prompts:
+        if not isinstance(prompt, Mapping):
+            raise TypeError(f"prompts must map the model's arguments to values, got {type(prompt).__name__}")
+    patched: list[nn.Module] = [module for module in model.modules() if isinstance(module, PatchedModule)]
+    if not patched:
+        raise ValueError(f"model must be patched, got a {type(model).__name__} that is not: vlmfast.patch(model) first")
+    left: dict[str, None] = {}
+    with torch.no_grad(), _watched_ops() as ops, _watched_compiler() as compiled:
+        for module in patched:
+            for method, function in type(module).replacements.items():  # type: ignore[attr-defined]
+                if not _run(model, module, function) and not prompts:
+                    left[site_name(type(module).original_class, method)] = None  # type: ignore[attr-defined]
+        for prompt in prompts:
+            generate: Any = getattr(model, "generate", None)
+            if generate is None:
+                model(**prompt)
+            else:
+                generate(**prompt, max_new_tokens=2)
+    return Warmup({name: tuple(sorted(found)) for name, found in ops.items()}, tuple(compiled), tuple(left))
+
+
+def _run(model: nn.Module, module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Run a replacement on a few rows, if what it takes is known."""
+    if function.__module__ == rms_norm.__name__:
+        return _run_norm(model, module, function)
+    table = _embeddings(module, model)
+    if function.__module__ != masked_rows.__name__ or table is None:
+        return False
+    x = table.new_zeros(1, 4, table.shape[1])
+    mask = torch.tensor([[False, True, True, False]], device=x.device)
+    op = deepstack_add if "deepstack" in function.__name__ else place_embeddings
+    op(x, mask, x[0, :2])
+    return True
+
+
+def _run_norm(model: nn.Module, module: nn.Module, function: Callable[..., Any]) -> bool:
+    table = _embeddings(model)
+    with at_hand(module):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return False
+        for dtype in {weight.dtype, weight.dtype if table is None else table.dtype}:
+            x = weight.new_zeros(1, 2, weight.shape[0], dtype=dtype)
+            function(module, *[x] * (len(inspect.signature(function).parameters) - 1))  # a gate is like what it gates
+    return True
+
+
+def _embeddings(*modules: nn.Module) -> Tensor | None:
+    """Return the table of token embeddings of the first of these modules that has one."""
+    for module in modules:
+        try:
+            weight = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        except (AttributeError, NotImplementedError):  # as towers and modules outside transformers have none
+            continue
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            return weight
+    return None
+
+
+@contextmanager
+def _watched_ops() -> Iterator[dict[str, set[str]]]:
+    """Note which backends run which ops."""
+    found: dict[str, set[str]] = {}
+
+    def noting(op: str, backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            found.setdefault(op, set()).add(backend)
+            return run(*args)
+
+        return noted
+
+    with ExitStack() as stack:
+        for entry in (entry for entry in OPS.values() if entry.compose is None):
+            for name in order.get():
+                backend = entry.backend(name)
+                noted = replace(backend, run=noting(entry.name, name, backend.run))
+                stack.enter_context(override(entry, name, noted))
+        yield found
+
+
+@contextmanager
+def _watched_compiler() -> Iterator[list[str]]:
+    """Note which kernels Triton compiles, or loads from its cache on a disk."""
+    found: list[str] = []
+    try:
+        from triton import knobs
+    except ImportError:
+        yield found
+        return
+    before = knobs.runtime.jit_post_compile_hook
+
+    def note(*args: Any, fn: Any, **kwargs: Any) -> Any:
+        found.append(fn.name)
+        return before(*args, fn=fn, **kwargs) if before else None
+
+    knobs.runtime.jit_post_compile_hook = note
+    try:
+        yield found
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
