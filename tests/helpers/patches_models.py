@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,8 @@ COMMON = (*(name for name in QWEN if name != "qwen2_5_omni"), *LLAVA, "internvl"
 METHODS = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
 NORMS = ("RMSNorm", "L2Norm")
 NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
+# parts of Qwen's vision towers; up to transformers 4.57 a tower itself computes its positions by a method
+TOWERS = re.compile(r"VisionAttention|Qwen.*Vision(Attention|Model|Encoder|TransformerPretrainedModel)")
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -64,7 +67,8 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
     """Every module of a common model with a method that is replaced, told by its name as well."""
 
     def known(cls: type) -> bool:
-        return any(name in cls.__name__ for name in NAMES) or any(hasattr(cls, method) for method in METHODS)
+        named = any(name in cls.__name__ for name in NAMES) or TOWERS.fullmatch(cls.__name__)
+        return any(hasattr(cls, method) for method in METHODS) or (bool(named) and not hasattr(cls, "rot_pos_emb"))
 
     return [module for module in model.modules() if known(type(module))]
 

@@ -195,7 +195,8 @@ def test_unknown_bodies(monkeypatch):
     with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
         patch = vlmfast.patch(model)
     assert caught[0].filename == __file__
-    assert {type(m).__name__ for m in patched(model)} == {"Qwen3_5Model", "Qwen3_5RMSNorm", "Qwen3_5VisionPatchMerger"}
+    names = {"VisionModel", "VisionAttention", "VisionPatchMerger", "Model", "RMSNorm"}
+    assert {type(m).__name__ for m in patched(model)} == {f"Qwen3_5{name}" for name in names}
     assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
     patch.undo()
     monkeypatch.setattr(plan, "KNOWN", dict([known.popitem()]))

@@ -6,11 +6,12 @@ release is often written a little differently in the next, and so has a line for
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfast.patches import masked_rows, merger, pixel_shuffle, projects, rms_norm
+from vlmfast.patches import grids, masked_rows, merger, pixel_shuffle, projects, rms_norm, segments, tiles
 from vlmfast.patches.masked_rows import expanded, flat, masks
 from vlmfast.patches.projects import Named
 
@@ -33,6 +34,11 @@ class Body:
 
 
 MASK = "get_placeholder_mask"
+INDEX = "get_rope_index"
+ENCODE = "get_image_features"
+PACK_TILES = "pack_image_features"
+# Methods of which a body that is not known costs some waits at most, and no warning
+QUIET = {INDEX, ENCODE, PACK_TILES}
 REPLACE = "_replace_img_tokens_with_embd"
 # The names that the bodies of projects outside transformers read
 PACK = "torch arange shape device unsqueeze argsort gather repeat rearrange"
@@ -133,6 +139,25 @@ BODIES = (
     Body("pixel_unshuffle", "0e9cd6380436a1fa", pixel_shuffle.unshuffle_map, "of a map: LFM2-VL"),
     Body("pixel_unshuffle", "34cd16df0e9b8183", None, "it interpolates"),
     Body("pixel_shuffle", "2df8ea4545572550", None, "it is of images of several sizes"),
+    # Attention of vision towers
+    Body("forward", "64e302b8da90caf8", segments.attend, "within windows, images or frames: Qwen-VL"),
+    Body("forward", "b08684f56aea5b5d", segments.attend_457, "within windows, images or frames: Qwen-VL of 4.57"),
+    # What depends on the sizes of images
+    Body("forward", "a38a3c23256a5b8b", grids.encode, "positions of patches: Qwen2-VL"),
+    Body("forward", "f77f207f77bd0d5d", grids.encode, "and windows: Qwen2.5-VL"),
+    Body("forward", "e862ea7e5d07e509", grids.encode, "and windows: Qwen2.5-Omni"),
+    Body("forward", "53d1105d9ccfc6b6", grids.encode, "and interpolated embeddings: Qwen3-VL"),
+    Body("forward", "17b8df0727a11cf8", grids.encode, "and interpolated embeddings: Qwen3.5"),
+    Body("forward", "daac8df481d3360a", grids.encode, "and interpolated embeddings: Qwen3-Omni"),
+    Body(INDEX, "7b9fd1c6deaeffa3", grids.index_positions, "of text, images and videos: Qwen2-VL"),
+    Body(INDEX, "05f4a578b4fd5480", grids.index_positions, "of text, images and videos: Qwen2-VL of 5.17"),
+    Body(INDEX, "3cefb032f7229ac2", grids.index_timed_positions, "of text, images and videos: Qwen2.5-VL"),
+    Body(INDEX, "07159aaa9c60e86f", grids.index_timed_positions, "of text, images and videos: Qwen2.5-VL of 5.17"),
+    Body(INDEX, "adeb3f99b7dacd02", grids.index_positions, "of text, images and frames: Qwen3-VL"),
+    Body(INDEX, "67a1ed38af4d7e82", grids.index_positions, "of text, images and frames: Qwen3-VL of 5.17"),
+    Body(ENCODE, "f317c0bb783b5f55", tiles.encode_tiles, "of crops: LLaVA-NeXT"),
+    Body(ENCODE, "97f9768b3829ad6f", tiles.encode_tiles, "of crops: LLaVA-NeXT-Video"),
+    Body(PACK_TILES, "23382ecd8a5d4bfb", tiles.pack_tiles, "with newlines and without padding: LLaVA-NeXT"),
     # Projects outside transformers
     Body(
         "forward_mask_encoder", Named("FourM", PACK_VISIBLE), projects.forward_mask_encoder, "packs visible tokens: 4M"
@@ -146,3 +171,10 @@ BODIES = (
     Body("forward", Named("InternViTVisionTower", SELECT), projects.select_and_shuffle, "scaled shuffle: VITA"),
     Body("pixel_shuffle", Named("InternViTVisionTower", SHUFFLE), projects.shuffle_x_map, "of a map: VITA"),
 )
+
+# How the forwards of more than two tensors begin: others of as many are not read
+BEGINNINGS = {
+    tuple(inspect.signature(body.function).parameters)[:3]
+    for body in BODIES
+    if body.method == "forward" and body.function is not None
+}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmfast.checks import expect
 from vlmfast.functions import accepting
+from vlmfast.host import kept, notices_writes
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings, row_index
 from vlmfast.ops.masked_rows.definition import take_rows
 
@@ -42,18 +43,9 @@ def _shared_row_index(mask: Tensor) -> Tensor | None:
     """Return the row index of a mask, kept on the mask itself: the layers of one prefill are given the same one.
 
     None, which lets the op find its rows by itself, on a CPU, whose kernels need no index, and wherever a write to the
-    mask would go unnoticed: inference tensors do not count their versions, and a traced or captured graph runs again
-    without this code.
+    mask would go unnoticed.
     """
-    if mask.is_cpu or mask.is_inference() or torch.compiler.is_compiling():
-        return None
-    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    version, index = getattr(mask, "_row_index", (None, None))
-    if version != mask._version:
-        index = row_index(_plain(mask))
-        mask._row_index = mask._version, index  # type: ignore[attr-defined]
-    return index
+    return kept(mask, "_row_index", lambda mask: row_index(_plain(mask))) if notices_writes(mask) else None
 
 
 # ---- placement of image, video and audio embeddings ----

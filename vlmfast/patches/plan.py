@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import CodeType
 
 from torch import nn
 
 from vlmfast.checks import DTYPES
 from vlmfast.modules import replaced_on_instances
-from vlmfast.patches.bodies import BODIES, Body
+from vlmfast.patches.bodies import BEGINNINGS, BODIES, QUIET, Body
 from vlmfast.patches.projects import Named
 from vlmfast.patches.swap import PatchedModule
 from vlmfast.patches.upstream import Source, method_of, parameters, site_name, source
@@ -54,7 +55,7 @@ def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
             reason = _difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
             yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
             return
-    if method == "forward" and "RMSNorm" not in cls.__name__ and not _is_short(inspect.unwrap(function).__code__):
+    if method == "forward" and "RMSNorm" not in cls.__name__ and not _may_be_known(inspect.unwrap(function).__code__):
         return
     name = site_name(cls, method)
     try:
@@ -75,7 +76,7 @@ def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
 def is_like(class_name: str, method: str, found: Source) -> bool:
     """Tell whether an unknown method is like the known ones: an RMSNorm by what it reads, the others by their name."""
     if method != "forward":
-        return any(body.method == method and isinstance(body.key, str) for body in BODIES)
+        return method not in QUIET and any(body.method == method and isinstance(body.key, str) for body in BODIES)
     names = found.names
     is_norm = "mean" in names and names & {"pow", "square"} and names & {"rsqrt", "sqrt"}
     return "RMSNorm" in class_name or bool(is_norm and names & {"eps", "variance_epsilon"} and "bias" not in names)
@@ -92,11 +93,11 @@ def _origin(method: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined]
 
 
-def _is_short(code: object) -> bool:
-    """Tell whether a function takes no more than the forward of a known body does: two tensors."""
-    named = code.co_argcount + code.co_kwonlyargcount  # type: ignore[attr-defined]
-    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)  # type: ignore[attr-defined]
-    return named <= 3 and not starred
+def _may_be_known(code: CodeType) -> bool:
+    """Tell whether a forward takes no more than two tensors, or begins as a known one that takes more."""
+    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    is_short = code.co_argcount + code.co_kwonlyargcount <= 3 and not starred
+    return is_short or code.co_varnames[: min(3, code.co_argcount)] in BEGINNINGS
 
 
 def _difference(cls: type, class_name: str, body: Body) -> str | None:

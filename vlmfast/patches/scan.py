@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast.console import CommandError, needed, version, writable
-from vlmfast.patches.bodies import BODIES, Body
+from vlmfast.patches.bodies import BEGINNINGS, BODIES, Body
 from vlmfast.patches.plan import find_sites, is_like
 from vlmfast.patches.upstream import Source, Text, closure
 
@@ -115,7 +115,7 @@ def scan(folder: Path | None = None) -> list[Found]:
                 definition = module.method(class_name, method)
                 if definition is None:
                     continue
-                if method == "forward" and "RMSNorm" not in class_name and not _is_short(definition[0].args):
+                if method == "forward" and "RMSNorm" not in class_name and not _may_be_known(definition[0].args):
                     continue
                 source = module.source(class_name, method)
                 body = KNOWN.get((method, source.digest))
@@ -125,9 +125,12 @@ def scan(folder: Path | None = None) -> list[Found]:
     return found
 
 
-def _is_short(arguments: ast.arguments) -> bool:
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return len(named) <= 3 and arguments.vararg is None and arguments.kwarg is None
+def _may_be_known(arguments: ast.arguments) -> bool:
+    """Do what `vlmfast.patches.plan` does for a method that is there."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    starred = arguments.vararg is not None or arguments.kwarg is not None
+    is_short = len(positional) + len(arguments.kwonlyargs) <= 3 and not starred
+    return is_short or tuple(each.arg for each in positional[:3]) in BEGINNINGS
 
 
 def model_types() -> dict[str, list[str] | str]:

@@ -111,6 +111,11 @@ def method_of(cls: type, name: str) -> FunctionType | None:
     return None
 
 
+def names_of(cls: type, method: str) -> dict[str, Any]:
+    """Return what the names in a method of a class stand for: upstream's functions beside it."""
+    return inspect.unwrap(getattr(cls, method)).__globals__  # type: ignore[no-any-return]
+
+
 def site_name(cls: type, method: str) -> str:
     """Name a site: "<model folder>.<Class>.<method>" in transformers, elsewhere with the whole name of the module."""
     module = cls.__module__

@@ -1,0 +1,224 @@
+"""Attention of vision towers within segments, such as windows, images or frames, which ``cu_seqlens`` tells.
+
+Upstream asks the device for their lengths in every block, three times, and attends to one segment after the other. Here
+they are asked for once for each ``cu_seqlens``, and segments of one length are a batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.host import is_traced, keep, kept, to_device
+from vlmfast.patches.upstream import names_of
+
+# Scores that eager attention may hold at a time; upstream holds those of one segment
+EAGER_SCORES = 2**25
+# What varlen attention cannot be told, of all that the SDPA attention of transformers takes
+NOT_VARLEN = {"softcap", "position_bias", "cache"}
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How tokens fall into segments.
+
+    Attributes:
+        ends: where the segments end, after where the first begins.
+        groups: (length, number of segments) of those that are attended to together.
+        order: the tokens in the order of the groups; None where they stand so already.
+        back: where each token is in that order; None likewise.
+    """
+
+    ends: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
+    order: Tensor | None = None
+    back: Tensor | None = None
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> Segments:
+        """Ask for the ends of the segments."""
+        return cls.between(cu_seqlens.tolist(), cu_seqlens.device)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def between(cls, ends: list[int], device: torch.device) -> Segments:
+        """Group the segments between these ends by their lengths."""
+        lengths = [end - start for start, end in pairwise(ends)]
+        groups = tuple(Counter(lengths).items())
+        runs = sum(length != after for length, after in pairwise((*lengths, None)))
+        if runs == len(groups) or min(lengths) < 0:
+            return cls(tuple(ends), groups)
+        ranks = {length: rank for rank, (length, _) in enumerate(groups)}
+        with torch.inference_mode(False):  # what is kept may be used in training next
+            rank = torch.tensor([ranks[length] for length in lengths], device="cpu")
+            order = rank.repeat_interleave(torch.tensor(lengths, device="cpu")).argsort(stable=True)
+            return cls(tuple(ends), groups, *to_device(device, order, order.argsort()))
+
+    def cover(self, tokens: int) -> bool:
+        """Tell whether they are so many tokens and none is empty: the others upstream refuses, or not."""
+        return bool(self.groups) and self.ends[-1] - self.ends[0] == tokens and min(self.groups)[0] > 0
+
+
+def segments_of(cu_seqlens: Tensor) -> Segments:
+    """Return the segments that ``cu_seqlens`` ends, kept on it: the blocks of one forward are given the same one."""
+    return kept(cu_seqlens, "_segments", Segments.of)
+
+
+def tell_segments(cu_seqlens: Tensor, on_host: Tensor) -> None:
+    """Keep on ``cu_seqlens`` what a copy of it on the host says."""
+    keep(cu_seqlens, "_segments", Segments.between(on_host.tolist(), cu_seqlens.device))  # type: ignore[no-untyped-call]
+
+
+def attend(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Replace VisionAttention.forward of Qwen2-VL and its copies."""
+    output = _attended(self, hidden_states, cu_seqlens, position_embeddings, kwargs)
+    if output is not None:
+        return output
+    upstream: Tensor = self.original_class.forward(
+        self, hidden_states, cu_seqlens, position_embeddings=position_embeddings, max_seqlen=max_seqlen, **kwargs
+    )
+    return upstream
+
+
+def attend_457(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    rotary_pos_emb: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Replace VisionAttention.forward of transformers 4.57, which does not use ``rotary_pos_emb``."""
+    output = _attended(self, hidden_states, cu_seqlens, position_embeddings, kwargs)
+    if output is not None:
+        return output
+    upstream: Tensor = self.original_class.forward(
+        self, hidden_states, cu_seqlens, rotary_pos_emb, position_embeddings, **kwargs
+    )
+    return upstream
+
+
+def _attended(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Attend, by upstream's functions and modules; None where upstream's own body has to."""
+    names = names_of(self.original_class, "forward")
+    attention = _attention(self, names)
+    if attention is None or position_embeddings is None:
+        return None
+    segments = segments_of(cu_seqlens)
+    tokens = hidden_states.shape[0]
+    if not segments.cover(tokens):
+        return None
+    qkv, (cos, sin) = self.qkv(hidden_states), position_embeddings
+    varlen = _varlen(self, qkv, cu_seqlens, segments, attention, kwargs)
+    if varlen is None and segments.order is not None:
+        qkv, cos, sin = (tensor.index_select(0, segments.order) for tensor in (qkv, cos, sin))
+    query, key, value = qkv.reshape(tokens, 3, self.num_heads, -1).unbind(1)
+    query, key = names["apply_rotary_pos_emb_vision"](query, key, cos, sin)
+    if varlen is not None:
+        longest = max(segments.groups)[0]
+        output = varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest).reshape(tokens, -1)
+    else:
+        output = _in_groups(self, attention, (query, key, value), segments, kwargs).reshape(tokens, -1)
+        if segments.back is not None:
+            output = output.index_select(0, segments.back)
+    projected: Tensor = self.proj(output.contiguous())
+    return projected
+
+
+def _attention(self: Any, names: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return what upstream calls for each segment, where that is transformers' own SDPA or eager attention."""
+    if is_traced() or (self.training and self.attention_dropout):
+        return None
+    implementation = self.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        return None
+    function = names["ALL_ATTENTION_FUNCTIONS"].get(implementation, names["eager_attention_forward"])
+    own = names["eager_attention_forward"]
+    if implementation == "sdpa":
+        own = sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward
+    return own if function is own else None  # type: ignore[no-any-return]
+
+
+def _in_groups(
+    self: Any,
+    attention: Callable[..., Any],
+    heads: tuple[Tensor, Tensor, Tensor],
+    segments: Segments,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend to the segments of each length together, which stand one after the other."""
+    outputs, start = [], 0
+    for length, number in segments.groups:
+        at_once = number
+        if self.config._attn_implementation == "eager":
+            at_once = min(number, max(1, EAGER_SCORES // (heads[0].shape[1] * length**2)))
+        for first in range(0, number, at_once):
+            count = min(at_once, number - first)
+            query, key, value = (
+                tensor[start : start + count * length].view(count, length, *tensor.shape[1:]).transpose(1, 2)
+                for tensor in heads
+            )
+            outputs.append(
+                attention(
+                    self,
+                    query,
+                    key,
+                    value,
+                    attention_mask=None,
+                    scaling=self.scaling,
+                    dropout=0.0,
+                    is_causal=False,
+                    **kwargs,
+                )[0].flatten(0, 1)
+            )
+            start += count * length
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen(
+    self: Any,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    segments: Segments,
+    attention: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> Callable[..., Tensor] | None:
+    """Return torch's attention of segments of any lengths, which has the kernels of flash attention, if it takes them.
+
+    Segments of one length are a batch of SDPA, whose kernels are upstream's.
+    """
+    if len(segments.groups) == 1 or not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    head_dim = qkv.shape[-1] // (3 * self.num_heads)
+    # the head dimensions that the kernels take, and the factor that they have where torch takes no other
+    if head_dim > 256 or head_dim % 8 or self.scaling != head_dim**-0.5 or NOT_VARLEN & kwargs.keys():
+        return None
+    if self.config._attn_implementation != "sdpa" or torch.are_deterministic_algorithms_enabled():
+        return None
+    flash = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    if not flash or torch.version.hip or torch.cuda.get_device_capability(qkv.device) < (8, 0):
+        return None
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.device != qkv.device or segments.ends[0] != 0:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn  # type: ignore[return-value]
