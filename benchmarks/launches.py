@@ -31,8 +31,9 @@ def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
         yield {"variant": "all", "error": one_line(error)}
         return
     counting.move(model)
-    on_device = {name: counting.put(value) for name, value in inputs.items()}
     for variant, arguments in patches_of(recipe).items():
+        # anew: what was asked of a tensor is kept on it
+        on_device = {name: counting.put(value) for name, value in inputs.items()}
         with counting.count():
             decoding = Decoding(twin(model, arguments), on_device)
         with counting.count() as prefill:

@@ -20,6 +20,7 @@ class Columns:
     index: Tensor  # (B, N) int64, the column of the full prompt that each column of the short one was
     valid: Tensor  # (B, N) bool, false where the short prompt has padding of its own or of the full one
     total: int  # L, the columns of the full prompt
+    padded: bool = True  # whether there may be padding, which the host knows without asking for ``valid``
 
     @property
     def dropped(self) -> int:
@@ -34,11 +35,12 @@ class Columns:
     def then(self, other: Columns) -> Columns:
         """Return those of two prompts, one after the other."""
         index = torch.cat([self.index, other.index + self.total], 1)
-        return Columns(index, torch.cat([self.valid, other.valid], 1), self.total + other.total)
+        valid = torch.cat([self.valid, other.valid], 1)
+        return Columns(index, valid, self.total + other.total, self.padded or other.padded)
 
     def select(self, samples: list[int]) -> Columns:
         """Return the columns of these samples."""
-        return Columns(self.index[samples], self.valid[samples], self.total)
+        return Columns(self.index[samples], self.valid[samples], self.total, self.padded)
 
     def latest(self) -> Tensor:
         """(B, L) int64: the column of the short prompt that each of the full one is, or the last one before it."""
@@ -50,7 +52,7 @@ class Columns:
     def all(cls, like: Tensor) -> Columns:
         """Return every column of (B, L)."""
         index = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
-        return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1])
+        return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1], padded=False)
 
 
 def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage]) -> Columns:
@@ -78,7 +80,7 @@ def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage])
     longest = max(lengths[:-1])
     order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=bool(lengths[-1]))
     index = order[:, :longest] if lengths[-1] else order[:, order.shape[1] - longest :]
-    return Columns(index, present.gather(1, index), is_image.shape[1])
+    return Columns(index, present.gather(1, index), is_image.shape[1], padded=min(lengths[:-1]) < longest)
 
 
 def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int]) -> list[list[ReducedImage]]:

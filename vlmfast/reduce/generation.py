@@ -240,7 +240,7 @@ def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, 
         changed["attention_mask"] = mask
     else:
         mask = torch.cat([columns.valid, columns.valid.new_ones(len(columns.valid), after)], 1).long()
-        if given is None and not bool(columns.valid.all()):
+        if given is None and columns.padded:
             changed["attention_mask"] = mask
     if cached.rope_deltas is not None and arguments.get("position_ids") is None:
         changed["position_ids"] = positions_after(mask, cached.rope_deltas)[..., -tokens:]

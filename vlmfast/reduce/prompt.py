@@ -80,7 +80,7 @@ class ShortenedPrompt:
                 f"past_key_values must hold the images of its prompt: it was cropped by {removed} columns of the "
                 f"prompt, where visual tokens were left out"
             )
-        columns = Columns(index[:, :held], self.columns.valid[:, :held], total)
+        columns = replace(self.columns, index=index[:, :held], valid=self.columns.valid[:, :held], total=total)
         return replace(self, ids=self.ids[:, :total], columns=columns)
 
 
@@ -154,7 +154,7 @@ def shorten(
                     f"which counts them: {lost} are not"
                 )
     mask = columns.take(full_mask, 0)
-    if given is not None or not bool(mask.all()):
+    if given is not None or columns.padded:
         short["attention_mask"] = mask
     deltas = None if cached is None else cached.rope_deltas
     if any(samples) or arguments.get("position_ids") is not None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.host import on_host
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.tokens import VisualTokens
@@ -50,7 +51,7 @@ def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method
 
 
 def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str, **settings: Any) -> list[ReducedImage]:
-    sizes: list[list[int]] = torch.as_tensor(inputs["image_sizes"]).tolist()
+    sizes: list[list[int]] = on_host(torch.as_tensor(inputs["image_sizes"])).tolist()
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
     config, grid_of = model.config, _upstream(model).get_anyres_image_grid_shape
     side = config.vision_config.image_size // config.vision_config.patch_size

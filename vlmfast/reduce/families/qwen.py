@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.functions import accepting
+from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
@@ -35,7 +36,7 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
     side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
-    grids: list[Grid] = [(t, h // side, w // side) for t, h, w in inputs["image_grid_thw"].tolist()]
+    grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(inputs["image_grid_thw"]).tolist()]
     levels, scores, metric = _encode(base, inputs, grids)
     counts = [math.prod(grid) for grid in grids]
 
@@ -90,7 +91,7 @@ def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tupl
     group = side**2  # consecutive patches that become one visual token
     order = None
     if hasattr(tower, "window_size"):
-        order = window_order(grids, tower.window_size // side // tower.patch_size).to(device)
+        (order,) = to_device(device, window_order(grids, tower.window_size // side // tower.patch_size))
 
     def raster(rows: Tensor) -> Tensor:
         return rows if order is None else torch.empty_like(rows).index_copy(0, order, rows)
