@@ -34,6 +34,9 @@ class Cases:
     bytes: Callable[..., int]  # the least memory traffic of a call
     flops: Callable[..., int] | None = None  # its floating-point operations; None of what is only moved or ordered
     upstream: Preparation | None = None  # the Hugging Face code that the op replaces
+    # Whether the native CPU kernels give the bits of `upstream` in every layout. An exponential or a tanh is another in
+    # torch's vectors than in its rests of them, and where elements are not adjacent.
+    same_bits: bool = True
     peers: Mapping[str, Preparation] = field(default_factory=dict)  # other ways to compute the same, to time against
     projects: Mapping[str, Preparation] = field(default_factory=dict)  # peers of the projects in benchmarks/peers.py
     # Layers around a call as they stand in a model, of "vlmfast" and of its peers, to compile and time

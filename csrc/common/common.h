@@ -39,6 +39,7 @@ inline Tensor allocate_like(const Tensor& like) { return allocate(like.sizes(), 
 
 // The name of an argument, then its words in the order of their enumeration.
 inline constexpr std::string_view kVariant[] = {"variant", "llama", "gemma", "olmo"};
+inline constexpr std::string_view kActivation[] = {"activation", "silu", "gelu_tanh"};
 inline constexpr std::string_view kTokenOrder[] = {"order", "row", "column"};
 inline constexpr std::string_view kMerge[] = {"merge", "reference", "mean"};
 
@@ -78,6 +79,9 @@ struct WordArgument {
 
 template <>
 struct torch::stable::detail::ToImpl<vlmfast::Variant> : vlmfast::WordArgument<vlmfast::Variant, vlmfast::kVariant> {};
+template <>
+struct torch::stable::detail::ToImpl<vlmfast::Activation>
+    : vlmfast::WordArgument<vlmfast::Activation, vlmfast::kActivation> {};
 template <>
 struct torch::stable::detail::ToImpl<vlmfast::TokenOrder>
     : vlmfast::WordArgument<vlmfast::TokenOrder, vlmfast::kTokenOrder> {};

@@ -30,6 +30,9 @@ constexpr int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * k
 // multiplies by the weight and rounds once.
 enum class Variant { kLlama, kGemma, kOlmo };
 
+// What a gate of an MLP goes through.
+enum class Activation { kSilu, kGeluTanh };
+
 // How the tokens of a pixel shuffle are numbered: along the rows of the image, or down its columns.
 enum class TokenOrder { kRow, kColumn };
 

@@ -53,6 +53,7 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     upstream_sums = op.cases.upstream is not None and platform.machine() == "x86_64"
     same_sums = upstream_sums and device == "cpu" and backend in ("native", "torch")
     same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/linear.py
+    same_sums &= op.cases.same_bits or backend == "torch"
     differ = total = 0
     # What an op is composed of has been run in every layout; Triton's interpreter takes half a minute for the whole.
     plain = op.compose is not None and place == ("cpu", "triton")

@@ -1,0 +1,100 @@
+// The arithmetic of the gated activation on the CPU, compiled once per instruction set (see types.h); every one gives the
+// same bits.
+//
+// The activated gate is rounded where Hugging Face rounds it. SiLU is torch's to the bit, its exponential the one that
+// torch's vectors take; of a tensor in float32 whose elements do not fill these, torch takes the last by another.
+#include "silu_mul/cpu_kernels.h"
+
+#include "common/vector_math.h"
+
+namespace vlmfast {
+namespace {
+
+typedef int32_t Integers __attribute__((vector_size(kRegisterBytes)));
+
+constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi), as torch rounds it
+constexpr float kKappa = 0.044715f;
+
+// e^x of any float32, within one unit in the last place: infinite above 100, zero below -104. A NaN stays one.
+VLMFAST_INLINE Float exponential(Float x) {
+  constexpr float kShift = 0x1.8p23f;  // a sum with it has the nearest whole number in its last bits
+  x = x < -104.0f ? Float{} - 104.0f : x > 100.0f ? Float{} + 100.0f : x;
+  const Float shifted = x * kLog2E + kShift, whole = shifted - kShift;
+  Float rest = fused(whole, Float{} - 0.693145751953125f, x);  // ln(2) in two parts
+  rest = fused(whole, Float{} - 1.428606765330187e-06f, rest);
+  Float value = fused(Float{} + 0.00019852762f, rest, Float{} + 0.0013930436f);
+  value = fused(value, rest, Float{} + 0.008333361f);
+  value = fused(value, rest, Float{} + 0.041666485f);
+  value = fused(value, rest, Float{} + 0.16666667f);
+  value = fused(value, rest, Float{} + 0.5f);
+  value = 1.0f + fused(rest * rest, value, rest);
+  // In two steps, because 2^128 is no float32 and its half times two may be one.
+  const Integers power = (Integers)shifted - (Integers)(Float{} + kShift), half = power >> 1;
+  return value * (Float)((half + 127) << 23) * (Float)((power - half + 127) << 23);
+}
+
+VLMFAST_INLINE Float gelu_inner(Float x) { return kBeta * (x + kKappa * (x * x * x)); }
+
+template <Activation activation>
+VLMFAST_INLINE Float activate(Float x) {
+  if constexpr (activation == Activation::kSilu) return x / (1.0f + exponential(-x));
+  constexpr float kOne = 8.664339742f;  // torch's tanh is 1 from here on
+  const Float inner = gelu_inner(x), size = inner < 0.0f ? -inner : inner;
+  const Float tanh = size > kOne ? Float{} + 1.0f : 1.0f - 2.0f / (exponential(size + size) + 1.0f);
+  return 0.5f * x * (1.0f + (inner < 0.0f ? -tanh : tanh));
+}
+
+template <class T, Activation activation>
+void forward(const SiluMulForward& args, int64_t begin, int64_t end) {
+  const int64_t hidden = args.hidden;  // copied, because the compiler must assume that stores alias `args`
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_row_stride;
+    const T* up = static_cast<const T*>(args.up) + row * args.up_row_stride;
+    T* y = static_cast<T*>(args.y) + row * hidden;
+    each_block(hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
+      const Block x = load(gate + offset, count);
+      const Block activated = each_part([&](int i) { return activate<activation>(x.part[i]); });
+      store(y + offset, round_to<T>(activated) * load(up + offset, count), count);
+    });
+  }
+}
+
+// The formula of the definition in vlmfast/ops.
+template <class T, Activation activation>
+void backward(const SiluMulBackward& args, int64_t begin, int64_t end) {
+  const int64_t hidden = args.hidden;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* grad_output = static_cast<const T*>(args.grad_output) + row * args.grad_output_row_stride;
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_row_stride;
+    const T* up = static_cast<const T*>(args.up) + row * args.up_row_stride;
+    T* grad_gate = static_cast<T*>(args.grad_gate) + row * hidden;
+    T* grad_up = static_cast<T*>(args.grad_up) + row * hidden;
+    each_block(hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
+      const Block x = load(gate + offset, count), grad = load(grad_output + offset, count);
+      Block share, slope;
+      VLMFAST_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        const Float value = x.part[i];
+        Float z = value, z_slope = Float{} + 1.0f;
+        if constexpr (activation == Activation::kGeluTanh) {
+          z = 2.0f * gelu_inner(value);
+          z_slope = 2.0f * kBeta * (1.0f + 3.0f * kKappa * value * value);
+        }
+        share.part[i] = 1.0f / (1.0f + exponential(-z));
+        slope.part[i] = share.part[i] * (1.0f + value * z_slope * (1.0f - share.part[i]));
+      }
+      store(grad_gate + offset, grad * load(up + offset, count) * slope, count);
+      store(grad_up + offset, grad * x * share, count);
+    });
+  }
+}
+
+}  // namespace
+
+template <>
+SiluMulKernels kernels_at<SiluMulKernels, CpuLevel::VLMFAST_ISA>() {
+  return {{VLMFAST_BY_DTYPE(forward, Activation::kSilu), VLMFAST_BY_DTYPE(forward, Activation::kGeluTanh)},
+          {VLMFAST_BY_DTYPE(backward, Activation::kSilu), VLMFAST_BY_DTYPE(backward, Activation::kGeluTanh)}};
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,147 @@
+"""The product of an activated gate and what it lets through, in Triton: each element is read once."""
+
+import functools
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmfast.kernels.common.launch import (
+    MAX_EXTENT,
+    RowsConfig,
+    as_rows,
+    ceil_div,
+    device_unsupported,
+    next_power_of_two,
+    on_device,
+)
+
+
+@functools.lru_cache
+def config_for(hidden: int) -> RowsConfig:
+    """Give each thread 16 elements, for bfloat16 two 16-byte loads of each operand; a long row many programs."""
+    columns = min(1024, next_power_of_two(max(hidden, 1)))
+    return RowsConfig(BLOCK_ROWS=min(64, 2048 // columns), BLOCK_COLUMNS=columns, num_warps=4)
+
+
+@triton.jit
+def _locate(rows, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Find the rows and columns of a program, and which of them there are."""
+    blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
+    row = (tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    return row, column, (row < rows) & (column < hidden)
+
+
+@triton.jit
+def _inner(x):
+    """Compute what GELU takes the tanh of."""
+    return 0.7978845608028654 * (x + 0.044715 * (x * x * x))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def silu_mul_kernel(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    gate_row_stride,
+    up_row_stride,
+    rows,
+    hidden,
+    GELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Store activation(gate), rounded to the dtype, times up."""
+    row, column, mask = _locate(rows, hidden, BLOCK_ROWS, BLOCK_COLUMNS)
+    gate = tl.load(gate_ptr + row * gate_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if GELU:  # by way of the tanh, whose rounding decides the last bits of what is far below zero
+        inner = _inner(gate)
+        tanh = 1 - 2 / (tl.exp(2 * tl.abs(inner)) + 1)
+        activated = 0.5 * gate * (1 + tl.where(inner < 0, -tanh, tanh))
+    else:
+        activated = gate / (1 + tl.exp(-gate))
+    dtype = y_ptr.dtype.element_ty
+    tl.store(y_ptr + row * hidden + column, (activated.to(dtype).to(tl.float32) * up).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def silu_mul_backward_kernel(
+    grad_output_ptr,
+    gate_ptr,
+    up_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
+    grad_output_row_stride,
+    gate_row_stride,
+    up_row_stride,
+    rows,
+    hidden,
+    GELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Store the gradients; the activation is gate * s with s the sigmoid of z."""
+    row, column, mask = _locate(rows, hidden, BLOCK_ROWS, BLOCK_COLUMNS)
+    grad = tl.load(grad_output_ptr + row * grad_output_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+    z = gate
+    slope = tl.full(gate.shape, 1.0, tl.float32)
+    if GELU:
+        z = 2 * _inner(gate)
+        slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
+    share = 1 / (1 + tl.exp(-z))
+    grad_gate = grad * up * share * (1 + gate * slope * (1 - share))
+    dtype = grad_gate_ptr.dtype.element_ty
+    tl.store(grad_gate_ptr + row * hidden + column, grad_gate.to(dtype), mask=mask)
+    tl.store(grad_up_ptr + row * hidden + column, (grad * gate * share).to(dtype), mask=mask)
+
+
+# ---- launchers ----
+
+
+def unsupported(x: Tensor, *_: Any) -> str | None:
+    hidden = x.shape[-1]
+    if hidden >= MAX_EXTENT or x.numel() >= MAX_EXTENT * max(1, min(hidden, 64)):
+        return f"a tensor of shape {tuple(x.shape)} takes more programs than there are"
+    return device_unsupported(x)
+
+
+def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    y = gate.new_empty(gate.shape)
+    if gate.numel() == 0:
+        return y
+    gate, up = as_rows(gate), as_rows(up)
+    rows, hidden = gate.shape
+    config = config_for(hidden)
+    with on_device(gate):
+        silu_mul_kernel[_grid(rows, hidden, config)](
+            *(gate, up, y, gate.stride(0), up.stride(0), rows, hidden),
+            activation == "gelu_tanh",
+            **vars(config),
+        )
+    return y
+
+
+def silu_mul_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    if gate.numel() == 0:
+        return grad_gate, grad_up
+    grad_output, gate, up = as_rows(grad_output), as_rows(gate), as_rows(up)
+    rows, hidden = gate.shape
+    config = config_for(hidden)
+    with on_device(gate):
+        silu_mul_backward_kernel[_grid(rows, hidden, config)](
+            *(grad_output, gate, up, grad_gate, grad_up),
+            *(grad_output.stride(0), gate.stride(0), up.stride(0), rows, hidden),
+            activation == "gelu_tanh",
+            **vars(config),
+        )
+    return grad_gate, grad_up
+
+
+def _grid(rows: int, hidden: int, config: RowsConfig) -> tuple[int]:
+    return (ceil_div(rows, config.BLOCK_ROWS) * ceil_div(hidden, config.BLOCK_COLUMNS),)
