@@ -93,8 +93,10 @@ def silu_mul_backward_kernel(
     if GELU:
         z = 2 * _inner(gate)
         slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
-    share = 1 / (1 + tl.exp(-z))
-    grad_gate = grad * up * share * (1 + gate * slope * (1 - share))
+    power = tl.exp(-z)
+    share = 1 / (1 + power)
+    rest = tl.where(share == 0, 1.0, power * share)  # 1 - share, without its rounding
+    grad_gate = grad * up * share * (1 + gate * slope * rest)
     dtype = grad_gate_ptr.dtype.element_ty
     tl.store(grad_gate_ptr + row * hidden + column, grad_gate.to(dtype), mask=mask)
     tl.store(grad_up_ptr + row * hidden + column, (grad * gate * share).to(dtype), mask=mask)

@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(kThreads)
         z = 2.f * gelu_inner(x);
         z_slope = 2.f * kBeta * (1.f + 3.f * kKappa * x * x);
       }
-      const float share = 1.f / (1.f + expf(-z));
-      for_gate.set(i, grads[i] * ups[i] * share * (1.f + x * z_slope * (1.f - share)));
+      const float power = expf(-z), share = 1.f / (1.f + power);
+      const float rest = share == 0.f ? 1.f : power * share;  // 1 - share, without its rounding
+      for_gate.set(i, grads[i] * ups[i] * share * (1.f + x * z_slope * rest));
       for_up.set(i, grads[i] * x * share);
     }
     for_gate.store(grad_gate + row * hidden + column);

@@ -65,7 +65,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return silu_mul_backward(grad_output, *ctx.saved_tensors, ctx.activation)
+    gate, up = ctx.saved_tensors
+    return silu_mul_backward(grad_output, gate, up, ctx.activation)
 
 
 # ---- the definitions ----
@@ -126,9 +127,9 @@ def silu_mul_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation:
     """
     wide = torch.promote_types(gate.dtype, torch.float32)
     grad, x, factor = grad_output.to(wide), gate.to(wide), up.to(wide)
-    z, slope = x, 1.0
+    z, slope = x, torch.ones((), dtype=wide, device=x.device)
     if activation == "gelu_tanh":
         z, slope = 2 * _BETA * (x + _KAPPA * x * x * x), 2 * _BETA * (1 + 3 * _KAPPA * x * x)
-    share = torch.sigmoid(z)
-    grad_gate = grad * factor * share * (1 + x * slope * (1 - share))
+    share, rest = torch.sigmoid(z), torch.sigmoid(-z)
+    grad_gate = grad * factor * share * (1 + x * slope * rest)
     return grad_gate.to(gate.dtype), (grad * x * share).to(gate.dtype)
