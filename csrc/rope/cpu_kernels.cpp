@@ -327,6 +327,9 @@ template <class T, HeadNorm norm>
 constexpr auto backward_of = backward < T,
                norm == HeadNorm::kTwice &&std::is_same_v<T, float> ? HeadNorm::kOnce : norm > ;
 
+template <class T>
+constexpr auto sum_partials_of = sum_partials<Ordered<T>>;
+
 #define VLMFAST_FORWARD(norm) {VLMFAST_BY_DTYPE(forward_of, norm, false), VLMFAST_BY_DTYPE(forward_of, norm, true)}
 
 }  // namespace
@@ -336,7 +339,7 @@ RopeKernels kernels_at<RopeKernels, CpuLevel::VLMFAST_ISA>() {
   return {{VLMFAST_FORWARD(HeadNorm::kNone), VLMFAST_FORWARD(HeadNorm::kOnce), VLMFAST_FORWARD(HeadNorm::kTwice)},
           {VLMFAST_BY_DTYPE(backward_of, HeadNorm::kNone), VLMFAST_BY_DTYPE(backward_of, HeadNorm::kOnce),
            VLMFAST_BY_DTYPE(backward_of, HeadNorm::kTwice)},
-          VLMFAST_BY_DTYPE(sum_partials)};
+          VLMFAST_BY_DTYPE(sum_partials_of)};
 }
 
 }  // namespace vlmfast

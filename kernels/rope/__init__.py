@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import alignment
 from vlmfast.kernels.common.launch import (
     MAX_EXTENT,
     Config,
@@ -33,11 +34,11 @@ class RopeConfig(Config):
 
 
 @functools.lru_cache
-def rope_config_for(heads: int, head_dim: int, rotary_dim: int, backward: bool = False) -> RopeConfig:
-    """Give each thread 16 elements, half as many in the backward, which holds two operands and the weight gradients."""
+def rope_config_for(heads: int, head_dim: int, rotary_dim: int) -> RopeConfig:
+    """Give each thread 16 elements: loads of 16 bytes from both halves of bfloat16."""
     rest = head_dim - rotary_dim
     columns = 2 * next_power_of_two(rotary_dim // 2) + (next_power_of_two(rest) if rest else 0)
-    most = max(1, (1024 if backward else 2048) // next_power_of_two(columns))
+    most = max(1, 2048 // next_power_of_two(columns))
     return RopeConfig(
         HALF=rotary_dim // 2,
         REST=rest,
@@ -80,6 +81,7 @@ def qk_norm_rope(
             *(query, key, query_weight, key_weight, cos, sin, *outputs),
             *(*query.stride()[:2], query_heads, *key.stride()[:2], key_heads, cos.stride(0), sin.stride(0)),
             *(*_sections(cos, sections), eps, *_order(query, query_weight, variant, sections)),
+            ALIGNED=alignment(*query.stride()[:2], *key.stride()[:2], cos.stride(0), sin.stride(0)),
             **vars(config),
         )
     return outputs
@@ -109,7 +111,7 @@ def qk_norm_rope_backward(
     query_weight, key_weight = _contiguous(query_weight), _contiguous(key_weight)
     rows, query_heads, _ = grad_query.shape
     key_heads = grad_key.shape[1]
-    config = rope_config_for(max(query_heads, key_heads), size, cos.shape[1], backward=True)
+    config = rope_config_for(max(query_heads, key_heads), size, cos.shape[1])
     programs = min(rows * ceil_div(max(query_heads, key_heads), config.BLOCK_HEADS), 2 * processors(grad_query))
     partials = [grad_query.new_empty(programs, size, dtype=torch.float32) if weight_grad else None for _ in range(2)]
     strides = [
@@ -121,6 +123,7 @@ def qk_norm_rope_backward(
             *(grad_query, grad_key, query, key, query_weight, key_weight, cos, sin, *outputs, *partials),
             *(*strides[0], *strides[1], cos.stride(0), sin.stride(0), *_sections(cos, sections), rows, eps),
             *_order(grad_query, query_weight, variant, sections),
+            ALIGNED=alignment(*strides[0][:4], *strides[1][:4], cos.stride(0), sin.stride(0)),
             **vars(config),
         )
     if not weight_grad:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mean_of, round_to, store_parts
 
 
@@ -30,6 +31,7 @@ def _turn_back(
     weight_offset,
     SECTIONS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -37,6 +39,9 @@ def _turn_back(
     BLOCK_REST: tl.constexpr,
 ):
     """Turn the gradients of all heads of some rows back, and take those of the norm."""
+    grad_row_stride, grad_head_stride = aligned(grad_row_stride, ALIGNED), aligned(grad_head_stride, ALIGNED)
+    x_row_stride, x_head_stride = aligned(x_row_stride, ALIGNED), aligned(x_head_stride, ALIGNED)
+    cos_row_stride, sin_row_stride = aligned(cos_row_stride, ALIGNED), aligned(sin_row_stride, ALIGNED)
     SIZE: tl.constexpr = 2 * HALF + REST
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     sum_first = tl.zeros((BLOCK_HEADS, BLOCK_HALF), tl.float32)
@@ -98,7 +103,7 @@ def _turn_back(
         )
 
 
-@triton.jit(do_not_specialize=["angle_rows", "rows"])
+@kernel
 def qk_norm_rope_backward_kernel(
     grad_query_ptr,
     grad_key_ptr,
@@ -132,6 +137,7 @@ def qk_norm_rope_backward_kernel(
     weight_offset,
     SECTIONS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -163,6 +169,7 @@ def qk_norm_rope_backward_kernel(
             weight_offset,
             SECTIONS,
             ROUNDED,
+            ALIGNED,
             HALF,
             REST,
             BLOCK_HEADS,
@@ -193,6 +200,7 @@ def qk_norm_rope_backward_kernel(
             weight_offset,
             SECTIONS,
             ROUNDED,
+            ALIGNED,
             HALF,
             REST,
             BLOCK_HEADS,

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mean_of, round_to, store_parts
 
 
@@ -53,7 +54,7 @@ def _turn(
     store_parts(y_ptr, turned_first, turned_second, rest, SIZE, head, heads, HALF, REST, BLOCK_HALF, BLOCK_REST)
 
 
-@triton.jit(do_not_specialize=["angle_rows"])
+@kernel
 def qk_norm_rope_kernel(
     query_ptr,
     key_ptr,
@@ -78,6 +79,7 @@ def qk_norm_rope_kernel(
     weight_offset,
     SECTIONS: tl.constexpr,
     ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -85,6 +87,9 @@ def qk_norm_rope_kernel(
     BLOCK_REST: tl.constexpr,
 ):
     """Normalise and turn a block of the queries of a row, or of its keys, which follow."""
+    query_row_stride, query_head_stride = aligned(query_row_stride, ALIGNED), aligned(query_head_stride, ALIGNED)
+    key_row_stride, key_head_stride = aligned(key_row_stride, ALIGNED), aligned(key_head_stride, ALIGNED)
+    cos_row_stride, sin_row_stride = aligned(cos_row_stride, ALIGNED), aligned(sin_row_stride, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
     cos_first, cos_second = load_angles(
         cos_ptr, row, cos_row_stride, angle_rows, first_end, second_end, SECTIONS, HALF, BLOCK_HALF

@@ -50,8 +50,8 @@ def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sections: Sequen
 
     if sections is not None:  # as apply_multimodal_rotary_pos_emb of transformers 4.57, whose rest is that of Llama
         mrope_section = [*sections, *sections]
-        cos = torch.cat([m[i % 3] for i, m in enumerate(cos.split(mrope_section, dim=-1))], dim=-1)
-        sin = torch.cat([m[i % 3] for i, m in enumerate(sin.split(mrope_section, dim=-1))], dim=-1)
+        cos = torch.cat([m[i % 3] for i, m in enumerate(cos.split_with_sizes(mrope_section, dim=-1))], dim=-1)
+        sin = torch.cat([m[i % 3] for i, m in enumerate(sin.split_with_sizes(mrope_section, dim=-1))], dim=-1)
     size = cos.shape[-1]
     turned: Pair = apply_rotary_pos_emb(query[..., :size], key[..., :size], cos, sin, unsqueeze_dim=-3)
     if size == query.shape[-1]:
@@ -76,9 +76,10 @@ def _upstream_backward(*args: Any) -> Callable[[], tuple[Tensor, ...]]:
     leaves = [
         value.detach().requires_grad_() for value in (*x, call.query_weight, call.key_weight) if value is not None
     ]
-    weights = leaves[2:] or [None, None]
+    query_weight, key_weight = leaves[2:] if len(leaves) == 4 else (None, None)
+    rest = call.cos, call.sin, call.eps, call.variant, call.sections
     with torch.enable_grad():
-        outputs = _upstream(*leaves[:2], *weights, call.cos, call.sin, call.eps, call.variant, call.sections)()
+        outputs = _upstream(leaves[0], leaves[1], query_weight, key_weight, *rest)()
     return lambda: torch.autograd.grad(outputs, leaves, (call.grad_query, call.grad_key), retain_graph=True)
 
 
@@ -258,7 +259,7 @@ qk_norm_rope = Cases(
     bytes=_bytes,
     flops=lambda query, key, *_: 10 * (query.numel() + key.numel()),
     upstream=_upstream,
-    requested=2.2,  # a weight for each head, and the angles for each group of threads
+    requested=2.5,  # a weight for each head, and the angles for each group of threads
 )
 
 qk_norm_rope_backward = derived(
@@ -276,5 +277,5 @@ qk_norm_rope_backward = derived(
     flops=lambda grad_query, grad_key, *_: 20 * (grad_query.numel() + grad_key.numel()),
     peers={"transformers": _upstream_backward},
     launches={"triton": 3, "emulated": 2},
-    requested=2.2,
+    requested=2.5,
 )

@@ -302,7 +302,7 @@ def _combined(angles: Tensor, sections: Sequence[int] | None) -> Tensor:
     """Take the angles of each section of a row from time, height and width, and give the row a dimension of heads."""
     angles = angles.detach()
     if sections is not None:
-        parts = angles.split([*sections, *sections], -1)
+        parts = angles.split_with_sizes([*sections, *sections], -1)
         angles = torch.cat([part[index % 3] for index, part in enumerate(parts)], -1)
     return angles.unsqueeze(-2)
 
