@@ -10,7 +10,7 @@
 namespace vlmfast {
 namespace {
 
-constexpr int kMaxHeadDim = 1024;
+constexpr int kMaxHeadDim = 512;
 constexpr int kMaxHalf = kMaxHeadDim / 2 + kBlock;  // with the block that overlaps
 
 // Calls function(place, offset, count) on blocks of `size` elements, which are whole, or of which the last one overlaps

@@ -183,6 +183,28 @@ __global__ void __launch_bounds__(Policy::kThreads)
   }
 }
 
+// Stores the sums of a block's threads, added over the heads that share the block.
+template <typename Policy>
+__device__ __forceinline__ void store_sums(const float (&first)[Policy::kPairs][Policy::kVec],
+                                           const float (&second)[Policy::kPairs][Policy::kVec],
+                                           float* __restrict__ partial, int head_dim, int half) {
+  VLMFAST_DYNAMIC_SHARED(float, group_sums);  // (kHeads, head_dim)
+  float* const own_sums = group_sums + Policy::group() * head_dim;
+  Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
+#pragma unroll
+    for (int i = 0; i < Policy::kVec; ++i) {
+      own_sums[left + i] = first[k][i];
+      own_sums[right + i] = second[k][i];
+    }
+  });
+  __syncthreads();
+  for (int column = threadIdx.x; column < head_dim; column += Policy::kThreads) {
+    float sum = 0.f;
+    for (int group = 0; group < Policy::kHeads; ++group) sum += group_sums[group * head_dim + column];
+    partial[column] = sum;
+  }
+}
+
 // A persistent grid: each block leaves its part of the weight's gradient in one row of `partials`.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads)
@@ -255,22 +277,9 @@ __global__ void __launch_bounds__(Policy::kThreads)
       });
     });
   }
-  if (partials == nullptr) return;
-  VLMFAST_DYNAMIC_SHARED(float, group_sums);  // (kHeads, head_dim)
-  float* const own_sums = group_sums + Policy::group() * head_dim;
-  Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      own_sums[left + i] = weight_first[k][i];
-      own_sums[right + i] = weight_second[k][i];
-    }
-  });
-  __syncthreads();
-  float* const partial = partials + (int64_t{blockIdx.x} * 2 + blockIdx.y) * head_dim;
-  for (int column = threadIdx.x; column < head_dim; column += Policy::kThreads) {
-    float sum = 0.f;
-    for (int group = 0; group < Policy::kHeads; ++group) sum += group_sums[group * head_dim + column];
-    partial[column] = sum;
+  if (partials != nullptr) {
+    store_sums<Policy>(weight_first, weight_second, partials + (int64_t{blockIdx.x} * 2 + blockIdx.y) * head_dim,
+                       head_dim, half);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace vlmfast {
 
-constexpr int kMaxHeadDim = 1024;
+constexpr int kMaxHeadDim = 512;
 
 // ---- arguments, checked once for the CPU and CUDA ----
 

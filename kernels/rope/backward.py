@@ -8,35 +8,20 @@ from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mea
 
 
 @triton.jit
+def _weighted(normed, dtype: tl.constexpr, ROUNDED: tl.constexpr):
+    """Return what the weight multiplied: the rounded head where that is rounded before."""
+    return round_to(normed, dtype) if ROUNDED else normed
+
+
+# fmt: off
+@triton.jit
 def _turn_back(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    grad_row_stride,
-    grad_head_stride,
-    x_row_stride,
-    x_head_stride,
-    cos_ptr,
-    sin_ptr,
-    cos_row_stride,
-    sin_row_stride,
-    angle_rows,
-    first_end,
-    second_end,
-    rows,
-    heads,
-    eps,
-    weight_offset,
-    SECTIONS: tl.constexpr,
-    ROUNDED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, grad_x_ptr, partial_ptr,
+    grad_row_stride, grad_head_stride, x_row_stride, x_head_stride,
+    cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, angle_rows, first_end, second_end,
+    rows, heads, eps, weight_offset,
+    SECTIONS: tl.constexpr, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):
     """Turn the gradients of all heads of some rows back, and take those of the norm."""
     grad_row_stride, grad_head_stride = aligned(grad_row_stride, ALIGNED), aligned(grad_head_stride, ALIGNED)
@@ -72,18 +57,12 @@ def _turn_back(
             inverse_rms = tl.rsqrt(mean_of(x_first * x_first, x_second * x_second, x_rest * x_rest, SIZE) + eps)
             x_first, x_second, x_rest = x_first * inverse_rms, x_second * inverse_rms, x_rest * inverse_rms
             if partial_ptr is not None:
-                if ROUNDED:  # the weight multiplied the rounded head
-                    sum_first += first * round_to(x_first, dtype)
-                    sum_second += second * round_to(x_second, dtype)
-                    sum_rest += rest * round_to(x_rest, dtype)
-                else:
-                    sum_first += first * x_first
-                    sum_second += second * x_second
-                    sum_rest += rest * x_rest
+                sum_first += first * _weighted(x_first, dtype, ROUNDED)
+                sum_second += second * _weighted(x_second, dtype, ROUNDED)
+                sum_rest += rest * _weighted(x_rest, dtype, ROUNDED)
             first, second, rest = first * weight_first, second * weight_second, rest * weight_rest
             projection = mean_of(first * x_first, second * x_second, rest * x_rest, SIZE)
-            first = (first - x_first * projection) * inverse_rms
-            second = (second - x_second * projection) * inverse_rms
+            first, second = (first - x_first * projection) * inverse_rms, (second - x_second * projection) * inverse_rms
             rest = (rest - x_rest * projection) * inverse_rms
         to_ptr = grad_x_ptr + row * heads * SIZE
         store_parts(to_ptr, first, second, rest, SIZE, head, heads, HALF, REST, BLOCK_HALF, BLOCK_REST)
@@ -101,6 +80,9 @@ def _turn_back(
             BLOCK_HALF,
             BLOCK_REST,
         )
+
+
+# fmt: on
 
 
 @kernel
@@ -146,64 +128,22 @@ def qk_norm_rope_backward_kernel(
 ):
     """Take the gradients of queries, or, in the second half of the grid, of keys."""
     if tl.program_id(1) == 0:
+        # fmt: off
         _turn_back(
-            grad_query_ptr,
-            query_ptr,
-            query_weight_ptr,
-            query_output_ptr,
-            query_partial_ptr,
-            grad_query_row_stride,
-            grad_query_head_stride,
-            query_row_stride,
-            query_head_stride,
-            cos_ptr,
-            sin_ptr,
-            cos_row_stride,
-            sin_row_stride,
-            angle_rows,
-            first_end,
-            second_end,
-            rows,
-            query_heads,
-            eps,
-            weight_offset,
-            SECTIONS,
-            ROUNDED,
-            ALIGNED,
-            HALF,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            grad_query_ptr, query_ptr, query_weight_ptr, query_output_ptr, query_partial_ptr,
+            grad_query_row_stride, grad_query_head_stride, query_row_stride, query_head_stride,
+            cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, angle_rows, first_end, second_end,
+            rows, query_heads, eps, weight_offset,
+            SECTIONS, ROUNDED, ALIGNED, HALF, REST, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
         )
+        # fmt: on
     else:
+        # fmt: off
         _turn_back(
-            grad_key_ptr,
-            key_ptr,
-            key_weight_ptr,
-            key_output_ptr,
-            key_partial_ptr,
-            grad_key_row_stride,
-            grad_key_head_stride,
-            key_row_stride,
-            key_head_stride,
-            cos_ptr,
-            sin_ptr,
-            cos_row_stride,
-            sin_row_stride,
-            angle_rows,
-            first_end,
-            second_end,
-            rows,
-            key_heads,
-            eps,
-            weight_offset,
-            SECTIONS,
-            ROUNDED,
-            ALIGNED,
-            HALF,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            grad_key_ptr, key_ptr, key_weight_ptr, key_output_ptr, key_partial_ptr,
+            grad_key_row_stride, grad_key_head_stride, key_row_stride, key_head_stride,
+            cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, angle_rows, first_end, second_end,
+            rows, key_heads, eps, weight_offset,
+            SECTIONS, ROUNDED, ALIGNED, HALF, REST, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
         )
+        # fmt: on

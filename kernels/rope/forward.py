@@ -100,50 +100,18 @@ def qk_norm_rope_kernel(
     angle: tl.constexpr = cos_ptr.dtype.element_ty
     block, query_blocks = tl.program_id(1), tl.cdiv(query_heads, BLOCK_HEADS)
     if block < query_blocks:
+        # fmt: off
         _turn(
-            query_ptr,
-            query_weight_ptr,
-            query_output_ptr,
-            query_row_stride,
-            query_head_stride,
-            query_heads,
-            row,
-            block * BLOCK_HEADS,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            eps,
-            weight_offset,
-            angle,
-            ROUNDED,
-            HALF,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            query_ptr, query_weight_ptr, query_output_ptr, query_row_stride, query_head_stride, query_heads,
+            row, block * BLOCK_HEADS, cos_first, cos_second, sin_first, sin_second, eps, weight_offset,
+            angle, ROUNDED, HALF, REST, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
         )
+        # fmt: on
     else:
+        # fmt: off
         _turn(
-            key_ptr,
-            key_weight_ptr,
-            key_output_ptr,
-            key_row_stride,
-            key_head_stride,
-            key_heads,
-            row,
-            (block - query_blocks) * BLOCK_HEADS,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
-            eps,
-            weight_offset,
-            angle,
-            ROUNDED,
-            HALF,
-            REST,
-            BLOCK_HEADS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            key_ptr, key_weight_ptr, key_output_ptr, key_row_stride, key_head_stride, key_heads,
+            row, (block - query_blocks) * BLOCK_HEADS, cos_first, cos_second, sin_first, sin_second, eps, weight_offset,
+            angle, ROUNDED, HALF, REST, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
         )
+        # fmt: on

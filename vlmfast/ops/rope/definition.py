@@ -16,7 +16,7 @@ from vlmfast.functions import op
 from vlmfast.ops.rms_norm.definition import VARIANTS, rms_norm, rms_norm_backward
 
 _INFINITY = math.inf
-MAX_HEAD_DIM = 1024  # a head stays in the registers of a few threads
+MAX_HEAD_DIM = 512  # a head stays in the registers of a few threads
 
 
 # ---- what a call must look like ----
@@ -266,7 +266,7 @@ def qk_norm_rope(
 
     Args:
         query: (..., tokens, heads, head_dim) float32, float16 or bfloat16, as a projection gives it; any strides, so
-            that it may be a slice of queries, keys and values in one tensor. head_dim is even and at most 1024.
+            that it may be a slice of queries, keys and values in one tensor. head_dim is even and at most 512.
         key: of the shape of ``query`` but for its number of heads.
         query_weight: (head_dim,) of the dtype of ``query``, or None, without norms.
         key_weight: likewise; None where ``query_weight`` is.
