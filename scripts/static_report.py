@@ -1,5 +1,9 @@
 """Write benchmarks/results/static.json: what the compilers say of every kernel, and the traffic that was counted.
 
+    python scripts/static_report.py [traffic] [executed] [triton] [cuda]
+
+makes the sections anew that are named, or all of them.
+
 Registers, spills, shared memory and the widths of global accesses are those of the generated code, for GPUs that this
 machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
 numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
@@ -16,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,17 +85,31 @@ def nvcc_version(nvcc: str) -> str:
     return found[1] if found else said.strip()
 
 
-def main() -> None:
+def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """Say how each section is made."""
+    return {
+        "traffic": lambda: run("-m", "tests.helpers.traffic", interpret=True),
+        "executed": lambda: run("-m", "tests.ptx.coverage", interpret=True),
+        "triton": of_triton,
+        "cuda": lambda: of_cuda(found_nvcc()),
+    }
+
+
+def found_nvcc() -> str:
+    """Find nvcc, or end."""
     nvcc = compile_cuda.find_nvcc()
     if nvcc is None:
         raise SystemExit("static_report: there is no nvcc on PATH or in CUDA_HOME")
-    versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(nvcc)}
-    sections = {
-        "traffic": run("-m", "tests.helpers.traffic", interpret=True),
-        "executed": run("-m", "tests.ptx.coverage", interpret=True),
-        "triton": of_triton(),
-        "cuda": of_cuda(nvcc),
-    }
+    return nvcc
+
+
+def main(names: list[str]) -> None:
+    makers = make()
+    if unknown := set(names) - set(makers):
+        raise SystemExit(f"static_report: a section is one of {', '.join(makers)}, got {', '.join(sorted(unknown))}")
+    versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(found_nvcc())}
+    before = json.loads(REPORT.read_text()) if names else {}
+    sections = {name: before[name] if names and name not in names else one() for name, one in makers.items()}
     units = "bytes, but registers; widths are of single loads and stores of global memory"
     head = {"date": datetime.date.today().isoformat(), "versions": versions, "units": units}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
@@ -105,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tests.ptx.instructions import Action, extended, instruction, only_type, unknown
+from tests.ptx.memory import Where, neighbours, places
 from tests.ptx.parse import Instruction, PtxError, names_of
 
 SPACES = "param global shared local const"
@@ -20,12 +21,12 @@ def _space(ins: Instruction) -> str:
     return next((flag.partition("::")[0] for flag in ins.flags if flag.partition("::")[0] in SPACES.split()), "generic")
 
 
-def _windows(machine, space: str, addresses: np.ndarray) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _windows(machine, space: str, addresses: np.ndarray) -> list[tuple[str, Where, np.ndarray]]:
     """The (space, accesses, addresses) of generic addresses; others lie where the instruction says."""
     if space == "const":
         space = "global"
     if space != "generic":
-        return [(space, np.arange(len(addresses)), addresses)]
+        return [(space, slice(None), addresses)]
     local, shared = machine.windows["local"], machine.windows["shared"]
     kinds = np.where(addresses >= local, 2, np.where(addresses >= shared, 1, 0))
     found = []
@@ -46,7 +47,7 @@ def _load(machine, space: str, addresses, lanes, size: int, count: int, coherent
         content = machine.shared.content[size]
     else:
         offsets, content = machine.local_offsets(addresses, lanes, width), machine.local[size]
-    return [content[offsets // size + i] for i in range(count)]
+    return neighbours(content, offsets, size, count)
 
 
 def _store(machine, space: str, addresses, lanes, columns: Sequence[np.ndarray]) -> None:
@@ -61,8 +62,8 @@ def _store(machine, space: str, addresses, lanes, columns: Sequence[np.ndarray])
         machine.shared.store(offsets, columns, machine.warp_of[lanes])
         return
     offsets = machine.local_offsets(addresses, lanes, width)
-    for i, column in enumerate(columns):
-        machine.local[size][offsets // size + i] = column
+    for place, column in zip(places(offsets, size, len(columns)), columns, strict=True):
+        machine.local[size][place] = column
 
 
 @instruction("ld ldu", f"{SPACES} {VECTORS} {CACHES}")
@@ -71,14 +72,9 @@ def load(machine, ins: Instruction) -> Action:
     writes = [machine.target(name) for name in names]
     sizes = [kind.size if name == "_" else machine.size_of(name) for name in names]
 
-    def deliver(columns: Sequence[np.ndarray], lanes: np.ndarray | None) -> None:
+    def deliver(columns: Sequence[np.ndarray], lanes: np.ndarray) -> None:
         for write, column, size in zip(writes, columns, sizes, strict=True):
-            value = extended(column, kind, size)
-            if lanes is not None and machine.mask is not None:
-                spread = np.zeros(machine.threads, value.dtype)
-                spread[lanes] = value
-                value = spread
-            write(value)
+            write(machine.spread(extended(column, kind, size), lanes))
 
     if space == "param":
         found = re.fullmatch(r"\[\s*([$\w]+)\s*(?:\+\s*(\d+))?\s*\]", ins.args[1])
@@ -88,7 +84,7 @@ def load(machine, ins: Instruction) -> Action:
 
         def read() -> None:
             raw = np.frombuffer(machine.params, kind.raw, len(names), begin)
-            deliver([raw[i : i + 1] for i in range(len(names))], None)
+            deliver([raw[i : i + 1] for i in range(len(names))], machine.everyone)
 
         return read
 
@@ -126,8 +122,7 @@ def store(machine, ins: Instruction) -> Action:
         lanes = machine.lanes()
         columns = [machine.of(source, lanes) for source in sources]
         for name, where, at in _windows(machine, space, machine.of(address, lanes)):
-            everywhere = len(where) == len(lanes)
-            _store(machine, name, at, lanes[where], columns if everywhere else [c[where] for c in columns])
+            _store(machine, name, at, lanes[where], [column[where] for column in columns])
 
     return run
 
@@ -158,21 +153,20 @@ def atomic(machine, ins: Instruction) -> Action:
         values = kind.unpack(machine.of(source, lanes))
         old = np.zeros(machine.threads, kind.raw)
         for name, where, at in _windows(machine, space, machine.of(address, lanes)):
+            some = lanes[where]
             if name == "shared":
-                offsets = machine.shared_offsets(at, lanes[where], kind.size, kind.size)
-                machine.shared.note_atomic(
-                    offsets, kind.size, machine.block_of[lanes[where]], machine.warp_of[lanes[where]]
-                )
+                offsets = machine.shared_offsets(at, some, kind.size, kind.size)
+                machine.shared.note_atomic(offsets, kind.size, machine.block_of[some], machine.warp_of[some])
                 content = machine.shared.content[kind.size].view(kind.number)
-                places = [(content, int(i)) for i in offsets // kind.size]
+                found = [(content, int(i)) for i in offsets // kind.size]
             elif name == "global":
-                places = [machine.memory.element(int(a), kind.number) for a in at]
+                found = [machine.memory.element(int(a), kind.number) for a in at]
             else:
                 raise PtxError("an atomic in local memory")
-            for lane, index, (content, place) in zip(lanes[where], where, places, strict=True):
+            for lane, value, (content, place) in zip(some, values[where], found, strict=True):
                 before = content[place]
                 old[lane] = before.view(kind.raw)
-                content[place] = function(before, values[index])
+                content[place] = function(before, value)
         write(old)
 
     return run

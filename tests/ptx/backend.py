@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from tests.ptx.compile import OPTIONS, Compiled, compiled
 from tests.ptx.machine import Machine
 from tests.ptx.memory import READ, WRITE, GlobalMemory
-from tests.ptx.parse import Kernel, parse
+from tests.ptx.parse import Kernel, PtxError, parse
 from vlmfast import backends
+from vlmfast.registry import Op
 
 PLACES = {"ptx_sm_90": "sm_90", "ptx_sm_80": "sm_80"}  # backend -> target
+MULTIPROCESSORS = 132  # of an H100 or an H200, for real shapes
 
 
 def allow(memory: GlobalMemory, tensor: Tensor) -> None:
@@ -42,7 +46,9 @@ def pack(kernel: Kernel, values: list[Any]) -> bytes:
             raw = struct.pack({4: "<f", 8: "<d"}[size], value)
         else:
             number = value.data_ptr() if isinstance(value, Tensor) else int(value)
-            raw = number.to_bytes(size, "little", signed=number < 0)
+            if number < 0:  # `KnownBits` counts on it
+                raise PtxError(f"{kernel.name}: an argument of a launch is negative, {number}")
+            raw = number.to_bytes(size, "little")
         packed[offset : offset + size] = raw
     return bytes(packed)
 
@@ -65,6 +71,10 @@ def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[in
         if isinstance(value, Tensor):
             allow(memory, value)
     params = pack(machine.kernel, [arguments[name] for name in found.passed])
+    divisible = {
+        param for param, name in zip(machine.kernel.params, found.passed, strict=False) if name in found.divisible
+    }
+    machine.kernel.divisible.intersection_update(divisible)
     machine.launch(memory, grid, machine.kernel.threads, params, found.shared)
 
 
@@ -72,9 +82,21 @@ def _run(target: str, function: Any, *args: Any, grid: Any, warmup: bool, **kwar
     """Take the place of the interpreter's launch."""
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     arguments = dict(inspect.signature(function.fn).bind(*args, **kwargs).arguments)
-    found = compiled(function.fn, arguments, options, target)
+    found = compiled(function, arguments, options, target)
     grid = grid(arguments) if callable(grid) else grid
     launch(found, function.fn.__name__, arguments, (*grid, 1, 1)[:3])
+
+
+@contextlib.contextmanager
+def multiprocessors(op: Op, count: int) -> Iterator[None]:
+    """Have an op's launchers believe that their GPU has so many."""
+    module = sys.modules[op.backend("triton").run.__module__]
+    with (
+        mock.patch.object(module, "processors", return_value=count)
+        if hasattr(module, "processors")
+        else contextlib.nullcontext()
+    ):
+        yield
 
 
 def loader(target: str, op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:

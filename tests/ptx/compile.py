@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,20 +35,26 @@ class Compiled:
     ptx: str
     shared: int  # bytes of dynamic shared memory
     passed: list[str]  # the arguments that are parameters of the PTX, in their order
+    divisible: list[str]  # those of them that the compiler takes for multiples of 16
 
 
 @functools.cache
-def _sources() -> str:
-    """Hash what a kernel may be made of: the Triton release, the kernels, and how they are specialised."""
+def _sources(module: str) -> str:
+    """Hash what the kernels of a module may be made of: Triton, how they are specialised, and all that it imports."""
     digest = hashlib.sha256(metadata.version("triton").encode())
-    files = sorted([*(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks/candidates/kernels").rglob("*.py")])
-    for path in [*files, ROOT / "tests/helpers/specialisation.py", Path(__file__)]:
+    modules, paths = [module], [ROOT / "tests/helpers/specialisation.py", Path(__file__)]
+    for name in modules:  # which grows
+        path = Path(sys.modules[name].__file__)
+        paths.append(path)
+        found = re.findall(r"^from (vlmfast\.kernels[\w.]*) import", path.read_text(), re.M)
+        modules += sorted(set(found) - set(modules))
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 @functools.cache
-def _cache() -> Path:
+def cache() -> Path:
     """The checkout's build folder, or a temporary one where that cannot be written."""
     directory = ROOT / "build" / "ptx"
     try:
@@ -57,15 +64,15 @@ def _cache() -> Path:
     return directory
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any, specialised: bool) -> Any:
     """All that a specialisation depends on: of a tensor its type and alignment, of a number its size and divisors."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
     if isinstance(value, float):
         return 0.5
-    if isinstance(value, int) and not isinstance(value, bool) and value != 1:
+    if isinstance(value, int) and not isinstance(value, bool) and not (specialised and value == 1):
         wide = 0 if -(2**31) <= value < 2**31 else 2**32
-        return wide + (16 if value % 16 == 0 else 3)
+        return wide + (16 if specialised and value % 16 == 0 else 3)
     return value
 
 
@@ -75,26 +82,27 @@ def _constants(function: Callable[..., None]) -> set[str]:
     return {p.name for p in parameters if "constexpr" in str(p.annotation)}
 
 
-def compiled(
-    function: Callable[..., None], arguments: dict[str, Any], options: dict[str, Any], target: str
-) -> Compiled:
+def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: str) -> Compiled:
     """Compile a kernel, or find it compiled, as the JIT would for these arguments.
 
     Args:
-        function: the Python function under the decorator.
+        kernel: the interpreter's, with what its decorator was given.
         arguments: those of the launch, by name.
         options: those of `OPTIONS` that the launch gives.
         target: "sm_90", for one.
     """
+    function, left = kernel.fn, kernel.kwargs.get("do_not_specialize") or ()
     constants = _constants(function)
-    kinds = {name: value if name in constants else _kind(value) for name, value in arguments.items()}
+    kinds = {n: value if n in constants else _kind(value, n not in left) for n, value in arguments.items()}
     request = {"module": function.__module__, "kernel": function.__name__, "arguments": kinds}
     return _compiled(json.dumps({**request, "options": options, "target": target}))
 
 
 @functools.cache
 def _compiled(request: str) -> Compiled:
-    path = _cache() / (hashlib.sha256((_sources() + request).encode()).hexdigest()[:32] + ".json")
+    path = cache() / (
+        hashlib.sha256((_sources(json.loads(request)["module"]) + request).encode()).hexdigest()[:32] + ".json"
+    )
     if not path.exists():
         answer = _ask(request)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -145,10 +153,22 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     source = source_of(kernel, arguments, request["target"])
     found = triton.compile(source, target=TARGETS[request["target"]], options=request["options"])
     passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
-    return {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed}
+    divisible = [parameter.name for index, parameter in enumerate(kernel.params) if (index,) in source.attrs]
+    return {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed, "divisible": divisible}
+
+
+def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+    """As a hook of Triton's compiler leave ptxas out; called without arguments, say what the hook is."""
+    if backend is None:
+        return "without ptxas", "without ptxas"
+    stages["cubin"] = lambda ptx, metadata: b""
+    return None
 
 
 def main() -> None:
+    from triton import knobs
+
+    knobs.runtime.add_stages_inspection_hook = _without_ptxas
     for line in sys.stdin:
         try:
             answer = _answer(json.loads(line))

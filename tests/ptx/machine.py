@@ -139,6 +139,12 @@ class Machine(Registers):
                 memory.finish()
         except (PtxError, DeviceAssertionError) as error:
             raise self._located(error) from None
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of the registers and of shared memory: the kernels of some ops would keep gigabytes."""
+        self.values, self.special, self.shared, self.local = [], {}, None, {}
 
     def _run_batch(self, first: int, count: int) -> None:
         self._begin(first, count)

@@ -50,6 +50,8 @@ class Kernel:
 
     name: str
     params: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> offset and size in bytes
+    param_types: dict[str, Type] = field(default_factory=dict)
+    divisible: set[str] = field(default_factory=set)  # parameters that were multiples of 16 in every launch so far
     threads: tuple[int, ...] | None = None  # of a block, where the kernel demands a number
     registers: dict[str, Type] = field(default_factory=dict)
     spaces: dict[str, dict[str, Variable]] = field(default_factory=dict)  # shared, local, global -> name -> variable
@@ -179,7 +181,7 @@ def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
             kernel.labels[statement[:-1]] = len(kernel.instructions)
         elif statement.startswith(".loc"):
             _, file, number = statement.split()[:3]
-            line = f"{files.get(file, file)}:{number}"
+            line = f"{files.get(file, file)}:{number}" if number != "0" else line  # 0: of several, or of none
         elif statement.startswith(".reg"):
             _registers(statement, kernel, scopes)
         elif _declare(statement, kernel) or statement.startswith((".param", ".pragma")):
@@ -197,7 +199,8 @@ def _parameters(kernel: Kernel, text: str) -> None:
         given = int(words[words.index(".align") + 1]) if ".align" in words and ".ptr" not in words else 1
         align, size = max(given, kind.size), kind.size * int(count.rstrip("]") or 1)
         offset = -(-offset // align) * align
-        kernel.params[name] = offset, size
+        kernel.params[name], kernel.param_types[name] = (offset, size), kind
+        kernel.divisible.add(name)
         offset += size
 
 

@@ -15,7 +15,7 @@ Writer = Callable[[np.ndarray], None]
 
 # What a register holds before anything is written to it: NaN in every floating-point type, and no address.
 POISON = {1: 0xB5, 2: 0xFFB5, 4: 0xFFB5FFB5, 8: 0xFFF5FFB5FFB5FFB5}
-_NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
+NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
 _LANEMASKS = {"eq": lambda one: one, "lt": lambda one: one - 1, "le": lambda one: 2 * one - 1}
 _LANEMASKS |= {"gt": lambda one: ~(2 * one - 1), "ge": lambda one: ~(one - 1)}
 
@@ -58,6 +58,14 @@ class Registers:
             return self.whole(value)
         return value[lanes] if value.size == self.threads else np.repeat(value, len(lanes))
 
+    def spread(self, value: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """What some threads have, as one number per thread: of the others any."""
+        if lanes is self.everyone or value.size == 1:
+            return value
+        found = np.zeros(self.threads, value.dtype)
+        found[lanes] = value
+        return found
+
     def size_of(self, name: str) -> int:
         return self.types[self._register(name)].size
 
@@ -94,7 +102,7 @@ class Registers:
             wide = text[1] in "dD"
             given = np.array([bits], np.uint64 if wide else np.uint32).view(np.float64 if wide else np.float32)
             return given.astype(np.float32 if kind.size == 4 else np.float64).view(kind.raw)
-        if _NUMBER.fullmatch(text):
+        if NUMBER.fullmatch(text):
             return np.array([number(text) % (1 << 8 * kind.size)], UNSIGNED[8]).astype(kind.raw)
         found = re.fullmatch(r"([$\w]+)(?:\s*\+\s*(\d+))?", text)
         if found and found[1] in self.symbols:

@@ -8,7 +8,7 @@ import vlmfast
 from tests.helpers import traffic
 from tests.helpers.cases import outputs, require, widened
 from tests.helpers.rounding import assert_within
-from tests.ptx.backend import PLACES
+from tests.ptx.backend import MULTIPROCESSORS, PLACES, multiprocessors
 from vlmfast.registry import Op
 
 
@@ -26,6 +26,6 @@ def parameters() -> list:
 def test_real_shapes(op: Op, place: str) -> None:
     require(op, place)
     _, args = traffic.workload(op)
-    with vlmfast.use(place):
+    with vlmfast.use(place), multiprocessors(op, MULTIPROCESSORS):
         got = outputs(op.function(*args))
     assert_within(got, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))

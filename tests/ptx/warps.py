@@ -11,6 +11,7 @@ from tests.ptx.values import TYPES
 
 LANE = np.arange(32)
 BIT = np.uint32(1) << LANE.astype(np.uint32)
+ALL = 0xFFFFFFFF
 
 
 def taking_part(machine) -> np.ndarray:
@@ -21,7 +22,10 @@ def taking_part(machine) -> np.ndarray:
 
 def members(machine, read: Reader) -> np.ndarray:
     """Which lanes of each warp run an instruction that names its members: all of them must be here."""
-    here, named = taking_part(machine), machine.whole(read()).reshape(-1, 32)
+    names = read()
+    if machine.mask is None and names.size == 1 and names[0] == ALL:
+        return taking_part(machine)
+    here, named = taking_part(machine), machine.whole(names).reshape(-1, 32)
     mask = np.where(here, named, 0).max(1, keepdims=True)
     if ((named != mask) & here).any():
         raise PtxError("the lanes of a warp name different members")
@@ -58,9 +62,8 @@ def shuffle(machine, ins: Instruction) -> Action:
     writes = [machine.target(name) for name in ins.args[0].split("|")]
     value, distance, limits, names = (machine.source(arg, u32) for arg in ins.args[1:5])
 
-    def run() -> None:
-        here = members(machine, names)
-        by, limit = (by_warp(machine, read).astype(np.int64) for read in (distance, limits))
+    def others(by: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which lane each one reads, and whether that is one of its segment."""
         by, clamp, segment = by & 31, limit & 31, limit >> 8 & 31
         last = (LANE & segment) | (clamp & ~segment)
         if mode == "idx":
@@ -68,10 +71,20 @@ def shuffle(machine, ins: Instruction) -> Action:
         else:
             other = {"up": LANE - by, "down": LANE + by, "bfly": LANE ^ by}[mode]
         inside = other >= last if mode == "up" else other <= last
-        other = np.where(inside, other, LANE)
-        if (here & ~np.take_along_axis(here, other, 1)).any():
+        return np.where(inside, other, LANE), inside
+
+    def run() -> None:
+        here, values = members(machine, names), by_warp(machine, value)
+        by, limit = (read().astype(np.int64) for read in (distance, limits))
+        if by.size == limit.size == 1:  # the same in each warp
+            other, inside = others(by, limit)
+            missing, found = here & ~here.take(other, 1), values.take(other, 1)
+            inside = np.broadcast_to(inside, here.shape)
+        else:
+            other, inside = others(*(machine.whole(x).reshape(-1, 32) for x in (by, limit)))
+            missing, found = here & ~np.take_along_axis(here, other, 1), np.take_along_axis(values, other, 1)
+        if missing.any():
             raise PtxError("a shuffle reads a lane that does not take part")
-        found = np.take_along_axis(by_warp(machine, value), other, 1)
         for write, result in zip(writes, (found, inside), strict=False):
             write(result.reshape(-1))
 
