@@ -23,14 +23,17 @@ import torch
 
 import vlmfast
 from tests.helpers import interpreter, traffic
-from tests.helpers.cases import calls, outputs, widened
+from tests.helpers.cases import calls, is_tensor, outputs, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx import backend
+from tests.ptx.known_bits import KnownBits, registers
 from tests.ptx.machine import Machine
 from tests.ptx.parse import Instruction, Kernel
+from tests.ptx.survivors import explain
 from vlmfast import backends
 from vlmfast.registry import Op
 
+FEW = 2  # multiprocessors, so that loops loop: as in the interpreter
 STEPS = 100_000  # more than any sample takes: what takes more does not end
 NOTHING = Instruction("fence", (), (), [], text="nothing")
 # What each name, or comparison, is taken for.
@@ -57,6 +60,26 @@ class Mutant:
         machine.most_steps = STEPS
         return machine
 
+    def beside(self, kernel: Kernel) -> Machine:
+        """The kernel as it is; ``machine.differed`` becomes true where the change would have given another number."""
+        machine = Machine(kernel)
+        step, other = machine.program[self.at], machine._step(self.at, self.changed)
+        written = [machine.index[name] for name in registers(kernel, self.was)]
+        machine.differed = not written  # of what is stored, it is taken for granted
+
+        def run() -> None:
+            before = list(machine.values)
+            other.action()
+            found = [machine.values[index] for index in written]
+            machine.values = before
+            step.action()
+            machine.differed |= any(
+                (value != machine.values[index]).any() for value, index in zip(found, written, strict=True)
+            )
+
+        machine.program[self.at] = replace(step, action=run)
+        return machine
+
 
 def synchronises(ins: Instruction) -> bool:
     """Whether an instruction only orders others: a barrier, a wait, a commit."""
@@ -74,13 +97,17 @@ def dropped(kernel: Kernel) -> list[Mutant]:
 
 
 def changed(kernel: Kernel) -> list[Mutant]:
-    """The kernel with one operation taken for another, a number one larger, a store or a copy left out."""
-    return [
-        Mutant(kernel.name, at, ins, other) for at, ins in enumerate(kernel.instructions) for other in _changes(ins)
-    ]
+    """The kernel with one operation taken for another, a number one larger, a store or a copy left out.
+
+    Changes that the bits known of every launch prove to be none are left out.
+    """
+    known = KnownBits(kernel)
+    floats = {arg for ins in kernel.instructions for arg in ins.args if any(kind.name == "f32" for kind in ins.types)}
+    every = [(at, ins, other) for at, ins in enumerate(kernel.instructions) for other in _changes(ins, floats)]
+    return [Mutant(kernel.name, *one) for one in every if not known.same(*one[1:])]
 
 
-def _changes(ins: Instruction) -> Iterator[Instruction]:
+def _changes(ins: Instruction, floats: set[str]) -> Iterator[Instruction]:
     if ins.name in ("ret", "bra", "trap", "call", "wgmma", "mma", "fence") or synchronises(ins) or "param" in ins.flags:
         return
     if ins.name in ("st", "cp", "stmatrix"):
@@ -94,7 +121,8 @@ def _changes(ins: Instruction) -> Iterator[Instruction]:
             yield _with(ins, flags=(*ins.flags[:place], OTHERS[flag], *ins.flags[place + 1 :]))
     for place, arg in enumerate(ins.args):
         if re.fullmatch(r"\d+", arg) and ins.name != "shfl":
-            yield _with(ins, args=[*ins.args[:place], str(int(arg) + 1), *ins.args[place + 1 :]])
+            larger = "0f3F800000" if arg == "0" and ins.args[0] in floats else str(int(arg) + 1)
+            yield _with(ins, args=[*ins.args[:place], larger, *ins.args[place + 1 :]])
 
 
 def _with(ins: Instruction, **changes: Any) -> Instruction:
@@ -106,35 +134,63 @@ def _with(ins: Instruction, **changes: Any) -> Instruction:
 class Call:
     """A call of an op with what it must give, and the kernels that it runs."""
 
+    op: Op
     args: tuple[Any, ...]
+    multiprocessors: int
+    bytes: list[tuple[torch.Tensor, torch.Tensor]]  # of its tensors, and a copy of them
     defined: tuple[torch.Tensor, ...]
     exact: tuple[torch.Tensor, ...]
     kernels: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Subject:
-    """An op's calls on one backend, unchanged: each passes."""
+    """Calls of some ops on one backend, and the kernels that they run. Unchanged, each call passes."""
 
-    def __init__(self, op: Op, place: str, every_call: Iterable[tuple[Any, ...]]) -> None:
-        self.place, self.run, self.calls = place, op.backend(place).run, []
+    def __init__(self, place: str, every_call: Iterable[tuple[Op, tuple[Any, ...], int]]) -> None:
+        self.place, self.calls = place, []
         backend.machines.clear()
-        for args in every_call:
+        for op, args, count in every_call:
             if op.backend(place).unsupported(*args) is None:
-                call = Call(args, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))
-                before = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
+                every = [torch.empty(0, dtype=torch.uint8).set_(a.untyped_storage()) for a in args if is_tensor(a)]
+                copied = [(one, one.clone()) for one in every]
+                call = Call(
+                    op, args, count, copied, outputs(op.reference(*args)), outputs(op.reference(*widened(args)))
+                )
+                already = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
                 self.check(call)
                 ran = backend.machines.items()
-                call.kernels = {key for key, machine in ran if int(machine.ran.sum()) > before.get(key, 0)}
+                call.kernels = {key for key, machine in ran if int(machine.ran.sum()) > already.get(key, 0)}
                 self.calls.append(call)
         self.kernels = {key: machine.kernel for key, machine in backend.machines.items()}
 
     def check(self, call: Call) -> None:
-        with vlmfast.use(self.place):
-            assert_within(outputs(self.run(*call.args)), call.defined, call.exact)
+        """Run a call, and look at what the generated tests look at."""
+        try:
+            with vlmfast.use(self.place), backend.multiprocessors(call.op, call.multiprocessors):
+                got = outputs(call.op.backend(self.place).run(*call.args))
+            assert_within(got, call.defined, call.exact)
+            if call.op.exact:
+                assert all(torch.equal(g, want) for g, want in zip(got, call.defined, strict=True))
+            assert all(torch.equal(now, before) for now, before in call.bytes), "an input was written to"
+        finally:
+            for now, before in call.bytes:
+                now.copy_(before)
+
+    def fate(self, key: tuple[str, str], mutant: Mutant) -> str:
+        """Say how far a change that nobody noticed came."""
+        if not backend.machines[key].ran[mutant.at]:
+            return "never ran"
+        machine = mutant.beside(self.kernels[key])
+        with self._in_place(key, machine):
+            for call in (call for call in self.calls if key in call.kernels):
+                self.check(call)
+                if machine.differed:
+                    return "hidden"
+        return "same"
 
     def notices(self, key: tuple[str, str], mutant: Mutant) -> str | None:
         """Say what was noticed of a change, or None."""
-        with self._in_place(key, mutant):
+        with self._in_place(key, mutant.of(self.kernels[key])):
             for call in (call for call in self.calls if key in call.kernels):
                 try:
                     self.check(call)
@@ -143,9 +199,9 @@ class Subject:
         return None
 
     @contextlib.contextmanager
-    def _in_place(self, key: tuple[str, str], mutant: Mutant) -> Iterator[None]:
+    def _in_place(self, key: tuple[str, str], machine: Machine) -> Iterator[None]:
         original = backend.machines[key]
-        backend.machines[key] = mutant.of(original.kernel)
+        backend.machines[key] = machine
         try:
             yield
         finally:
@@ -155,7 +211,7 @@ class Subject:
 def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
     """The barriers, waits and commits of a line whose loss no specialisation of their kernel betrays."""
     torch.manual_seed(0)
-    subject, dead = Subject(op, place, calls(op, "cpu", dtype)), {}
+    subject, dead = Subject(place, ((op, args, FEW) for args in calls(op, "cpu", dtype))), {}
     for key, kernel in subject.kernels.items():
         numbers: Counter[tuple[str, ...]] = Counter()
         for mutant in dropped(kernel):
@@ -167,26 +223,41 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
     return [found for found in dead.values() if found is not True]
 
 
+def of_family(ops: list[Op], place: str) -> Subject:
+    """All samples of some ops, in every layout, and a real shape of each."""
+
+    def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
+        for op in ops:
+            torch.manual_seed(0)
+            yield from ((op, args, FEW) for args in calls(op, "cpu", torch.bfloat16))
+            yield op, traffic.workload(op)[1], backend.MULTIPROCESSORS
+
+    return Subject(place, every_call())
+
+
 def main(count: int, names: list[str], place: str = "ptx_sm_90") -> None:
     interpreter.repair()
     backends.LOADERS |= backend.LOADERS
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     ops = [op for op in traffic.BOUND_BY_MEMORY if op.compose is None and (not names or op.name in names)]
-    draw = random.Random(0)
-    dead = total = 0
-    for op in ops:
-        torch.manual_seed(0)
-        _, real = traffic.workload(op)
-        subject = Subject(op, place, [*calls(op, "cpu", torch.bfloat16), real])
-        kernels = {key: subject.kernels[key] for key in sorted(subject.calls[-1].kernels)}
-        every = [(key, mutant) for key, kernel in kernels.items() for mutant in changed(kernel)]
-        for key, mutant in draw.sample(every, min(len(every), count // len(ops))):
-            noticed = subject.notices(key, mutant)
-            total, dead = total + 1, dead + (noticed is not None)
-            if noticed is None:
-                print(f"alive  {mutant}", flush=True)
-        print(f"{op.name}: {dead} of {total} dead so far", flush=True)
+    draw, fates = random.Random(0), Counter[str]()
+    for family in dict.fromkeys(op.family for op in ops):
+        ops_of_family = [op for op in ops if op.family == family]
+        subject, drawn = of_family(ops_of_family, place), set()
+        for op in ops_of_family:
+            real = [call for call in subject.calls if call.op is op][-1]
+            every = [(key, one) for key in sorted(real.kernels - drawn) for one in changed(subject.kernels[key])]
+            drawn |= real.kernels
+            for key, mutant in draw.sample(every, min(len(every), count // len(ops))):
+                fate = "dead"
+                if subject.notices(key, mutant) is None:
+                    fate = subject.fate(key, mutant)
+                    why = explain(mutant.kernel, mutant.was, mutant.changed, fate)
+                    print(f"{fate}  {mutant}\n    {why or 'not explained'}", flush=True)
+                    fate += "" if why else ", not explained"
+                fates[fate] += 1
+            print(f"{op.name}: {dict(fates)} so far", flush=True)
 
 
 if __name__ == "__main__":

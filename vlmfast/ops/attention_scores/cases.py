@@ -107,6 +107,8 @@ def cls_samples(device: str, dtype: torch.dtype) -> Samples:
         (2, 1, 577, 32),
         (0, 2, 5, 16),
         (1, 2, 33, 128),
+        (2, 16, 70, 64),
+        (1, 16, 1100, 64),  # more blocks of tokens than are added up at once
     ]
     for index, (batch, heads, tokens, head_dim) in enumerate(shapes):
         query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)

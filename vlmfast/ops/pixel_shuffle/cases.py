@@ -114,6 +114,8 @@ _MAPS = [
     ((2, 16), (0, 4), 2),
     ((2, 0), (4, 4), 2),
     ((2, 5), (3, 2), 1),
+    ((2, 272), (6, 10), 2),
+    ((2, 528), (6, 10), 2),  # what a real shape is compiled to, in blocks that it does not fill
 ]
 
 
@@ -132,7 +134,7 @@ def norm_samples(device: str, dtype: torch.dtype) -> Samples:
     for index, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
         if x.shape[2] == 0:
             continue  # the mean of nothing
-        size = x.shape[2] * (1 if index % 3 == 0 else scale**2)
+        size = x.shape[2] * (1 if index // 2 % 3 == 1 else scale**2)
         weight, bias = torch.randn(2, size, device=device, dtype=dtype)
         offset = 10.0 * (index % 2)  # ViT features have rows whose mean is far from zero
         yield x + offset, weight, bias, grid, scale, order, input_scale, (1e-5, 1e-6)[index % 2]

@@ -76,6 +76,9 @@ _SIZES = [
     (2, 0, 16, 16, 0, 0),
     (1, 577, 40, 80, 27, 5),
     (2, 300, 0, 16, 20, 7),
+    (2, 368, 48, 80, 300, 34),  # this one and the one after the next for what a real shape is compiled to
+    (2, 64, 48, 32, 6, 16),
+    (2, 48, 2064, 16, 10, 5),
     (1, 150, 264, 128, 10, 70),
 ]
 
@@ -92,6 +95,7 @@ def top_samples(device: str, dtype: torch.dtype) -> Samples:
     yield torch.randint(-2, 3, (3, 700), device=device).to(dtype), 300
     yield torch.tensor([[-torch.inf, torch.inf, -torch.inf, 0.0]], device=device, dtype=dtype), 3
     yield torch.rand(1, 4500, device=device).to(dtype), 2000
+    yield torch.rand(2, 800, device=device).to(dtype), 300
 
 
 def merge_samples(device: str, dtype: torch.dtype) -> Samples:

@@ -1,0 +1,96 @@
+"""Why changes of an instruction that no test betrays are none, or what hides them.
+
+Each reason says how far such a change comes, which is looked at: with "same" it has given the number of the unchanged
+instruction to every thread of every call, with "hidden" other numbers, on which no result hangs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.ptx.parse import Instruction
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Which changes it is for, by regular expressions: the opcodes, the line of the source, the name of the kernel."""
+
+    fate: str
+    change: str
+    source: str
+    why: str
+    kernel: str = ""
+
+
+REASONS = (
+    Reason(
+        "same",
+        r"^setp\.\w+\.[su]",
+        r"^for .* in .*range\(",
+        "the loop runs at least once in each call of this specialisation, and no row ends one place further",
+    ),
+    Reason(
+        "same",
+        r"^setp\.(lt|le|gt|ge)\.[su]\d+ -> setp\.(lt|le|gt|ge)\.[su]",
+        r"<|>|centre|_flags|aligned",
+        "a thread compares its own places of a block with the end: no call ends just there, and where a block is more "
+        "than half full, or a program's first row, none can",
+    ),
+    Reason(
+        "same",
+        r"^(add|sub|bfe|shr|and)\.",
+        r"[%/]|standard\.py",
+        "what is divided is never negative, and the correction of a signed division always zero",
+    ),
+    Reason(
+        "hidden",
+        r"^setp",
+        r"tl\.program_id\(0\) == 0",
+        "which program counts the rows makes no difference to a call whose count is right",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.(gt|ge)",
+        r"rank >= 0",
+        "the placeholder before the first row is given a row too: zeros, which its own mask loads",
+    ),
+    Reason(
+        "hidden",
+        r"^(add|or)\.\w+ -> (add|or)\.",
+        r"_flags\(|tl\.arange",
+        "a thread's places begin at multiples of a vector, where blocks and rows end too: one place further, a mask "
+        "says the same",
+    ),
+    Reason("hidden", r"^mov\.", r"offset_of|tl\.load", "what a masked load gives instead is stored nowhere"),
+    Reason(
+        "hidden",
+        r"^(add|sub|shfl|mul|fma)\.",
+        r"error|_row_sum|standard\.py",
+        "what the first mean was off is a rounding of float32, far below one of bfloat16",
+        "pixel_shuffle_norm",
+    ),
+)
+
+
+@functools.cache
+def _line(kernel: str, line: str) -> str:
+    """A line of a kernel's source, given as "file:number"; of Triton's own files, and of what has no line, as it is."""
+    file, _, number = line.partition(":")
+    home = next(path.parent for path in KERNELS.rglob("*.py") if f"def {kernel}(" in path.read_text())
+    found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file)) if path.exists()]
+    return found[0].read_text().splitlines()[int(number) - 1].strip() if found and int(number) else line
+
+
+def explain(kernel: str, was: Instruction, changed: Instruction, fate: str) -> str | None:
+    """Say why a change of a kernel came no further."""
+    source, change = _line(kernel, was.line), f"{was.opcode} -> {changed.opcode}"
+    for one in REASONS:
+        places = ((one.change, change), (one.source, source), (one.kernel, kernel))
+        if one.fate == fate and all(re.search(pattern, text) for pattern, text in places):
+            return one.why
+    return None
