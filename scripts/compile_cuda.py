@@ -36,7 +36,7 @@ ENTRY = re.compile(
 # Lines of the disassembly: the architecture and the kernel that follow, and global loads and stores.
 ASSEMBLY = re.compile(r"arch = sm_(\d+)|Function : (\w+)|\b(LDG|LDGSTS|STG)\.([\w.]+)")
 # Kernels that are made for vectors: their dtype, and the number of its elements.
-VECTORS = re.compile(r"kernel<(?:TensorTiles<)?(?P<dtype>[\w ]+), (?:\d+, (?=\d+>)|RowPolicy<)?(?P<count>\d+)")
+VECTORS = re.compile(r"kernel<(?:TensorTiles<)?(?P<dtype>[\w ]+), (?:\d+, (?=\d+>)|(?:Row|Head)Policy<)?(?P<count>\d+)")
 SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2, "unsigned short": 2}
 
 

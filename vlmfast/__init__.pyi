@@ -13,6 +13,7 @@ from vlmfast.ops.pixel_shuffle.connector import pixel_shuffle_linear as pixel_sh
 from vlmfast.ops.pixel_shuffle.definition import pixel_shuffle as pixel_shuffle
 from vlmfast.ops.rms_norm.definition import add_rms_norm as add_rms_norm
 from vlmfast.ops.rms_norm.definition import rms_norm as rms_norm
+from vlmfast.ops.rope.definition import qk_norm_rope as qk_norm_rope
 from vlmfast.ops.silu_mul.definition import silu_mul as silu_mul
 from vlmfast.ops.token_merge.definition import merge_tokens as merge_tokens
 from vlmfast.ops.token_merge.definition import top_tokens as top_tokens

@@ -66,7 +66,7 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """Copy tensors from the host without waiting for the device."""
+    """Copy tensors to a device; those of the host without waiting for it."""
     if device.type == "cuda":
-        tensors = tuple(tensor.pin_memory() for tensor in tensors)
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+        tensors = tuple(tensor.pin_memory() if tensor.is_cpu else tensor for tensor in tensors)
+    return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]

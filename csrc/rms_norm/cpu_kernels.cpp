@@ -5,7 +5,7 @@
 
 #include "common/partial_sums.h"
 #include "common/quick_bfloat16.h"
-#include "common/torch_sum.h"
+#include "common/rms.h"
 
 namespace vlmfast {
 namespace {
@@ -16,13 +16,6 @@ template <int N>
 VLMFAST_INLINE int64_t rows_ahead(int64_t hidden) {
   constexpr int64_t kElements = 4096;
   return hidden < kElements / N ? kElements / hidden : N;
-}
-
-// 1 / sqrt(mean + eps) of the sums of N rows.
-template <int N>
-VLMFAST_INLINE void inverse_roots(const float* sums, int64_t hidden, float eps, float (&result)[N]) {
-  VLMFAST_UNROLL
-  for (int n = 0; n < N; ++n) result[n] = 1.0f / __builtin_sqrtf(sums[n] / static_cast<float>(hidden) + eps);
 }
 
 // Whether rows go several together. Where float16 is converted in software that makes no row faster, and 340 kB of

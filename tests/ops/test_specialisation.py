@@ -45,6 +45,9 @@ def calls(batch: int, tokens: int, rng: random.Random) -> Iterator[tuple[str, tu
         yield "rms_norm_backward", (x, x, weight)
     for heads in (meta(batch, tokens, HEADS, 128), meta(batch, HEADS, tokens, 128).transpose(1, 2)):
         yield "rms_norm", (heads, meta(128))
+        rotary = heads, heads, meta(128), meta(128), meta(1, tokens, 128), meta(1, tokens, 128)
+        yield "qk_norm_rope", rotary
+        yield "qk_norm_rope_backward", (heads, heads, *rotary)
     for rows_of_heads in (meta(HEADS, visual, HEAD_DIM), meta(visual, HEADS, HEAD_DIM).transpose(0, 1)):
         bounds = meta(rng.randint(2, 500), dtype=torch.int32)
         yield "received_attention", (rows_of_heads, rows_of_heads, bounds)

@@ -16,7 +16,7 @@ from vlmfast.ops.rms_norm.definition import VARIANTS
 # ---- the Hugging Face code that the ops replace ----
 
 
-def _norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any) -> torch.nn.Module:
+def norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any) -> torch.nn.Module:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
     from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -33,12 +33,12 @@ def _norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str =
 
 
 def _upstream(x: Tensor, *norm: Any) -> Callable[[], Tensor]:
-    module = _norm_module(*norm)
+    module = norm_module(*norm)
     return lambda: module(x)
 
 
 def _upstream_add(x: Tensor, residual: Tensor, *norm: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    module = _norm_module(*norm)
+    module = norm_module(*norm)
 
     def run() -> tuple[Tensor, Tensor]:
         hidden_states = residual + x
@@ -52,7 +52,7 @@ def _upstream_backward(
 ) -> Callable[[], tuple[Tensor, ...]]:
     leaves = [value.detach().requires_grad_() for value in (x, weight) if value is not None]
     with torch.enable_grad():
-        output = _norm_module(leaves[1] if len(leaves) == 2 else None, *norm)(leaves[0])
+        output = norm_module(leaves[1] if len(leaves) == 2 else None, *norm)(leaves[0])
     return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
 
 
@@ -234,7 +234,7 @@ rms_norm = Cases(
     projects={name: _without_residual(prepare) for name, prepare in _PROJECTS.items()},
     layers={
         "vlmfast": lambda x, weight: _layers(_norm_function(weight), x),
-        "transformers": lambda x, weight: _layers(_norm_module(weight), x),
+        "transformers": lambda x, weight: _layers(norm_module(weight), x),
     },
     requested=1.55,  # a weight for each row of 2048: as much as the row
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.functions import accepting
+from vlmfast.host import to_device
 from vlmfast.ops.token_merge import merge_slots, top_tokens
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
@@ -94,7 +95,7 @@ class Method(abc.ABC):
                     f"choose of {self} must return ascending positions within 0 and {tokens.count - 1}, each once, "
                     f"got {chosen[wrong][0].tolist()}"
                 )
-        return chosen.to(tokens.device)
+        return to_device(tokens.device, chosen)[0]
 
     def __repr__(self) -> str:
         return type(self).__name__

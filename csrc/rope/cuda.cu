@@ -1,0 +1,377 @@
+// Rotary embedding of queries and keys on CUDA, with the norms of their heads, and backward.
+// vlmfast/ops/rope/definition.py defines what is computed.
+//
+// Bound by memory: a block takes a row, so that its heads share the angles, and a head stays in the registers of a few
+// threads, each of which has both elements of the pairs that it turns.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/partial_sums.cuh"
+#include "rope/ops.h"
+
+namespace vlmfast {
+namespace {
+
+using Sections = std::optional<std::vector<int64_t>>;
+
+// How a head is spread over neighbouring threads: kPairs pairs of vectors for each, of which one is from a first half and
+// the other from the second, of what turns or of the rest.
+template <int kVec_, int kColumns_>
+struct HeadPolicy {
+  static constexpr int kVec = kVec_;
+  static constexpr int kColumns = kColumns_;  // the longest head
+  static constexpr bool kUnbounded = false;
+  static constexpr int kVectors = kColumns / 2 / kVec;
+  static constexpr int kThreadsPerHead = kVectors < kWarp ? kVectors : kWarp;
+  static constexpr int kPairs = kVectors / kThreadsPerHead;
+  static constexpr int kThreads = 128;
+  static constexpr int kHeads = kThreads / kThreadsPerHead;  // at a time
+  static constexpr int kBlocksPerMultiprocessor = 4;         // of persistent grids
+
+  __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerHead; }
+
+  // Calls function(k, first column, second column, frequency) for the pairs of a thread; the frequency of what does not
+  // turn is -1.
+  template <typename Function>
+  __device__ __forceinline__ static void for_pairs(int head_dim, int half, Function function) {
+    const int rest_half = head_dim / 2 - half;
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      const int pair = (threadIdx.x % kThreadsPerHead + k * kThreadsPerHead) * kVec;
+      if (pair < half) {
+        function(k, pair, half + pair, pair);
+      } else if (pair < head_dim / 2) {
+        function(k, half + pair, half + pair + rest_half, -1);
+      }
+    }
+  }
+};
+template <int kVec>
+using ShortHead = HeadPolicy<kVec, 128>;
+template <int kVec>
+using MiddleHead = HeadPolicy<kVec, 256>;
+template <int kVec>
+using LongHead = HeadPolicy<kVec, kMaxHeadDim>;
+
+template <typename scalar_t>
+struct Angles {
+  Input<scalar_t, 2> cos, sin;
+  int64_t rows;  // of an axis
+  int half, ends[2];
+};
+
+// Queries or keys: what they are normalised by, and where they go.
+template <typename scalar_t>
+struct Heads {
+  Input<scalar_t, 3> x;      // (rows, heads, head_dim)
+  Input<scalar_t, 3> other;  // of the backward: what was normalised
+  const scalar_t* weight;    // (head_dim,), or null
+  scalar_t* y;               // (rows, heads, head_dim)
+  int heads;
+};
+
+// The vectors of a thread: those of first halves, and those of second ones.
+template <typename scalar_t, typename Policy>
+struct Pairs {
+  using Vec = Vector<scalar_t, Policy::kVec>;
+  Vec first[Policy::kPairs] = {}, second[Policy::kPairs] = {};
+
+  __device__ __forceinline__ void load(const scalar_t* row, int head_dim, int half) {
+    Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
+      first[k] = Vec::load(row + left);
+      second[k] = Vec::load(row + right);
+    });
+  }
+  // Loads a row of a table of angles; what does not turn has none.
+  __device__ __forceinline__ void load_angles(const Input<scalar_t, 2>& table, const Angles<scalar_t>& angles,
+                                              int64_t row, int head_dim) {
+    const scalar_t* const own = table.at(row % angles.rows);
+    const int64_t axis_stride = angles.rows * table.strides[0];
+    Policy::for_pairs(head_dim, angles.half, [&](int k, int, int, int frequency) {
+      if (frequency < 0) return;
+      if (angles.ends[0] == angles.half) {
+        first[k] = Vec::load(own + frequency);
+        second[k] = Vec::load(own + angles.half + frequency);
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < Policy::kVec; ++i) {
+        const int place = frequency + i;
+        const scalar_t* const of_axis = own + ((place >= angles.ends[0]) + (place >= angles.ends[1])) * axis_stride;
+        first[k].values[i] = of_axis[place];
+        second[k].values[i] = of_axis[angles.half + place];
+      }
+    });
+  }
+};
+
+__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
+  return variant == Variant::kGemma ? 1.f + weight : weight;
+}
+
+// Returns the normalised value as it meets the weight: "llama" has rounded it.
+template <typename scalar_t>
+__device__ __forceinline__ float weighted_value(Variant variant, float normed) {
+  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
+}
+
+// Calls function(head) for the heads of the thread's group; past the last one it is -1, because the groups of a warp stay
+// together.
+template <typename Policy, typename Function>
+__device__ __forceinline__ void for_heads(int heads, Function function) {
+  for (int first = 0; first < heads; first += Policy::kHeads) {
+    const int head = first + Policy::group();
+    function(head < heads ? head : -1);
+  }
+}
+
+// blockIdx.y: queries, then keys.
+template <typename scalar_t, typename Policy>
+__global__ void __launch_bounds__(Policy::kThreads)
+    qk_norm_rope_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles, int64_t rows, int head_dim,
+                        float eps, Variant variant) {
+  constexpr int kVec = Policy::kVec;
+  using Own = Pairs<scalar_t, Policy>;
+  __shared__ GroupSum<Policy::kThreadsPerHead, 1> group_sum;
+  const Heads<scalar_t>& part = blockIdx.y == 0 ? query : key;
+  const int half = angles.half;
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    Own cos, sin, weight;
+    if (Policy::group() < part.heads) {
+      cos.load_angles(angles.cos, angles, row, head_dim);
+      sin.load_angles(angles.sin, angles, row, head_dim);
+      if (part.weight != nullptr) weight.load(part.weight, head_dim, half);
+    }
+    for_heads<Policy>(part.heads, [&](int head) {
+      Own x;
+      if (head >= 0) x.load(part.x.at(row, head), head_dim, half);
+      float inverse_rms = 1.f;
+      if (part.weight != nullptr) {
+        float sums[1] = {0.f};
+#pragma unroll
+        for (int k = 0; k < Policy::kPairs; ++k) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) sums[0] += x.first[k][i] * x.first[k][i] + x.second[k][i] * x.second[k][i];
+        }
+        group_sum.add_up(sums, turn++);
+        inverse_rms = rsqrtf(sums[0] / head_dim + eps);
+      }
+      if (head < 0) return;
+      const auto normed = [&](float value, float factor) {
+        if (part.weight == nullptr) return value;
+        const float scaled = weighted_value<scalar_t>(variant, value * inverse_rms);
+        return round_to<scalar_t>(weight_scale(variant, factor) * scaled);
+      };
+      scalar_t* const to = part.y + (row * part.heads + head) * head_dim;
+      Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int frequency) {
+        typename Own::Vec first, second;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          const float a = normed(x.first[k][i], weight.first[k][i]), b = normed(x.second[k][i], weight.second[k][i]);
+          first.set(
+              i, frequency < 0 ? a : round_to<scalar_t>(a * cos.first[k][i]) - round_to<scalar_t>(b * sin.first[k][i]));
+          second.set(i, frequency < 0
+                            ? b
+                            : round_to<scalar_t>(b * cos.second[k][i]) + round_to<scalar_t>(a * sin.second[k][i]));
+        }
+        first.store(to + left);
+        second.store(to + right);
+      });
+    });
+  }
+}
+
+// Stores the sums of a block's threads, added over the heads that share the block.
+template <typename Policy>
+__device__ __forceinline__ void store_sums(const float (&first)[Policy::kPairs][Policy::kVec],
+                                           const float (&second)[Policy::kPairs][Policy::kVec],
+                                           float* __restrict__ partial, int head_dim, int half) {
+  VLMFAST_DYNAMIC_SHARED(float, group_sums);  // (kHeads, head_dim)
+  float* const own_sums = group_sums + Policy::group() * head_dim;
+  Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
+#pragma unroll
+    for (int i = 0; i < Policy::kVec; ++i) {
+      own_sums[left + i] = first[k][i];
+      own_sums[right + i] = second[k][i];
+    }
+  });
+  __syncthreads();
+  for (int column = threadIdx.x; column < head_dim; column += Policy::kThreads) {
+    float sum = 0.f;
+    for (int group = 0; group < Policy::kHeads; ++group) sum += group_sums[group * head_dim + column];
+    partial[column] = sum;
+  }
+}
+
+// A persistent grid: each block leaves its part of the weight's gradient in one row of `partials`.
+template <typename scalar_t, typename Policy>
+__global__ void __launch_bounds__(Policy::kThreads)
+    qk_norm_rope_backward_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles,
+                                 float* __restrict__ partials,  // (gridDim.x, 2, head_dim), or null
+                                 int64_t rows, int head_dim, float eps, Variant variant) {
+  constexpr int kVec = Policy::kVec, kPairs = Policy::kPairs;
+  using Own = Pairs<scalar_t, Policy>;
+  __shared__ GroupSum<Policy::kThreadsPerHead, 2> group_sum;
+  const Heads<scalar_t>& part = blockIdx.y == 0 ? query : key;
+  const int half = angles.half;
+  float weight_first[kPairs][kVec] = {}, weight_second[kPairs][kVec] = {};
+  Own weight;
+  if (part.weight != nullptr) weight.load(part.weight, head_dim, half);
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    Own cos, sin;
+    if (Policy::group() < part.heads) {
+      cos.load_angles(angles.cos, angles, row, head_dim);
+      sin.load_angles(angles.sin, angles, row, head_dim);
+    }
+    for_heads<Policy>(part.heads, [&](int head) {
+      Own grad, x;
+      if (head >= 0) grad.load(part.x.at(row, head), head_dim, half);
+      if (head >= 0 && part.weight != nullptr) x.load(part.other.at(row, head), head_dim, half);
+      float first[kPairs][kVec] = {}, second[kPairs][kVec] = {};  // the gradients of the normalised head
+      Policy::for_pairs(head_dim, half, [&](int k, int, int, int frequency) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          const float a = grad.first[k][i], b = grad.second[k][i];
+          first[k][i] = frequency < 0 ? a : a * cos.first[k][i] + b * sin.second[k][i];
+          second[k][i] = frequency < 0 ? b : b * cos.second[k][i] - a * sin.first[k][i];
+        }
+      });
+      float inverse_rms = 1.f, projection = 0.f;
+      if (part.weight != nullptr) {
+        float sums[2] = {0.f, 0.f};  // of x * x, and of scaled gradient * x
+#pragma unroll
+        for (int k = 0; k < kPairs; ++k) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            const float a = x.first[k][i], b = x.second[k][i];
+            sums[0] += a * a + b * b;
+            sums[1] += first[k][i] * weight_scale(variant, weight.first[k][i]) * a +
+                       second[k][i] * weight_scale(variant, weight.second[k][i]) * b;
+          }
+        }
+        group_sum.add_up(sums, turn++);
+        inverse_rms = rsqrtf(sums[0] / head_dim + eps);
+        projection = sums[1] * inverse_rms / head_dim;
+      }
+      if (head < 0) return;
+      // The gradient of an element of the head, from that of the normalised one; adds to that of the weight.
+      const auto finish = [&](float own, float value, float factor, float& weight_sum) {
+        if (part.weight == nullptr) return own;
+        const float normed = value * inverse_rms;
+        weight_sum += own * weighted_value<scalar_t>(variant, normed);
+        return inverse_rms * (own * weight_scale(variant, factor) - normed * projection);
+      };
+      scalar_t* const to = part.y + (row * part.heads + head) * head_dim;
+      Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
+        typename Own::Vec left_output, right_output;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          left_output.set(i, finish(first[k][i], x.first[k][i], weight.first[k][i], weight_first[k][i]));
+          right_output.set(i, finish(second[k][i], x.second[k][i], weight.second[k][i], weight_second[k][i]));
+        }
+        left_output.store(to + left);
+        right_output.store(to + right);
+      });
+    });
+  }
+  if (partials != nullptr) {
+    store_sums<Policy>(weight_first, weight_second, partials + (int64_t{blockIdx.x} * 2 + blockIdx.y) * head_dim,
+                       head_dim, half);
+  }
+}
+
+template <typename scalar_t>
+Angles<scalar_t> kernel_angles(const DeviceScope& scope, const AngleArguments& angles) {
+  return {scope.input<scalar_t>(angles.cos),
+          scope.input<scalar_t>(angles.sin),
+          angles.rows,
+          static_cast<int>(angles.half()),
+          {static_cast<int>(angles.ends[0]), static_cast<int>(angles.ends[1])}};
+}
+
+template <typename scalar_t>
+Heads<scalar_t> kernel_heads(const DeviceScope& scope, const HeadArguments& heads, const View<3>& other,
+                             const Tensor& output) {
+  return {scope.input<scalar_t>(heads.x), scope.input<scalar_t>(other), scope.input<scalar_t>(heads.weight).data,
+          scope.output<scalar_t>(output), static_cast<int>(heads.heads)};
+}
+
+// Calls function(scalar_t(), policy) for the storage type and the length of heads.
+template <typename Function, typename... Views>
+void with_heads(const RopeArguments& call, const Function& function, const Views&... others) {
+  STD_TORCH_CHECK(call.angles.dtype == call.dtype, "cos must be ", info(call.dtype).name, ", got ",
+                  info(call.angles.dtype).name);
+  const int64_t vec = kVectorBytes / info(call.dtype).width, half = call.angles.half();
+  const bool fit = half % vec == 0 && (call.head_dim / 2 - half) % vec == 0 &&
+                   vectors_fit(kVectorBytes, call.query.x, call.key.x, call.query.weight, call.key.weight,
+                               call.angles.cos, call.angles.sin, others...);
+  with_row_policy<ShortHead, MiddleHead, LongHead>(call.dtype, call.head_dim, fit, function);
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& query, const Tensor& key,
+                                        const std::optional<Tensor>& query_weight,
+                                        const std::optional<Tensor>& key_weight, const Tensor& cos, const Tensor& sin,
+                                        double eps, Variant variant, Sections sections) {
+  const RopeArguments call("query", query, "key", key, query_weight, key_weight, cos, sin, sections);
+  Tensor query_output = allocate_like(query), key_output = allocate_like(key);
+  if (call.rows == 0) return {query_output, key_output};
+  const DeviceScope scope(query);
+  with_heads(call, [&](auto zero, auto policy) {
+    using scalar_t = decltype(zero);
+    using Policy = decltype(policy);
+    check_cuda(launch(qk_norm_rope_kernel<scalar_t, Policy>, dim3(std::min<int64_t>(call.rows, kMaxBlocks), 2),
+                      dim3(Policy::kThreads), 0, scope.stream(),
+                      kernel_heads<scalar_t>(scope, call.query, {}, query_output),
+                      kernel_heads<scalar_t>(scope, call.key, {}, key_output),
+                      kernel_angles<scalar_t>(scope, call.angles), call.rows, call.head_dim, eps, variant));
+  });
+  return {query_output, key_output};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(const Tensor& grad_query, const Tensor& grad_key,
+                                                                 const std::optional<Tensor>& query,
+                                                                 const std::optional<Tensor>& key,
+                                                                 const std::optional<Tensor>& query_weight,
+                                                                 const std::optional<Tensor>& key_weight,
+                                                                 const Tensor& cos, const Tensor& sin, double eps,
+                                                                 Variant variant, Sections sections, bool weight_grad) {
+  const RopeBackwardArguments call(grad_query, grad_key, query, key, query_weight, key_weight, cos, sin, sections);
+  weight_grad = weight_grad && call.has_norm();
+  const int64_t weight_size = weight_grad ? int64_t{call.head_dim} : 0;
+  Tensor query_output = allocate_like(grad_query), key_output = allocate_like(grad_key);
+  Tensor query_sum = allocate({weight_size}, grad_query, call.dtype);
+  Tensor key_sum = allocate({weight_size}, grad_query, call.dtype);
+  if (call.rows == 0 && !weight_grad) return {query_output, key_output, query_sum, key_sum};
+  const DeviceScope scope(grad_query);
+  const auto run = [&](auto zero, auto policy) {
+    using scalar_t = decltype(zero);
+    using Policy = decltype(policy);
+    const int64_t blocks =
+        std::min<int64_t>(call.rows, int64_t{scope.multiprocessors()} * Policy::kBlocksPerMultiprocessor);
+    std::optional<Tensor> partials;
+    if (weight_grad) partials = float_buffer(blocks * 2 * call.head_dim, grad_query);
+    float* const partials_data = weight_grad ? scope.output<float>(*partials) : nullptr;
+    const size_t shared_bytes = weight_grad ? Policy::kHeads * call.head_dim * sizeof(float) : 0;
+    if (blocks > 0) {
+      check_cuda(
+          launch(qk_norm_rope_backward_kernel<scalar_t, Policy>, dim3(blocks, 2), dim3(Policy::kThreads), shared_bytes,
+                 scope.stream(), kernel_heads<scalar_t>(scope, call.query, call.query_x, query_output),
+                 kernel_heads<scalar_t>(scope, call.key, call.key_x, key_output),
+                 kernel_angles<scalar_t>(scope, call.angles), partials_data, call.rows, call.head_dim, eps, variant));
+    }
+    if (weight_grad) {
+      launch_sum_partials(scope, partials_data, blocks, call.head_dim, scope.output<scalar_t>(query_sum),
+                          scope.output<scalar_t>(key_sum));
+    }
+  };
+  with_heads(call, run, call.query_x, call.key_x);
+  return {query_output, key_output, query_sum, key_sum};
+}
+
+}  // namespace
+}  // namespace vlmfast
+
+VLMFAST_REGISTER_CUDA_OPS()

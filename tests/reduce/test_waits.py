@@ -1,0 +1,66 @@
+"""What a reduction asks the device: how many placeholders a prompt has, and how long it becomes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import vlmfast
+from tests.helpers import qwen_models
+from tests.helpers.patches_models import tiny
+from vlmfast.benchmarks import counting
+
+EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
+EACH = [
+    (name, method) for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl") for method in (EVEN, ZIP)
+]
+
+
+def built(name: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny model with a prompt; that of Qwen-VL has images of two sizes."""
+    if name.startswith("qwen"):
+        model = qwen_models.model_of(name)
+        return model, qwen_models.inputs_of(model, ((1, 8, 12), (1, 6, 14)))
+    model, inputs = tiny(name)
+    if not hasattr(model, "_prepare_position_ids_for_generation"):
+        pytest.skip("visual tokens are reduced from transformers 5.17 on")
+    return model, inputs
+
+
+@pytest.mark.filterwarnings("ignore:.* is not patched")
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize(("name", "method"), [*EACH, ("llava_next", ZIP)])  # others leave its crops uneven
+def test_reduction_waits_twice(name: str, method: vlmfast.reduce.Method, masked: bool):
+    found: dict[str, Counter[str]] = {}
+    for variant, arguments in (("patched", {}), ("reduced", {"reduce": method})):
+        model, inputs = built(name)
+        if not masked:
+            del inputs["attention_mask"]
+        counting.move(model)
+        vlmfast.patch(model, **arguments)
+        on_device = {key: counting.put(value) for key, value in inputs.items()}
+        with counting.count() as count:
+            model(**on_device)
+        found[variant] = Counter(
+            {place: n for place, n in count.waits.items() if not place.startswith(("masking_utils", "cache_utils"))}
+        )
+    more = found["reduced"] - found["patched"]
+    assert sum(more.values()) == 2, more
+
+
+def test_padding_is_known_without_asking():
+    """Also after prompts were joined, and of some samples."""
+    from tests.reduce.test_columns import image
+    from vlmfast.reduce.columns import Columns, drop_columns
+
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    is_image = torch.tensor([[False, True, True, False]] * 2)
+    even = drop_columns(is_image, mask, [image([0], 2), image([1], 2)])
+    uneven = drop_columns(is_image, mask, [image([0], 2), image([0, 1], 2)])
+    for columns, padded in ((even, False), (uneven, True), (even.then(even), False), (even.then(uneven), True)):
+        assert columns.padded == padded == (not columns.valid.all())
+        assert columns.select([0, 1]).padded == padded
+    assert not Columns.all(mask).padded
