@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.checks import DTYPES
 from vlmfast.host import is_traced, keep, kept, to_device
+from vlmfast.ops.rope import qk_norm_rope
+from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.upstream import names_of
 
 # Scores that eager attention may hold at a time; upstream holds those of one segment
@@ -132,7 +135,7 @@ def _attended(
     if varlen is None and segments.order is not None:
         qkv, cos, sin = (tensor.index_select(0, segments.order) for tensor in (qkv, cos, sin))
     query, key, value = qkv.reshape(tokens, 3, self.num_heads, -1).unbind(1)
-    query, key = names["apply_rotary_pos_emb_vision"](query, key, cos, sin)
+    query, key = _turned(names["apply_rotary_pos_emb_vision"], query, key, cos, sin)
     if varlen is not None:
         longest = max(segments.groups)[0]
         output = varlen(query, key, value, cu_seqlens, cu_seqlens, longest, longest).reshape(tokens, -1)
@@ -142,6 +145,13 @@ def _attended(
             output = output.index_select(0, segments.back)
     projected: Tensor = self.proj(output.contiguous())
     return projected
+
+
+def _turned(upstream: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """Turn queries and keys by the angles of their patches, in float32: one launch where the op takes them."""
+    if query.dtype not in DTYPES or query.shape[-1] > MAX_HEAD_DIM or cos.requires_grad or sin.requires_grad:
+        return upstream(query, key, cos, sin)
+    return qk_norm_rope(query, key, None, None, cos.float(), sin.float())
 
 
 def _attention(self: Any, names: dict[str, Any]) -> Callable[..., Any] | None:
