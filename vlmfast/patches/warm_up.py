@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmfast.checks import DTYPES
 from vlmfast.modules import at_hand
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
-from vlmfast.patches import masked_rows, rms_norm
+from vlmfast.ops.rope import qk_norm_rope
+from vlmfast.patches import grids, masked_rows, rms_norm, segments, tiles
 from vlmfast.patches.swap import PatchedModule
 from vlmfast.patches.upstream import site_name
 from vlmfast.registry import OPS, order, override
@@ -47,9 +49,9 @@ def warmup(model: nn.Module, *prompts: Mapping[str, Any]) -> Warmup:
     """Compile what a patched model needs, before it serves or a CUDA graph is captured.
 
     Triton compiles a kernel at its first call: a second of one prompt's time, and within a capture an error. No kernel
-    is compiled for the number of tokens, so a few rows will do for every prompt. Norms, the placement of embeddings and
-    DeepStack are known by their weights. What connectors and token reductions take, is known once a prompt has run: one
-    with an image, and of a reduction a short and a long one.
+    is compiled for the number of tokens, so a few rows will do for every prompt. Norms, the placement of embeddings,
+    DeepStack and vision towers are known by their weights. What connectors and token reductions take, is known once a
+    prompt has run: one with an image, and of a reduction a short and a long one.
 
     Args:
         model: a patched model, or a module with patched ones in it, where it will run.
@@ -89,6 +91,10 @@ def _run(model: nn.Module, module: nn.Module, function: Callable[..., Any]) -> b
     """Run a replacement on a few rows, if what it takes is known."""
     if function.__module__ == rms_norm.__name__:
         return _run_norm(model, module, function)
+    if function.__module__ == segments.__name__:
+        return _run_rotation(module)
+    if function.__module__ in (grids.__name__, tiles.__name__):  # they run no op
+        return True
     table = _embeddings(module, model)
     if function.__module__ != masked_rows.__name__ or table is None:
         return False
@@ -108,6 +114,19 @@ def _run_norm(model: nn.Module, module: nn.Module, function: Callable[..., Any])
         for dtype in {weight.dtype, weight.dtype if table is None else table.dtype}:
             x = weight.new_zeros(1, 2, weight.shape[0], dtype=dtype)
             function(module, *[x] * (len(inspect.signature(function).parameters) - 1))  # a gate is like what it gates
+    return True
+
+
+def _run_rotation(module: Any) -> bool:
+    """Turn two patches' queries and keys, as the attention of a vision tower does."""
+    weight = getattr(module.qkv, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
+        return False
+    with at_hand(module.qkv):
+        size = module.qkv.weight.shape[0] // (3 * module.num_heads)
+        query, key, _ = module.qkv.weight.new_zeros(2, 3, module.num_heads, size).unbind(1)
+    angles = torch.zeros(2, size, device=query.device)
+    qk_norm_rope(query, key, None, None, angles, angles)
     return True
 
 
