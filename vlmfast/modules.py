@@ -107,3 +107,8 @@ def is_bare(module: nn.Module) -> bool:
     """Tell whether a call runs the ``forward`` of the class and nothing else: no hook, no method on the instance."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+def calls_early(module: nn.Module) -> bool:
+    """Tell whether a call runs something before the ``forward`` of the class: a hook, a method on the instance."""
+    return bool(module._forward_pre_hooks) or "forward" in vars(module)

@@ -34,6 +34,9 @@ NORMS = ("RMSNorm", "L2Norm")
 NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
 # parts of Qwen's vision towers; up to transformers 4.57 a tower itself computes its positions by a method
 TOWERS = re.compile(r"VisionAttention|Qwen.*Vision(Attention|Model|Encoder|TransformerPretrainedModel)")
+# decoder layers and gated MLPs; those of 4.57 that choose experts are not known, nor is Qwen3.5's layer that does
+LAYERS = re.compile(r"(Llama|Qwen2|Qwen3|Qwen3_5|Qwen2VL|Qwen2_5_VL|Qwen3VLText|Qwen3VLMoeText)(DecoderLayer|MLP)")
+LAYERS_457 = re.compile(r"(Llama|Qwen2|Qwen3|Qwen2VL|Qwen2_5_VL|Qwen3VLText)(DecoderLayer|MLP)|Qwen3VLMoeTextMLP")
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -66,8 +69,11 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 def replaceable(model: nn.Module) -> list[nn.Module]:
     """Every module of a common model with a method that is replaced, told by its name as well."""
 
+    layers = LAYERS if Version(transformers.__version__) >= Version("5") else LAYERS_457
+
     def known(cls: type) -> bool:
         named = any(name in cls.__name__ for name in NAMES) or TOWERS.fullmatch(cls.__name__)
+        named = named or layers.fullmatch(cls.__name__) or cls.__name__ == "Qwen3_5MoeMLP"
         return any(hasattr(cls, method) for method in METHODS) or (bool(named) and not hasattr(cls, "rot_pos_emb"))
 
     return [module for module in model.modules() if known(type(module))]

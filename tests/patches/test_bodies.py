@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import vlmfast
 from tests.helpers.patches_models import assert_same, tiny
 from tests.patches.test_grids import TOWERS
+from tests.patches.test_layers import FAMILIES as LAYERED
 from tests.patches.test_masked_rows import DEEPSTACK
 from tests.patches.test_merger import MERGERS
 from tests.patches.test_pixel_shuffle import EACH_SHUFFLE
@@ -295,6 +296,8 @@ def test_each_body_has_a_class_here():
     methods = {NORMS: ("forward",), MASKS: PLACING, SHUFFLES: ("pixel_shuffle",)}
     found = [look_up(name, *methods[names]) for names in methods for name in names]
     seen = {source(*place).digest for place in found if place is not None}
-    models = [tiny(model_type)[0] for model_type in {*MERGERS, *EACH_SHUFFLE, *DEEPSTACK, *TOWERS, *TILED}]
+    models = [
+        tiny(model_type)[0] for model_type in {*MERGERS, *EACH_SHUFFLE, *DEEPSTACK, *TOWERS, *TILED, *LAYERED, "phi3"}
+    ]
     seen |= {site.body.key for model in models for site in find_sites(model) if site.body is not None}
     assert {KNOWN[key].says for key in here - seen} == set()

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from vlmfast.modules import hugging_face_model
+from vlmfast.patches.layers import LAYERS, follow
 from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.projects import Named
 from vlmfast.patches.report import Placed, count
@@ -297,6 +298,7 @@ def _swap(
             cls = classes[type(module)]
             set_class(module, cls)
             result._classes[module] = cls
+        follow(model, [module for site, function in acting if function in LAYERS for module in site.modules])
     except BaseException:
         result.undo()
         raise

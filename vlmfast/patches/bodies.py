@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfast.patches import grids, masked_rows, merger, pixel_shuffle, projects, rms_norm, segments, tiles
+from vlmfast.patches import grids, layers, masked_rows, merger, mlp, pixel_shuffle, projects, rms_norm, segments, tiles
 from vlmfast.patches.masked_rows import expanded, flat, masks
 from vlmfast.patches.projects import Named
 
@@ -158,6 +158,18 @@ BODIES = (
     Body(ENCODE, "f317c0bb783b5f55", tiles.encode_tiles, "of crops: LLaVA-NeXT"),
     Body(ENCODE, "97f9768b3829ad6f", tiles.encode_tiles, "of crops: LLaVA-NeXT-Video"),
     Body(PACK_TILES, "23382ecd8a5d4bfb", tiles.pack_tiles, "with newlines and without padding: LLaVA-NeXT"),
+    # Gated MLPs
+    Body("forward", "53cf8d209a685e47", mlp.gated_mlp, "three projections: Llama and most others"),
+    Body("forward", "e623c7e14c4101df", mlp.vision_gated_mlp, "three projections: Qwen2.5-VL's tower"),
+    Body("forward", "b28c02621ea13681", mlp.fused_gated_mlp, "one projection for gate and up: Phi-3, GLM"),
+    # Decoder layers
+    Body("forward", "4ac1461b49a26d73", layers.llama_layer, "two norms: Llama, Qwen2-VL and most others"),
+    Body("forward", "b4a713f46cf63ebc", layers.llama_layer_457, "two norms: Llama of 4.57"),
+    Body("forward", "5f192e3a500f70a5", layers.qwen2_vl_layer_457, "two norms: Qwen2-VL of 4.57"),
+    Body("forward", "0da2d645e1ea3862", layers.qwen3_vl_layer, "two norms: Qwen3-VL"),
+    Body("forward", "326b8b7e1c892d1a", layers.qwen3_vl_layer_457, "two norms: Qwen3-VL of 4.57"),
+    Body("forward", "61fb41a79a35ab3f", layers.qwen3_5_layer, "two norms, attention or what is linear: Qwen3.5"),
+    Body("forward", "1dc83e5eaa9323c7", layers.gemma_layer, "four norms: Gemma 2 and 3"),
     # Projects outside transformers
     Body(
         "forward_mask_encoder", Named("FourM", PACK_VISIBLE), projects.forward_mask_encoder, "packs visible tokens: 4M"

@@ -14,6 +14,7 @@ from vlmfast.functions import accepting
 from vlmfast.host import kept, notices_writes
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings, row_index
 from vlmfast.ops.masked_rows.definition import take_rows
+from vlmfast.patches.residual import forget
 
 # ---- DeepStack ----
 
@@ -24,6 +25,7 @@ def deepstack_process(self: Any, hidden_states: Tensor, visual_pos_masks: Tensor
     transformers 4.57 adds in place, so its recorded ``output_hidden_states`` include what is added after a layer; here,
     as in transformers 5, they are the outputs of the layers.
     """
+    forget(hidden_states)  # which the caller may keep as one of its hidden states
     mask = visual_pos_masks.to(hidden_states.device)
     embeds = visual_embeds.to(hidden_states.device, hidden_states.dtype)
     return accepting(deepstack_add, hidden_states)(hidden_states, _plain(mask), embeds, _shared_row_index(mask))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from vlmfast.modules import replaced_on_instances
+from vlmfast.patches.layers import obstacles
 from vlmfast.patches.plan import find_sites
+from vlmfast.patches.residual import FOLLOWING
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,18 @@ class Placed:
     def rows(self) -> dict[str, str]:
         """Say of each replaced site how many modules run the replacement now, and name sites that were not there."""
         running, others = Counter[str](), Counter[str]()
+        apart: dict[str, Counter[str]] = {}
         for module in self.model.modules():
             cls = type(module)
             for method, name in self.names.get(getattr(cls, "original_class", cls), {}).items():
-                (running if _runs(module, method) else others)[name] += 1
+                runs = _runs(module, method)
+                (running if runs else others)[name] += 1
+                if runs and FOLLOWING in vars(module) and (reasons := Counter(obstacles(module))):
+                    apart.setdefault(name, Counter()).update(reasons)
         rows = {name: count(running[name], "module") for methods in self.names.values() for name in methods.values()}
+        for name, reasons in apart.items():
+            told = "; ".join(f"{number} {reason}" for reason, number in reasons.items())
+            rows[name] += f"; additions apart from their norm: {told}"
         for name, number in others.items():
             rows[name] += f"; {number} not: replaced again or new since the patch"
         for site in find_sites(self.model):

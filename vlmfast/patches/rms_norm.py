@@ -11,22 +11,17 @@ import torch
 from torch import Tensor
 
 from vlmfast.ops.rms_norm import rms_norm
+from vlmfast.patches.residual import NORMS, taken
 
 
 def llama_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace LlamaRMSNorm.forward, which rounds before the weight, and its many copies."""
-    try:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    except TypeError:
-        return _upstream(self, hidden_states)
+    return _normalise(self, hidden_states, self.weight, self.variance_epsilon)
 
 
 def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace Llama4TextRMSNorm.forward: as Llama's, under other names."""
-    try:
-        return rms_norm(x, self.weight, self.eps)
-    except TypeError:
-        return _upstream(self, x)
+    return _normalise(self, x, self.weight, self.eps)
 
 
 def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -41,34 +36,22 @@ def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
-    try:
-        return rms_norm(x, self.weight, self.eps, "gemma")
-    except TypeError:
-        return _upstream(self, x)
+    return _normalise(self, x, self.weight, self.eps, "gemma")
 
 
 def olmo_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Olmo2RMSNorm.forward and its copies: the weight is multiplied in float32."""
-    try:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, "olmo")
-    except TypeError:
-        return _upstream(self, hidden_states)
+    return _normalise(self, hidden_states, self.weight, self.variance_epsilon, "olmo")
 
 
 def moshi_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace MoshiRMSNorm.forward: as OLMo's, under other names."""
-    try:
-        return rms_norm(x, self.weight, self.eps, "olmo")
-    except TypeError:
-        return _upstream(self, x)
+    return _normalise(self, x, self.weight, self.eps, "olmo")
 
 
 def gemma4_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Gemma4RMSNorm.forward: as OLMo's, or without a weight."""
-    try:
-        return rms_norm(hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
-    except TypeError:
-        return _upstream(self, hidden_states)
+    return _normalise(self, hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
 
 
 def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
@@ -101,7 +84,29 @@ def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     return gated.to(hidden_states.dtype)
 
 
+def _normalise(self: Any, x: Tensor, weight: Tensor | None, eps: float, variant: str = "llama") -> Tensor:
+    left = taken(self, x)
+    if left is not None:
+        return left
+    try:
+        return rms_norm(x, weight, eps, variant)
+    except TypeError:
+        return _upstream(self, x)
+
+
 def _upstream(self: Any, *inputs: Tensor) -> Tensor:
     """Run the replaced method, also after the patch, which these functions outlive."""
     output: Tensor = getattr(self, "original_class", type(self)).forward(self, *inputs)
     return output
+
+
+# Those whose rows an addition may normalise as well: how their modules name eps, and the variant.
+NORMS.update(
+    {
+        llama_rms_norm: ("variance_epsilon", "llama"),
+        llama4_rms_norm: ("eps", "llama"),
+        gemma_rms_norm: ("eps", "gemma"),
+        olmo_rms_norm: ("variance_epsilon", "olmo"),
+        moshi_rms_norm: ("eps", "olmo"),
+    }
+)

@@ -18,6 +18,7 @@ from torch import nn
 
 from vlmfast.modules import made_around
 from vlmfast.patches import rms_norm
+from vlmfast.patches.residual import FOLLOWING
 
 
 class PatchedType(type):
@@ -51,6 +52,9 @@ class PatchedModule:
         cls = type(self)
         own = self.original_class if is_swapped(cls) else cls
         rebuild, *arguments = (own if item is cls else item for item in (rebuild, *arguments))
+        state = [
+            {k: v for k, v in part.items() if k != FOLLOWING} if isinstance(part, dict) else part for part in state
+        ]
         return rebuild, tuple(arguments), *state
 
     def __copy__(self) -> Any:
@@ -85,10 +89,13 @@ def is_swapped(cls: type) -> bool:
 def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
     """Make a subclass of ``cls`` that passes for it, with these methods."""
     passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), {**passing, "original_class": cls})
-    made.replacements = {name: _while_patched(made, name, function) for name, function in methods.items()}
-    for name, function in made.replacements.items():
-        setattr(made, name, function)
+    itself: list[type] = []
+    replacing = {name: _while_patched(itself, name, function) for name, function in methods.items()}
+    # in the class as it is made: what transformers wraps for gradient checkpointing is what it finds then
+    members = {**passing, **replacing, "original_class": cls}
+    made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), members)
+    made.replacements = {name: vars(made)[name] for name in methods}
+    itself.append(made)
     return made  # type: ignore[no-any-return]
 
 
@@ -97,19 +104,19 @@ def _type_over(kind: type) -> type:
     return PatchedType if kind is type else type(PatchedType.__name__, (PatchedType, kind), {})
 
 
-def _while_patched(cls: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _while_patched(itself: list[type], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Have a method that somebody keeps (``model.forward`` in a partial, a wrapper, a compiler) end with its patch.
 
-    On a module that is no longer of ``cls`` it runs what the class of the module has by then. The methods of norms do
-    not ask, which would make a norm of one row 5 to 20% slower: one that is kept goes on calling the op, with the
-    weights of its module.
+    On a module that is no longer of the class in ``itself``, made after its methods, it runs what the class of the
+    module has by then. The methods of norms do not ask, which would make a norm of one row 5 to 20% slower: one that is
+    kept goes on calling the op, with the weights of its module.
     """
     if function.__module__ == rms_norm.__name__:
         return function
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, cls):
+        if isinstance(self, itself[0]):
             return function(self, *args, **kwargs)
         return getattr(type(self), name)(self, *args, **kwargs)
 
@@ -124,6 +131,7 @@ def set_class(module: nn.Module, cls: type) -> None:
     old = type(module)
     module.__class__ = cls
     stored = vars(module)
+    stored.pop(FOLLOWING, None)
     for name in {*vars(cls).get("replacements", ()), *vars(old).get("replacements", ())}:
         for key in (name, f"_old_{name}", f"_original_{name}"):
             anew = made_around(stored.get(key), getattr(old, name), getattr(cls, name))

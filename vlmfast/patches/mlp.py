@@ -1,0 +1,71 @@
+"""Gated MLPs: the activation of the gate and the product in one launch, between the projections that the module has."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmfast.modules import is_bare
+from vlmfast.ops.silu_mul import silu_mul
+from vlmfast.torch_internals import is_compiling
+
+
+def gated_mlp(self: Any, x: Tensor) -> Tensor:
+    """Replace LlamaMLP.forward and its copies."""
+    activation = activation_of(self.act_fn)
+    if activation is None:
+        output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    else:
+        output = self.down_proj(_gated(self.act_fn, activation, self.gate_proj(x), self.up_proj(x)))
+    return output
+
+
+def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
+    """Replace Qwen2_5_VLMLP.forward: as Llama's, its parameter under another name."""
+    return gated_mlp(self, hidden_state)
+
+
+def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replace Phi3MLP.forward and its copies: one projection makes the gate and what it lets through."""
+    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    activation = activation_of(self.activation_fn)
+    if activation is None:
+        output: Tensor = self.down_proj(up * self.activation_fn(gate))
+    else:
+        output = self.down_proj(_gated(self.activation_fn, activation, gate, up))
+    return output
+
+
+def activation_of(act_fn: nn.Module) -> str | None:
+    """Name the activation for `silu_mul`; None where it is another, has a hook, or a compiler sees it better."""
+    kind = type(act_fn)
+    if is_compiling() or not isinstance(act_fn, nn.Module) or not is_bare(act_fn):
+        return None
+    if kind is nn.SiLU:
+        return None if act_fn.inplace else "silu"
+    if kind.__module__ != "transformers.activations":
+        return None
+    if kind.__name__ == "SiLUActivation":
+        return "silu"
+    act: Any = getattr(act_fn, "act", None)
+    is_tanh = isinstance(act, partial) and act.func is F.gelu and act.keywords == {"approximate": "tanh"}
+    return "gelu_tanh" if is_tanh and kind.__name__ in ("GELUTanh", "PytorchGELUTanh") else None
+
+
+def _gated(act_fn: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``act_fn(gate) * up``.
+
+    By upstream's own lines in float32 on a CPU, where the last bits of an exponential are those of torch's vectors, and
+    for tensors that the op does not take.
+    """
+    if not (gate.is_cpu and gate.dtype == torch.float32):
+        try:
+            return silu_mul(gate, up, activation)
+        except (TypeError, ValueError):
+            pass
+    product: Tensor = act_fn(gate) * up
+    return product
