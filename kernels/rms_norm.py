@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.common.kernel import aligned, alignment, kernel
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel, limited
 from vlmfast.kernels.common.launch import (
     as_rows,
     ceil_div,
@@ -15,6 +15,8 @@ from vlmfast.kernels.common.launch import (
     norm_config_for,
     on_device,
     processors,
+    shared_memory,
+    stages_for,
 )
 from vlmfast.kernels.common.partial_sums import sum_partials
 
@@ -35,6 +37,7 @@ def _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED: tl.constexp
 
 
 @kernel
+@limited("rows that are no power of two are padded to one, and idle threads take their instructions too")
 def rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -73,6 +76,9 @@ def rms_norm_kernel(
 
 
 @kernel
+@limited(
+    "rows are padded to a power of two; of 600 rows of 2048 or 9600 of 128, each program has no more than three steps"
+)
 def rms_norm_backward_kernel(
     grad_output_ptr,
     x_ptr,
@@ -91,6 +97,7 @@ def rms_norm_backward_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Store r * (g - n * mean(g * n)) with r the inverse rms, n = x * r, g = grad_output * weight.
 
@@ -100,9 +107,11 @@ def rms_norm_backward_kernel(
     grad_output_row_stride, x_row_stride = aligned(grad_output_row_stride, ALIGNED), aligned(x_row_stride, ALIGNED)
     grad_residual_row_stride = aligned(grad_residual_row_stride, ALIGNED)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    weight = _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED)
+    # for each row, or the compiler spreads all rows over the threads as it does a single one
+    columns = tl.broadcast_to(column, (BLOCK_ROWS, BLOCK_COLUMNS))
+    weight = _load_weight(weight_ptr, weight_offset, columns, hidden, ROUNDED)
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
         mask = (row < rows) & (column < hidden)
         x = tl.load(x_ptr + row * x_row_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -112,7 +121,8 @@ def rms_norm_backward_kernel(
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / hidden + eps)
         normed = x * inverse_rms
         scaled = grad * weight
-        grad_x = inverse_rms * (scaled - normed * (tl.sum(scaled * normed, 1, keep_dims=True) / hidden))
+        projection = tl.sum(scaled * normed, 1, keep_dims=True) / -hidden  # negated once, not for each element
+        grad_x = inverse_rms * (scaled + normed * projection)
         if grad_residual_ptr is not None:
             grad_x += grad_residual.to(tl.float32)
         tl.store(grad_x_ptr + row * hidden + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -191,6 +201,7 @@ def rms_norm_backward(
     rows, hidden = x.shape
     config = norm_config_for(hidden, backward=True)
     programs = min(ceil_div(rows, config.BLOCK_ROWS), 2 * processors(x))
+    step = (2 if grad_residual is None else 3) * x.element_size() * config.BLOCK_ROWS * config.BLOCK_COLUMNS
     partials = x.new_empty(programs, hidden, dtype=torch.float32) if weight_grad else None
     with on_device(x):
         rms_norm_backward_kernel[(programs,)](
@@ -198,6 +209,7 @@ def rms_norm_backward(
             *(grad_output.stride(0), x.stride(0), residual_stride, rows, hidden, eps),
             *_order(x, weight if weight_grad else None, variant),
             ALIGNED=alignment(hidden, grad_output.stride(0), x.stride(0), residual_stride),
+            STAGES=stages_for(step, shared_memory(x)),
             **vars(config),
         )
     return grad_x, sum_partials(partials, weight.dtype) if weight_grad else no_gradient

@@ -36,3 +36,16 @@ def alignment(*numbers: int) -> int:
 def aligned(number, ALIGNED: tl.constexpr):
     """Return ``number``, a multiple of ALIGNED, as arithmetic that shows the compiler so; a hint could be wrong."""
     return number // ALIGNED * ALIGNED
+
+
+def limited(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Say, under `kernel`, why one cannot have as many bytes in flight at every real shape as an H200 needs.
+
+    Or why it takes more than four instructions for each of them. The report of `make static` shows it.
+    """
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.limited = reason
+        return function
+
+    return mark

@@ -49,14 +49,24 @@ def config_for(hidden: int) -> RowsConfig:
 def norm_config_for(hidden: int, backward: bool = False) -> RowsConfig:
     """Give each thread 32 elements, for bfloat16 four 16-byte loads in flight; half as many in the backward.
 
-    The backward holds three operands and the weight gradient at once. Narrow rows share a program: with one head of 128
-    channels per program, seven eighths of it would idle.
+    The backward holds three operands and the weight gradient at once, and has what comes next in flight: `stages_for`.
+    Narrow rows share a program: with one head of 128 channels per program, seven eighths of it would idle.
     """
     per_thread = 16 if backward else 32
     columns = next_power_of_two(hidden)
-    rows = min(64, max(1, 64 * per_thread // columns))  # more would only spread narrow rows over more registers
+    rows = min(64, max(1, 2048 // columns))  # more would only spread narrow rows over more registers
     warps = min(16, max(4, columns // (32 * per_thread)))
     return RowsConfig(BLOCK_ROWS=rows, BLOCK_COLUMNS=columns, num_warps=warps)
+
+
+def stages_for(step: int, shared: int) -> int:
+    """Say in how many stages a persistent norm loads what it takes at a step, so many bytes: one is the step itself.
+
+    Registers leave few programs a multiprocessor. In two of them copies that pass the registers by, 24 KiB in each, are
+    the 48 KiB in flight that an H200 needs. AMD's shared memory is too small.
+    """
+    ahead = ceil_div(24 << 10, step)
+    return 1 + ahead if 64 << 10 < shared >= 2 * ahead * step else 1
 
 
 def device_unsupported(x: Tensor) -> str | None:

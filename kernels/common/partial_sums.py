@@ -10,7 +10,9 @@ from torch import Tensor
 from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import RowsConfig, ceil_div, on_device
 
-CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=32, num_warps=4)
+# Two sectors of each row, for a program on nearly every multiprocessor; the copies of four steps are 16 KiB in flight.
+CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=16, num_warps=4)
+STAGES = 5
 
 
 @kernel
@@ -22,12 +24,13 @@ def sum_partials_kernel(
     ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Add up the rows of ``partial``."""
     hidden = aligned(hidden, ALIGNED)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, partials, BLOCK_ROWS):
+    for start in tl.range(0, partials, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None]
         total += tl.load(
             partial_ptr + row.to(tl.int64) * hidden + column, mask=(row < partials) & (column < hidden), other=0.0
@@ -41,6 +44,6 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     total = partials.new_empty(hidden, dtype=dtype)
     with on_device(partials):
         sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](
-            partials, total, rows, hidden, ALIGNED=alignment(hidden), **vars(CONFIG)
+            partials, total, rows, hidden, ALIGNED=alignment(hidden), STAGES=STAGES, **vars(CONFIG)
         )
     return total
