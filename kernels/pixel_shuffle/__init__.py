@@ -16,6 +16,8 @@ from vlmfast.kernels.common.launch import (
     device_unsupported,
     on_device,
     processors,
+    shared_memory,
+    stages_for,
     with_contiguous_rows,
 )
 from vlmfast.kernels.common.partial_sums import sum_partials
@@ -158,6 +160,7 @@ def pixel_shuffle_norm_backward(
             *(*grad_output.stride()[:2], *x.stride()[:2], rows),
             channels=channels,
             ALIGNED=alignment(channels, *grad_output.stride()[:2], *x.stride()[:2]),
+            STAGES=stages_for(2 * x.element_size() * config.BLOCK_ROWS * padded(patches, channels), shared_memory(x)),
             eps=norm_eps,
             SCALE=scale,
             PATCHES=patches,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config, next_power_of_two, norm_config_for
 from vlmfast.kernels.pixel_shuffle.patch_map import load_scaled, locate, offset_of
 
@@ -59,6 +59,7 @@ def centre(x, mask, size):
 
 
 @kernel
+@limited("the mean is taken twice, to be exact where it is far from zero: four sums over patches and channels")
 def pixel_shuffle_norm_kernel(
     x_ptr,
     weight_ptr,
@@ -104,6 +105,7 @@ def pixel_shuffle_norm_kernel(
 
 
 @kernel
+@limited("six sums over patches and channels, and a program has but one step in an image: all is in flight at once")
 def pixel_shuffle_norm_backward_kernel(
     grad_output_ptr,
     x_ptr,
@@ -129,6 +131,7 @@ def pixel_shuffle_norm_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Store input_scale * r * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * r, g = grad_output * weight.
 
@@ -144,7 +147,7 @@ def pixel_shuffle_norm_backward_kernel(
     weight = tl.load(weight_ptr + part * channels + channel, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_PATCHES, BLOCK_CHANNELS), tl.float32)
     grad_bias = tl.zeros((BLOCK_ROWS, BLOCK_PATCHES, BLOCK_CHANNELS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]
         mask = (row < rows) & inside
         batch, token, place, position = locate(row * PATCHES + part, height, width, SCALE, SCALE, BY_COLUMN)
