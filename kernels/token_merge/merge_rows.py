@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config
 from vlmfast.kernels.token_merge.merge_slots import at
 
@@ -27,9 +27,12 @@ class MergeRowsConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(contextual: int, wide: bool) -> "MergeRowsConfig":
-        """Take columns of two sectors, rather than leave half of a GPU idle; few or many targets."""
+        """Take columns of two sectors, rather than leave half of a GPU idle.
+
+        Of 64 targets Triton 3.9 makes a wgmma, whose tile, which has a second use, its pipeline overwrites.
+        """
         return MergeRowsConfig(
-            BLOCK_TARGETS=16 if wide or contextual <= 16 else 64,
+            BLOCK_TARGETS=16 if wide or contextual <= 16 else 32,
             BLOCK_COLUMNS=32,
             BLOCK_TOKENS=32,
             num_warps=4,
@@ -38,6 +41,7 @@ class MergeRowsConfig(Config):
 
 
 @kernel
+@limited("a program has few columns and steps of 32 tokens: more of them, and sums behind the loop, spill registers")
 def merge_rows_kernel(
     x_ptr,
     slot_ptr,
@@ -105,6 +109,7 @@ def merge_rows_kernel(
 
 
 @kernel
+@limited("every program counts in all slots of a sequence how many tokens share the targets of its own")
 def merge_rows_backward_kernel(
     grad_tokens_ptr,
     slot_ptr,
