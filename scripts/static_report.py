@@ -8,7 +8,8 @@ Registers, spills, shared memory and the widths of global accesses are those of 
 machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
 numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
 csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must: see tests/helpers/traffic.py;
-`executed` how many instructions of the compiled kernels the generated tests run: see tests/ptx/.
+`executed` how many instructions of the compiled kernels the generated tests run: see tests/ptx/; `saturation` whether
+they can keep the memory of an H200 busy.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
     return {
         "traffic": lambda: run("-m", "tests.helpers.traffic", interpret=True),
         "executed": lambda: run("-m", "tests.ptx.coverage", interpret=True),
+        "saturation": lambda: run("-m", "tests.ptx.saturation", interpret=True),
         "triton": of_triton,
         "cuda": lambda: of_cuda(found_nvcc()),
     }

@@ -36,6 +36,8 @@ class Compiled:
     shared: int  # bytes of dynamic shared memory
     passed: list[str]  # the arguments that are parameters of the PTX, in their order
     divisible: list[str]  # those of them that the compiler takes for multiples of 16
+    registers: int = 0  # of a thread, and what ptxas made of the PTX, where they were asked for
+    code: str = ""
 
 
 @functools.cache
@@ -82,7 +84,9 @@ def _constants(function: Callable[..., None]) -> set[str]:
     return {p.name for p in parameters if "constexpr" in str(p.annotation)}
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: str) -> Compiled:
+def compiled(
+    kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: str, code: bool = False
+) -> Compiled:
     """Compile a kernel, or find it compiled, as the JIT would for these arguments.
 
     Args:
@@ -90,12 +94,13 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], ta
         arguments: those of the launch, by name.
         options: those of `OPTIONS` that the launch gives.
         target: "sm_90", for one.
+        code: whether the registers and the machine code are asked for.
     """
     function, left = kernel.fn, kernel.kwargs.get("do_not_specialize") or ()
     constants = _constants(function)
     kinds = {n: value if n in constants else _kind(value, n not in left) for n, value in arguments.items()}
     request = {"module": function.__module__, "kernel": function.__name__, "arguments": kinds}
-    return _compiled(json.dumps({**request, "options": options, "target": target}))
+    return _compiled(json.dumps({**request, "options": options, "target": target, "code": code}))
 
 
 @functools.cache
@@ -151,10 +156,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         else:
             arguments[name] = kind
     source = source_of(kernel, arguments, request["target"])
+    triton.knobs.runtime.add_stages_inspection_hook = None if request["code"] else _without_ptxas
     found = triton.compile(source, target=TARGETS[request["target"]], options=request["options"])
     passed = [name for name, kind in source.signature.items() if kind != "constexpr"]
     divisible = [parameter.name for index, parameter in enumerate(kernel.params) if (index,) in source.attrs]
-    return {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed, "divisible": divisible}
+    answer = {"ptx": found.asm["ptx"], "shared": found.metadata.shared, "passed": passed, "divisible": divisible}
+    return answer | (_code(found.asm["cubin"]) if request["code"] else {})
 
 
 def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
@@ -165,10 +172,25 @@ def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[st
     return None
 
 
-def main() -> None:
-    from triton import knobs
+def _code(cubin: bytes) -> dict[str, Any]:
+    """Take a kernel's machine code apart, by the tools that come with Triton."""
+    import triton
 
-    knobs.runtime.add_stages_inspection_hook = _without_ptxas
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    environment = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ.get("PATH", "")])}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        pipe = {"env": environment, "capture_output": True, "text": True, "check": True}
+        usage, code = (
+            subprocess.run([folder / "cuobjdump", option, file.name], **pipe).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    code = "\n".join(line for line in code.splitlines() if ";" in line)  # without the bits of each instruction
+    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "code": code}
+
+
+def main() -> None:
     for line in sys.stdin:
         try:
             answer = _answer(json.loads(line))

@@ -1,0 +1,71 @@
+"""Whether kernels can saturate an H200: how that is read off the machine code, and what the report says of each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.helpers import in_flight
+from tests.helpers.cases import require
+from tests.ptx import saturation
+from vlmfast.benchmarks.ops import STATIC_REPORT
+from vlmfast.registry import OPS
+
+
+def code(*lines: str) -> str:
+    return "\n".join(f"/*{16 * at:04x}*/  {line} ;" for at, line in enumerate(lines))
+
+
+def test_a_load_is_under_way_until_its_register_is_used() -> None:
+    apart = code("LDG.E.128 R4, desc[UR4][R2.64]", "FADD R8, R7, R8", "LDG.E.128 R4, desc[UR4][R2.64+0x10]")
+    together = code("LDG.E.128 R4, desc[UR4][R2.64]", "@P0 LDG.E.64 R8, desc[UR4][R2.64]", "FADD R9, R9, R4")
+    assert (in_flight.outstanding(apart), in_flight.outstanding(together)) == (16, 24)
+    overwritten = code("LDG.E R4, desc[UR4][R2.64]", "CS2R R4, SRZ", "LDG.E.U16 R6, desc[UR4][R2.64]")
+    assert in_flight.outstanding(overwritten) == 4
+    stored = code("LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4", "LDG.E R8, desc[UR4][R2.64]")
+    assert in_flight.outstanding(stored) == 16
+
+
+def test_a_copy_is_under_way_until_its_group_is_waited_for() -> None:
+    copy = "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]"
+    pipeline = code(copy, "LDGDEPBAR", copy, "LDGDEPBAR", "DEPBAR.LE SB0, 0x1", copy, "LDGDEPBAR")
+    assert in_flight.outstanding(pipeline) == 32
+    assert in_flight.outstanding(pipeline.replace("0x1 ", "0x0 ")) == 32
+    assert in_flight.outstanding(code(copy, "LDGDEPBAR", "DEPBAR.LE SB0, 0x0", copy, copy)) == 32
+    assert in_flight.outstanding(code(copy, "LDGDEPBAR", copy, copy)) == 48
+
+
+def test_registers_and_shared_memory_say_how_many_blocks_there_are() -> None:
+    assert in_flight.resident(registers=32, warps=8, shared=0) == 8  # 64 warps
+    assert in_flight.resident(registers=101, warps=8, shared=0) == 2
+    assert in_flight.resident(registers=32, warps=1, shared=0) == 32
+    assert in_flight.resident(registers=32, warps=4, shared=100 << 10) == 2
+    load = code("LDG.E.128 R4, desc[UR4][R2.64]")
+    assert in_flight.in_flight(load, 32, 4, 0, programs=66) == 128 * 16 // 2  # a program on every second one
+    assert in_flight.in_flight(load, 32, 4, 0, programs=10**6) == 16 * 128 * 16
+
+
+@pytest.mark.parametrize("change", ["none", "one stage"])
+def test_the_backward_of_a_norm_keeps_memory_busy(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2048 columns: with what it reads next under way; without, a third of what is needed."""
+    op = OPS["rms_norm_backward"]
+    require(op, saturation.PLACE)
+    if change == "one stage":
+        monkeypatch.setattr("vlmfast.kernels.rms_norm.stages_for", lambda *_: 1)
+    (record,) = (
+        record
+        for record in saturation.records(op)
+        if (record["workload"], record["kernel"]) == ("600x2048", "rms_norm_backward_kernel")
+    )
+    assert saturation.falls_short(record) == (change == "one stage")
+    if change == "none":
+        assert record["in_flight"] >= in_flight.NEEDED
+
+
+def test_report_says_why_a_kernel_falls_short() -> None:
+    """benchmarks/results/static.json: `make static` writes it."""
+    found = json.loads(STATIC_REPORT.read_text())["saturation"]
+    assert {record["op"] for record in found} <= {op.name for op in saturation.BOUND_BY_MEMORY}
+    assert "rms_norm_backward" in {record["op"] for record in found}
+    assert not [record for record in found if saturation.falls_short(record) and "limited" not in record]
