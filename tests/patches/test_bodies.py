@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from tests.helpers.patches_models import assert_same, tiny
+from tests.patches.test_attention import CLASSES as ATTENTIONS
 from tests.patches.test_grids import TOWERS
 from tests.patches.test_layers import FAMILIES as LAYERED
 from tests.patches.test_masked_rows import DEEPSTACK
@@ -293,7 +294,7 @@ def test_each_body_has_a_class_here():
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("not every body is in this transformers")
     here = {key for key, body in KNOWN.items() if not re.search(r" of \d+\.\d+$", body.says)}
-    methods = {NORMS: ("forward",), MASKS: PLACING, SHUFFLES: ("pixel_shuffle",)}
+    methods = {NORMS: ("forward",), ATTENTIONS: ("forward",), MASKS: PLACING, SHUFFLES: ("pixel_shuffle",)}
     found = [look_up(name, *methods[names]) for names in methods for name in names]
     seen = {source(*place).digest for place in found if place is not None}
     models = [

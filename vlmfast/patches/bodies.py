@@ -11,7 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfast.patches import grids, layers, masked_rows, merger, mlp, pixel_shuffle, projects, rms_norm, segments, tiles
+from vlmfast.patches import (
+    attention,
+    grids,
+    layers,
+    masked_rows,
+    merger,
+    mlp,
+    pixel_shuffle,
+    projects,
+    rms_norm,
+    segments,
+    tiles,
+)
 from vlmfast.patches.masked_rows import expanded, flat, masks
 from vlmfast.patches.projects import Named
 
@@ -170,6 +182,39 @@ BODIES = (
     Body("forward", "326b8b7e1c892d1a", layers.qwen3_vl_layer_457, "two norms: Qwen3-VL of 4.57"),
     Body("forward", "61fb41a79a35ab3f", layers.qwen3_5_layer, "two norms, attention or what is linear: Qwen3.5"),
     Body("forward", "1dc83e5eaa9323c7", layers.gemma_layer, "four norms: Gemma 2 and 3"),
+    # Attention of decoders
+    Body("forward", "3dbdad7fe8d9cbaa", attention.attends_optional(), "Llama, Gemma, Cohere and others"),
+    Body("forward", "fd0b80116c462244", attention.attends_cached(), "Llama and others of 4.57"),
+    Body("forward", "e55867e41fa34d69", attention.attends(attention.window), "with a window: Qwen2"),
+    Body("forward", "e181b0a27dd2c6c0", attention.attends_cached(attention.window), "with a window: Qwen2 of 4.57"),
+    Body(
+        "forward", "fcc949dea00cb9bf", attention.attends(attention.configured_window), "with a window: Mistral, Mixtral"
+    ),
+    Body("forward", "39da9e934223c397", attention.attends_cached(attention.configured_window), "Mistral of 4.57"),
+    Body("forward", "fc92d9516aac7b08", attention.attends(normed=True), "with norms: Qwen3-VL"),
+    Body("forward", "bdee13b387578ecd", attention.attends_cached(normed=True), "with norms: Qwen3-VL of 4.57"),
+    Body("forward", "71aca1ba5aa117de", attention.attends(attention.window, normed=True), "window, norms: Qwen3"),
+    Body("forward", "ba7e13848f009281", attention.attends_cached(attention.window, normed=True), "Qwen3 of 4.57"),
+    Body("forward", "c3205f56b36c2f67", attention.qwen2_vl_attention, "told the positions: Qwen2-VL, Qwen2.5-VL"),
+    Body("forward", "15169cc84ebeb06f", attention.qwen2_vl_attention_457, "with M-RoPE by sections: Qwen2-VL of 4.57"),
+    Body("forward", "7602c8a61a4b108f", attention.attends_optional(attention.capped_window), "with a cap: Gemma 2"),
+    Body(
+        "forward", "4409cb583473a106", attention.attends_cached(attention.capped_window), "with a cap: Gemma 2 of 4.57"
+    ),
+    Body(
+        "forward",
+        "4cdff23a90abf07c",
+        attention.attends_optional(attention.window, normed=True),
+        "window, norms: Gemma 3",
+    ),
+    Body("forward", "fb3e768bf8915985", attention.attends_cached(attention.window, normed=True), "Gemma 3 of 4.57"),
+    Body(
+        "forward",
+        "1da0b6810adddba4",
+        attention.attends(normed=True, gated=True),
+        "norms and a gate: Qwen3.5, Qwen3-Next",
+    ),
+    Body("forward", "61745e41a450e714", attention.attends_cached(normed=True, gated=True), "Qwen3-Next of 4.57"),
     # Projects outside transformers
     Body(
         "forward_mask_encoder", Named("FourM", PACK_VISIBLE), projects.forward_mask_encoder, "packs visible tokens: 4M"

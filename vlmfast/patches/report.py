@@ -31,6 +31,7 @@ class Placed:
         """Say of each replaced site how many modules run the replacement now, and name sites that were not there."""
         running, others = Counter[str](), Counter[str]()
         apart: dict[str, Counter[str]] = {}
+        unfused: dict[str, Counter[str]] = {}
         for module in self.model.modules():
             cls = type(module)
             for method, name in self.names.get(getattr(cls, "original_class", cls), {}).items():
@@ -38,10 +39,15 @@ class Placed:
                 (running if runs else others)[name] += 1
                 if runs and FOLLOWING in vars(module) and (reasons := Counter(obstacles(module))):
                     apart.setdefault(name, Counter()).update(reasons)
+                why = getattr(getattr(cls, method, None), "unfused", None)  # part of it runs as modules
+                if why is not None and (reason := why(module)):
+                    unfused.setdefault(name, Counter())[reason] += 1
         rows = {name: count(running[name], "module") for methods in self.names.values() for name in methods.values()}
         for name, reasons in apart.items():
             told = "; ".join(f"{number} {reason}" for reason, number in reasons.items())
             rows[name] += f"; additions apart from their norm: {told}"
+        for name, reasons in unfused.items():
+            rows[name] += "".join(f"; {number} with norms apart: {reason}" for reason, number in reasons.items())
         for name, number in others.items():
             rows[name] += f"; {number} not: replaced again or new since the patch"
         for site in find_sites(self.model):

@@ -1,0 +1,285 @@
+"""Attention of decoders: `vlmfast.qk_norm_rope` between projections and cache, on the modules of the attention.
+
+Whatever module upstream calls is called here too, so that adapters, quantised projections and hooks work. The norms of
+queries and keys are part of the op while they are no more than their weights, and otherwise modules as well. Caches,
+attention functions and what they are told are upstream's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.backends import PLAIN
+from vlmfast.checks import DTYPES
+from vlmfast.modules import is_bare
+from vlmfast.ops.rope import qk_norm_rope
+from vlmfast.ops.rope.definition import MAX_HEAD_DIM
+from vlmfast.patches.residual import NORMS
+from vlmfast.patches.upstream import names_of
+from vlmfast.torch_internals import is_compiling
+
+Attended = tuple[Tensor, "Tensor | None"]
+Told = Callable[[Any], dict[str, Any]]
+
+
+# ---- what attention functions are told beside what all are ----
+
+
+def nothing(self: Any) -> dict[str, Any]:
+    """Tell nothing: Llama, Qwen3-VL."""
+    return {}
+
+
+def window(self: Any) -> dict[str, Any]:
+    """Tell the sliding window, which some layers have: Qwen2, Qwen3, Gemma 3."""
+    return {"sliding_window": self.sliding_window}
+
+
+def configured_window(self: Any) -> dict[str, Any]:
+    """Tell the sliding window of the configuration, which all layers have: Mistral."""
+    return {"sliding_window": getattr(self.config, "sliding_window", None)}
+
+
+def capped_window(self: Any) -> dict[str, Any]:
+    """Tell the cap of the scores as well: Gemma 2."""
+    return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
+
+
+# ---- replacements: each makes a function with the parameters of some bodies ----
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one attention differs from another.
+
+    Attributes:
+        told: makes what its attention function is told beside what all are.
+        normed: queries and keys are normalised, by ``q_norm`` and ``k_norm``.
+        gated: the projection of queries gives a gate of the output too.
+    """
+
+    told: Told = nothing
+    normed: bool = False
+    gated: bool = False
+
+
+def attends(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
+    """Make the function for a body such as Qwen3VLTextAttention.forward."""
+    kind = Kind(told, **differences)
+
+    def attend(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        attention_mask: Any,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Attended:
+        return _attend(self, kind, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+
+    return _of_kind(attend, kind)
+
+
+def attends_optional(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
+    """Make the function for a body such as LlamaAttention.forward, whose parameters have defaults."""
+    kind = Kind(told, **differences)
+
+    def attend(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Attended:
+        return _attend(self, kind, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+
+    return _of_kind(attend, kind)
+
+
+def attends_cached(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
+    """Make the function for a body of transformers 4.57, which tells its cache the positions and the angles."""
+    kind = Kind(told, **differences)
+
+    def attend(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        attention_mask: Any,
+        past_key_values: Any = None,
+        cache_position: Any = None,
+        **kwargs: Any,
+    ) -> Attended:
+        cached = {"cache_position": cache_position}
+        return _attend(self, kind, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, cached)
+
+    return _of_kind(attend, kind)
+
+
+def qwen2_vl_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: Any = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> Attended:
+    """Replace Qwen2VLAttention.forward: flash attention is told the positions."""
+    kwargs = {"position_ids": position_ids, **kwargs}
+    return _attend(self, _WINDOWED, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+
+
+def qwen2_vl_attention_457(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    past_key_values: Any = None,
+    output_attentions: bool = False,
+    use_cache: bool = False,
+    cache_position: Any = None,
+    position_embeddings: Any = None,
+    **kwargs: Any,
+) -> Attended:
+    """Replace Qwen2VLAttention.forward of transformers 4.57, which has angles of three axes."""
+    kwargs, cached = {"position_ids": position_ids, **kwargs}, {"cache_position": cache_position}
+    sections = self.rope_scaling["mrope_section"]
+    return _attend(
+        self, _WINDOWED, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs, cached, sections
+    )
+
+
+_WINDOWED = Kind(window)
+
+
+def _of_kind(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+    """Have the report ask a function that normalises why it does not fuse the norms of a module."""
+    if kind.normed:
+        function.unfused = unfused_norms  # type: ignore[attr-defined]
+    return function
+
+
+def unfused_norms(module: Any) -> str | None:
+    """Say why the norms of queries and keys are called as modules, or None where they are part of the op."""
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(module, name)
+        if type(norm).forward not in NORMS:
+            return f"{name} is a {type(norm).__name__} whose forward is not replaced"
+        if not is_bare(norm):
+            return f"{name} has a hook or a forward of its own"
+    dtype = module.q_norm.weight.dtype
+    if _fusable(module.q_norm, module.k_norm, dtype) is None:
+        return "q_norm and k_norm differ in more than the numbers of their weights"
+    return None
+
+
+# ---- what all of them do ----
+
+
+def _attend(
+    self: Any,
+    kind: Kind,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Any,
+    past_key_values: Any,
+    kwargs: dict[str, Any],
+    cached: dict[str, Any] | None = None,
+    sections: Any = None,
+) -> Attended:
+    """Attend to the tokens as upstream does; ``cached`` is what its cache is told beside the angles."""
+    if (
+        is_compiling()
+    ):  # upstream's own lines: Inductor fuses them, and traces no table of attention functions but theirs
+        told = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs, **(cached or {})}
+        compiled: Attended = self.original_class.forward(
+            self, hidden_states, position_embeddings=position_embeddings, **told
+        )
+        return compiled
+    shape, size = hidden_states.shape[:-1], self.head_dim
+    heads, gate = (*shape, -1, size), None
+    if kind.gated:
+        query, gate = torch.chunk(self.q_proj(hidden_states).view(*shape, -1, 2 * size), 2, dim=-1)
+        gate = gate.reshape(*shape, -1)
+    else:
+        query = self.q_proj(hidden_states).view(heads)
+    key = self.k_proj(hidden_states).view(heads)
+    value_states = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+
+    cos, sin = position_embeddings
+    query_states, key_states = _positioned(self, query, key, cos, sin, kind.normed, sections)
+    if past_key_values is not None:
+        angles = () if cached is None else ({"sin": sin, "cos": cos, **cached},)
+        key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, *angles)
+
+    output, weights = _interface(self, cached is not None)(
+        self,
+        query_states,
+        key_states,
+        value_states,
+        attention_mask,
+        dropout=self.attention_dropout if self.training else 0.0,
+        scaling=self.scaling,
+        **kind.told(self),
+        **kwargs,
+    )
+    output = output.reshape(*shape, -1).contiguous()
+    if gate is not None:
+        output = output * torch.sigmoid(gate)
+    return self.o_proj(output), weights
+
+
+def _positioned(
+    self: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, normed: bool, sections: Any
+) -> tuple[Tensor, Tensor]:
+    """Normalise and turn queries and keys, and see them as attention does: heads before tokens."""
+    dtype = query.dtype
+    if dtype in DTYPES and cos.dtype == dtype and query.shape[-1] <= MAX_HEAD_DIM:
+        how = _fusable(self.q_norm, self.k_norm, dtype) if normed else ("llama", 0.0, None, None)
+        if how is None:
+            query, key, how = self.q_norm(query), self.k_norm(key), ("llama", 0.0, None, None)
+        variant, eps, query_weight, key_weight = how
+        query, key = qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps, variant, sections)
+        return query.transpose(1, 2), key.transpose(1, 2)
+    if normed:
+        query, key = self.q_norm(query), self.k_norm(key)
+    name = "apply_rotary_pos_emb" if sections is None else "apply_multimodal_rotary_pos_emb"
+    turn = _names_of(type(self))[name]
+    angles = (cos, sin) if sections is None else (cos, sin, sections)
+    turned: tuple[Tensor, Tensor] = turn(query.transpose(1, 2), key.transpose(1, 2), *angles)
+    return turned
+
+
+def _fusable(query_norm: Any, key_norm: Any, dtype: torch.dtype) -> tuple[str, float, Tensor, Tensor] | None:
+    """Return variant, eps and weights of norms that are no more than these, or None."""
+    cls = type(query_norm)
+    order = NORMS.get(cls.forward)
+    if order is None or type(key_norm) is not cls or not (is_bare(query_norm) and is_bare(key_norm)):
+        return None
+    name, variant = order
+    eps = getattr(query_norm, name)
+    query_weight, key_weight = query_norm.weight, key_norm.weight
+    same = type(query_weight) in PLAIN and type(key_weight) in PLAIN
+    if not same or query_weight.dtype != dtype or key_weight.dtype != dtype or getattr(key_norm, name) != eps:
+        return None
+    return variant, eps, query_weight, key_weight
+
+
+def _names_of(cls: type) -> dict[str, Any]:
+    """Return what the modelling file of an attention names."""
+    return names_of(getattr(cls, "original_class", cls), "forward")
+
+
+def _interface(module: Any, is_457: bool) -> Callable[..., Any]:
+    """Find the attention function as upstream does."""
+    names, implementation = _names_of(type(module)), module.config._attn_implementation
+    functions, eager = names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
+    if is_457:
+        return eager if implementation == "eager" else functions[implementation]  # type: ignore[no-any-return]
+    return functions.get_interface(implementation, eager)  # type: ignore[no-any-return]
