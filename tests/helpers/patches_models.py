@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import re
 from collections.abc import Callable
@@ -66,6 +67,12 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if any(name in type(module).__name__ for name in NORMS)]
 
 
+def _has_angles(cls: type) -> bool:
+    """Tell whether an attention of a decoder is given angles."""
+    parameters = inspect.signature(cls.forward).parameters
+    return {"position_embeddings", "past_key_values"} <= parameters.keys()
+
+
 def replaceable(model: nn.Module) -> list[nn.Module]:
     """Every module of a common model with a method that is replaced, told by its name as well."""
 
@@ -74,6 +81,7 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
     def known(cls: type) -> bool:
         named = any(name in cls.__name__ for name in NAMES) or TOWERS.fullmatch(cls.__name__)
         named = named or layers.fullmatch(cls.__name__) or cls.__name__ == "Qwen3_5MoeMLP"
+        named = named or (cls.__name__.endswith("Attention") and hasattr(cls, "forward") and _has_angles(cls))
         return any(hasattr(cls, method) for method in METHODS) or (bool(named) and not hasattr(cls, "rot_pos_emb"))
 
     return [module for module in model.modules() if known(type(module))]

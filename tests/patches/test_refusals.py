@@ -38,7 +38,7 @@ def on_the_definition():
 
 # ---- only, exclude, report ----
 
-QWEN3 = {"Qwen3DecoderLayer", "Qwen3MLP", "Qwen3RMSNorm"}
+QWEN3 = {"Qwen3Attention", "Qwen3DecoderLayer", "Qwen3MLP", "Qwen3RMSNorm"}
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,19 @@ def test_report():
     model, _ = tiny("internvl")
     patch = vlmfast.patch(model, exclude="internvl.*")
     first, *sites = patch.report().splitlines()
-    assert first == "<Patch of internvl: 13 modules, 3 sites>:"
+    assert first == "<Patch of internvl: 15 modules, 4 sites>:"
     assert sorted(map(str.split, sites)) == [
         ["internvl.InternVLModel.get_placeholder_mask", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["internvl.InternVLModel.pixel_shuffle", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         ["internvl.InternVLMultiModalProjector.forward", "skipped:", "left", "out", "by", "only", "or", "exclude"],
         [VISION, "skipped:", "left", "out", "by", "only", "or", "exclude"],
+        ["qwen3.Qwen3Attention.forward", "2", "modules"],
         ["qwen3.Qwen3DecoderLayer.forward", "2", "modules"],
         ["qwen3.Qwen3MLP.forward", "2", "modules"],
         ["qwen3.Qwen3RMSNorm.forward", "9", "modules"],
     ]
     patch.undo()
-    assert repr(patch) == "<Patch of internvl: undone, 3 sites>"
+    assert repr(patch) == "<Patch of internvl: undone, 4 sites>"
 
 
 # ---- refusals ----
@@ -200,7 +201,16 @@ def test_unknown_bodies(monkeypatch):
     with pytest.warns(UserWarning, match=f"{gated} is not patched: its body is not one") as caught:
         patch = vlmfast.patch(model)
     assert caught[0].filename == __file__
-    names = {"VisionModel", "VisionAttention", "VisionPatchMerger", "Model", "RMSNorm", "DecoderLayer", "MLP"}
+    names = {
+        "VisionModel",
+        "VisionAttention",
+        "VisionPatchMerger",
+        "Model",
+        "RMSNorm",
+        "DecoderLayer",
+        "MLP",
+        "Attention",
+    }
     assert {type(m).__name__ for m in patched(model)} == {f"Qwen3_5{name}" for name in names}
     assert f"{gated} skipped: its body is not one" in " ".join(patch.report().split())
     patch.undo()

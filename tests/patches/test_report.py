@@ -15,6 +15,7 @@ import vlmfast
 from tests.helpers.patches_models import logits, patched, rms_norms, tiny
 
 LLAMA = "llama.LlamaRMSNorm.forward"
+ATTENTION = "llama.LlamaAttention.forward"
 
 
 @pytest.fixture(autouse=True)
@@ -108,12 +109,13 @@ def test_modules_that_come_and_go():
     model.model.layers = model.model.layers[:-1]
     told = rows(patch)
     assert told.pop(LLAMA) == f"{total + 1} modules"
+    assert told.pop(ATTENTION) == "3 modules"
     (name, text), *more = told.items()
     assert name == f"{__name__}.LigerRMSNorm.forward"
     assert text.startswith("skipped: its body is not one")
     assert not more
     model.model.norm = rms_norms(tiny("qwen2_vl")[0])[0]
-    ((name, text),) = ((name, text) for name, text in rows(patch).items() if name != LLAMA)
+    ((name, text),) = ((name, text) for name, text in rows(patch).items() if name not in (LLAMA, ATTENTION))
     assert (name.rpartition(".")[2], text) == ("forward", "skipped: it came after the patch")
 
 
@@ -200,7 +202,7 @@ def test_norms_that_nothing_covers_are_named(norm: Callable[[], nn.Module], reas
     with pytest.warns(UserWarning, match=f"is not patched: {reason}"):
         patch = vlmfast.patch(model)
     assert model.model.norm not in patched(model)
-    (text,) = (text for site, text in rows(patch).items() if site != LLAMA)
+    (text,) = (text for site, text in rows(patch).items() if site not in (LLAMA, ATTENTION))
     assert text.startswith(f"skipped: {reason}")
 
 
