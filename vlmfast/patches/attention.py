@@ -194,9 +194,7 @@ def _attend(
     sections: Any = None,
 ) -> Attended:
     """Attend to the tokens as upstream does; ``cached`` is what its cache is told beside the angles."""
-    if (
-        is_compiling()
-    ):  # upstream's own lines: Inductor fuses them, and traces no table of attention functions but theirs
+    if is_compiling():  # upstream's lines: Inductor fuses them, and traces no table of attention functions but theirs
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs, **(cached or {})}
         compiled: Attended = self.original_class.forward(
             self, hidden_states, position_embeddings=position_embeddings, **told
