@@ -24,15 +24,16 @@ class MergeSlotsConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(contextual: int, metric_dim: int, wide: bool) -> "MergeSlotsConfig":
-        """Take few tokens: 45 programs for five crops, each of which reads all targets out of the L2 cache.
+        """Take few tokens: 90 programs for five crops, each of which reads all targets out of the L2 cache.
 
         Float32 is multiplied element by element, out of registers that larger blocks would not leave. The others have
         one stage: Triton 3.9 gives the pipeline a buffer too few where a tile that a wgmma reads has a second use, and
         copies the next targets over those that are still being multiplied.
         """
+        small = wide or contextual <= 16
         return MergeSlotsConfig(
-            BLOCK_TOKENS=32 if wide else 64,
-            BLOCK_TARGETS=16 if wide or contextual <= 16 else 32,
+            BLOCK_TOKENS=32 if small else 64,
+            BLOCK_TARGETS=16 if small else 32,
             BLOCK_COLUMNS=16 if wide else min(32, max(16, next_power_of_two(metric_dim))),
             STAGES=3 if wide else 1,
             num_warps=4,

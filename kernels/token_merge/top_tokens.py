@@ -20,8 +20,11 @@ class TopTokensConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(tokens: int) -> "TopTokensConfig":
-        """Take one of two sizes, so that the tokens of an image do not ask for another kernel; few scores a thread."""
-        block, warps = (1024, 4) if tokens <= 1024 else (MAX_SCORES, 16)
+        """Take one of two sizes, so that the tokens of an image do not ask for another kernel.
+
+        More warps for the larger one would leave each thread too few registers on sm_80.
+        """
+        block, warps = (1024, 4) if tokens <= 1024 else (MAX_SCORES, 8)
         return TopTokensConfig(BLOCK=block, num_warps=warps)
 
 
