@@ -3,16 +3,22 @@
 A bounded number of rows added up in a fixed order, where atomics would give other bits on every run.
 """
 
+import functools
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from vlmfast.kernels.common.kernel import aligned, alignment, kernel
-from vlmfast.kernels.common.launch import RowsConfig, ceil_div, on_device
+from vlmfast.kernels.common.launch import RowsConfig, ceil_div, next_power_of_two, on_device
 
-# Two sectors of each row, for a program on nearly every multiprocessor; the copies of four steps are 16 KiB in flight.
-CONFIG = RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=16, num_warps=4)
-STAGES = 5
+STAGES = 5  # the copies of four steps are 16 KiB in flight and more
+
+
+@functools.lru_cache
+def config_for(hidden: int) -> RowsConfig:
+    """Take two sectors of each row at least, and more where there is a program for nearly every multiprocessor."""
+    return RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=min(64, max(16, next_power_of_two(hidden // 128))), num_warps=4)
 
 
 @kernel
@@ -42,8 +48,9 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Add up the rows of ``partials``, contiguous and float32, and round once."""
     rows, hidden = partials.shape
     total = partials.new_empty(hidden, dtype=dtype)
+    config = config_for(hidden)
     with on_device(partials):
-        sum_partials_kernel[(ceil_div(hidden, CONFIG.BLOCK_COLUMNS),)](
-            partials, total, rows, hidden, ALIGNED=alignment(hidden), STAGES=STAGES, **vars(CONFIG)
+        sum_partials_kernel[(ceil_div(hidden, config.BLOCK_COLUMNS),)](
+            partials, total, rows, hidden, ALIGNED=alignment(hidden), STAGES=STAGES, **vars(config)
         )
     return total
