@@ -36,8 +36,9 @@ NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  
 # parts of Qwen's vision towers; up to transformers 4.57 a tower itself computes its positions by a method
 TOWERS = re.compile(r"VisionAttention|Qwen.*Vision(Attention|Model|Encoder|TransformerPretrainedModel)")
 # decoder layers and gated MLPs; those of 4.57 that choose experts are not known, nor is Qwen3.5's layer that does
-LAYERS = re.compile(r"(Llama|Qwen2|Qwen3|Qwen3_5|Qwen2VL|Qwen2_5_VL|Qwen3VLText|Qwen3VLMoeText)(DecoderLayer|MLP)")
-LAYERS_457 = re.compile(r"(Llama|Qwen2|Qwen3|Qwen2VL|Qwen2_5_VL|Qwen3VLText)(DecoderLayer|MLP)|Qwen3VLMoeTextMLP")
+ALIKE = "Llama|Mistral|Gemma|Qwen2|Qwen3|Qwen2VL|Qwen2_5_VL|Qwen3VLText"
+LAYERS = re.compile(rf"({ALIKE}|Qwen3_5|Qwen3VLMoeText|Qwen3OmniMoeThinkerText)(DecoderLayer|MLP)")
+LAYERS_457 = re.compile(rf"({ALIKE})(DecoderLayer|MLP)|Qwen3VLMoeTextMLP|Qwen3OmniMoeThinkerTextMLP")
 
 
 def skip_unless_known(model_type: str) -> None:
@@ -68,7 +69,9 @@ def rms_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def _has_angles(cls: type) -> bool:
-    """Tell whether an attention of a decoder is given angles."""
+    """Tell whether an attention of a decoder is given angles; Llama 4's are complex numbers."""
+    if cls.__name__ == "Llama4TextAttention":
+        return False
     parameters = inspect.signature(cls.forward).parameters
     return {"position_embeddings", "past_key_values"} <= parameters.keys()
 

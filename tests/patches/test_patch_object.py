@@ -21,7 +21,7 @@ def test_a_loaded_patch_says_that_it_is_undone():
     told = pickle.dumps(patch)
     assert len(told) < 4096, "without the model"
     loaded = pickle.loads(told)
-    assert repr(loaded) == "<Patch of llama: undone, 3 sites>"
+    assert repr(loaded) == "<Patch of llama: undone, 4 sites>"
     assert loaded.report().splitlines()[1:] == patch.report().splitlines()[1:]
     loaded.undo()
     assert patched(model)
@@ -46,7 +46,7 @@ def test_copies_of_a_patch():
     handle = copy.copy(patch)
     handle.undo()
     assert not patched(model)
-    assert repr(patch) == repr(handle) == "<Patch of llama: undone, 3 sites>"
+    assert repr(patch) == repr(handle) == "<Patch of llama: undone, 4 sites>"
     patch.undo()
 
 
@@ -57,7 +57,7 @@ def test_an_earlier_patch_leaves_a_later_one_alone():
     assert "undone" in repr(first)
     second = vlmfast.patch(model)
     first.undo()
-    assert repr(second) == f"<Patch of llama: {len(replaceable(model))} modules, 3 sites>"
+    assert repr(second) == f"<Patch of llama: {len(replaceable(model))} modules, 4 sites>"
     second.undo()
     assert not patched(model)
 

@@ -50,8 +50,8 @@ def warmup(model: nn.Module, *prompts: Mapping[str, Any]) -> Warmup:
 
     Triton compiles a kernel at its first call: a second of one prompt's time, and within a capture an error. No kernel
     is compiled for the number of tokens, so a few rows will do for every prompt. Norms, the placement of embeddings,
-    DeepStack and vision towers are known by their weights. What connectors and token reductions take, is known once a
-    prompt has run: one with an image, and of a reduction a short and a long one.
+    DeepStack and vision towers are known by their weights. What decoder layers take, is known once a prompt has run; of
+    connectors and token reductions one with an image, and of a reduction a short and a long one.
 
     Args:
         model: a patched model, or a module with patched ones in it, where it will run.
