@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import (
     MAX_EXTENT,
     RowsConfig,
@@ -40,7 +41,7 @@ def _inner(x):
     return 0.7978845608028654 * (x + 0.044715 * (x * x * x))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def silu_mul_kernel(
     gate_ptr,
     up_ptr,
@@ -50,10 +51,13 @@ def silu_mul_kernel(
     rows,
     hidden,
     GELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Store activation(gate), rounded to the dtype, times up."""
+    hidden = aligned(hidden, ALIGNED)
+    gate_row_stride, up_row_stride = aligned(gate_row_stride, ALIGNED), aligned(up_row_stride, ALIGNED)
     row, column, mask = _locate(rows, hidden, BLOCK_ROWS, BLOCK_COLUMNS)
     gate = tl.load(gate_ptr + row * gate_row_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -67,7 +71,7 @@ def silu_mul_kernel(
     tl.store(y_ptr + row * hidden + column, (activated.to(dtype).to(tl.float32) * up).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel
 def silu_mul_backward_kernel(
     grad_output_ptr,
     gate_ptr,
@@ -80,10 +84,13 @@ def silu_mul_backward_kernel(
     rows,
     hidden,
     GELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Store the gradients; the activation is gate * s with s the sigmoid of z."""
+    hidden, grad_output_row_stride = aligned(hidden, ALIGNED), aligned(grad_output_row_stride, ALIGNED)
+    gate_row_stride, up_row_stride = aligned(gate_row_stride, ALIGNED), aligned(up_row_stride, ALIGNED)
     row, column, mask = _locate(rows, hidden, BLOCK_ROWS, BLOCK_COLUMNS)
     grad = tl.load(grad_output_ptr + row * grad_output_row_stride + column, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_row_stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -122,7 +129,8 @@ def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     with on_device(gate):
         silu_mul_kernel[_grid(rows, hidden, config)](
             *(gate, up, y, gate.stride(0), up.stride(0), rows, hidden),
-            activation == "gelu_tanh",
+            GELU=activation == "gelu_tanh",
+            ALIGNED=alignment(hidden, gate.stride(0), up.stride(0)),
             **vars(config),
         )
     return y
@@ -139,7 +147,8 @@ def silu_mul_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation:
         silu_mul_backward_kernel[_grid(rows, hidden, config)](
             *(grad_output, gate, up, grad_gate, grad_up),
             *(grad_output.stride(0), gate.stride(0), up.stride(0), rows, hidden),
-            activation == "gelu_tanh",
+            GELU=activation == "gelu_tanh",
+            ALIGNED=alignment(hidden, grad_output.stride(0), gate.stride(0), up.stride(0)),
             **vars(config),
         )
     return grad_gate, grad_up

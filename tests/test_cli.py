@@ -83,7 +83,8 @@ def test_demo_of_a_checkpoint(checkpoint, capsys):
     assert "(llava, " in output
     assert "16 visual tokens" in output  # 4 x 4 patches
     assert "'describe this', 18 tokens with the image" in output
-    assert re.search(r"rms_norm +torch +15 ", output)  # five norms, three tokens
+    assert re.search(r" rms_norm +torch +3 ", output)  # three tokens: the norm before the first of two layers
+    assert re.search(r"add_rms_norm +torch +12 ", output)  # and those behind an addition
     assert "generated ids: EQUAL, all 3" in output
     assert "each further token" in output
 
