@@ -71,12 +71,13 @@ def test_slices_of_one_projection(backend: str, dtype: torch.dtype):
     joined = torch.randn(2, 5, 4 + 2 + 2, 64, dtype=dtype)
     given["query"], given["key"], _ = joined.split([4, 2, 2], 2)
     want = OP.reference(**{name: x.contiguous() for name, x in given.items()})
+    close = {"rtol": max(2 * torch.finfo(dtype).eps, 1.3e-6), "atol": 1e-5}  # a rounding the other way
     for got, expected in zip(vlmfast.qk_norm_rope(**given), want, strict=True):
         assert got.is_contiguous()
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, **close)
     before = {**given, **{name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("query", "key")}}
     for got, expected in zip(vlmfast.qk_norm_rope(**before), want, strict=True):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, **close)
 
 
 def test_angles_carry_no_gradient():
