@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 import vlmfast
@@ -89,6 +90,8 @@ def test_hidden_states_and_logits_are_those_of_upstream(model_type: str, dtype: 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_addition_normalises(model_type: str):
+    if model_type.startswith("gemma") and Version(transformers.__version__) < Version("5"):
+        pytest.skip("layers of Gemma are known from transformers 5 on")
     model, inputs = tiny(model_type)
     inputs = {"input_ids": inputs["input_ids"].clamp(min=10)}
     found = patch(model)
