@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vlmfast.modules import hugging_face_model
-from vlmfast.patches.layers import LAYERS, follow
+from vlmfast.patches import layers
 from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.projects import Named
 from vlmfast.patches.report import Placed, count
@@ -298,7 +298,8 @@ def _swap(
             cls = classes[type(module)]
             set_class(module, cls)
             result._classes[module] = cls
-        follow(model, [module for site, function in acting if function in LAYERS for module in site.modules])
+        of_layers = [site for site, function in acting if function.__module__ == layers.__name__]
+        layers.follow(model, [module for site in of_layers for module in site.modules])
     except BaseException:
         result.undo()
         raise

@@ -1,6 +1,7 @@
 """Decoder layers whose additions and norms are one launch each, on the modules of the layer as it has them.
 
-Every body calls its attention with all that it is given, and differs from the others in what that is called.
+Every body calls its attention with all that it is given, and differs from the others in what that is called. Each is
+written out, as it is called for every layer of every token: to bind arguments by a list of names would cost more.
 """
 
 from __future__ import annotations
@@ -206,17 +207,6 @@ def _feed_forward(self: Any, residual: Tensor, hidden_states: Tensor) -> Tensor:
     hidden_states, residual = add_then_norm(residual, hidden_states, self.post_attention_layernorm)
     hidden_states = self.mlp(hidden_states)
     return add_before_next(self, residual, hidden_states)
-
-
-LAYERS = (
-    llama_layer,
-    llama_layer_457,
-    qwen2_vl_layer_457,
-    qwen3_vl_layer,
-    qwen3_vl_layer_457,
-    qwen3_5_layer,
-    gemma_layer,
-)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:
