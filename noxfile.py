@@ -29,6 +29,5 @@ def matrix(session: nox.Session, transformers: str) -> None:
         session.error(f"transformers {transformers} was installed, and this was imported: {found}")
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"))
     ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))
-    inside = ("tests/patches", "tests/reduce", "tests/test_cli.py", *ops)
-    session.run(*pytest, *inside, env=environment)
-    session.run(*pytest, "tests/ops/test_generated.py", "-k", "definition_equals_hugging_face", env=environment)
+    definitions = "tests/ops/test_generated.py::test_definition_equals_hugging_face"
+    session.run(*pytest, "tests/patches", "tests/reduce", "tests/test_cli.py", *ops, definitions, env=environment)

@@ -152,7 +152,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             modes=options.modes or [mode for mode in MODES if device != "cpu" or mode != "graph"],
             device=device,
             dtype=dtype or (torch.float32 if device == "cpu" else torch.bfloat16),
-            full=device != "cpu" if options.full is None else options.full,
+            size=options.size or ("small" if device == "cpu" else "full"),
             save=functools.partial(keep, "models"),
             budget=options.budget,
         )

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     model: dict[str, Any] = {"metavar": "MODEL", "nargs": "*", "type": _one_of("model", published.MODELS)}
 
     command = _add_timed(benches, "ops", "the ops, on their real shapes")
-    command.set_defaults(full=None, modes=[], budget=None)
+    command.set_defaults(size=None, modes=[], budget=None)
     what = "such as rms_norm, or rms_norm:600x2048 alone; default: every public op"
     command.add_argument("ops", metavar="OP[:WORKLOAD]", nargs="*", type=_op, help=what)
     kinds = (*peers.KINDS, "none")
@@ -38,7 +38,9 @@ def add(commands: Any) -> None:
     command = _add_timed(benches, "models", text)
     command.set_defaults(ops=[], peers=None, source=None)
     command.add_argument("models", **model, help="default: all")
-    command.add_argument("--full", action="store_true", default=None, help="the published sizes (default on a GPU)")
+    what = "as published (default on a GPU), small (default on a CPU), or narrow: all layers, which are the host's time"
+    command.add_argument("--size", choices=published.SIZES, help=what)
+    command.add_argument("--full", dest="size", action="store_const", const="full", help="the same as --size full")
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)
     command.add_argument("--budget", metavar="SECONDS", type=seconds, help="begin no other model after so many seconds")

@@ -2,7 +2,8 @@
 
 Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced: one prefill (the
 vision tower, the reduction and the whole prompt), then steps of greedy decoding. The weights are random, which changes
-no time. On a CPU the models are scaled down, with as many tokens.
+no time. On a CPU the models are scaled down, with as many tokens. Narrow ones have all their layers, a few channels
+wide: next to nothing is computed, and what is left is the time of the host, for which an eager GPU waits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vlmfast.benchmarks.published import Published
 from vlmfast.console import one_line
 
 ROUNDS = {"cpu": 3, "cuda": 10}
+MORE = 4  # times as many of a narrow one, whose steps take milliseconds
 EAGER = "eager original"  # runs along in every mode
 DOES = {"eager": "a first answer", "compile": "compiling, which takes minutes on a CPU", "graph": "capturing"}
 Record = dict[str, Any]
@@ -40,6 +42,7 @@ def measure(
     inputs: dict[str, Tensor],
     mode: str,
     doing: Callable[[str], None] = lambda what: None,
+    rounds: int | None = None,
 ) -> list[Record]:
     """Time all variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
 
@@ -57,7 +60,7 @@ def measure(
             for other in variants.values():
                 other.error = other.error or NOT_RUN
             break
-    rounds = ROUNDS[inputs["input_ids"].device.type]
+    rounds = rounds or ROUNDS[inputs["input_ids"].device.type]
     for index in range(rounds):
         doing(f"round {index + 1} of {rounds}")
         for variant in variants.values():
@@ -90,7 +93,7 @@ def run(
     modes: Sequence[str],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    full: bool = False,
+    size: str = "small",
     save: Save = lambda records: None,
     budget: float | None = None,
 ) -> list[Record]:
@@ -102,7 +105,7 @@ def run(
         modes: of `vlmfast.benchmarks.modes.MODES`.
         device: "cpu" or "cuda".
         dtype: of weights and activations.
-        full: take the published sizes, not the small ones.
+        size: of `vlmfast.benchmarks.published.SIZES`.
         save: called with all records whenever there are more.
         budget: seconds after which no further model is begun.
 
@@ -115,7 +118,7 @@ def run(
         if records and budget is not None and time.monotonic() - start > budget:
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
-        common = {"model": name, "size": "full" if full else "small", "dtype": str(dtype).removeprefix("torch.")}
+        common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
         if not console.is_terminal:  # nobody sees the status there
             console.print(f"{', '.join(common.values())}: {', '.join(modes)}")
         for found in _all_modes(common, modes, device, console):
@@ -168,10 +171,11 @@ def _one_model(common: Record, modes: Sequence[str], device: str, console: Conso
         return
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
+    rounds = ROUNDS[torch.device(device).type] * (MORE if common["size"] == "narrow" else 1)
     for mode in modes:
         with console.status(head := f"{common['model']}, {mode}") as status:
             try:
-                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, head))
+                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, head), rounds)
             except Exception as error:
                 rows = [{"variant": "all", "error": one_line(error)}]
         yield [{**common, "mode": mode, **row} for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reducing and not shortens_prompts():
         for item in reducing:
             item.add_marker(too_old)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector walk what tests make, not torch, transformers and the tests themselves as well."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that count what is left at the end complain of leaks
 
 
 @pytest.fixture(autouse=True)

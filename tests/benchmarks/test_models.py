@@ -280,3 +280,16 @@ def test_a_prefill_that_is_no_graph_is_said(capsys):
     ]
     page = html.page({"environment": {"device": "x"}, "records": [], "models": rows})
     assert (page.count("12.50 (no graph)"), page.count("12.50")) == (1, 2)
+
+
+def test_a_narrow_model_has_all_its_layers(llava, monkeypatch):
+    """And a round of it is a moment, so that there are more."""
+    timed = []
+    time = modes.Variant.time
+    monkeypatch.setattr(modes.Variant, "time", lambda variant: timed.append(variant) or time(variant))
+    rows = models.run([], QUIET, modes=["eager"], size="narrow")
+    assert [(row["variant"], row["size"]) for row in rows] == [
+        (name, "narrow") for name in ("original", "patched", "reduced")
+    ]
+    assert all("decode_speedup" in row for row in rows)
+    assert len(timed) == 3 * models.MORE

@@ -2,8 +2,8 @@
 
     python tests/helpers/compile_kernels.py [--all] sm_90 gfx942 > static.json
 
-What the workloads launch is compiled for each target, and what only samples do for one target each: with ``--all`` for
-each as well, which takes two and a half times as long.
+What the workloads launch in bfloat16 is compiled for each target, what they do in float32 and samples in bfloat16 for
+one target each. With ``--all`` everything is for each, which takes five times as long.
 
 A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
 accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and whether one of
@@ -42,8 +42,8 @@ DOT = re.compile(r"tt\.dot .*?: tensor<[\dx]+x(\w+)>")  # the dtype of its opera
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def calls_of(op: Op) -> list[tuple[bool, int, list]]:
-    """Return the (real, multiprocessors, arguments) of the op's workloads and samples on each GPU, the tensors on none.
+def calls_of(op: Op) -> list[tuple[bool, torch.dtype, int, list]]:
+    """Return (real, dtype, multiprocessors, arguments) of the op's workloads and samples on each GPU, tensors on none.
 
     They are made on the CPU, because some shapes depend on how many positions of a mask are true. The samples take no
     time, and are made for each GPU anew.
@@ -53,14 +53,17 @@ def calls_of(op: Op) -> list[tuple[bool, int, list]]:
         return [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
 
     dtypes = (torch.float32, torch.bfloat16)
-    workloads = [on_meta(args) for dtype in dtypes for _, args in op.cases.workloads("cpu", dtype)]
-    real = [(True, count, args) for count in MULTIPROCESSORS for args in workloads]
-    kinds = itertools.product(MULTIPROCESSORS, dtypes)
-    return real + [(False, count, on_meta(args)) for count, dtype in kinds for args in op.cases.samples("cpu", dtype)]
+    workloads = [(dtype, on_meta(args)) for dtype in dtypes for _, args in op.cases.workloads("cpu", dtype)]
+    calls = [(True, dtype, count, args) for count in MULTIPROCESSORS for dtype, args in workloads]
+    for count, dtype in itertools.product(MULTIPROCESSORS, dtypes):
+        calls += [(False, dtype, count, on_meta(args)) for args in op.cases.samples("cpu", dtype)]
+    return calls
 
 
-def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[tuple[JITFunction, dict, dict, bool]]:
-    """Return the (kernel, arguments, options, real) of every launch of the calls; none is executed."""
+def launches(
+    op: Op, calls: list[tuple[bool, torch.dtype, int, list]], target: str
+) -> list[tuple[JITFunction, dict, dict, bool, torch.dtype]]:
+    """Return the (kernel, arguments, options, real, dtype) of every launch of the calls; none is executed."""
     seen, launched, backend = [], [], op.backend("triton")
     module = sys.modules[backend.run.__module__]
     module.device_unsupported = lambda x: None  # as if the meta device were a GPU
@@ -72,12 +75,12 @@ def launches(op: Op, calls: list[tuple[bool, int, list]], target: str) -> list[t
 
     original, JITFunction.run = JITFunction.run, record
     try:
-        for real, multiprocessors, args in calls:
+        for real, dtype, multiprocessors, args in calls:
             module.processors = lambda x, count=multiprocessors: count
             if backend.unsupported(*args) is None:
                 launched.clear()
                 backend.run(*args)
-                seen += [(*launch, real) for launch in launched]
+                seen += [(*launch, real, dtype) for launch in launched]
     finally:
         JITFunction.run = original
     return seen
@@ -124,15 +127,17 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
     }
 
 
-def is_turn_of(target: str, kernel: JITFunction, source: ASTSource) -> bool:
-    """Tell whether this target is the one for which a specialisation that no workload launches is compiled."""
+def is_compiled(target: str, real: bool, dtype: torch.dtype, kernel: JITFunction, source: ASTSource) -> bool:
+    """Tell whether a specialisation is compiled for this target where not all are for each."""
+    if real == (dtype == torch.bfloat16):
+        return real
     names = sorted(TARGETS)
     text = f"{kernel.__name__} {source.signature} {source.constants}"
     return names[zlib.crc32(text.encode()) % len(names)] == target
 
 
-def main(arguments: list[str]) -> None:
-    targets = [argument for argument in arguments if argument != "--all"] or list(TARGETS)
+def main(given: list[str]) -> None:
+    targets = [argument for argument in given if argument != "--all"] or list(TARGETS)
     torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
     records, done = [], set()
     for op in [*OPS.values(), *CANDIDATES.values()]:
@@ -140,11 +145,11 @@ def main(arguments: list[str]) -> None:
             continue
         calls = calls_of(op)
         on_each = ([(target, *launch) for launch in launches(op, calls, target)] for target in targets)
-        for target, kernel, arguments, options, real in itertools.chain(*zip(*on_each, strict=True)):
+        for target, kernel, arguments, options, real, dtype in itertools.chain(*zip(*on_each, strict=True)):
             source = source_of(kernel, arguments, target)
             facts = source.signature, source.constants, source.attrs, options
             key = (target, kernel.__name__, *map(str, facts))
-            if key in done or not (real or "--all" in arguments or is_turn_of(target, kernel, source)):
+            if key in done or not ("--all" in given or is_compiled(target, real, dtype, kernel, source)):
                 continue
             done.add(key)
             records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})

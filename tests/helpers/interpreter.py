@@ -2,7 +2,8 @@
 
 It truncates float32 to bfloat16, where every GPU rounds to nearest even, and it drops device-side assertions, also
 where a launch asks for them. What took most of its time is left out: preparing all of triton.language for each call of
-a function, where once per launch will do, and looking for overflows in launches that drop what is found.
+a function, where once per launch will do, making the types of tiles anew for each operator, and looking for overflows
+in launches that drop what is found.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """Convert to and from bfloat16 exactly, heed the debug mode of a launch, and be quicker, in this process."""
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     execute, options = interpreter.GridExecutor.__call__, interpreter.interpreter_builder.options
@@ -41,6 +43,38 @@ def repair() -> None:
     kept = functools.cache(interpreter._get_np_dtype)  # which makes a table of all dtypes for each question
     pointers = np.dtype(np.uint64)
     interpreter._get_np_dtype = lambda kind: pointers if kind.scalar.is_ptr() else kept(kind.scalar)
+
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    blocks, shapes = {}, {}
+
+    def block_of(self, element_ty, shape):
+        key = str(element_ty), *(getattr(size, "value", size) for size in shape)
+        if (made := blocks.get(key)) is None:
+            make_block(self, element_ty, shape)
+            blocks[key] = self.__dict__
+        else:
+            self.__dict__.update(made)
+
+    def tensor_of(self, handle, type):
+        if (made := shapes.get(sizes := tuple(type.shape) if type.is_block() else ())) is None:
+            make_tensor(self, handle, type)
+            shapes[sizes] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = made
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_of, tensor_of
+    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+
+    def broadcast_others(self, lhs, rhs):
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def cast_others(self, x, kind, *rest):
+        return x if kind is x.dtype else cast(self, x, kind, *rest)
+
+    TritonSemantic.broadcast_impl_value, TritonSemantic.cast = broadcast_others, cast_others
 
     def with_options(self, *args, **kwargs):
         prepared.clear()
