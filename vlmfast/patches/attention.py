@@ -1,7 +1,7 @@
 """Attention of decoders: `vlmfast.qk_norm_rope` between projections and cache, on the modules of the attention.
 
-Whatever module upstream calls is called here too, so that adapters, quantised projections and hooks work. The norms of
-queries and keys are part of the op while they are no more than their weights, and otherwise modules as well. Caches,
+Whatever module upstream calls is called here too, so that adapters, quantised projections and hooks work; of a bare
+`nn.Linear` it is the product alone. The norms of queries and keys are part of the op while they are no more than their weights, and otherwise modules as well. Caches,
 attention functions and what they are told are upstream's own.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
-from vlmfast.modules import is_bare
+from vlmfast.modules import is_bare, project
 from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.residual import NORMS
@@ -203,12 +203,12 @@ def _attend(
     shape, size = hidden_states.shape[:-1], self.head_dim
     heads, gate = (*shape, -1, size), None
     if kind.gated:
-        query, gate = torch.chunk(self.q_proj(hidden_states).view(*shape, -1, 2 * size), 2, dim=-1)
+        query, gate = torch.chunk(project(self, "q_proj", hidden_states).view(*shape, -1, 2 * size), 2, dim=-1)
         gate = gate.reshape(*shape, -1)
     else:
-        query = self.q_proj(hidden_states).view(heads)
-    key = self.k_proj(hidden_states).view(heads)
-    value_states = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query = project(self, "q_proj", hidden_states).view(heads)
+    key = project(self, "k_proj", hidden_states).view(heads)
+    value_states = project(self, "v_proj", hidden_states).view(heads).transpose(1, 2)
 
     cos, sin = position_embeddings
     query_states, key_states = _positioned(self, query, key, cos, sin, kind.normed, sections)
@@ -230,7 +230,7 @@ def _attend(
     output = output.reshape(*shape, -1).contiguous()
     if gate is not None:
         output = output * torch.sigmoid(gate)
-    return self.o_proj(output), weights
+    return project(self, "o_proj", output), weights
 
 
 def _positioned(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmfast.modules import is_bare
+from vlmfast.modules import is_bare, project
 from vlmfast.ops.silu_mul import silu_mul
 from vlmfast.torch_internals import is_compiling
 
@@ -18,10 +18,10 @@ def gated_mlp(self: Any, x: Tensor) -> Tensor:
     """Replace LlamaMLP.forward and its copies."""
     activation = activation_of(self.act_fn)
     if activation is None:
-        output: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        product = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
     else:
-        output = self.down_proj(_gated(self.act_fn, activation, self.gate_proj(x), self.up_proj(x)))
-    return output
+        product = _gated(self.act_fn, activation, project(self, "gate_proj", x), project(self, "up_proj", x))
+    return project(self, "down_proj", product)
 
 
 def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
@@ -31,13 +31,10 @@ def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
 
 def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Phi3MLP.forward and its copies: one projection makes the gate and what it lets through."""
-    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    gate, up = project(self, "gate_up_proj", hidden_states).chunk(2, dim=-1)
     activation = activation_of(self.activation_fn)
-    if activation is None:
-        output: Tensor = self.down_proj(up * self.activation_fn(gate))
-    else:
-        output = self.down_proj(_gated(self.activation_fn, activation, gate, up))
-    return output
+    product = up * self.activation_fn(gate) if activation is None else _gated(self.activation_fn, activation, gate, up)
+    return project(self, "down_proj", product)
 
 
 def activation_of(act_fn: nn.Module) -> str | None:

@@ -1,0 +1,98 @@
+"""Projections are called past their modules only where nobody would notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vlmfast
+from tests.helpers.patches_models import tiny
+from vlmfast.modules import project
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def of_another_class(linear: nn.Linear) -> None:
+    linear.__class__ = Doubled
+
+
+def hooked(linear: nn.Linear) -> None:
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hooked_before(linear: nn.Linear) -> None:
+    linear.register_forward_pre_hook(lambda module, args: 2 * args[0])
+
+
+def replaced(linear: nn.Linear) -> None:
+    linear.forward = MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), linear)
+
+
+def compiled(linear: nn.Linear) -> None:
+    linear._compiled_call_impl = lambda x: 2 * F.linear(x, linear.weight, linear.bias)
+
+
+def kept_elsewhere(linear: nn.Linear) -> None:
+    """As FSDP does, whose shards are no parameters."""
+    weight = 2 * linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+    if linear.bias is not None:
+        bias = 2 * linear.bias.detach()
+        del linear.bias
+        linear.bias = bias
+
+
+CHANGES = (of_another_class, hooked, hooked_before, replaced, compiled, kept_elsewhere)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_what_was_done_to_a_projection_counts(bias: bool, change: Callable[[nn.Linear], None]):
+    owner = nn.ModuleDict({"up": nn.Linear(6, 4, bias=bias)})
+    x = torch.randn(3, 6)
+    assert torch.equal(project(owner, "up", x), owner["up"](x))
+    change(owner["up"])
+    assert torch.equal(project(owner, "up", x), owner["up"](x))
+    assert not torch.equal(owner["up"](x), F.linear(x, torch.zeros(4, 6)))
+
+
+@torch.no_grad()
+def test_what_was_done_to_all_projections_counts(monkeypatch: pytest.MonkeyPatch):
+    owner, x = nn.ModuleDict({"up": nn.Linear(6, 4)}), torch.randn(3, 6)
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    assert torch.equal(project(owner, "up", x), owner["up"](x))
+    assert torch.equal(owner["up"](x), 2 * F.linear(x, owner["up"].weight, owner["up"].bias))
+
+
+@torch.no_grad()
+def test_every_projection_of_a_layer_is_seen_by_its_hook():
+    model, inputs = tiny("llama")
+    seen: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[name] = seen.get(name, 0) + 1
+
+        return count
+
+    with vlmfast.patch(model):
+        for name, module in model.named_modules():
+            if name.endswith(PROJECTIONS):
+                module.register_forward_hook(hook(name))
+        model(**inputs)
+    assert len(seen) == len(PROJECTIONS) * model.config.num_hidden_layers
+    assert set(seen.values()) == {1}
