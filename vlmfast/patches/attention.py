@@ -1,8 +1,8 @@
 """Attention of decoders: `vlmfast.qk_norm_rope` between projections and cache, on the modules of the attention.
 
 Whatever module upstream calls is called here too, so that adapters, quantised projections and hooks work; of a bare
-`nn.Linear` it is the product alone. The norms of queries and keys are part of the op while they are no more than their weights, and otherwise modules as well. Caches,
-attention functions and what they are told are upstream's own.
+`nn.Linear` it is the product alone. The norms of queries and keys are part of the op while they are no more than their
+weights, and otherwise modules as well. Caches, attention functions and what they are told are upstream's own.
 """
 
 from __future__ import annotations
