@@ -38,8 +38,8 @@ def _marks(device: str, backend: str) -> list:
 def _parameters(*axes: Any) -> list:
     """One pytest parameter per combination; those on a GPU, or of kernels as compiled for one, carry its mark.
 
-    Triton's interpreter takes a minute for each dtype: in float16 it would run what it runs in bfloat16, which GPUs and
-    the kernels as compiled for one do not.
+    Float16 is left to GPUs and to kernels as compiled for one: Triton's interpreter takes a minute for each dtype, and
+    would run the code that it runs in bfloat16.
     """
     found = []
     for values in itertools.product(*axes):
