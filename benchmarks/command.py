@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     command = _add_timed(benches, "models", text)
     command.set_defaults(ops=[], peers=None, source=None)
     command.add_argument("models", **model, help="default: all")
-    what = "as published (default on a GPU), small (default on a CPU), or narrow: all layers, which are the host's time"
+    what = "as published (default on a GPU), small (default on a CPU), or narrow: the time of the host alone"
     command.add_argument("--size", choices=published.SIZES, help=what)
     command.add_argument("--full", dest="size", action="store_const", const="full", help="the same as --size full")
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"

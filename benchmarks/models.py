@@ -3,7 +3,8 @@
 Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced: one prefill (the
 vision tower, the reduction and the whole prompt), then steps of greedy decoding. The weights are random, which changes
 no time. On a CPU the models are scaled down, with as many tokens. Narrow ones have all their layers, a few channels
-wide: next to nothing is computed, and what is left is the time of the host, for which an eager GPU waits.
+wide, and answer a prompt without an image, whose tokens would be copied with the cache: next to nothing is computed,
+and what is left is the time of the host, for which an eager GPU waits.
 """
 
 from __future__ import annotations
@@ -169,6 +170,8 @@ def _one_model(common: Record, modes: Sequence[str], device: str, console: Conso
     except Exception as error:  # too little memory, say, or a transformers that lacks the model
         yield [{**common, "variant": "all", "error": one_line(error)}]
         return
+    if common["size"] == "narrow":
+        inputs = published.text_of(inputs)
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
     rounds = ROUNDS[torch.device(device).type] * (MORE if common["size"] == "narrow" else 1)

@@ -92,6 +92,11 @@ class Published:
         return {**inputs, **image}
 
 
+def text_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the words behind the image of a prompt, without the image."""
+    return {name: inputs[name][:, 1 - WORDS :] for name in ("input_ids", "attention_mask")}
+
+
 def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
     layer = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": mlp}
     return {"num_hidden_layers": layers, **layer, **rest}

@@ -283,7 +283,7 @@ def test_a_prefill_that_is_no_graph_is_said(capsys):
 
 
 def test_a_narrow_model_has_all_its_layers(llava, monkeypatch):
-    """And a round of it is a moment, so that there are more."""
+    """Its prompt has no image, and a round of it is a moment, so that there are more."""
     timed = []
     time = modes.Variant.time
     monkeypatch.setattr(modes.Variant, "time", lambda variant: timed.append(variant) or time(variant))
@@ -292,4 +292,5 @@ def test_a_narrow_model_has_all_its_layers(llava, monkeypatch):
         (name, "narrow") for name in ("original", "patched", "reduced")
     ]
     assert all("decode_speedup" in row for row in rows)
+    assert {row["prompt_tokens"] for row in rows} == {published.WORDS - 1}
     assert len(timed) == 3 * models.MORE
