@@ -43,7 +43,7 @@ def measure(
     inputs: dict[str, Tensor],
     mode: str,
     doing: Callable[[str], None] = lambda what: None,
-    rounds: int | None = None,
+    more: int = 1,
 ) -> list[Record]:
     """Time all variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
 
@@ -61,7 +61,7 @@ def measure(
             for other in variants.values():
                 other.error = other.error or NOT_RUN
             break
-    rounds = rounds or ROUNDS[inputs["input_ids"].device.type]
+    rounds = more * ROUNDS[inputs["input_ids"].device.type]
     for index in range(rounds):
         doing(f"round {index + 1} of {rounds}")
         for variant in variants.values():
@@ -170,15 +170,15 @@ def _one_model(common: Record, modes: Sequence[str], device: str, console: Conso
     except Exception as error:  # too little memory, say, or a transformers that lacks the model
         yield [{**common, "variant": "all", "error": one_line(error)}]
         return
+    more = 1
     if common["size"] == "narrow":
-        inputs = published.text_of(inputs)
+        inputs, more = published.text_of(inputs), MORE
     common["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     common["prompt_tokens"] = inputs["input_ids"].shape[1]
-    rounds = ROUNDS[torch.device(device).type] * (MORE if common["size"] == "narrow" else 1)
     for mode in modes:
         with console.status(head := f"{common['model']}, {mode}") as status:
             try:
-                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, head), rounds)
+                rows = measure(recipe, model, inputs, mode, functools.partial(_say, status, head), more)
             except Exception as error:
                 rows = [{"variant": "all", "error": one_line(error)}]
         yield [{**common, "mode": mode, **row} for row in rows]

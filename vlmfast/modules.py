@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from vlmfast.torch_internals import is_compiling
 
-_LINEAR = nn.Linear.forward
+M = TypeVar("M", bound=nn.Module)
+_LINEAR = nn.Linear.forward  # somebody may replace it, for all of them
 
 
 def hugging_face_model(model: object) -> nn.Module:
@@ -121,6 +122,11 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def is_plain(module: nn.Module | None, cls: type[M]) -> TypeGuard[M]:
+    """Tell whether calling the module does what ``cls`` does and nothing else."""
+    return type(module) is cls and is_bare(module)
+
+
 def project(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     """Return ``owner.<name>(x)`` of a projection.
 
@@ -128,7 +134,7 @@ def project(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     costs the host 5 us, as much as the launch, and a decoder layer has seven of them.
     """
     module = owner._modules.get(name)
-    if type(module) is nn.Linear and not is_compiling() and is_bare(module) and nn.Linear.forward is _LINEAR:
+    if not is_compiling() and is_plain(module, nn.Linear) and nn.Linear.forward is _LINEAR:
         parameters = module._parameters
         if "weight" in parameters and "bias" in parameters:  # a shard of FSDP keeps them elsewhere
             return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]

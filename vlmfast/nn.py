@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmfast import checks
 from vlmfast.functions import accepting
-from vlmfast.modules import is_bare
+from vlmfast.modules import is_plain
 from vlmfast.ops.pixel_shuffle import pixel_shuffle, pixel_shuffle_linear
 from vlmfast.ops.pixel_shuffle.connector import ACTIVATIONS
 from vlmfast.ops.pixel_shuffle.definition import ORDERS, square
@@ -179,11 +179,6 @@ def apply_shuffled(
     for module in rest:
         tokens = module(tokens)
     return tokens
-
-
-def is_plain(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
-    """Tell whether calling the module does what ``cls`` does and nothing else."""
-    return type(module) is cls and is_bare(module)
 
 
 def _first(modules: Sequence[nn.Module], cls: type[M]) -> M | None:

@@ -3,7 +3,7 @@
     python tests/helpers/compile_kernels.py [--all] sm_90 gfx942 > static.json
 
 What the workloads launch in bfloat16 is compiled for each target, what they do in float32 and samples in bfloat16 for
-one target each. With ``--all`` everything is for each, which takes five times as long.
+one target each, and samples in float32 for none. With ``--all`` everything is for each, which takes five times as long.
 
 A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
 accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and whether one of

@@ -132,7 +132,7 @@ def test_nothing_known_names_three_bodies_and_no_more():
 
 
 def test_patch_of_a_full_model_is_quick():
-    """Half a second for Qwen3-VL-8B, in time of this process alone: other processes do not count."""
+    """Half a second for Qwen3-VL-8B, at best of three, in time of this process alone: others do not count."""
     skip_unless_known("qwen3_vl")
     text = {"num_hidden_layers": 36, **mrope([24, 20, 20], mrope_interleaved=True)}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config={"depth": 27})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
-from vlmfast.modules import is_bare
+from vlmfast.modules import is_bare, is_plain
 from vlmfast.ops.pixel_shuffle import pixel_shuffle_linear
 
 
@@ -35,7 +35,7 @@ def qwen2_merge_patches(self: Any, x: Tensor) -> Tensor:
     An RMSNorm is a site of its own, and stays a module here.
     """
     mlp = self.mlp
-    bare = type(mlp) is nn.Sequential and len(mlp) == 3 and is_bare(mlp)
+    bare = is_plain(mlp, nn.Sequential) and len(mlp) == 3
     if isinstance(self.ln_q, nn.LayerNorm):
         hidden = _fused(x, mlp[0], mlp[1], self.ln_q) if bare else None
         merged: Tensor = _upstream(self, x) if hidden is None else mlp[2](hidden)

@@ -18,7 +18,7 @@ def gated_mlp(self: Any, x: Tensor) -> Tensor:
     """Replace LlamaMLP.forward and its copies."""
     activation = activation_of(self.act_fn)
     if activation is None:
-        product = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        product = self.act_fn(project(self, "gate_proj", x)) * project(self, "up_proj", x)
     else:
         product = _gated(self.act_fn, activation, project(self, "gate_proj", x), project(self, "up_proj", x))
     return project(self, "down_proj", product)

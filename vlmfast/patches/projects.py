@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.functions import accepting
-from vlmfast.nn import apply_shuffled, is_plain
+from vlmfast.modules import is_plain
+from vlmfast.nn import apply_shuffled
 from vlmfast.ops.masked_rows import compact_tokens, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.pixel_shuffle.definition import square
