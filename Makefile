@@ -3,25 +3,32 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRANSFORMERS ?= transformers==5.23.0
+# 5.23 needs Python 3.11
+TRANSFORMERS ?= "transformers==5.23.0; python_version >= '3.11'" "transformers==5.17.0; python_version < '3.11'"
 JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-faults test-ptx test-matrix check bench static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-matrix check bench static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
 	$(BIN)/python -m vlmfast demo
 
-test: $(VENV)/built $(VENV)/tools          ## every test that this machine can run; JOBS of them at a time, each on one thread
-	VLMFAST_TEST_REQUIRE=native,triton,emulated,torch,ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not planted and not ptx"
+# JOBS tests at a time, each on one thread
+PYTEST = VLMFAST_TEST_REQUIRE=native,triton,emulated,torch,ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+test: $(VENV)/built $(VENV)/tools          ## what a change must pass, in a few minutes; no GPU is needed
+	$(PYTEST) -m "not thorough and not planted and not ptx"
+
+test-thorough: $(VENV)/built $(VENV)/tools ## the tests that take long for what they add to these
+	$(PYTEST) -m "thorough and not planted and not ptx"
 
 test-ptx: $(VENV)/built $(VENV)/tools      ## Triton kernels as compiled for sm_90 and sm_80, run on the CPU in every dtype and layout
-	VLMFAST_TEST_REQUIRE=ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k ptx tests/ptx tests/ops
+	$(PYTEST) -k ptx tests/ptx tests/ops
 
 test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m planted
+	$(PYTEST) -m planted
 
 test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or those of MATRIX
 	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))"))
@@ -51,7 +58,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" triton numpy pillow rich
+	$(BIN)/pip install --quiet $(TRANSFORMERS) triton numpy pillow rich
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed

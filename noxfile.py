@@ -27,7 +27,7 @@ def matrix(session: nox.Session, transformers: str) -> None:
     )
     if str(found).split()[-1:] != [transformers]:  # behind whatever it warns of
         session.error(f"transformers {transformers} was installed, and this was imported: {found}")
-    pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"))
+    pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"), "-m", "not thorough")
     ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))
     definitions = "tests/ops/test_generated.py::test_definition_equals_hugging_face"
     session.run(*pytest, "tests/patches", "tests/reduce", "tests/test_cli.py", *ops, definitions, env=environment)

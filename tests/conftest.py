@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("tests.helpers", "tests.emulation.harness")  # th
 
 from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
+from tests.helpers.thorough import is_thorough  # noqa: E402
 from tests.ptx.backend import LOADERS as AS_COMPILED  # noqa: E402
 from vlmfast import backends, registry  # noqa: E402
 
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:  # not its keywords, which are the names of its folders too
             item.add_marker(no_gpu)
+        if is_thorough(item):
+            item.add_marker("thorough")
     if reducing and not shortens_prompts():
         for item in reducing:
             item.add_marker(too_old)

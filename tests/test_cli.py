@@ -233,6 +233,7 @@ def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
         assert drawn.size == photograph.size
 
 
+@pytest.mark.thorough
 def test_demo_reduces_the_random_model(capsys, tmp_path):
     if not shortens_prompts():
         pytest.skip("this transformers is too old")

@@ -96,6 +96,7 @@ def test_one_run_gives_no_speed_up():
 # ---- scan ----
 
 
+@pytest.mark.thorough
 def test_scan_keeps_what_a_file_says_of_other_releases(tmp_path, monkeypatch, capsys):
     file = tmp_path / "families.json"
     file.write_text('{"1.0": {}}')

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.patches_models import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,7 @@ even:1.0: 3 of 5 pass, 1 are refused by design
 """
 
 
+@pytest.mark.thorough
 def test_what_passes_unpatched_is_held_against_what_passes_patched(tmp_path: Path):
     import torch
 

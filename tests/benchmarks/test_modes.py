@@ -35,6 +35,7 @@ def test_compiled_answers_are_those_of_eager(llava, monkeypatch):
     assert all("decode_over_eager" in row for row in rows)
 
 
+@pytest.mark.thorough
 def test_nothing_is_compiled_while_it_is_timed(llava, monkeypatch):
     """A patch has torch.compile forget what it compiled: all patches are there first, and each graph is made once."""
     compiled, place, time, prepare = nn.Module.compile, [], modes.Variant.time, models.prepare
@@ -137,6 +138,7 @@ def _raises(common):
     raise RuntimeError("planted")
 
 
+@pytest.mark.thorough
 def test_a_graph_is_measured_in_a_process_of_its_own():
     """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
     assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [

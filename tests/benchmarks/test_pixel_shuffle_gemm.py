@@ -17,6 +17,7 @@ from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.ops.pixel_shuffle import cases as calls
 from vlmfast.registry import OPS
 
+pytestmark = pytest.mark.thorough
 OP = CANDIDATES["pixel_shuffle_gemm"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

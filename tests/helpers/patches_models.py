@@ -41,10 +41,15 @@ LAYERS = re.compile(rf"({ALIKE}|Qwen3_5|Qwen3VLMoeText|Qwen3OmniMoeThinkerText)(
 LAYERS_457 = re.compile(rf"({ALIKE})(DecoderLayer|MLP)|Qwen3VLMoeTextMLP|Qwen3OmniMoeThinkerTextMLP")
 
 
+def is_new_enough(model_type: str) -> bool:
+    """Tell whether the installed transformers takes the tiny model of that type."""
+    return Version(transformers.__version__) >= Version(SINCE.get(model_type, "0"))
+
+
 def skip_unless_known(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
-    if Version(transformers.__version__) < Version(SINCE.get(model_type, "0")):
+    if not is_new_enough(model_type):
         pytest.skip(f"the tiny {model_type} needs transformers {SINCE[model_type]}")
 
 

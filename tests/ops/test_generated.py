@@ -214,6 +214,7 @@ def test_second_gradient(op: Op):
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_opcheck(op: Op):
     """torch's own checks of a custom op; on inputs that need a gradient where there is one."""
@@ -233,7 +234,9 @@ def assert_traced_alike(op: Op, got: Tensors, want: Tensors) -> None:
         assert torch.equal(g, w) if op.compose is None else torch.allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static"), pytest.param(True, id="dynamic", marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("op", EACH_OP)
 def test_compiles_into_one_graph(op: Op, dynamic: bool):
     """torch.compile breaks no graph, and gives the same results and gradients."""

@@ -27,6 +27,7 @@ GENERATED = {
     "traffic",
     "triton_launcher_has_the_signature_of_the_definition",
 }
+pytestmark = pytest.mark.thorough
 QUIET = ("-q", "-p", "no:cacheprovider")
 USE = """
 import runpy, torch, vlmfast

@@ -171,6 +171,7 @@ def test_more_rows_than_threads_or_blocks(backend: str):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
 @pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
 def test_every_cpu_level_gives_the_same_bits(level: str):

@@ -58,6 +58,7 @@ def test_native_silu_of_float32_is_that_of_whole_vectors_of_torch():
         assert torch.equal(vlmfast.silu_mul(gate, up), F.silu(gate) * up)
 
 
+@pytest.mark.thorough
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path):
     require(OPS["silu_mul"], "native")
     code = """

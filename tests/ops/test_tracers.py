@@ -70,7 +70,14 @@ def load(folder: Path, how: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize("exporter", ["export", "strict export", "make_fx", "symbolic make_fx"])
+@pytest.mark.parametrize(
+    "exporter",
+    [
+        "export",
+        "make_fx",
+        *(pytest.param(how, marks=pytest.mark.thorough) for how in ("strict export", "symbolic make_fx")),
+    ],
+)
 @pytest.mark.parametrize("op", EACH_OP)
 def test_exporters_get_plain_operators(op: Op, exporter: str):
     call, tensors, want = a_call(op)
@@ -136,6 +143,7 @@ def needs_numbers(op: Op, call: dict[str, Any]) -> bool:
     return True
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("op", EACH_OP)
 def test_bad_calls_in_a_compiled_graph_are_refused(op: Op):
     bad = [(name, value, f"{message}|{name}") for name, value, _, message in op.cases.bad_calls]

@@ -53,6 +53,7 @@ def of_upstream(graph: Callable[[Logits], Any], call: Logits) -> Any:
         pytest.skip(f"upstream: {error}"[:200])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llava", "internvl", "idefics3", "llama4", "qwen2_5_vl", "qwen3_vl"])
 def test_a_trainable_model_is_traced_and_saved(model_type: str):
     call = Logits(model_type)
@@ -66,6 +67,7 @@ def test_a_trainable_model_is_traced_and_saved(model_type: str):
     assert torch.equal(got(*call.inputs), want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["traced", "compiled"])
 def test_doubles_are_left_to_upstream(how: str):
     """The ops refuse them, and upstream's norm computes in float32: so does the graph of a patched model."""
@@ -78,7 +80,10 @@ def test_doubles_are_left_to_upstream(how: str):
     assert torch.equal(graph(call)(*call.inputs), got)
 
 
-@pytest.mark.parametrize("model_type", ["llava", "internvl", "idefics3", "llama4"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llava", "internvl", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("idefics3", "llama4"))],
+)
 def test_a_model_is_exported(model_type: str):
     call = Logits(model_type)
     want = of_upstream(exported, call).module()(*call.inputs)
@@ -88,6 +93,7 @@ def test_a_model_is_exported(model_type: str):
     assert torch.equal(program.module()(*call.inputs), want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model_type", ["llama", "llava"])
 def test_a_model_becomes_onnx(model_type: str, tmp_path: Path):
     onnx = pytest.importorskip("onnx")

@@ -320,6 +320,7 @@ def graphs() -> Iterator[tuple[Callable[..., Any], list[str]]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.thorough
 def test_placement_compiles(graphs):
     backend, seen = graphs
     model, inputs = tiny("llava")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 import vlmfast
 from tests.helpers.patches_models import (
@@ -20,6 +22,7 @@ from tests.helpers.patches_models import (
     assert_same,
     cast,
     exact,
+    is_new_enough,
     logits,
     patched,
     replaceable,
@@ -28,8 +31,10 @@ from tests.helpers.patches_models import (
     state,
     tiny,
 )
+from tests.helpers.thorough import REPEATED
 from tests.helpers.tiny_types import TINY_LANGUAGE, TINY_VISUAL
 from vlmfast.ops.rms_norm import definition
+from vlmfast.patches.plan import find_sites
 from vlmfast.patches.upstream import site_name
 
 EACH_COMMON = (*COMMON, "llama")
@@ -90,6 +95,17 @@ def test_tiny_model_uses_what_it_is_given(model_type: str):
         assert not torch.equal(logits(model, inputs), want)
         with torch.no_grad():
             weight.div_(1.5)
+
+
+@pytest.mark.thorough
+def test_each_body_of_a_type_that_few_tests_build_is_in_another_type_too():
+    def bodies(names: Iterable[str]) -> set[tuple[str, str]]:
+        known = [name for name in names if name in CONFIG_MAPPING and is_new_enough(name)]
+        sites = [site for name in known for site in find_sites(tiny(name)[0])]
+        return {(site.method, str(site.body.key)) for site in sites if site.body is not None and site.reason is None}
+
+    assert {*EACH} > REPEATED
+    assert bodies(REPEATED) <= bodies({*EACH} - REPEATED)
 
 
 @pytest.mark.parametrize("model_type", EACH_COMMON)

@@ -100,6 +100,7 @@ else:
 """
 
 
+@pytest.mark.thorough
 def test_a_new_body_is_one_line(tmp_path: Path):
     """On a copy of the package: a toy's method, which doubles, is replaced by one that does not."""
     ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "kernels", "*.so")

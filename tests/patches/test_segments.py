@@ -301,6 +301,7 @@ def test_arguments_go_on_to_attention():
         assert not torch.equal(module(**inputs), want)
 
 
+@pytest.mark.thorough
 def test_a_compiled_tower_breaks_where_upstream_does():
     module, inputs = attention_of(), inputs_of([4, 4, 8])
     found = []

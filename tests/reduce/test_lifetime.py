@@ -77,6 +77,7 @@ def assigned(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wrap", [assigned, prepared])
 def test_what_wraps_the_patched_model_sees_full_prompts_after_the_patch(wrap: Callable[[nn.Module], nn.Module]):
     talk = Talk.of("llava")
@@ -155,6 +156,7 @@ class Showing(nn.Module):
         return self.module(**inputs)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "wrap", [Showing, functools.partial(torch.compile, backend="eager")], ids=["shown", "compiled"]
 )

@@ -230,6 +230,7 @@ def test_positions_of_merged_tokens_are_those_of_their_targets():
     assert selection.positions().tolist() == [[0, 4, 2, 5]]
 
 
+@pytest.mark.thorough
 def test_a_new_method_is_one_file(tmp_path: Path):
     """In a copy of the tree, the example of the docs has public names, a name to type, a row in the docs, and tests."""
     shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))

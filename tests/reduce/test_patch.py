@@ -285,6 +285,7 @@ def test_training_reaches_projector_and_tower(model_type: str):
 # ---- wrappers ----
 
 
+@pytest.mark.thorough
 def test_compiled_forward():
     torch._dynamo.reset()
     talk = Talk.of("llava")

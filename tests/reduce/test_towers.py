@@ -89,6 +89,7 @@ def test_refusals():
         encode(tower, pixels, -1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model_type", "parts"),
     [

@@ -1,0 +1,27 @@
+"""Which of the values that a test runs with are left to `make test-thorough`, because others run the same code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+INTERPRETED = (("cpu", "triton"), ("cpu", "emulated"))  # where a call takes up to a second
+# Types of which each body is in another type too, as a test of the models says, and whose visual tokens are reduced as
+# those of another.
+REPEATED = {
+    *("aria", "cohere2_vision", "deepseek_vl", "ernie4_5_vl_moe", "exaone4_5", "florence2", "fuyu", "gemma"),
+    *("gemma3_text", "gemma3n_text", "glm46v", "glm4v_moe", "glm_ocr", "got_ocr2", "idefics2", "instructblip"),
+    *("lighton_ocr", "llama", "mistral", "mistral3", "mixtral", "mllama", "nanochat", "ovis2", "paligemma", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_moe", "qwen3_vl_moe"),
+    *("step3p7", "video_llama_3", "vipllava"),
+}}
+
+
+def is_thorough(item: pytest.Item) -> bool:
+    """Tell whether a test runs with such a value: a type of `REPEATED`, or an interpreter in another dtype than bfloat16."""
+    given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    if given.get("model_type") in REPEATED:
+        return True
+    return given.get("place") in INTERPRETED and given.get("dtype", torch.bfloat16) != torch.bfloat16
