@@ -16,11 +16,11 @@ REPEATED = {
     *("lighton_ocr", "llama", "mistral", "mistral3", "mixtral", "mllama", "nanochat", "ovis2", "paligemma", "phi3"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_moe", "qwen3_vl_moe"),
     *("step3p7", "video_llama_3", "vipllava"),
-}}
+}
 
 
 def is_thorough(item: pytest.Item) -> bool:
-    """Tell whether a test runs with such a value: a type of `REPEATED`, or an interpreter in another dtype than bfloat16."""
+    """Tell whether a test is of a repeated type, or runs an interpreter in another dtype than bfloat16."""
     given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     if given.get("model_type") in REPEATED:
         return True
