@@ -25,7 +25,9 @@ from vlmfast.patches.warm_up import Warmup as Warmup
 from vlmfast.patches.warm_up import warmup as warmup
 from vlmfast.reduce.compress import compress_inputs as compress_inputs
 from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
+from vlmfast.reduce.methods.evs import EVS as EVS
 from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens
+from vlmfast.reduce.methods.vcast import VCAST as VCAST
 from vlmfast.reduce.methods.visionzip import VisionZip as VisionZip
 from vlmfast.registry import explain as explain
 from vlmfast.registry import use as use

@@ -19,6 +19,8 @@ from vlmfast.reduce import Method, ReducedImage
 from vlmfast.reduce.drawing import Crop, draw
 from vlmfast.reduce.methods import METHODS
 
+OF_IMAGES = {name: method for name, method in METHODS.items() if "image" in method.takes}
+
 
 def parse_method(text: str) -> Method:
     """Make a method from its name and a number, or a share such as 0.1, for each argument that has no default.
@@ -28,18 +30,18 @@ def parse_method(text: str) -> Method:
     """
     name, _, budget = text.partition(":")
     numbers = budget.split("+")
-    known = name in METHODS and len(numbers) == len(METHODS[name].required())
+    known = name in OF_IMAGES and len(numbers) == len(OF_IMAGES[name].required())
     if not known or not all(re.fullmatch(r"\d+|\d*\.\d+", number) for number in numbers):
         raise argparse.ArgumentTypeError(f"must be one of {usage()}, got {text!r}")
     try:
-        return METHODS[name](*(float(number) if "." in number else int(number) for number in numbers))
+        return OF_IMAGES[name](*(float(number) if "." in number else int(number) for number in numbers))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def usage() -> str:
     """Say what `parse_method` takes."""
-    forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(METHODS.items())]
+    forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(OF_IMAGES.items())]
     return f"{', '.join(forms)}, each a number of tokens such as 64 or a share such as 0.1"
 
 

@@ -9,6 +9,7 @@ from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_ga
 from vlmfast.reduce.reduced_image import ReducedImage
 
 PAD, V = 0, 3
+MISMATCH = "Image features and image tokens do not match"
 
 
 def image(columns: list[int], total: int) -> ReducedImage:
@@ -19,7 +20,7 @@ def image(columns: list[int], total: int) -> ReducedImage:
 
 def short(rows: list[list[int]], *images: ReducedImage) -> list[list[int]]:
     ids = torch.tensor(rows)
-    return drop_columns(ids == V, ids != PAD, images).take(ids, PAD).tolist()
+    return drop_columns(ids != PAD, (ids == V, images)).take(ids, PAD).tolist()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_columns(rows: list[list[int]], images: list[ReducedImage], want: list[l
 def test_a_masked_image_stays_where_it_is():
     ids = torch.tensor([[7, 8, V, V, 9], [V, V, 9, 7, 8]])
     mask = torch.tensor([[True, True, False, False, False], [False, False, False, True, True]])
-    columns = drop_columns(ids == V, mask, [image([1], 2), image([0], 2)])
+    columns = drop_columns(mask, (ids == V, [image([1], 2), image([0], 2)]))
     assert columns.take(ids, PAD).tolist() == [[7, 8, V], [V, 7, 8]]
     assert columns.take(mask.long(), 0).tolist() == [[1, 1, 0], [0, 1, 1]]
 
@@ -52,13 +53,13 @@ def test_a_masked_image_stays_where_it_is():
 def test_a_gap_of_the_callers_own_stays():
     ids = torch.tensor([[7, 8, V, V, 9]])
     mask = torch.tensor([[True, False, True, True, True]])
-    columns = drop_columns(ids == V, mask, [image([1], 2)])
+    columns = drop_columns(mask, (ids == V, [image([1], 2)]))
     assert columns.index.tolist() == [[0, 1, 3, 4]]
     assert columns.take(mask.long(), 0).tolist() == [[1, 0, 1, 1]]
 
 
 def test_two_prompts_one_after_the_other():
-    first = drop_columns(torch.tensor([[False, True, True]]), torch.ones(1, 3, dtype=torch.bool), [image([1], 2)])
+    first = drop_columns(torch.ones(1, 3, dtype=torch.bool), (torch.tensor([[False, True, True]]), [image([1], 2)]))
     both = first.then(Columns.all(torch.zeros(1, 2))).select(torch.tensor([0, 0]))
     assert both.index.tolist() == [[0, 2, 3, 4]] * 2
     assert (both.total, both.dropped) == (5, 1)
@@ -84,11 +85,11 @@ def test_images_of_samples():
 
     def found(images: list[ReducedImage], cached: list[int], new: list[int]) -> list[list[int]]:
         numbers = {id(one): number for number, one in enumerate((a, b, c))}
-        return [[numbers[id(one)] for one in sample] for sample in new_images(images, cached, new)]
+        return [[numbers[id(one)] for one in sample] for sample in new_images(images, cached, new, MISMATCH)]
 
     assert found([a, b, c], [0, 0, 0], [2, 0, 5]) == [[0], [], [1, 2]]
     assert found([a, b, c], [2, 3], [0, 2]) == [[], [2]]  # the whole conversation is given
     assert found([c], [2, 3], [0, 2]) == [[], [2]]  # what is new alone
     for images, cached, new in (([a, b], [0, 0], [3, 2]), ([a], [0], [3]), ([a, b, c], [0], [5]), ([a, b], [3], [2])):
-        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+        with pytest.raises(ValueError, match=MISMATCH):
             found(images, cached, new)

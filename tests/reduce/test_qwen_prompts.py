@@ -15,11 +15,16 @@ from tests.helpers import tiny_models as parts
 from tests.helpers.qwen_models import BROAD, NAMES, SMALL, TALL, WIDE, Grid, inputs_of, model_of
 from vlmfast import EvenTokens, VisionZip
 from vlmfast.reduce import ReducedImage
-from vlmfast.reduce.prompt import takes_features
 
 METHOD = VisionZip(dominant=0.3, contextual=0.15)
 ATTENTION = NAMES[:4]  # the others have linear attention, where a masked token is not one that is not there
 ROWS = ((SMALL, WIDE), (TALL,), (BROAD,))
+
+
+class OfImages(EvenTokens):
+    """Leaves videos as they are."""
+
+    takes = ("image",)
 
 
 def positions_of(ids: list[int], grids: list[Grid]) -> list[tuple[int, int, int]]:
@@ -103,16 +108,12 @@ def test_reduced_prompt_is_one_built_by_hand(name):
 @pytest.mark.parametrize("video", [None, (3, 4, 8)], ids=["images", "video"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_dropped_tokens_are_masked_ones(name, video):
-    """Of a video all tokens stay; beside one, transformers 5.17 cannot be given reduced images."""
+    """Of a video, which this method is not for, all tokens stay."""
     model = model_of(name)
     inputs = inputs_of(model, *ROWS, video=video)
     mask, full = inputs["attention_mask"].clone(), inputs["input_ids"]
-    if video is not None and not takes_features(type(model.model)):
-        with pytest.raises(ValueError, match="pixel_values_videos"), vlmfast.patch(model, reduce=METHOD):
-            model(**inputs)
-        return
     axes, _ = model.model.get_rope_index(**{k: v for k, v in inputs.items() if "pixel" not in k})
-    with torch.no_grad(), vlmfast.patch(model, reduce=EvenTokens(0.5)) as patch:
+    with torch.no_grad(), vlmfast.patch(model, reduce=OfImages(0.5)) as patch:
         short = model(**inputs).logits
     for row, (ids, padding, _, images) in enumerate(samples(inputs, ROWS, patch.images)):
         left = [padding + column for column in stay(ids, images)]
@@ -199,11 +200,11 @@ def test_all_tokens_are_the_model_itself(name, method):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_video_alone_is_left_as_it_is(name):
+def test_a_video_alone_is_refused_by_a_method_for_images(name):
     model = model_of(name)
     inputs = inputs_of(model, (), video=(3, 4, 8))
-    with torch.no_grad():
-        want = model(**inputs).logits
-        with vlmfast.patch(model, only="*get_placeholder_mask", reduce=METHOD) as patch:
-            assert torch.equal(model(**inputs).logits, want)
-    assert patch.images == []
+    with (
+        vlmfast.patch(model, reduce=OfImages(0.5)),
+        pytest.raises(ValueError, match=r"OfImages.* reduces images, and the prompt has videos alone"),
+    ):
+        model(**inputs)

@@ -58,8 +58,8 @@ def test_padding_is_known_without_asking():
 
     mask = torch.ones(2, 4, dtype=torch.bool)
     is_image = torch.tensor([[False, True, True, False]] * 2)
-    even = drop_columns(is_image, mask, [image([0], 2), image([1], 2)])
-    uneven = drop_columns(is_image, mask, [image([0], 2), image([0, 1], 2)])
+    even = drop_columns(mask, (is_image, [image([0], 2), image([1], 2)]))
+    uneven = drop_columns(mask, (is_image, [image([0], 2), image([0, 1], 2)]))
     for columns, padded in ((even, False), (uneven, True), (even.then(even), False), (even.then(uneven), True)):
         assert columns.padded == padded == (not columns.valid.all())
         assert columns.select([0, 1]).padded == padded

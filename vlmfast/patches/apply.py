@@ -49,6 +49,11 @@ class Patch:
         """The images of the last prompt whose visual tokens were reduced, for `vlmfast.reduce.overlay`."""
         return [] if self.reduction is None else self.reduction.images
 
+    @property
+    def videos(self) -> list[ReducedImage]:
+        """The videos of that prompt."""
+        return [] if self.reduction is None else self.reduction.videos
+
     def report(self) -> str:
         """Write a line for each site: how many modules run the replacement now, or why not.
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from vlmfast.reduce.reduced_image import ReducedImage
 
-MISMATCH = "Image features and image tokens do not match"  # upstream's words, which handlers look for
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -55,7 +53,7 @@ class Columns:
         return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1], padded=False)
 
 
-def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage]) -> Columns:
+def drop_columns(mask: Tensor, *visual: tuple[Tensor, Sequence[ReducedImage]]) -> Columns:
     """Leave out the placeholders that the images do not keep, and the padding that no sample needs any more.
 
     Where the images keep all of theirs, nothing is left out. A masked placeholder is no padding: its image is encoded
@@ -63,33 +61,35 @@ def drop_columns(is_image: Tensor, mask: Tensor, images: Sequence[ReducedImage])
     prompt was.
 
     Args:
-        is_image: (B, L) bool, true at the placeholders of ``images``, in row-major order.
         mask: (B, L) bool, false at padding.
-        images: all images of the batch.
+        visual: all images of the batch, and all videos: where their placeholders are, (B, L) bool, and what became of
+            them in row-major order.
     """
-    if all(len(image.columns) == image.total for image in images):
-        return Columns.all(is_image)
-    flags = [is_image.new_zeros(image.total).index_fill(0, image.columns.to(is_image.device), True) for image in images]
-    present = ~is_image
-    if flags:
-        present = present.masked_scatter(is_image, torch.cat(flags))
+    if all(len(image.columns) == image.total for _, images in visual for image in images):
+        return Columns.all(mask)
     # only padding at an end is left out: a gap within a prompt is the caller's business, and so is a masked image
-    present &= is_image | ((mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0))
+    present = (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
+    for is_image, images in visual:
+        flags = [mask.new_zeros(image.total).index_fill(0, image.columns.to(mask.device), True) for image in images]
+        present = present.masked_scatter(is_image, torch.cat(flags))
     right = ~mask[:, -1].all() & mask[:, 0].all()
     lengths = torch.cat([present.sum(1), right[None]]).tolist()  # the one wait for the device
     longest = max(lengths[:-1])
     order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=bool(lengths[-1]))
     index = order[:, :longest] if lengths[-1] else order[:, order.shape[1] - longest :]
-    return Columns(index, present.gather(1, index), is_image.shape[1], padded=min(lengths[:-1]) < longest)
+    return Columns(index, present.gather(1, index), mask.shape[1], padded=min(lengths[:-1]) < longest)
 
 
-def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int]) -> list[list[ReducedImage]]:
+def new_images(
+    images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int], mismatch: str
+) -> list[list[ReducedImage]]:
     """Return the images that belong to the new part of each sample.
 
     Args:
         images: in the order of their placeholders over the batch: those of the new parts, or of the whole prompts.
         cached: how many placeholders each sample has in the part that is in the cache.
         new: how many it has after that.
+        mismatch: how the message begins where they do not fit.
 
     Raises:
         ValueError: if they do not fit.
@@ -103,13 +103,13 @@ def new_images(images: Sequence[ReducedImage], cached: Sequence[int], new: Seque
                 taken.append(waiting.pop(0))
             if sum(image.total for image in taken) != placeholders:
                 raise ValueError(
-                    f"{MISMATCH}: sample {sample} has {placeholders} placeholders, and the next images make "
+                    f"{mismatch}: sample {sample} has {placeholders} placeholders, and the next images make "
                     f"{[image.total for image in taken + waiting]}"
                 )
         found.append(taken)
     if waiting:
         raise ValueError(
-            f"{MISMATCH}: {sum(cached) + sum(new)} placeholders, and images of {[image.total for image in images]}"
+            f"{mismatch}: {sum(cached) + sum(new)} placeholders, and images of {[image.total for image in images]}"
         )
     return found
 

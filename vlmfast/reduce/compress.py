@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from vlmfast.modules import hugging_face_model
 from vlmfast.reduce.generation import reducible
+from vlmfast.reduce.kinds import KINDS, brought, check_takes
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import ShortenedPrompt, shorten, takes_features
 
 
 def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """Encode and reduce the images of a batch and shorten its prompt, for a model that is not patched.
+    """Encode and reduce the images and videos of a batch and shorten its prompt, for a model that is not patched.
 
     ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
     short ids. With M-RoPE (Qwen-VL) ``position_ids`` are those that the tokens had, and the model is told how far from
@@ -50,7 +51,8 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the arguments of forward, got {type(inputs).__name__}")
     host, reducer = reducible(hugging_face_model(model))
-    if inputs.get("pixel_values") is None:
+    check_takes(reducer, method, type(host).__name__)
+    if not brought(reducer, inputs):
         return dict(inputs)
     base = host.base_model
     prompt, short = shorten(host, reducer, method, inputs)
@@ -103,14 +105,17 @@ def _loaded(rope_deltas: Tensor, outputs: dict[str, Any]) -> _Telling:
 
 
 def _with_embeddings(base: Any, prompt: ShortenedPrompt, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Put the images among the embeddings of the text."""
+    """Put the images and videos among the embeddings of the text."""
     others = {
         name: value for name, value in arguments.items() if name not in ("mm_encoder_outputs", "mm_token_type_ids")
     }
     ids: Tensor = others.pop("input_ids")
-    if any(image.levels for image in prompt.images):
+    if any(image.levels for sample in prompt.samples for image in sample):
         raise ValueError("compress_inputs for a model with DeepStack needs a transformers with mm_encoder_outputs")
     embeddings: Tensor = base.get_input_embeddings()(ids)
-    mask = (ids == base.config.image_token_id)[..., None]
-    rows = torch.cat([image.features for image in prompt.images]).to(embeddings)
-    return {**others, "inputs_embeds": embeddings.masked_scatter(mask, rows)}
+    for kind in KINDS:
+        if images := prompt.of_kind(kind.name):
+            mask = (ids == kind.placeholder(base.config))[..., None]
+            rows = torch.cat([image.features for image in images]).to(embeddings)
+            embeddings = embeddings.masked_scatter(mask, rows)
+    return {**others, "inputs_embeds": embeddings}

@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.kinds import KINDS, Kind
 from vlmfast.reduce.prompt import ShortenedPrompt, image_output
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Encoded images on their way through the ``pixel_values`` of a forward."""
+    """Encoded images or videos on their way through the ``pixel_values`` of a forward."""
 
     output: Any
 
@@ -37,21 +38,24 @@ def forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Cal
         if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
             samples = mm_encoder_outputs.samples
             times = kwargs["input_ids"].shape[0] // len(samples)  # beams
-            kwargs["pixel_values"] = _Encoded(image_output(self.base_model, reducer, samples, times))
+            for kind in KINDS:
+                if any(own := kind.of(samples)):
+                    kwargs[kind.pixels] = _Encoded(image_output(self.base_model, reducer, own, times))
         return original(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
     return forward
 
 
-def get_image_features_of(cls: type) -> Callable[..., Any]:
-    """Have a ``get_image_features`` pass on what is encoded already."""
-    original: Callable[..., Any] = cls.get_image_features  # type: ignore[attr-defined]
+def features_of(cls: type, kind: Kind) -> Callable[..., Any]:
+    """Have a ``get_image_features`` or ``get_video_features`` pass on what is encoded already."""
+    original = kind.encoder(cls)
 
     @functools.wraps(original)
-    def get_image_features(self: nn.Module, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(pixel_values, _Encoded):
-            return pixel_values.output
-        return original(self, pixel_values, *args, **kwargs)
+    def get_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, _Encoded):
+                return value.output
+        return original(self, *args, **kwargs)
 
-    return get_image_features
+    return get_features

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
-from vlmfast.reduce.encoded_images import forward_with_features, get_image_features_of
+from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
+from vlmfast.reduce.kinds import KINDS, brought, check_takes, is_placeholder
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
@@ -62,13 +63,18 @@ class Reduction:
 
     @property
     def last(self) -> ShortenedPrompt | None:
-        """The last prompt that had images."""
+        """The last prompt that had images or videos."""
         return self.note.prompt
 
     @property
     def images(self) -> list[ReducedImage]:
-        """The images of the last prompt that had any."""
+        """The images of the last prompt that had any, or any videos."""
         return [] if self.last is None else self.last.images
+
+    @property
+    def videos(self) -> list[ReducedImage]:
+        """The videos of that prompt."""
+        return [] if self.last is None else self.last.videos
 
     def replacements(self) -> dict[type, dict[str, Callable[..., Any]]]:
         """Return the replacement of each method: class -> method -> function."""
@@ -77,11 +83,12 @@ class Reduction:
         found: dict[type, dict[str, Callable[..., Any]]] = {}
         if not takes_features(base):
             original = forward_with_features(original, self.reducer)
-            found[base] = {"get_image_features": get_image_features_of(base)}
+            kinds = [kind for kind in KINDS if kind.reduce(self.reducer) is not None]
+            found[base] = {f"get_{kind.name}_features": features_of(base, kind) for kind in kinds}
         found[cls] = {
             "forward": _forward(self, original),
             "generate": _replacement(
-                _with_images(cls.generate), functools.partial(_short_generate, self, cls.generate)
+                self.reducer, _with_images(cls.generate), functools.partial(_short_generate, self, cls.generate)
             ),
         }
         return found
@@ -90,7 +97,8 @@ class Reduction:
         """Return the method, and what it did to the last prompt."""
         if self.last is None:
             return f"{self.method}: no prompt with images yet"
-        sizes = [f"{image.total} -> {image.features.shape[0]}" for image in self.last.images]
+        shown = self.last.images + self.last.videos
+        sizes = [f"{image.total} -> {image.features.shape[0]}" for image in shown]
         before, after = self.last.columns.total, self.last.columns.index.shape[1]
         return (
             f"{self.method}: visual tokens of the last prompt {', '.join(sizes)}; prompt {before} -> {after} "
@@ -108,7 +116,7 @@ class Reduction:
         prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
         prompt = prompt.detach()
         note = self.note if getattr(model, "_is_replica", False) else NOTES.get(model)
-        if prompt.images and note is not None:
+        if any(prompt.samples) and note is not None:
             note.prompt = prompt
         return prompt, short
 
@@ -127,6 +135,7 @@ def shortening(model: Any, method: object) -> Reduction:
     if not isinstance(method, Method):
         raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
     model, reducer = reducible(model)
+    check_takes(reducer, method, type(model).__name__)
     for name in ("forward", "generate"):
         if reason := replaced_on_instances([model], type(model), name):
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
@@ -157,14 +166,14 @@ def reducible(host: Any) -> tuple[Any, Reducer]:
     return model, REDUCERS[model_type]
 
 
-def _replacement(original: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
+def _replacement(reducer: Reducer, original: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
     """Have ``short`` take the calls that bring images or go on from a shortened prompt, with arguments by name."""
     names = parameters(original)
 
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        if arguments.get("pixel_values") is None and kept_by(arguments.get("past_key_values")) is None:
+        if not brought(reducer, arguments) and kept_by(arguments.get("past_key_values")) is None:
             return original(self, *args, **kwargs)
         return short(self, arguments)
 
@@ -182,7 +191,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
     def short_forward(model: Any, arguments: dict[str, Any]) -> Any:
         cache = arguments.get("past_key_values")
         with lent(cache) as cached:
-            if arguments.get("pixel_values") is None and cached is not None:
+            if not brought(reduction.reducer, arguments) and cached is not None:
                 return original(model, **_continued(arguments, cached))
             if cache is not None and cache.get_seq_length():
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
@@ -192,7 +201,8 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
                 keep(_cache_of(output) if cache is None else cache, prompt.without_images())
             return output
 
-    return _replacement(original, torch.compiler.disable(short_forward, recursive=False))  # type: ignore[no-untyped-call]
+    short = torch.compiler.disable(short_forward, recursive=False)  # type: ignore[no-untyped-call]
+    return _replacement(reduction.reducer, original, short)
 
 
 def _lengthened(
@@ -259,7 +269,7 @@ def _with_images(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache, ids = arguments.get("past_key_values"), arguments.get("input_ids", arguments.get("inputs"))
         past = 0 if cache is None or arguments.get("mm_encoder_outputs") is not None else int(cache.get_seq_length())
-        if past and isinstance(ids, Tensor) and bool((ids[:, past:] == self.config.image_token_id).any()):
+        if past and isinstance(ids, Tensor) and bool(is_placeholder(ids[:, past:], self.config).any()):
             raise ValueError(
                 f"pixel_values must be given with images after the {past} columns that past_key_values holds; if it "
                 f"was made of the layers of a cache whose visual tokens were reduced, copy that with copy.deepcopy"
@@ -280,10 +290,10 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         if (
             ids is not None and isinstance(given, Tensor) and given.shape[1] > ids.shape[1]
         ):  # the ids of what follows alone
-            if cached is None or arguments.get("pixel_values") is not None:
+            if cached is None or brought(reduction.reducer, arguments):
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))
-        check(model, arguments)
+        check(model, reduction.reducer, arguments)
         if given is None:
             arguments["attention_mask"] = _mask(model, arguments)
         with torch.no_grad():

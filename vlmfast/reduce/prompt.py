@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.modules import at_hand
-from vlmfast.reduce.columns import MISMATCH, Columns, drop_columns, new_images, without_gaps
+from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.kinds import KINDS, Kind, brought, method_of_each
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
@@ -30,12 +31,22 @@ class ShortenedPrompt:
     ids: Tensor  # (B, L) the full prompt
     columns: Columns  # those that the language model sees
     rope_deltas: Tensor | None  # (B, 1) from the end of the short prompt to the next position; None: the model counts
-    samples: list[list[ReducedImage]]  # the images of each sample, without those that were in the cache before
+    # the images of each sample and then its videos, without those that were in the cache before
+    samples: list[list[ReducedImage]]
 
     @property
     def images(self) -> list[ReducedImage]:
         """All images, in the order of their placeholders."""
-        return [image for sample in self.samples for image in sample]
+        return self.of_kind("image")
+
+    @property
+    def videos(self) -> list[ReducedImage]:
+        """All videos, in the order of their placeholders."""
+        return self.of_kind("video")
+
+    def of_kind(self, kind: str) -> list[ReducedImage]:
+        """All that are of one kind."""
+        return [image for sample in self.samples for image in sample if image.kind == kind]
 
     def lengthen(self, ids: Tensor, samples: Sequence[int] | None = None) -> Tensor:
         """(B', N + n) ids that begin with the short prompt -> (B', L + n) that begin with the full one.
@@ -119,21 +130,19 @@ def shorten(
         The prompt, and the arguments with which the model sees it short: without the vision inputs, and where there are
         images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
     """
-    check(model, arguments)
+    check(model, reducer, arguments)
     base = model.base_model
     ids: Tensor = arguments["input_ids"]
     given = arguments.get("attention_mask")
     full_mask = torch.ones_like(ids) if given is None else given
-    vision = named(arguments, parameters(type(base).get_image_features))
+    methods = method_of_each(reducer, method, arguments)
     start = 0 if cached is None else cached.columns.total
-    is_image = ids == base.config.image_token_id
-    counts = torch.stack([is_image[:, :start].sum(1), is_image[:, start:].sum(1)]).tolist()
-    samples = _encode(base, reducer, method, vision, *counts)
-    images = [image for sample in samples for image in sample]
-    columns = drop_columns(is_image[:, start:] & bool(images), full_mask[:, start:].bool(), images)
+    samples, visual = _encode_all(base, reducer, methods, arguments, start)
+    columns = drop_columns(full_mask[:, start:].bool(), *visual)
     if cached is not None:
         columns = cached.columns.then(columns)
-    names = {*vision, "input_ids", "position_ids"}
+    names = {"input_ids", "position_ids", "second_per_grid_ts"}
+    names = names.union(*(_vision(base, kind, arguments) for kind in methods))
     short = {name: value for name, value in arguments.items() if name not in names}
     short["input_ids"] = columns.take(ids, _padding(model))
     for name, rows in named(short, FILLS).items():
@@ -167,39 +176,69 @@ def shorten(
     if any(samples):
         short["mm_encoder_outputs"] = prompt
         if takes_features(type(base)):
-            short["mm_encoder_outputs"] = {"image": image_output(base, reducer, samples)}
-            if short.get("pixel_values_videos") is not None:
-                video = named({**vision, **short}, parameters(type(base).get_video_features))
-                short["mm_encoder_outputs"]["video"] = base.get_video_features(**video, return_dict=True)
-                del short["pixel_values_videos"]
+            outputs = short["mm_encoder_outputs"] = {
+                kind.name: image_output(base, reducer, own) for kind in KINDS if any(own := kind.of(samples))
+            }
+            for kind in KINDS:
+                if short.get(kind.pixels) is not None:
+                    outputs[kind.name] = kind.encoder(base)(**_vision(base, kind, arguments), return_dict=True)
+                    del short[kind.pixels]
     return prompt, short
 
 
+def _vision(base: Any, kind: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the encoder of a kind takes."""
+    return named(arguments, parameters(kind.encoder(type(base))))
+
+
+def _encode_all(
+    base: Any, reducer: Reducer, methods: Mapping[Kind, Method], arguments: Mapping[str, Any], start: int
+) -> tuple[list[list[ReducedImage]], list[tuple[Tensor, list[ReducedImage]]]]:
+    """Encode the images and videos of each sample that are not among the first ``start`` columns, which are cached.
+
+    Returns:
+        Those of each sample, and those of each kind with where their placeholders are in the other columns.
+    """
+    ids: Tensor = arguments["input_ids"]
+    samples: list[list[ReducedImage]] = [[] for _ in ids]
+    visual = []
+    places = [ids == kind.placeholder(base.config) for kind in methods]
+    counts = [place[:, part].sum(1) for place in places for part in (slice(start), slice(start, None))]
+    asked: list[list[int]] = torch.stack(counts).tolist() if counts else []
+    for kind, place, cached, new in zip(methods, places, asked[::2], asked[1::2], strict=True):
+        found = _encode(base, reducer, kind, methods[kind], _vision(base, kind, arguments), cached, new)
+        samples = [before + own for before, own in zip(samples, found, strict=True)]
+        if own := [image for sample in found for image in sample]:
+            visual.append((place[:, start:], own))
+    return samples, visual
+
+
 def _encode(
-    base: Any, reducer: Reducer, method: Method, vision: Mapping[str, Any], cached: list[int], new: list[int]
+    base: Any, reducer: Reducer, kind: Kind, method: Method, vision: dict[str, Any], cached: list[int], new: list[int]
 ) -> list[list[ReducedImage]]:
     """Encode the images of each sample, given its numbers of placeholders in the cache and after that."""
-    if "pixel_values" not in vision or (any(cached) and not any(new)):
+    reduce = kind.reduce(reducer)
+    if reduce is None or (any(cached) and not any(new)):
         return [[] for _ in new]  # what is in the cache is not encoded again
     if not any((*cached, *new)):
-        raise ValueError(f"{MISMATCH}: there are images and no placeholders")
+        raise ValueError(f"{kind.mismatch}: there are {kind.name}s and no placeholders")
     with at_hand(base):  # such as the newline of LLaVA-NeXT
-        images = reducer.reduce(base, vision, method)
+        images = reduce(base, vision, method)
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
-                f"{method} makes {image.features.shape[0]} tokens of an image that has {image.total} placeholders"
+                f"{method} makes {image.features.shape[0]} tokens of an {kind.name} that has {image.total} placeholders"
             )
-    samples = new_images(images, cached, new)
+    samples = new_images(images, cached, new, kind.mismatch)
     if hasattr(base, "get_rope_index") and any(cached) and len(images) == sum(map(len, samples)):
         raise ValueError(
-            "the images must be those of the whole conversation, also those in the cache: the positions after an image "
-            "depend on its size"
+            f"the {kind.name}s must be those of the whole conversation, also those in the cache: the positions after "
+            f"an {kind.name} depend on its size"
         )
     return samples
 
 
-def check(model: Any, arguments: Mapping[str, Any]) -> None:
+def check(model: Any, reducer: Reducer, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that `shorten` cannot rewrite."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -215,16 +254,19 @@ def check(model: Any, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
-    if arguments.get("pixel_values_videos") is not None and not takes_features(type(model.base_model)):
-        raise ValueError("pixel_values_videos beside reduced images needs a transformers with mm_encoder_outputs")
+    stays = [
+        kind for kind in KINDS if arguments.get(kind.pixels) is not None and kind not in brought(reducer, arguments)
+    ]
+    if stays and not takes_features(type(model.base_model)):
+        raise ValueError(f"{stays[0].pixels} beside reduced images needs a transformers with mm_encoder_outputs")
 
 
 def _padding(model: Any) -> int:
     """Return a token id to pad with, which is never that of a placeholder."""
-    image: int = model.config.image_token_id
+    visual = [kind.placeholder(model.config) for kind in KINDS]
     configs = getattr(model, "generation_config", None), model.config.get_text_config()
     choices = (getattr(config, "pad_token_id", None) for config in configs)
-    return next(pad for pad in (*choices, 0, 1) if isinstance(pad, int) and pad >= 0 and pad != image)
+    return next(pad for pad in (*choices, 0, 1) if isinstance(pad, int) and pad >= 0 and pad not in visual)
 
 
 def _positions(
@@ -264,7 +306,7 @@ def positions_after(mask: Tensor, rope_deltas: Tensor) -> Tensor:
 
 
 def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
-    """Return reduced images as ``get_image_features`` of the base model does, each sample so many times."""
+    """Return reduced images as ``get_image_features`` of the base model does, each sample so many times; or videos."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     images = [image for sample in samples for _ in range(times) for image in sample]

@@ -1,9 +1,10 @@
-"""An image of a prompt after its visual tokens were reduced."""
+"""An image or a video of a prompt after its visual tokens were reduced."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from vlmfast.reduce.tokens import Grid, Selection
 
 @dataclass(frozen=True)
 class ReducedImage:
-    """One image of a prompt after its tokens were reduced.
+    """One image, or one video, of a prompt after its tokens were reduced.
 
     Attributes:
         features: (n, D), what the language model gets, in the order of the prompt.
@@ -21,9 +22,10 @@ class ReducedImage:
         total: how many placeholders the image has in the prompt that the processor made.
         levels: the DeepStack features, each (n, D), where the model has them.
         grid: (height, width) of the visual tokens of each crop, for `vlmfast.reduce.overlay`.
-        kept: for each crop the positions of the kept tokens in its grid, in raster order.
-        merged: for each crop the positions of the targets of the merged ones. Where LLaVA-OneVision makes an image
+        kept: for each crop, or frame of a video, the positions of the kept tokens in its grid, in raster order.
+        merged: for each of them the positions of the targets of the merged ones. Where LLaVA-OneVision makes an image
             smaller, its tokens are those of no crop but the overview's: these three are about that alone.
+        kind: "image" or "video".
     """
 
     features: Tensor
@@ -31,8 +33,9 @@ class ReducedImage:
     total: int
     levels: tuple[Tensor, ...]
     grid: tuple[int, int]
-    kept: tuple[Tensor, ...]
-    merged: tuple[Tensor, ...]
+    kept: Sequence[Tensor]
+    merged: Sequence[Tensor]
+    kind: str = "image"
 
     def detach(self) -> ReducedImage:
         """Return it without gradients."""
@@ -41,7 +44,12 @@ class ReducedImage:
 
 
 def cut(
-    selection: Selection, features: Sequence[Tensor], grid: Grid, total: int, in_raster_order: bool = True
+    selection: Selection,
+    features: Sequence[Tensor],
+    grid: Grid,
+    total: int,
+    in_raster_order: bool = True,
+    kind: str = "image",
 ) -> list[ReducedImage]:
     """Make the images of what a selection leaves of B images of one size.
 
@@ -53,6 +61,7 @@ def cut(
         total: how many placeholders each image has.
         in_raster_order: whether each row takes the placeholder of its token, a merged one that of its target; otherwise
             the rows stay in their order and take the first placeholders.
+        kind: "image" or "video".
     """
     positions = selection.positions().to(features[0].device)  # the tower may be on another one
     kept, merged = torch.split(positions, [selection.kept.shape[1], selection.contextual], 1)
@@ -70,14 +79,29 @@ def cut(
             grid=grid[1:],
             kept=_by_frame(kept_positions, grid),
             merged=_by_frame(targets, grid),
+            kind=kind,
         )
         for rows, own, kept_positions, targets in zip(zip(*features, strict=True), columns, kept, merged, strict=True)
     ]
 
 
-def _by_frame(positions: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    frames, rows, columns = grid
-    if frames == 1:
-        return (positions,)
-    area = rows * columns
-    return tuple(positions[positions // area == frame] % area for frame in range(frames))
+def _by_frame(positions: Tensor, grid: Grid) -> Sequence[Tensor]:
+    return (positions,) if grid[0] == 1 else ByFrame(positions, grid)
+
+
+@dataclass(frozen=True)
+class ByFrame(Sequence[Tensor]):
+    """Positions in a grid, frame by frame: how many a frame has is asked of the device when it is wanted."""
+
+    positions: Tensor
+    grid: Grid
+
+    def __len__(self) -> int:
+        return self.grid[0]
+
+    def __getitem__(self, frame: Any) -> Any:
+        if isinstance(frame, slice):
+            return tuple(self[number] for number in range(*frame.indices(len(self))))
+        area = self.grid[1] * self.grid[2]
+        number = range(len(self))[frame]
+        return self.positions[self.positions // area == number] % area

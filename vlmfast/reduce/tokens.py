@@ -34,7 +34,8 @@ class VisualTokens:
         features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
         pixels: gives (B, ...), what the tower was given of each image: the same alone and in any batch.
         has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
-        crops: the number of crops whose tokens these are, where the crops of an image are reduced together.
+        crops: the number of crops whose tokens these are, where the crops of an image are reduced together; of a video
+            its frames.
         total: how many tokens the model itself makes of each, so that no more may be left: N, unless it uses the CLS
             token too, or cuts off padding that is among the N.
     """
@@ -62,6 +63,19 @@ class VisualTokens:
         rows: dict[str, Any] = {name: functools.partial(_taken, getattr(self, name), images) for name in LAZY}
         return replace(self, hidden=self.hidden[images], total=total, **rows)
 
+    def by_frame(self) -> VisualTokens:
+        """Return the frames of B videos of T frames as B * T images."""
+        frames = self.crops
+        rows: dict[str, Any] = {name: functools.partial(_framed, getattr(self, name), frames) for name in LAZY}
+        return replace(
+            self,
+            hidden=_framed(lambda: self.hidden, frames),
+            grid=self.grid and (1, *self.grid[1:]),
+            crops=1,
+            total=self.total // frames,
+            **rows,
+        )
+
     @property
     def batch(self) -> int:
         """Return B, the number of images."""
@@ -80,6 +94,12 @@ class VisualTokens:
 
 def _taken(rows: Callable[[], Tensor], images: list[int]) -> Tensor:
     return rows()[images]
+
+
+def _framed(rows: Callable[[], Tensor], frames: int) -> Tensor:
+    """(B, T * n, ...) -> (B * T, n, ...)."""
+    whole = rows()
+    return whole.reshape(len(whole) * frames, -1, *whole.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -109,3 +129,16 @@ class Selection:
         is_target = (self.slots >= 0) & (self.slots < self.contextual)
         targets = top_tokens(is_target.float(), self.contextual)
         return torch.cat([self.kept, targets], 1)
+
+    def of_videos(self, frames: int) -> Selection:
+        """Return what this, decided for B * T frames of n tokens, leaves of B videos of T * n tokens."""
+        tokens, contextual = self.slots.shape[1], self.contextual
+        frame = torch.arange(len(self.kept), device=self.kept.device)[:, None] % frames
+        # the targets of all frames come first, and then what is assigned to them
+        moved = self.slots + (frame + (self.slots >= contextual) * (frames - 1)) * contextual
+        return replace(
+            self,
+            kept=(self.kept + frame * tokens).view(-1, frames * self.kept.shape[1]),
+            slots=torch.where(self.slots < 0, self.slots, moved).int().view(-1, frames * tokens),
+            contextual=frames * contextual,
+        )

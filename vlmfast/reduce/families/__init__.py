@@ -13,14 +13,16 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Reducer:
-    """How the images of one type of model are reduced."""
+    """How the images and videos of one type of model are reduced."""
 
     # (the base model, the vision inputs, the method) -> the images in prompt order; the tower runs once, as configured
     reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
+    # the same of its videos, or None: those of such a model stay as they are
+    reduce_videos: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None = None
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
 
-QWEN, LLAVA_NEXT = Reducer(qwen.reduce), Reducer(llava_next.reduce_next)
+QWEN, LLAVA_NEXT = Reducer(qwen.reduce, qwen.reduce_videos), Reducer(llava_next.reduce_next)
 
 REDUCERS: Mapping[str, Reducer] = {
     "internvl": Reducer(internvl.reduce, one_tensor=True),

@@ -35,9 +35,22 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     Raises:
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
-    side: int = base.visual.spatial_merge_size  # type: ignore[union-attr, assignment]
-    grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(inputs["image_grid_thw"]).tolist()]
-    levels, scores, metric = _encode(base, inputs, grids)
+    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method)
+
+
+def reduce_videos(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+    """Encode the videos and reduce their visual tokens, those of videos of one size at once; otherwise as `reduce`.
+
+    The attention of the towers is that of each frame, two of the camera's at a time.
+    """
+    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method)
+
+
+def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method) -> list[ReducedImage]:
+    side: int = base.visual.spatial_merge_size
+    grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
+    encode = base.get_video_features if kind == "video" else base.get_image_features
+    levels, scores, metric = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
     counts = [math.prod(grid) for grid in grids]
 
     def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
@@ -55,28 +68,28 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
             scores=lambda: stack(scores()),
             metric=lambda: stack(metric()),
             features=features[0].detach,
-            pixels=lambda: stack(inputs["pixel_values"].unflatten(0, (-1, side**2))),
+            pixels=lambda: stack(pixels.reshape(-1, side**2, pixels.shape[1])),
+            crops=grid[0] if kind == "video" else 1,
         )
-        selection = method.select(tokens)
+        selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)
         rows = [selection.apply(level) for level in features]
-        return zip(members, cut(selection, rows, grid, tokens.count), strict=True)
+        return zip(members, cut(selection, rows, grid, tokens.count, kind=kind), strict=True)
 
     images = dict(pair for grid in dict.fromkeys(grids) for pair in reduce_size(grid))
     return [images[number] for number in range(len(grids))]
 
 
-def _encode(base: Any, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> tuple[list[Tensor], Rows, Rows]:
-    """Run the tower.
+def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tuple[list[Tensor], Rows, Rows]:
+    """Run the tower, which ``encode`` does.
 
     Returns:
         Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); (N,), the
         attention that the patches of each get; and (N, head_dim), their mean key; both float32, of a float64 model
         float64.
     """
-    tower = base.visual
     attention = tower.blocks[-1].attn
     with recorded(attention=attention, qkv=attention.qkv) as calls:
-        output = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+        output = encode()
     given, projected = calls["attention"][0], calls["qkv"][1].detach()
     device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 
 from vlmfast.reduce.methods.method import METHODS, Method, PruningMethod, check_share, share
+from vlmfast.reduce.methods.video_method import VideoMethod
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
@@ -11,4 +12,4 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 CLASSES = {method.__name__: method for method in METHODS.values()}
 globals().update(CLASSES)
 
-__all__ = ["CLASSES", "METHODS", "Method", "PruningMethod", "check_share", "share", *CLASSES]
+__all__ = ["CLASSES", "METHODS", "Method", "PruningMethod", "VideoMethod", "check_share", "share", *CLASSES]

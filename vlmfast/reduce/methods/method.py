@@ -26,6 +26,7 @@ class Method(abc.ABC):
     """
 
     keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
+    takes: ClassVar[tuple[str, ...]] = ("image", "video")  # what it reduces; the rest of a prompt stays as it is
 
     @classmethod
     def required(cls) -> list[str]:
@@ -78,6 +79,14 @@ class Method(abc.ABC):
         metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
         slots = accepting(merge_slots, metric)(metric, chosen, contextual)
         return Selection(chosen, slots, contextual, keep_cls=keep_cls)
+
+    def select_videos(self, tokens: VisualTokens) -> Selection:
+        """Decide for B videos at once: here frame by frame, each an image with a budget of its own.
+
+        Raises:
+            ValueError: as `select`.
+        """
+        return self.select(tokens.by_frame()).of_videos(tokens.crops)
 
     def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
         """Return what `choose` does, on the device of the tokens, and check it where it is not the one above."""

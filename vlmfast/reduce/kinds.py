@@ -1,0 +1,89 @@
+"""What a prompt shows, images and videos, and which of them a method reduces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.methods import CLASSES, Method
+from vlmfast.reduce.reduced_image import ReducedImage
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Images or videos: the names that transformers gives what belongs to them."""
+
+    name: str
+    pixels: str  # the argument that brings them
+
+    @property
+    def mismatch(self) -> str:
+        """Upstream's words, which handlers look for."""
+        return f"{self.name.capitalize()} features and {self.name} tokens do not match"
+
+    def encoder(self, base: Any) -> Callable[..., Any]:
+        """Return what encodes them, of a base model or its class."""
+        found: Callable[..., Any] = getattr(base, f"get_{self.name}_features")
+        return found
+
+    def placeholder(self, config: Any) -> int:
+        """Return the id of their placeholders, or -1 in a model that has none."""
+        return getattr(config, f"{self.name}_token_id", -1)
+
+    def reduce(self, reducer: Reducer) -> Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None:
+        """Return what encodes and reduces them, or None where they can only stay as they are."""
+        return reducer.reduce if self.name == "image" else reducer.reduce_videos
+
+    def of(self, samples: Sequence[Sequence[ReducedImage]]) -> list[list[ReducedImage]]:
+        """Return those of each sample that are of this kind."""
+        return [[image for image in sample if image.kind == self.name] for sample in samples]
+
+
+KINDS = Kind("image", "pixel_values"), Kind("video", "pixel_values_videos")
+
+
+def brought(reducer: Reducer, arguments: Mapping[str, Any]) -> list[Kind]:
+    """Return the kinds that a call brings and that can be reduced."""
+    return [kind for kind in KINDS if arguments.get(kind.pixels) is not None and kind.reduce(reducer) is not None]
+
+
+def check_takes(reducer: Reducer, method: Method, name: str) -> None:
+    """Raise unless the model of that name has something that the method reduces.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if not any(kind.name in method.takes and kind.reduce(reducer) is not None for kind in KINDS):
+        raise ValueError(f"{method} reduces {_names(method.takes)}, and those of {name} cannot be reduced")
+
+
+def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any]) -> dict[Kind, Method]:
+    """Return the method for each kind that a call brings: this one, or one that leaves all tokens.
+
+    Raises:
+        ValueError: if there is nothing that the method reduces.
+    """
+    given = brought(reducer, arguments)
+    if given and not any(kind.name in method.takes for kind in given):
+        raise ValueError(
+            f"{method} reduces {_names(method.takes)}, and the prompt has {_names([kind.name for kind in given])} alone"
+        )
+    all_tokens: Method = CLASSES["EvenTokens"](1.0)  # type: ignore[call-arg]
+    return {kind: method if kind.name in method.takes else all_tokens for kind in given}
+
+
+def is_placeholder(ids: Tensor, config: Any) -> Tensor:
+    """(B, L) bool: true at the placeholders of either kind."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for kind in KINDS:
+        found |= ids == kind.placeholder(config)
+    return found
+
+
+def _names(kinds: Sequence[str]) -> str:
+    return " and ".join(f"{kind}s" for kind in kinds)
