@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from vlmfast.reduce.methods.method import METHODS, Method, PruningMethod, check_share, share
+from vlmfast.reduce.methods.layer_method import LayerMethod, check_layer
+from vlmfast.reduce.methods.method import METHODS, Method, Named, PruningMethod, check_share, share
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
@@ -11,4 +12,15 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 CLASSES = {method.__name__: method for method in METHODS.values()}
 globals().update(CLASSES)
 
-__all__ = ["CLASSES", "METHODS", "Method", "PruningMethod", "check_share", "share", *CLASSES]
+__all__ = [
+    "CLASSES",
+    "METHODS",
+    "LayerMethod",
+    "Method",
+    "Named",
+    "PruningMethod",
+    "check_layer",
+    "check_share",
+    "share",
+    *CLASSES,
+]
