@@ -49,8 +49,8 @@ class Talk:
     counts: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model_type: str, dtype: torch.dtype = torch.float32) -> Talk:
-        model, inputs = tiny(model_type, dtype)
+    def of(cls, model_type: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Talk:
+        model, inputs = tiny(model_type, dtype, layers)
         talk = cls(model_type, model, "mm_token_type_ids" in inputs, [])
         for number in range(3):
             picture = _picture(model, inputs, number)
