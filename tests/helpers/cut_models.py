@@ -94,6 +94,9 @@ class Masked:
     @torch.no_grad()
     def logits(self, tail: list[int] | None = None) -> Tensor:
         """(L, V): of columns that were dropped those of the last one before that was not."""
+        return self.differentiable(tail)
+
+    def differentiable(self, tail: list[int] | None = None) -> Tensor:
         with self.masked(self.talk.model):
             found = self.talk.model(**self.inputs(tail or [])).logits[0]
         last = list(self.dropped.values())[-1]

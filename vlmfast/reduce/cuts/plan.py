@@ -54,7 +54,6 @@ class Plan:
         # Layers are compiled without a run, which would not be told of: what is cut is run as it is written.
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
-        @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
             started = self._start(model, arguments)
             if started is None:
@@ -70,12 +69,14 @@ class Plan:
                 hold(cache_of(output) if cache is None else cache, started.made)
             return output
 
+        apart: Any = torch.compiler.disable(run, recursive=False)  # type: ignore[no-untyped-call]
+
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
             if not named(arguments, IMAGES) and held_by(arguments.get("past_key_values")) is None:
                 return original(self, *args, **kwargs)
-            return run(self, args, kwargs, arguments)
+            return apart(self, args, kwargs, arguments)
 
         return forward
 
@@ -88,7 +89,9 @@ class Plan:
             arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
             for name in REFUSED:
                 configs = (arguments.get("generation_config"), self.generation_config)
-                if any(value is not None for value in (arguments.get(name), *(getattr(c, name, None) for c in configs))):
+                if any(
+                    value is not None for value in (arguments.get(name), *(getattr(c, name, None) for c in configs))
+                ):
                     raise ValueError(f"{name} cannot be given where visual tokens are cut between layers")
             return original(self, *args, **kwargs)
 
@@ -160,14 +163,12 @@ def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
         ValueError: for layers that the model has not, that are not of the kind that can go on with fewer tokens, or
             that are not in order, or for a cut that would find nothing to cut.
     """
-    config = model.config.get_text_config()
+    name, config = type(model).__name__, model.config.get_text_config()
     found = getattr(getattr(model.base_model, "language_model", None), "layers", None)
-    name = type(model).__name__
-    if not isinstance(found, nn.ModuleList) or not all(hasattr(layer, "self_attn") for layer in found):
-        _check_kinds(config, 1, name)
-        raise ValueError(f"the language model of {name} must have layers with self_attn to cut visual tokens between them")
-    classes = (frozenset(map(type, parts)) for parts in (found, [layer.self_attn for layer in found]))
-    plan = Plan(tuple(methods), *classes)
+    if not isinstance(found, nn.ModuleList):
+        raise ValueError(f"the language model of {name} must have layers to cut visual tokens between them")
+    attentions = [layer.self_attn for layer in found if hasattr(layer, "self_attn")]
+    plan = Plan(tuple(methods), frozenset(map(type, found)), frozenset(map(type, attentions)))
     layers = [layer for layer, _, _ in plan.cuts]
     if layers != sorted(set(layers)):
         raise ValueError(f"layers of the cuts must ascend from one method to the next, got {layers}")
@@ -192,7 +193,9 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 def cache_of(output: Any) -> Any:
     """Find the cache in what a model returned."""
-    values: Iterable[Any] = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    values: Iterable[Any] = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    )
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
@@ -242,4 +245,6 @@ def _check_budgets(plan: Plan) -> None:
     """Refuse a cut of which one can tell that the one before leaves nothing for it to cut."""
     for (_, method, cut), (_, after, last) in zip(plan.cuts, plan.cuts[1:], strict=False):
         if method is not after and all(after.budget(last, count) >= method.budget(cut, count) for count in (64, 4096)):
-            raise ValueError(f"{after} must keep fewer visual tokens than {method} before it, of which it has what is left")
+            raise ValueError(
+                f"{after} must keep fewer visual tokens than {method} before it, of which it has what is left"
+            )

@@ -78,7 +78,9 @@ class Run:
         self._given: tuple[Any, ...] = ()
         self._changed: dict[str, Any] = {}
 
-    def call(self, layer: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, layer: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Call a layer, with the columns that it still has."""
         number = self._numbers.get(layer)
         if number is None:
@@ -102,6 +104,7 @@ class Run:
             output = take_rows(output, self.now.latest())
         return output
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Take the attention of the last token of each sample."""
         prompt: Any = self.prompt
@@ -128,11 +131,13 @@ class Run:
         all_now = Columns.all(prompt.visual) if self.now is None else self.now
         visual, inside = (all_now.take(flags, 0) for flags in (prompt.visual, prompt.inside))
         cut = self.cuts[number]
-        scores = cut.method.score(row)[:, -visual.shape[1] :]
+        scores = cut.method.score(row)
+        if scores.shape != row.shape:
+            raise ValueError(f"score of {cut.method} must return {tuple(row.shape)}, got {tuple(scores.shape)}")
+        scores = scores[:, -visual.shape[1] :]
         present = (inside & ~visual) | chosen(scores, visual, cut.kept)
         lengths = [
-            length - count + kept
-            for length, count, kept in zip(prompt.lengths, prompt.counts, cut.kept, strict=True)
+            length - count + kept for length, count, kept in zip(prompt.lengths, prompt.counts, cut.kept, strict=True)
         ]
         here = squeezed(present, lengths, prompt.right)
         self.now = here.of(all_now)

@@ -34,7 +34,7 @@ class Named:
 
 
 class Method(Named, abc.ABC):
-    """A way to reduce visual tokens before the language model. A new one is a subclass with `budget`, and with `score` or `choose`.
+    """A way to reduce visual tokens before the language model. A new one has `budget`, and `score` or `choose`.
 
     A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
     ``python -m vlmfast demo --reduce best:64`` (a number or share for each argument without a default) and the tests.

@@ -14,8 +14,8 @@ class PyramidDrop(LayerMethod, name="pyramiddrop"):
 
     Args:
         layers: the first layers of the stages that see fewer tokens, counted from 0, such as (8, 16, 24).
-        shares: the share of a sample's visual tokens that each of these stages has, such as (0.5, 0.25, 0.125): of those
-            that it began with, rounded down as published, but at least one unless it is 0.0.
+        shares: the share of a sample's visual tokens that each of these stages has, such as (0.5, 0.25, 0.125): of
+            those that it began with, rounded down as published, but at least one unless it is 0.0.
 
     Raises:
         TypeError: for layers that are no ints, or shares that are no floats. ValueError: for a layer below 1, a share
@@ -45,7 +45,9 @@ class PyramidDrop(LayerMethod, name="pyramiddrop"):
             if not 0.0 <= share <= 1.0:
                 raise ValueError(f"shares must be within 0.0 and 1.0, got {share}")
         if not layers or len(layers) != len(shares):
-            raise ValueError(f"layers and shares must be as many, and at least one, got {len(layers)} and {len(shares)}")
+            raise ValueError(
+                f"layers and shares must be as many, and at least one, got {len(layers)} and {len(shares)}"
+            )
         if list(layers) != sorted(set(layers)):
             raise ValueError(f"layers must ascend, got {layers}")
         if list(shares) != sorted(set(shares), reverse=True):
