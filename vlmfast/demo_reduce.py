@@ -68,13 +68,14 @@ def compare(
     caches.append(reduced.cache)
     total = sum(image.total for image in reduced.images)  # some models have the tiles of a picture as images
     shown = sum(len(image.columns) for image in reduced.images)
+    # of a layer, or their mean where layers have other tokens
     cached = [sum(layer.get_seq_length() for layer in cache.layers) / len(cache.layers) for cache in caches]
     size = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in caches]
     rows = table("", "all tokens", "reduced", "ratio")
     if reduced.images:
         rows.add_row("visual tokens", str(total), str(shown), f"{total / max(shown, 1):.2f}")
     tokens = [f"{number:.1f}".removesuffix(".0") for number in cached]
-    rows.add_row("tokens in the KV cache, a layer", *tokens, f"{cached[0] / cached[1]:.2f}")
+    rows.add_row("tokens in the KV cache", *tokens, f"{cached[0] / cached[1]:.2f}")
     rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.2f}")
     times = demo_answers.compare([(before.first, after.first) for before, after in pairs])
     rows.add_row("first token, median (range)", *times)
