@@ -233,6 +233,20 @@ def test_demo_reduces_and_draws(checkpoint, capsys, tmp_path, method, tokens):
         assert drawn.size == photograph.size
 
 
+def test_demo_cuts_between_layers(checkpoint, capsys, tmp_path):
+    if not shortens_prompts():
+        pytest.skip("this transformers is too old")
+    picture = tmp_path / "kept.png"
+    command = ["demo", "--model", str(checkpoint), *SHORT, "--reduce", "fastv:1:0.5", "--overlay", str(picture)]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    prompt = int(re.search(r"(\d+) tokens with the image", output)[1])
+    assert re.search(rf"tokens in the KV cache +{prompt} +{prompt - 4} ", output)  # all in one layer, half in the other
+    assert "FastV(layer=1, keep=0.5): visual tokens of the last prompt 16 in layer 0, 8 in layer 1" in output
+    assert "nothing is drawn" in output
+    assert not picture.exists()
+
+
 @pytest.mark.thorough
 def test_demo_reduces_the_random_model(capsys, tmp_path):
     if not shortens_prompts():

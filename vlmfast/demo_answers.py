@@ -54,6 +54,7 @@ class Answer:
     cache: Any
     images: list[ReducedImage]
     clock: Clock
+    report: str = ""  # what became of the visual tokens
 
 
 @contextmanager
@@ -84,9 +85,11 @@ def answer(subject: Subject, new_tokens: int, options: dict[str, Any] | None) ->
             streamer=clock,
         )
         images = [] if applied is None else applied.images
+        reduction = None if applied is None else applied.reduction
+        report = "" if reduction is None else reduction.report()
     tokens = output.sequences[0, subject.inputs["input_ids"].shape[1] :].tolist()
     logits = torch.stack(output.logits)[:, 0].float().cpu()
-    return Answer(tokens, logits, output.past_key_values, images, clock)
+    return Answer(tokens, logits, output.past_key_values, images, clock, report)
 
 
 def clocks(

@@ -15,37 +15,49 @@ from vlmfast.console import CommandError, one_line, table, writable
 from vlmfast.demo_answers import answer, clocks
 from vlmfast.demo_crops import find_boxes
 from vlmfast.demo_model import Subject
-from vlmfast.reduce import Method, ReducedImage
+from vlmfast.reduce import LayerMethod, Method, ReducedImage
 from vlmfast.reduce.drawing import Crop, draw
 from vlmfast.reduce.methods import METHODS
 
 OF_IMAGES = {name: method for name, method in METHODS.items() if "image" in method.takes}
 
 
-def parse_method(text: str) -> Method:
+def parse_method(text: str) -> Method | LayerMethod:
     """Make a method from its name and a number, or a share such as 0.1, for each argument that has no default.
 
+    Several numbers with commas between them are a sequence.
+
     Raises:
-        ArgumentTypeError: for anything but such as "visionzip:54+10".
+        ArgumentTypeError: for anything but such as "visionzip:54+10", "fastv:2:0.5" or "pyramiddrop:8,16:0.5,0.25".
     """
     name, _, budget = text.partition(":")
-    numbers = budget.split("+")
-    known = name in OF_IMAGES and len(numbers) == len(OF_IMAGES[name].required())
-    if not known or not all(re.fullmatch(r"\d+|\d*\.\d+", number) for number in numbers):
+    arguments = re.split("[+:]", budget)
+    known = name in OF_IMAGES and len(arguments) == len(OF_IMAGES[name].required())
+    number = r"(\d+|\d*\.\d+)"
+    if not known or not all(re.fullmatch(rf"{number}(,{number})*", argument) for argument in arguments):
         raise argparse.ArgumentTypeError(f"must be one of {usage()}, got {text!r}")
+    method: Any = METHODS[name]
     try:
-        return OF_IMAGES[name](*(float(number) if "." in number else int(number) for number in numbers))
-    except ValueError as error:
+        found: Method | LayerMethod = method(*map(_argument, arguments))
+    except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return found
+
+
+def _argument(text: str) -> Any:
+    values = [float(number) if "." in number else int(number) for number in text.split(",")]
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def usage() -> str:
     """Say what `parse_method` takes."""
     forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(OF_IMAGES.items())]
-    return f"{', '.join(forms)}, each a number of tokens such as 64 or a share such as 0.1"
+    return f"{', '.join(forms)}, each a number of tokens such as 64 or a share such as 0.1, or as its name says"
 
 
-def compare(out: Console, subject: Subject, method: Method, picture: Any, path: Path, repeats: int) -> None:
+def compare(
+    out: Console, subject: Subject, method: Method | LayerMethod, picture: Any, path: Path, repeats: int
+) -> None:
     """Print the time to the first token and the size of the cache before and after, and draw what was kept."""
     options = {"reduce": method}
     with out.status("measuring"):
@@ -58,16 +70,22 @@ def compare(out: Console, subject: Subject, method: Method, picture: Any, path: 
     caches.append(reduced.cache)
     total = sum(image.total for image in reduced.images)  # some models have the tiles of a picture as images
     shown = sum(len(image.columns) for image in reduced.images)
-    cached = [cache.get_seq_length() for cache in caches]
+    # of a layer, or their mean where layers have other tokens
+    cached = [sum(layer.get_seq_length() for layer in cache.layers) / len(cache.layers) for cache in caches]
     size = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in caches]
     rows = table("", "all tokens", "reduced", "ratio")
-    rows.add_row("visual tokens", str(total), str(shown), f"{total / max(shown, 1):.2f}")
-    rows.add_row("tokens in the KV cache", *map(str, cached), f"{cached[0] / cached[1]:.2f}")
+    if reduced.images:
+        rows.add_row("visual tokens", str(total), str(shown), f"{total / max(shown, 1):.2f}")
+    tokens = [f"{number:.1f}".removesuffix(".0") for number in cached]
+    rows.add_row("tokens in the KV cache", *tokens, f"{cached[0] / cached[1]:.2f}")
     rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.2f}")
     times = demo_answers.compare([(before.first, after.first) for before, after in pairs])
     rows.add_row("first token, median (range)", *times)
     out.print(f"Fewer visual tokens, which changes the answer: {method}", markup=False, soft_wrap=True)
     out.print(rows)
+    if not reduced.images:
+        out.print(f"{reduced.report}; nothing is drawn, as other layers see other tokens", markup=False, soft_wrap=True)
+        return
     _draw(picture, reduced.images, subject.process, path)
     out.print(
         f"{path}: kept tokens framed in green, the targets of merged ones in orange, the rest dimmed.", soft_wrap=True

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from tests.helpers.tiny_images import LLAVA
 from tests.helpers.tiny_patches import QWEN
-from tests.helpers.tiny_types import SINCE, build
+from tests.helpers.tiny_types import SINCE, build, deep
 from vlmfast.ops.masked_rows import deepstack_add, place_embeddings
 from vlmfast.ops.pixel_shuffle import pixel_shuffle
 from vlmfast.ops.rms_norm import rms_norm
@@ -53,9 +53,9 @@ def skip_unless_known(model_type: str) -> None:
         pytest.skip(f"the tiny {model_type} needs transformers {SINCE[model_type]}")
 
 
-def tiny(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+def tiny(model_type: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     skip_unless_known(model_type)
-    model, inputs = build(model_type)
+    model, inputs = build(model_type) if layers == 2 else deep(model_type, layers)
     return model.to(dtype), {name: cast(value, dtype) for name, value in inputs.items()}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
+from tests.helpers import tiny_models
 from tests.helpers.tiny_images import LLAVA, OTHERS, SHUFFLED
 from tests.helpers.tiny_models import VOCABULARY, Built, language_model
 from tests.helpers.tiny_patches import EXPERTS, IN_PATCHES, QWEN
@@ -45,3 +47,14 @@ TINY = {**TINY_VISUAL, **TINY_LANGUAGE}
 def build(model_type: str, **config: Any) -> Built:
     """Build the tiny model of that type with its inputs, the same at each call."""
     return TINY[model_type](model_type, **config)
+
+
+def deep(model_type: str, layers: int) -> Built:
+    """Build it with so many layers in its language model, none of which has a sliding window."""
+    builder: Any = TINY[model_type]
+    config = builder.keywords.get("text_config")
+    if config is not None:
+        return build(model_type, text_config={**config, "num_hidden_layers": layers})
+    depth = partial(tiny_models.text, num_hidden_layers=layers, sliding_window=None)
+    with mock.patch.object(tiny_models, "text", depth):
+        return build(model_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,11 +19,11 @@ from vlmfast.patches.projects import Named
 from vlmfast.patches.report import Placed, count
 from vlmfast.patches.swap import PatchedModule, is_swapped, patched_class, set_class, trace_anew
 from vlmfast.reduce.generation import Reduction, shortening
-from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
-# class -> method -> replacement
-Replacements = dict[type, dict[str, Callable[..., Any]]]
+# class -> method -> replacement; or attribute -> property
+Replacements = dict[type, dict[str, Any]]
 
 
 @dataclass(repr=False)
@@ -118,7 +118,7 @@ def patch(
     *,
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    reduce: Method | None = None,
+    reduce: Method | LayerMethod | Sequence[Method | LayerMethod] | None = None,
 ) -> Patch:
     """Replace the methods whose code vlmfast knows, on this instance only.
 
@@ -149,8 +149,9 @@ def patch(
         only: replace only the sites that match this pattern, or one of these, such as ``"*RMSNorm.forward"``. A site of
             transformers is called "<model folder>.<Class>.<method>", another has the whole name of its module in front.
         exclude: leave out the sites that match.
-        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)``; None for all
-            of them. Needs transformers 5.17 or later, and the model with its head.
+        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)`` before the
+            language model or ``vlmfast.FastV(layer=2, keep=0.5)`` between its layers, or a list of the one and then the
+            other; None for all of them. Needs transformers 5.17 or later, and the model with its head.
 
     Returns:
         A `Patch`: ``report()``, ``undo()``, and a context manager.

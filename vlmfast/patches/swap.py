@@ -86,15 +86,18 @@ def is_swapped(cls: type) -> bool:
     return "original_class" in vars(cls)
 
 
-def patched_class(cls: type, methods: Mapping[str, Callable[..., Any]]) -> type:
-    """Make a subclass of ``cls`` that passes for it, with these methods."""
+def patched_class(cls: type, methods: Mapping[str, Any]) -> type:
+    """Make a subclass of ``cls`` that passes for it, with these methods and properties."""
     passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     itself: list[type] = []
-    replacing = {name: _while_patched(itself, name, function) for name, function in methods.items()}
+    replacing = {
+        name: method if isinstance(method, property) else _while_patched(itself, name, method)
+        for name, method in methods.items()
+    }
     # in the class as it is made: what transformers wraps for gradient checkpointing is what it finds then
     members = {**passing, **replacing, "original_class": cls}
     made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), members)
-    made.replacements = {name: vars(made)[name] for name in methods}
+    made.replacements = {name: vars(made)[name] for name, method in methods.items() if not isinstance(method, property)}
     itself.append(made)
     return made  # type: ignore[no-any-return]
 

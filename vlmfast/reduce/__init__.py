@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from vlmfast.reduce.drawing import overlay
-from vlmfast.reduce.methods import CLASSES, Method, PruningMethod, VideoMethod
+from vlmfast.reduce.methods import CLASSES, LayerMethod, Method, PruningMethod, VideoMethod
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
@@ -14,4 +14,14 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Any: ...  # the methods, which are found by name
 
 
-__all__ = ["Method", "PruningMethod", "ReducedImage", "Selection", "VideoMethod", "VisualTokens", "overlay", *CLASSES]
+__all__ = [
+    "LayerMethod",
+    "Method",
+    "PruningMethod",
+    "ReducedImage",
+    "Selection",
+    "VideoMethod",
+    "VisualTokens",
+    "overlay",
+    *CLASSES,
+]

@@ -8,19 +8,77 @@ not there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from vlmfast.reduce.columns import Columns
+from vlmfast.reduce.cuts.tap import RUN
 from vlmfast.reduce.prompt import ShortenedPrompt
 
 
-class KeepsPrompt:
-    """First base of the class of a cache that keeps a prompt; the second one is its own class."""
+class Extended:
+    """A base of the class of a cache that remembers what its own class cannot know; that class is the last base."""
 
     original_class: ClassVar[type]
+    mixins: ClassVar[tuple[type, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the original class, as nobody could import this one."""
+        return _restored, (self.original_class, self.mixins), vars(self)
+
+
+class HoldsCuts(Extended):
+    """A cache whose layers hold different columns, as visual tokens were cut between them."""
+
+    held_columns: Mapping[int, Columns]  # layer -> the columns of it and of those behind it, up to the next
+
+    def _select(self, samples: Sequence[int]) -> None:
+        self.held_columns = {layer: columns.select(list(samples)) for layer, columns in self.held_columns.items()}
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Write, if the model that does knows the columns."""
+        if RUN.get() is None:
+            raise RuntimeError(
+                "past_key_values holds a prompt whose visual tokens were cut between layers: only a model patched with "
+                "reduce=... can continue it"
+            )
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, also of the columns."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        rows = len(next(iter(self.held_columns.values())).index)
+        self._select([row for row in range(rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+        """Select rows, also of the columns."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        rows = torch.arange(len(next(iter(self.held_columns.values())).index))
+        self._select(rows[indices.cpu() if isinstance(indices, Tensor) else list(indices)].tolist())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows, also of the columns."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.held_columns = {layer: columns.reorder(beam_idx) for layer, columns in self.held_columns.items()}
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: layers hold different columns, of which a number taken off the end would be another one in each."""
+        raise RuntimeError("past_key_values cannot be cropped where its visual tokens were cut between layers")
+
+    def reset(self) -> None:
+        """Forget the columns as well."""
+        super().reset()  # type: ignore[misc]
+        _without(self, HoldsCuts)
+        del self.held_columns
+
+
+class KeepsPrompt(Extended):
+    """A cache that keeps a prompt."""
+
     shortened_prompt: ShortenedPrompt
 
     def __iter__(self) -> Any:
@@ -51,10 +109,6 @@ class KeepsPrompt:
         super().reset()  # type: ignore[misc]
         release(self)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by the original class, as nobody could import this one."""
-        return _restored, (self.original_class,), vars(self)
-
 
 def _refuse(self: KeepsPrompt, *args: Any, **kwargs: Any) -> Any:
     """Take the place of what a model calls to write: `lent` takes the prompt off while a patched one runs."""
@@ -65,16 +119,43 @@ def _refuse(self: KeepsPrompt, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _keeping(cls: Any) -> Any:
-    # linear attention asks for a previous state or gets it first, and then writes into it in place, without an update
-    writing = {name: _refuse for name in dir(cls) if name.startswith("update") or name.endswith("_state")}
-    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls, **writing}
-    return type(cls.__name__, (KeepsPrompt, cls), passing)
+def _extended(cls: Any, mixins: tuple[type, ...]) -> Any:
+    writing: dict[str, Any] = {}
+    if KeepsPrompt in mixins:
+        # linear attention asks for a previous state or gets it first, and then writes into it in place
+        writing = {name: _refuse for name in dir(cls) if name.startswith("update") or name.endswith("_state")}
+    passing = {"__module__": cls.__module__, "__doc__": cls.__doc__, "original_class": cls, "mixins": mixins}
+    return type(cls.__name__, (*mixins, cls), {**passing, **writing})
 
 
-def _restored(cls: type) -> Any:
-    keeping = _keeping(cls)
-    return keeping.__new__(keeping)
+def _with(cache: Any, mixin: type) -> None:
+    """Give the cache a base more."""
+    if not isinstance(cache, mixin):
+        cls, mixins = (cache.original_class, cache.mixins) if isinstance(cache, Extended) else (type(cache), ())
+        cache.__class__ = _extended(cls, (mixin, *mixins))
+
+
+def _without(cache: Any, mixin: type) -> None:
+    """Take a base away again."""
+    mixins = tuple(other for other in cache.mixins if other is not mixin)
+    cache.__class__ = _extended(cache.original_class, mixins) if mixins else cache.original_class
+
+
+def _restored(cls: type, mixins: tuple[type, ...]) -> Any:
+    extended = _extended(cls, mixins)
+    return extended.__new__(extended)
+
+
+def held_by(cache: Any) -> Mapping[int, Columns] | None:
+    """Return the columns that layers of the cache hold, where visual tokens were cut between them."""
+    return getattr(cache, "held_columns", None)
+
+
+def hold(cache: Any, columns: Mapping[int, Columns]) -> None:
+    """Have the cache, if there is one, remember which columns its layers hold."""
+    if cache is not None:
+        _with(cache, HoldsCuts)
+        cache.held_columns = columns
 
 
 def kept_by(cache: Any) -> ShortenedPrompt | None:
@@ -85,8 +166,7 @@ def kept_by(cache: Any) -> ShortenedPrompt | None:
 def keep(cache: Any, prompt: ShortenedPrompt) -> None:
     """Have the cache, if there is one, keep the prompt."""
     if cache is not None:
-        if not isinstance(cache, KeepsPrompt):
-            cache.__class__ = _keeping(cache.__class__)
+        _with(cache, KeepsPrompt)
         cache.shortened_prompt = prompt
 
 
@@ -94,7 +174,7 @@ def release(cache: Any) -> ShortenedPrompt | None:
     """Make the cache as it was before it kept a prompt, and return the prompt."""
     if not isinstance(cache, KeepsPrompt):
         return None
-    cache.__class__ = cache.original_class
+    _without(cache, KeepsPrompt)
     prompt: ShortenedPrompt = vars(cache).pop("shortened_prompt")
     return prompt
 

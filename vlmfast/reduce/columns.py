@@ -40,11 +40,21 @@ class Columns:
         """Return the columns of these samples."""
         return Columns(self.index[samples], self.valid[samples], self.total, self.padded)
 
+    def reorder(self, samples: Tensor) -> Columns:
+        """Return the columns of these samples, told by a tensor, without asking the device."""
+        rows = samples.to(self.index.device)
+        return Columns(self.index[rows], self.valid[rows], self.total, self.padded)
+
     def latest(self) -> Tensor:
         """(B, L) int64: the column of the short prompt that each of the full one is, or the last one before it."""
         own = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
         found = own.new_zeros(own.shape[0], self.total).scatter(1, self.index, own.masked_fill(~self.valid, 0))
         return found.cummax(1).values
+
+    def of(self, other: Columns) -> Columns:
+        """Return these columns of the columns of another, told by the full prompt."""
+        index, valid = (rows.gather(1, self.index) for rows in (other.index, other.valid))
+        return Columns(index, valid & self.valid, other.total, self.padded or other.padded)
 
     @classmethod
     def all(cls, like: Tensor) -> Columns:
@@ -74,10 +84,15 @@ def drop_columns(mask: Tensor, *visual: tuple[Tensor, Sequence[ReducedImage]]) -
         present = present.masked_scatter(is_image, torch.cat(flags))
     right = ~mask[:, -1].all() & mask[:, 0].all()
     lengths = torch.cat([present.sum(1), right[None]]).tolist()  # the one wait for the device
-    longest = max(lengths[:-1])
-    order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=bool(lengths[-1]))
-    index = order[:, :longest] if lengths[-1] else order[:, order.shape[1] - longest :]
-    return Columns(index, present.gather(1, index), mask.shape[1], padded=min(lengths[:-1]) < longest)
+    return squeezed(present, lengths[:-1], bool(lengths[-1]))
+
+
+def squeezed(present: Tensor, lengths: Sequence[int], right: bool) -> Columns:
+    """Keep what is ``present`` (B, L), of which each sample has so many, with padding on the left or ``right``."""
+    longest = max(lengths)
+    order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=right)
+    index = order[:, :longest] if right else order[:, order.shape[1] - longest :]
+    return Columns(index, present.gather(1, index), present.shape[1], padded=min(lengths) < longest)
 
 
 def new_images(

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
+from vlmfast.reduce.cuts.plan import Plan, cache_of, planned
+from vlmfast.reduce.cuts.report import Cuts
+from vlmfast.reduce.cuts.run import Run
 from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
 from vlmfast.reduce.kinds import KINDS, brought, check_takes, is_placeholder
-from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
     check,
@@ -39,6 +42,7 @@ class Note:
     """What became of the last prompt of a model that had images, without gradients."""
 
     prompt: ShortenedPrompt | None = None
+    cuts: Cuts | None = None
 
 
 NOTES: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()  # of each model that a patch reports of
@@ -51,7 +55,8 @@ class Reduction:
     model_class: type[Any]  # with the head
     base_class: type[Any]  # without it
     reducer: Reducer
-    method: Method
+    method: Method | None  # before the language model
+    plan: Plan | None  # between its layers
     note: Note  # of the model that is reported of: copies of it run this reduction as well
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reduction:
@@ -79,31 +84,53 @@ class Reduction:
     def replacements(self) -> dict[type, dict[str, Callable[..., Any]]]:
         """Return the replacement of each method: class -> method -> function."""
         cls, base = self.model_class, self.base_class
-        original: Callable[..., Any] = cls.forward
-        found: dict[type, dict[str, Callable[..., Any]]] = {}
+        forward: Callable[..., Any] = cls.forward
+        generate: Callable[..., Any] = cls.generate
+        found: dict[type, dict[str, Any]] = {}
+        if self.plan is not None:
+            found = self.plan.replacements()
+            forward, generate = self.plan.forward(forward, self.note_cuts), self.plan.generate(generate)
+        if self.method is None:
+            return {**found, cls: {"forward": forward, "generate": generate}}
         if not takes_features(base):
-            original = forward_with_features(original, self.reducer)
+            forward = forward_with_features(forward, self.reducer)
             kinds = [kind for kind in KINDS if kind.reduce(self.reducer) is not None]
             found[base] = {f"get_{kind.name}_features": features_of(base, kind) for kind in kinds}
         found[cls] = {
-            "forward": _forward(self, original),
+            "forward": _forward(self, forward),
             "generate": _replacement(
-                self.reducer, _with_images(cls.generate), functools.partial(_short_generate, self, cls.generate)
+                self.reducer, _with_images(generate), functools.partial(_short_generate, self, generate)
             ),
         }
         return found
 
     def report(self) -> str:
-        """Return the method, and what it did to the last prompt."""
+        """Return the methods, and what they did to the last prompt."""
+        lines = [] if self.method is None else [f"{self.method}: {self._shortened()}"]
+        if self.plan is not None:
+            methods = ", ".join(map(str, self.plan.methods))
+            done = "no prompt with images yet" if self.note.cuts is None else self.note.cuts.report()
+            lines.append(f"{methods}: {done}")
+        return "\n  ".join(lines)
+
+    def _shortened(self) -> str:
         if self.last is None:
-            return f"{self.method}: no prompt with images yet"
+            return "no prompt with images yet"
         shown = self.last.images + self.last.videos
         sizes = [f"{image.total} -> {image.features.shape[0]}" for image in shown]
         before, after = self.last.columns.total, self.last.columns.index.shape[1]
         return (
-            f"{self.method}: visual tokens of the last prompt {', '.join(sizes)}; prompt {before} -> {after} "
+            f"visual tokens of the last prompt {', '.join(sizes)}; prompt {before} -> {after} "
             f"({1 - after / before:.1%} saved)"
         )
+
+    def note_cuts(self, model: Any, run: Run) -> None:
+        """Note for the report what was cut."""
+        if (note := self._note_of(model)) is not None:
+            note.cuts = Cuts.of(run)
+
+    def _note_of(self, model: Any) -> Note | None:
+        return self.note if getattr(model, "_is_replica", False) else NOTES.get(model)
 
     def shorten(
         self, model: Any, arguments: Mapping[str, Any], cached: ShortenedPrompt | None
@@ -113,34 +140,49 @@ class Reduction:
         Returns:
             The prompt, without gradients, and the arguments of the call.
         """
-        prompt, short = shorten(model, self.reducer, self.method, arguments, cached)
-        prompt = prompt.detach()
-        note = self.note if getattr(model, "_is_replica", False) else NOTES.get(model)
+        method: Any = self.method
+        prompt, short = shorten(model, self.reducer, method, arguments, cached)
+        prompt, note = prompt.detach(), self._note_of(model)
         if any(prompt.samples) and note is not None:
             note.prompt = prompt
         return prompt, short
 
 
-def shortening(model: Any, method: object) -> Reduction:
-    """Say how prompts of this model are shortened with this method: its `Reduction.replacements` do it.
+def shortening(model: Any, methods: object) -> Reduction:
+    """Say how prompts of this model are shortened with these methods: its `Reduction.replacements` do it.
 
     Args:
         model: a Hugging Face model with its head, perhaps in the wrapper of PEFT.
-        method: how visual tokens are reduced.
+        methods: how visual tokens are reduced: a method, or a list of which the first may act before the language
+            model and the others between its layers.
 
     Raises:
-        TypeError: if ``method`` is none. ValueError: if the visual tokens of the model cannot be reduced. RuntimeError:
-            if a method to be replaced is hidden by one on the instance.
+        TypeError: if one of ``methods`` is none. ValueError: if the visual tokens of the model cannot be reduced, or
+            not by these methods together. RuntimeError: if a method to be replaced is hidden by one on the instance.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+    given = list(methods) if isinstance(methods, (list, tuple)) else [methods]
+    for method in given:
+        if not isinstance(method, (Method, LayerMethod)):
+            raise TypeError(
+                f"reduce must be a method such as vlmfast.VisionZip(54, 10) or vlmfast.FastV(2, 0.5), or a list of "
+                f"them, got {type(method).__name__}"
+            )
+    first = given[0] if given and isinstance(given[0], Method) else None
+    between = [method for method in (given if first is None else given[1:]) if isinstance(method, LayerMethod)]
+    if not given or len(given) != len(between) + (first is not None):
+        raise ValueError(
+            f"reduce must have at most one method that acts before the language model, in front of those that cut "
+            f"between its layers, got {given}"
+        )
     model, reducer = reducible(model)
-    check_takes(reducer, method, type(model).__name__)
+    if first is not None:
+        check_takes(reducer, first, type(model).__name__)
     for name in ("forward", "generate"):
         if reason := replaced_on_instances([model], type(model), name):
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
+    plan = planned(model, between) if between else None
     NOTES[model] = Note()
-    return Reduction(type(model), type(model.base_model), reducer, method, NOTES[model])
+    return Reduction(type(model), type(model.base_model), reducer, first, plan, NOTES[model])
 
 
 def reducible(host: Any) -> tuple[Any, Reducer]:
@@ -198,7 +240,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             prompt, short = shorten(model, arguments, None)
             output = _lengthened(model, original, arguments, short, prompt.columns)
             if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
-                keep(_cache_of(output) if cache is None else cache, prompt.without_images())
+                keep(cache_of(output) if cache is None else cache, prompt.without_images())
             return output
 
     short = torch.compiler.disable(short_forward, recursive=False)  # type: ignore[no-untyped-call]
@@ -304,7 +346,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         # a cache has a row for each beam, also for those that are not returned
         rows = max(setting(model, arguments, "num_beams") or 1, sequences.shape[0] // prompt.ids.shape[0])
         prompt = prompt.without_images().repeat(rows)
-        keep(cache if isinstance(output, Tensor) else _cache_of(output), prompt)
+        keep(cache if isinstance(output, Tensor) else cache_of(output), prompt)
         if isinstance(output, Tensor):
             return sequences
         output.sequences = sequences
@@ -320,12 +362,6 @@ def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
         return None
     ids: Tensor = arguments["input_ids"]
     return ids.ne(pad).long()
-
-
-def _cache_of(output: Any) -> Any:
-    """Find the cache in what a model returned."""
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 def _known(cache: Any, cached: ShortenedPrompt | None, ids: Tensor) -> ShortenedPrompt | None:

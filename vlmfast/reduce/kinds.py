@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmfast.reduce.families import Reducer
-from vlmfast.reduce.methods import CLASSES, Method
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods.even_tokens import EvenTokens
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
@@ -73,8 +74,7 @@ def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any
         raise ValueError(
             f"{method} reduces {_names(method.takes)}, and the prompt has {_names([kind.name for kind in given])} alone"
         )
-    all_tokens: Method = CLASSES["EvenTokens"](1.0)  # type: ignore[call-arg]
-    return {kind: method if kind.name in method.takes else all_tokens for kind in given}
+    return {kind: method if kind.name in method.takes else EvenTokens(1.0) for kind in given}
 
 
 def is_placeholder(ids: Tensor, config: Any) -> Tensor:

@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from vlmfast.reduce.methods.method import METHODS, Method, PruningMethod, check_share, share
+from vlmfast.reduce.methods.layer_method import LayerMethod, check_layer
+from vlmfast.reduce.methods.method import METHODS, Method, Named, PruningMethod, check_share, share
 from vlmfast.reduce.methods.video_method import VideoMethod
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
@@ -12,4 +13,16 @@ for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
 CLASSES = {method.__name__: method for method in METHODS.values()}
 globals().update(CLASSES)
 
-__all__ = ["CLASSES", "METHODS", "Method", "PruningMethod", "VideoMethod", "check_share", "share", *CLASSES]
+__all__ = [
+    "CLASSES",
+    "METHODS",
+    "LayerMethod",
+    "Method",
+    "Named",
+    "PruningMethod",
+    "VideoMethod",
+    "check_layer",
+    "check_share",
+    "share",
+    *CLASSES,
+]

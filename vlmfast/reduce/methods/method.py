@@ -15,22 +15,17 @@ from vlmfast.host import to_device
 from vlmfast.ops.token_merge import merge_slots, top_tokens
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
-METHODS: dict[str, type[Method]] = {}  # by the names that they gave themselves
+METHODS: dict[str, type[Named]] = {}  # by the names that they gave themselves
 
 
-class Method(abc.ABC):
-    """A way to reduce visual tokens. A new one is a subclass with `budget`, and with `score` or `choose`.
+class Named:
+    """What all methods have in common: a name to type, arguments to give it, and what it is for."""
 
-    A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
-    ``python -m vlmfast demo --reduce best:64`` (a number or share for each argument without a default) and the tests.
-    """
-
-    keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
     takes: ClassVar[tuple[str, ...]] = ("image", "video")  # what it reduces; the rest of a prompt stays as it is
 
     @classmethod
     def required(cls) -> list[str]:
-        """Return the names of the arguments that have no default: numbers of tokens, or shares."""
+        """Return the names of the arguments that have no default."""
         parameters = inspect.signature(cls).parameters.values()
         return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
@@ -38,6 +33,16 @@ class Method(abc.ABC):
         super().__init_subclass__(**kwargs)
         if name is not None:
             METHODS[name] = cls
+
+
+class Method(Named, abc.ABC):
+    """A way to reduce visual tokens before the language model. A new one has `budget`, and `score` or `choose`.
+
+    A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
+    ``python -m vlmfast demo --reduce best:64`` (a number or share for each argument without a default) and the tests.
+    """
+
+    keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
 
     @abc.abstractmethod
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:

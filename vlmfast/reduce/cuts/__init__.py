@@ -1,0 +1,1 @@
+"""Visual tokens cut between two layers of the language model, while every layer keeps its own attention."""

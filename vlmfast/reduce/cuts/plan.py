@@ -1,0 +1,244 @@
+"""Where a model's visual tokens are cut, what of it cannot be, and the methods of its classes that do it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.reduce.caches import held_by, hold
+from vlmfast.reduce.cuts.masks import At, valid_columns
+from vlmfast.reduce.cuts.run import Cut, Held, Prompt, Run
+from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
+from vlmfast.reduce.kinds import KINDS, is_placeholder
+from vlmfast.reduce.methods import LayerMethod
+from vlmfast.reduce.prompt import named, parameters
+from vlmfast.torch_internals import is_compiling
+
+IMAGES = (*(kind.pixels for kind in KINDS), "mm_encoder_outputs")
+# of `generate`: these take columns off a cache again, or give it the prompt in pieces
+REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where visual tokens are cut in the language model of one type of model.
+
+    Attributes:
+        methods: in the order of their layers.
+        layers: the classes of its layers.
+        attentions: the classes of their attention.
+    """
+
+    methods: tuple[LayerMethod, ...]
+    layers: frozenset[type]
+    attentions: frozenset[type]
+
+    @property
+    def cuts(self) -> list[tuple[int, LayerMethod, int]]:
+        """Each cut: its layer, its method, and which cut of the method it is."""
+        return [(layer, method, cut) for method in self.methods for cut, layer in enumerate(method.cut_before)]
+
+    def replacements(self) -> dict[type, dict[str, Any]]:
+        """Return what the classes of layers and of their attention get: class -> name -> method or property."""
+        register()
+        found: dict[type, dict[str, Any]] = {cls: {"__call__": _calling(cls.__call__)} for cls in self.layers}
+        return found | {cls: {"config": CONFIG} for cls in self.attentions}
+
+    def forward(self, original: Callable[..., Any], note: Callable[[Any, Run], None]) -> Callable[..., Any]:
+        """Make the ``forward`` of the model with its head, which tells of each call that cuts."""
+        names = parameters(original)
+        # Layers are compiled without a run, which would not be told of: what is cut is run as it is written.
+        whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
+
+        def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+            started = self._start(model, arguments)
+            if started is None:
+                return original(model, *args, **kwargs)
+            token = RUN.set(started)
+            try:
+                output = whole(model, *args, **kwargs)
+            finally:
+                RUN.reset(token)
+            if started.prompt is not None:
+                note(model, started)
+                cache = arguments.get("past_key_values")
+                hold(cache_of(output) if cache is None else cache, started.made)
+            return output
+
+        apart: Any = torch.compiler.disable(run, recursive=False)  # type: ignore[no-untyped-call]
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+            if not named(arguments, IMAGES) and held_by(arguments.get("past_key_values")) is None:
+                return original(self, *args, **kwargs)
+            return apart(self, args, kwargs, arguments)
+
+        return forward
+
+    def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a ``generate`` that refuses what it cannot do."""
+        names = parameters(original)
+
+        @functools.wraps(original)
+        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+            for name in REFUSED:
+                configs = (arguments.get("generation_config"), self.generation_config)
+                if any(
+                    value is not None for value in (arguments.get(name), *(getattr(c, name, None) for c in configs))
+                ):
+                    raise ValueError(f"{name} cannot be given where visual tokens are cut between layers")
+            return original(self, *args, **kwargs)
+
+        return generate
+
+    def _start(self, model: Any, arguments: Mapping[str, Any]) -> Run | None:
+        """Look at a call; None where it neither cuts nor goes on from what was cut."""
+        cache = arguments.get("past_key_values")
+        held: Held = held_by(cache) or {}
+        prompt, cuts = self._prompt(model, arguments)
+        if not cuts and not held:
+            return None
+        config = model.config.get_text_config()
+        implementation: str = config._attn_implementation
+        if implementation == "flex_attention" or implementation.startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation must be sdpa, eager or flash attention where visual tokens are cut between "
+                f"layers, got {implementation}"
+            )
+        width = getattr(cache.layers[-1], "max_cache_len", None) if cache is not None and cache.layers else None
+        # a step with a static cache does not ask the device how much that holds
+        past = 0 if cache is None or (width is not None and not cuts) else int(cache.get_seq_length())
+        if held and width is None:
+            _check_held(cache, held, past)
+        ids = next(iter(named(arguments, ("input_ids", "inputs_embeds")).values()))
+        at = At(past, ids.shape[1], width, implementation, next(layers_of(model).parameters()).dtype)
+        return Run(layers_of(model), held, at, cuts, prompt if cuts else None)
+
+    def _prompt(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Prompt | None, dict[int, Cut]]:
+        """Find the visual tokens of a call, and what is left of them after each cut that leaves any out."""
+        ids = arguments.get("input_ids")
+        images = named(arguments, IMAGES)
+        if not images or (ids is not None and ids.shape[1] == 1):
+            return None, {}
+        if not isinstance(ids, Tensor):
+            raise ValueError("input_ids must be given beside images where visual tokens are cut between layers")
+        visual = is_placeholder(ids, model.config)
+        valid = valid_columns(arguments.get("attention_mask"))
+        cached = arguments.get("past_key_values")
+        past = 0 if cached is None or valid is None else int(cached.get_seq_length())
+        if valid is None:
+            own = torch.ones_like(visual)
+        else:
+            valid = valid[:, : past + ids.shape[1]].to(ids.device).expand(len(ids), -1)
+            own = valid[:, past:]
+            if own.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask must be as long as the {past} columns of past_key_values and input_ids, "
+                    f"{tuple(ids.shape)}, got {tuple(arguments['attention_mask'].shape)}"
+                )
+        visual &= own
+        inside = (own.cumsum(1) > 0) & (own.flip(1).cumsum(1).flip(1) > 0)
+        right = ~own[:, -1].all() & own[:, 0].all()
+        asked = torch.cat([visual.sum(1), inside.sum(1), right[None]]).tolist()  # the one wait for the device
+        counts, lengths = asked[: len(ids)], asked[len(ids) : -1]
+        last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(1)
+        left, cuts = counts, {}
+        for layer, method, cut in self.cuts:
+            kept = [min(before, method.budget(cut, count)) for before, count in zip(left, counts, strict=True)]
+            if kept != left:
+                left, cuts[layer] = kept, Cut(method, kept)
+        return Prompt(visual, inside, valid, last, lengths, counts, bool(asked[-1])), cuts
+
+
+def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
+    """Say how visual tokens of this model are cut by these methods, one after the other.
+
+    Raises:
+        ValueError: for layers that the model has not, that are not of the kind that can go on with fewer tokens, or
+            that are not in order, or for a cut that would find nothing to cut.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    found = getattr(getattr(model.base_model, "language_model", None), "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise ValueError(f"the language model of {name} must have layers to cut visual tokens between them")
+    attentions = [layer.self_attn for layer in found if hasattr(layer, "self_attn")]
+    plan = Plan(tuple(methods), frozenset(map(type, found)), frozenset(map(type, attentions)))
+    layers = [layer for layer, _, _ in plan.cuts]
+    if layers != sorted(set(layers)):
+        raise ValueError(f"layers of the cuts must ascend from one method to the next, got {layers}")
+    if not layers[-1] < len(found):
+        raise ValueError(f"layer must be below {len(found)}, the number of layers of {name}, got {layers[-1]}")
+    levels = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if layers[0] < levels:
+        raise ValueError(
+            f"layer must be at least {levels}, as {name} adds visual features after each of its first {levels} layers "
+            f"(DeepStack), got {layers[0]}"
+        )
+    _check_kinds(config, layers[0] - 1, name)
+    _check_budgets(plan)
+    return plan
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """Return the layers of the language model."""
+    layers: nn.ModuleList = model.base_model.language_model.layers
+    return layers
+
+
+def cache_of(output: Any) -> Any:
+    """Find the cache in what a model returned."""
+    values: Iterable[Any] = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    )
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the call of a layer: around its hooks, and outside of what gradient checkpointing runs again."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = None if is_compiling() else RUN.get()
+        return original(self, *args, **kwargs) if run is None else run.call(self, original, args, kwargs)
+
+    return call
+
+
+def _check_held(cache: Any, held: Held, past: int) -> None:
+    """Refuse a cache of which columns were taken off: its layers would not tell which."""
+    layer = min(held)
+    columns = held[layer]
+    if past < columns.total or cache.get_seq_length(layer) != columns.index.shape[1] + past - columns.total:
+        raise ValueError(
+            "past_key_values holds a prompt whose visual tokens were cut between layers, and was cropped since"
+        )
+
+
+def _check_kinds(config: Any, first: int, name: str) -> None:
+    """Refuse layers whose attention does not see all that is before a token."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    for layer, kind in enumerate(kinds):
+        if layer >= first and kind != "full_attention":
+            why = "drops keys by their number" if "sliding" in kind else "takes a step for each token, seen or not"
+            raise ValueError(
+                f"layer must be such that all layers from the one before it on have full attention; layer {layer} of "
+                f"{name} has {kind}, which {why}"
+            )
+
+
+def _check_budgets(plan: Plan) -> None:
+    """Refuse a cut of which one can tell that the one before leaves nothing for it to cut."""
+    for (_, method, cut), (_, after, last) in zip(plan.cuts, plan.cuts[1:], strict=False):
+        if method is not after and all(after.budget(last, count) >= method.budget(cut, count) for count in (64, 4096)):
+            raise ValueError(
+                f"{after} must keep fewer visual tokens than {method} before it, of which it has what is left"
+            )

@@ -1,0 +1,188 @@
+"""One call of a language model whose visual tokens are cut between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.functions import accepting
+from vlmfast.ops.token_merge import top_tokens
+from vlmfast.reduce.columns import Columns, squeezed
+from vlmfast.reduce.cuts.last_row import last_row_attention
+from vlmfast.reduce.cuts.masks import At, rewritten, take_rows
+from vlmfast.reduce.methods import LayerMethod
+
+Held = Mapping[int, Columns]  # layer -> the columns of it and of those behind it, up to the next
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a call cuts at the input of a layer."""
+
+    method: LayerMethod
+    kept: list[int]  # the visual tokens of each sample that are left
+
+
+@dataclass
+class Prompt:
+    """The new columns of a call that brings images.
+
+    Attributes:
+        visual: (B, T) bool, the visual tokens that are cut; not those that are masked.
+        inside: (B, T) bool, without the padding at an end.
+        valid: (B, past + T) bool, what the last token may see; None for everything.
+        last: (B,) int64, the last column that is not padding.
+        lengths: of each sample, without the padding at an end.
+        counts: the visual tokens of each sample.
+        right: whether padding is on the right.
+    """
+
+    visual: Tensor
+    inside: Tensor
+    valid: Tensor | None
+    last: Tensor
+    lengths: list[int]
+    counts: list[int]
+    right: bool
+
+
+@dataclass
+class Run:
+    """A call: layers are called by it, one after the other.
+
+    Attributes:
+        layers: of the language model.
+        held: what the cache holds; layers before its first one have all columns.
+        at: where the call stands.
+        cuts: the cuts to make, by the layer at whose input they are made.
+        prompt: the new columns, where there are cuts.
+    """
+
+    layers: nn.ModuleList
+    held: Held
+    at: At
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    prompt: Prompt | None = None
+    tapped: nn.Module | None = None
+    made: dict[int, Columns] = field(default_factory=dict)  # what the cache will hold
+    now: Columns | None = None  # the columns of this call that the layer sees, None for all
+    keys: Columns | None = None  # those of the cache as well, None for all
+
+    def __post_init__(self) -> None:
+        self._numbers = {layer: number for number, layer in enumerate(self.layers)}
+        self._row: Tensor | None = None
+        self._given: tuple[Any, ...] = ()
+        self._changed: dict[str, Any] = {}
+
+    def call(
+        self, layer: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a layer, with the columns that it still has."""
+        number = self._numbers.get(layer)
+        if number is None:
+            return original(layer, *args, **kwargs)
+        hidden, kwargs = (args[0], kwargs) if args else (kwargs["hidden_states"], without(kwargs, "hidden_states"))
+        if len(args) > 1 or "position_embeddings" not in kwargs:
+            raise ValueError(
+                f"visual tokens cannot be cut between layers of {type(layer).__name__}: they are not given "
+                f"hidden_states and, by name, position_embeddings"
+            )
+        if number in self.cuts:
+            hidden = self._cut(number, hidden)
+        elif number in self.held:
+            self._enter(number)
+        if self.keys is not None:
+            kwargs = {**kwargs, **self._rewritten(kwargs)}
+        self.tapped = layer.self_attn if number + 1 in self.cuts else None  # type: ignore[assignment]
+        output = original(layer, hidden, **kwargs)
+        if number == len(self.layers) - 1 and self.now is not None:
+            # a column that was left out has what the last one before it has: it says what comes next
+            output = take_rows(output, self.now.latest())
+        return output
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Take the attention of the last token of each sample."""
+        prompt: Any = self.prompt
+        now, keys, last = self.now, self.keys, prompt.last
+        if now is not None:
+            last = now.latest().gather(1, last[:, None])[:, 0]
+        samples = torch.arange(len(last), device=last.device)
+        columns = self.at.past + self.at.tokens if keys is None else keys.index.shape[1]
+        valid = prompt.valid
+        if keys is not None:
+            valid = keys.valid if valid is None else keys.take(valid, 0)
+        self._row = last_row_attention(query[samples, :, last], key[:, :, :columns], valid, scale)
+
+    def _cut(self, number: int, hidden: Tensor) -> Tensor:
+        """Leave out columns at the input of a layer."""
+        row, self._row = self._row, None
+        if row is None:
+            attention = type(getattr(self.layers[number - 1], "self_attn", None)).__name__
+            raise RuntimeError(
+                f"visual tokens cannot be cut at layer {number}: {attention} of the layer before did not call an "
+                f"attention function of transformers"
+            )
+        prompt: Any = self.prompt
+        all_now = Columns.all(prompt.visual) if self.now is None else self.now
+        visual, inside = (all_now.take(flags, 0) for flags in (prompt.visual, prompt.inside))
+        cut = self.cuts[number]
+        scores = cut.method.score(row)
+        if scores.shape != row.shape:
+            raise ValueError(f"score of {cut.method} must return {tuple(row.shape)}, got {tuple(scores.shape)}")
+        scores = scores[:, -visual.shape[1] :]
+        present = (inside & ~visual) | chosen(scores, visual, cut.kept)
+        lengths = [
+            length - count + kept for length, count, kept in zip(prompt.lengths, prompt.counts, cut.kept, strict=True)
+        ]
+        here = squeezed(present, lengths, prompt.right)
+        self.now = here.of(all_now)
+        self._enter(number)
+        return take_rows(hidden, here.index)
+
+    def _enter(self, number: int) -> None:
+        """Go on with the columns that this layer has."""
+        before = max((layer for layer in self.held if layer <= number), default=None)
+        self._given = ()
+        if self.prompt is None:
+            self.keys = None if before is None else self.held[before]
+            return
+        batch = self.prompt.visual
+        new = Columns.all(batch) if self.now is None else self.now
+        past = Columns.all(batch.new_empty(len(batch), self.at.past)) if before is None else self._up_to_here(before)
+        self.keys = self.made[number] = past.then(new)
+
+    def _up_to_here(self, layer: int) -> Columns:
+        """Return what a layer holds, with the text since."""
+        held = self.held[layer]
+        since = held.index.new_empty(len(held.index), self.at.past - held.total)
+        return held.then(Columns.all(since))
+
+    def _rewritten(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Make the other arguments fit, once for the layers that are given the same."""
+        given = tuple(kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
+        if len(self._given) != 3 or any(a is not b for a, b in zip(given, self._given, strict=True)):
+            keys: Any = self.keys
+            self._given, self._changed = given, rewritten(kwargs, self.now, keys, self.at)
+        return self._changed
+
+
+def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the arguments without one of them."""
+    return {key: value for key, value in kwargs.items() if key != name}
+
+
+def chosen(scores: Tensor, visual: Tensor, kept: list[int]) -> Tensor:
+    """(B, N) scores -> (B, N) bool: so many visual tokens of each sample, of equal ones those that come first."""
+    worth = scores.masked_fill(~visual, -1.0)  # below every attention
+    found = torch.zeros_like(visual)
+    for count in sorted(set(kept)):
+        samples = [sample for sample, own in enumerate(kept) if own == count]
+        rows = worth if len(samples) == len(kept) else worth[samples]
+        best = accepting(top_tokens, rows)(rows.contiguous(), count)
+        found[samples] = torch.zeros_like(rows, dtype=torch.bool).scatter(1, best, True)
+    return found

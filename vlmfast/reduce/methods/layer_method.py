@@ -1,0 +1,42 @@
+"""A way to reduce visual tokens inside the language model: layers from a certain one on no longer see some of them."""
+
+from __future__ import annotations
+
+import abc
+
+from torch import Tensor
+
+from vlmfast.reduce.methods.method import Named
+
+
+class LayerMethod(Named, abc.ABC):
+    """A way to cut visual tokens between two layers of the language model. A new one has `layers` and `budget`.
+
+    The layers before a cut see every token, those behind it only what is kept, at the positions that the tokens had.
+    What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut. A file
+    in this folder with ``class Late(LayerMethod, name="late")`` is all that it takes for ``vlmfast.Late``.
+    """
+
+    @property
+    @abc.abstractmethod
+    def cut_before(self) -> tuple[int, ...]:
+        """The layers at whose input tokens are cut, counted from 0, ascending."""
+
+    @abc.abstractmethod
+    def budget(self, cut: int, count: int) -> int:
+        """Return how many of the ``count`` visual tokens that a sample began with are left after that cut."""
+
+    def score(self, attention: Tensor) -> Tensor:
+        """Say what each token is worth, given the attention (B, N) that it gets from the last token: that, as it is.
+
+        Float32, the mean over the heads. The columns of text are among the N; their worth is not asked for.
+        """
+        return attention
+
+
+def check_layer(name: str, value: object) -> None:
+    """Raise unless ``value`` is a layer that has one before it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a layer (int), got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, as the layer before it gives the scores, got {value}")
