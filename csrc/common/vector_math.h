@@ -55,6 +55,29 @@ VLMFAST_INLINE Float exp2(Float x) {
   return value * (Float)(((Bits)shifted << 23) + 0x3f800000u);
 }
 
+// The squared length of a row, in double precision.
+template <class T>
+VLMFAST_INLINE double square_length(const T* row, int64_t size) {
+  typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
+  Double squares[2] = {};
+  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
+    const Block block = load(row + offset, count);
+    VLMFAST_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      Half halves[2];
+      std::memcpy(halves, &block.part[part], sizeof(halves));
+      for (int i = 0; i < 2; ++i) {
+        const Double values = __builtin_convertvector(halves[i], Double);
+        squares[i] = multiply_add(values, values, squares[i]);
+      }
+    }
+  });
+  const Double both = squares[0] + squares[1];
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += both[lane];
+  return sum;
+}
+
 // ---- matrix multiplication, in tiles of kTileRows rows by kTileVectors registers of columns ----
 
 // Packs the rows of a matrix times a factor, kColumns of them side by side: element (row, k) goes to

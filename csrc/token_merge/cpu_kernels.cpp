@@ -49,23 +49,7 @@ int64_t packed_targets(int64_t targets, int64_t head_dim) { return panel_columns
 // 1 / |row|, or 0 for a row of zeros, whose cosine with all others is then 0.
 template <class T>
 VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
-  typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
-  Double squares[2] = {};
-  each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
-    const Block block = load(row + offset, count);
-    VLMFAST_UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      Half halves[2];
-      std::memcpy(halves, &block.part[part], sizeof(halves));
-      for (int i = 0; i < 2; ++i) {
-        const Double values = __builtin_convertvector(halves[i], Double);
-        squares[i] = multiply_add(values, values, squares[i]);
-      }
-    }
-  });
-  const Double both = squares[0] + squares[1];
-  double sum = 0;
-  for (int lane = 0; lane < kDoubles; ++lane) sum += both[lane];
+  const double sum = square_length(row, size);
   return sum > 0 ? 1 / __builtin_sqrt(sum) : 0.0;
 }
 

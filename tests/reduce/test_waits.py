@@ -14,8 +14,11 @@ from tests.helpers.patches_models import tiny
 from vlmfast.benchmarks import counting
 
 EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
+GREEDY = (vlmfast.DivPrune(0.5), vlmfast.DivPrune(0.5, centered=True))
 EACH = [
-    (name, method) for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl") for method in (EVEN, ZIP)
+    (name, method)
+    for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    for method in (EVEN, ZIP, *GREEDY)
 ]
 
 

@@ -1,0 +1,163 @@
+// The greedy choices on the CPU: arguments, threads, and which token comes next. The arithmetic is in cpu_kernels.cpp.
+#include "common/cpu.h"
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "greedy_selection/cpu_kernels.h"
+#include "greedy_selection/ops.h"
+
+namespace vlmfast {
+namespace {
+
+constexpr float kTaken = -1.0f;  // less than anything is worth
+
+// The index of the largest number, of equal ones the first.
+int64_t first_largest(const std::vector<float>& worth) {
+  return std::max_element(worth.begin(), worth.end()) - worth.begin();
+}
+
+// The weights of each token of a batch, all 1 where there are none.
+std::vector<float> weights_of(const View<2>& view, int64_t batch, int64_t tokens, const char* name) {
+  std::vector<float> weights(batch * tokens, 1.0f);
+  const auto& table = kernels<GreedySelectionKernels>();
+  for (int64_t b = 0; view && b < batch; ++b) {
+    STD_TORCH_CHECK(table.widen[view.dtype()](view.at(b), tokens, weights.data() + b * tokens), name,
+                    " must be finite and not negative");
+  }
+  return weights;
+}
+
+// The distances of one image's tokens, in rows that are computed when they are asked for: those of the few tokens that
+// a choice needs, a tile of them at a time.
+class Distances {
+ public:
+  Distances(const TokenRows& rows, Dtype dtype) : rows_(rows), dtype_(dtype), row_of_(rows.tokens) {
+    panels_.columns = table_.panel_columns;
+    panels_.count = (rows.tokens + panels_.columns - 1) / panels_.columns;
+    columns_ = panels_.count * panels_.columns;
+    elements_.reset(new float[columns_ * rows.size]);
+    inverse_.reset(new float[columns_]);
+    tile_.reset(new float[table_.tile_rows * rows.size]);
+    panels_.elements = elements_.get();
+    panels_.inverse = inverse_.get();
+    on_panels(1, [&](int64_t begin, int64_t end) { table_.pack_panels[dtype_](rows_, panels_, begin, end); });
+  }
+
+  // The row of a token, null where it has not been computed.
+  const float* row(int64_t token) const { return row_of_[token]; }
+
+  // Computes the row of the token that is worth most, and with it those of the next ones, up to `most` of those that
+  // are not taken: they come cheaper together, and are asked for next, as a rule. Returns which.
+  const std::vector<int32_t>& compute(const std::vector<float>& worth, int64_t most) {
+    order_.clear();
+    for (int32_t token = 0; token < rows_.tokens; ++token) {
+      if (row_of_[token] == nullptr && worth[token] != kTaken) order_.push_back(token);
+    }
+    const size_t count = std::min<size_t>(order_.size(), std::min(most, table_.tile_rows));
+    std::partial_sort(order_.begin(), order_.begin() + count, order_.end(),
+                      [&](int32_t a, int32_t b) { return worth[a] != worth[b] ? worth[a] > worth[b] : a < b; });
+    order_.resize(count);
+    blocks_.emplace_back(new float[count * columns_]);
+    std::vector<float*> to(count);
+    for (size_t i = 0; i < count; ++i) to[i] = row_of_[order_[i]] = blocks_.back().get() + i * columns_;
+    table_.pack_tile[dtype_](rows_, order_.data(), count, tile_.get());
+    on_panels(count, [&](int64_t begin, int64_t end) {
+      table_.cosines(panels_, rows_.size, tile_.get(), order_.data(), count, begin, end, to.data());
+      for (float* row : to) {
+        for (int64_t column = begin * panels_.columns; column < end * panels_.columns; ++column) {
+          const float distance = 1.0f - row[column];
+          row[column] = distance < kSame ? 0.0f : distance;
+        }
+      }
+    });
+    return order_;
+  }
+
+ private:
+  template <class Body>
+  void on_panels(int64_t work, const Body& body) {
+    parallel_rows(panels_.count, row_ranges(panels_.count, panels_.columns * rows_.size * work),
+                  [&](int64_t begin, int64_t end, int64_t) { body(begin, end); });
+  }
+
+  const GreedySelectionKernels& table_ = kernels<GreedySelectionKernels>();
+  const TokenRows rows_;
+  const Dtype dtype_;
+  int64_t columns_;
+  TokenPanels panels_;
+  std::unique_ptr<float[]> elements_, inverse_, tile_;
+  std::vector<float*> row_of_;
+  std::vector<std::unique_ptr<float[]>> blocks_;
+  std::vector<int32_t> order_;
+};
+
+// Finds the token whose nearest other one is farthest. The distance to a few others bounds that to all from above, so
+// a token that is worth most by its bound is the one, once it has been compared with all.
+int64_t first_farthest(Distances& distances, const float* weights, int64_t tokens) {
+  constexpr float kLargest = 2.0f;
+  std::vector<float> nearest(tokens, kLargest), worth(tokens);
+  while (true) {
+    for (int64_t token = 0; token < tokens; ++token) worth[token] = nearest[token] * weights[token];
+    const int64_t best = first_largest(worth);
+    if (distances.row(best) != nullptr) return best;
+    for (const int32_t compared : distances.compute(worth, tokens)) {
+      const float* const row = distances.row(compared);
+      const float own = nearest[compared];
+      float least = kLargest;
+      for (int64_t token = 0; token < compared; ++token) least = std::min(least, row[token]);
+      for (int64_t token = compared + 1; token < tokens; ++token) least = std::min(least, row[token]);
+      for (int64_t token = 0; token < tokens; ++token) nearest[token] = std::min(nearest[token], row[token]);
+      nearest[compared] = std::min(own, least);
+    }
+  }
+}
+
+void choose_farthest(const TokenRows& rows, Dtype dtype, int64_t k, const float* weights, bool first_by_quality,
+                     int64_t* positions) {
+  const int64_t tokens = rows.tokens;
+  Distances distances(rows, dtype);
+  const std::vector<float> alike(first_by_quality ? 0 : tokens, 1.0f);
+  int64_t best = first_farthest(distances, first_by_quality ? weights : alike.data(), tokens);
+  std::vector<float> nearest(distances.row(best), distances.row(best) + tokens), worth(tokens);
+  std::vector<bool> taken(tokens);
+  for (int64_t left = k - 1;; --left) {
+    taken[best] = true;
+    if (left == 0) break;
+    for (int64_t token = 0; token < tokens; ++token) worth[token] = nearest[token] * weights[token];
+    for (int64_t token = 0; token < tokens; ++token) worth[token] = taken[token] ? kTaken : worth[token];
+    best = first_largest(worth);
+    if (distances.row(best) == nullptr) distances.compute(worth, left);
+    const float* const row = distances.row(best);
+    for (int64_t token = 0; token < tokens; ++token) nearest[token] = std::min(nearest[token], row[token]);
+  }
+  for (int64_t token = 0; token < tokens; ++token) {
+    if (taken[token]) *positions++ = token;
+  }
+}
+
+Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
+                bool first_by_quality) {
+  const FarthestArguments call(features_tensor, k, quality_tensor);
+  const int64_t batch = call.batch, tokens = call.tokens;
+  const std::vector<float> weights = weights_of(call.quality, batch, tokens, "quality");
+  Tensor chosen = allocate({batch, k}, features_tensor, Dtype::kInt64);
+  if (chosen.numel() == 0) return chosen;
+  int64_t* const positions = static_cast<int64_t*>(chosen.mutable_data_ptr());
+  parallel_rows(batch, row_ranges(batch, tokens * call.size), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t b = begin; b < end; ++b) {
+      const TokenRows rows{tokens, call.size, call.features.at(b), call.features.stride(1) * call.features.width()};
+      choose_farthest(rows, call.dtype, k, weights.data() + b * tokens, first_by_quality, positions + b * k);
+    }
+  });
+  return chosen;
+}
+
+}  // namespace
+}  // namespace vlmfast
+
+VLMFAST_DEFINE_OPS(vlmfast_native)
+VLMFAST_IMPLEMENT_OPS(vlmfast_native, CPU)

@@ -1,0 +1,86 @@
+// The greedy choices on the CPU, compiled once per instruction set (see types.h).
+#include "greedy_selection/cpu_kernels.h"
+
+#include "common/vector_math.h"
+
+namespace vlmfast {
+namespace {
+
+constexpr int kPanel = kTileVectors * kLanes;
+
+// Reads rows of weights.
+template <class T>
+bool widen(const void* weights, int64_t count, float* to) {
+  const T* const from = static_cast<const T*>(weights);
+  Bits bad = {};
+  const auto step = VLMFAST_LAMBDA(const T* at) {
+    const Float values = load_in_order(at);
+    bad |= ~(Bits)(values >= 0.0f) | ~(Bits)(values <= __FLT_MAX__);
+    return values;
+  };
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Float values = step(from + at);
+    std::memcpy(to + at, &values, sizeof(values));
+  }
+  T rest[kLanes] = {};
+  std::memcpy(rest, from + at, (count - at) * sizeof(T));
+  const Float values = step(rest);
+  std::memcpy(to + at, &values, (count - at) * sizeof(float));
+  uint32_t any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= bad[lane];
+  return any == 0;
+}
+
+// 1 / |row|, or 0 where the square of |row| is no number of float32 above 0.
+template <class T>
+VLMFAST_INLINE float inverse_length(const T* row, int64_t size) {
+  const float square = static_cast<float>(square_length(row, size));
+  return square > 0 && square <= __FLT_MAX__ ? 1 / __builtin_sqrtf(square) : 0.0f;
+}
+
+template <class T>
+void pack_panels(const TokenRows& rows, const TokenPanels& panels, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanel, left = rows.tokens - first, present = left < kPanel ? left : kPanel;
+    const auto row_at = [&](int64_t row) { return reinterpret_cast<const T*>(rows.at(first + row)); };
+    pack<kPanel, T>(present, rows.size, row_at, 1.0f, panels.elements + first * rows.size);
+    for (int64_t row = 0; row < kPanel; ++row) {
+      panels.inverse[first + row] = row < present ? inverse_length(row_at(row), rows.size) : 0.0f;
+    }
+  }
+}
+
+template <class T>
+void pack_tile(const TokenRows& rows, const int32_t* tokens, int64_t count, float* to) {
+  pack<kTileRows, T>(count, rows.size, [&](int64_t row) { return reinterpret_cast<const T*>(rows.at(tokens[row])); },
+                     1.0f, to);
+}
+
+void cosines(const TokenPanels& panels, int64_t size, const float* tile, const int32_t* tokens, int64_t count,
+             int64_t begin, int64_t end, float* const* to) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panel * kPanel;
+    Float dots[kTileRows][kTileVectors];
+    multiply(tile, panels.elements + first * size, size, dots);
+    for (int64_t row = 0; row < count; ++row) {
+      const float own = panels.inverse[tokens[row]];
+      for (int v = 0; v < kTileVectors; ++v) {
+        const Float both = load_unaligned<Float>(panels.inverse + first + v * kLanes) * own;
+        // both lengths at once: so the cosine of i and j has the bits of that of j and i
+        const Float cosine = both != 0.0f ? dots[row][v] * both : Float{};
+        std::memcpy(to[row] + first + v * kLanes, &cosine, sizeof(cosine));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+GreedySelectionKernels kernels_at<GreedySelectionKernels, CpuLevel::VLMFAST_ISA>() {
+  return {kPanel, kTileRows, VLMFAST_BY_DTYPE(widen), VLMFAST_BY_DTYPE(pack_panels), VLMFAST_BY_DTYPE(pack_tile),
+          cosines};
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,83 @@
+// Chooses tokens that are far from each other, out of the products of each two of them.
+#pragma once
+
+#include "greedy_selection/greedy.cuh"
+
+namespace vlmfast {
+
+// 1 over the root of a square; 0 for one that no direction has.
+__device__ __forceinline__ float inverse_length(float square) {
+  return square > 0.f && square < INFINITY ? 1.f / sqrtf(square) : 0.f;
+}
+
+__device__ __forceinline__ float cosine_of(float product, float inverse, float other_inverse) {
+  const float both = inverse * other_inverse;
+  return both != 0.f ? product * both : 0.f;
+}
+
+__device__ __forceinline__ float distance_of(float cosine) {
+  const float distance = 1.f - cosine;
+  return distance < kSame ? 0.f : distance;
+}
+
+// What the threads know of their tokens: each its own, but for the lengths.
+struct FarthestState {
+  float *inverse, *weight, *nearest;  // (tokens,)
+
+  static constexpr int kRows = 3;
+  __device__ __forceinline__ FarthestState(float* rows, int tokens)
+      : inverse(rows), weight(rows + tokens), nearest(rows + 2 * tokens) {}
+};
+
+template <typename quality_t>
+__global__ void __launch_bounds__(GreedyPolicy::kThreads)
+    farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens)
+                    Input<quality_t, 2> quality,         // (batch, tokens), or none
+                    float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)
+                    int64_t* __restrict__ chosen,        // (batch, k)
+                    GreedyPolicy policy, bool first_by_quality) {
+  __shared__ BlockBest block_best;
+  __shared__ BlockCount<GreedyPolicy::kThreads> counts;
+  const int tokens = policy.tokens;
+  int turn = 0;
+  for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
+    const float* const product = products + batch * tokens * tokens;
+    const FarthestState state(states + batch * FarthestState::kRows * tokens, tokens);
+    const quality_t* const weights = quality.data != nullptr ? quality.at(batch) : nullptr;
+    VLMFAST_DEVICE_ASSERT(read_weights(weights, tokens, state.weight), "quality must be finite and not negative");
+    if (policy.k == 0) continue;
+    for_own(tokens, [&](int token) { state.inverse[token] = inverse_length(product[token * (int64_t{tokens} + 1)]); });
+    __syncthreads();  // all lengths are known
+    Best own;
+    for_own(tokens, [&](int token) {
+      const float inverse = state.inverse[token];
+      float largest = -1.f;  // cosine to another token
+#pragma unroll 8
+      for (int other = 0; other < tokens; ++other) {
+        const float cosine = cosine_of(product[int64_t{other} * tokens + token], state.inverse[other], inverse);
+        if (other != token) largest = fmaxf(largest, cosine);
+      }
+      own.offer(first_by_quality ? distance_of(largest) * state.weight[token] : distance_of(largest), token);
+      state.nearest[token] = 2.f;  // no distance is larger
+    });
+    for (int left = policy.k; left > 0; --left) {
+      const int best = block_best.find(own, turn++);
+      const float* const row = product + int64_t{best} * tokens;
+      const float inverse = state.inverse[best];
+      own = Best{};
+      for_own(tokens, [&](int token) {
+        float nearest = state.nearest[token];
+        if (nearest != kTaken) {
+          nearest = fminf(nearest, distance_of(cosine_of(row[token], inverse, state.inverse[token])));
+          nearest = token == best ? kTaken : nearest;
+          state.nearest[token] = nearest;
+          if (nearest != kTaken) own.offer(nearest * state.weight[token], token);
+        }
+      });
+    }
+    write_taken(tokens, [&](int token) { return state.nearest[token] == kTaken; }, counts, chosen + batch * policy.k,
+                turn);
+  }
+}
+
+}  // namespace vlmfast

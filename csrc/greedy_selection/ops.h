@@ -1,0 +1,30 @@
+// The greedy choices of tokens as torch sees them: vlmfast/ops/greedy_selection/definition.py defines what they compute.
+#pragma once
+
+#include "common/common.h"
+
+namespace vlmfast {
+
+// ---- arguments, checked once for the CPU and CUDA ----
+
+constexpr int64_t kMost = 1 << 20;  // tokens and elements of a row, which are counted in 32 bits
+
+constexpr float kSame = 0x1p-20f;  // a smaller distance is what float32 makes of a token and its double
+
+struct FarthestArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), size = Size("features").at_most(kMost);
+  FloatDtype dtype, quality_dtype;
+  View<3> features;
+  View<2> quality;
+
+  FarthestArguments(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor)
+      : features("features", features_tensor, {batch, tokens, size}, dtype),
+        quality("quality", quality_tensor, {batch, tokens}, quality_dtype) {
+    check_within("k", k, 0, tokens);
+  }
+};
+
+}  // namespace vlmfast
+
+#define VLMFAST_OPS(OP) \
+  OP(farthest, "(Tensor features, SymInt k, Tensor? quality=None, bool first_by_quality=True) -> Tensor")

@@ -1,0 +1,58 @@
+"""The greedy choices in Triton: one program for each image, and before it, where needed, the products of all tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmfast.kernels.common.kernel import alignment
+from vlmfast.kernels.common.launch import (
+    ASSERTING,
+    MAX_EXTENT,
+    ceil_div,
+    device_unsupported,
+    on_device,
+    with_contiguous_rows,
+)
+from vlmfast.kernels.greedy_selection.farthest import FarthestConfig, farthest_kernel
+from vlmfast.kernels.greedy_selection.gram import GramConfig, gram_kernel
+from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS
+
+
+def farthest_unsupported(features: Tensor, *_: Any) -> str | None:
+    batch, tokens, size = features.shape
+    if tokens > MAX_TOKENS:
+        return f"an image has {tokens} tokens, more than {MAX_TOKENS}"
+    if max(size, batch * ceil_div(tokens, GramConfig.BLOCK_TOKENS) ** 2) > MAX_EXTENT:
+        return f"{batch} images of {tokens} tokens of {size} elements are more than 32 bits can count"
+    return device_unsupported(features)
+
+
+def gram(features: Tensor) -> Tensor:
+    """Return the products of each two tokens of an image, (B, N, N) float32."""
+    batch, tokens, size = features.shape
+    features = with_contiguous_rows(features)
+    products = features.new_empty(batch, tokens, tokens, dtype=torch.float32)
+    config = GramConfig.config_for(features.dtype == torch.float32)
+    gram_kernel[(batch * ceil_div(tokens, config.BLOCK_TOKENS) ** 2,)](
+        *(features, products, *features.stride()[:2], tokens, size),
+        ALIGNED=alignment(size, *features.stride()[:2]),
+        **vars(config),
+    )
+    return products
+
+
+def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_quality: bool = True) -> Tensor:
+    batch, tokens, _ = features.shape
+    chosen = features.new_empty(batch, k, dtype=torch.int64)
+    if batch * tokens == 0:
+        return chosen
+    weights = None if quality is None else with_contiguous_rows(quality)
+    with on_device(features):
+        farthest_kernel[(batch,)](
+            *(gram(features), weights, chosen, tokens, k, 0 if weights is None else weights.stride(0)),
+            FIRST_BY_QUALITY=first_by_quality,
+            **vars(FarthestConfig.config_for(tokens)),
+            **ASSERTING,
+        )
+    return chosen

@@ -1,0 +1,92 @@
+"""Chooses tokens that are far from each other, out of the products of each two of them.
+
+The first token looks at all products, 1.3 MB for 576 tokens; each further one costs a row of them, 2.3 KB, and the time
+of two reductions over a program.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vlmfast.kernels.common.kernel import kernel
+from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
+
+_SAME = tl.constexpr(2.0**-20)  # a smaller distance is a rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarthestConfig(GreedyConfig):
+    """As `GreedyConfig`."""
+
+
+@triton.jit
+def inverse_length(square):
+    """Divide 1 by the root of a square; 0 for one that no direction has."""
+    sound = (square > 0.0) & (square < float("inf"))
+    return tl.where(sound, tl.div_rn(1.0, tl.sqrt_rn(tl.where(sound, square, 1.0))), 0.0)
+
+
+@triton.jit
+def cosine_of(product, inverse, other_inverse):
+    """Return the cosine of two tokens; 0 where one of them has no direction."""
+    both = inverse * other_inverse
+    return tl.where(both != 0.0, product * both, 0.0)
+
+
+@triton.jit
+def distance_of(cosine):
+    """Return 1 less a cosine, or 0 of a token and its double."""
+    distance = 1.0 - cosine
+    return tl.where(distance < _SAME, 0.0, distance)
+
+
+@kernel
+def farthest_kernel(
+    product_ptr,
+    quality_ptr,
+    chosen_ptr,
+    tokens,
+    k,
+    quality_stride,
+    FIRST_BY_QUALITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Store the k tokens of one image, ascending."""
+    batch = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, BLOCK)
+    there = position < tokens
+    product_ptr += batch * tokens * tokens
+    if quality_ptr is not None:
+        quality_ptr += batch * quality_stride
+    quality = load_weights(quality_ptr, position, there)
+    tl.device_assert(usable(quality), "quality must be finite and not negative")
+    diagonal = product_ptr + position.to(tl.int64) * (tokens + 1)
+    inverse = inverse_length(tl.load(diagonal, mask=there, other=0.0))
+
+    largest = tl.full((BLOCK,), -1.0, tl.float32)  # cosine to another token
+    for start in tl.range(0, tokens, ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        other = row.to(tl.int64)
+        mask = (row < tokens)[:, None] & there[None, :]
+        product = tl.load(product_ptr + other[:, None] * tokens + position[None, :], mask=mask, other=0.0)
+        square = tl.load(product_ptr + other * (tokens + 1), mask=row < tokens, other=0.0)
+        cosine = cosine_of(product, inverse_length(square)[:, None], inverse[None, :])
+        itself = row[:, None] == position[None, :]
+        largest = tl.maximum(largest, tl.max(tl.where(mask & (itself == 0), cosine, -1.0), 0))
+    nearest = distance_of(largest)
+    worth = nearest * quality if FIRST_BY_QUALITY else nearest
+
+    taken = tl.where(there, 0, 2)  # 2: there is no such token
+    nearest = tl.full((BLOCK,), 2.0, tl.float32)
+    for _ in range(k):
+        best = best_of(worth, taken)
+        taken = tl.where(position == best, 1, taken)
+        row_ptr = product_ptr + best.to(tl.int64) * tokens
+        product = tl.load(row_ptr + position, mask=there, other=0.0)
+        best_inverse = inverse_length(tl.load(row_ptr + best))
+        nearest = tl.minimum(nearest, distance_of(cosine_of(product, best_inverse, inverse)))
+        worth = nearest * quality
+    store_taken(chosen_ptr + batch * k, tl.where(taken == 1, 1, 0), position)

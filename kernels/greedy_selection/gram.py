@@ -1,0 +1,64 @@
+"""Multiplies each two tokens of an image: in half precision on tensor cores, where five crops of 576 tokens of 1024
+elements are 3.4 GFLOP and 6.6 MB of float32, which stay in the L2 cache for the choice that reads some rows of them.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import triton.language as tl
+
+from vlmfast.kernels.common.dot import dot
+from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.launch import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class GramConfig(Config):
+    """A square of tokens for a program, some columns of them at a time."""
+
+    BLOCK_TOKENS: ClassVar[int] = 64
+    BLOCK: int
+    BLOCK_COLUMNS: int
+    STAGES: int
+
+    @staticmethod
+    @functools.lru_cache
+    def config_for(wide: bool) -> "GramConfig":
+        """Take few columns of float32, which are multiplied element by element, out of registers."""
+        block = GramConfig.BLOCK_TOKENS
+        return GramConfig(BLOCK=block, BLOCK_COLUMNS=16 if wide else 64, STAGES=3, num_warps=4)
+
+
+@kernel
+def gram_kernel(
+    x_ptr,
+    product_ptr,
+    batch_stride,
+    token_stride,
+    tokens,
+    size,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Store one square of the products."""
+    batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
+    size = aligned(size, ALIGNED)
+    blocks = tl.cdiv(tokens, BLOCK)
+    square = tl.program_id(0) % (blocks * blocks)
+    batch = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
+    row = square // blocks * BLOCK + tl.arange(0, BLOCK)
+    other = square % blocks * BLOCK + tl.arange(0, BLOCK)
+    x_ptr += batch * batch_stride
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, size, BLOCK_COLUMNS, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        mask = (row < tokens)[:, None] & (column < size)[None, :]
+        own = tl.load(x_ptr + row[:, None].to(tl.int64) * token_stride + column[None, :], mask=mask, other=0.0)
+        mask = (other < tokens)[None, :] & (column < size)[:, None]
+        theirs = tl.load(x_ptr + other[None, :].to(tl.int64) * token_stride + column[:, None], mask=mask, other=0.0)
+        total = dot(own, theirs, total)
+    at = product_ptr + (batch * tokens + row[:, None]) * tokens + other[None, :]
+    tl.store(at, total, mask=(row < tokens)[:, None] & (other < tokens)[None, :])

@@ -1,0 +1,98 @@
+"""The CUDA kernels of the greedy choices under the emulation's eyes: every access, planted faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.emulation.harness import (
+    DIFFER,
+    UNNOTICED,
+    UNORDERED,
+    Call,
+    Fault,
+    Kernels,
+    compare,
+    every_access,
+    far_rows,
+    planted_faults,
+    sample_calls,
+)
+from tests.helpers import cases
+from vlmfast.ops.greedy_selection import cases as greedy
+
+# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements.
+LAYOUTS = [
+    (cases.contiguous, cases.padded),
+    (cases.padded, cases.transposed),
+    (cases.oddly_padded, cases.contiguous),
+    (cases.expanded, cases.offset),
+    (cases.every_other, cases.every_other),
+]
+
+
+def far_calls() -> Iterator[Call]:
+    """Offsets that pass 2 ** 31, from row to row and from image to image."""
+    rows = far_rows()
+    yield "farthest", (rows[None], 2)
+    yield "farthest", (rows[:, None], 1)
+
+
+def weighed_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """A quality of another dtype than the features."""
+    features = greedy._signs(2, 40, 64, "cpu").to(dtype)
+    yield "farthest", (features, 9, greedy._eighths(2, 40, device="cpu"))
+
+
+def examine(kernels: Kernels, dtype: torch.dtype) -> None:
+    for bad in (-1.0, torch.inf, torch.nan):
+        quality = torch.ones(1, 40).to(dtype)
+        quality[0, 33] = bad
+        with pytest.raises(RuntimeError, match="quality must be finite and not negative"):
+            kernels("farthest", torch.eye(40)[None].to(dtype), 0, quality)
+    compare(kernels, sample_calls("greedy_selection", LAYOUTS, dtype), weighed_calls(dtype), far_calls())
+
+
+test_greedy_selection = every_access("greedy_selection", examine)
+
+FAULTS = [
+    Fault("the last of equal ones", "greedy.cuh", "if (bits + 1 > key)", "if (bits + 1 >= key)", DIFFER),
+    Fault("zero above all others", "greedy.cuh", "    worth += 0.f;  // -0 + 0 is 0\n", "", DIFFER),
+    Fault("best of the first warps alone", "greedy.cuh", "lane < GreedyPolicy::kWarps ?", "lane < 2 ?", DIFFER),
+    Fault(
+        "quality unchecked",
+        "farthest.cuh",
+        "read_weights(weights, tokens, state.weight),",
+        "(read_weights(weights, tokens, state.weight), true),",
+        UNNOTICED,
+    ),
+    Fault("a token is its own neighbour", "farthest.cuh", "if (other != token)", "if (true)", DIFFER),
+    Fault("lengths unknown", "farthest.cuh", "    __syncthreads();  // all lengths are known\n", "", UNORDERED),
+    Fault("quality of the first token", "farthest.cuh", "first_by_quality ? distance", "true ? distance", DIFFER),
+    Fault(
+        "quality of the others", "farthest.cuh", "own.offer(nearest * state.weight[token]", "own.offer(nearest", DIFFER
+    ),
+    Fault("doubles apart", "farthest.cuh", "distance < kSame ?", "distance < -1.f ?", DIFFER),
+    Fault("rows without a direction", "farthest.cuh", "square > 0.f && square < INFINITY ?", "true ?", DIFFER),
+    Fault(
+        "tile read while it is written",
+        "gram.cuh",
+        "      __syncthreads();  // the elements before these are done\n",
+        "",
+        UNORDERED,
+    ),
+    Fault(
+        "elements behind the last",
+        "gram.cuh",
+        "&& first_depth + depth < policy.size",
+        "",
+        "of an input of|isnan|elements differ",
+    ),
+    Fault(
+        "the first part alone", "gram.cuh", "first_depth += Tile::kDepth", "first_depth += 64 * Tile::kDepth", DIFFER
+    ),
+]
+
+test_planted_fault_is_noticed = planted_faults("greedy_selection", examine, FAULTS)

@@ -1,0 +1,126 @@
+"""The greedy choices against loops that say their rules, and what must hold of any choice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmfast
+from tests.helpers.cases import DTYPES, family, require
+from vlmfast.ops.greedy_selection.cases import _signs
+from vlmfast.registry import OPS
+
+FAMILY = family("greedy_selection")
+
+
+# ---- farthest ----
+
+
+def farthest_by_rule(rows: list[list[float]], k: int, quality: list[float], first_by_quality: bool = True) -> list[int]:
+    """Choose for one image in Python's float64."""
+
+    def dot(i: int, j: int) -> float:
+        return math.fsum(a * b for a, b in zip(rows[i], rows[j], strict=True))
+
+    def distance(i: int, j: int) -> float:
+        return 1 - dot(i, j) / math.sqrt(dot(i, i) * dot(j, j))
+
+    count = len(rows)
+    chosen: list[int] = []
+    while len(chosen) < k:
+        best, most = -1, -math.inf
+        for j in range(count):
+            if j in chosen:
+                continue
+            others = chosen or [i for i in range(count) if i != j]
+            worth = min((distance(i, j) for i in others), default=2.0)
+            worth *= quality[j] if chosen or first_by_quality else 1.0
+            if worth > most + 1e-12:
+                best, most = j, worth
+        chosen.append(best)
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("first_by_quality", [True, False])
+def test_farthest_follows_the_rule(backend: str, first_by_quality: bool):
+    features, quality = torch.randn(2, 23, 9), torch.rand(2, 23)
+    quality[0] = 1
+    got = vlmfast.farthest(features, 7, quality, first_by_quality)
+    for image in range(2):
+        want = farthest_by_rule(features[image].tolist(), 7, quality[image].tolist(), first_by_quality)
+        assert got[image].tolist() == want
+
+
+def test_a_choice_is_the_begin_of_a_longer_one(backend: str):
+    features, quality = _signs(2, 14, 70, "cpu"), torch.rand(2, 14)
+    before: list[set[int]] = [set(), set()]
+    for k in range(15):
+        now = [set(row) for row in vlmfast.farthest(features, k, quality).tolist()]
+        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True)) or k == 0
+        before = now
+    assert before == [set(range(14))] * 2
+
+
+def test_another_order_of_the_tokens_chooses_the_same(backend: str):
+    features, quality, order = torch.randn(1, 40, 12), torch.rand(1, 40), torch.randperm(40)
+    want = set(vlmfast.farthest(features, 9, quality)[0].tolist())
+    got = vlmfast.farthest(features[:, order], 9, quality[:, order])
+    assert set(order[got[0]].tolist()) == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_are_of_no_account(backend: str, dtype: torch.dtype):
+    features = torch.randn(1, 40, 12).to(dtype)
+    scale = 2.0 ** torch.randint(-6, 7, (1, 40, 1))
+    assert torch.equal(vlmfast.farthest(features * scale.to(dtype), 9), vlmfast.farthest(features, 9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_doubles_come_last_and_in_order(backend: str, dtype: torch.dtype):
+    """Five directions, four times, of several lengths: after five tokens all that is left is worth nothing."""
+    rows = torch.randn(5, 37)
+    features = torch.cat([rows, rows, rows * 4, rows / 2])[None].to(dtype)
+    for k in range(1, 6):
+        assert max(vlmfast.farthest(features, k)[0].tolist()) < 5
+    for k in range(5, 21):
+        assert vlmfast.farthest(features, k)[0].tolist() == list(range(k))
+
+
+def test_rows_without_a_direction_are_like_nothing(backend: str):
+    features = torch.ones(1, 6, 8)
+    features[0, 2], features[0, 4, 1], features[0, 5, 0] = 0, torch.inf, torch.nan
+    assert vlmfast.farthest(features, 1).tolist() == [[2]]
+    assert vlmfast.farthest(features, 4).tolist() == [[0, 2, 4, 5]]
+
+
+def test_many_tokens(backend: str):
+    """More than one step of the loops of a block."""
+    features = _signs(1, 1030, 5, "cpu")
+    assert torch.equal(vlmfast.farthest(features, 3), OPS["farthest"].reference(features, 3))
+
+
+# ---- all of them ----
+
+
+def native_calls() -> list[tuple[str, tuple[Tensor | int, ...]]]:
+    features = torch.randn(3, 200, 300)
+    return [("farthest", (features, 20)), ("farthest", (features[:1], 20, torch.rand(1, 200)))]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_native_threads_give_the_same_choice(threads: int):
+    before = torch.get_num_threads()
+    try:
+        for name, args in native_calls():
+            require(OPS[name], "native")
+            found = []
+            for count in (1, threads):
+                torch.set_num_threads(count)
+                with vlmfast.use("native"):
+                    found.append(OPS[name].function(*args))
+            assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(before)

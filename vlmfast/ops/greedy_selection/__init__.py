@@ -1,0 +1,5 @@
+"""Fewer visual tokens: each is chosen for what those before it have left open."""
+
+from vlmfast.ops.greedy_selection.definition import farthest
+
+__all__ = ["farthest"]

@@ -1,0 +1,159 @@
+"""How the greedy choices of tokens are tested and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.cases import Args, Cases, Samples, Workloads
+from vlmfast.ops.greedy_selection import definition
+
+# ---- other ways to compute the same ----
+
+
+def farthest_loop(
+    features: Tensor, k: int, quality: Tensor | None = None, first_by_quality: bool = True
+) -> Callable[[], Tensor]:
+    """Choose for a whole batch at once, in float32: a matmul and four operations a step."""
+    images = torch.arange(len(features), device=features.device)
+
+    def run() -> Tensor:
+        unit = F.normalize(features.float(), dim=2)
+        distance = 1 - unit @ unit.transpose(1, 2)
+        distance.diagonal(dim1=1, dim2=2).fill_(2)
+        first = distance.amin(1)
+        if quality is not None:
+            distance = distance * quality[:, None]
+            first = first * quality if first_by_quality else first
+        best = first.argmax(1)
+        chosen, nearest = [best], distance[images, best]
+        nearest[images, best] = -1
+        for _ in range(k - 1):
+            best = nearest.argmax(1)
+            chosen.append(best)
+            nearest = torch.minimum(nearest, distance[images, best])
+            nearest[images, best] = -1
+        return torch.stack(chosen, 1).sort(1).values
+
+    return run
+
+
+# ---- numbers for which every order of the sums gives the same choice ----
+
+
+def _signs(batch: int, tokens: int, size: int, device: str) -> Tensor:
+    """Draw rows of a power of four of signs, and zeros: their cosines, many of them equal, are exact in any order."""
+    signs = 4 ** ((size.bit_length() - 1) // 2) if size else 0
+    places = torch.rand(batch, tokens, size, device=device).argsort(2)
+    return torch.where(places < signs, torch.randint(0, 2, places.shape, device=device) * 2.0 - 1.0, 0.0)
+
+
+def _eighths(*shape: int, device: str, most: int = 16) -> Tensor:
+    return torch.randint(0, most + 1, shape, device=device) / 8
+
+
+def _decided(reference: Callable[..., Tensor], draw: Callable[[], Args]) -> Args:
+    """Draw calls until one has an answer that numbers a little different do not change."""
+    while True:
+        args = draw()
+
+        def nudged(value: Any) -> Any:
+            is_float = isinstance(value, Tensor) and value.is_floating_point()
+            return value.double() * (1 + 2e-5 * torch.randn_like(value, dtype=torch.float64)) if is_float else value
+
+        want = reference(*args)
+        if all(torch.equal(reference(*map(nudged, args)), want) for _ in range(3)):
+            return args
+
+
+# ---- calls to test, to refuse and to time ----
+
+# B, N, D, k
+_SIZES = [
+    (1, 1, 8, 1),
+    (2, 17, 64, 5),
+    (3, 40, 7, 40),
+    (2, 64, 96, 10),
+    (1, 12, 32, 0),
+    (0, 9, 16, 4),
+    (2, 0, 16, 0),
+    (1, 257, 40, 27),
+    (2, 100, 0, 20),
+    (1, 530, 4, 3),
+    (1, 70, 1032, 30),
+]
+
+
+def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
+    for index, (batch, tokens, size, k) in enumerate(_SIZES):
+        features = _signs(batch, tokens, size, device)
+        if index % 4 == 3:
+            features[:, ::3] = 0
+            features[:, 1::5] *= 4
+        quality = _eighths(batch, tokens, device=device).to(dtype)
+        weights = ((), (quality,), (quality.float(), False), (quality, True))[index % 4]
+        yield features.to(dtype), k, *weights
+    doubles = _signs(1, 15, 64, device).repeat(1, 4, 1).to(dtype)
+    yield doubles, 33
+    yield doubles, 33, torch.zeros(1, 60, device=device, dtype=dtype)
+    for batch, tokens, size, k in [(1, 50, 24, 12), (2, 33, 130, 8)]:
+
+        def draw(shape: tuple[int, ...] = (batch, tokens, size), k: int = k) -> Args:
+            features = torch.randn(shape, device=device, dtype=dtype)
+            return features, k, torch.rand(shape[:2], device=device).to(dtype)
+
+        yield _decided(definition.farthest.op.reference, draw)
+        yield _decided(definition.farthest.op.reference, lambda draw=draw: draw()[:2])
+
+
+# The crops of LLaVA-NeXT, an image of LLaVA-1.5 and one in Qwen2.5-VL: B, N, D, k
+_WORKLOADS = [(5, 576, 1024, 64), (1, 576, 4096, 64), (1, 1296, 3584, 130)]
+
+
+def farthest_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    for batch, tokens, size, k in _WORKLOADS:
+        yield f"{batch}x{tokens}x{size}", (torch.randn(batch, tokens, size, device=device, dtype=dtype), k)
+
+
+# ---- the bytes of calls ----
+
+
+def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *_: Any) -> int:
+    """Count features in, and out the matrix of their products, all of which the first choice reads again."""
+    batch, tokens, _ = features.shape
+    return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
+
+
+# ---- the cases of each op ----
+
+_FEATURES, _QUALITY = torch.eye(5, 8).repeat(2, 1, 1), torch.ones(2, 5)
+_BAD_K = (
+    ("k", 6, ValueError, "k must be within 0 and 5, the tokens of a row, got 6"),
+    ("k", -1, ValueError, "k must be within 0 and 5, the tokens of a row, got -1"),
+    ("k", 1.0, TypeError, "k must be an int, got float"),
+)
+_BAD_QUALITY = tuple(
+    ("quality", quality, ValueError, "quality must be finite and not negative")
+    for quality in (-_QUALITY, _QUALITY * torch.inf, _QUALITY * torch.nan)
+)
+
+farthest = Cases(
+    samples=farthest_samples,
+    good_call={"features": _FEATURES, "k": 1, "quality": _QUALITY, "first_by_quality": True},
+    bad_calls=(
+        ("features", _FEATURES[0], ValueError, r"features must have shape \(B, N, D\), got \(5, 8\)"),
+        ("quality", _QUALITY[0], ValueError, r"quality must have shape \(B, N\), got \(5,\)"),
+        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of features, \(2, 5\)"),
+        *(*_BAD_K, *_BAD_QUALITY),
+    ),
+    workloads=farthest_workloads,
+    bytes=farthest_bytes,
+    flops=lambda features, k, *_: 2 * features.numel() * features.shape[1],
+    peers={"loop": farthest_loop},
+    launches=2,
+    compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
+)

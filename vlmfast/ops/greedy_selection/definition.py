@@ -1,0 +1,98 @@
+"""Tokens chosen one after the other, each for what those before it have left open.
+
+As PyTorch code a choice of k tokens is a loop of some five small operations a step, which cost the host more than the
+tokens that are left out save. Here a choice is one launch for a whole batch, or two where the tokens have to be
+compared first. What is chosen is a set, in the order of positions; choosing k + 1 adds one token to those of k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlmfast import checks
+from vlmfast.functions import op
+
+SAME = 2.0**-20  # a smaller distance is what float32 makes of a token and its double: it counts as 0
+
+
+def _distances(features: Tensor) -> Tensor:
+    """Return 1 less the cosine of each two tokens, (B, N, N) float32."""
+    # float64, then rounded: a matmul may give equal rows cosines that differ in the last bit
+    wide = features.to(torch.float32 if features.device.type == "mps" else torch.float64)
+    square = wide.square().sum(2, keepdim=True)
+    usable = (square.float() > 0) & square.float().isfinite()
+    unit = torch.where(usable, wide / square.sqrt(), 0.0)
+    distance = 1 - (unit @ unit.transpose(1, 2)).float()
+    return torch.where(distance < SAME, 0.0, distance)
+
+
+def _positions(chosen: Tensor, k: int) -> Tensor:
+    """List the k positions of each row of (B, N) that are true, ascending."""
+    return torch.argsort(chosen.to(torch.uint8), dim=1, descending=True, stable=True)[:, :k]
+
+
+# ---- what a call must look like ----
+
+
+def _check_weights(name: str, value: Tensor | None) -> None:
+    if value is not None and checks.on_host(value) and not bool(((value >= 0) & value.isfinite()).all()):
+        raise ValueError(f"{name} must be finite and not negative, got one that is not")
+
+
+def _check_farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_quality: bool = True) -> None:
+    checks.tensor("features", features, "BND")
+    checks.within("k", k, features.shape[1], "the tokens of a row")
+    if quality is not None:
+        checks.tensor("quality", quality, "BN")
+        checks.same_tokens("quality", quality, "features", features)
+        _check_weights("quality", quality)
+
+
+# ---- the definitions ----
+
+
+@op(check=_check_farthest, exact=True, detached=True)
+def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_quality: bool = True) -> Tensor:
+    """Choose ``k`` tokens that are unlike each other: each time the one whose nearest chosen token is farthest.
+
+    The distance of two tokens is 1 less the cosine of their features. The first token is the one whose nearest other
+    one is farthest. With a ``quality`` the distances of a token to its nearest are multiplied by it. Of equal ones the
+    lower position wins. Sums are in float32, whatever the dtype; a distance below 2 ** -20 is one of their roundings
+    and counts as 0. Features of zeros, and those that are not finite, have a cosine of 0 with all.
+
+    Args:
+        features: (B, N, D) float32, float16 or bfloat16; any strides. Their lengths are of no account.
+        k: how many, 0 to N.
+        quality: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
+        first_by_quality: whether the quality counts for the first token too.
+
+    Returns:
+        (B, k) int64, ascending. Those of k are among those of k + 1.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, a ``k`` out of
+            range, or on a CPU a quality that is negative or not finite; on a GPU that trips a device-side assertion.
+
+    Source:
+        The selection of DivPrune; with a quality that of Cen-Prune, and of FlashVID's attention and diversity.
+    """
+    batch, tokens, _ = features.shape
+    weight = None
+    if quality is not None:
+        weight = quality.float()
+        checks.expect(((weight >= 0) & weight.isfinite()).all(), "quality must be finite and not negative")
+    distance = _distances(features)
+    chosen = torch.zeros(batch, tokens, dtype=torch.bool, device=features.device)
+    if k == 0:
+        return _positions(chosen, k)
+    itself = torch.eye(tokens, dtype=torch.bool, device=features.device)
+    nearest = distance.masked_fill(itself, 2.0).amin(2)  # 2: no distance is larger
+    for step in range(k):
+        weighed = weight is not None and (step > 0 or first_by_quality)
+        worth = nearest * weight if weighed else nearest
+        best = worth.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
+        chosen = chosen.scatter(1, best, True)
+        row = distance.gather(1, best[..., None].expand(-1, -1, tokens))[:, 0]
+        nearest = torch.minimum(nearest, row) if step else row
+    return _positions(chosen, k)

@@ -1,0 +1,64 @@
+"""DivPrune and Cen-Prune: tokens that are unlike each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.functions import accepting
+from vlmfast.ops.greedy_selection import farthest
+from vlmfast.ops.greedy_selection.definition import SAME
+from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class DivPrune(PruningMethod, name="divprune"):
+    """DivPrune (CVPR 2025): each time the token that is least like those chosen before; no attention is needed.
+
+    Args:
+        keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
+        centered: Cen-Prune: the mean of an image's tokens is taken off, and a token that is unlike all others counts
+            for more.
+
+    Raises:
+        TypeError or ValueError: for a ``keep`` that is neither. TypeError: for a ``centered`` that is no bool.
+
+    Source:
+        DivPrune, on the tokens that the language model gets, image by image; its cosines are in the model's dtype, and
+        it may choose a token twice. Cen-Prune as its paper says it.
+    """
+
+    centered: bool = False
+    trusted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.centered, bool):
+            raise TypeError(f"centered must be a bool, got {self.centered!r}")
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        """Choose by the features alone."""
+        features = tokens.features()
+        if not self.centered:
+            return accepting(farthest, features)(features, k)
+        rows = features.to(torch.promote_types(features.dtype, torch.float32))
+        centered = rows - rows.mean(1, keepdim=True)
+        return accepting(farthest, rows)(centered, k, distinctiveness(rows), False)
+
+
+def distinctiveness(rows: Tensor) -> Tensor:
+    """Say how unlike all others of its image each token is, (B, N, D) -> (B, N): 1 for the least alike, 0 for the most.
+
+    That is the mean of its cosines with the others, which takes no matrix of them: the cosines of a token with all add
+    up to its product with the sum of all directions. Where tokens do not differ in it, it is 1 for all.
+    """
+    unit = F.normalize(rows, dim=2)
+    alike = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2) / max(rows.shape[1] - 1, 1)
+    least, most = alike.aminmax(dim=1, keepdim=True) if alike.shape[1] else (alike, alike)
+    spread = most - least
+    return torch.where(spread > SAME, (most - alike) / spread.clamp(min=SAME), 1.0)
