@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import vlmfast
 from tests.helpers.cut_models import Masked
 from tests.helpers.reduce_models import WORD, Talk
-from tests.reduce.test_cuts import HALF, HYBRID, METHOD, PROMPTS, assert_close, logits, patched, talk_of
+from tests.reduce.test_cuts import HALF, HYBRID, LAYERS, METHOD, PROMPTS, assert_close, logits, patched, talk_of
 from vlmfast import demo_reduce
 from vlmfast.reduce import EvenTokens, FastV, LayerMethod, PyramidDrop, VisionZip
+from vlmfast.reduce.costs import Shape
 
 TYPES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
 
@@ -125,6 +126,37 @@ def test_a_compiled_model_is_cut():
         compiled = torch.compile(talk.model, backend="eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(**inputs).logits, want)
+
+
+# ---- the report ----
+
+
+@pytest.mark.parametrize("model_type", [*TYPES, "qwen3_vl_moe"])
+def test_costs_are_those_that_torch_counts(model_type: str):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    talk = Talk.of(model_type, torch.float32, LAYERS)
+    layers = talk.model.base_model.language_model.layers
+    talk.model.set_attn_implementation("eager")
+    if model_type.endswith("moe"):
+        talk.model.set_experts_implementation("eager")
+    shape, inputs = Shape.of(talk.model), talk.batch((10, 0, 11, 12), (1, 12))
+    samples, columns = inputs["input_ids"].shape
+    with torch.no_grad(), patched(talk) as patch:
+        assert "no prompt" in patch.report().splitlines()[-1]
+        with FlopCounterMode(talk.model, display=False) as counter:
+            cache = talk.model(**inputs).past_key_values
+        widths = [layer.keys.shape[2] for layer in cache.layers]
+        counts = counter.get_flop_counts()
+        path = next(name for name, module in talk.model.named_modules() if module is layers)
+        counted = sum(sum(counts[f"{type(talk.model).__name__}.{path}.{layer}"].values()) for layer in range(LAYERS))
+        unseen = sum(4 * 64 * samples * (width * width - width * (width + 1) // 2) for width in widths)
+        router = 2 * 64 * 4 * samples * sum(widths) if model_type.endswith("moe") else 0
+        row = 2 * 64 * samples * widths[1]  # the scores
+        assert counted - unseen - row - router == shape.operations(samples, widths)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert held == shape.bytes(samples, widths)
+        assert patch.report().splitlines()[-1] == "  " + shape.compare(samples, [columns] * LAYERS, widths)
 
 
 # ---- a method of one's own ----

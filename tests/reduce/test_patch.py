@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import io
+import re
 
 import pytest
 import torch
@@ -121,7 +122,9 @@ def test_report_and_images():
     logits(talk.model, talk.batch(*PROMPTS))
     assert [(image.total, len(image.features)) for image in patch.images] == [(16, 12)] * 3
     last = "visual tokens of the last prompt 16 -> 12, 16 -> 12, 16 -> 12; prompt 40 -> 32 (20.0% saved)"
-    assert patch.report().splitlines()[-1] == f"  {METHOD}: {last}"
+    *_, method, costs = patch.report().splitlines()
+    assert method == f"  {METHOD}: {last}"
+    assert re.fullmatch(r"  language model: prefill \S+ -> \S+ GFLOP, cache 0.04096 -> 0.03277 MB", costs)
     assert not any(image.features.requires_grad for image in patch.images)
     patch.undo()
     alone = vlmfast.patch(talk.model, exclude="*", reduce=METHOD)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from vlmfast.modules import replaced_on_instances
 from vlmfast.reduce.caches import keep, kept_by, lent
 from vlmfast.reduce.columns import Columns
+from vlmfast.reduce.costs import Shape
 from vlmfast.reduce.cuts.plan import Plan, cache_of, planned
 from vlmfast.reduce.cuts.report import Cuts
-from vlmfast.reduce.cuts.run import Run
 from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
@@ -57,6 +57,7 @@ class Reduction:
     reducer: Reducer
     method: Method | None  # before the language model
     plan: Plan | None  # between its layers
+    shape: Shape  # of the language model
     note: Note  # of the model that is reported of: copies of it run this reduction as well
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reduction:
@@ -111,7 +112,19 @@ class Reduction:
             methods = ", ".join(map(str, self.plan.methods))
             done = "no prompt with images yet" if self.note.cuts is None else self.note.cuts.report()
             lines.append(f"{methods}: {done}")
+        if self.last is not None or self.note.cuts is not None:
+            lines.append(self._costs())
         return "\n  ".join(lines)
+
+    def _costs(self) -> str:
+        """Say what the last prompt costs the language model, as it was and as it is."""
+        layers, cuts = len(self.shape.layers), self.note.cuts
+        samples, total = (0, 0) if self.last is None else self.last.ids.shape
+        after = [0 if self.last is None else self.last.columns.index.shape[1]] * layers
+        if cuts is not None:
+            samples, after = cuts.samples, cuts.columns_of_layers()
+            total = total or after[0]
+        return self.shape.compare(samples, [total] * layers, after)
 
     def _shortened(self) -> str:
         if self.last is None:
@@ -124,10 +137,10 @@ class Reduction:
             f"({1 - after / before:.1%} saved)"
         )
 
-    def note_cuts(self, model: Any, run: Run) -> None:
+    def note_cuts(self, model: Any, cuts: Cuts) -> None:
         """Note for the report what was cut."""
         if (note := self._note_of(model)) is not None:
-            note.cuts = Cuts.of(run)
+            note.cuts = cuts
 
     def _note_of(self, model: Any) -> Note | None:
         return self.note if getattr(model, "_is_replica", False) else NOTES.get(model)
@@ -144,7 +157,7 @@ class Reduction:
         prompt, short = shorten(model, self.reducer, method, arguments, cached)
         prompt, note = prompt.detach(), self._note_of(model)
         if any(prompt.samples) and note is not None:
-            note.prompt = prompt
+            note.prompt, note.cuts = prompt, None
         return prompt, short
 
 
@@ -182,7 +195,7 @@ def shortening(model: Any, methods: object) -> Reduction:
             raise RuntimeError(f"prompts cannot be shortened: {reason}")
     plan = planned(model, between) if between else None
     NOTES[model] = Note()
-    return Reduction(type(model), type(model.base_model), reducer, first, plan, NOTES[model])
+    return Reduction(type(model), type(model.base_model), reducer, first, plan, Shape.of(model), NOTES[model])
 
 
 def reducible(host: Any) -> tuple[Any, Reducer]:

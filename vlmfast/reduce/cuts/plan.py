@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmfast.reduce.caches import held_by, hold
 from vlmfast.reduce.cuts.masks import At, valid_columns
+from vlmfast.reduce.cuts.report import Cuts
 from vlmfast.reduce.cuts.run import Cut, Held, Prompt, Run
 from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
 from vlmfast.reduce.kinds import KINDS, is_placeholder
@@ -49,14 +50,14 @@ class Plan:
         found: dict[type, dict[str, Any]] = {cls: {"__call__": _calling(cls.__call__)} for cls in self.layers}
         return found | {cls: {"config": CONFIG} for cls in self.attentions}
 
-    def forward(self, original: Callable[..., Any], note: Callable[[Any, Run], None]) -> Callable[..., Any]:
-        """Make the ``forward`` of the model with its head, which tells of each call that cuts."""
+    def forward(self, original: Callable[..., Any], note: Callable[[Any, Cuts], None]) -> Callable[..., Any]:
+        """Make the ``forward`` of the model with its head, which tells what it does to each prompt with images."""
         names = parameters(original)
         # Layers are compiled without a run, which would not be told of: what is cut is run as it is written.
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
-            started = self._start(model, arguments)
+            started = self._start(model, arguments, note)
             if started is None:
                 return original(model, *args, **kwargs)
             token = RUN.set(started)
@@ -64,8 +65,7 @@ class Plan:
                 output = whole(model, *args, **kwargs)
             finally:
                 RUN.reset(token)
-            if started.prompt is not None:
-                note(model, started)
+            if started.made:
                 cache = arguments.get("past_key_values")
                 hold(cache_of(output) if cache is None else cache, started.made)
             return output
@@ -98,11 +98,14 @@ class Plan:
 
         return generate
 
-    def _start(self, model: Any, arguments: Mapping[str, Any]) -> Run | None:
+    def _start(self, model: Any, arguments: Mapping[str, Any], note: Callable[[Any, Cuts], None]) -> Run | None:
         """Look at a call; None where it neither cuts nor goes on from what was cut."""
         cache = arguments.get("past_key_values")
         held: Held = held_by(cache) or {}
         prompt, cuts = self._prompt(model, arguments)
+        if prompt is not None:
+            before = 0 if cache is None else int(cache.get_seq_length())
+            note(model, Cuts.of(prompt, cuts, before, len(layers_of(model))))
         if not cuts and not held:
             return None
         config = model.config.get_text_config()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmfast.reduce.cuts.run import Run
+from vlmfast.reduce.cuts.run import Cut, Prompt
 
 
 @dataclass(frozen=True)
@@ -12,19 +13,32 @@ class Cuts:
     """What was cut of the last prompt that had images.
 
     Attributes:
-        visual: the visual tokens of all samples, by the first layer that has so many.
+        samples: of the batch.
+        visual: layer -> the visual tokens of all samples that it and those behind it have, up to the next.
+        columns: layer -> the columns of a sample likewise, padding and what was in the cache before included.
         layers: how many layers there are.
     """
 
+    samples: int
     visual: dict[int, int]
+    columns: dict[int, int]
     layers: int
 
     @classmethod
-    def of(cls, run: Run) -> Cuts:
-        """Take what a call did."""
-        counts = [] if run.prompt is None else run.prompt.counts
-        visual = {0: sum(counts), **{layer: sum(cut.kept) for layer, cut in sorted(run.cuts.items())}}
-        return cls(visual, len(run.layers))
+    def of(cls, prompt: Prompt, cuts: Mapping[int, Cut], past: int, layers: int) -> Cuts:
+        """Tell what a call does."""
+        visual, columns = {0: sum(prompt.counts)}, {0: past + prompt.visual.shape[1]}
+        for layer, cut in sorted(cuts.items()):
+            visual[layer] = sum(cut.kept)
+            columns[layer] = past + max(prompt.left(cut.kept))
+        return cls(len(prompt.counts), visual, columns, layers)
+
+    def columns_of_layers(self) -> list[int]:
+        """Return the columns of each layer."""
+        found: list[int] = []
+        for layer in range(self.layers):
+            found.append(self.columns.get(layer, found[-1] if found else 0))
+        return found
 
     def report(self) -> str:
         """Say how many visual tokens each layer has."""

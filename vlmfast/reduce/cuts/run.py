@@ -49,6 +49,10 @@ class Prompt:
     counts: list[int]
     right: bool
 
+    def left(self, kept: list[int]) -> list[int]:
+        """Return how long each sample is with so many visual tokens left."""
+        return [length - count + own for length, count, own in zip(self.lengths, self.counts, kept, strict=True)]
+
 
 @dataclass
 class Run:
@@ -136,10 +140,7 @@ class Run:
             raise ValueError(f"score of {cut.method} must return {tuple(row.shape)}, got {tuple(scores.shape)}")
         scores = scores[:, -visual.shape[1] :]
         present = (inside & ~visual) | chosen(scores, visual, cut.kept)
-        lengths = [
-            length - count + kept for length, count, kept in zip(prompt.lengths, prompt.counts, cut.kept, strict=True)
-        ]
-        here = squeezed(present, lengths, prompt.right)
+        here = squeezed(present, prompt.left(cut.kept), prompt.right)
         self.now = here.of(all_now)
         self._enter(number)
         return take_rows(hidden, here.index)
