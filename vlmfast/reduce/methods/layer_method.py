@@ -9,7 +9,7 @@ from torch import Tensor
 from vlmfast.reduce.methods.method import Named
 
 
-class LayerMethod(Named, abc.ABC):
+class LayerMethod(Named):
     """A way to cut visual tokens between two layers of the language model. A new one has `layers` and `budget`.
 
     The layers before a cut see every token, those behind it only what is kept, at the positions that the tokens had.

@@ -18,7 +18,25 @@ from vlmfast.reduce.tokens import Selection, VisualTokens
 METHODS: dict[str, type[Named]] = {}  # by the names that they gave themselves
 
 
-class Named:
+class Registering(abc.ABCMeta):
+    """Take ``name="best"`` beside the bases of a class; that of Python 3.10 confuses it with the name of the class."""
+
+    def __new__(
+        mcs,
+        class_name: str,
+        bases: tuple[type, ...],
+        members: dict[str, Any],
+        /,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        made: Any = super().__new__(mcs, class_name, bases, members, **kwargs)
+        if name is not None:
+            METHODS[name] = made
+        return made
+
+
+class Named(metaclass=Registering):
     """What all methods have in common: a name to type, arguments to give it, and what it is for."""
 
     takes: ClassVar[tuple[str, ...]] = ("image", "video")  # what it reduces; the rest of a prompt stays as it is
@@ -29,13 +47,8 @@ class Named:
         parameters = inspect.signature(cls).parameters.values()
         return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
-    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if name is not None:
-            METHODS[name] = cls
 
-
-class Method(Named, abc.ABC):
+class Method(Named):
     """A way to reduce visual tokens before the language model. A new one has `budget`, and `score` or `choose`.
 
     A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
