@@ -30,7 +30,9 @@ class CoverageConfig(Config):
         """Take one of two sizes, so that the tokens of an image do not ask for another kernel."""
         groups = 32
         block, warps = (1024, 8) if tokens <= 1024 else (MAX_TOKENS, 16)
-        return CoverageConfig(MEMBERS=block // groups, GROUPS=groups, BLOCK_ROWS=256, num_warps=warps)
+        return CoverageConfig(
+            MEMBERS=block // groups, GROUPS=groups, BLOCK_ROWS=256 if warps == 8 else 128, num_warps=warps
+        )
 
 
 @triton.jit

@@ -186,15 +186,11 @@ def farthest_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def coverage_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Yield cosines as SCOPE takes them, in float32 whatever the model's dtype: each token is like some others."""
     for batch, tokens, _, k in _WORKLOADS:
-        # what mean cosine the features of a tower have, and more of those that are near
-        rows = (
-            torch.randn(batch, tokens, 64, device=device)
-            + torch.randn(batch, tokens // 24 + 1, 64).to(device).repeat_interleave(24, 1)[:, :tokens]
-        )
-        unit = F.normalize(rows + 1, dim=2)
-        similarity = (unit @ unit.transpose(1, 2)).to(dtype)
-        yield f"{batch}x{tokens}", (similarity, k, None, torch.rand(batch, tokens, device=device))
+        near = torch.randn(batch, tokens // 24 + 1, 64, device=device).repeat_interleave(24, 1)[:, :tokens]
+        unit = F.normalize(torch.randn(batch, tokens, 64, device=device) + near + 1, dim=2)
+        yield f"{batch}x{tokens}", (unit @ unit.transpose(1, 2), k, None, torch.rand(batch, tokens, device=device))
 
 
 # ---- the bytes of calls ----
