@@ -156,6 +156,66 @@ Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Te
   return chosen;
 }
 
+// ---- coverage ----
+
+// What a token would add to the cover when it was last looked at: no more than that now.
+struct Bound {
+  float gain;
+  int32_t token;
+  int32_t step;  // when it was looked at
+
+  // The order of a heap: what adds most is on top, of equal ones the first.
+  bool operator<(const Bound& other) const { return gain != other.gain ? gain < other.gain : token > other.token; }
+};
+
+// Chooses for one image. What a token adds only shrinks, in float32 too, so only those are looked at again whose bound is
+// above all others: a few a step.
+void choose_covering(const View<3>& similarity, int64_t b, int64_t k, const float* weights, const float* quality,
+                     int64_t* positions) {
+  const int64_t tokens = similarity.size(1), rows = similarity.size(2);
+  const auto& table = kernels<GreedySelectionKernels>();
+  const auto gain = table.gain[similarity.dtype()];
+  std::vector<float> covered(rows);
+  std::vector<Bound> heap(tokens);
+  const auto look_at = [&](int64_t token, int64_t step) {
+    const float worth = gain(similarity.at(b, token), rows, covered.data(), weights) * quality[token];
+    return Bound{worth, static_cast<int32_t>(token), static_cast<int32_t>(step)};
+  };
+  parallel_rows(tokens, row_ranges(tokens, rows), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t token = begin; token < end; ++token) heap[token] = look_at(token, 0);
+  });
+  std::make_heap(heap.begin(), heap.end());
+  for (int64_t step = 0; step < k; ++step) {
+    while (heap.front().step < step) {
+      std::pop_heap(heap.begin(), heap.end());
+      heap.back() = look_at(heap.back().token, step);
+      std::push_heap(heap.begin(), heap.end());
+    }
+    std::pop_heap(heap.begin(), heap.end());
+    positions[step] = heap.back().token;
+    table.cover[similarity.dtype()](similarity.at(b, heap.back().token), rows, covered.data());
+    heap.pop_back();
+  }
+  std::sort(positions, positions + k);
+}
+
+Tensor coverage(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,
+                const std::optional<Tensor>& quality_tensor) {
+  const CoverageArguments call(similarity_tensor, k, row_weights_tensor, quality_tensor);
+  const int64_t batch = call.batch, tokens = call.tokens, rows = call.rows;
+  const std::vector<float> quality = weights_of(call.quality, batch, tokens, "quality");
+  const std::vector<float> weights = weights_of(call.row_weights, batch, rows, "row_weights");
+  Tensor chosen = allocate({batch, k}, similarity_tensor, Dtype::kInt64);
+  if (chosen.numel() == 0) return chosen;
+  int64_t* const positions = static_cast<int64_t*>(chosen.mutable_data_ptr());
+  parallel_rows(batch, row_ranges(batch, tokens * rows), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t b = begin; b < end; ++b) {
+      choose_covering(call.similarity, b, k, weights.data() + b * rows, quality.data() + b * tokens, positions + b * k);
+    }
+  });
+  return chosen;
+}
+
 }  // namespace
 }  // namespace vlmfast
 

@@ -75,12 +75,59 @@ void cosines(const TokenPanels& panels, int64_t size, const float* tile, const i
   }
 }
 
+// What is not finite covers nothing.
+VLMFAST_INLINE Float sound(Float similarity) {
+  return similarity <= __FLT_MAX__ && similarity >= -__FLT_MAX__ ? similarity : Float{};
+}
+VLMFAST_INLINE Block sound(const Block& similarity) {
+  return each_part([&](int i) { return sound(similarity.part[i]); });
+}
+
+template <class T>
+struct OrderedOf {
+  typedef T Type;
+};
+template <>
+struct OrderedOf<BFloat16> {
+  typedef OrderedBFloat16 Type;
+};
+
+template <class T>
+float gain(const void* similarity, int64_t rows, const float* covered, const float* weights) {
+  const auto* const from = static_cast<const typename OrderedOf<T>::Type*>(similarity);
+  Block sums = {};
+  each_block(rows, VLMFAST_LAMBDA(int64_t offset, auto count) {
+    const Block better = sound(load(from + offset, count)) - load(covered + offset, count);
+    const Block weight = load(weights + offset, count);
+    sums = each_part(
+        [&](int i) { return sums.part[i] + (better.part[i] > 0.0f ? better.part[i] : Float{}) * weight.part[i]; });
+  });
+  Float sum = sums.part[0];
+  for (int i = 1; i < kParts; ++i) sum += sums.part[i];
+  return sum_of_lanes(sum);
+}
+
+template <class T>
+void cover(const void* similarity, int64_t rows, float* covered) {
+  const auto* const from = static_cast<const typename OrderedOf<T>::Type*>(similarity);
+  each_block(rows, VLMFAST_LAMBDA(int64_t offset, auto count) {
+    const Block now = load(covered + offset, count), new_ones = sound(load(from + offset, count));
+    store(covered + offset, each_part([&](int i) { return larger(new_ones.part[i], now.part[i]); }), count);
+  });
+}
+
 }  // namespace
 
 template <>
 GreedySelectionKernels kernels_at<GreedySelectionKernels, CpuLevel::VLMFAST_ISA>() {
-  return {kPanel, kTileRows, VLMFAST_BY_DTYPE(widen), VLMFAST_BY_DTYPE(pack_panels), VLMFAST_BY_DTYPE(pack_tile),
-          cosines};
+  return {kPanel,
+          kTileRows,
+          VLMFAST_BY_DTYPE(widen),
+          VLMFAST_BY_DTYPE(pack_panels),
+          VLMFAST_BY_DTYPE(pack_tile),
+          cosines,
+          VLMFAST_BY_DTYPE(gain),
+          VLMFAST_BY_DTYPE(cover)};
 }
 
 }  // namespace vlmfast

@@ -33,6 +33,11 @@ struct GreedySelectionKernels {
   // Compares them with the tokens of some panels: to[i] is the row of token i, count * columns cosines.
   void (*cosines)(const TokenPanels& panels, int64_t size, const float* tile, const int32_t* tokens, int64_t count,
                   int64_t begin, int64_t end, float* const* to);
+  // Adds up, times their weights, how much better a token's similarities would cover the rows. What is covered better
+  // already adds no more, to the last bit: the sum is in one order.
+  ByDtype<float(const void* similarity, int64_t rows, const float* covered, const float* weights)> gain;
+  // Covers the rows by the similarities of a token.
+  ByDtype<void(const void* similarity, int64_t rows, float* covered)> cover;
 };
 
 }  // namespace vlmfast

@@ -6,7 +6,10 @@
 //               cores, 3.4 GFLOP, and 6.6 MB of float32 that stay in the L2 cache. The first token looks at all 1.3 MB of
 //               its crop, at what one multiprocessor can read; each further one at a row of them, 2.3 KB, and at two
 //               warp reductions behind one barrier.
+//   coverage    the first step reads all of the similarity, 0.7 MB of half precision for 576 tokens; each further one the
+//               rows of some tokens for each of 16 warps, 1.2 KB each, at two warp reductions a token and two barriers.
 // Nothing waits for the host or has a shape that depends on data, so a CUDA graph may hold them.
+#include "greedy_selection/coverage.cuh"
 #include "greedy_selection/farthest.cuh"
 #include "greedy_selection/gram.cuh"
 #include "greedy_selection/ops.h"
@@ -37,11 +40,26 @@ Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Te
   gram(scope, args.features, products);
   const Tensor state = float_buffer(args.batch * FarthestState::kRows * args.tokens, features_tensor);
   const GreedyPolicy policy(args.batch, args.tokens, k);
-  with_dtype(args.quality ? args.quality.dtype() : Dtype::kFloat32, [&](auto zero) {
-    using quality_t = decltype(zero);
-    launch_blocks(scope, farthest_kernel<quality_t>, policy.batch, GreedyPolicy::kThreads, 0, products,
-                  args.quality ? scope.input<quality_t>(args.quality) : Input<quality_t, 2>(),
-                  scope.output<float>(state), scope.output<int64_t>(chosen), policy, first_by_quality);
+  launch_blocks(scope, farthest_kernel, policy.batch, GreedyPolicy::kThreads, 0, products,
+                as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), policy,
+                first_by_quality);
+  return chosen;
+}
+
+Tensor coverage(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,
+                const std::optional<Tensor>& quality_tensor) {
+  const CoverageArguments args(similarity_tensor, k, row_weights_tensor, quality_tensor);
+  Tensor chosen = allocate({args.batch, k}, similarity_tensor, Dtype::kInt64);
+  if (args.batch * args.tokens == 0) return chosen;
+  const DeviceScope scope(similarity_tensor);
+  const Tensor state = float_buffer(args.batch * CoverageState::size(args.tokens, args.rows), similarity_tensor);
+  const GreedyPolicy policy(args.batch, args.tokens, k);
+  with_dtype(args.dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    launch_blocks(scope, coverage_kernel<scalar_t>, policy.batch, GreedyPolicy::kThreads, 0,
+                  scope.input<scalar_t>(args.similarity), as_weights(scope, args.row_weights),
+                  as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), policy,
+                  static_cast<int>(args.rows));
   });
   return chosen;
 }

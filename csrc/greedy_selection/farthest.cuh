@@ -29,10 +29,9 @@ struct FarthestState {
       : inverse(rows), weight(rows + tokens), nearest(rows + 2 * tokens) {}
 };
 
-template <typename quality_t>
-__global__ void __launch_bounds__(GreedyPolicy::kThreads)
+inline __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens)
-                    Input<quality_t, 2> quality,         // (batch, tokens), or none
+                    Weights quality,                     // (batch, tokens), or none
                     float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)
                     int64_t* __restrict__ chosen,        // (batch, k)
                     GreedyPolicy policy, bool first_by_quality) {
@@ -43,8 +42,8 @@ __global__ void __launch_bounds__(GreedyPolicy::kThreads)
   for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
     const float* const product = products + batch * tokens * tokens;
     const FarthestState state(states + batch * FarthestState::kRows * tokens, tokens);
-    const quality_t* const weights = quality.data != nullptr ? quality.at(batch) : nullptr;
-    VLMFAST_DEVICE_ASSERT(read_weights(weights, tokens, state.weight), "quality must be finite and not negative");
+    VLMFAST_DEVICE_ASSERT(read_weights(quality, batch, tokens, state.weight),
+                          "quality must be finite and not negative");
     if (policy.k == 0) continue;
     for_own(tokens, [&](int token) { state.inverse[token] = inverse_length(product[token * (int64_t{tokens} + 1)]); });
     __syncthreads();  // all lengths are known

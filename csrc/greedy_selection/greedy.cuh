@@ -68,14 +68,38 @@ struct BlockBest {
   }
 };
 
-// Reads what each token is worth, 1 where nothing says it, into `to`; returns whether a choice can be made by it.
-template <typename quality_t>
-__device__ __forceinline__ bool read_weights(const quality_t* from, int tokens, float* to) {
+// Weights of each token of a batch, or of each row, of any dtype; 1 where there is no data.
+struct Weights {
+  const void* data = nullptr;
+  int64_t stride = 0;  // in elements
+  Dtype dtype = Dtype::kFloat32;
+
+  __device__ __forceinline__ float at(int64_t batch, int i) const {
+    if (data == nullptr) return 1.f;
+    const int64_t element = batch * stride + i;
+    if (dtype == Dtype::kFloat16) return to_float(static_cast<const __half*>(data)[element]);
+    if (dtype == Dtype::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[element]);
+    return static_cast<const float*>(data)[element];
+  }
+};
+
+inline Weights as_weights(const DeviceScope& scope, const View<2>& view) {
+  Weights weights;
+  if (!view) return weights;
+  with_dtype(view.dtype(), [&](auto zero) {
+    const auto input = scope.input<decltype(zero)>(view);
+    weights = {input.data, input.strides[0], view.dtype()};
+  });
+  return weights;
+}
+
+// Reads those of an image into `to`; returns whether a choice can be made by those that the thread has read.
+__device__ __forceinline__ bool read_weights(const Weights& weights, int64_t batch, int count, float* to) {
   bool sound = true;
-  for_own(tokens, [&](int token) {
-    const float weight = from != nullptr ? to_float(from[token]) : 1.f;
+  for_own(count, [&](int i) {
+    const float weight = weights.at(batch, i);
     sound = sound && weight >= 0.f && weight < INFINITY;
-    to[token] = weight;
+    to[i] = weight;
   });
   return sound;
 }

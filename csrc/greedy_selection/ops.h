@@ -24,7 +24,23 @@ struct FarthestArguments {
   }
 };
 
+struct CoverageArguments {
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), rows = Size("rows").at_most(kMost);
+  FloatDtype dtype, weight_dtype, quality_dtype;
+  View<3> similarity;
+  View<2> row_weights, quality;
+
+  CoverageArguments(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,
+                    const std::optional<Tensor>& quality_tensor)
+      : similarity("similarity", similarity_tensor, {batch, tokens, rows}, dtype),
+        row_weights("row_weights", row_weights_tensor, {batch, rows}, weight_dtype),
+        quality("quality", quality_tensor, {batch, tokens}, quality_dtype) {
+    check_within("k", k, 0, tokens);
+  }
+};
+
 }  // namespace vlmfast
 
-#define VLMFAST_OPS(OP) \
-  OP(farthest, "(Tensor features, SymInt k, Tensor? quality=None, bool first_by_quality=True) -> Tensor")
+#define VLMFAST_OPS(OP)                                                                                   \
+  OP(farthest, "(Tensor features, SymInt k, Tensor? quality=None, bool first_by_quality=True) -> Tensor") \
+  OP(coverage, "(Tensor similarity, SymInt k, Tensor? row_weights=None, Tensor? quality=None) -> Tensor")

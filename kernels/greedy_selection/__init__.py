@@ -14,6 +14,7 @@ from vlmfast.kernels.common.launch import (
     on_device,
     with_contiguous_rows,
 )
+from vlmfast.kernels.greedy_selection.coverage import CoverageConfig, coverage_kernel
 from vlmfast.kernels.greedy_selection.farthest import FarthestConfig, farthest_kernel
 from vlmfast.kernels.greedy_selection.gram import GramConfig, gram_kernel
 from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS
@@ -26,6 +27,23 @@ def farthest_unsupported(features: Tensor, *_: Any) -> str | None:
     if max(size, batch * ceil_div(tokens, GramConfig.BLOCK_TOKENS) ** 2) > MAX_EXTENT:
         return f"{batch} images of {tokens} tokens of {size} elements are more than 32 bits can count"
     return device_unsupported(features)
+
+
+def coverage_unsupported(similarity: Tensor, *_: Any) -> str | None:
+    _, tokens, rows = similarity.shape
+    if tokens > MAX_TOKENS:
+        return f"an image has {tokens} tokens, more than {MAX_TOKENS}"
+    if rows > MAX_EXTENT:
+        return f"an image has {rows} rows, more than {MAX_EXTENT}"
+    return device_unsupported(similarity)
+
+
+def _weights(weights: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return weights in contiguous rows, and how far apart these are."""
+    if weights is None:
+        return None, 0
+    weights = with_contiguous_rows(weights)
+    return weights, weights.stride(0)
 
 
 def gram(features: Tensor) -> Tensor:
@@ -47,12 +65,30 @@ def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_q
     chosen = features.new_empty(batch, k, dtype=torch.int64)
     if batch * tokens == 0:
         return chosen
-    weights = None if quality is None else with_contiguous_rows(quality)
+    weights, stride = _weights(quality)
     with on_device(features):
         farthest_kernel[(batch,)](
-            *(gram(features), weights, chosen, tokens, k, 0 if weights is None else weights.stride(0)),
+            *(gram(features), weights, chosen, tokens, k, stride),
             FIRST_BY_QUALITY=first_by_quality,
             **vars(FarthestConfig.config_for(tokens)),
+            **ASSERTING,
+        )
+    return chosen
+
+
+def coverage(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> Tensor:
+    batch, tokens, rows = similarity.shape
+    chosen = similarity.new_empty(batch, k, dtype=torch.int64)
+    if batch * tokens == 0:
+        return chosen
+    similarity = with_contiguous_rows(similarity)
+    covered = similarity.new_empty(batch, rows, dtype=torch.float32)
+    (weights, weight_stride), (qualities, quality_stride) = _weights(row_weights), _weights(quality)
+    with on_device(similarity):
+        coverage_kernel[(batch,)](
+            *(similarity, weights, qualities, covered, chosen),
+            *(*similarity.stride()[:2], weight_stride, quality_stride, tokens, rows, k),
+            **vars(CoverageConfig.config_for(tokens)),
             **ASSERTING,
         )
     return chosen

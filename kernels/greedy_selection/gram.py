@@ -27,7 +27,7 @@ class GramConfig(Config):
     def config_for(wide: bool) -> "GramConfig":
         """Take few columns of float32, which are multiplied element by element, out of registers."""
         block = GramConfig.BLOCK_TOKENS
-        return GramConfig(BLOCK=block, BLOCK_COLUMNS=16 if wide else 64, STAGES=3, num_warps=4)
+        return GramConfig(BLOCK=block, BLOCK_COLUMNS=16 if wide else 32, STAGES=3, num_warps=4)
 
 
 @kernel

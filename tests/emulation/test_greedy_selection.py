@@ -38,12 +38,17 @@ def far_calls() -> Iterator[Call]:
     rows = far_rows()
     yield "farthest", (rows[None], 2)
     yield "farthest", (rows[:, None], 1)
+    yield "coverage", (rows[None], 2)
+    yield "coverage", (rows[:, None], 1)
 
 
 def weighed_calls(dtype: torch.dtype) -> Iterator[Call]:
     """A quality of another dtype than the features."""
     features = greedy._signs(2, 40, 64, "cpu").to(dtype)
-    yield "farthest", (features, 9, greedy._eighths(2, 40, device="cpu"))
+    quality = greedy._eighths(2, 40, device="cpu")
+    yield "farthest", (features, 9, quality)
+    similarity = torch.randint(-8, 33, (2, 40, 30)) / 16
+    yield "coverage", (similarity.to(dtype), 9, quality[:, :30].bfloat16(), quality.half())
 
 
 def examine(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -52,6 +57,10 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
         quality[0, 33] = bad
         with pytest.raises(RuntimeError, match="quality must be finite and not negative"):
             kernels("farthest", torch.eye(40)[None].to(dtype), 0, quality)
+        with pytest.raises(RuntimeError, match="quality must be finite and not negative"):
+            kernels("coverage", torch.eye(40)[None].to(dtype), 0, None, quality)
+        with pytest.raises(RuntimeError, match="row_weights must be finite and not negative"):
+            kernels("coverage", torch.eye(40)[None].to(dtype), 0, quality)
     compare(kernels, sample_calls("greedy_selection", LAYOUTS, dtype), weighed_calls(dtype), far_calls())
 
 
@@ -64,8 +73,8 @@ FAULTS = [
     Fault(
         "quality unchecked",
         "farthest.cuh",
-        "read_weights(weights, tokens, state.weight),",
-        "(read_weights(weights, tokens, state.weight), true),",
+        "read_weights(quality, batch, tokens, state.weight),",
+        "(read_weights(quality, batch, tokens, state.weight), true),",
         UNNOTICED,
     ),
     Fault("a token is its own neighbour", "farthest.cuh", "if (other != token)", "if (true)", DIFFER),
@@ -92,6 +101,30 @@ FAULTS = [
     ),
     Fault(
         "the first part alone", "gram.cuh", "first_depth += Tile::kDepth", "first_depth += 64 * Tile::kDepth", DIFFER
+    ),
+    Fault("what is not finite covers", "coverage.cuh", "fabsf(similarity) < INFINITY ?", "true ?", DIFFER),
+    Fault(
+        "a bound taken for what it adds", "coverage.cuh", "state.step[own] == step", "state.step[own] >= 0.f", DIFFER
+    ),
+    Fault(
+        "rows covered by the last alone", "coverage.cuh", "fmaxf(state.covered[row], sound", "fmaxf(0.f, sound", DIFFER
+    ),
+    Fault("weights of rows left out", "coverage.cuh", ", 0.f) * state.weight[row]", ", 0.f)", DIFFER),
+    Fault("quality of a token left out", "coverage.cuh", " * state.quality[best.token];", ";", DIFFER),
+    Fault("chosen twice", "coverage.cuh", "state.bound[best] = kTaken;", "", f"{DIFFER}|nobody|isnan"),
+    Fault(
+        "rows read while they are covered",
+        "coverage.cuh",
+        "      __syncthreads();  // the rows are covered\n",
+        "",
+        UNORDERED,
+    ),
+    Fault(
+        "weights read before they are there",
+        "coverage.cuh",
+        "    __syncthreads();  // the weights of all are there\n",
+        "",
+        UNORDERED,
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -102,12 +103,96 @@ def test_many_tokens(backend: str):
     assert torch.equal(vlmfast.farthest(features, 3), OPS["farthest"].reference(features, 3))
 
 
+# ---- coverage ----
+
+
+def covers(similarity: list[list[float]], weights: list[float], chosen: list[int]) -> float:
+    """Add up how well each row is covered by the chosen tokens of one image, in Python's float64."""
+    best = (max([0.0, *(similarity[j][row] for j in chosen)]) for row in range(len(weights)))
+    return math.fsum(weight * value for weight, value in zip(weights, best, strict=True))
+
+
+def coverage_by_rule(similarity: list[list[float]], k: int, weights: list[float], quality: list[float]) -> list[int]:
+    chosen: list[int] = []
+    while len(chosen) < k:
+        now = covers(similarity, weights, chosen)
+        left = [j for j in range(len(similarity)) if j not in chosen]
+        gains = [round(quality[j] * (covers(similarity, weights, [*chosen, j]) - now), 10) for j in left]
+        chosen.append(left[gains.index(max(gains))])
+    return sorted(chosen)
+
+
+def test_coverage_follows_the_rule(backend: str):
+    similarity, weights, quality = torch.randn(3, 21, 30), torch.rand(3, 30), torch.rand(3, 21)
+    weights[1], quality[2] = 1, 1
+    got = vlmfast.coverage(similarity, 8, weights, quality)
+    for image in range(3):
+        want = coverage_by_rule(similarity[image].tolist(), 8, weights[image].tolist(), quality[image].tolist())
+        assert got[image].tolist() == want
+
+
+def test_coverage_is_near_the_best(backend: str):
+    """At least 1 - 1 / e of what the best of all choices covers."""
+    for k in (1, 2, 3):
+        similarity = torch.randn(6, 9, 12)
+        for rows, chosen in zip(similarity.tolist(), vlmfast.coverage(similarity, k).tolist(), strict=True):
+            best = max(covers(rows, [1.0] * 12, list(each)) for each in itertools.combinations(range(9), k))
+            assert covers(rows, [1.0] * 12, chosen) >= (1 - 1 / math.e) * best
+
+
+def test_coverage_is_the_begin_of_a_longer_one(backend: str):
+    similarity, quality = torch.randint(-4, 9, (2, 14, 20)).float(), torch.randint(0, 5, (2, 14)).float()
+    before: list[set[int]] = [set(), set()]
+    for k in range(1, 15):
+        now = [set(row) for row in vlmfast.coverage(similarity, k, None, quality).tolist()]
+        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True))
+        before = now
+    assert before == [set(range(14))] * 2
+
+
+def test_another_order_of_tokens_and_rows_covers_the_same(backend: str):
+    similarity, weights, quality = torch.randn(1, 40, 30), torch.rand(1, 30), torch.rand(1, 40)
+    order, rows = torch.randperm(40), torch.randperm(30)
+    got = vlmfast.coverage(similarity[:, order][:, :, rows], 9, weights[:, rows], quality[:, order])
+    want = set(vlmfast.coverage(similarity, 9, weights, quality)[0].tolist())
+    assert set(order[got[0]].tolist()) == want
+
+
+def test_doubles_add_nothing(backend: str):
+    """Of five tokens, each four times, the first ones come first; then all that are left, in order."""
+    similarity = torch.rand(1, 5, 33).repeat(1, 4, 1)
+    for k in range(1, 6):
+        assert max(vlmfast.coverage(similarity, k)[0].tolist()) < 5
+    for k in range(5, 21):
+        assert vlmfast.coverage(similarity, k)[0].tolist() == list(range(k))
+
+
+def test_what_is_not_finite_covers_nothing(backend: str):
+    similarity = torch.full((1, 4, 3), 0.5)
+    similarity[0, 0], similarity[0, 1], similarity[0, 3, 0] = torch.inf, torch.nan, -torch.inf
+    assert vlmfast.coverage(similarity, 1).tolist() == [[2]]
+    assert vlmfast.coverage(similarity, 2).tolist() == [[0, 2]]
+
+
+def test_coverage_of_many(backend: str):
+    """More than one step of the loops of a block, for tokens and for rows."""
+    for tokens, rows in ((1030, 9), (40, 1030)):
+        similarity = torch.randint(-8, 33, (1, tokens, rows)) / 16
+        assert torch.equal(vlmfast.coverage(similarity, 5), OPS["coverage"].reference(similarity, 5))
+
+
 # ---- all of them ----
 
 
 def native_calls() -> list[tuple[str, tuple[Tensor | int, ...]]]:
     features = torch.randn(3, 200, 300)
-    return [("farthest", (features, 20)), ("farthest", (features[:1], 20, torch.rand(1, 200)))]
+    similarity = torch.rand(3, 200, 300)
+    return [
+        ("farthest", (features, 20)),
+        ("farthest", (features[:1], 20, torch.rand(1, 200))),
+        ("coverage", (similarity, 20)),
+        ("coverage", (similarity[:1], 20, torch.rand(1, 300), torch.rand(1, 200))),
+    ]
 
 
 @pytest.mark.parametrize("threads", [2, 3])

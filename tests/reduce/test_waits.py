@@ -14,7 +14,12 @@ from tests.helpers.patches_models import tiny
 from vlmfast.benchmarks import counting
 
 EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
-GREEDY = (vlmfast.DivPrune(0.5), vlmfast.DivPrune(0.5, centered=True))
+GREEDY = (
+    vlmfast.DivPrune(0.5),
+    vlmfast.DivPrune(0.5, centered=True),
+    vlmfast.SCOPE(0.5),
+    vlmfast.SCOPE(0.5, alpha=2.0),
+)
 EACH = [
     (name, method)
     for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.cases import Args, Cases, Samples, Workloads
+from vlmfast.cases import Args, BadCall, Cases, Samples, Workloads
 from vlmfast.ops.greedy_selection import definition
 
 # ---- other ways to compute the same ----
@@ -42,6 +42,31 @@ def farthest_loop(
     return run
 
 
+def coverage_loop(
+    similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """Choose for a whole batch at once, in float32: six operations a step, half of them small."""
+    images = torch.arange(len(similarity), device=similarity.device)
+
+    def run() -> Tensor:
+        wide = similarity.float()
+        covered = wide.new_zeros(len(wide), 1, wide.shape[2])
+        gains = torch.empty_like(wide)
+        chosen: list[Tensor] = []
+        ones = torch.ones_like(covered[:, 0]) if row_weights is None else row_weights.float()
+        for _ in range(k):
+            torch.sub(wide, covered, out=gains).clamp_(min=0)
+            gain = torch.bmm(gains, ones[..., None])[..., 0]
+            gain = gain if quality is None else gain.mul_(quality)
+            if chosen:
+                gain.scatter_(1, torch.stack(chosen, 1), -1.0)
+            chosen.append(gain.argmax(1))
+            covered = torch.maximum(covered, wide[images, chosen[-1]][:, None])
+        return torch.stack(chosen, 1).sort(1).values
+
+    return run
+
+
 # ---- numbers for which every order of the sums gives the same choice ----
 
 
@@ -54,6 +79,11 @@ def _signs(batch: int, tokens: int, size: int, device: str) -> Tensor:
 
 def _eighths(*shape: int, device: str, most: int = 16) -> Tensor:
     return torch.randint(0, most + 1, shape, device=device) / 8
+
+
+def _begin_of(draw: Callable[[], Args], count: int) -> Callable[[], Args]:
+    """Draw calls without their last arguments."""
+    return lambda: draw()[:count]
 
 
 def _decided(reference: Callable[..., Tensor], draw: Callable[[], Args]) -> Args:
@@ -100,14 +130,50 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
     doubles = _signs(1, 15, 64, device).repeat(1, 4, 1).to(dtype)
     yield doubles, 33
     yield doubles, 33, torch.zeros(1, 60, device=device, dtype=dtype)
-    for batch, tokens, size, k in [(1, 50, 24, 12), (2, 33, 130, 8)]:
+    for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8)):
 
-        def draw(shape: tuple[int, ...] = (batch, tokens, size), k: int = k) -> Args:
+        def draw(shape: tuple[int, ...] = shape, k: int = chosen) -> Args:
             features = torch.randn(shape, device=device, dtype=dtype)
             return features, k, torch.rand(shape[:2], device=device).to(dtype)
 
         yield _decided(definition.farthest.op.reference, draw)
-        yield _decided(definition.farthest.op.reference, lambda draw=draw: draw()[:2])
+        yield _decided(definition.farthest.op.reference, _begin_of(draw, 2))
+
+
+# B, N, R, k
+_COVERAGES = [
+    (1, 1, 1, 1),
+    (2, 17, 64, 5),
+    (3, 40, 7, 40),
+    (2, 70, 130, 12),
+    (1, 12, 32, 0),
+    (0, 9, 16, 4),
+    (2, 0, 16, 0),
+    (2, 30, 0, 6),
+    (1, 257, 96, 27),
+    (1, 530, 5, 3),
+    (1, 20, 530, 7),
+]
+
+
+def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
+    def whole(*shape: int) -> Tensor:
+        return torch.randint(-8, 33, shape, device=device) / 16
+
+    for index, (batch, tokens, rows, k) in enumerate(_COVERAGES):
+        weights = _eighths(batch, rows, device=device, most=3).to(dtype) if index % 2 else None
+        quality = _eighths(batch, tokens, device=device).to(dtype) if index % 4 > 1 else None
+        yield whole(batch, tokens, rows).to(dtype), k, weights, quality
+    yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 33
+    yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
+
+    def draw() -> Args:
+        directions = F.normalize(torch.randn(2, 40, 6, device=device), dim=2)
+        quality = torch.rand(2, 40, device=device).to(dtype)
+        return (directions @ directions.transpose(1, 2)).to(dtype), 9, None, quality
+
+    yield _decided(definition.coverage.op.reference, draw)
+    yield _decided(definition.coverage.op.reference, _begin_of(draw, 2))
 
 
 # The crops of LLaVA-NeXT, an image of LLaVA-1.5 and one in Qwen2.5-VL: B, N, D, k
@@ -119,6 +185,14 @@ def farthest_workloads(device: str, dtype: torch.dtype) -> Workloads:
         yield f"{batch}x{tokens}x{size}", (torch.randn(batch, tokens, size, device=device, dtype=dtype), k)
 
 
+def coverage_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Yield cosines as SCOPE takes them, in float32 whatever the model's dtype: each token is like some others."""
+    for batch, tokens, _, k in _WORKLOADS:
+        near = torch.randn(batch, tokens // 24 + 1, 64, device=device).repeat_interleave(24, 1)[:, :tokens]
+        unit = F.normalize(torch.randn(batch, tokens, 64, device=device) + near + 1, dim=2)
+        yield f"{batch}x{tokens}", (unit @ unit.transpose(1, 2), k, None, torch.rand(batch, tokens, device=device))
+
+
 # ---- the bytes of calls ----
 
 
@@ -126,6 +200,12 @@ def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *_: 
     """Count features in, and out the matrix of their products, all of which the first choice reads again."""
     batch, tokens, _ = features.shape
     return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
+
+
+def coverage_bytes(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> int:
+    """Count all operands once: what is read again depends on them."""
+    given = [x for x in (similarity, row_weights, quality) if x is not None]
+    return sum(x.nbytes for x in given) + 8 * similarity.shape[0] * k
 
 
 # ---- the cases of each op ----
@@ -136,10 +216,12 @@ _BAD_K = (
     ("k", -1, ValueError, "k must be within 0 and 5, the tokens of a row, got -1"),
     ("k", 1.0, TypeError, "k must be an int, got float"),
 )
-_BAD_QUALITY = tuple(
-    ("quality", quality, ValueError, "quality must be finite and not negative")
-    for quality in (-_QUALITY, _QUALITY * torch.inf, _QUALITY * torch.nan)
-)
+
+
+def _bad_weights(name: str, good: Tensor) -> tuple[BadCall, ...]:
+    message = f"{name} must be finite and not negative"
+    return tuple((name, good * factor, ValueError, message) for factor in (-1.0, torch.inf, torch.nan))
+
 
 farthest = Cases(
     samples=farthest_samples,
@@ -148,7 +230,7 @@ farthest = Cases(
         ("features", _FEATURES[0], ValueError, r"features must have shape \(B, N, D\), got \(5, 8\)"),
         ("quality", _QUALITY[0], ValueError, r"quality must have shape \(B, N\), got \(5,\)"),
         ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of features, \(2, 5\)"),
-        *(*_BAD_K, *_BAD_QUALITY),
+        *(*_BAD_K, *_bad_weights("quality", _QUALITY)),
     ),
     workloads=farthest_workloads,
     bytes=farthest_bytes,
@@ -156,4 +238,23 @@ farthest = Cases(
     peers={"loop": farthest_loop},
     launches=2,
     compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
+)
+
+_SIMILARITY, _WEIGHTS = torch.ones(2, 5, 7), torch.ones(2, 7)
+
+coverage = Cases(
+    samples=coverage_samples,
+    good_call={"similarity": _SIMILARITY, "k": 1, "row_weights": _WEIGHTS, "quality": _QUALITY},
+    bad_calls=(
+        ("similarity", _SIMILARITY[0], ValueError, r"similarity must have shape \(B, N, R\), got \(5, 7\)"),
+        ("row_weights", _WEIGHTS[0], ValueError, r"row_weights must have shape \(B, R\), got \(7,\)"),
+        ("row_weights", _WEIGHTS[:, :4], ValueError, r"row_weights must have shape \(2, 7\), got \(2, 4\)"),
+        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of similarity, \(2, 5\)"),
+        *(*_BAD_K, *_bad_weights("quality", _QUALITY), *_bad_weights("row_weights", _WEIGHTS)),
+    ),
+    workloads=coverage_workloads,
+    bytes=coverage_bytes,
+    flops=lambda similarity, k, *_: 3 * similarity.numel(),
+    peers={"loop": coverage_loop},
+    compute_bound="each choice waits for the one before it",
 )

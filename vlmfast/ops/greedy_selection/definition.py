@@ -32,6 +32,14 @@ def _positions(chosen: Tensor, k: int) -> Tensor:
     return torch.argsort(chosen.to(torch.uint8), dim=1, descending=True, stable=True)[:, :k]
 
 
+def _weights(name: str, value: Tensor | None) -> Tensor | None:
+    """Return weights in float32 at least, or none; what they must be is seen on any device."""
+    if value is not None:
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        checks.expect(((value >= 0) & value.isfinite()).all(), f"{name} must be finite and not negative")
+    return value
+
+
 # ---- what a call must look like ----
 
 
@@ -46,6 +54,24 @@ def _check_farthest(features: Tensor, k: int, quality: Tensor | None = None, fir
     if quality is not None:
         checks.tensor("quality", quality, "BN")
         checks.same_tokens("quality", quality, "features", features)
+        _check_weights("quality", quality)
+
+
+def _check_coverage(
+    similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None
+) -> None:
+    checks.tensor("similarity", similarity, "BNR")
+    batch, tokens, rows = similarity.shape
+    checks.within("k", k, tokens, "the tokens of a row")
+    if row_weights is not None:
+        checks.tensor("row_weights", row_weights, "BR")
+        if row_weights.shape != (batch, rows):
+            raise ValueError(f"row_weights must have shape ({batch}, {rows}), got {tuple(row_weights.shape)}")
+        checks.same_device("row_weights", row_weights, "similarity", similarity)
+        _check_weights("row_weights", row_weights)
+    if quality is not None:
+        checks.tensor("quality", quality, "BN")
+        checks.same_tokens("quality", quality, "similarity", similarity)
         _check_weights("quality", quality)
 
 
@@ -78,10 +104,7 @@ def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_q
         The selection of DivPrune; with a quality that of Cen-Prune, and of FlashVID's attention and diversity.
     """
     batch, tokens, _ = features.shape
-    weight = None
-    if quality is not None:
-        weight = quality.float()
-        checks.expect(((weight >= 0) & weight.isfinite()).all(), "quality must be finite and not negative")
+    weight = _weights("quality", quality)
     distance = _distances(features)
     chosen = torch.zeros(batch, tokens, dtype=torch.bool, device=features.device)
     if k == 0:
@@ -89,10 +112,53 @@ def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_q
     itself = torch.eye(tokens, dtype=torch.bool, device=features.device)
     nearest = distance.masked_fill(itself, 2.0).amin(2)  # 2: no distance is larger
     for step in range(k):
-        weighed = weight is not None and (step > 0 or first_by_quality)
-        worth = nearest * weight if weighed else nearest
+        worth = nearest if weight is None or (step == 0 and not first_by_quality) else nearest * weight
         best = worth.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
         chosen = chosen.scatter(1, best, True)
         row = distance.gather(1, best[..., None].expand(-1, -1, tokens))[:, 0]
         nearest = torch.minimum(nearest, row) if step else row
+    return _positions(chosen, k)
+
+
+@op(check=_check_coverage, exact=True, detached=True)
+def coverage(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> Tensor:
+    """Choose ``k`` tokens that cover all rows: each time the one that adds most to what those before it cover.
+
+    A row is covered as well as the chosen token that is most similar to it covers it, and at least by 0. What a token
+    adds is the sum over all rows, times their weights, of how much better they would be covered; and that times the
+    quality of the token. Of equal ones the lower position wins. Sums are in float32, whatever the dtype. A similarity
+    that is not finite covers nothing.
+
+    Args:
+        similarity: (B, N, R) float32, float16 or bfloat16; any strides. How well each token covers each row: of tokens
+            that stand for each other, the cosines of each two of them.
+        k: how many, 0 to N.
+        row_weights: (B, R) float32, float16 or bfloat16, how much each row counts, 0 or more; all the same if None.
+        quality: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
+
+    Returns:
+        (B, k) int64, ascending. Those of k are among those of k + 1.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, a ``k`` out of
+            range, or on a CPU a weight or quality that is negative or not finite; on a GPU that trips a device-side
+            assertion.
+
+    Source:
+        The greedy rule of facility location, which SCOPE uses with the attention of tokens as their quality, EADP with
+        the importance of rows, and MMTok with rows of text.
+    """
+    batch, tokens, rows = similarity.shape
+    wide = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+    wide = wide.where(wide.isfinite(), 0.0)
+    weight, importance = _weights("quality", quality), _weights("row_weights", row_weights)
+    covered = wide.new_zeros(batch, 1, rows)
+    chosen = torch.zeros(batch, tokens, dtype=torch.bool, device=similarity.device)
+    for _ in range(k):
+        gains = (wide - covered).clamp(min=0)
+        gain = (gains if importance is None else gains * importance[:, None]).sum(2)
+        gain = gain if weight is None else gain * weight
+        best = gain.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
+        chosen = chosen.scatter(1, best, True)
+        covered = torch.maximum(covered, wide.gather(1, best[..., None].expand(-1, -1, rows)))
     return _positions(chosen, k)

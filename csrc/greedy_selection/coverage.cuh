@@ -1,0 +1,107 @@
+// Chooses tokens that cover all rows. What a token adds only shrinks, so each warp looks again only at those of its
+// tokens whose bound is above all others of the warp: a few a step.
+#pragma once
+
+#include "greedy_selection/greedy.cuh"
+
+namespace vlmfast {
+
+// What the threads know of the tokens and rows of an image.
+struct CoverageState {
+  float *weight, *covered;  // (rows,)
+  float *quality, *bound;   // (tokens,); bound: of what a token adds, kTaken of one that is chosen
+  float* step;              // (tokens,): when a token was looked at; whole numbers
+
+  static int64_t size(int64_t tokens, int64_t rows) { return 2 * rows + 3 * tokens; }
+  __device__ __forceinline__ CoverageState(float* numbers, int tokens, int rows)
+      : weight(numbers),
+        covered(numbers + rows),
+        quality(numbers + 2 * rows),
+        bound(quality + tokens),
+        step(bound + tokens) {}
+};
+
+// What is not finite covers nothing.
+__device__ __forceinline__ float sound(float similarity) { return fabsf(similarity) < INFINITY ? similarity : 0.f; }
+
+// Adds up, on all lanes of a warp, how much better a token's similarities would cover the rows. In one order, so that a
+// row that is covered better already adds no more, to the last bit.
+template <typename scalar_t>
+__device__ __forceinline__ float gain_of(const scalar_t* similarity, const CoverageState& state, int rows) {
+  float gain = 0.f;
+#pragma unroll 8
+  for (int row = threadIdx.x % kWarp; row < rows; row += kWarp) {
+    gain += fmaxf(sound(to_float(similarity[row])) - state.covered[row], 0.f) * state.weight[row];
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) gain += __shfl_xor_sync(kAllLanes, gain, offset);
+  return gain;
+}
+
+// Finds the token of the warp that adds most. A token's bound is known to one lane alone.
+template <typename scalar_t>
+__device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarity, int64_t batch,
+                                             const CoverageState& state, int tokens, int rows, int step) {
+  constexpr int kWarps = GreedyPolicy::kWarps;
+  const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp;
+  while (true) {
+    Best best;
+    for (int token = first + lane * kWarps; token < tokens; token += kWarps * kWarp) {
+      if (state.bound[token] != kTaken) best.offer(state.bound[token], token);
+    }
+    const unsigned own = best.token;
+    best.take_best_of_warp();
+    if (best.key == 0) return best;  // all are taken
+    const bool is_own = own == best.token;
+    const bool is_new = __ballot_sync(kAllLanes, is_own && state.step[own] == step) != 0;
+    if (is_new) return best;
+    const float gain = gain_of(similarity.at(batch, int64_t{best.token}), state, rows) * state.quality[best.token];
+    if (is_own) {
+      state.bound[own] = gain;
+      state.step[own] = step;
+    }
+  }
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(GreedyPolicy::kThreads)
+    coverage_kernel(Input<scalar_t, 3> similarity,  // (batch, tokens, rows)
+                    Weights row_weights,            // (batch, rows), or none
+                    Weights quality,                // (batch, tokens), or none
+                    float* __restrict__ states,     // (batch, CoverageState::size(tokens, rows))
+                    int64_t* __restrict__ chosen,   // (batch, k)
+                    GreedyPolicy policy, int rows) {
+  __shared__ BlockBest block_best;
+  __shared__ BlockCount<GreedyPolicy::kThreads> counts;
+  const int tokens = policy.tokens;
+  int turn = 0;
+  for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
+    const CoverageState state(states + batch * (2 * int64_t{rows} + 3 * int64_t{tokens}), tokens, rows);
+    VLMFAST_DEVICE_ASSERT(read_weights(row_weights, batch, rows, state.weight),
+                          "row_weights must be finite and not negative");
+    VLMFAST_DEVICE_ASSERT(read_weights(quality, batch, tokens, state.quality),
+                          "quality must be finite and not negative");
+    for_own(rows, [&](int row) { state.covered[row] = 0.f; });
+    if (policy.k == 0) continue;
+    __syncthreads();  // the weights of all are there
+    for (int token = threadIdx.x / kWarp + threadIdx.x % kWarp * GreedyPolicy::kWarps; token < tokens;
+         token += GreedyPolicy::kThreads) {
+      state.bound[token] = INFINITY;
+      state.step[token] = -1.f;
+    }
+    for (int step = 0; step < policy.k; ++step) {
+      const Best own = best_of_warp(similarity, batch, state, tokens, rows, step);
+      const int best = block_best.find(own, turn++);
+      if (static_cast<unsigned>(best) == own.token && threadIdx.x % kWarp == best / GreedyPolicy::kWarps % kWarp) {
+        state.bound[best] = kTaken;
+      }
+      const scalar_t* const covering = similarity.at(batch, int64_t{best});
+      for_own(rows, [&](int row) { state.covered[row] = fmaxf(state.covered[row], sound(to_float(covering[row]))); });
+      __syncthreads();  // the rows are covered
+    }
+    write_taken(tokens, [&](int token) { return state.bound[token] == kTaken; }, counts, chosen + batch * policy.k,
+                turn);
+  }
+}
+
+}  // namespace vlmfast

@@ -1,0 +1,125 @@
+"""DivPrune, Cen-Prune and SCOPE on what a model gives them, against loops that say their rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlmfast
+from tests.helpers.reduce_models import EACH_TYPE, Talk
+from tests.ops.test_greedy_selection import coverage_by_rule, covers, farthest_by_rule
+from vlmfast.reduce import VisualTokens
+from vlmfast.reduce.families import REDUCERS
+
+COUNT, KEEP = 18, 7
+
+
+def tokens_of(**given: Tensor) -> VisualTokens:
+    """Two images of random tokens: that a method asks for another thing than it should changes what it chooses."""
+    lazy: dict[str, Any] = {name: lambda: None for name in ("metric", "pixels")}
+    shown = {"features": torch.randn(2, COUNT, 5), "scores": torch.rand(2, COUNT), "hidden": torch.randn(2, COUNT, 6)}
+    shown |= given
+    lazy |= {name: lambda value=shown[name]: value for name in ("features", "scores")}
+    return VisualTokens(hidden=shown["hidden"], grid=(1, 3, 6), **lazy)
+
+
+def cosines(rows: list[list[float]]) -> list[list[float]]:
+    """Of one image, in Python's float64."""
+    length = [math.sqrt(math.fsum(x * x for x in row)) for row in rows]
+    return [
+        [
+            math.fsum(a * b for a, b in zip(one, other, strict=True)) / (length[i] * length[j])
+            for j, other in enumerate(rows)
+        ]
+        for i, one in enumerate(rows)
+    ]
+
+
+def test_divprune_follows_the_rule():
+    tokens = tokens_of()
+    kept = vlmfast.DivPrune(KEEP).select(tokens).kept
+    for image, rows in enumerate(tokens.features().tolist()):
+        assert kept[image].tolist() == farthest_by_rule(rows, KEEP, [1.0] * COUNT)
+
+
+def test_cen_prune_follows_the_rule():
+    tokens = tokens_of(features=torch.randn(2, COUNT, 5) + 1)
+    kept = vlmfast.DivPrune(KEEP, centered=True).select(tokens).kept
+    for image, rows in enumerate(tokens.features().tolist()):
+        alike = [-(math.fsum(row) - row[i]) / (COUNT - 1) for i, row in enumerate(cosines(rows))]
+        quality = [(x - min(alike)) / (max(alike) - min(alike)) for x in alike]
+        mean = [math.fsum(column) / COUNT for column in zip(*rows, strict=True)]
+        centered = [[x - m for x, m in zip(row, mean, strict=True)] for row in rows]
+        assert kept[image].tolist() == farthest_by_rule(centered, KEEP, quality, first_by_quality=False)
+
+
+def test_tokens_that_are_alike_have_one_distinctiveness():
+    """Whatever rounding makes of it; also one token, and none."""
+    directions = torch.eye(8)[None].repeat(1, 2, 1) * torch.rand(1, 16, 1)
+    for features in (directions, directions[:, :1], torch.rand(1, 16, 1), directions[:, :0]):
+        count = features.shape[1]
+        tokens = tokens_of(features=features, hidden=features, scores=torch.ones(1, count))
+        kept = vlmfast.DivPrune(9, centered=True).select(tokens).kept
+        assert kept.shape == (1, min(9, count))
+    from vlmfast.reduce.methods.divprune import distinctiveness
+
+    assert distinctiveness(directions).eq(1).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2])
+def test_scope_follows_the_rule(alpha: float):
+    tokens = tokens_of()
+    kept = vlmfast.SCOPE(KEEP, alpha=alpha).select(tokens).kept
+    for image, rows in enumerate(tokens.hidden.tolist()):
+        quality = [score**alpha for score in tokens.scores()[image].tolist()]
+        assert kept[image].tolist() == coverage_by_rule(cosines(rows), KEEP, [1.0] * COUNT, quality)
+
+
+def test_scope_without_attention_asks_for_none():
+    """Two tokens that cover each other and nothing else add the same: the choice is told by what it covers."""
+    tokens = tokens_of(scores=torch.full((2, COUNT), torch.nan))
+    kept = vlmfast.SCOPE(KEEP, alpha=0).select(tokens).kept
+    for image, rows in enumerate(tokens.hidden.tolist()):
+        ones = [1.0] * COUNT
+        want = covers(cosines(rows), ones, coverage_by_rule(cosines(rows), KEEP, ones, ones))
+        assert covers(cosines(rows), ones, kept[image].tolist()) == pytest.approx(want, rel=1e-5)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match="centered must be a bool, got 1"):
+        vlmfast.DivPrune(4, centered=1)
+    with pytest.raises(TypeError, match="alpha must be a number, got '1'"):
+        vlmfast.SCOPE(4, alpha="1")
+    for alpha in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="alpha must be finite and not negative"):
+            vlmfast.SCOPE(4, alpha=alpha)
+
+
+METHODS = [vlmfast.DivPrune(1.0), vlmfast.DivPrune(1.0, centered=True), vlmfast.SCOPE(1.0)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_all_tokens_change_no_bit(model_type: str, method: vlmfast.reduce.Method):
+    talk = Talk.of(model_type)
+    inputs = talk.batch((10, 0, 11), (12, 1, 13))
+    want = talk.model(**inputs).logits
+    with vlmfast.patch(talk.model, exclude="*", reduce=method):
+        assert torch.equal(talk.model(**inputs).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_an_image_gets_its_tokens_alone_and_in_a_batch(model_type: str):
+    talk = Talk.of(model_type)
+    base, reduce = talk.model.base_model, REDUCERS[model_type].reduce
+    for method in (vlmfast.DivPrune(0.5), vlmfast.DivPrune(0.5, centered=True), vlmfast.SCOPE(0.5)):
+        together = reduce(base, talk.vision(0, 1, 2), method)
+        for number, image in enumerate(together):
+            (alone,) = reduce(base, talk.vision(number), method)
+            assert torch.equal(alone.kept[0], image.kept[0])

@@ -1,0 +1,51 @@
+"""SCOPE: tokens that cover all others, those with much attention first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmfast.functions import accepting
+from vlmfast.ops.greedy_selection import coverage
+from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class SCOPE(PruningMethod, name="scope"):
+    """SCOPE (NeurIPS 2025): each time the token that adds most to how well all are covered, times its attention.
+
+    Args:
+        keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
+        alpha: the power of the attention that a token gets: with 0 it does not count.
+
+    Raises:
+        TypeError or ValueError: for an argument that is none of these.
+
+    Source:
+        SCOPE, on the rows of the tower, before the projector; in Qwen-VL, as in AngelSlim's port, behind the merger.
+    """
+
+    alpha: float = 1.0
+    trusted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        """Choose by the cosines of the tokens, and by their attention."""
+        rows = tokens.hidden.detach()
+        unit = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=2)
+        scores = tokens.scores().detach() if self.alpha else None
+        quality = scores if scores is None or self.alpha == 1 else scores.pow(self.alpha)
+        similarity = unit @ unit.transpose(1, 2)
+        return accepting(coverage, similarity)(similarity, k, None, quality)
