@@ -94,8 +94,9 @@ template <int kVec, int kRows, typename scalar_t, typename other_t, typename Fin
 __device__ __forceinline__ void hold_against(const scalar_t* const (&own)[kRows], const other_t* other, int count,
                                              int hidden, Finish finish) {
   const int lane = threadIdx.x % kWarp;
-  float sums[2 * kRows + 1] = {};  // of the products and the squares of each row, and of the other's squares
-#pragma unroll 2
+  float sums[2 * kRows + 1] = {};            // of the products and the squares of each row, and of the other's squares
+  constexpr int kSteps = kRows > 1 ? 1 : 4;  // in flight: of several rows one step has as many loads
+#pragma unroll kSteps
   for (int column = lane * kVec; column < hidden; column += kWarp * kVec) {
     const auto held = Wide<other_t, kVec>::load(other + column);
     Vector<scalar_t, kVec> values[kRows];

@@ -50,6 +50,10 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
             frames = layout(torch.randn(shape).to(dtype))
             yield "frame_novelty", (frames,)
             yield "frame_change", (frames,)
+    frames = torch.randn(1, 3, 5, 40).to(dtype)
+    frames[:, 1] = 0
+    yield "frame_novelty", (frames,)
+    yield "frame_change", (frames,)
 
 
 def examine(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -77,7 +81,11 @@ FAULTS = [
     Fault("work not walked", "cuda.cu", "work += step", "work += works", WRONG),
     Fault("means not walked", "cuda.cu", "work += gridDim.x", "work += works", WRONG),
     Fault(
-        "tokens of a warp alone", "cuda.cu", "token = warp; token < sizes.tokens", "token = warp; token < kWarps", WRONG
+        "tokens of a warp alone",
+        "cuda.cu",
+        "token = warp; token < sizes.tokens",
+        "token = warp; token < kWarps",
+        f"{BOUNDS}|{WRONG}",
     ),
     Fault("parts of a mean left out", "cuda.cu", "part < kWarps; ++part", "part < 1; ++part", WRONG),
     Fault(
