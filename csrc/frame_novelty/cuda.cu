@@ -131,7 +131,7 @@ __device__ __forceinline__ void for_works(int64_t works, Function function) {
 }
 
 template <typename scalar_t, int kVec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     frame_novelty_kernel(Input<scalar_t, 4> rows,         // (batch, frames, tokens, hidden)
                          const float* __restrict__ mean,  // (batch, frames, hidden)
                          float* __restrict__ novelty,     // (batch, frames, tokens)
