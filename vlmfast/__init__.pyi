@@ -5,6 +5,8 @@ from vlmfast.deepstack_hooks import deepstack as deepstack
 from vlmfast.deepstack_hooks import deepstack_levels as deepstack_levels
 from vlmfast.ops.attention_scores.definition import cls_attention as cls_attention
 from vlmfast.ops.attention_scores.definition import received_attention as received_attention
+from vlmfast.ops.frame_novelty.definition import frame_change as frame_change
+from vlmfast.ops.frame_novelty.definition import frame_novelty as frame_novelty
 from vlmfast.ops.masked_rows.definition import compact_tokens as compact_tokens
 from vlmfast.ops.masked_rows.definition import deepstack_add as deepstack_add
 from vlmfast.ops.masked_rows.definition import place_embeddings as place_embeddings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import vlmfast
 from tests.helpers import tiny_models as parts
@@ -11,7 +12,7 @@ from tests.helpers.qwen_models import NAMES, model_of
 from tests.helpers.reduce_models import WORD, clone
 from tests.helpers.video_models import IMAGE, LONG, ROWS, STILL, TALL, axes_of, inputs_of, left_of
 from vlmfast import EVS, VCAST, EvenTokens, RandomTokens, VisionZip
-from vlmfast.reduce import Method, VideoMethod
+from vlmfast.reduce import Method, VideoMethod, VisualTokens
 from vlmfast.reduce.families import REDUCERS, qwen
 from vlmfast.reduce.prompt import takes_features
 
@@ -182,6 +183,35 @@ def test_labels_stay_where_they_were(name: str):
     output.loss.backward()
     assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
     assert not patch.videos[0].features.requires_grad
+
+
+class Late(VideoMethod):
+    """The last tokens of a video."""
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        self.grids.append(tokens.grid)
+        return torch.arange(tokens.count).float().expand(tokens.batch, -1)
+
+
+@torch.no_grad()
+def test_a_method_of_ones_own_sees_whole_videos_and_leaves_images():
+    model = model_of("qwen2_5_vl")
+    method = Late(0.25)
+    vars(method)["grids"] = []
+    with vlmfast.patch(model, reduce=method) as patch:
+        model(**inputs_of(model, *ROWS))
+    assert method.grids == [(4, 4, 6), (3, 5, 3)]  # those of one size at once
+    assert [image.columns.tolist() for image in patch.images] == [list(range(21))] * 2
+    assert [video.columns.tolist() for video in patch.videos] == [
+        list(range(72, 96)),
+        list(range(34, 45)),
+        list(range(72, 96)),
+    ]
+    long = patch.videos[0].kept
+    assert [positions.tolist() for positions in long] == [[], [], [], list(range(24))]
+    assert len(long) == 4
+    assert long[-1].tolist() == long[3].tolist()
+    assert [positions.tolist() for positions in long[1:3]] == [[], []]
 
 
 def test_a_video_after_a_cache_must_be_given():

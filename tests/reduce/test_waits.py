@@ -9,26 +9,26 @@ import pytest
 import torch
 
 import vlmfast
-from tests.helpers import qwen_models
+from tests.helpers import qwen_models, video_models
 from tests.helpers.patches_models import tiny
 from vlmfast.benchmarks import counting
 
 EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
-GREEDY = (
-    vlmfast.DivPrune(0.5),
-    vlmfast.DivPrune(0.5, centered=True),
-    vlmfast.SCOPE(0.5),
-    vlmfast.SCOPE(0.5, alpha=2.0),
-)
+GREEDY = (vlmfast.DivPrune(0.5), vlmfast.DivPrune(0.5, centered=True), vlmfast.SCOPE(0.5), vlmfast.SCOPE(0.5, 2.0))
+OF_VIDEOS = vlmfast.EVS(0.4), vlmfast.VCAST(0.3)
 EACH = [
     (name, method)
     for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-    for method in (EVEN, ZIP, *GREEDY)
+    for method in (EVEN, ZIP, *(GREEDY if name in ("llava", "qwen2_5_vl") else ()))
 ]
+EACH += [(f"{name} video", method) for name in ("qwen2_5_vl", "qwen3_vl") for method in OF_VIDEOS]
 
 
 def built(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny model with a prompt; that of Qwen-VL has images of two sizes."""
+    """A tiny model with a prompt; that of Qwen-VL has images of two sizes, or videos."""
+    if name.endswith("video"):
+        model = qwen_models.model_of(name.removesuffix(" video"))
+        return model, video_models.inputs_of(model, (10, video_models.LONG, video_models.TALL, 11))
     if name.startswith("qwen"):
         model = qwen_models.model_of(name)
         return model, qwen_models.inputs_of(model, ((1, 8, 12), (1, 6, 14)))

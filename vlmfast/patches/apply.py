@@ -133,8 +133,8 @@ def patch(
     parametrization that a module had before the patch can be removed after ``undo`` only.
 
     With ``reduce`` the model also sees fewer visual tokens, which changes what it answers. ``generate`` and ``forward``
-    encode and reduce the images and shorten the prompt once, before the language model sees it. Prompts without images
-    are left alone. With M-RoPE (Qwen-VL) each token that is left stays at its position, and what follows goes on as
+    encode and reduce images and videos and shorten the prompt once, before the language model sees it. Prompts without
+    any are left alone. With M-RoPE (Qwen-VL) each token that is left stays at its position, and what follows goes on as
     after the full prompt; other models number the tokens anew.
 
     * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and streamers,

@@ -20,7 +20,7 @@ from vlmfast.reduce.cuts.report import Cuts
 from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
-from vlmfast.reduce.kinds import KINDS, brought, check_takes, is_placeholder
+from vlmfast.reduce.kinds import KINDS, brought, check_takes, lacking
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
@@ -324,7 +324,7 @@ def _with_images(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         cache, ids = arguments.get("past_key_values"), arguments.get("input_ids", arguments.get("inputs"))
         past = 0 if cache is None or arguments.get("mm_encoder_outputs") is not None else int(cache.get_seq_length())
-        if past and isinstance(ids, Tensor) and bool(is_placeholder(ids[:, past:], self.config).any()):
+        if past and isinstance(ids, Tensor) and bool(lacking(ids[:, past:], self.config, arguments).any()):
             raise ValueError(
                 f"pixel_values must be given with images after the {past} columns that past_key_values holds; if it "
                 f"was made of the layers of a cache whose visual tokens were reduced, copy that with copy.deepcopy"

@@ -77,11 +77,12 @@ def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any
     return {kind: method if kind.name in method.takes else EvenTokens(1.0) for kind in given}
 
 
-def is_placeholder(ids: Tensor, config: Any) -> Tensor:
-    """(B, L) bool: true at the placeholders of either kind."""
+def lacking(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """(B, L) bool: true at the placeholders of what a call does not bring."""
     found = torch.zeros_like(ids, dtype=torch.bool)
     for kind in KINDS:
-        found |= ids == kind.placeholder(config)
+        if arguments.get(kind.pixels) is None:
+            found |= ids == kind.placeholder(config)
     return found
 
 

@@ -311,7 +311,7 @@ def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]],
 
     images = [image for sample in samples for _ in range(times) for image in sample]
     rows: Any = [image.features for image in images]
-    if reducer.one_tensor:
+    if reducer.one_tensor if images[0].kind == "image" else reducer.videos_in_one_tensor:
         # images of several sizes are cut into blocks of one size, none of which belongs to two images
         size = max(1, math.gcd(*(row.shape[0] for row in rows)))
         rows = torch.cat(rows).view(-1, size, rows[0].shape[1])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfast.reduce.families import internvl, llava, llava_next, qwen
+from vlmfast.reduce.families import internvl, llava, llava_next, llava_videos, qwen
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
@@ -19,17 +19,18 @@ class Reducer:
     reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
     # the same of its videos, or None: those of such a model stay as they are
     reduce_videos: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None = None
+    videos_in_one_tensor: bool = False  # whether get_video_features gives them as one tensor, likewise
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
 
-QWEN, LLAVA_NEXT = Reducer(qwen.reduce, qwen.reduce_videos), Reducer(llava_next.reduce_next)
+QWEN = Reducer(qwen.reduce, qwen.reduce_videos)
 
 REDUCERS: Mapping[str, Reducer] = {
     "internvl": Reducer(internvl.reduce, one_tensor=True),
     "llava": Reducer(llava.reduce),
-    "llava_next": LLAVA_NEXT,
-    "llava_next_video": LLAVA_NEXT,
-    "llava_onevision": Reducer(llava_next.reduce_onevision),
+    "llava_next": Reducer(llava_next.reduce_next),
+    "llava_next_video": Reducer(llava_next.reduce_next, llava_videos.reduce_next),
+    "llava_onevision": Reducer(llava_next.reduce_onevision, llava_videos.reduce_onevision, videos_in_one_tensor=True),
     "qwen2_5_vl": QWEN,
     "qwen2_vl": QWEN,
     "qwen3_5": QWEN,

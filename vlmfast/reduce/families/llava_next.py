@@ -2,10 +2,10 @@
 
 Each crop is reduced by itself, with a budget of its own, before the projector. Then the crops are packed: both models
 lay them side by side, cut off the padding, and put a learned token after each row (a newline). Which patch goes where
-is found by running the model's own packing on the numbers of the patches.
+is found by running the model's own packing on the numbers of the patches. Videos are in llava_videos.py.
 
 LLaVA-OneVision makes a grid that is too large, that of a large photograph, smaller by interpolation. A token is not one
-patch then, and the image is reduced as a whole, after its packing. Videos stay as they are.
+patch then, and the image is reduced as a whole, after its packing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str,
         grid = grid_of(size, config.image_grid_pinpoints, config.vision_config.image_size)
         packings.append(Packing(pack, numbers, count, tuple(grid), side, model.image_newline))
 
-    encoded = _encode(model, inputs, counts, side)
+    encoded = encode_crops(model, inputs, counts, side)
     project = model.multi_modal_projector
     # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
     projected = functools.cache(lambda: project(encoded.patches))
@@ -100,7 +100,7 @@ def _reduce_crops(
     return [crops[number] for number in range(len(totals))]
 
 
-def _encode(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:
+def encode_crops(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:
     """Run the tower on the crops of all images, one after the other."""
     pixels: Tensor = inputs["pixel_values"]
     if pixels.dim() == 5:  # the crops of each image, padded to one number

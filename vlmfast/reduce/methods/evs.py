@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmfast.functions import accepting
+from vlmfast.ops.frame_novelty import frame_change
 from vlmfast.reduce.methods.method import share
 from vlmfast.reduce.methods.video_method import VideoMethod, frames_of
 from vlmfast.reduce.tokens import VisualTokens
@@ -38,10 +40,7 @@ class EVS(VideoMethod, name="evs"):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(B, T * n): how much each token changed."""
-        rows = frames_of(tokens)
-        squares = rows.square().sum(3)
-        dots = (rows[:, 1:] * rows[:, :-1]).sum(3)
-        # the root of a square is exact, so that a token that is the same has not changed at all
-        lengths = (squares[:, 1:] * squares[:, :-1]).sqrt()
-        changes = 1 - torch.where(lengths > 0, dots / lengths, 0)
-        return torch.cat([torch.full_like(squares[:, :1], FIRST), changes], 1).flatten(1)
+        frames = frames_of(tokens)
+        changes = accepting(frame_change, frames)(frames)
+        first = changes.new_full((tokens.batch, 1, frames.shape[2]), FIRST)
+        return torch.cat([first, changes], 1).flatten(1)

@@ -30,6 +30,7 @@ class Registering(abc.ABCMeta):
         name: str | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Make the class, and note it by its name."""
         made: Any = super().__new__(mcs, class_name, bases, members, **kwargs)
         if name is not None:
             METHODS[name] = made

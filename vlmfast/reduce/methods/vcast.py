@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast import checks
+from vlmfast.functions import accepting
+from vlmfast.ops.frame_novelty import frame_novelty
 from vlmfast.reduce.methods.video_method import VideoMethod, frames_of
 from vlmfast.reduce.tokens import VisualTokens
 
@@ -49,24 +51,22 @@ class VCAST(VideoMethod, name="vcast"):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """(B, T * n): how far above the last that its frame keeps a token ranks: the kept ones are above 0."""
-        rows = frames_of(tokens)
-        means = nn.functional.normalize(rows.mean(2), dim=2)
-        lengths = torch.linalg.vector_norm(rows, dim=3)
-        likeness = (rows * means[:, :, None]).sum(3) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        frames = frames_of(tokens)
+        means, novelty, lengths = accepting(frame_novelty, frames)(frames)
         low, high = lengths.aminmax(dim=2, keepdim=True)
-        worth = 1 - likeness + (lengths - low) / (high - low + 1e-6)
+        worth = novelty + (lengths - low) / (high - low + 1e-6)
         rank = worth.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         kept = min(self.budget(tokens.total, tokens.has_cls, tokens.crops)[0], tokens.count)
-        margins: Tensor = self._quotas(means, kept, rows.shape[2])[..., None] - rank
+        margins: Tensor = self._quotas(means, kept, frames.shape[2])[..., None] - rank
         return margins.flatten(1).float()
 
     def _quotas(self, means: Tensor, kept: int, most: int) -> Tensor:
-        """(B, T) int64 of (B, T, D) normalised means: how many tokens each frame keeps: 1 to ``most``, ``kept`` in all.
+        """(B, T) int64 of (B, T, D) means: how many tokens each frame keeps: 1 to ``most``, ``kept`` in all.
 
         In float64: a share that is a whole number must not be rounded down to the one below.
         """
         frames = means.shape[1]
-        steps = means.diff(dim=1).double()
+        steps = nn.functional.normalize(means, dim=2).diff(dim=1).double()
         curvature = 1 - nn.functional.cosine_similarity(steps[:, :-1], steps[:, 1:], dim=2)
         curvature = nn.functional.pad(curvature, (1, 1) if frames > 1 else (0, frames), value=1.0)
         shares = (curvature / TEMPERATURE).softmax(1) * (kept - frames)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vlmfast.reduce.methods.method import PruningMethod, share
@@ -36,7 +35,6 @@ class VideoMethod(PruningMethod):
 
 
 def frames_of(tokens: VisualTokens) -> Tensor:
-    """(B, T, n, D), in float32 or wider: what the language model would see of each frame."""
+    """(B, T, n, D): what the language model would see of each frame."""
     rows = tokens.features()
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return wide.reshape(tokens.batch, tokens.crops, -1, rows.shape[2])
+    return rows.reshape(tokens.batch, tokens.crops, -1, rows.shape[2])

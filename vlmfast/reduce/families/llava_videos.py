@@ -1,0 +1,95 @@
+"""The videos of LLaVA-NeXT-Video and LLaVA-OneVision, whose frames are images of which 2 x 2 patches or so are pooled.
+
+A token's score and metric are pooled from its patches, as the features are in LLaVA-OneVision, and as means where
+LLaVA-NeXT-Video may take the largest or a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmfast.reduce.families.llava_next import encode_crops
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.tokens import VisualTokens
+from vlmfast.reduce.towers import EncodedImages
+
+Pool = Callable[[Tensor], Tensor]  # (frames, patches, M) -> (frames, tokens, M)
+
+
+def reduce_next(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+    """Reduce the videos of LLaVA-NeXT-Video, between the pooling and the projector."""
+
+    def mean(patches: Tensor) -> Tensor:
+        side = math.isqrt(patches.shape[1])
+        maps = patches.mT.unflatten(2, (side, side))  # type: ignore[no-untyped-call]
+        return nn.functional.avg_pool2d(maps, model.config.spatial_pool_stride).flatten(2).mT
+
+    encoded = _encode(model, inputs)
+    hidden = model.vision_resampler(encoded.patches)
+    return _reduce(inputs, method, encoded, hidden, mean, model.multi_modal_projector)
+
+
+def reduce_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+    """Reduce the videos of LLaVA-OneVision, which pools what the projector gives. The newline at their end stays."""
+    encoded = _encode(model, inputs)
+    hidden = model.apply_pooling(model.multi_modal_projector(encoded.patches))
+    videos = _reduce(inputs, method, encoded, hidden, model.apply_pooling, nn.Identity())
+    return [
+        replace(
+            video,
+            features=torch.cat([video.features, model.image_newline.to(video.features)[None]]),
+            columns=torch.cat([video.columns, video.columns.new_tensor([video.total])]),
+            total=video.total + 1,
+        )
+        for video in videos
+    ]
+
+
+def _encode(model: Any, inputs: Mapping[str, Any]) -> EncodedImages:
+    """Run the tower on the frames of all videos, one after the other."""
+    pixels: Tensor = inputs["pixel_values_videos"]
+    config = model.config.vision_config
+    frames = {**inputs, "pixel_values": pixels.flatten(0, 1)}
+    return encode_crops(model, frames, [len(frames["pixel_values"])], config.image_size // config.patch_size)
+
+
+def _reduce(
+    inputs: Mapping[str, Any], method: Method, encoded: EncodedImages, hidden: Tensor, pool: Pool, project: Any
+) -> list[ReducedImage]:
+    """Reduce videos, all of one number of frames.
+
+    Args:
+        inputs: with their pixels.
+        method: how.
+        encoded: what the tower made of their frames.
+        hidden: (frames, tokens, C), pooled.
+        pool: pools scores and metric.
+        project: what is to be done with the rows that are left.
+    """
+    pixels: Tensor = inputs["pixel_values_videos"]
+    videos, frames = pixels.shape[:2]
+    side = math.isqrt(hidden.shape[1])
+
+    def whole(rows: Tensor) -> Tensor:
+        """(B * T, n, M) -> (B, T * n, M)."""
+        return rows.reshape(videos, -1, rows.shape[2])
+
+    tokens = VisualTokens(
+        hidden=whole(hidden),
+        grid=(frames, side, side),
+        scores=lambda: whole(pool(encoded.scores().unsqueeze(2))).squeeze(2),
+        metric=lambda: whole(pool(encoded.metric())),
+        features=lambda: project(whole(hidden)).detach(),
+        pixels=lambda: pixels,
+        crops=frames,
+    )
+    selection = method.select_videos(tokens)
+    rows = project(selection.apply(tokens.hidden))
+    return cut(selection, [rows], (frames, side, side), tokens.count, kind="video")
