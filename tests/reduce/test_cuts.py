@@ -154,7 +154,7 @@ def test_behind_a_method_before_the_language_model(model_type: str):
         got = logits(talk, inputs)
         assert torch.equal(got, want)
         out = talk.model.generate(**inputs, **GREEDY)
-        lines = patch.report().splitlines()[-2:]
+        lines = patch.report().splitlines()[-3:]
         assert "EvenTokens" in lines[0]
         assert "FastV" in lines[1]
     assert torch.equal(out, torch.cat([inputs["input_ids"], words], 1))
