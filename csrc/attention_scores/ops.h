@@ -62,9 +62,8 @@ struct ReceivedArguments {
 
 }  // namespace vlmfast
 
-#define VLMFAST_OPS(OP)                                                                            \
-  OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor") \
-  OP(last_row_attention,                                                                           \
-     "(Tensor query, Tensor key, Tensor? valid=None, float? scale=None) -> Tensor")                \
-  OP(received_attention,                                                                           \
+#define VLMFAST_OPS(OP)                                                                                 \
+  OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor")      \
+  OP(last_row_attention, "(Tensor query, Tensor key, Tensor? valid=None, float? scale=None) -> Tensor") \
+  OP(received_attention,                                                                                \
      "(Tensor query, Tensor key, Tensor? cu_seqlens=None, SymInt group=1, float? scale=None) -> Tensor")

@@ -91,7 +91,8 @@ def last_row(
     factor, groups = _factor(query, scale), query.shape[1] // key.shape[1]
 
     def run() -> Tensor:
-        logits = (query * factor).unflatten(1, (-1, groups)) @ key.transpose(2, 3)
+        rows = (query * factor).reshape(len(query), key.shape[1], groups, -1)
+        logits = rows @ key.transpose(2, 3)
         if valid is not None:
             logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
         return torch.softmax(logits, -1, dtype=torch.float32).mean((1, 2))

@@ -121,7 +121,9 @@ class Run:
         if keys is not None:
             valid = keys.valid if valid is None else keys.take(valid, 0)
         row = accepting(last_row_attention, key)
-        self._row = row(query[samples, :, last], key[:, :, :columns], valid, scale)
+        valid = None if valid is None else valid.to(key.device)
+        found = row(query[samples.to(query.device), :, last.to(query.device)], key[:, :, :columns], valid, scale)
+        self._row = found.to(last.device)
 
     def _cut(self, number: int, hidden: Tensor) -> Tensor:
         """Leave out columns at the input of a layer."""
