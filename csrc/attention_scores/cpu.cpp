@@ -30,12 +30,11 @@ class Floats {
   std::unique_ptr<Line[]> lines_;
 };
 
-Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
-                     int64_t cls_index) {
-  const ClsArguments call(query_tensor, key_tensor, cls_index);
+// The softmax of each head of one token's row, and what they sum to: sums(batch, the sums of its tokens).
+template <class Arguments, class Sums>
+void sum_row(const Arguments& call, int64_t key_heads, std::optional<double> scale, const View<2>& valid,
+             const Sums& sums) {
   const int64_t batch = call.batch, heads = call.heads, tokens = call.tokens, head_dim = call.head_dim;
-  Tensor scores = allocate({batch, tokens - 1}, query_tensor, Dtype::kFloat32);
-  float* to = static_cast<float*>(scores.mutable_data_ptr());
   const int64_t row = padded(tokens), work = tokens * head_dim;
   const Floats weights(batch * heads * row);
 
@@ -43,26 +42,49 @@ Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::
     const Floats room((end - begin) * padded(head_dim));
     while (begin < end) {
       const int64_t b = begin / heads, last = std::min(end, (b + 1) * heads);
-      const ClsAttention args{softmax_scale(scale, head_dim),
+      const RowAttention args{softmax_scale(scale, head_dim),
                               tokens,
                               head_dim,
                               {call.query.at(b), call.query.stride(1), 0},
                               {call.key.at(b), call.key.stride(1), call.key.stride(2)},
+                              heads / key_heads,
+                              valid ? valid.at<bool>(b) : nullptr,
                               weights.data() + b * heads * row};
-      kernels<AttentionScoresKernels>().cls[call.dtype](args, begin - b * heads, last - b * heads, room.data());
+      kernels<AttentionScoresKernels>().row[call.dtype](args, begin - b * heads, last - b * heads, room.data());
       begin = last;
     }
   });
-  std::vector<double> sums(tokens);
+  std::vector<double> found(tokens);
   for (int64_t b = 0; b < batch; ++b) {
-    std::fill(sums.begin(), sums.end(), 0.0);
+    std::fill(found.begin(), found.end(), 0.0);
     for (int64_t head = 0; head < heads; ++head) {
       const float* from = weights.data() + (b * heads + head) * row;
-      for (int64_t token = 0; token < tokens; ++token) sums[token] += from[token];
+      for (int64_t token = 0; token < tokens; ++token) found[token] += from[token];
     }
+    sums(b, found);
+  }
+}
+
+Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
+                     int64_t cls_index) {
+  const ClsArguments call(query_tensor, key_tensor, cls_index);
+  Tensor scores = allocate({call.batch, call.tokens - 1}, query_tensor, Dtype::kFloat32);
+  float* to = static_cast<float*>(scores.mutable_data_ptr());
+  sum_row(call, call.heads, scale, View<2>(), [&](int64_t, const std::vector<double>& sums) {
     to = std::copy(sums.begin(), sums.begin() + call.cls, to);
     to = std::copy(sums.begin() + call.cls + 1, sums.end(), to);
-  }
+  });
+  return scores;
+}
+
+Tensor last_row_attention(const Tensor& query_tensor, const Tensor& key_tensor,
+                          const std::optional<Tensor>& valid_tensor, std::optional<double> scale) {
+  const LastRowArguments call(query_tensor, key_tensor, valid_tensor);
+  Tensor scores = allocate({call.batch, call.tokens}, query_tensor, Dtype::kFloat32);
+  float* to = static_cast<float*>(scores.mutable_data_ptr());
+  sum_row(call, call.key_heads, scale, call.valid, [&](int64_t, const std::vector<double>& sums) {
+    for (const double sum : sums) *to++ = static_cast<float>(sum / static_cast<double>(call.heads));
+  });
   return scores;
 }
 

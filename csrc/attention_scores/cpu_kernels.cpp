@@ -28,7 +28,7 @@ VLMFAST_INLINE Float weight_of(Float dot, Float largest, float exponent_scale) {
   return exp2((dot - largest) * exponent_scale);
 }
 
-// ---- the CLS row ----
+// ---- the row of one token ----
 
 // One level of `sums_of`: adds the halves of each run of 2 * kRun lanes, and lays the sums of a and b down in turn.
 template <int kRun, int... lane>
@@ -53,7 +53,7 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
 
 // Takes the dots of the queries and keys of the heads from `begin` to `end`, all heads of some tokens before the next.
 template <class T>
-VLMFAST_INLINE void cls_dots(const ClsAttention& args, int64_t begin, int64_t end, const float* query) {
+VLMFAST_INLINE void row_dots(const RowAttention& args, int64_t begin, int64_t end, const float* query) {
   const int64_t tokens = args.tokens, size = args.head_dim, row_size = padded(tokens);
   const int64_t query_size = padded(size);
   for (int64_t first = 0; first < tokens; first += kLanes) {
@@ -62,7 +62,7 @@ VLMFAST_INLINE void cls_dots(const ClsAttention& args, int64_t begin, int64_t en
       Float sums[kLanes];
       VLMFAST_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        keys[i] = row_of<T>(args.key, head, first + i < tokens ? first + i : tokens - 1);
+        keys[i] = row_of<T>(args.key, head / args.group, first + i < tokens ? first + i : tokens - 1);
         sums[i] = Float{};
       }
       const float* q = query + (head - begin) * query_size;
@@ -85,8 +85,19 @@ VLMFAST_INLINE void cls_dots(const ClsAttention& args, int64_t begin, int64_t en
   }
 }
 
-VLMFAST_INLINE void softmax(float* row, int64_t tokens, float exponent_scale) {
+VLMFAST_INLINE void softmax(float* row, int64_t tokens, const bool* valid, float exponent_scale) {
   const int64_t size = padded(tokens);
+  if (valid != nullptr) {
+    bool any = false;
+    for (int64_t token = 0; token < tokens; ++token) {
+      if (!valid[token]) row[token] = -__builtin_inff();
+      any = any || valid[token];
+    }
+    if (!any) {
+      for (int64_t token = 0; token < size; ++token) row[token] = 0.0f;
+      return;
+    }
+  }
   for (int64_t token = tokens; token < size; ++token) row[token] = -__builtin_inff();
   Float largest = Float{} - __builtin_inff(), sum = {};
   for (int64_t token = 0; token < size; token += kLanes) {
@@ -106,7 +117,7 @@ VLMFAST_INLINE void softmax(float* row, int64_t tokens, float exponent_scale) {
 }
 
 template <class T>
-void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
+void row(const RowAttention& args, int64_t begin, int64_t end, float* query) {
   const int64_t query_size = padded(args.head_dim), row_size = padded(args.tokens);
   for (int64_t head = begin; head < end; ++head) {
     const T* from = row_of<T>(args.query, head, 0);
@@ -118,10 +129,10 @@ void cls(const ClsAttention& args, int64_t begin, int64_t end, float* query) {
   // As the keys lie in memory: heads side by side behind a projection, or a head as a whole.
   const int64_t together = args.key.head_stride < args.key.token_stride ? end - begin : 1;
   for (int64_t head = begin; head < end; head += together) {
-    cls_dots<T>(args, head, head + together, query + (head - begin) * query_size);
+    row_dots<T>(args, head, head + together, query + (head - begin) * query_size);
   }
   for (int64_t head = begin; head < end; ++head) {
-    softmax(args.weights + head * row_size, args.tokens, exponent_scale(args.softmax_scale));
+    softmax(args.weights + head * row_size, args.tokens, args.valid, exponent_scale(args.softmax_scale));
   }
 }
 
@@ -268,7 +279,7 @@ int64_t received_workspace(int64_t size, int64_t longest) {
 
 template <>
 AttentionScoresKernels kernels_at<AttentionScoresKernels, CpuLevel::VLMFAST_ISA>() {
-  return {VLMFAST_BY_DTYPE(cls), VLMFAST_BY_DTYPE(received), received_workspace};
+  return {VLMFAST_BY_DTYPE(row), VLMFAST_BY_DTYPE(received), received_workspace};
 }
 
 }  // namespace vlmfast

@@ -11,13 +11,15 @@ struct HeadRows {
   int64_t head_stride, token_stride;  // in elements
 };
 
-// Arguments for the CLS row of one sequence.
-struct ClsAttention {
+// Arguments for the row of one token of one sequence.
+struct RowAttention {
   float softmax_scale;
   int64_t tokens, head_dim;
-  HeadRows query;  // of the CLS token; its token_stride is not used
+  HeadRows query;  // of the token; its token_stride is not used
   HeadRows key;
-  float* weights;  // (heads, padded(tokens)): the softmax of each head
+  int64_t group;      // heads of queries that share a head of keys
+  const bool* valid;  // (tokens,): which are seen; none for all
+  float* weights;     // (heads, padded(tokens)): the softmax of each head, 0 at what is not seen
 };
 
 struct ReceivedAttention {
@@ -36,7 +38,7 @@ struct AttentionPart {
 
 struct AttentionScoresKernels {
   // query: room for the heads' queries, (end - begin) * padded(head_dim).
-  ByDtype<void(const ClsAttention& args, int64_t begin, int64_t end, float* query)> cls;
+  ByDtype<void(const RowAttention& args, int64_t begin, int64_t end, float* query)> row;
   // workspace: at a multiple of 64 bytes, as many floats as `received_workspace` says of the longest segment.
   ByDtype<void(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace)> received;
   int64_t (*received_workspace)(int64_t head_dim, int64_t longest);

@@ -1,7 +1,8 @@
-// How much attention visual tokens get, on CUDA: the CLS row of a map, and the sums of the columns of one that is never
+// How much attention visual tokens get, on CUDA: one row of a map, and the sums of the columns of one that is never
 // stored. vlmfast/ops/attention_scores/definition.py defines what is computed.
 //
-//   cls_attention        two launches, bound by memory: the logits go out and in again through the L2 cache. For the
+//   cls_attention, last_row_attention
+//                        two launches, bound by memory: the logits go out and in again through the L2 cache. For the
 //                        five crops of LLaVA-NeXT (5.9 MB) 400 blocks have 4 keys in flight for every 8 threads, and
 //                        the second launch 25 blocks with 16 numbers to add in each thread.
 //   received_attention   three launches, bound by arithmetic: in half precision on tensor cores (mma.sync m16n8k16 with
@@ -11,9 +12,9 @@
 #include <cmath>
 #include <optional>
 
-#include "attention_scores/cls_attention.cuh"
 #include "attention_scores/ops.h"
 #include "attention_scores/received_attention.cuh"
+#include "attention_scores/row_attention.cuh"
 
 namespace vlmfast {
 namespace {
@@ -24,30 +25,53 @@ float exponent_factor(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))) * kLog2E);
 }
 
-Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
-                     int64_t cls_index) {
-  const ClsArguments args(query_tensor, key_tensor, cls_index);
+// Sums over the heads what one token pays to each, but for the column that is left out, and divides by the parts.
+template <class Arguments>
+Tensor row_attention(const Arguments& args, int64_t key_heads, const Tensor& like, std::optional<double> scale,
+                     const View<2>& valid, int64_t left_out, int64_t parts_count) {
   const int64_t batch = args.batch, heads = args.heads, tokens = args.tokens;
-  Tensor scores = allocate({batch, tokens - 1}, key_tensor, Dtype::kFloat32);
+  Tensor scores = allocate({batch, tokens - (left_out < tokens)}, like, Dtype::kFloat32);
   if (scores.numel() == 0) return scores;
-  const int64_t chunks = (tokens + ClsPolicy::kChunk - 1) / ClsPolicy::kChunk;
-  const ClsSizes sizes{
-      batch, heads, tokens, static_cast<int>(args.head_dim), chunks, args.cls, exponent_factor(scale, args.head_dim)};
-  const Tensor parts = float_buffer(2 * batch * heads * chunks * ClsPolicy::kParts, key_tensor);
-  const Tensor logits = float_buffer(batch * heads * tokens, key_tensor);
-  const DeviceScope scope(key_tensor);
+  const int64_t chunks = (tokens + RowAttentionPolicy::kChunk - 1) / RowAttentionPolicy::kChunk;
+  const Tensor parts = float_buffer(2 * batch * heads * chunks * RowAttentionPolicy::kParts, like);
+  const Tensor logits = float_buffer(batch * heads * tokens, like);
+  const DeviceScope scope(like);
+  const RowSizes sizes{batch,
+                       heads,
+                       tokens,
+                       static_cast<int>(args.head_dim),
+                       heads / key_heads,
+                       chunks,
+                       left_out,
+                       exponent_factor(scale, args.head_dim),
+                       static_cast<float>(parts_count),
+                       valid ? scope.input<uint8_t>(valid).data : nullptr,
+                       valid.stride(0)};
   float2* const parts_data = scope.output<float2>(parts);
   float* const logits_data = scope.output<float>(logits);
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
-    launch_blocks(scope, cls_logits_kernel<scalar_t, decltype(policy)>, batch * heads * chunks, ClsPolicy::kThreads, 0,
-                  scope.input<scalar_t>(args.query), scope.input<scalar_t>(args.key), parts_data, logits_data, sizes);
+    launch_blocks(scope, row_logits_kernel<scalar_t, decltype(policy)>, batch * heads * chunks,
+                  RowAttentionPolicy::kThreads, 0, scope.input<scalar_t>(args.query), scope.input<scalar_t>(args.key),
+                  parts_data, logits_data, sizes);
   };
   const bool fit = vectors_fit(kVectorBytes, args.query, args.key);
   with_row_policy<HeadRow, LongHeadRow>(args.dtype, args.head_dim, fit, run);
-  launch_blocks(scope, cls_scores_kernel, batch * chunks, ClsPolicy::kThreads, 0, parts_data, logits_data,
+  launch_blocks(scope, row_scores_kernel, batch * chunks, RowAttentionPolicy::kThreads, 0, parts_data, logits_data,
                 scope.output<float>(scores), sizes);
   return scores;
+}
+
+Tensor cls_attention(const Tensor& query_tensor, const Tensor& key_tensor, std::optional<double> scale,
+                     int64_t cls_index) {
+  const ClsArguments args(query_tensor, key_tensor, cls_index);
+  return row_attention(args, args.heads, key_tensor, scale, View<2>(), args.cls, 1);
+}
+
+Tensor last_row_attention(const Tensor& query_tensor, const Tensor& key_tensor,
+                          const std::optional<Tensor>& valid_tensor, std::optional<double> scale) {
+  const LastRowArguments args(query_tensor, key_tensor, valid_tensor);
+  return row_attention(args, args.key_heads, key_tensor, scale, args.valid, args.tokens, args.heads);
 }
 
 Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,

@@ -27,6 +27,23 @@ struct ClsArguments {
   }
 };
 
+struct LastRowArguments {
+  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size key_heads = Size("key heads").at_least(1), tokens = Size("tokens").at_least(1);
+  FloatDtype dtype;
+  View<3> query;
+  View<4> key;
+  View<2> valid;
+
+  LastRowArguments(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& valid_tensor)
+      : query("query", query_tensor, {batch, heads, head_dim}, dtype),
+        key("key", key_tensor, {batch, key_heads, tokens, head_dim}, dtype),
+        valid("valid", valid_tensor, {batch, tokens}, Dtype::kBool) {
+    STD_TORCH_CHECK(heads % key_heads == 0, "key must have a number of heads that divides the ", int64_t{heads},
+                    " of query, got ", int64_t{key_heads});
+  }
+};
+
 struct ReceivedArguments {
   Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
   Size tokens = Size("tokens").at_most(kMost), bounds = Size("segments + 1").at_most(kMost);
@@ -45,7 +62,8 @@ struct ReceivedArguments {
 
 }  // namespace vlmfast
 
-#define VLMFAST_OPS(OP)                                                                            \
-  OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor") \
-  OP(received_attention,                                                                           \
+#define VLMFAST_OPS(OP)                                                                                 \
+  OP(cls_attention, "(Tensor query, Tensor key, float? scale=None, SymInt cls_index=0) -> Tensor")      \
+  OP(last_row_attention, "(Tensor query, Tensor key, Tensor? valid=None, float? scale=None) -> Tensor") \
+  OP(received_attention,                                                                                \
      "(Tensor query, Tensor key, Tensor? cu_seqlens=None, SymInt group=1, float? scale=None) -> Tensor")

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "attention_scores/attention_tiles.cuh"
-#include "attention_scores/cls_attention.cuh"
+#include "attention_scores/row_attention.cuh"
 
 namespace vlmfast {
 

@@ -6,12 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.kernels.attention_scores.cls_attention import (
-    LogitsConfig,
-    ScoresConfig,
-    cls_logits_kernel,
-    cls_scores_kernel,
-)
 from vlmfast.kernels.attention_scores.received_attention import (
     MAX_HEAD_DIM,
     MEAN_CONFIG,
@@ -19,6 +13,12 @@ from vlmfast.kernels.attention_scores.received_attention import (
     mean_kernel,
     normaliser_kernel,
     received_kernel,
+)
+from vlmfast.kernels.attention_scores.row_attention import (
+    LogitsConfig,
+    ScoresConfig,
+    row_logits_kernel,
+    row_scores_kernel,
 )
 from vlmfast.kernels.common.kernel import alignment
 from vlmfast.kernels.common.launch import MAX_EXTENT, ceil_div, device_unsupported, on_device, with_contiguous_rows
@@ -35,41 +35,63 @@ def _softness(head_dim: int, scale: float | None) -> tuple[float, float]:
     return math.copysign(1.0, factor), abs(factor) * math.log2(math.e)
 
 
-def cls_attention_unsupported(query: Tensor, key: Tensor, *_: Any) -> str | None:
-    batch, heads, tokens, head_dim = key.shape
+def _row_unsupported(query: Tensor, key: Tensor) -> str | None:
+    (batch, heads, head_dim), tokens = query.shape, key.shape[2]
     if batch * heads * tokens > MAX_EXTENT:
-        return f"the row of the CLS token has {batch * heads * tokens} weights, more than {MAX_EXTENT}"
+        return f"the row of the token has {batch * heads * tokens} weights, more than {MAX_EXTENT}"
     if head_dim > MAX_EXTENT:
         return f"a head has {head_dim} channels, more than {MAX_EXTENT}"
     return device_unsupported(query)
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
-    batch, heads, tokens, head_dim = key.shape
-    scores = key.new_empty(batch, tokens - 1, dtype=torch.float32)
+def _row_attention(
+    query: Tensor, key: Tensor, valid: Tensor | None, scale: float | None, left_out: int, parts: int
+) -> Tensor:
+    """Sum over the heads what one token pays to each, without one column if it is below T, and divide by ``parts``."""
+    (batch, heads, head_dim), (key_heads, tokens) = query.shape, key.shape[1:3]
+    columns = tokens - (left_out < tokens)
+    scores = key.new_empty(batch, columns, dtype=torch.float32)
     if scores.numel() == 0:
         return scores
     query, key = with_contiguous_rows(query), with_contiguous_rows(key)
+    valid = None if valid is None else valid.contiguous()
     sign, sharpness = _softness(head_dim, scale)
     config = LogitsConfig.config_for(head_dim)
     blocks = ceil_div(tokens, config.BLOCK_TOKENS)
     logits, peaks, totals = (
-        key.new_empty((batch * heads, columns), dtype=torch.float32) for columns in (tokens, blocks, blocks)
+        key.new_empty((batch * heads, numbers), dtype=torch.float32) for numbers in (tokens, blocks, blocks)
     )
     with on_device(key):
-        cls_logits_kernel[(batch * heads * blocks,)](
-            *(query, key, logits, peaks, totals),
-            *(*query.stride()[:2], *key.stride()[:3], heads, tokens, head_dim, sign, sharpness),
+        row_logits_kernel[(batch * heads * blocks,)](
+            *(query, key, valid, logits, peaks, totals),
+            *(*query.stride()[:2], *key.stride()[:3], heads, heads // key_heads, tokens, head_dim, sign, sharpness),
             ALIGNED=alignment(head_dim, *query.stride()[:2], *key.stride()[:3]),
             **vars(config),
         )
         config = ScoresConfig.config_for(heads)
-        cls_scores_kernel[(batch * ceil_div(tokens - 1, config.BLOCK_TOKENS),)](
+        row_scores_kernel[(batch * ceil_div(columns, config.BLOCK_TOKENS),)](
             *(logits, peaks, totals, scores),
-            *(heads, tokens, blocks, cls_index % tokens, sharpness),
+            *(heads, tokens, columns, blocks, left_out, float(parts), sharpness),
+            MASKED=valid is not None,
             **vars(config),
         )
     return scores
+
+
+def cls_attention_unsupported(query: Tensor, key: Tensor, *_: Any) -> str | None:
+    return _row_unsupported(query, key)
+
+
+def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
+    return _row_attention(query, key, None, scale, cls_index % key.shape[2], 1)
+
+
+def last_row_attention_unsupported(query: Tensor, key: Tensor, *_: Any) -> str | None:
+    return _row_unsupported(query, key)
+
+
+def last_row_attention(query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None) -> Tensor:
+    return _row_attention(query, key, valid, scale, key.shape[2], query.shape[1])
 
 
 def received_attention_unsupported(query: Tensor, *_: Any) -> str | None:

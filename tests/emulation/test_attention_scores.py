@@ -63,6 +63,24 @@ def cls_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "cls_attention", (far[:, None], far[:, None, None].expand(3, 1, 2, 64))
 
 
+def last_row_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Heads that share keys and not, padding at either end, chunks without anything that is seen, longer caches."""
+    for (batch, heads, key_heads, tokens, head_dim), scale in [
+        ((2, 6, 3, 130, 64), None),
+        ((1, 70, 2, 40, 16), -0.5),
+        ((2, 4, 4, 300, 136), 0.3),
+        ((1, 3, 1, 9, 600), None),
+    ]:
+        query = torch.randn(batch, heads, head_dim).to(dtype)
+        key = torch.randn(batch, key_heads, tokens + 5, head_dim).to(dtype)[:, :, :tokens]
+        yield "last_row_attention", (query, key, None, scale)
+        valid = torch.rand(batch, tokens + 3)[:, :tokens] < 0.5
+        valid[0, : tokens // 2] = False
+        yield "last_row_attention", (query, key, valid, scale)
+        valid[-1] = False
+        yield "last_row_attention", (query, key, valid, scale)
+
+
 def received_calls(dtype: torch.dtype) -> Iterator[Call]:
     """Heads for every kernel, segments that begin and end within tiles and at their edges, more tiles than one."""
     for (heads, tokens, head_dim), bounds, group, scale in [
@@ -84,7 +102,13 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
     wild = torch.randn(1, 70, 64).to(dtype)
     for bounds in ((-9, 2**30), (5,), (), (60, 3, 900, -7)):  # nobody checks these: they are not followed anywhere
         kernels("received_attention", wild, wild, bounds_of(*bounds))
-    compare(kernels, sample_calls("attention_scores", LAYOUTS, dtype), cls_calls(dtype), received_calls(dtype))
+    compare(
+        kernels,
+        sample_calls("attention_scores", LAYOUTS, dtype),
+        cls_calls(dtype),
+        last_row_calls(dtype),
+        received_calls(dtype),
+    )
 
 
 test_attention_scores = every_access("attention_scores", examine)
@@ -110,23 +134,27 @@ def test_bytes_moved() -> None:
 FAULTS = [
     Fault(
         "barrier missing behind the products",
-        "cls_attention.cuh",
+        "row_attention.cuh",
         "    }\n    __syncthreads();\n",
         "    }\n",
         UNORDERED,
     ),
     Fault(
         "barrier missing behind the normalisers",
-        "cls_attention.cuh",
-        "      __syncthreads();\n      if (!wanted)",
-        "      if (!wanted)",
+        "row_attention.cuh",
+        "      __syncthreads();\n      if (!seen)",
+        "      if (!seen)",
         UNORDERED,
     ),
     Fault(
-        "maximum not taken off", "cls_attention.cuh", "-normaliser.x)) * normaliser.y;", "0.f)) * normaliser.y;", WRONG
+        "maximum not taken off", "row_attention.cuh", "-normaliser.x)) * normaliser.y;", "0.f)) * normaliser.y;", WRONG
     ),
-    Fault("CLS column kept", "cls_attention.cuh", "&& token != sizes.cls", "", f"{BOUNDS}|{RACE}|{WRONG}"),
-    Fault("sums joined without their maxima", "cls_attention.cuh", "sum * fast_exp2(maximum - from)", "sum", WRONG),
+    Fault("CLS column kept", "row_attention.cuh", "&& token != sizes.left_out", "", f"{BOUNDS}|{RACE}|{WRONG}"),
+    Fault("keys not shared", "row_attention.cuh", "head / sizes.group", "head", f"{BOUNDS}|{WRONG}"),
+    Fault("padding seen", "row_attention.cuh", "wanted && sizes.sees(batch, token)", "wanted", WRONG),
+    Fault("padding in the sum", "row_attention.cuh", "sizes.sees(batch, first + token)", "true", WRONG),
+    Fault("flags of another sequence", "row_attention.cuh", "sequence * valid_stride", "0", WRONG),
+    Fault("sums joined without their maxima", "row_attention.cuh", "sum * fast_exp2(maximum - from)", "sum", WRONG),
     Fault(
         "key of another image",
         "cuda_torch.h",
@@ -135,7 +163,7 @@ FAULTS = [
         WRONG,
     ),
     Fault(
-        "token too many", "cls_attention.cuh", "if (token >= count) continue;", "if (token > count) continue;", BOUNDS
+        "token too many", "row_attention.cuh", "if (token >= count) continue;", "if (token > count) continue;", BOUNDS
     ),
     Fault(
         "alignment of keys unchecked",

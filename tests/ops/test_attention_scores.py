@@ -59,6 +59,28 @@ def test_cls_attention_by_the_rules(backend: str, dtype: torch.dtype, scale: flo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [None, -0.4, 0.0], ids=str)
+def test_last_row_attention_by_the_rules(backend: str, dtype: torch.dtype, scale: float | None):
+    query, key = torch.randn(2, 6, 20).to(dtype), torch.randn(2, 2, 11, 20).to(dtype)
+    valid = torch.ones(2, 11, dtype=torch.bool)
+    valid[0, :4], valid[1, 9:] = False, False
+    want = torch.zeros(2, 11, dtype=torch.float64)
+    for sample in range(2):
+        seen = valid[sample].nonzero()[:, 0].tolist()
+        for head in range(6):
+            keys = key[sample, head // 3].tolist()
+            factor = 20**-0.5 if scale is None else scale
+            row = softmax([factor * dot(query[sample, head].tolist(), keys[token]) for token in seen])
+            want[sample, seen] += torch.tensor(row, dtype=torch.float64) / 6
+    got = vlmfast.last_row_attention(query, key, valid, scale)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+    assert not got[~valid].any()
+    whole = vlmfast.last_row_attention(query, key, None, scale)
+    assert torch.equal(whole, vlmfast.last_row_attention(query, key, torch.ones_like(valid), scale))
+    assert not vlmfast.last_row_attention(query, key, torch.zeros_like(valid), scale).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("bounds", "group", "scale"), [([0, 24], 1, None), ([0, 4, 4, 20, 24], 4, -0.4), ([0, 1, 24], 2, 0.0)], ids=str
 )

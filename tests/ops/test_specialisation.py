@@ -53,6 +53,9 @@ def calls(batch: int, tokens: int, rng: random.Random) -> Iterator[tuple[str, tu
         yield "received_attention", (rows_of_heads, rows_of_heads, bounds)
     crops = meta(batch, visual, HEADS, HEAD_DIM).transpose(1, 2)
     yield "cls_attention", (crops[:, :, 0], crops)
+    keys = meta(batch, HEADS // 4, tokens, 128)
+    for valid in (None, mask):
+        yield "last_row_attention", (meta(batch, HEADS, 128), keys, valid)
     grid = (2 * rng.randint(1, 40), 2 * rng.randint(1, 40))
     patches = meta(batch, grid[0] * grid[1], CHANNELS)
     yield "pixel_shuffle", (patches, grid)

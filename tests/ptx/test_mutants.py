@@ -15,8 +15,8 @@ PLACE = "ptx_sm_90"
 OWN = "each warp stores where it alone has loaded since the barrier before"
 # Barriers that no sample needs, by kernel: how many, and why none of them is missed.
 IDLE = {
-    "cls_logits_kernel": (1, "nothing has been stored before it"),
-    "cls_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),
+    "row_logits_kernel": (1, "nothing has been stored before it"),
+    "row_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
     "merge_slots_kernel": (1, "what is loaded after the barrier before it lies elsewhere"),

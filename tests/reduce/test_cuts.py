@@ -154,7 +154,7 @@ def test_behind_a_method_before_the_language_model(model_type: str):
         got = logits(talk, inputs)
         assert torch.equal(got, want)
         out = talk.model.generate(**inputs, **GREEDY)
-        lines = patch.report().splitlines()[-3:-1]
+        lines = patch.report().splitlines()[-3:]
         assert "EvenTokens" in lines[0]
         assert "FastV" in lines[1]
     assert torch.equal(out, torch.cat([inputs["input_ids"], words], 1))
@@ -202,6 +202,39 @@ def test_eager_attention_is_cut_alike(model_type: str):
             talk.model.set_attn_implementation("sdpa")
         valid = inputs["attention_mask"].bool()
         torch.testing.assert_close(got[valid], want[valid], rtol=1e-4, atol=5e-5)
+
+
+def flash_like(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attend as flash attention is asked to: causal from the last key back, padding told by a mask (B, N) or none."""
+    tokens, total = query.shape[2], key.shape[2]
+    assert attention_mask is None or attention_mask.shape == (len(query), total)
+    seen = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)[None, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask.bool()[:, None, None] | torch.eye(total, dtype=torch.bool)[-tokens:]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (rows.repeat_interleave(groups, 1) for rows in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_masks_of_flash_attention_are_cut_alike(model_type: str):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register("flash_like", flash_like)
+    AttentionMaskInterface.register("flash_like", flash_attention_mask)
+    talk = talk_of(model_type)
+    equal = ((10, 0, *[20] * (talk.counts[1] - talk.counts[0]), 11, 12), (10, 1, 11, 12))  # without padding
+    for prompts in (PROMPTS, PROMPTS[1:2], equal):
+        inputs = talk.batch(*prompts)
+        with patched(talk):
+            want = talk.model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+            talk.model.config.get_text_config()._attn_implementation_internal = "flash_like"
+            got = talk.model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+            talk.model.config.get_text_config()._attn_implementation_internal = "sdpa"
+        assert torch.equal(got.sequences, want.sequences)
+        assert_close(torch.stack(got.logits), torch.stack(want.logits))
 
 
 # ---- samples without padding, of which more is cut in one than in another ----

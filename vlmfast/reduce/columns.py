@@ -40,6 +40,12 @@ class Columns:
         """Return the columns of these samples."""
         return Columns(self.index[samples], self.valid[samples], self.total, self.padded)
 
+    def to(self, device: torch.device) -> Columns:
+        """Return them on a device."""
+        if self.index.device == device:
+            return self
+        return Columns(self.index.to(device), self.valid.to(device), self.total, self.padded)
+
     def reorder(self, samples: Tensor) -> Columns:
         """Return the columns of these samples, told by a tensor, without asking the device."""
         rows = samples.to(self.index.device)

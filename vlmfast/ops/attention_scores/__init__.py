@@ -1,5 +1,5 @@
 """How much attention each visual token gets."""
 
-from vlmfast.ops.attention_scores.definition import cls_attention, received_attention
+from vlmfast.ops.attention_scores.definition import cls_attention, last_row_attention, received_attention
 
-__all__ = ["cls_attention", "received_attention"]
+__all__ = ["cls_attention", "last_row_attention", "received_attention"]

@@ -84,6 +84,29 @@ def cls_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
     return query.nbytes + key.nbytes + 8 * batch * heads * tokens + 4 * batch * (tokens - 1)
 
 
+def last_row(
+    query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None
+) -> Callable[[], Tensor]:
+    """Compute the row alone, by one batched matmul; its logits are rounded to the dtype."""
+    factor, groups = _factor(query, scale), query.shape[1] // key.shape[1]
+
+    def run() -> Tensor:
+        rows = (query * factor).reshape(len(query), key.shape[1], groups, -1)
+        logits = rows @ key.transpose(2, 3)
+        if valid is not None:
+            logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
+        return torch.softmax(logits, -1, dtype=torch.float32).mean((1, 2))
+
+    return run
+
+
+def last_row_bytes(query: Tensor, key: Tensor, valid: Tensor | None = None, *_: Any) -> int:
+    """Count each head's logits, as `cls_bytes` does, one score for each token, and the flags once for each launch."""
+    batch, heads, tokens = query.shape[0], query.shape[1], key.shape[2]
+    flags = 0 if valid is None else valid.numel()
+    return query.nbytes + key.nbytes + flags + 8 * batch * heads * tokens + 4 * batch * tokens
+
+
 def received_bytes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, *_: Any) -> int:
     return 2 * query.nbytes + 4 * query.shape[1] // group
 
@@ -119,6 +142,31 @@ def cls_samples(device: str, dtype: torch.dtype) -> Samples:
     yield 30 * query.sign(), key.sign()
 
 
+def last_row_samples(device: str, dtype: torch.dtype) -> Samples:
+    shapes = [
+        (1, 1, 1, 1, 8),
+        (2, 6, 3, 17, 64),
+        (2, 6, 2, 70, 80),
+        (3, 2, 1, 5, 7),
+        (2, 7, 1, 577, 32),
+        (0, 2, 2, 5, 16),
+        (1, 4, 4, 33, 128),
+        (2, 16, 4, 70, 64),
+        (1, 16, 2, 1100, 64),  # more blocks of tokens than are added up at once
+    ]
+    for index, (batch, heads, key_heads, tokens, head_dim) in enumerate(shapes):
+        query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)
+        key = torch.randn(batch, key_heads, tokens, head_dim, device=device, dtype=dtype)
+        valid = torch.rand(batch, tokens, device=device) < 0.7
+        yield query, key, *((), (valid,), (None, -0.5), (valid, 0.3))[index % 4]
+    seen = torch.ones(2, 300, dtype=torch.bool, device=device)
+    seen[0, :290], seen[1] = False, False  # padding of whole blocks, and nothing that is seen
+    key = torch.randn(2, 1, 300, 64, device=device, dtype=dtype)
+    yield torch.randn(2, 3, 64, device=device, dtype=dtype), key, seen
+    query = torch.randn(2, 3, 64, device=device, dtype=dtype)
+    yield 30 * query.sign(), key.sign(), seen  # see cls_samples
+
+
 def received_samples(device: str, dtype: torch.dtype) -> Samples:
     shapes = [
         ((1, 1, 8), None, 1),
@@ -146,6 +194,20 @@ def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
         key = torch.randn(batch, tokens, 16, head_dim, device=device, dtype=dtype).transpose(1, 2)
         for layout, keys in (("projected", key), ("contiguous", key.contiguous())):
             yield f"{batch}x16x{tokens}x{head_dim} {layout}", (keys[:, :, 0], keys)
+
+
+def last_row_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    """Take LLaVA-1.5-7B with one image, and Qwen2.5-VL-7B with 1296 visual tokens: behind the projection and rotated.
+
+    And four prompts of that with padding, in a cache that is longer.
+    """
+    for batch, heads, key_heads, tokens in ((1, 32, 32, 640), (1, 28, 4, 1344)):
+        query = torch.randn(batch, heads, 128, device=device, dtype=dtype)
+        key = torch.randn(batch, key_heads, tokens, 128, device=device, dtype=dtype)
+        yield f"{batch}x{heads}:{key_heads}x{tokens}x128", (query, key)
+    cache = torch.randn(4, 4, 2048, 128, device=device, dtype=dtype)
+    valid = torch.arange(1344, device=device) >= torch.tensor([[0], [100], [700], [1000]], device=device)
+    yield "4x28:4x1344x128 padded", (torch.randn(4, 28, 128, device=device, dtype=dtype), cache[:, :, :1344], valid)
 
 
 def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
@@ -186,6 +248,30 @@ cls_attention = Cases(
     peers={"torch.bmm": cls_row, "torch.bmm of a copy": partial(cls_row, copied=True), "the whole map": cls_map},
     launches=2,
     requested=1.25,  # the normaliser's parts are read for each token
+)
+
+_ROW, _KEYS, _VALID = torch.ones(2, 6, 8), torch.ones(2, 3, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+
+last_row_attention = Cases(
+    samples=last_row_samples,
+    good_call={"query": _ROW, "key": _KEYS, "valid": _VALID},
+    bad_calls=(
+        ("key", _KEYS.half(), TypeError, "key must have the dtype of query, torch.float32, got torch.float16"),
+        ("query", _ROW[0], ValueError, r"query must have shape \(B, H, D\) .*, got \(6, 8\)"),
+        ("key", _KEYS[:1], ValueError, r"key must have shape \(2, K, T, 8\) .*, got \(1, 3, 5, 8\)"),
+        ("key", _KEYS[:, :, :0], ValueError, r"key must have shape .*, got \(2, 3, 0, 8\)"),
+        ("query", _ROW[:, :5], ValueError, "key must have a number of heads that divides the 5 of query, got 3"),
+        ("valid", _VALID[:, :4], ValueError, r"valid must have shape \(2, 5\), got \(2, 4\)"),
+        ("valid", _VALID.int(), TypeError, "valid must be bool, got torch.int32"),
+        ("scale", "1", TypeError, "scale must be a number or None, got str"),
+        ("scale", math.nan, ValueError, "scale must be finite, got nan"),
+    ),
+    workloads=last_row_workloads,
+    bytes=last_row_bytes,
+    flops=lambda query, key, *_: 2 * query.numel() * key.shape[2],
+    peers={"torch.matmul": last_row},
+    launches=2,
+    requested=7.5,  # each of the heads that share keys asks for them; the cache has them
 )
 
 _QUERY, _BOUNDS = torch.ones(2, 8, 4), torch.tensor([0, 4, 8], dtype=torch.int32)

@@ -51,6 +51,28 @@ def _check_cls_attention(query: Tensor, key: Tensor, scale: float | None = None,
         raise ValueError(f"cls_index must be within -T and T - 1 of {key.shape[2]} tokens, got {cls_index}")
 
 
+def _check_last_row_attention(
+    query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None
+) -> None:
+    _check_pair(query, key)
+    if query.dim() != 3 or min(query.shape[1:]) < 1:
+        raise ValueError(f"query must have shape (B, H, D) with a head and a channel, got {tuple(query.shape)}")
+    batch, heads, head_dim = query.shape
+    if key.dim() != 4 or (key.shape[0], key.shape[3]) != (batch, head_dim) or min(key.shape[1:3]) < 1:
+        raise ValueError(
+            f"key must have shape ({batch}, K, T, {head_dim}) with K >= 1 and T >= 1, got {tuple(key.shape)}"
+        )
+    if heads % key.shape[1]:
+        raise ValueError(f"key must have a number of heads that divides the {heads} of query, got {key.shape[1]}")
+    _check_scale(scale)
+    if valid is None:
+        return
+    checks.tensor("valid", valid, dtypes=(torch.bool,))
+    if valid.shape != (batch, key.shape[2]):
+        raise ValueError(f"valid must have shape ({batch}, {key.shape[2]}), got {tuple(valid.shape)}")
+    checks.same_device("valid", valid, "query", query)
+
+
 def _check_received_attention(
     query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, group: int = 1, scale: float | None = None
 ) -> None:
@@ -104,6 +126,41 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
     scores = logits.softmax(-1).sum(1)
     index = cls_index % key.shape[2]
     return torch.cat([scores[:, :index], scores[:, index + 1 :]], 1)
+
+
+@op(check=_check_last_row_attention, detached=True)
+def last_row_attention(query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Average over the heads the attention that one token of each sequence pays to all tokens.
+
+    ``softmax(scale * query @ key^T)`` over the tokens that are valid, in float32: one row of the map, which is never
+    made. Several heads of queries may share a head of keys (GQA), which is not repeated.
+
+    Args:
+        query: (B, H, D) float32, float16 or bfloat16, of the token; any strides.
+        key: (B, K, T, D) of all tokens, of the dtype of ``query``, K a divisor of H: head h of the queries has head
+            ``h // (H / K)`` of the keys. Any strides, such as those of a cache that is longer.
+        valid: (B, T) bool, false at tokens that are not seen, such as padding; None where all are.
+        scale: factor of the logits; None for ``D ** -0.5``.
+
+    Returns:
+        (B, T) float32 without a gradient, 0 at tokens that are not seen.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or a scale that is
+            not finite.
+
+    Source:
+        ``attn_weights.mean(1)[:, -1]`` of FastV.
+    """
+    batch, heads, head_dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    factor = head_dim**-0.5 if scale is None else scale
+    rows = query.to(wide).reshape(batch, key.shape[1], heads // key.shape[1], head_dim)
+    logits = torch.matmul(rows, key.to(wide).transpose(2, 3)) * factor
+    if valid is None:
+        return logits.softmax(-1).sum((1, 2)) / heads
+    unseen = ~valid[:, None, None]
+    return logits.masked_fill(unseen, torch.finfo(wide).min).softmax(-1).masked_fill(unseen, 0).sum((1, 2)) / heads
 
 
 @op(check=_check_received_attention, detached=True)

@@ -48,7 +48,8 @@ def rewritten(given: Mapping[str, Any], now: Columns | None, keys: Columns, at: 
         if isinstance(positions, Tensor):
             # angles are made already: this tells flash attention, by its gaps, where packed samples begin
             rows = positions.expand(*positions.shape[:-2], len(now.index), -1)
-            changed["position_ids"] = without_gaps(rows, now) if rows.dim() == 2 else now.take(rows, 0)
+            own = now.to(rows.device)
+            changed["position_ids"] = without_gaps(rows, own) if rows.dim() == 2 else own.take(rows, 0)
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor):
         changed["attention_mask"] = _mask(mask, now, keys, at.width)
@@ -80,12 +81,14 @@ def valid_columns(mask: object) -> Tensor | None:
 
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
     """(B, T, D) -> (B, n, D): the rows of these columns."""
+    index = index.to(hidden.device)  # layers may be on several
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def _mask(mask: Tensor, now: Columns | None, keys: Columns, width: int | None) -> Tensor:
     """Take the rows of queries and the columns of keys that are left; what follows the prompt follows them."""
-    batch = len(keys.index)
+    batch, keys = len(keys.index), keys.to(mask.device)
+    now = None if now is None else now.to(mask.device)
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     if mask.dim() == 2:
         return torch.cat([keys.take(mask[:, : keys.total], 0), mask[:, keys.total :]], 1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.functions import accepting
+from vlmfast.ops.attention_scores import last_row_attention
 from vlmfast.ops.token_merge import top_tokens
 from vlmfast.reduce.columns import Columns, squeezed
-from vlmfast.reduce.cuts.last_row import last_row_attention
 from vlmfast.reduce.cuts.masks import At, rewritten, take_rows
 from vlmfast.reduce.methods import LayerMethod
 
@@ -120,7 +120,10 @@ class Run:
         valid = prompt.valid
         if keys is not None:
             valid = keys.valid if valid is None else keys.take(valid, 0)
-        self._row = last_row_attention(query[samples, :, last], key[:, :, :columns], valid, scale)
+        row = accepting(last_row_attention, key)
+        valid = None if valid is None else valid.to(key.device)
+        found = row(query[samples.to(query.device), :, last.to(query.device)], key[:, :, :columns], valid, scale)
+        self._row = found.to(last.device)
 
     def _cut(self, number: int, hidden: Tensor) -> Tensor:
         """Leave out columns at the input of a layer."""

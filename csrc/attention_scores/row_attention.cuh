@@ -1,4 +1,4 @@
-// The CLS row of an attention map, summed over the heads. One launch reads the keys, in blocks of one head and some
+// The row of one token of an attention map, summed over the heads. One launch reads the keys, in blocks of one head and some
 // tokens; it leaves the logits and, for each 32 of them, the maximum and the sum of the exponentials. Another one joins
 // those to the normaliser of each head and sums over the heads.
 #pragma once
@@ -32,15 +32,23 @@ struct Normaliser {
   }
 };
 
-struct ClsSizes {
+struct RowSizes {
   int64_t batch, heads, tokens;
   int head_dim;
-  int64_t chunks;  // of a head's tokens
-  int64_t cls;     // where the CLS token stands
-  float factor;    // of the logits, for powers of two
+  int64_t group;         // heads of queries that share a head of keys
+  int64_t chunks;        // of a head's tokens
+  int64_t left_out;      // the column that is not stored; behind the last one for none
+  float factor;          // of the logits, for powers of two
+  float parts;           // what the sums over the heads are divided by
+  const uint8_t* valid;  // (batch, tokens), 0 at what is not seen; none where all are
+  int64_t valid_stride;  // from one sequence to the next
+
+  __device__ __forceinline__ bool sees(int64_t sequence, int64_t token) const {
+    return valid == nullptr || valid[sequence * valid_stride + token] != 0;
+  }
 };
 
-struct ClsPolicy {
+struct RowAttentionPolicy {
   static constexpr int kThreads = 128;
   static constexpr int kChunk = kThreads;        // tokens of a block: enough blocks for five crops of 16 heads
   static constexpr int kParts = kChunk / kWarp;  // of a chunk: a warp makes one
@@ -53,21 +61,23 @@ template <int kVec>
 using LongHeadRow = RowPolicy<kVec, 32, 2, 5, true>;
 
 template <typename scalar_t, typename Policy>
-__global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
-    cls_logits_kernel(Input<scalar_t, 3> query,    // (batch, heads, head_dim)
-                      Input<scalar_t, 4> key,      // (batch, heads, tokens, head_dim)
+__global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
+    row_logits_kernel(Input<scalar_t, 3> query,    // (batch, heads, head_dim)
+                      Input<scalar_t, 4> key,      // (batch, heads / group, tokens, head_dim)
                       float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
                       float* __restrict__ logits,  // (batch, heads, tokens), without their factor
-                      ClsSizes sizes) {
-  constexpr int kVec = Policy::kVec, kRows = ClsPolicy::kRows, kChunk = ClsPolicy::kChunk;
+                      RowSizes sizes) {
+  constexpr int kVec = Policy::kVec, kRows = RowAttentionPolicy::kRows, kChunk = RowAttentionPolicy::kChunk;
   using Vec = Vector<scalar_t, kVec>;
-  static_assert(Policy::kThreadsPerRow <= kWarp && Policy::kThreads == ClsPolicy::kThreads, "rows are warps' own");
+  static_assert(Policy::kThreadsPerRow <= kWarp && Policy::kThreads == RowAttentionPolicy::kThreads,
+                "rows are warps' own");
   __shared__ GroupSum<Policy::kThreadsPerRow, 1> group_sum;
   __shared__ float chunk_logits[kChunk];
 
   for (int64_t work = blockIdx.x; work < sizes.batch * sizes.heads * sizes.chunks; work += gridDim.x) {
     const int64_t head_index = work / sizes.chunks, chunk = work % sizes.chunks;
     const int64_t batch = head_index / sizes.heads, head = head_index % sizes.heads, first = chunk * kChunk;
+    const int64_t key_head = head / sizes.group;
     const int count = static_cast<int>(min(sizes.tokens - first, int64_t{kChunk}));
     const scalar_t* const query_row = query.at(batch, head);
     Vec queries[Policy::kVectors];
@@ -80,7 +90,7 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
       for (int row = 0; row < kRows; ++row) {
         const int token = base + row * Policy::kRowsPerBlock + Policy::group();
         if (token >= count) continue;
-        const scalar_t* const key_row = key.at(batch, head, first + token);
+        const scalar_t* const key_row = key.at(batch, key_head, first + token);
         Policy::for_kept(sizes.head_dim, [&](int k, int column) { values[row][k] = Vec::load(key_row + column); });
       }
 #pragma unroll
@@ -97,7 +107,7 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
         };
         Policy::for_kept(end, [&](int k, int) { add(queries[k], values[row][k]); });
         Policy::for_rest(end, [&](int column) {
-          add(Vec::load(query_row + column), Vec::load(key.at(batch, head, first + token) + column));
+          add(Vec::load(query_row + column), Vec::load(key.at(batch, key_head, first + token) + column));
         });
         group_sum.add_up(logit, 0);
         if (token < count && Policy::first() == 0) chunk_logits[token] = logit[0];
@@ -109,29 +119,32 @@ __global__ void __launch_bounds__(ClsPolicy::kThreads, 1)
     Normaliser part;
     if (token < count) {
       logits[head_index * sizes.tokens + first + token] = chunk_logits[token];
-      part.maximum = chunk_logits[token] * sizes.factor;
-      part.sum = fast_exp2(fmaf(chunk_logits[token], sizes.factor, -Normaliser::base(part.maximum)));
+      if (sizes.sees(batch, first + token)) {
+        part.maximum = chunk_logits[token] * sizes.factor;
+        part.sum = fast_exp2(fmaf(chunk_logits[token], sizes.factor, -Normaliser::base(part.maximum)));
+      }
     }
     part.join_lanes<kWarp>();
     if (token % kWarp == 0) {
-      parts[work * ClsPolicy::kParts + token / kWarp] = make_float2(part.maximum, part.sum);
+      parts[work * RowAttentionPolicy::kParts + token / kWarp] = make_float2(part.maximum, part.sum);
     }
   }
 }
 
-inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
-    cls_scores_kernel(const float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
+inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
+    row_scores_kernel(const float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
                       const float* __restrict__ logits,  // (batch, heads, tokens)
-                      float* __restrict__ scores,        // (batch, tokens - 1)
-                      ClsSizes sizes) {
-  constexpr int kHeads = ClsPolicy::kHeads, kWarps = ClsPolicy::kThreads / kWarp;
+                      float* __restrict__ scores,        // (batch, tokens), without what is left out
+                      RowSizes sizes) {
+  constexpr int kHeads = RowAttentionPolicy::kHeads, kWarps = RowAttentionPolicy::kThreads / kWarp;
   __shared__ float2 normalisers[kHeads];  // the maximum and the inverse of the sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t parts_per_head = sizes.chunks * ClsPolicy::kParts;
+  const int64_t parts_per_head = sizes.chunks * RowAttentionPolicy::kParts;
   for (int64_t work = blockIdx.x; work < sizes.batch * sizes.chunks; work += gridDim.x) {
     const int64_t batch = work / sizes.chunks;
-    const int64_t token = work % sizes.chunks * ClsPolicy::kChunk + threadIdx.x;
-    const bool wanted = token < sizes.tokens && token != sizes.cls;
+    const int64_t token = work % sizes.chunks * RowAttentionPolicy::kChunk + threadIdx.x;
+    const bool wanted = token < sizes.tokens && token != sizes.left_out;
+    const bool seen = wanted && sizes.sees(batch, token);
     float score = 0.f;
     for (int64_t first = 0; first < sizes.heads; first += kHeads) {
       const int count = static_cast<int>(min(sizes.heads - first, int64_t{kHeads}));
@@ -146,7 +159,7 @@ inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
         if (lane == 0) normalisers[head] = make_float2(whole.maximum, 1.f / whole.sum);
       }
       __syncthreads();
-      if (!wanted) continue;
+      if (!seen) continue;
       const float* const own = logits + (batch * sizes.heads + first) * sizes.tokens + token;
 #pragma unroll 4
       for (int head = 0; head < count; ++head) {
@@ -154,7 +167,8 @@ inline __global__ void __launch_bounds__(ClsPolicy::kThreads)
         score += fast_exp2(fmaf(own[head * sizes.tokens], sizes.factor, -normaliser.x)) * normaliser.y;
       }
     }
-    if (wanted) scores[batch * (sizes.tokens - 1) + token - (token > sizes.cls)] = score;
+    const int64_t columns = sizes.tokens - (sizes.left_out < sizes.tokens);
+    if (wanted) scores[batch * columns + token - (token > sizes.left_out)] = score / sizes.parts;
   }
 }
 

@@ -1,4 +1,4 @@
-"""The attention of the CLS token: the logits of each head and block of tokens, then the weights summed over heads."""
+"""The attention of one token: the logits of each head and block of tokens, then the weights summed over heads."""
 
 import functools
 from dataclasses import dataclass
@@ -42,9 +42,10 @@ class ScoresConfig(Config):
 
 @kernel
 @limited("each key is read once, and reduced over its few channels: of one image, all keys are in flight at once")
-def cls_logits_kernel(
+def row_logits_kernel(
     query_ptr,
     key_ptr,
+    valid_ptr,
     logit_ptr,
     peak_ptr,
     total_ptr,
@@ -54,6 +55,7 @@ def cls_logits_kernel(
     key_head_stride,
     key_token_stride,
     heads,
+    group,
     tokens,
     head_dim,
     sign,
@@ -62,7 +64,10 @@ def cls_logits_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Store the logits of one head's query and a block of its keys, their maximum, and their sum of exponentials."""
+    """Store the logits of one head's query and a block of its keys, their maximum, and their sum of exponentials.
+
+    So many heads of queries as a ``group`` has share the keys. What is not valid has the lowest logit, and no part.
+    """
     query_batch_stride, query_head_stride = aligned(query_batch_stride, ALIGNED), aligned(query_head_stride, ALIGNED)
     key_batch_stride, key_head_stride = aligned(key_batch_stride, ALIGNED), aligned(key_head_stride, ALIGNED)
     key_token_stride, head_dim = aligned(key_token_stride, ALIGNED), aligned(head_dim, ALIGNED)
@@ -71,41 +76,51 @@ def cls_logits_kernel(
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     query_ptr += batch * query_batch_stride + head * query_head_stride
-    key_ptr += batch * key_batch_stride + head * key_head_stride + token[:, None].to(tl.int64) * key_token_stride
+    key_ptr += batch * key_batch_stride + head // group * key_head_stride
+    key_ptr += token[:, None].to(tl.int64) * key_token_stride
+    seen = token < tokens
+    if valid_ptr is not None:
+        seen = tl.load(valid_ptr + batch * tokens + token, mask=seen, other=0) != 0
     partial = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, head_dim, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)[None, :]
         query = tl.load(query_ptr + column, mask=column < head_dim, other=0.0).to(tl.float32)
         key = tl.load(key_ptr + column, mask=(token[:, None] < tokens) & (column < head_dim), other=0.0).to(tl.float32)
         partial += query * key
-    logit = tl.where(token < tokens, tl.sum(partial, 1) * sign, LOWEST)
+    logit = tl.where(seen, tl.sum(partial, 1) * sign, LOWEST)
     peak = tl.max(logit, 0)
-    total = tl.sum(tl.where(token < tokens, tl.exp2((logit - peak) * sharpness), 0.0), 0)
+    total = tl.sum(tl.where(seen, tl.exp2((logit - peak) * sharpness), 0.0), 0)
     tl.store(logit_ptr + row.to(tl.int64) * tokens + token, logit, mask=token < tokens)
     tl.store(peak_ptr + tl.program_id(0), peak)
     tl.store(total_ptr + tl.program_id(0), total)
 
 
 @kernel
-def cls_scores_kernel(
+def row_scores_kernel(
     logit_ptr,
     peak_ptr,
     total_ptr,
     score_ptr,
     heads,
     tokens,
+    columns,
     blocks,
-    cls_index,
+    left_out,
+    parts,
     sharpness,
+    MASKED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """Add up exp(logit - maximum) / sum over the heads, without the column of the CLS token."""
-    programs = tl.cdiv(tokens - 1, BLOCK_TOKENS)
+    """Add up exp(logit - maximum) / sum over the heads, without the column that is left out, and divide by ``parts``.
+
+    That of the CLS token, or none where it is behind the last one. ``columns`` is the number of those that are stored.
+    """
+    programs = tl.cdiv(columns, BLOCK_TOKENS)
     batch = (tl.program_id(0) // programs).to(tl.int64)
     place = (tl.program_id(0) % programs) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
-    token = place + (place >= cls_index).to(tl.int32)
+    token = place + (place >= left_out).to(tl.int32)
     score = tl.zeros((1, BLOCK_TOKENS), tl.float32)
     for first in range(0, heads, BLOCK_HEADS):
         head = first + tl.arange(0, BLOCK_HEADS)[:, None]
@@ -120,8 +135,10 @@ def cls_scores_kernel(
             totals *= tl.exp2((peaks - higher) * sharpness)
             total = total * tl.exp2((peak - higher) * sharpness) + tl.sum(totals, 1, keep_dims=True)
             peak = higher
-        mask = (head < heads) & (place < tokens - 1)
+        mask = (head < heads) & (place < columns)
         logit = tl.load(logit_ptr + row * tokens + token, mask=mask, other=LOWEST)
         weight = tl.exp2((logit - peak) * sharpness) / total
+        if MASKED:  # where nothing is seen, the total is 0
+            mask &= logit != LOWEST
         score += tl.sum(tl.where(mask, weight, 0.0), 0, keep_dims=True)
-    tl.store(score_ptr + batch * (tokens - 1) + place, score, mask=place < tokens - 1)
+    tl.store(score_ptr + batch * columns + place, score / parts, mask=place < columns)
