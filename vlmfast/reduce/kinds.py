@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,17 @@ def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any
     return {kind: method if kind.name in method.takes else EvenTokens(1.0) for kind in given}
 
 
+def is_placeholder(ids: Tensor, config: Any, kinds: Iterable[Kind] = KINDS) -> Tensor:
+    """(B, L) bool: true at the placeholders of these kinds."""
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for kind in kinds:
+        found |= ids == kind.placeholder(config)
+    return found
+
+
 def lacking(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor:
     """(B, L) bool: true at the placeholders of what a call does not bring."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for kind in KINDS:
-        if arguments.get(kind.pixels) is None:
-            found |= ids == kind.placeholder(config)
-    return found
+    return is_placeholder(ids, config, [kind for kind in KINDS if arguments.get(kind.pixels) is None])
 
 
 def _names(kinds: Sequence[str]) -> str:
