@@ -7,6 +7,9 @@ namespace vlmfast {
 namespace {
 
 constexpr int kPanel = kTileVectors * kLanes;
+constexpr int kTogether = 24;    // rows that meet a part of a panel
+constexpr int64_t kDepth = 512;  // elements of a part: a multiple of kChain
+static_assert(kTogether % kTileRows == 0);
 
 // Reads rows of weights.
 template <class T>
@@ -57,19 +60,33 @@ void pack_tile(const TokenRows& rows, const int32_t* tokens, int64_t count, floa
                      1.0f, to);
 }
 
+// Part by part: one of a panel stays in the nearest cache while all rows meet it. The lengths are multiplied first, so
+// that the cosine of i and j has the bits of that of j and i.
 void cosines(const TokenPanels& panels, int64_t size, const float* tile, const int32_t* tokens, int64_t count,
              int64_t begin, int64_t end, float* const* to) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kPanel;
-    Float dots[kTileRows][kTileVectors];
-    multiply(tile, panels.elements + first * size, size, dots);
-    for (int64_t row = 0; row < count; ++row) {
-      const float own = panels.inverse[tokens[row]];
-      for (int v = 0; v < kTileVectors; ++v) {
-        const Float both = load_unaligned<Float>(panels.inverse + first + v * kLanes) * own;
-        // both lengths at once: so the cosine of i and j has the bits of that of j and i
-        const Float cosine = both != 0.0f ? dots[row][v] * both : Float{};
-        std::memcpy(to[row] + first + v * kLanes, &cosine, sizeof(cosine));
+  for (int64_t depth = 0; depth == 0 || depth < size; depth += kDepth) {
+    const bool is_first = depth == 0, is_last = depth + kDepth >= size;
+    const int64_t steps = is_last ? size - depth : kDepth;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanel;
+      const float* const columns = panels.elements + first * size + depth * kPanel;
+      for (int64_t group = 0; group < count; group += kTileRows) {
+        Float dots[kTileRows][kTileVectors];
+        multiply(tile + group * size + depth * kTileRows, columns, steps, dots);
+        const int64_t left = count - group, present = left < kTileRows ? left : kTileRows;
+        for (int64_t row = 0; row < present; ++row) {
+          const float own = panels.inverse[tokens[group + row]];
+          for (int v = 0; v < kTileVectors; ++v) {
+            float* const at = to[group + row] + first + v * kLanes;
+            Float dot = dots[row][v];
+            if (!is_first) dot += load_unaligned<Float>(at);
+            if (is_last) {
+              const Float both = load_unaligned<Float>(panels.inverse + first + v * kLanes) * own;
+              dot = both != 0.0f ? dot * both : Float{};
+            }
+            std::memcpy(at, &dot, sizeof(dot));
+          }
+        }
       }
     }
   }
@@ -121,7 +138,7 @@ void cover(const void* similarity, int64_t rows, float* covered) {
 template <>
 GreedySelectionKernels kernels_at<GreedySelectionKernels, CpuLevel::VLMFAST_ISA>() {
   return {kPanel,
-          kTileRows,
+          kTogether,
           VLMFAST_BY_DTYPE(widen),
           VLMFAST_BY_DTYPE(pack_panels),
           VLMFAST_BY_DTYPE(pack_tile),

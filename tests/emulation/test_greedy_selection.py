@@ -69,7 +69,13 @@ test_greedy_selection = every_access("greedy_selection", examine)
 FAULTS = [
     Fault("the last of equal ones", "greedy.cuh", "if (bits + 1 > key)", "if (bits + 1 >= key)", DIFFER),
     Fault("zero above all others", "greedy.cuh", "    worth += 0.f;  // -0 + 0 is 0\n", "", DIFFER),
-    Fault("best of the first warps alone", "greedy.cuh", "lane < GreedyPolicy::kWarps ?", "lane < 2 ?", DIFFER),
+    Fault(
+        "best of the first warps alone",
+        "greedy.cuh",
+        "if (lane < GreedyPolicy::kWarps) best",
+        "if (lane < 2) best",
+        DIFFER,
+    ),
     Fault(
         "quality unchecked",
         "farthest.cuh",

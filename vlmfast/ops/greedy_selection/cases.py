@@ -198,7 +198,7 @@ def coverage_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *more: Any) -> int:
     """Count features in, and out the matrix of their products, all of which the first choice reads again."""
-    batch, tokens, _ = features.shape
+    batch, tokens = features.shape[:2]
     return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
 
 
