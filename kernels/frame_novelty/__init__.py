@@ -18,7 +18,7 @@ from vlmfast.kernels.common.launch import (
     with_contiguous_rows,
 )
 
-MEAN_CONFIG = RowsConfig(BLOCK_ROWS=16, BLOCK_COLUMNS=256, num_warps=4)  # two loads of 16 bytes in flight for bfloat16
+MEAN_CONFIG = RowsConfig(BLOCK_ROWS=16, BLOCK_COLUMNS=256, num_warps=8)  # two loads of 16 bytes in flight for bfloat16
 
 
 @functools.lru_cache

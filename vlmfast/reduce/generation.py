@@ -348,7 +348,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
             if cached is None or brought(reduction.reducer, arguments):
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))
-        check(model, reduction.reducer, arguments)
+        check(arguments)
         if given is None:
             arguments["attention_mask"] = _mask(model, arguments)
         with torch.no_grad():

@@ -23,6 +23,11 @@ class Kind:
     pixels: str  # the argument that brings them
 
     @property
+    def one(self) -> str:
+        """The name with its article."""
+        return f"{'an' if self.name == 'image' else 'a'} {self.name}"
+
+    @property
     def mismatch(self) -> str:
         """Upstream's words, which handlers look for."""
         return f"{self.name.capitalize()} features and {self.name} tokens do not match"

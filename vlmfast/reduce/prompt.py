@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vlmfast.modules import at_hand
 from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
-from vlmfast.reduce.kinds import KINDS, Kind, brought, method_of_each
+from vlmfast.reduce.kinds import KINDS, Kind, method_of_each
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
@@ -117,7 +117,7 @@ def shorten(
     arguments: Mapping[str, Any],
     cached: ShortenedPrompt | None = None,
 ) -> tuple[ShortenedPrompt, dict[str, Any]]:
-    """Encode and reduce the images, and rewrite the prompt.
+    """Encode and reduce the images and videos, and rewrite the prompt.
 
     Args:
         model: a model with its head.
@@ -130,7 +130,7 @@ def shorten(
         The prompt, and the arguments with which the model sees it short: without the vision inputs, and where there are
         images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
     """
-    check(model, reducer, arguments)
+    check(arguments)
     base = model.base_model
     ids: Tensor = arguments["input_ids"]
     given = arguments.get("attention_mask")
@@ -176,13 +176,9 @@ def shorten(
     if any(samples):
         short["mm_encoder_outputs"] = prompt
         if takes_features(type(base)):
-            outputs = short["mm_encoder_outputs"] = {
+            short["mm_encoder_outputs"] = {
                 kind.name: image_output(base, reducer, own) for kind in KINDS if any(own := kind.of(samples))
             }
-            for kind in KINDS:
-                if short.get(kind.pixels) is not None:
-                    outputs[kind.name] = kind.encoder(base)(**_vision(base, kind, arguments), return_dict=True)
-                    del short[kind.pixels]
     return prompt, short
 
 
@@ -227,18 +223,18 @@ def _encode(
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
-                f"{method} makes {image.features.shape[0]} tokens of an {kind.name} that has {image.total} placeholders"
+                f"{method} makes {image.features.shape[0]} tokens of {kind.one} that has {image.total} placeholders"
             )
     samples = new_images(images, cached, new, kind.mismatch)
     if hasattr(base, "get_rope_index") and any(cached) and len(images) == sum(map(len, samples)):
         raise ValueError(
             f"the {kind.name}s must be those of the whole conversation, also those in the cache: the positions after "
-            f"an {kind.name} depend on its size"
+            f"{kind.one} depend on its size"
         )
     return samples
 
 
-def check(model: Any, reducer: Reducer, arguments: Mapping[str, Any]) -> None:
+def check(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that `shorten` cannot rewrite."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -254,11 +250,6 @@ def check(model: Any, reducer: Reducer, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep must be an int where visual tokens are reduced, got a tensor of positions")
-    stays = [
-        kind for kind in KINDS if arguments.get(kind.pixels) is not None and kind not in brought(reducer, arguments)
-    ]
-    if stays and not takes_features(type(model.base_model)):
-        raise ValueError(f"{stays[0].pixels} beside reduced images needs a transformers with mm_encoder_outputs")
 
 
 def _padding(model: Any) -> int:
