@@ -57,7 +57,7 @@ def test_error_and_gradients(dtype: torch.dtype):
         assert mine.dtype == theirs.dtype
         error, budget = (float((x.double() - truth).norm()) for x in (mine, theirs))
         rounding = torch.finfo(dtype).eps * float(truth.norm())
-        slack = 2 * rounding if dtype == torch.float32 else 0.0 if index == 0 else 0.1 * budget + 0.5 * rounding
+        slack = 8 * rounding if dtype == torch.float32 else 0.0 if index == 0 else 0.1 * budget + 0.5 * rounding
         assert error <= budget + slack + 1e-12, index
 
 
@@ -171,3 +171,148 @@ def test_refusals():
 
     with pytest.raises(ValueError, match=r"nothing to replace .* its body is another .*without .*nan_to_num"):
         mgm.patch(Fork())
+
+
+# ---- fewer tokens ----
+
+
+METHODS = [
+    vlmfast.VisionZip(5, 0),
+    vlmfast.VisionZip(4, 3),
+    vlmfast.VisionZip(3, 2, merge="mean"),
+    vlmfast.EvenTokens(6),
+]
+
+
+def full_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """What upstream gives to the projector: (B, views * PATCHES, C)."""
+    seen = []
+    hook = model.model.mm_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(*inputs)
+    hook.remove()
+    return seen[0]
+
+
+def selections(model: nn.Module, images: Tensor, method: vlmfast.reduce.Method) -> list[vlmfast.reduce.Selection]:
+    """What the method chooses of each picture or crop, as they come, by the attention maps of the tower itself."""
+    clip = model.get_vision_tower().vision_tower
+    clip.set_attn_implementation("eager")
+    found = []
+    for view in images.flatten(0, -4):
+        attention = getattr(clip, "vision_model", clip).encoder.layers[-2].self_attn
+        keys = []
+        hook = attention.k_proj.register_forward_hook(lambda *args, keys=keys: keys.append(args[2]))
+        maps = clip(view[None], output_attentions=True).attentions[-2]
+        hook.remove()
+        key = keys[0].unflatten(-1, (attention.num_heads, -1)).mean(2)[:, 1:]
+        tokens = vlmfast.reduce.VisualTokens(
+            hidden=torch.zeros(1, PATCHES, 1),
+            grid=(1, SIDE, SIDE),
+            scores=lambda maps=maps: maps[:, :, 0, 1:].sum(1).float(),
+            metric=lambda key=key: key.detach(),
+            features=lambda: torch.zeros(1, PATCHES, 1),
+            pixels=lambda view=view: view[None],
+        )
+        found.append(method.select(tokens))
+    clip.set_attn_implementation("sdpa")
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_reduced_is_a_part_of_the_full_result(options: dict, method: vlmfast.reduce.Method):
+    """The rows are those of upstream's full encode_images, gathered and merged, in upstream's order."""
+    model = uneven(**options)
+    inputs = model.inputs()
+    views = inputs[0].shape[1] if options else 1
+    images = inputs[0] if options else inputs[0][:, None]
+    rows = full_rows(model, inputs).unflatten(1, (views, PATCHES))
+    if options.get("image_global"):
+        images = images.roll(1, 1)  # the picture in front, as in the result
+    chosen = selections(model, images, method)
+    parts = [selection.apply(part[None])[0] for selection, part in zip(chosen, rows.flatten(0, 1), strict=True)]
+    want = model.model.mm_projector(torch.stack(parts).view(2, -1, WIDTH))
+    with mgm.patch(model, reduce=method) as handle:
+        got = model(*inputs)
+        count = parts[0].shape[0]
+        sizes = ", ".join([f"{PATCHES} -> {count}"] * 2 * views)
+        assert handle.report().endswith(f"{method}: visual tokens of the last images {sizes}")
+        assert len(handle.images) == 2 * views
+        by_call = [image.kept[0].tolist() for image in handle.images]
+    expected = [selection.kept[0].tolist() for selection in chosen]
+    if options.get("image_global"):
+        expected = [*expected[1:views], expected[0], *expected[views + 1 :], expected[views]]
+    assert by_call == expected
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", LAYOUTS)
+def test_reduced_without_a_map(options: dict):
+    """The tokens alone, in the order of upstream, which leaves crops apart and the whole picture out then."""
+    model = uneven(**options)
+    images, _ = model.inputs()
+    want = model(images)
+    with mgm.patch(model, reduce=vlmfast.EvenTokens(1.0)):
+        torch.testing.assert_close(model(images), want, rtol=1e-5, atol=1e-5)
+
+
+def test_only_kept_tokens_are_mined(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def spy(query: Tensor, feature_map: Tensor, scale: int, blocks: Tensor | None, eps: float) -> Tensor:
+        seen.append((query.shape[1], scale, feature_map.shape[2:], None if blocks is None else blocks.shape))
+        return vlmfast.mine_patches(query, feature_map, scale, blocks, eps)
+
+    spy.op = vlmfast.mine_patches.op
+    monkeypatch.setattr(mining, "mine_patches", spy)
+    model = uneven(image_grid=2)
+    side = (SIDE * SCALE, SIDE * SCALE)
+    with mgm.patch(model, reduce=vlmfast.VisionZip(5, 0)):
+        model(*model.inputs())
+    assert seen == [(5, SCALE, side, (2, 5))] * 4
+    seen.clear()
+    with mgm.patch(model, reduce=vlmfast.VisionZip(5, 1)):
+        model(*model.inputs())
+    assert seen == [(PATCHES, SCALE, side, None)] * 4
+
+
+def test_reduced_gradients_and_undo():
+    model = uneven()
+    inputs = model.inputs()
+    want = model(*inputs)
+    with mgm.patch(model, reduce=vlmfast.VisionZip(4, 2)) as handle:
+        assert "no images yet" in handle.report()
+        twin = copy.deepcopy(model)
+        output = model(*inputs)
+        assert torch.equal(twin(*inputs), output)
+        output.sum().backward()
+        assert not any(image.features.requires_grad for image in handle.images)
+    assert all(parameter.grad is None for parameter in model.get_vision_tower().parameters())
+    assert model.model.vlm_uni_val_projector[1].weight.grad.abs().max() > 0
+    assert torch.equal(model(*inputs), want)
+
+
+def test_reduced_refusals():
+    with pytest.raises(TypeError, match=r"reduce must be a method such as .* got int"):
+        mgm.patch(uneven(), reduce=64)
+    model = uneven()
+    model.get_vision_tower().select_feature = "cls_patch"
+    with pytest.raises(ValueError, match=r"of a CLIPVisionTower that selects its patches, got .* 'cls_patch'"):
+        mgm.patch(model, reduce=vlmfast.VisionZip(5, 0))
+    model = uneven()
+    model.model.vision_tower = nn.Identity()
+    with pytest.raises(ValueError, match=r"of a CLIPVisionTower .* got Identity with select_feature None"):
+        mgm.patch(model, reduce=vlmfast.VisionZip(5, 0))
+    assert type(model) is MGMLlamaForCausalLM
+
+    class MGMMetaForCausalLM(mgm_models.MGMMetaForCausalLM):
+        def encode_images(self, images, images_aux=None, is_video=False):
+            return super().encode_images(images, images_aux).relu()
+
+        unified_resampler = mgm_models.MGMMetaForCausalLM.unified_resampler
+
+    class Fork(MGMLlamaForCausalLM, MGMMetaForCausalLM):
+        encode_images = MGMMetaForCausalLM.encode_images
+
+    with pytest.raises(ValueError, match=r"cannot be reduced: encode_images: it is that of Fork"):
+        mgm.patch(Fork(), reduce=vlmfast.VisionZip(5, 0))
