@@ -118,14 +118,18 @@ VLMFAST_INLINE void measure(const Mining& args, const Token& token) {
   const int64_t channels = args.channels, size = token.size;
   for (int64_t offset = 0; offset < size; offset += kBlock) {
     const Ordered<T>* const block = static_cast<const Ordered<T>*>(token.block) + offset;
-    Block total = {};
-    for (int64_t first = 0; first < channels; first += kTogether) {
-      const int64_t last = first + kTogether < channels ? first + kTogether : channels;
-      Block sum = {};
-      for (int64_t channel = first; channel < last; ++channel) sum = sum + load(block + channel * size);
-      total = total + sum;
+    Block mean = {};
+    for (int turn = 0; turn < (kBackward ? 2 : 1);
+         ++turn) {  // the second finds what the mean of large numbers has lost
+      Block total = {};
+      for (int64_t first = 0; first < channels; first += kTogether) {
+        const int64_t last = first + kTogether < channels ? first + kTogether : channels;
+        Block sum = {};
+        for (int64_t channel = first; channel < last; ++channel) sum = sum + (load(block + channel * size) - mean);
+        total = total + sum;
+      }
+      mean = mean + total / static_cast<float>(channels);
     }
-    const Block mean = total / static_cast<float>(channels);
     Block squares = {}, logits = {}, reached = {};
     for (int64_t first = 0; first < channels; first += kTogether) {
       const int64_t last = first + kTogether < channels ? first + kTogether : channels;
