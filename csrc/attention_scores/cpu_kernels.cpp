@@ -1,8 +1,6 @@
 // The attention scores on the CPU, compiled once per instruction set (see types.h).
 #include "attention_scores/cpu_kernels.h"
 
-#include <utility>
-
 #include "common/vector_math.h"
 
 namespace vlmfast {
@@ -29,27 +27,6 @@ VLMFAST_INLINE Float weight_of(Float dot, Float largest, float exponent_scale) {
 }
 
 // ---- the row of one token ----
-
-// One level of `sums_of`: adds the halves of each run of 2 * kRun lanes, and lays the sums of a and b down in turn.
-template <int kRun, int... lane>
-VLMFAST_INLINE Float fold(Float a, Float b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun)...) +
-         __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun + kRun)...);
-}
-
-// The sums of the lanes of each register, side by side.
-template <int kRun = kLanes / 2>
-VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
-  VLMFAST_UNROLL
-  for (int i = 0; i < kRun; ++i) {
-    rows[i] = fold<kRun>(rows[i], rows[i + kRun], std::make_integer_sequence<int, kLanes>{});
-  }
-  if constexpr (kRun > 1) {
-    return sums_of<kRun / 2>(rows);
-  } else {
-    return rows[0];
-  }
-}
 
 // Takes the dots of the queries and keys of the heads from `begin` to `end`, all heads of some tokens before the next.
 template <class T>

@@ -1,6 +1,8 @@
 // Arithmetic for sums whose order torch does not fix: for csrc/*_kernels.cpp alone.
 #pragma once
 
+#include <utility>
+
 #include "common/vector.h"
 
 namespace vlmfast {
@@ -35,6 +37,27 @@ VLMFAST_INLINE float largest_lane(Float value) {
   float largest = value[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
   return largest;
+}
+
+// One level of `sums_of`: adds the halves of each run of 2 * kRun lanes, and lays the sums of a and b down in turn.
+template <int kRun, int... lane>
+VLMFAST_INLINE Float fold(Float a, Float b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun)...) +
+         __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun + kRun)...);
+}
+
+// The sums of the lanes of each register, side by side.
+template <int kRun = kLanes / 2>
+VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
+  VLMFAST_UNROLL
+  for (int i = 0; i < kRun; ++i) {
+    rows[i] = fold<kRun>(rows[i], rows[i + kRun], std::make_integer_sequence<int, kLanes>{});
+  }
+  if constexpr (kRun > 1) {
+    return sums_of<kRun / 2>(rows);
+  } else {
+    return rows[0];
+  }
 }
 
 constexpr float kLog2E = 0x1.715476p0f;

@@ -3,6 +3,6 @@
 `vlmfast.patch` replaces the same methods, and those of the language model and the tower around them.
 """
 
-from vlmfast.compat import fourm, internvl, nanovlm, vita
+from vlmfast.compat import fourm, internvl, mgm, nanovlm, vita
 
-__all__ = ["fourm", "internvl", "nanovlm", "vita"]
+__all__ = ["fourm", "internvl", "mgm", "nanovlm", "vita"]

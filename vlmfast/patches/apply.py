@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -18,12 +18,30 @@ from vlmfast.patches.plan import Site, find_sites
 from vlmfast.patches.projects import Named
 from vlmfast.patches.report import Placed, count
 from vlmfast.patches.swap import PatchedModule, is_swapped, patched_class, set_class, trace_anew
-from vlmfast.reduce.generation import Reduction, shortening
+from vlmfast.reduce.generation import shortening
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
 # class -> method -> replacement; or attribute -> property
 Replacements = dict[type, dict[str, Any]]
+
+
+class Reducing(Protocol):
+    """What reduces visual tokens in a patched model: `Reduction`, or what a project outside transformers has."""
+
+    @property
+    def images(self) -> list[ReducedImage]:
+        """The images of the last call."""
+
+    @property
+    def videos(self) -> list[ReducedImage]:
+        """The videos of the last call."""
+
+    def replacements(self) -> Replacements:
+        """Return the replacement of each method."""
+
+    def report(self) -> str:
+        """Return the method, and what it did to the last images."""
 
 
 @dataclass(repr=False)
@@ -40,7 +58,7 @@ class Patch:
     model_type: str
     replaced: dict[str, int]
     skipped: dict[str, str]
-    reduction: Reduction | None = None
+    reduction: Reducing | None = None
     _placed: Placed | None = None
     _classes: dict[nn.Module, type] = field(default_factory=dict)  # that the modules were given
 
@@ -171,8 +189,15 @@ def patch(
     return _swap(model, label, sites, chosen, reduction)
 
 
-def patch_projects(model: nn.Module, label: str, classes: tuple[str, ...]) -> Patch:
+def patch_projects(
+    model: nn.Module,
+    label: str,
+    classes: tuple[str, ...],
+    reduction: Callable[[list[nn.Module]], Reducing | None] | None = None,
+) -> Patch:
     """Replace only the methods of projects outside transformers that classes of these names define.
+
+    Where ``reduction`` is given, it checks the modules that have these methods, and says what reduces visual tokens.
 
     Raises:
         As `patch`.
@@ -188,7 +213,9 @@ def patch_projects(model: nn.Module, label: str, classes: tuple[str, ...]) -> Pa
     if all(site.reason for site in sites):
         reasons = "; ".join(f"{site.name}: {site.reason}" for site in sites)
         raise ValueError(f"there is nothing to replace in this {label} model ({reasons})")
-    return _swap(model, label, sites, {site.name for site in sites}, stacklevel=4)
+    modules = list(dict.fromkeys(module for site in sites for module in site.modules))
+    reducing = None if reduction is None else reduction(modules)
+    return _swap(model, label, sites, {site.name for site in sites}, reducing, stacklevel=4)
 
 
 def _check_unpatched(model: object) -> None:
@@ -270,7 +297,7 @@ def _swap(
     label: str,
     sites: list[Site],
     chosen: set[str],
-    reduction: Reduction | None = None,
+    reduction: Reducing | None = None,
     stacklevel: int = 3,
 ) -> Patch:
     """Replace what is chosen and can be, and what a reduction replaces; what was done before a failure is undone."""

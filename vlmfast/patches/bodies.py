@@ -17,6 +17,7 @@ from vlmfast.patches import (
     layers,
     masked_rows,
     merger,
+    mining,
     mlp,
     pixel_shuffle,
     projects,
@@ -69,6 +70,10 @@ EXTRACT = (
 SELECT = (
     "type list vision_tower to device dtype unsqueeze feature_select append int shape reshape pixel_shuffle "
     "scale_pix_shuffle"
+)
+MINE = (
+    "int shape permute reshape len contiguous get_model vlm_uni_query_projector vlm_uni_aux_projector "
+    "vlm_uni_val_projector transpose nan_to_num softmax mean"
 )
 
 BODIES = (
@@ -227,6 +232,7 @@ BODIES = (
     Body("pixel_shuffle", Named("InternVLChatModel", SHUFFLE_EITHER), projects.shuffle_ordered_map, "map: InternVL"),
     Body("forward", Named("InternViTVisionTower", SELECT), projects.select_and_shuffle, "scaled shuffle: VITA"),
     Body("pixel_shuffle", Named("InternViTVisionTower", SHUFFLE), projects.shuffle_x_map, "of a map: VITA"),
+    Body("unified_resampler", Named("MGMMetaForCausalLM", MINE), mining.unified_resampler, "mining: Mini-Gemini"),
 )
 
 # How the forwards of more than two tensors begin: others of as many are not read

@@ -52,7 +52,7 @@ def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
         return
     for base in cls.__mro__:
         if body := KNOWN.get((method, base.__name__)):
-            reason = _difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
+            reason = difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
             yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
             return
     if method == "forward" and "RMSNorm" not in cls.__name__ and not _may_be_known(inspect.unwrap(function).__code__):
@@ -100,7 +100,7 @@ def _may_be_known(code: CodeType) -> bool:
     return is_short or code.co_varnames[: min(3, code.co_argcount)] in BEGINNINGS
 
 
-def _difference(cls: type, class_name: str, body: Body) -> str | None:
+def difference(cls: type, class_name: str, body: Body) -> str | None:
     """Say why the method of a class is not the body that is told by its names, or None."""
     owner = next(base.__name__ for base in cls.__mro__ if body.method in vars(base))
     if owner != class_name:
@@ -109,8 +109,8 @@ def _difference(cls: type, class_name: str, body: Body) -> str | None:
     expected, got = parameters(body.function), parameters(function)  # type: ignore[arg-type]
     if expected != got:
         return f"its parameters are ({', '.join(got)}), expected ({', '.join(expected)})"
-    difference = body.key.difference(function) if isinstance(body.key, Named) else None
-    return f"its body is another than the one replaced here ({difference})" if difference else None
+    told = body.key.difference(function) if isinstance(body.key, Named) else None
+    return f"its body is another than the one replaced here ({told})" if told else None
 
 
 def _obstacle(cls: type, method: str, modules: list[nn.Module]) -> str | None:
