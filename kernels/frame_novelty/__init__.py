@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.common.kernel import aligned, alignment, kernel
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel, limited
 from vlmfast.kernels.common.launch import (
     MAX_EXTENT,
     RowsConfig,
@@ -38,6 +38,7 @@ def _novelty(dots, squares, other_squares):
 
 
 @kernel
+@limited("a program adds up the columns of a whole frame: of a few small frames there are too few programs")
 def frame_mean_kernel(
     rows_ptr,
     mean_ptr,
@@ -68,6 +69,7 @@ def frame_mean_kernel(
 
 
 @kernel
+@limited("four rows share what is read of the mean: of a few small frames there are too few programs")
 def frame_novelty_kernel(
     rows_ptr,
     mean_ptr,
@@ -108,6 +110,7 @@ def frame_novelty_kernel(
 
 
 @kernel
+@limited("a token is the one before as well: each is widened and multiplied twice, and read from a cache again")
 def frame_change_kernel(
     rows_ptr,
     change_ptr,

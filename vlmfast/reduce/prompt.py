@@ -183,8 +183,8 @@ def shorten(
 
 
 def _vision(base: Any, kind: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the encoder of a kind takes."""
-    return named(arguments, parameters(kind.encoder(type(base))))
+    """Return the arguments that the encoder of a kind takes; up to transformers 5.17 some call videos pixel_values."""
+    return named(arguments, [*parameters(kind.encoder(type(base))), kind.pixels])
 
 
 def _encode_all(
@@ -302,7 +302,10 @@ def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]],
 
     images = [image for sample in samples for _ in range(times) for image in sample]
     rows: Any = [image.features for image in images]
-    if reducer.one_tensor if images[0].kind == "image" else reducer.videos_in_one_tensor:
+    if images[0].kind == "video":
+        if reducer.videos_end_with_newline:  # they are of one size, and up to 5.17 forward itself puts it there
+            rows = torch.stack(rows if takes_features(type(base)) else [row[:-1] for row in rows])
+    elif reducer.one_tensor:
         # images of several sizes are cut into blocks of one size, none of which belongs to two images
         size = max(1, math.gcd(*(row.shape[0] for row in rows)))
         rows = torch.cat(rows).view(-1, size, rows[0].shape[1])

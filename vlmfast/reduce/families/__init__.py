@@ -19,7 +19,7 @@ class Reducer:
     reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
     # the same of its videos, or None: those of such a model stay as they are
     reduce_videos: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None = None
-    videos_in_one_tensor: bool = False  # whether get_video_features gives them as one tensor, likewise
+    videos_end_with_newline: bool = False  # they are then one tensor (videos, tokens, D), not a list
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
 
@@ -30,7 +30,9 @@ REDUCERS: Mapping[str, Reducer] = {
     "llava": Reducer(llava.reduce),
     "llava_next": Reducer(llava_next.reduce_next),
     "llava_next_video": Reducer(llava_next.reduce_next, llava_videos.reduce_next),
-    "llava_onevision": Reducer(llava_next.reduce_onevision, llava_videos.reduce_onevision, videos_in_one_tensor=True),
+    "llava_onevision": Reducer(
+        llava_next.reduce_onevision, llava_videos.reduce_onevision, videos_end_with_newline=True
+    ),
     "qwen2_5_vl": QWEN,
     "qwen2_vl": QWEN,
     "qwen3_5": QWEN,
