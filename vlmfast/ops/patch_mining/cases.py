@@ -53,8 +53,10 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take Mini-Gemini with ConvNeXt-L: a picture, the tokens that are left of it, and on a GPU the crops of HD."""
+    """Take Mini-Gemini with ConvNeXt-L: a part of a row, a picture, what is left of it, on a GPU the crops of HD."""
     sizes, grid, scale = (1, 2880), (24, 24), 8
+    query, feature_map, scale = _call(device, dtype, sizes, (1, 8), scale)
+    yield "8 tokens", (query * sizes[1] ** -0.5, feature_map, scale)
     query, feature_map, scale = _call(device, dtype, sizes, grid, scale)
     query *= sizes[1] ** -0.5
     yield "1 picture", (query, feature_map, scale)
@@ -104,6 +106,7 @@ mine_patches = Cases(
     workloads=workloads,
     bytes=forward_bytes,
     flops=lambda query, feature_map, scale, *_: 8 * query.numel() * scale**2,
+    requested=2.3,  # the second pass over the map, and a query for each lane of a pixel row
 )
 
 mine_patches_backward = derived(
@@ -116,5 +119,6 @@ mine_patches_backward = derived(
         ("grad_output", _QUERY.half(), TypeError, "grad_output must have the dtype of query, torch.float32, got"),
     ),
     bytes=backward_bytes,
+    requested=2.7,  # two rows of channels for each lane
     flops=lambda grad_output, query, feature_map, scale, *_: 20 * query.numel() * scale**2,
 )
