@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.cases import Cases, Samples, Workloads, derived
+from vlmfast.ops.patch_mining.definition import block_pixels
 
 # ---- calls to test, to refuse and to time ----
 
@@ -47,9 +48,9 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
         else:
             blocks = _blocks(sizes[0], grid[0] * grid[1], kept_count, device)
             yield query[:, :kept_count], feature_map, scale, blocks, (1e-5, 1e-6)[index % 2]
-    # One pixel gets nearly everything, and without the maximum taken off it is infinite.
-    query, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
-    yield 30 * query.sign(), feature_map.sign(), scale
+    # The last pixel gets everything, and without the maximum taken off its exponential is infinite.
+    _, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
+    yield 30 * block_pixels(feature_map, scale, None)[:, :, -1], feature_map, scale
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
