@@ -19,11 +19,11 @@ using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16,
 // The buffers of a token, in the workspace: a row of `size` floats for its pixels, of `channels` for the others.
 struct Token {
   int64_t pixels, size;  // of the block, and padded
-  float *mean, *inverse, *logits, *weights, *reached, *slopes, *terms[4];
+  float *mean, *rest, *inverse, *logits, *weights, *reached, *slopes, *terms[4];
   float *query, *grad, *sums;
   void* block;  // (channels, size) elements
 
-  static constexpr int kRows = 10;
+  static constexpr int kRows = 11;
   static int64_t floats(int64_t channels, int64_t scale) {
     const int64_t size = padded(scale * scale);
     return kRows * size + 3 * padded(channels) + channels * size;
@@ -31,7 +31,7 @@ struct Token {
 
   Token(float* at, int64_t channels, int64_t scale) : pixels(scale * scale), size(padded(pixels)) {
     for (float** row :
-         {&mean, &inverse, &logits, &weights, &reached, &slopes, &terms[0], &terms[1], &terms[2], &terms[3]}) {
+         {&mean, &rest, &inverse, &logits, &weights, &reached, &slopes, &terms[0], &terms[1], &terms[2], &terms[3]}) {
       *row = at;
       at += size;
     }
@@ -113,47 +113,47 @@ VLMFAST_INLINE Block multiply_add(const Block& a, const Block& b, const Block& c
 }
 
 // Takes the mean and the inverse deviation of each pixel, its logit and, in the backward, its dot with the gradient.
+// `rest` is what the mean of large numbers has lost by its own rounding.
 template <class T, bool kBackward>
-VLMFAST_INLINE void measure(const Mining& args, const Token& token) {
+VLMFAST_INLINE void measure(const Mining& args, const Token& token, float query_sum, float grad_sum) {
   const int64_t channels = args.channels, size = token.size;
   for (int64_t offset = 0; offset < size; offset += kBlock) {
     const Ordered<T>* const block = static_cast<const Ordered<T>*>(token.block) + offset;
-    Block mean = {};
-    for (int turn = 0; turn < (kBackward ? 2 : 1);
-         ++turn) {  // the second finds what the mean of large numbers has lost
-      Block total = {};
-      for (int64_t first = 0; first < channels; first += kTogether) {
-        const int64_t last = first + kTogether < channels ? first + kTogether : channels;
-        Block sum = {};
-        for (int64_t channel = first; channel < last; ++channel) sum = sum + (load(block + channel * size) - mean);
-        total = total + sum;
-      }
-      mean = mean + total / static_cast<float>(channels);
-    }
-    Block squares = {}, logits = {}, reached = {};
+    Block total = {};
     for (int64_t first = 0; first < channels; first += kTogether) {
       const int64_t last = first + kTogether < channels ? first + kTogether : channels;
-      Block some_squares = {}, some_logits = {}, some_reached = {};
+      Block sum = {};
+      for (int64_t channel = first; channel < last; ++channel) sum = sum + load(block + channel * size);
+      total = total + sum;
+    }
+    const Block mean = total / static_cast<float>(channels);
+    Block rest = {}, squares = {}, logits = {}, reached = {};
+    for (int64_t first = 0; first < channels; first += kTogether) {
+      const int64_t last = first + kTogether < channels ? first + kTogether : channels;
+      Block some_rest = {}, some_squares = {}, some_logits = {}, some_reached = {};
       for (int64_t channel = first; channel < last; ++channel) {
         const Block centred = load(block + channel * size) - mean;
+        some_rest = some_rest + centred;
         some_squares = multiply_add(centred, centred, some_squares);
         some_logits = multiply_add(centred, token.query[channel], some_logits);
         if constexpr (kBackward) some_reached = multiply_add(centred, token.grad[channel], some_reached);
       }
+      rest = rest + some_rest;
       squares = squares + some_squares;
       logits = logits + some_logits;
       reached = reached + some_reached;
     }
     store(token.mean + offset, mean);
+    store(token.rest + offset, rest / static_cast<float>(channels));
     store(token.inverse + offset, squares / static_cast<float>(channels));
     store(token.logits + offset, logits);
     store(token.reached + offset, reached);
   }
   for (int64_t pixel = 0; pixel < size; ++pixel) {
-    const float inverse = 1.0f / __builtin_sqrtf(token.inverse[pixel] + args.eps);
+    const float inverse = 1.0f / __builtin_sqrtf(token.inverse[pixel] + args.eps), rest = token.rest[pixel];
     token.inverse[pixel] = inverse;
-    token.logits[pixel] *= inverse;
-    token.reached[pixel] *= inverse;
+    token.logits[pixel] = (token.logits[pixel] - rest * query_sum) * inverse;
+    token.reached[pixel] = (token.reached[pixel] - rest * grad_sum) * inverse;
   }
 }
 
@@ -182,6 +182,8 @@ template <class T>
 VLMFAST_INLINE void add_up(const Mining& args, const Token& token, const float* factors, int64_t index) {
   const int64_t channels = args.channels, size = token.size;
   const Ordered<T>* const block = static_cast<const Ordered<T>*>(token.block);
+  float rest = 0;
+  for (int64_t pixel = 0; pixel < token.pixels; ++pixel) rest += factors[pixel] * token.rest[pixel];
   for (int64_t first = 0; first < channels; first += kLanes) {
     Float rows[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -195,7 +197,7 @@ VLMFAST_INLINE void add_up(const Mining& args, const Token& token, const float* 
       for (int part = 1; part < kParts; ++part) sum = sum + sums.part[part];
       rows[lane] = sum;
     }
-    const Float sums = sums_of(rows);
+    const Float sums = sums_of(rows) - rest;
     std::memcpy(token.sums + first, &sums, sizeof(sums));
   }
   Ordered<T>* const y = static_cast<Ordered<T>*>(args.y) + index * channels;
@@ -208,8 +210,8 @@ void forward(const Mining& args, int64_t begin, int64_t end, float* workspace) {
   for (int64_t index = begin; index < end; ++index) {
     const Place place(args, index);
     gather<T>(args, place, token);
-    take<T>(args.query, place, index % args.tokens, args.channels, token.query);
-    measure<T, false>(args, token);
+    const float query_sum = take<T>(args.query, place, index % args.tokens, args.channels, token.query);
+    measure<T, false>(args, token, query_sum, 0);
     softmax(token);
     for (int64_t pixel = 0; pixel < token.pixels; ++pixel) token.weights[pixel] *= token.inverse[pixel];
     add_up<T>(args, token, token.weights, index);
@@ -231,8 +233,9 @@ VLMFAST_INLINE void gradient_terms(const Mining& args, const Token& token, float
     token.slopes[pixel] = pixel < token.pixels ? slope * inverse : 0.0f;
     token.terms[0][pixel] = inverse * weight;
     token.terms[1][pixel] = inverse * slope;
-    token.terms[2][pixel] = inverse * (weight * grad_sum + slope * query_sum) / channels;
     token.terms[3][pixel] = inverse * inverse * (weight * reached + slope * logit) / channels;
+    token.terms[2][pixel] =
+        inverse * (weight * grad_sum + slope * query_sum) / channels - token.terms[3][pixel] * token.rest[pixel];
   }
 }
 
@@ -260,7 +263,7 @@ void backward(const Mining& args, int64_t begin, int64_t end, float* workspace) 
     gather<T>(args, place, token);
     const float query_sum = take<T>(args.query, place, index % args.tokens, args.channels, token.query);
     const float grad_sum = take<T>(args.grad_output, place, index % args.tokens, args.channels, token.grad);
-    measure<T, true>(args, token);
+    measure<T, true>(args, token, query_sum, grad_sum);
     softmax(token);
     gradient_terms(args, token, query_sum, grad_sum);
     add_up<T>(args, token, token.slopes, index);

@@ -112,7 +112,7 @@ __device__ __forceinline__ void weigh(const PixelRows& rows, int pixels, float c
 }
 
 template <typename scalar_t, int kVec, bool kBackward>
-__global__ void __launch_bounds__(MiningPolicy::kThreads)
+__global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
     mining_kernel(Input<scalar_t, 3> query,         // (batch, tokens, channels)
                   Input<scalar_t, 3> grad_output,   // (batch, tokens, channels), in the backward
                   Input<scalar_t, 4> map,           // (batch, channels, height, width)

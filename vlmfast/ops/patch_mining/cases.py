@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.cases import Cases, Samples, Workloads, derived
+from vlmfast.ops.patch_mining.definition import block_pixels
 
 # ---- calls to test, to refuse and to time ----
 
@@ -47,14 +48,16 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
         else:
             blocks = _blocks(sizes[0], grid[0] * grid[1], kept_count, device)
             yield query[:, :kept_count], feature_map, scale, blocks, (1e-5, 1e-6)[index % 2]
-    # One pixel gets nearly everything, and without the maximum taken off it is infinite.
-    query, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
-    yield 30 * query.sign(), feature_map.sign(), scale
+    # The last pixel gets everything, and without the maximum taken off its exponential is infinite.
+    _, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
+    yield 30 * block_pixels(feature_map, scale, None)[:, :, -1], feature_map, scale
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take Mini-Gemini with ConvNeXt-L: a picture, the tokens that are left of it, and on a GPU the crops of HD."""
+    """Take Mini-Gemini with ConvNeXt-L: a part of a row, a picture, what is left of it, on a GPU the crops of HD."""
     sizes, grid, scale = (1, 2880), (24, 24), 8
+    query, feature_map, scale = _call(device, dtype, sizes, (1, 8), scale)
+    yield "8 tokens", (query * sizes[1] ** -0.5, feature_map, scale)
     query, feature_map, scale = _call(device, dtype, sizes, grid, scale)
     query *= sizes[1] ** -0.5
     yield "1 picture", (query, feature_map, scale)
@@ -104,6 +107,7 @@ mine_patches = Cases(
     workloads=workloads,
     bytes=forward_bytes,
     flops=lambda query, feature_map, scale, *_: 8 * query.numel() * scale**2,
+    requested=2.3,  # the second pass over the map, and a query for each lane of a pixel row
 )
 
 mine_patches_backward = derived(
@@ -116,5 +120,6 @@ mine_patches_backward = derived(
         ("grad_output", _QUERY.half(), TypeError, "grad_output must have the dtype of query, torch.float32, got"),
     ),
     bytes=backward_bytes,
+    requested=2.7,  # two rows of channels for each lane
     flops=lambda grad_output, query, feature_map, scale, *_: 20 * query.numel() * scale**2,
 )
