@@ -29,7 +29,7 @@ struct FarthestState {
       : inverse(rows), weight(rows + tokens), nearest(rows + 2 * tokens) {}
 };
 
-inline __global__ void __launch_bounds__(GreedyPolicy::kThreads)
+static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens)
                     Weights quality,                     // (batch, tokens), or none
                     float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)

@@ -59,7 +59,7 @@ def test_cen_prune_follows_the_rule():
 
 def test_tokens_that_are_alike_have_one_distinctiveness():
     """Whatever rounding makes of it; also one token, and none."""
-    directions = torch.eye(8)[None].repeat(1, 2, 1) * torch.rand(1, 16, 1)
+    directions = torch.linalg.qr(torch.randn(8, 8)).Q[None].repeat(1, 2, 1) * torch.rand(1, 16, 1)
     for features in (directions, directions[:, :1], torch.rand(1, 16, 1), directions[:, :0]):
         count = features.shape[1]
         tokens = tokens_of(features=features, hidden=features, scores=torch.ones(1, count))
