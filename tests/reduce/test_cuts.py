@@ -75,6 +75,17 @@ def test_logits_are_those_of_the_full_model_with_the_columns_masked(model_type: 
         assert torch.equal(logits(talk, talk.batch(prompt))[0], whole), "undo left something"
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_two_questions_about_a_picture_keep_different_tokens(model_type: str):
+    talk, prompts = talk_of(model_type), ((10, 0, 11, 12), (13, 0, 40, 50, 60))
+    own = [Masked(talk, prompt, HALF) for prompt in prompts]
+    assert own[0].dropped != own[1].dropped
+    found = [each.logits() for each in own]
+    with patched(talk):
+        for row, want in zip(logits(talk, talk.batch(*prompts)), found, strict=True):
+            assert_close(row[-len(want) :], want)
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_generated_words_are_those_of_the_full_model_with_the_columns_masked(model_type: str, options: dict):
@@ -120,6 +131,8 @@ def test_several_cuts(model_type: str):
         got = talk.model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
         for row, rows in zip(logits(talk, inputs), whole, strict=True):
             assert_close(row[-len(rows) :], rows)
+        for row, rows in zip(logits(talk, talk.batch(*PROMPTS, side="right")), whole, strict=True):
+            assert_close(row[: len(rows)], rows)
         assert "in layers 0-1, " in patch.report()
     assert_close(torch.stack(got.logits, 1), torch.stack([rows for _, rows in want]))
     lengths = [got.past_key_values.get_seq_length(layer) for layer in range(LAYERS)]
