@@ -305,16 +305,17 @@ def test_a_second_image_is_cut_in_its_turn(model_type: str):
     with torch.no_grad(), patched(talk):
         out = talk.model(**talk.batch(first))
         cache = out.past_key_values
+        talk.model(input_ids=torch.tensor([[15]]), past_key_values=cache)
         more = talk.batch(second)
         held = cache.get_seq_length(0)
         more["attention_mask"] = torch.ones(1, held + more["input_ids"].shape[1], dtype=torch.long)
         got = talk.model(**more, past_key_values=cache).logits[0]
     assert cache.get_seq_length(0) - cache.get_seq_length(2) == sum(talk.counts[n] // 2 for n in (0, 1))
     assert got.shape[0] == len(talk.ids(*second))
-    own = Masked(talk, (*first, *second), {})
+    own = Masked(talk, (*first, 15, *second), {})
     own.dropped[2] = Masked(talk, first, HALF).dropped[2]
     row = own._attention(1)[-1].tolist()
-    start = len(talk.ids(*first))
+    start = len(talk.ids(*first, 15))
     visual = [start + c for c, token in enumerate(talk.ids(*second)) if token == IMAGE]
     ranked = sorted(visual, key=lambda column: (-row[column], column))
     own.dropped[2] = own.dropped[2] | set(ranked[HALF[2](len(visual)) :])
