@@ -220,6 +220,7 @@ def test_eager_attention_is_cut_alike(model_type: str):
 def flash_like(module, query, key, value, attention_mask, scaling=None, **_):
     """Attend as flash attention is asked to: causal from the last key back, padding told by a mask (B, N) or none."""
     tokens, total = query.shape[2], key.shape[2]
+    assert module.config._attn_implementation == "flash_like"  # flash attention asks for its name
     assert attention_mask is None or attention_mask.shape == (len(query), total)
     seen = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)[None, None]
     if attention_mask is not None:
