@@ -61,6 +61,9 @@ void sum_row(const Arguments& call, int64_t key_heads, std::optional<double> sca
       const float* from = weights.data() + (b * heads + head) * row;
       for (int64_t token = 0; token < tokens; ++token) found[token] += from[token];
     }
+    for (int64_t token = 0; valid && token < tokens; ++token) {
+      if (!*valid.at<bool>(b, token)) found[token] = 0;  // also where a query that is NaN spoils the row
+    }
     sums(b, found);
   }
 }

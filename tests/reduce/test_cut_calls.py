@@ -196,6 +196,14 @@ def test_what_is_no_score_is_refused():
         logits(talk, talk.batch(PROMPTS[1]))
 
 
+def test_budgets_are_rounded_as_published():
+    assert [FastV(2, 0.5).budget(0, count) for count in (0, 1, 5, 7, 576)] == [0, 1, 2, 4, 288]  # half to even
+    assert [FastV(2, 3).budget(0, count) for count in (2, 5)] == [2, 3]
+    assert FastV(2, 0.0).budget(0, 9) == 0
+    pyramid = PyramidDrop((8, 16), (0.5, 0.25))
+    assert [[pyramid.budget(cut, count) for count in (1, 7, 576)] for cut in (0, 1)] == [[1, 3, 288], [1, 1, 144]]
+
+
 # ---- what is refused ----
 
 

@@ -75,6 +75,17 @@ def test_logits_are_those_of_the_full_model_with_the_columns_masked(model_type: 
         assert torch.equal(logits(talk, talk.batch(prompt))[0], whole), "undo left something"
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_two_questions_about_a_picture_keep_different_tokens(model_type: str):
+    talk, prompts = talk_of(model_type), ((10, 0, 11, 12), (13, 0, 40, 50, 60))
+    own = [Masked(talk, prompt, HALF) for prompt in prompts]
+    assert own[0].dropped != own[1].dropped
+    found = [each.logits() for each in own]
+    with patched(talk):
+        for row, want in zip(logits(talk, talk.batch(*prompts)), found, strict=True):
+            assert_close(row[-len(want) :], want)
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_generated_words_are_those_of_the_full_model_with_the_columns_masked(model_type: str, options: dict):
@@ -120,6 +131,8 @@ def test_several_cuts(model_type: str):
         got = talk.model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
         for row, rows in zip(logits(talk, inputs), whole, strict=True):
             assert_close(row[-len(rows) :], rows)
+        for row, rows in zip(logits(talk, talk.batch(*PROMPTS, side="right")), whole, strict=True):
+            assert_close(row[: len(rows)], rows)
         assert "in layers 0-1, " in patch.report()
     assert_close(torch.stack(got.logits, 1), torch.stack([rows for _, rows in want]))
     lengths = [got.past_key_values.get_seq_length(layer) for layer in range(LAYERS)]
@@ -207,6 +220,7 @@ def test_eager_attention_is_cut_alike(model_type: str):
 def flash_like(module, query, key, value, attention_mask, scaling=None, **_):
     """Attend as flash attention is asked to: causal from the last key back, padding told by a mask (B, N) or none."""
     tokens, total = query.shape[2], key.shape[2]
+    assert module.config._attn_implementation == "flash_like"  # flash attention asks for its name
     assert attention_mask is None or attention_mask.shape == (len(query), total)
     seen = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)[None, None]
     if attention_mask is not None:
@@ -292,16 +306,17 @@ def test_a_second_image_is_cut_in_its_turn(model_type: str):
     with torch.no_grad(), patched(talk):
         out = talk.model(**talk.batch(first))
         cache = out.past_key_values
+        talk.model(input_ids=torch.tensor([[15]]), past_key_values=cache)
         more = talk.batch(second)
         held = cache.get_seq_length(0)
         more["attention_mask"] = torch.ones(1, held + more["input_ids"].shape[1], dtype=torch.long)
         got = talk.model(**more, past_key_values=cache).logits[0]
     assert cache.get_seq_length(0) - cache.get_seq_length(2) == sum(talk.counts[n] // 2 for n in (0, 1))
     assert got.shape[0] == len(talk.ids(*second))
-    own = Masked(talk, (*first, *second), {})
+    own = Masked(talk, (*first, 15, *second), {})
     own.dropped[2] = Masked(talk, first, HALF).dropped[2]
     row = own._attention(1)[-1].tolist()
-    start = len(talk.ids(*first))
+    start = len(talk.ids(*first, 15))
     visual = [start + c for c, token in enumerate(talk.ids(*second)) if token == IMAGE]
     ranked = sorted(visual, key=lambda column: (-row[column], column))
     own.dropped[2] = own.dropped[2] | set(ranked[HALF[2](len(visual)) :])

@@ -21,14 +21,12 @@ class At:
         tokens: those of the call.
         width: the columns of a cache of a fixed size, or None.
         implementation: the model's attention.
-        dtype: of its hidden states.
     """
 
     past: int
     tokens: int
     width: int | None
     implementation: str
-    dtype: torch.dtype
 
 
 def rewritten(given: Mapping[str, Any], now: Columns | None, keys: Columns, at: At) -> dict[str, Any]:
@@ -104,7 +102,10 @@ def _mask(mask: Tensor, now: Columns | None, keys: Columns, width: int | None) -
 
 
 def _made(now: Columns | None, keys: Columns, at: At) -> Tensor:
-    """Make the mask that the model did without, as no sample has padding: samples that were cut may have some."""
+    """Make the mask that the model did without, as no sample has padding: samples that were cut may have some.
+
+    Eager attention always has one.
+    """
     batch, device, total = len(keys.index), keys.index.device, at.past + at.tokens
     after = torch.arange(keys.total, total, device=device).expand(batch, -1)
     index = torch.cat([keys.index, after], 1)
@@ -114,7 +115,4 @@ def _made(now: Columns | None, keys: Columns, at: At) -> Tensor:
     rows = torch.arange(at.past, total, device=device).expand(batch, -1)
     if now is not None:
         rows = torch.where(now.valid, at.past + now.index, total)  # padding sees all, as a row must see something
-    mask = (index[:, None, None] <= rows[:, None, :, None]) & valid[:, None, None]
-    if at.implementation != "eager":
-        return mask
-    return torch.zeros(mask.shape, dtype=at.dtype, device=device).masked_fill(~mask, torch.finfo(at.dtype).min)
+    return (index[:, None, None] <= rows[:, None, :, None]) & valid[:, None, None]

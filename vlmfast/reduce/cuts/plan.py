@@ -121,7 +121,7 @@ class Plan:
         if held and width is None:
             _check_held(cache, held, past)
         ids = next(iter(named(arguments, ("input_ids", "inputs_embeds")).values()))
-        at = At(past, ids.shape[1], width, implementation, next(layers_of(model).parameters()).dtype)
+        at = At(past, ids.shape[1], width, implementation)
         return Run(layers_of(model), held, at, cuts, prompt if cuts else None)
 
     def _prompt(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Prompt | None, dict[int, Cut]]:
