@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.cases import Cases, Samples, Workloads, derived
+from vlmfast.ops.patch_mining.definition import block_pixels
 
 # ---- calls to test, to refuse and to time ----
 
@@ -47,9 +48,19 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
         else:
             blocks = _blocks(sizes[0], grid[0] * grid[1], kept_count, device)
             yield query[:, :kept_count], feature_map, scale, blocks, (1e-5, 1e-6)[index % 2]
-    # Pixels that are alike: of logits of about 120 the exponentials are infinite unless the maximum is taken off.
-    base, noise = torch.randn(1, 24, 1, 1, device=device), torch.randn(1, 24, 4, 4, device=device)
-    yield (5 * base[..., 0].mT.expand(-1, 4, -1)).to(dtype), (base + 0.1 * noise).to(dtype), 2
+    # The last pixel gets everything: without the maximum taken off its exponential is infinite. Between large logits
+    # that are nearly equal, their rounding would decide.
+    _, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
+    yield 30 * block_pixels(feature_map, scale, None)[:, :, -1], feature_map, scale
+
+
+def _with_gradient(query: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return torch.randn_like(query), query, *rest
+
+
+def backward_samples(device: str, dtype: torch.dtype) -> Samples:
+    """Leave out the last one, whose gradients are nothing but noise."""
+    return (_with_gradient(*args) for args in list(samples(device, dtype))[:-1])
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
@@ -111,7 +122,8 @@ mine_patches = Cases(
 
 mine_patches_backward = derived(
     mine_patches,
-    lambda query, *rest: (torch.randn_like(query), query, *rest),
+    _with_gradient,
+    samples=backward_samples,
     good_call={**mine_patches.good_call, "grad_output": _QUERY},
     bad_calls=(
         *_BAD_CALLS,
