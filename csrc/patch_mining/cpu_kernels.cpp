@@ -10,6 +10,8 @@ namespace vlmfast {
 namespace {
 
 constexpr int64_t kTogether = 32;  // channels whose terms are summed before they go to the sum of all
+// A channel of a map lies on pages of its own: so many of them are asked for before they are copied.
+constexpr int64_t kAhead = 16;
 constexpr float kMaximum = 0x1.fffffep127f;
 
 // Elements in their own order, so that pixels can be told from what fills their last register.
@@ -76,7 +78,11 @@ VLMFAST_INLINE void gather(const Mining& args, const Place& place, const Token& 
   T* to = static_cast<T*>(token.block);
   with_bytes<T>(scale, VLMFAST_LAMBDA(auto bytes) {
     for (int64_t channel = 0; channel < args.channels; ++channel, from += channel_stride, to += token.size) {
-      for (int64_t row = 0; row < scale; ++row) std::memcpy(to + row * scale, from + row * row_stride, bytes);
+      const T* const ahead = from + (channel + kAhead < args.channels ? kAhead : 0) * channel_stride;
+      for (int64_t row = 0; row < scale; ++row) {
+        __builtin_prefetch(ahead + row * row_stride);
+        std::memcpy(to + row * scale, from + row * row_stride, bytes);
+      }
       std::memset(to + token.pixels, 0, (token.size - token.pixels) * sizeof(T));
     }
   });

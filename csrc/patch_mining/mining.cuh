@@ -111,6 +111,93 @@ __device__ __forceinline__ void weigh(const PixelRows& rows, int pixels, float c
   }
 }
 
+// The block of one turn of the loop, and the token that it is of.
+struct BlockPlace {
+  int64_t batch, token, row, column;
+  bool has_token = true;
+
+  template <bool kBackward>
+  __device__ __forceinline__ static BlockPlace of(int64_t work, const Input<int64_t, 2>& blocks,
+                                                  const MiningSizes& sizes) {
+    const int64_t units = kBackward ? sizes.total : sizes.tokens;
+    BlockPlace place{work / units, work % units, 0, 0};
+    int64_t number = place.token;
+    if (sizes.listed && kBackward) {  // of every block: is it in the list?
+      const int64_t* const list = blocks.at(place.batch);
+      const int tokens = static_cast<int>(sizes.tokens);
+      place.token = count_first(tokens, [&](int i) { return list[i] < number; });
+      place.has_token = place.token < tokens && list[place.token] == number;
+    } else if (sizes.listed) {
+      number = min(max(blocks.at(place.batch)[place.token], int64_t{0}), sizes.total - 1);
+    }
+    place.row = number / sizes.columns * sizes.scale;
+    place.column = number % sizes.columns * sizes.scale;
+    return place;
+  }
+};
+
+// Takes the sums of which statistics and logits are made, and adds up in `totals` the channels of the two rows.
+template <typename scalar_t, int kVec, bool kBackward, typename Source>
+__device__ __forceinline__ void add_channels(const scalar_t* query_row, const scalar_t* grad_row, const Source& source,
+                                             const PixelRows& rows, float* partial, float (&totals)[2], int samples,
+                                             const MiningSizes& sizes, const MiningPolicy& policy) {
+  using Vec = Vector<scalar_t, kVec>;
+  const int lanes = policy.lanes, lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  const int groups = MiningPolicy::kThreads / lanes, pixels = sizes.scale * sizes.scale;
+  for (int first = 0; first < policy.vectors; first += lanes) {
+    const int vector = first + lane;
+    const bool valid = vector < policy.vectors;
+    const int64_t channels = valid ? sizes.channels : 0;
+    float shifts[kVec] = {}, sums[kVec] = {}, squares[kVec] = {}, logits[kVec] = {}, reached[kVec] = {};
+    for (int sample = group; valid && sample < samples; sample += groups) {
+      const Vec values = Vec::load(source(vector, sample * channels / samples));
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) shifts[i] += values[i];
+    }
+    add_groups<kVec>(shifts, partial, lanes, first * kVec, pixels, rows.mean);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) shifts[i] = valid ? rows.mean[vector * kVec + i] / samples : 0.f;
+#pragma unroll 4
+    for (int64_t channel = group; channel < channels; channel += groups) {
+      const Vec values = Vec::load(source(vector, channel));
+      const float own = to_float(query_row[channel]), grad = kBackward ? to_float(grad_row[channel]) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const float centred = values[i] - shifts[i];
+        sums[i] += centred;
+        squares[i] = fmaf(centred, centred, squares[i]);
+        logits[i] = fmaf(centred, own, logits[i]);
+        if constexpr (kBackward) reached[i] = fmaf(centred, grad, reached[i]);
+      }
+      if (vector == 0) {
+        totals[0] += own;
+        totals[1] += grad;
+      }
+    }
+    add_groups<kVec>(sums, partial, lanes, first * kVec, pixels, rows.weight);
+    add_groups<kVec>(squares, partial, lanes, first * kVec, pixels, rows.inverse);
+    add_groups<kVec>(logits, partial, lanes, first * kVec, pixels, rows.logit);
+    if constexpr (kBackward) add_groups<kVec>(reached, partial, lanes, first * kVec, pixels, rows.reached);
+  }
+}
+
+// Makes statistics and logits of the sums.
+template <bool kBackward>
+__device__ __forceinline__ void finish(const PixelRows& rows, const float (&totals)[2], int samples,
+                                       const MiningSizes& sizes) {
+  const float channels = static_cast<float>(sizes.channels);
+  for (int pixel = threadIdx.x; pixel < sizes.scale * sizes.scale; pixel += MiningPolicy::kThreads) {
+    const float rest = rows.weight[pixel] / channels;
+    const float variance = max(rows.inverse[pixel] / channels - rest * rest, 0.f);
+    const float inverse = 1.f / sqrtf(variance + sizes.eps);
+    rows.mean[pixel] = rows.mean[pixel] / samples + rest;
+    rows.inverse[pixel] = inverse;
+    rows.logit[pixel] = (rows.logit[pixel] - rest * totals[0]) * inverse;
+    if constexpr (kBackward) rows.reached[pixel] = (rows.reached[pixel] - rest * totals[1]) * inverse;
+  }
+}
+
 template <typename scalar_t, int kVec, bool kBackward>
 __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
     mining_kernel(Input<scalar_t, 3> query,         // (batch, tokens, channels)
@@ -127,32 +214,21 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
   __shared__ GroupSum<kThreads, 2> group_sum;
   const int pixels = sizes.scale * sizes.scale, per_row = sizes.scale / kVec, lanes = policy.lanes;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kThreads / lanes;
-  const int64_t channels = sizes.channels, channel_stride = map.strides[1];
-  const int64_t units = kBackward ? sizes.total : sizes.tokens;
+  const int64_t channels = sizes.channels, units = kBackward ? sizes.total : sizes.tokens;
+  const int samples = static_cast<int>(min(channels, int64_t{MiningPolicy::kSamples}));
   const PixelRows rows(shared, pixels);
   int turn = 0;
 
   for (int64_t work = blockIdx.x; work < sizes.batch * units; work += gridDim.x) {
-    const int64_t batch = work / units;
-    int64_t token = work % units, number = token;
-    bool has_token = true;
-    if (sizes.listed && kBackward) {  // of every block: is it in the list?
-      const int64_t* const list = blocks.at(batch);
-      const int tokens = static_cast<int>(sizes.tokens);
-      token = count_first(tokens, [&](int i) { return list[i] < number; });
-      has_token = token < tokens && list[token] == number;
-    } else if (sizes.listed) {
-      number = min(max(blocks.at(batch)[token], int64_t{0}), sizes.total - 1);
-    }
-    const int64_t first_row = number / sizes.columns * sizes.scale, first_column = number % sizes.columns * sizes.scale;
-    const auto source = [&](int vector) {
-      return map.at(batch, 0, first_row + vector / per_row) + first_column + vector % per_row * kVec;
+    const BlockPlace place = BlockPlace::of<kBackward>(work, blocks, sizes);
+    const auto source = [&](int vector, int64_t channel) {
+      return map.at(place.batch, channel, place.row + vector / per_row) + place.column + vector % per_row * kVec;
     };
     const auto gradient = [&](int vector, int64_t channel) {
-      const int64_t row = (batch * channels + channel) * sizes.height + first_row + vector / per_row;
-      return grad_map + row * sizes.width + first_column + vector % per_row * kVec;
+      const int64_t row = (place.batch * channels + channel) * sizes.height + place.row + vector / per_row;
+      return grad_map + row * sizes.width + place.column + vector % per_row * kVec;
     };
-    if (kBackward && !has_token) {
+    if (kBackward && !place.has_token) {
       Vec zeros;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) zeros.set(i, 0.f);
@@ -161,69 +237,24 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
       }
       continue;
     }
-    const scalar_t* const query_row = query.at(batch, token);
-    const scalar_t* const grad_row = kBackward ? grad_output.at(batch, token) : query_row;
-
-    const int samples = static_cast<int>(min(channels, int64_t{MiningPolicy::kSamples}));
+    const scalar_t* const query_row = query.at(place.batch, place.token);
+    const scalar_t* const grad_row = kBackward ? grad_output.at(place.batch, place.token) : query_row;
     float totals[2] = {0.f, 0.f};
-    for (int first = 0; first < policy.vectors; first += lanes) {
-      const int vector = first + lane;
-      const bool valid = vector < policy.vectors;
-      const scalar_t* const from = source(valid ? vector : 0);
-      float shifts[kVec] = {}, sums[kVec] = {}, squares[kVec] = {}, logits[kVec] = {}, reached[kVec] = {};
-      for (int sample = group; valid && sample < samples; sample += groups) {
-        const Vec values = Vec::load(from + sample * channels / samples * channel_stride);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) shifts[i] += values[i];
-      }
-      add_groups<kVec>(shifts, partial, lanes, first * kVec, pixels, rows.mean);
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) shifts[i] = valid ? rows.mean[vector * kVec + i] / samples : 0.f;
-#pragma unroll 4
-      for (int64_t channel = group; channel < (valid ? channels : 0); channel += groups) {
-        const Vec values = Vec::load(from + channel * channel_stride);
-        const float own = to_float(query_row[channel]), grad = kBackward ? to_float(grad_row[channel]) : 0.f;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          const float centred = values[i] - shifts[i];
-          sums[i] += centred;
-          squares[i] = fmaf(centred, centred, squares[i]);
-          logits[i] = fmaf(centred, own, logits[i]);
-          if constexpr (kBackward) reached[i] = fmaf(centred, grad, reached[i]);
-        }
-        if (vector == 0) {
-          totals[0] += own;
-          totals[1] += grad;
-        }
-      }
-      add_groups<kVec>(sums, partial, lanes, first * kVec, pixels, rows.weight);
-      add_groups<kVec>(squares, partial, lanes, first * kVec, pixels, rows.inverse);
-      add_groups<kVec>(logits, partial, lanes, first * kVec, pixels, rows.logit);
-      if constexpr (kBackward) add_groups<kVec>(reached, partial, lanes, first * kVec, pixels, rows.reached);
-    }
+    add_channels<scalar_t, kVec, kBackward>(query_row, grad_row, source, rows, partial, totals, samples, sizes, policy);
     group_sum.add_up(totals, turn++);
     __syncthreads();
-    for (int pixel = threadIdx.x; pixel < pixels; pixel += kThreads) {
-      const float rest = rows.weight[pixel] / channels;
-      const float variance = max(rows.inverse[pixel] / channels - rest * rest, 0.f);
-      const float inverse = 1.f / sqrtf(variance + sizes.eps);
-      rows.mean[pixel] = rows.mean[pixel] / samples + rest;
-      rows.inverse[pixel] = inverse;
-      rows.logit[pixel] = (rows.logit[pixel] - rest * totals[0]) * inverse;
-      if constexpr (kBackward) rows.reached[pixel] = (rows.reached[pixel] - rest * totals[1]) * inverse;
-    }
+    finish<kBackward>(rows, totals, samples, sizes);
     __syncthreads();
     if (threadIdx.x < kWarp) weigh<kBackward>(rows, pixels, channels, totals[0], totals[1]);
     __syncthreads();
 
     const float* const factors = kBackward ? rows.slope : rows.weight;
-    scalar_t* const to = y + (batch * sizes.tokens + token) * channels;
+    scalar_t* const to = y + (place.batch * sizes.tokens + place.token) * channels;
     for (int64_t base = 0; base < channels; base += groups) {
       const int64_t channel = base + group;
       float sum = 0.f;
       for (int vector = lane; vector < (channel < channels ? policy.vectors : 0); vector += lanes) {
-        const Vec values = Vec::load(source(vector) + channel * channel_stride);
+        const Vec values = Vec::load(source(vector, channel));
         Vec gradients;
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {

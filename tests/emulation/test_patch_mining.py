@@ -73,7 +73,7 @@ FAULTS = [
     Fault(
         "list left out",
         "mining.cuh",
-        "number = min(max(blocks.at(batch)[token], int64_t{0}), sizes.total - 1);",
+        "number = min(max(blocks.at(place.batch)[place.token], int64_t{0}), sizes.total - 1);",
         ";",
         WRONG,
     ),
