@@ -85,7 +85,7 @@ static ShadowArray static_shadow, dynamic_shadow;
 static void* access_address;  // the code that makes the access being checked
 
 void start_tracking() {
-  if (static_shadow == nullptr) static_shadow = make_shadow(kMaxSharedBytes);
+  if (static_shadow == nullptr) static_shadow = make_shadow(kMaxStaticBytes);
   if (dynamic_shadow == nullptr) dynamic_shadow = make_shadow(kMaxSharedBytes);
   access_address = nullptr;
   distinct_loaded.start_launch();

@@ -17,6 +17,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kWarpLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;
+constexpr size_t kMaxStaticBytes = 1 << 20;  // __shared__ variables of all kernels of a library; nvcc counts a kernel's
 constexpr size_t kPageBytes = 4096;
 constexpr int kPoison = 0xff;  // NaN in every float type, -1 in the signed integers
 

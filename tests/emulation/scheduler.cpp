@@ -231,7 +231,8 @@ static const char* refusal(dim3 grid, dim3 block, size_t shared_bytes) {
   if (grid.x < 1 || grid.y < 1 || grid.z < 1) return "a grid has at least one block along each axis";
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return "the grid is too large";
   if (static_shared.begin == nullptr && static_shared.size > 0) return "no memory for __shared__ variables";
-  if (static_shared.size + shared_bytes > kMaxSharedBytes) return "more shared memory than a block can have";
+  if (static_shared.size > kMaxStaticBytes) return "more __shared__ variables than the emulation has room for";
+  if (shared_bytes > kMaxSharedBytes) return "more shared memory than a block can have";
   return nullptr;
 }
 

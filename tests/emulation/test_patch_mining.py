@@ -99,7 +99,7 @@ FAULTS = [
     Fault(
         "sums read before they are there",
         "mining.cuh",
-        "pixels, rows.mean);\n      __syncthreads();",
+        "pixels, rows.mean);\n    __syncthreads();",
         "pixels, rows.mean);",
         UNORDERED,
     ),

@@ -160,7 +160,7 @@ def last_row_attention(query: Tensor, key: Tensor, valid: Tensor | None = None, 
     if valid is None:
         return logits.softmax(-1).sum((1, 2)) / heads
     unseen = ~valid[:, None, None]
-    return logits.masked_fill(unseen, torch.finfo(wide).min).softmax(-1).masked_fill(unseen, 0).sum((1, 2)) / heads
+    return logits.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(unseen, 0).sum((1, 2)) / heads
 
 
 @op(check=_check_received_attention, detached=True)

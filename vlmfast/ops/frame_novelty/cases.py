@@ -41,8 +41,8 @@ def change_bytes(frames: Tensor) -> int:
 
 def samples(device: str, dtype: torch.dtype) -> Samples:
     shapes = [
-        (1, 1, 1, 8),
         (2, 3, 5, 64),
+        (1, 1, 1, 8),
         (1, 2, 7, 80),
         (3, 2, 9, 7),
         (1, 3, 6, 1160),
