@@ -114,7 +114,7 @@ def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_q
     for step in range(k):
         worth = nearest if weight is None or (step == 0 and not first_by_quality) else nearest * weight
         best = worth.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
-        chosen = chosen.scatter(1, best, True)
+        chosen = chosen.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
         row = distance.gather(1, best[..., None].expand(-1, -1, tokens))[:, 0]
         nearest = torch.minimum(nearest, row) if step else row
     return _positions(chosen, k)
@@ -159,6 +159,6 @@ def coverage(similarity: Tensor, k: int, row_weights: Tensor | None = None, qual
         gain = (gains if importance is None else gains * importance[:, None]).sum(2)
         gain = gain if weight is None else gain * weight
         best = gain.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
-        chosen = chosen.scatter(1, best, True)
+        chosen = chosen.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
         covered = torch.maximum(covered, wide.gather(1, best[..., None].expand(-1, -1, rows)))
     return _positions(chosen, k)
