@@ -52,7 +52,10 @@ def _argument(text: str) -> Any:
 def usage() -> str:
     """Say what `parse_method` takes."""
     forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(OF_IMAGES.items())]
-    return f"{', '.join(forms)}, each a number of tokens such as 64 or a share such as 0.1, or as its name says"
+    numbers = (
+        "each a number of tokens such as 64 or a share such as 0.1; layers are numbers, with commas between several"
+    )
+    return f"{', '.join(forms)}, {numbers}"
 
 
 def compare(

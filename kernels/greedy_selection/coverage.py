@@ -106,6 +106,7 @@ def coverage_kernel(
             gain = quality * gains_of(
                 similarity_ptr, weight_ptr, covered_ptr, token, open_, token_stride, rows, BLOCK_ROWS
             )
+            gain = tl.where(gain == gain, gain, 0.0)  # a sum that overflowed, times nothing: it would never be found
             looked_at = (member == index[None, :]) & open_[None, :]
             bound = tl.where(looked_at, gain[None, :], bound)
             seen = tl.where(looked_at, step, seen)

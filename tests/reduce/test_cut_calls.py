@@ -171,7 +171,7 @@ class Least(LayerMethod):
         return min(3, count)
 
     def score(self, attention: Tensor) -> Tensor:
-        return 1 - attention
+        return -10 - attention
 
 
 def test_a_method_of_ones_own_says_what_a_token_is_worth():
@@ -200,6 +200,7 @@ def test_budgets_are_rounded_as_published():
     assert [FastV(2, 0.5).budget(0, count) for count in (0, 1, 5, 7, 576)] == [0, 1, 2, 4, 288]  # half to even
     assert [FastV(2, 3).budget(0, count) for count in (2, 5)] == [2, 3]
     assert FastV(2, 0.0).budget(0, 9) == 0
+    assert PyramidDrop(8, 0.5) == PyramidDrop((8,), (0.5,))
     pyramid = PyramidDrop((8, 16), (0.5, 0.25))
     assert [[pyramid.budget(cut, count) for count in (1, 7, 576)] for cut in (0, 1)] == [[1, 3, 288], [1, 1, 144]]
 
@@ -220,7 +221,7 @@ def test_budgets_are_rounded_as_published():
         (lambda: PyramidDrop((1, 2), (0.2, 0.5)), ValueError, r"shares must descend, got \(0\.2, 0\.5\)"),
         (lambda: PyramidDrop((1, 2), (0.5, 2)), TypeError, "shares must be floats, got 2"),
         (lambda: PyramidDrop((1, 2), (1.5, 0.5)), ValueError, r"shares must be within 0\.0 and 1\.0, got 1\.5"),
-        (lambda: PyramidDrop(8, 0.5), TypeError, "layers must be a sequence, got 8"),
+        (lambda: PyramidDrop("8", 0.5), TypeError, "layers must be a sequence, got '8'"),
     ],
 )
 def test_arguments_that_make_no_method(make: Any, error: type[Exception], message: str):
@@ -238,13 +239,14 @@ def test_arguments_that_make_no_method(make: Any, error: type[Exception], messag
             ValueError,
             r"layer must be at least 2, as Qwen3VL.* adds visual features .* got 1",
         ),
-        ("llava", [METHOD, VisionZip(4, 2)], ValueError, "at most one method that acts before the language model, in"),
+        ("llava", [METHOD, VisionZip(4, 2)], ValueError, "at most one method that acts before the language model, t"),
         ("llava", [EvenTokens(0.5), EvenTokens(0.5)], ValueError, "at most one method that acts before the language"),
         ("llava", [], ValueError, "at most one method"),
         ("llava", [METHOD, FastV(2, 0.2)], ValueError, r"layers of the cuts must ascend .*, got \[2, 2\]"),
         ("llava", [FastV(3, 0.5), FastV(2, 0.2)], ValueError, r"layers of the cuts must ascend .*, got \[3, 2\]"),
         ("llava", [FastV(2, 0.5), FastV(3, 0.5)], ValueError, r"FastV\(layer=3, keep=0.5\) must keep fewer visual tok"),
         ("llava", "fastv", TypeError, "reduce must be a method such as .*, got str"),
+        ("llava", FastV, TypeError, r"got the class FastV, without its arguments \(layer, keep\)"),
         ("llava", [METHOD, 0.5], TypeError, "reduce must be a method such as .*, got float"),
     ],
 )
@@ -297,6 +299,8 @@ def test_a_cropped_cache_is_refused():
     talk = talk_of("llava")
     with torch.no_grad(), patched(talk):
         cache = talk.model(**talk.batch(PROMPTS[1])).past_key_values
+        with pytest.raises(RuntimeError, match=r"copy it with copy\.deepcopy"):
+            list(cache)
         for layer in cache.layers[:2]:
             layer.crop(-2)
         with pytest.raises(ValueError, match=r"past_key_values .* was cropped since"):
@@ -320,7 +324,8 @@ def test_attention_that_passes_by_is_an_error():
 def test_methods_are_typed_as_others_are():
     assert demo_reduce.parse_method("fastv:2+0.5") == demo_reduce.parse_method("fastv:2:0.5") == FastV(2, 0.5)
     assert demo_reduce.parse_method("pyramiddrop:8,16:0.5,0.25") == PyramidDrop((8, 16), (0.5, 0.25))
+    assert demo_reduce.parse_method("pyramiddrop:8:0.5") == PyramidDrop(8, 0.5)
     assert "fastv:LAYER+KEEP" in demo_reduce.usage()
-    for wrong in ("fastv:2", "fastv:0:0.5", "fastv:2:0.5,", "fastv:0.5:0.5", "pyramiddrop:8:0.5"):
+    for wrong in ("fastv:2", "fastv:0:0.5", "fastv:2:0.5,", "fastv:0.5:0.5", "pyramiddrop:8:2"):
         with pytest.raises(argparse.ArgumentTypeError):
             demo_reduce.parse_method(wrong)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import video_oracle
-from vlmfast.reduce import EVS, VCAST, Method, VideoMethod, VisualTokens
+from vlmfast.reduce import EVS, VCAST, DivPrune, Method, VideoMethod, VisualTokens
 from vlmfast.reduce.methods import CLASSES
 
 SHAPES = [(1, 6, 8), (2, 5, 8), (3, 7, 16), (5, 4, 8), (8, 12, 32), (13, 3, 4), (24, 9, 8)]
@@ -136,3 +136,13 @@ def test_arguments_are_checked(method: type[VideoMethod]):
         method(1.5)
     with pytest.raises(ValueError, match="remainder must be one of"):
         VCAST(0.5, remainder="all")
+
+
+def test_nothing_is_kept_of_a_video():
+    assert kept(DivPrune(0), videos((3, 7, 16))) == [[], [], []]
+
+
+def test_what_is_not_finite_is_unlike_all():
+    rows = videos((3, 7, 16), batch=1)
+    rows[0, 2, 4, 0] = torch.inf
+    assert 2 * 7 + 4 in kept(EVS(3), rows)[0]

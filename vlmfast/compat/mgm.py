@@ -15,7 +15,7 @@ from vlmfast.patches.bodies import Body
 from vlmfast.patches.mining import mine, norm_and_linear
 from vlmfast.patches.plan import difference
 from vlmfast.patches.projects import Named
-from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods import Method, told
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.towers import EncodedImages, encode
 
@@ -57,7 +57,7 @@ def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
         MGMMetaForCausalLM.unified_resampler and .encode_images of dvlab-research/MGM, mgm/model/mgm_arch.py.
     """
     if reduce is not None and not isinstance(reduce, Method):
-        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {type(reduce).__name__}")
+        raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {told(reduce)}")
 
     def reduction(modules: list[nn.Module]) -> Reduction | None:
         found = None if reduce is None else Reduction(reduce, tuple(dict.fromkeys(map(type, modules))))

@@ -30,6 +30,13 @@ class Extended:
         """Copy and pickle by the original class, as nobody could import this one."""
         return _restored, (self.original_class, self.mixins), vars(self)
 
+    def __iter__(self) -> Any:
+        """Refuse: layers are iterated over to make another cache of them, which would not know the prompt."""
+        raise RuntimeError(
+            "past_key_values holds a prompt whose visual tokens were reduced, which a cache made of its layers would "
+            "not know: copy it with copy.deepcopy, or read past_key_values.layers"
+        )
+
 
 class HoldsCuts(Extended):
     """A cache whose layers hold different columns, as visual tokens were cut between them."""
@@ -80,13 +87,6 @@ class KeepsPrompt(Extended):
     """A cache that keeps a prompt."""
 
     shortened_prompt: ShortenedPrompt
-
-    def __iter__(self) -> Any:
-        """Refuse: layers are iterated over to make another cache of them, which would not know the prompt."""
-        raise RuntimeError(
-            "past_key_values holds a prompt whose visual tokens were reduced, which a cache made of its layers would "
-            "not know: copy it with copy.deepcopy, or read past_key_values.layers"
-        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row, also of the prompt."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmfast.modules import hugging_face_model
 from vlmfast.reduce.generation import reducible
 from vlmfast.reduce.kinds import KINDS, brought, check_takes
-from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.prompt import ShortenedPrompt, shorten, takes_features
 
 
@@ -47,7 +47,9 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
             tokens cannot be reduced.
     """
     if not isinstance(method, Method):
-        raise TypeError(f"method must be one such as vlmfast.VisionZip(54, 10), got {type(method).__name__}")
+        between = isinstance(method, (LayerMethod, list, tuple))
+        hint = "; only vlmfast.patch(model, reduce=...) cuts between layers" if between else ""
+        raise TypeError(f"method must be one such as vlmfast.SCOPE(64), got {told(method)}{hint}")
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the arguments of forward, got {type(inputs).__name__}")
     host, reducer = reducible(hugging_face_model(model))

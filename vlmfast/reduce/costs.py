@@ -41,7 +41,9 @@ class Shape:
         active = (getattr(config, "num_experts_per_tok", None) or 1) / experts
         found = []
         for layer in model.base_model.language_model.layers:
-            width = next(layer.parameters()).dtype.itemsize
+            dtypes = [x.dtype for x in layer.parameters()]
+            # quantised weights are no numbers of that width
+            width = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), dtypes[0]).itemsize
             attends = getattr(layer, "self_attn", None) is not None
             found.append(Layer(_weights(layer, active), heads * size * attends, cached * width * attends))
         return cls(tuple(found))
@@ -73,6 +75,8 @@ def _weights(layer: nn.Module, active: float) -> int:
     """Count what a token is multiplied with: linear layers, and of experts the share that it is given to."""
     count = 0.0
     for name, module in layer.named_modules():
+        if hasattr(module, "base_layer"):  # of an adapter, which counts itself
+            continue
         own = [number for number in map(vars(module).get, ("in_features", "out_features")) if isinstance(number, int)]
         if len(own) == 2:  # also of what is quantised
             count += own[0] * own[1] * (active if ".experts." in f".{name}." else 1)

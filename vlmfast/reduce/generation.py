@@ -21,7 +21,7 @@ from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, setting
 from vlmfast.reduce.kinds import KINDS, brought, check_takes, lacking
-from vlmfast.reduce.methods import LayerMethod, Method
+from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
     check,
@@ -128,7 +128,8 @@ class Reduction:
 
     def _shortened(self) -> str:
         if self.last is None:
-            return "no prompt with images yet"
+            kind = "images" if self.method is None or "image" in self.method.takes else "videos"
+            return f"no prompt with {kind} yet"
         shown = self.last.images + self.last.videos
         sizes = [f"{image.total} -> {image.features.shape[0]}" for image in shown]
         before, after = self.last.columns.total, self.last.columns.index.shape[1]
@@ -177,15 +178,15 @@ def shortening(model: Any, methods: object) -> Reduction:
     for method in given:
         if not isinstance(method, (Method, LayerMethod)):
             raise TypeError(
-                f"reduce must be a method such as vlmfast.VisionZip(54, 10) or vlmfast.FastV(2, 0.5), or a list of "
-                f"them, got {type(method).__name__}"
+                f"reduce must be a method such as vlmfast.SCOPE(64) or vlmfast.FastV(2, 0.5), or a list of them, got "
+                f"{told(method)}"
             )
     first = given[0] if given and isinstance(given[0], Method) else None
     between = [method for method in (given if first is None else given[1:]) if isinstance(method, LayerMethod)]
     if not given or len(given) != len(between) + (first is not None):
         raise ValueError(
-            f"reduce must have at most one method that acts before the language model, in front of those that cut "
-            f"between its layers, got {given}"
+            f"reduce must be a method or a list of some: first at most one method that acts before the language model, "
+            f"then those that cut between its layers, got {given}"
         )
     model, reducer = reducible(model)
     if first is not None:

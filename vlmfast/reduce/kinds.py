@@ -77,7 +77,8 @@ def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any
     given = brought(reducer, arguments)
     if given and not any(kind.name in method.takes for kind in given):
         raise ValueError(
-            f"{method} reduces {_names(method.takes)}, and the prompt has {_names([kind.name for kind in given])} alone"
+            f"{method} reduces {_names(method.takes)}, and the prompt has {_names([kind.name for kind in given])} "
+            f"alone: patch with a method for these"
         )
     return {kind: method if kind.name in method.takes else EvenTokens(1.0) for kind in given}
 

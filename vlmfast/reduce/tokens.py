@@ -138,7 +138,7 @@ class Selection:
         moved = self.slots + (frame + (self.slots >= contextual) * (frames - 1)) * contextual
         return replace(
             self,
-            kept=(self.kept + frame * tokens).view(-1, frames * self.kept.shape[1]),
-            slots=torch.where(self.slots < 0, self.slots, moved).int().view(-1, frames * tokens),
+            kept=(self.kept + frame * tokens).view(len(self.kept) // frames, frames * self.kept.shape[1]),
+            slots=torch.where(self.slots < 0, self.slots, moved).int().view(len(self.kept) // frames, frames * tokens),
             contextual=frames * contextual,
         )

@@ -110,7 +110,7 @@ def _made(now: Columns | None, keys: Columns, at: At) -> Tensor:
     after = torch.arange(keys.total, total, device=device).expand(batch, -1)
     index = torch.cat([keys.index, after], 1)
     valid = torch.cat([keys.valid, torch.ones_like(after, dtype=torch.bool)], 1)
-    if at.implementation.startswith("flash"):
+    if "flash" in at.implementation:  # or a kernel of the hub, such as kernels-community/flash-attn2
         return valid.long()
     rows = torch.arange(at.past, total, device=device).expand(batch, -1)
     if now is not None:

@@ -182,7 +182,8 @@ def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
 
 def chosen(scores: Tensor, visual: Tensor, kept: list[int]) -> Tensor:
     """(B, N) scores -> (B, N) bool: so many visual tokens of each sample, of equal ones those that come first."""
-    worth = scores.masked_fill(~visual, -1.0)  # below every attention
+    # below whatever a method makes of the attention, be it a logarithm of nothing
+    worth = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~visual, -torch.inf)
     found = torch.zeros_like(visual)
     for count in sorted(set(kept)):
         samples = [sample for sample, own in enumerate(kept) if own == count]

@@ -86,6 +86,8 @@ def _configured(module: nn.Module) -> Callable[..., Any]:
 
     name = vars(module)["config"]._attn_implementation
     files = (vars(sys.modules[cls.__module__]) for cls in type(module).__mro__)
-    eager = next(file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
-    found: Callable[..., Any] = AttentionInterface().get_interface(name, eager)
+    eager = next((file["eager_attention_forward"] for file in files if "eager_attention_forward" in file), None)
+    found: Callable[..., Any] | None = AttentionInterface().get_interface(name, eager)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} has no attention function {name}, which visual tokens are cut by")
     return found

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from vlmfast.reduce.methods.layer_method import LayerMethod, check_layer
-from vlmfast.reduce.methods.method import METHODS, Method, Named, PruningMethod, check_share, share
+from vlmfast.reduce.methods.method import METHODS, Method, Named, PruningMethod, check_share, share, told
 from vlmfast.reduce.methods.video_method import VideoMethod
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
@@ -24,5 +24,6 @@ __all__ = [
     "check_layer",
     "check_share",
     "share",
+    "told",
     *CLASSES,
 ]

@@ -41,6 +41,6 @@ class EVS(VideoMethod, name="evs"):
     def score(self, tokens: VisualTokens) -> Tensor:
         """(B, T * n): how much each token changed."""
         frames = frames_of(tokens)
-        changes = accepting(frame_change, frames)(frames)
+        changes = accepting(frame_change, frames)(frames).nan_to_num(1.0)  # what is not finite is like nothing
         first = changes.new_full((tokens.batch, 1, frames.shape[2]), FIRST)
         return torch.cat([first, changes], 1).flatten(1)

@@ -175,3 +175,10 @@ def check_share(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number of tokens (int) or a share of them (float), got {value!r}")
     if value < 0 or (isinstance(value, float) and not value <= 1.0):
         raise ValueError(f"{name} must be an int of at least 0 or a float within 0.0 and 1.0, got {value!r}")
+
+
+def told(value: object) -> str:
+    """Say what was given in the place of a method."""
+    if isinstance(value, type) and issubclass(value, Named):
+        return f"the class {value.__name__}, without its arguments ({', '.join(value.required())})"
+    return type(value).__name__

@@ -33,6 +33,8 @@ class PyramidDrop(LayerMethod, name="pyramiddrop"):
     def __post_init__(self) -> None:
         for name in ("layers", "shares"):
             value = getattr(self, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                value = (value,)  # a single cut
             if not isinstance(value, Sequence) or isinstance(value, str):
                 raise TypeError(f"{name} must be a sequence, got {value!r}")
             object.__setattr__(self, name, tuple(value))
