@@ -232,7 +232,7 @@ def test_what_a_method_is_not_for_is_refused():
         with pytest.raises(ValueError, match=message):
             model.generate(**inputs_of(model, (10, IMAGE)), max_new_tokens=2)
         model(**inputs_of(model, (10, 11)))
-        assert "no prompt with images yet" in patch.report()
+        assert "no prompt with videos yet" in patch.report()
     with pytest.raises(ValueError, match=message):
         vlmfast.compress_inputs(model, inputs_of(model, (10, IMAGE)), VCAST(0.3))
     inputs = inputs_of(model, (10, LONG))
