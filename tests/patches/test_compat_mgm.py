@@ -42,7 +42,7 @@ def outputs_and_gradients(model: nn.Module, tokens: Tensor, feature_map: Tensor,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_and_gradients(dtype: torch.dtype):
-    """What is mined is no further from the exact result than upstream's in half precision, nor are gradients by much.
+    """What is mined is no further from the exact result than upstream's in half precision, nor are gradients by twice.
 
     In float32 both have the error of some roundings.
     """
@@ -57,7 +57,7 @@ def test_error_and_gradients(dtype: torch.dtype):
         assert mine.dtype == theirs.dtype
         error, budget = (float((x.double() - truth).norm()) for x in (mine, theirs))
         rounding = torch.finfo(dtype).eps * float(truth.norm())
-        slack = 8 * rounding if dtype == torch.float32 else 0.0 if index == 0 else 0.1 * budget + 0.5 * rounding
+        slack = 8 * rounding if dtype == torch.float32 else 0.0 if index == 0 else budget + 0.5 * rounding
         assert error <= budget + slack + 1e-12, index
 
 

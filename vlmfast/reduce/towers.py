@@ -8,6 +8,7 @@ otherwise the attention that a token gets from all tokens of its image.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 import threading
@@ -118,8 +119,11 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
     # an older transformers takes a list for something else
     capturing = sys.modules.get("transformers.utils.output_capturing")
     states = wanted if hasattr(capturing, "select_hidden_states") else True
+    takes = inspect.signature(type(tower).forward).parameters.values()
+    if any(parameter.name == "return_dict" or parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
+        inputs["return_dict"] = True  # others return nothing else
     with recorded(query=projection("q"), key=projection("k")) as calls:
-        output = tower(pixel_values, output_hidden_states=states, return_dict=True, **inputs)
+        output = tower(pixel_values, output_hidden_states=states, **inputs)
     query, key = (calls[name][1].detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
     features = [output.hidden_states[index] for index in wanted]
     hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
