@@ -24,7 +24,7 @@ import torch
 from vlmfast.architectures import CUDA as ARCHITECTURES
 
 CSRC = Path(__file__).parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
+FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
 
 # Three lines of ptxas -v about one kernel.
 ENTRY = re.compile(
