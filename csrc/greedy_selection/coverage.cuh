@@ -29,7 +29,7 @@ __device__ __forceinline__ float sound(float similarity) { return fabsf(similari
 template <typename scalar_t>
 __device__ __forceinline__ float gain_of(const scalar_t* similarity, const CoverageState& state, int rows) {
   float gain = 0.f;
-#pragma unroll 8
+#pragma unroll 4
   for (int row = threadIdx.x % kWarp; row < rows; row += kWarp) {
     gain += fmaxf(sound(to_float(similarity[row])) - state.covered[row], 0.f) * state.weight[row];
   }
