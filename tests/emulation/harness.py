@@ -26,6 +26,16 @@ SCHEDULES = (0, 1, 7)  # the threads and blocks forward, backward, shuffled
 Layout = Callable[[Tensor], Tensor]
 Call = tuple[str, tuple[Any, ...]]  # an op's name and its arguments
 
+# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, sequences with gaps
+# between them.
+PAIRS = [
+    (cases.contiguous, cases.padded),
+    (cases.padded, cases.transposed),
+    (cases.oddly_padded, cases.contiguous),
+    (cases.expanded, cases.offset),
+    (cases.every_other, cases.every_other),
+]
+
 # Messages that notice a fault.
 RACE, BOUNDS, MISALIGNED = "race: ", "of an (in|out)put of", "misaligned|type_mismatch"
 UNORDERED = f"{RACE}|nobody has written"  # who comes first depends on the schedule

@@ -9,6 +9,7 @@ import torch
 
 from tests.emulation.harness import (
     DIFFER,
+    PAIRS,
     UNNOTICED,
     UNORDERED,
     Call,
@@ -20,17 +21,7 @@ from tests.emulation.harness import (
     planted_faults,
     sample_calls,
 )
-from tests.helpers import cases
 from vlmfast.ops.greedy_selection import cases as greedy
-
-# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements.
-LAYOUTS = [
-    (cases.contiguous, cases.padded),
-    (cases.padded, cases.transposed),
-    (cases.oddly_padded, cases.contiguous),
-    (cases.expanded, cases.offset),
-    (cases.every_other, cases.every_other),
-]
 
 
 def far_calls() -> Iterator[Call]:
@@ -61,7 +52,7 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
             kernels("coverage", torch.eye(40)[None].to(dtype), 0, None, quality)
         with pytest.raises(RuntimeError, match="row_weights must be finite and not negative"):
             kernels("coverage", torch.eye(40)[None].to(dtype), 0, quality)
-    compare(kernels, sample_calls("greedy_selection", LAYOUTS, dtype), weighed_calls(dtype), far_calls())
+    compare(kernels, sample_calls("greedy_selection", PAIRS, dtype), weighed_calls(dtype), far_calls())
 
 
 test_greedy_selection = every_access("greedy_selection", examine)

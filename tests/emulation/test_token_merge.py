@@ -13,6 +13,7 @@ from tests.emulation.harness import (
     BOUNDS,
     DIFFER,
     MISALIGNED,
+    PAIRS,
     RACE,
     SCHEDULES,
     UNNOTICED,
@@ -30,19 +31,8 @@ from tests.emulation.harness import (
     planted_faults,
     sample_calls,
 )
-from tests.helpers import cases
 from vlmfast.ops.token_merge.definition import MERGES
 from vlmfast.registry import OPS
-
-# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, sequences with gaps
-# between them.
-LAYOUTS = [
-    (cases.contiguous, cases.padded),
-    (cases.padded, cases.transposed),
-    (cases.oddly_padded, cases.contiguous),
-    (cases.expanded, cases.offset),
-    (cases.every_other, cases.every_other),
-]
 
 
 def kept_of(batch: int, tokens: int, kept: int) -> Tensor:
@@ -96,7 +86,7 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
         kernels("merge_slots", torch.randn(2, 40, 16).to(dtype), torch.full((2, 30), position), 5)
     for call, like in strange_calls(dtype):
         compare(kernels, [call], like=like)
-    samples = sample_calls("token_merge", LAYOUTS, dtype)
+    samples = sample_calls("token_merge", PAIRS, dtype)
     compare(kernels, samples, long_calls(dtype), far_calls(), same_order=dtype != torch.float32)
 
 
