@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-matrix check bench static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-matrix check check-cuda bench static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -30,15 +30,18 @@ test-ptx: $(VENV)/built $(VENV)/tools      ## Triton kernels as compiled for sm_
 test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation
 	$(PYTEST) -m planted
 
-test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or those of MATRIX
-	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))"))
+test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or MATRIX; all of them, or TESTS
+	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))")) $(if $(TESTS),-- $(TESTS))
 
-check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc
+check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc for sm_90
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
 	$(BIN)/python scripts/make_docs.py --check
+	$(BIN)/python scripts/compile_cuda.py sm_90
+
+check-cuda: $(VENV)/built $(VENV)/tools    ## CUDA sources through nvcc for every GPU: after a change to them
 	$(BIN)/python scripts/compile_cuda.py
 
 bench: $(VENV)/built $(VENV)/tools         ## time every op against its peers and the limit of this machine

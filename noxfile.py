@@ -13,7 +13,10 @@ nox.options.default_venv_backend = "none"  # the environment that runs nox, torc
 @nox.session
 @nox.parametrize("transformers", [nox.param(release, id=release) for release in ("4.57.6", "5.17.0", "5.23.0")])
 def matrix(session: nox.Session, transformers: str) -> None:
-    """One transformers release, laid over the environment's own: patches, command line, references."""
+    """Run the tests of patches, command line and references, or those given, with one transformers release.
+
+    The release is laid over the environment's own.
+    """
     release = Path(".nox", f"transformers-{transformers}").resolve()
     if not release.exists():
         partial = release.with_name(f"{release.name}.partial")
@@ -30,4 +33,5 @@ def matrix(session: nox.Session, transformers: str) -> None:
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"), "-m", "not thorough")
     ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))
     definitions = "tests/ops/test_generated.py::test_definition_equals_hugging_face"
-    session.run(*pytest, "tests/patches", "tests/reduce", "tests/test_cli.py", *ops, definitions, env=environment)
+    everything = ("tests/patches", "tests/reduce", "tests/test_cli.py", *ops, definitions)
+    session.run(*pytest, *(session.posargs or everything), env=environment)

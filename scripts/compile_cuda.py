@@ -1,4 +1,6 @@
-"""Compile csrc/*/*.cu for every supported architecture, and print what each kernel takes of a multiprocessor.
+"""Compile csrc/*/*.cu for the architectures given, and print what each kernel takes of a multiprocessor.
+
+    python scripts/compile_cuda.py [sm_90 ...]     (default: every supported one)
 
 Needs nvcc and any torch, a CPU-only one too: the sources use its stable ABI alone. Without nvcc it says so and
 succeeds. It fails on a source that does not compile, on a kernel that spills registers to memory, and on one that is
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +107,12 @@ def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
     return {names[name]: by_architecture for name, by_architecture in found.items()}
 
 
-def table(kernels: dict[str, dict[int, Usage]]) -> str:
+def table(kernels: dict[str, dict[int, Usage]], architectures: Sequence[int]) -> str:
     """Make a table of registers on each architecture, bytes spilled and of shared memory on the worst."""
     width = max(map(len, kernels))
-    lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in ARCHITECTURES), " spilled  shared"])]
+    lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in architectures), " spilled  shared"])]
     for name, by_architecture in sorted(kernels.items()):
-        registers = [f"{by_architecture[a].registers:>4}" for a in ARCHITECTURES]
+        registers = [f"{by_architecture[a].registers:>4}" for a in architectures]
         spilled = max(usage.spills for usage in by_architecture.values())
         shared = max(usage.shared for usage in by_architecture.values())
         lines.append(" ".join([f"{name:{width}}", *registers, f"{spilled:>8}", f"{shared:>7}"]))
@@ -134,13 +137,13 @@ def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
     return found
 
 
-def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
+def compile_all(nvcc: str, architectures: Sequence[int] = ARCHITECTURES) -> dict[str, dict[int, Usage]]:
     """Compile all kernels of csrc/, and read off what ptxas and the disassembly say of them."""
     disassembler = find_disassembler(nvcc)
     if disassembler is None:
         print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")
 
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     nvcc_command = [nvcc, *FLAGS, *targets, f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}"]
 
     def compile_one(source: Path) -> dict[str, dict[int, Usage]]:
@@ -154,7 +157,7 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
                 command, environment = [disassembler[0], "-sass", output], disassembler[1]
                 disassembly = subprocess.check_output(command, env=environment, text=True)
         found = usages(log, disassembly)
-        if not found or any(set(by_architecture) != set(ARCHITECTURES) for by_architecture in found.values()):
+        if not found or any(set(by_architecture) != set(architectures) for by_architecture in found.values()):
             raise SystemExit(f"{source.name}: ptxas did not report every kernel on every architecture")
         if disassembler is not None and not all(u.loads for kernel in found.values() for u in kernel.values()):
             raise SystemExit(f"{source.name}: no loads in the disassembly of some kernel")
@@ -165,13 +168,23 @@ def compile_all(nvcc: str) -> dict[str, dict[int, Usage]]:
         return {name: by_architecture for of_source in found for name, by_architecture in of_source.items()}
 
 
-def main() -> int:
+def parse_architectures(names: Sequence[str]) -> Sequence[int]:
+    """Parse names like "sm_90"; without any, return every supported architecture."""
+    known = {f"sm_{number}": number for number in ARCHITECTURES}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"compile_cuda: architectures are {', '.join(known)}, got {', '.join(unknown)}")
+    return [known[name] for name in names] or ARCHITECTURES
+
+
+def main(names: Sequence[str]) -> int:
+    architectures = parse_architectures(names)
     nvcc = find_nvcc()
     if nvcc is None:
         print("compile_cuda: there is no nvcc on PATH or in CUDA_HOME: the CUDA sources were not compiled")
         return 0
-    kernels = compile_all(nvcc)
-    print(table(kernels))
+    kernels = compile_all(nvcc, architectures)
+    print(table(kernels, architectures))
     wrong = faults(kernels)
     for fault in wrong:
         print(f"compile_cuda: {fault}", file=sys.stderr)
@@ -179,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

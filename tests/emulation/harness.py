@@ -133,7 +133,12 @@ Examine = Callable[[Kernels, torch.dtype], None]
 def every_access(family: str, examine: Examine) -> Callable[..., None]:
     """Make the test that examines a family's kernels in each dtype, and the threads in each order."""
 
-    @pytest.mark.parametrize(("dtype", "schedule"), zip(cases.DTYPES, SCHEDULES, strict=True), ids=str)
+    thorough = {torch.float16: [pytest.mark.thorough]}  # bfloat16 runs the same templates
+    pairs = zip(cases.DTYPES, SCHEDULES, strict=True)
+
+    @pytest.mark.parametrize(
+        ("dtype", "schedule"), [pytest.param(*p, marks=thorough.get(p[0], [])) for p in pairs], ids=str
+    )
     def test(dtype: torch.dtype, schedule: int) -> None:
         kernels = checked(family)
         kernels.schedule(schedule)

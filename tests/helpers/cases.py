@@ -64,6 +64,20 @@ def each(ops: Iterable[Op]) -> list:
     return [pytest.param(op, id=op.name) for op in ops]
 
 
+def each_traced(ops: Iterable[Op]) -> list:
+    """One pytest parameter per op, of which all but the first of each kind are left to `make test-thorough`.
+
+    For tests of tracers and exporters: what they meet is the registry's code, which is the same for ops of one kind.
+    """
+    found, kinds = [], set()
+    for op in ops:
+        kind = (op.compose is None, op.differentiable, "cpu" in op.inlined, op.detached)
+        marks = [pytest.mark.thorough] if kind in kinds else []
+        kinds.add(kind)
+        found.append(pytest.param(op, id=op.name, marks=marks))
+    return found
+
+
 def each_place(ops: Iterable[Op], *axes: Any) -> list:
     """One pytest parameter per op, device and backend, and per value of further axes."""
     return _parameters(ops, PLACES, *axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,6 +18,11 @@ REPEATED = {
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_moe", "qwen3_vl_moe"),
     *("step3p7", "video_llama_3", "vipllava"),
 }
+
+
+def first_of(values: Iterable[Any]) -> list:
+    """One pytest parameter per value, of which all but the first are left to `make test-thorough`."""
+    return [pytest.param(value, marks=[pytest.mark.thorough] if index else []) for index, value in enumerate(values)]
 
 
 def is_thorough(item: pytest.Item) -> bool:

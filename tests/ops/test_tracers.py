@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlmfast
-from tests.helpers.cases import EACH_OP, Recorder, is_float, is_tensor, outputs, require
+from tests.helpers.cases import EACH_OP, Recorder, each_traced, is_float, is_tensor, outputs, require
 from vlmfast.registry import OPS, Op
 
 Tensors = tuple[Tensor, ...]
@@ -78,7 +78,7 @@ def load(folder: Path, how: str) -> list[str]:
         *(pytest.param(how, marks=pytest.mark.thorough) for how in ("strict export", "symbolic make_fx")),
     ],
 )
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each_traced(OPS.values()))
 def test_exporters_get_plain_operators(op: Op, exporter: str):
     call, tensors, want = a_call(op)
     if "export" in exporter:
@@ -92,6 +92,7 @@ def test_exporters_get_plain_operators(op: Op, exporter: str):
         assert torch.equal(g, w)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_what_was_exported_loads_where_vlmfast_is_not(tmp_path: Path):
     calls = []
@@ -118,7 +119,7 @@ def test_what_was_saved_with_kernels_loads_after_the_import(tmp_path: Path):
     assert load(tmp_path, "with") == ["jit norm"]
 
 
-@pytest.mark.parametrize("op", EACH_OP)
+@pytest.mark.parametrize("op", each_traced(OPS.values()))
 def test_a_compiled_graph_has_the_op_or_its_definition(op: Op):
     seen: list[str] = []
 
@@ -161,7 +162,7 @@ def test_bad_calls_in_a_compiled_graph_are_refused(op: Op):
         assert not isinstance(raised.value, torch._dynamo.exc.InternalTorchDynamoError)
 
 
-INLINED = [param for param in EACH_OP if "cpu" in param.values[0].inlined]
+INLINED = each_traced(op for op in OPS.values() if "cpu" in op.inlined)
 
 
 @pytest.mark.parametrize("op", INLINED)

@@ -24,7 +24,8 @@ def require(backend: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.thorough), "emulated"])
+@pytest.mark.thorough  # the tests in tests/emulation count the traffic of small calls
+@pytest.mark.parametrize("backend", ["triton", "emulated"])
 @pytest.mark.parametrize("op", cases.each(traffic.BOUND_BY_MEMORY))
 def test_traffic(op: Op, backend: str) -> None:
     require(backend)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vlmfast
 from tests.helpers.patches_models import patched, tiny
+from tests.helpers.thorough import first_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
@@ -80,10 +81,7 @@ def test_doubles_are_left_to_upstream(how: str):
     assert torch.equal(graph(call)(*call.inputs), got)
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    ["llava", "internvl", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("idefics3", "llama4"))],
-)
+@pytest.mark.parametrize("model_type", first_of(["llava", "internvl", "idefics3", "llama4"]))
 def test_a_model_is_exported(model_type: str):
     call = Logits(model_type)
     want = of_upstream(exported, call).module()(*call.inputs)

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 import vlmfast
 from tests.helpers.patches_models import DTYPES, logits, places_of, sites_of, tiny
+from tests.helpers.thorough import first_of
 from tests.helpers.tiny_patches import QWEN
 from vlmfast.patches import merger
 
@@ -339,7 +340,7 @@ def test_features_of_another_width(model_type: str):
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("model_type", MERGERS)
+@pytest.mark.parametrize("model_type", first_of(MERGERS))
 def test_compiles_into_one_graph(model_type: str):
     model, _ = tiny(model_type)
     vlmfast.patch(model, **only(model))

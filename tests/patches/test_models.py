@@ -31,7 +31,7 @@ from tests.helpers.patches_models import (
     state,
     tiny,
 )
-from tests.helpers.thorough import REPEATED
+from tests.helpers.thorough import REPEATED, first_of
 from tests.helpers.tiny_types import TINY_LANGUAGE, TINY_VISUAL
 from vlmfast.ops.rms_norm import definition
 from vlmfast.patches.plan import find_sites
@@ -294,7 +294,7 @@ def recorder():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "llama4", "internvl"])
+@pytest.mark.parametrize("model_type", first_of(["qwen3_vl", "qwen3_5", "llama4", "internvl"]))
 def test_compiles_into_one_graph(model_type: str, recorder: Recorder):
     """On parts that upstream compiles into one graph: placing an image in a prompt breaks it in some versions."""
     model, inputs = tiny(model_type)
