@@ -49,7 +49,7 @@ TO_DEVICE = "copy to the device"
 
 @dataclass
 class Count:
-    """Launches of one block, by operator, and waits, by source line and operator."""
+    """Launches of one block, by operator, and waits, by calling function and operator."""
 
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
