@@ -1,4 +1,4 @@
-"""`make test-matrix`: what depends on the inside of transformers, under every supported release."""
+"""`make test-matrix`: run the tests that depend on transformers' internals under every supported release."""
 
 import os
 import shutil
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import nox
 
-nox.options.default_venv_backend = "none"  # the environment that runs nox, torch and extension and all
+nox.options.default_venv_backend = "none"  # use the environment that runs nox, with its torch and the extension
 
 
 @nox.session
 @nox.parametrize("transformers", [nox.param(release, id=release) for release in ("4.57.6", "5.17.0", "5.23.0")])
 def matrix(session: nox.Session, transformers: str) -> None:
-    """Run the tests of patches, command line and references, or those given, with one transformers release.
+    """Test patches, command line and references, or what is given, under one release of transformers.
 
-    The release is laid over the environment's own.
+    The release is put in front on PYTHONPATH.
     """
     release = Path(".nox", f"transformers-{transformers}").resolve()
     if not release.exists():
@@ -28,7 +28,7 @@ def matrix(session: nox.Session, transformers: str) -> None:
     found = session.run(
         sys.executable, "-c", "import transformers; print(transformers.__version__)", env=environment, silent=True
     )
-    if str(found).split()[-1:] != [transformers]:  # behind whatever it warns of
+    if str(found).split()[-1:] != [transformers]:  # the last word, because warnings may precede it
         session.error(f"transformers {transformers} was installed, and this was imported: {found}")
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"), "-m", "not thorough")
     ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))

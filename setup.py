@@ -1,10 +1,10 @@
-"""Builds vlmfast/_C.so: the CPU kernels always, the CUDA kernels where nvcc and a CUDA build of torch are.
+"""Build vlmfast/_C.so: always the CPU kernels, and the CUDA kernels if nvcc and a CUDA build of torch are installed.
 
-The library has no Python in it and needs only torch's stable ABI: one wheel serves every Python and torch >= 2.10.
-Where it cannot be built the package installs without it and works on its Triton and PyTorch backends; with
+The library does not use Python's API and needs only torch's stable ABI, so one wheel serves every Python and torch >=
+2.10. If it cannot be built, the package installs without it and runs on its Triton and PyTorch backends; with
 VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
 
-CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+The environment variables CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
-# 2.10: the first release whose stable ABI has parallel_for and strings.
+# torch 2.10 is the first release whose stable ABI has parallel_for and strings.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{CSRC}"]
 CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
-# The kernels copy torch's arithmetic to the bit: no fused multiply-add where torch has none.
+# The kernels reproduce torch's arithmetic bit for bit, so the compiler may not fuse multiply and add on its own.
 KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = runpy.run_path(str(ROOT / "vlmfast" / "architectures.py"))["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# What csrc/*/*_kernels.cpp are compiled for, and chosen from at run time (csrc/common/cpu.h).
+# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time.
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
     "v3": "-march=x86-64-v3",
@@ -64,7 +64,7 @@ def import_torch() -> ModuleType:
 
 
 def find_program(variable: str, names: list[str]) -> list[str]:
-    """Find the command line of a compiler: that of the environment variable, or the first of the names on PATH."""
+    """Return the command line of a compiler: the environment variable's, or the first of the names on PATH."""
     command = shlex.split(os.environ.get(variable, "")) or next(([name] for name in names if shutil.which(name)), [])
     if not command or not shutil.which(command[0]):
         raise BuildError(f"there is no compiler ({' or '.join(names)} on PATH, or {variable})")
@@ -107,14 +107,14 @@ def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
 
 
 def default_architectures(compiler: list[str]) -> str:
-    """Return those of CUDA_ARCHITECTURES that this nvcc knows: one that it does not know would cost all kernels."""
+    """Return those of CUDA_ARCHITECTURES that this nvcc knows; an unknown one would make the whole build fail."""
     known = output_of([*compiler, "--list-gpu-arch"]).split()
     names = [f"{number // 10}.{number % 10}" for number in CUDA_ARCHITECTURES if f"compute_{number}" in known]
-    return ";".join(names) + "+PTX" if names else ""  # of the newest, for GPUs that are newer still
+    return ";".join(names) + "+PTX" if names else ""  # PTX of the newest, for GPUs that are newer still
 
 
 def check_cuda_version(torch: ModuleType, compiler: list[str]) -> None:
-    """Refuse an nvcc of another major version: its runtime is not the one that torch brings."""
+    """Refuse an nvcc of another major version than torch's CUDA, whose runtime the library is linked with."""
     release = re.search(r"release (\d+)\.", output_of([*compiler, "--version"]))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = "unknown" if release is None else release[1]
@@ -130,9 +130,9 @@ def cuda_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
 
 
 def compile_all(commands: list[list[str]], objects: Path) -> list[Path]:
-    """Run the compilations side by side, but for objects that are newer than all of csrc and this file.
+    """Run the compilations in parallel, skipping objects that are newer than all of csrc and this file.
 
-    Objects are named after the whole command, so that other flags make another object.
+    The name of an object has a hash of its command, so that other flags make another object.
     """
     if not commands:
         raise BuildError(f"there are no sources in {CSRC}")
@@ -157,7 +157,7 @@ def link(torch: ModuleType, linker: list[str], output: Path, objects: list[Path]
 
 
 def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) -> None:
-    """Compile the CUDA part and link it with the objects of the CPU part, with the CUDA runtime that torch brings."""
+    """Compile the CUDA part, and link it with the objects of the CPU part and the CUDA runtime that torch brings."""
     home = torch.utils.cpp_extension.CUDA_HOME
     nvcc = find_program("NVCC", [*([str(Path(home) / "bin" / "nvcc")] if home else []), "nvcc"])
     cuda = compile_all(cuda_commands(torch, nvcc), objects)
@@ -166,7 +166,7 @@ def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) 
 
 
 def build(output: Path, objects: Path) -> None:
-    """Compile and link the extension, without its CUDA kernels where they cannot be built."""
+    """Compile and link the extension; leave the CUDA kernels out if they cannot be built."""
     torch = import_torch()
     compiler = find_program("CXX", ["c++", "g++", "clang++"])
     objects.mkdir(parents=True, exist_ok=True)
@@ -181,14 +181,14 @@ def build(output: Path, objects: Path) -> None:
 
 
 def leave_out(part: str, reason: BuildError) -> None:
-    """Go on without a part, and say so; or stop, where the environment requires all of them."""
+    """Print that a part is left out, and go on; with VLMFAST_REQUIRE_EXTENSION=1, stop."""
     if os.environ.get("VLMFAST_REQUIRE_EXTENSION") == "1":
         raise SystemExit(f"vlmfast: {part} cannot be built: {reason}")
     print(f"vlmfast: {part} are left out: {reason}", file=sys.stderr)
 
 
 class BuildLibrary(build_ext):
-    """Builds a plain shared library, where setuptools would build a Python module."""
+    """Builds a plain shared library, not a Python extension module as setuptools does."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))

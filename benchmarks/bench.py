@@ -1,7 +1,7 @@
 """One run of the benchmark: ops and whole models, timed against their peers and the limits of the machine.
 
-Ratios are taken within one run, from interleaved rounds. On a CPU the default is one thread: with more, a busy
-neighbour decides. Pin the process (``taskset -c 1``) for steadier numbers.
+Ratios are taken within one run, from interleaved rounds. On a CPU the default is one thread, because with more threads
+other load on the machine dominates the result. Pin the process (``taskset -c 1``) for steadier numbers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ Run = dict[str, Any]
 def run(options: Namespace) -> int:
     """Run the benchmarks that the command line names, or show an earlier run.
 
-    No name of an op means every public op, or none where models are asked for; ``models=None`` means no model, and no
-    name of one all. Returns 1 if one of our own has an error, or no model could be built.
+    Without names of ops, every public op is run, or none where models are asked for. ``models=None`` means no model, an
+    empty ``models`` means all of them. Returns the exit code: 1 if one of our own contenders has an error, or no model
+    could be built.
     """
     asked = (options.models, options.peers, options.dtype, options.device)
     if options.source is not None and (options.ops or any(choice is not None for choice in asked)):
@@ -61,7 +62,7 @@ def run(options: Namespace) -> int:
 
 
 def _checked_files(options: Namespace) -> Path | None:
-    """Return where the records go, if anywhere; each file can be written, and none is written over by another."""
+    """Return the file of the records, or None; refuse files that cannot be written or that overwrite one another."""
     kept: Path | None = options.json or (options.html and options.html.with_suffix(".json"))
     if options.json is not None and options.json.suffix == ".csv":
         raise CommandError(f"--json {options.json}: a file of that name would be written over by the CSV")
@@ -86,7 +87,7 @@ def _show(console: Console, found: Run) -> None:
 
 
 def _asked(names: Iterable[str], device: str, dtype: torch.dtype) -> list[Op]:
-    """Return the ops of these names, each once; one named with workloads (rms_norm:600x2048) has only them."""
+    """Return the ops of these names, each once; an op named with workloads (rms_norm:600x2048) has only these."""
     wanted: dict[str, list[str]] = {}
     for text in names:
         name, _, workload = text.partition(":")
@@ -123,7 +124,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
     found: Run = {"environment": report.environment(device), "records": [], "models": []}
 
     def keep(kind: str, records: list[dict[str, Any]]) -> None:
-        found[kind] = records  # a stop loses only what was being measured
+        found[kind] = records  # written after every record, so that a stop loses only the measurement in progress
         if kept is not None:
             report.write(kept, found)
 

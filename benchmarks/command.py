@@ -17,7 +17,7 @@ NAMES = ("ops", "models", "launches", "gpu", "digits")
 
 
 def add(commands: Any) -> None:
-    """Add ``bench`` to the parsers of commands."""
+    """Add the ``bench`` command to the subparsers."""
     text = "time the ops, and whole models, against their peers and the limits of this machine"
     bench = commands.add_parser("bench", help=text, description=f"{text}. Without one of these names: ops.")
     benches = bench.add_subparsers(title="benchmarks", required=True)
@@ -89,7 +89,7 @@ def _add_timed(benches: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _one_of(kind: str, names: Collection[str], shown: Collection[str] = ()) -> Callable[[str], str]:
-    """Return what argparse checks an argument with; a list may be empty, which its own ``choices`` do not allow."""
+    """Return a ``type`` for argparse that checks names; argparse's ``choices`` would not allow an empty list."""
 
     def check(text: str) -> str:
         if text not in names:
@@ -103,13 +103,13 @@ _known_op = _one_of("op", KNOWN, PUBLIC)
 
 
 def _op(text: str) -> str:
-    """Check the op's name; which workloads it has, the device and dtype decide."""
+    """Check the name of an op; its workloads, which depend on device and dtype, are checked later."""
     _known_op(text.partition(":")[0])
     return text
 
 
 def moved(name: str) -> None:
-    """Run a benchmark from the module that was a command of its own, and exit."""
+    """Run a benchmark under the former command of its module (``python -m <module>``), and exit."""
     from vlmfast import cli
 
     arguments = [argument for argument in sys.argv[1:] if argument != "--count"]

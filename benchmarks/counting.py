@@ -1,17 +1,19 @@
-"""Count a forward's kernel launches and host synchronisations on a GPU, without one.
+"""Count the kernel launches and host synchronisations of a forward on a GPU, without a GPU.
 
-A tensor on the counted device is a meta tensor whose storage has a twin on the CPU, which holds its values. So upstream
-code and ours take the paths that they take on a GPU (nothing is on the CPU), know the values that they ask for, and a
-copy between host and device is told from a copy within the device. A subclass of `Tensor` would be treated otherwise.
+A tensor "on the device" is a meta tensor whose storage has a twin on the CPU that holds the values. Upstream's code and
+ours therefore take the paths that they take on a GPU, since no tensor is on the CPU. They get the values that they
+read, and a copy between host and device differs from a copy within the device. A subclass of `Tensor` would not do:
+code treats subclasses differently.
 
-A launch is an operator that writes on the device: one that returns memory which no argument has, or mutates an
-argument, as its schema says, and is no allocation. Views write nothing. An operator of torch counts once, although some
+A launch is an operator that writes on the device: it returns memory that no argument has, or mutates an argument
+according to its schema, and is not an allocation. Views write nothing. An operator of torch counts once, although some
 are several kernels (a sort, ``masked_scatter``, attention that splits the keys). An op of this package counts as the
 kernels and operators that its Triton launcher starts.
 
-A synchronisation is a blocking copy between host and device, a mask as an index, a number that an operator takes from
-the device, and an operator whose result or shape depends on values, as its tags say: ``item``, ``nonzero``, ``unique``.
-The last counts once, however often it reads, but for ``repeat_interleave``. Both counts are lower bounds.
+A synchronisation is one of these: a blocking copy between host and device; a mask used as an index; a number that an
+operator reads from the device; and an operator whose result or shape depends on values, according to its tags, such as
+``item``, ``nonzero`` and ``unique``. Such an operator counts once however often it reads, except
+``repeat_interleave``. Both counts are lower bounds.
 """
 
 from __future__ import annotations
@@ -47,36 +49,36 @@ TO_DEVICE = "copy to the device"
 
 @dataclass
 class Count:
-    """Hold the launches of one block, by operator, and the waits, by place and operator."""
+    """Launches of one block, by operator, and waits, by calling function and operator."""
 
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, Any]:
-        """Sum both up, and list the waits, the most frequent first."""
+        """Return the totals of both, and the waits in order of frequency."""
         waits = dict(self.waits.most_common())
         return {"launches": self.launches.total(), "syncs": self.waits.total(), "waits": waits}
 
 
 def put(value: Tensor) -> Tensor:
-    """Return a CPU tensor on the device; both share their values."""
+    """Return a tensor on the device that shares its values with this CPU tensor."""
     storage = UntypedStorage(value.untyped_storage().nbytes(), device="meta")  # type: ignore[no-untyped-call]
     storage.host = value.untyped_storage()  # type: ignore[attr-defined]
     return _view(storage, value)
 
 
 def is_put(value: Any) -> bool:
-    """Return whether it is a tensor on the device."""
+    """Return whether a value is a tensor on the device."""
     return isinstance(value, Tensor) and value.is_meta and hasattr(value.untyped_storage(), "host")
 
 
 def values(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor on the device, as a CPU tensor."""
+    """Return a CPU tensor that shares the values of a tensor on the device."""
     return _view(tensor.untyped_storage().host, tensor)  # type: ignore[attr-defined]
 
 
 def _view(storage: UntypedStorage, like: Tensor) -> Tensor:
-    """View a storage as ``like`` views its own."""
+    """View a storage with dtype, offset, shape and strides of ``like``."""
     empty = torch.empty(0, dtype=like.dtype, device=storage.device)
     return empty.set_(storage, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
 
@@ -94,28 +96,29 @@ def move(model: nn.Module) -> None:
 
 @contextmanager
 def count() -> Iterator[Count]:
-    """Count what runs in the block; nothing on the device can run elsewhere."""
+    """Count launches and waits in the block; tensors on the device can be used only in such a block."""
     found = Count()
-    # torch raises when it is asked whether the meta device has autocast
+    # torch.is_autocast_enabled("meta") raises an error.
     autocast = patch.object(torch, "is_autocast_enabled", lambda device_type="meta": False)
     with torch.no_grad(), autocast, _Functions(), _Operators(found):
         yield found
 
 
 class _Functions(TorchFunctionMode):
-    """Do as for a CUDA tensor what torch does without an operator, or otherwise for the meta device."""
+    """Make torch functions behave as for CUDA tensors where they call no operator or treat meta tensors differently."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (Tensor.tolist, Tensor.numpy):
             return func(args[0].cpu(), *args[1:], **kwargs)
         if func is F.scaled_dot_product_attention:
-            # zeros, laid out as on a GPU: attention takes most of the time and decides nothing
+            # Zeros in the memory layout of a GPU kernel: computing attention would take most of the time, and no count
+            # depends on its values.
             batch, heads, tokens, _ = args[0].shape
             return args[0].new_zeros(batch, tokens, heads, args[2].shape[-1]).transpose(1, 2)
         if func in (Tensor.__getitem__, Tensor.__setitem__) and is_put(args[0]):
             parts = args[1] if isinstance(args[1], tuple) else args[1:2]
-            # a number that is set stays on the host
+            # A number that is assigned stays on the host.
             value = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=args[0].dtype) for v in args[2:])
             return func(args[0], tuple(_index(part, args[0]) for part in parts), *value)
         if func is Tensor.new_tensor:
@@ -130,14 +133,14 @@ class _Functions(TorchFunctionMode):
 
 
 def _index(part: Any, tensor: Tensor) -> Any:
-    """Copy a list to the tensor's device, as an index has to be."""
+    """Copy an index that is a list to the tensor's device, as torch does."""
     if not isinstance(part, list) or not all(isinstance(number, int) for number in part):
         return part
     return torch.tensor(part).to(tensor.device)
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Run every operator on the values of its arguments, and count."""
+    """Run every operator on the CPU values of its arguments, and count its launches and waits."""
 
     def __init__(self, found: Count) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -146,7 +149,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         wanted, given = kwargs.get("device"), list(filter(is_put, tree_leaves((args, kwargs))))
-        if func.overloadpacket in (ATEN.copy_, ATEN.fill_):  # the others write where they read
+        if func.overloadpacket in (ATEN.copy_, ATEN.fill_):  # all others write on the device of their arguments
             target = is_put(args[0])
         else:
             target = bool(given) if wanted is None else wanted.type == "meta"
@@ -177,7 +180,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map(to_device, output)
 
     def launch(self, op: Op, *args: Any, **kwargs: Any) -> None:
-        """Count what the Triton launcher of an op starts; one launch without Triton."""
+        """Count what the Triton launcher of an op starts; one launch where Triton does not run the op."""
         backend = op.backend("triton")
         if backend.absent:
             self.found.launches[op.name] += 1
@@ -199,7 +202,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-    """Return whether the operator writes memory: of an argument, or some that no argument has."""
+    """Return whether the operator writes memory: that of an argument, or memory that no argument has."""
     if func.overloadpacket.__name__.startswith(("empty", "new_empty")):
         return False
     written = []
@@ -212,7 +215,7 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
 
 
 def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: bool) -> list[str]:
-    """Return why the host waits for the device, once for each time; ``target``: the result is on the device."""
+    """List why the host waits for the device, one reason per wait; ``target``: the result is on the device."""
     packet, name = func.overloadpacket, func.overloadpacket.__name__.lstrip("_")
     if packet in COPIES:
         source = args[1] if packet is ATEN.copy_ else args[0]

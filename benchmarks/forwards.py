@@ -18,7 +18,7 @@ STEPS = 8  # of decoding, after each prefill
 
 
 def patches_of(recipe: Published) -> dict[str, dict[str, Any] | None]:
-    """Return for each variant the arguments of ``vlmfast.patch``, or None for the model as it is."""
+    """Map each variant to its arguments of ``vlmfast.patch``, or to None for the unpatched model."""
     found: dict[str, dict[str, Any] | None] = {"original": None, "patched": {}}
     if recipe.method is not None:
         found["reduced"] = {"reduce": recipe.method}
@@ -26,20 +26,20 @@ def patches_of(recipe: Published) -> dict[str, dict[str, Any] | None]:
 
 
 def twin(model: nn.Module, patch: dict[str, Any] | None) -> nn.Module:
-    """Copy the model, with the same weights in memory, and patch the copy unless ``patch`` is None."""
+    """Copy the model so that both share their weights in memory, and patch the copy unless ``patch`` is None."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     if patch is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is skipped is in the report of the patch
+            warnings.simplefilter("ignore")  # the warnings repeat what `Patch.report` says of skipped sites
             vlmfast.patch(result, **patch)
     return result
 
 
 class Decoding:
-    """The greedy answer to one unpadded prompt, as often as one likes; each begins with `prefill`.
+    """Decode greedily after one unpadded prompt, any number of times; each answer begins with `prefill`.
 
-    ``length`` is the number of columns of a static cache; None makes a cache that grows.
+    ``length`` is the number of columns of a static cache; None makes a dynamic cache.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], length: int | None = None) -> None:
@@ -50,11 +50,11 @@ class Decoding:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self.settings: dict[str, Any] = {"use_cache": True, **last}
         self.token = torch.zeros(1, 1, dtype=torch.long, device=inputs["input_ids"].device)
-        planes = (3,) if hasattr(self.model.base_model, "rope_deltas") else ()  # of M-RoPE
+        planes = (3,) if hasattr(self.model.base_model, "rope_deltas") else ()  # M-RoPE has three axes of positions
         self.position = self.token.new_zeros(*planes, 1, 1)
 
     def prefill(self) -> Tensor:
-        """Return the logits of the first new token, (1, 1, vocabulary), after which `step` may follow."""
+        """Run the prompt and return the logits of the first new token, (1, 1, vocabulary). `step` may follow."""
         return self.begin(self.prompt())
 
     def prompt(self) -> Tensor:
@@ -64,18 +64,18 @@ class Decoding:
         return logits
 
     def begin(self, logits: Tensor) -> Tensor:
-        """Have the steps go on from the prompt."""
-        # as in generate, whose steps count on from the short prompt
+        """Set token and position for the steps that follow the prompt."""
+        # As `generate` does: positions of the steps continue from the short prompt.
         prompt = release(self.cache)
         length = self.cache.get_seq_length()
         deltas = getattr(self.model.base_model if prompt is None else prompt, "rope_deltas", None)
-        self.position.fill_(length)  # a number is not copied to the device, for which the host would wait
+        self.position.fill_(length)  # fill_ takes a host number without a copy for which the host would wait
         if deltas is not None:
             self.position.add_(deltas)
         return self._choose(logits)
 
     def forward(self) -> Tensor:
-        """Run the forward of one step alone: logits of the token after `token`."""
+        """Run only the forward of one step; returns the logits of the token after ``token``."""
         output = self.model(
             input_ids=self.token, position_ids=self.position, past_key_values=self.cache, **self.settings
         )
@@ -83,7 +83,7 @@ class Decoding:
         return logits
 
     def step(self) -> Tensor:
-        """Decode one token. Nothing in it needs the host, so it can be captured in a graph."""
+        """Decode one token. The host never waits in it, so that a CUDA graph can capture it."""
         logits = self.forward()
         self.position.add_(1)
         return self._choose(logits)

@@ -1,10 +1,10 @@
-"""``make gpu-report``: on a machine with a GPU, build, run the GPU tests and the benchmarks, and keep what came out.
+"""``make gpu-report``: on a machine with a GPU, build, run GPU tests and benchmarks, and keep logs and results.
 
     python -m vlmfast bench gpu [--out FOLDER] [--limit SECONDS] [--again] [--rehearse]
 
-Needs nothing that is not installed already (torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels). The
-numbers that decide come first. Each step writes its own log, and the benchmarks write after every workload, so a stop
-loses only what was running; the next call goes on with the steps that have not ended well.
+Installs nothing (needs torch, triton, transformers, pytest, rich; nvcc for the CUDA kernels). The most important
+numbers come first. Each step writes its own log, and the benchmarks write after every workload, so a stop loses only
+the workload in progress. The next call continues with the steps that have not succeeded.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vlmfast.benchmarks.peers import installed
 from vlmfast.console import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]  # not the folder of the link vlmfast/benchmarks
-SAME = ("device", "vlmfast", "torch", "triton", "transformers", "python")  # or else an earlier call is not gone on with
+SAME = ("device", "vlmfast", "torch", "triton", "transformers", "python")  # an earlier call with others is not resumed
 Done = dict[str, Any]
 
 
-# What decides, of what device: the op and workload of each number that is wanted before all others.
+# Device -> op and workload of the numbers that are measured first.
 DECIDING = {
     "cuda": (
         "rms_norm:1x4096",
@@ -53,7 +53,7 @@ DECIDING = {
 
 @dataclass(frozen=True)
 class Step:
-    """One command, with the seconds that are set aside for it, beside what the steps before it have left over."""
+    """One command and the seconds that are set aside for it; it may also use what earlier steps have left over."""
 
     name: str
     command: list[str]
@@ -62,13 +62,13 @@ class Step:
 
 
 def steps(out: Path, device: str = "cuda") -> list[Step]:
-    """List the steps in order of worth: of what the limit leaves out, the last is missed least.
+    """List the steps, the most important first, because the time limit cuts off the last ones.
 
-    "cpu" stands in for a GPU in a rehearsal: the same steps, less of each.
+    Device "cpu" rehearses: the same steps, with less work in each.
     """
     vlmfast = [sys.executable, "-m", "vlmfast"]
     bench = [*vlmfast, "bench", "ops", "--device", device]
-    # Without torch.compile, which takes longer to compile than all else takes to run.
+    # Without torch.compile, whose compilation takes longer than everything else.
     peers = ["--peers", *(kind for kind in installed() if kind != "compile")]
     models = [
         *vlmfast,
@@ -103,7 +103,7 @@ def steps(out: Path, device: str = "cuda") -> list[Step]:
 
 
 def _run(step: Step, out: Path, seconds: float) -> Done:
-    """Run one step with its own log for so long at most, and return what happened and how long it took."""
+    """Run one step with its own log for at most ``seconds``, and return its outcome and duration."""
     start = time.monotonic()
     environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160", **step.environment}
     with (out / f"{step.name}.log").open("w") as log:
@@ -113,7 +113,7 @@ def _run(step: Step, out: Path, seconds: float) -> Done:
         try:
             code = process.wait(seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started (compilers, say) too
+            os.killpg(process.pid, signal.SIGKILL)  # the whole group: the step may have started compilers
             process.wait()
             if isinstance(stop, KeyboardInterrupt):
                 raise
@@ -124,7 +124,7 @@ def _run(step: Step, out: Path, seconds: float) -> Done:
 
 
 def _earlier(out: Path, where: dict[str, Any]) -> dict[str, Done]:
-    """Return what an earlier call on the same device and versions has finished: those steps are not run again."""
+    """Return the steps that an earlier call with the same device and versions has finished; they are not rerun."""
     summary = out / "summary.json"
     if not summary.exists():
         return {}
@@ -137,7 +137,7 @@ def _earlier(out: Path, where: dict[str, Any]) -> dict[str, Done]:
 
 
 def run(options: Namespace) -> int:
-    """Run every step, within ``options.limit`` seconds, into ``options.out``; 0 if all of them ended well."""
+    """Run every step within ``options.limit`` seconds, with results in ``options.out``; return 0 if all succeed."""
     device = "cpu" if options.rehearse else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("bench gpu needs a GPU, and torch sees none; --rehearse runs its steps on the CPU")

@@ -1,6 +1,7 @@
-"""Ops where torch.compile meets them: layers around an op in one graph, with ours and with upstream's code.
+"""Time ops inside a compiled graph: layers around an op, with our op and with upstream's code.
 
-A call that is compiled alone pays for a graph and has nothing to be fused with, so that it says nothing about a model.
+An op that is compiled alone pays for a whole graph and has no neighbours to fuse with, so its time would say nothing
+about a compiled model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vlmfast.registry import Op
 
 
 def benchmark(op: Op, device: str, dtype: torch.dtype, machine: Ceilings) -> Iterator[dict[str, Any]]:
-    """Yield one record per workload of an op that has layers: the times of both graphs, or why one has none."""
+    """Yield one record per workload of an op whose cases have layers: the times of both graphs, or their errors."""
     if not op.cases.layers:
         return
     for label, args in op.cases.workloads(device, dtype):

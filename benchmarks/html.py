@@ -1,4 +1,4 @@
-"""The report of a benchmark run as one HTML file that needs no network: what the console shows, and plots as SVG."""
+"""Write the report of a benchmark run as one self-contained HTML file: the tables of the console, and plots as SVG."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pre {{ font-size: 12px; overflow-x: auto }} svg {{ max-width: 100%; height: auto
 
 
 def page(run: dict[str, Any]) -> str:
-    """Make the whole file from what `report.write` wrote, with the tables that the console shows."""
+    """Make the whole file from a run as `report.write` writes it."""
     where, records, sections = run["environment"], run["records"], []
     if records:
         sections.append(_printed(lambda console: console.print(report.LEGEND)))
@@ -44,7 +44,7 @@ def page(run: dict[str, Any]) -> str:
 
 
 def _printed(show: Callable[..., None], *args: Any) -> str:
-    """Return what a function prints on the console that it is given."""
+    """Return as HTML what a function prints on the console that it is given."""
     console = Console(record=True, file=io.StringIO(), width=200, highlight=False)
     show(console, *args)
     return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
@@ -63,13 +63,13 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "vlmfast"}):  # the same run gives the same file
+    with matplotlib.rc_context({"svg.hashsalt": "vlmfast"}):  # makes the file reproducible
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def _timed(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """List what can be drawn: contenders with a time, unless the record is of a graph, whose bytes nobody counts."""
+    """List the contenders with a time; none of a record of a graph, whose bytes are not counted."""
     return [row for row in record["contenders"] if "us" in row and record["bytes"]]
 
 

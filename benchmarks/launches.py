@@ -1,7 +1,7 @@
 """Kernel launches and host synchronisations of whole models: ``python -m vlmfast bench launches [model ...]``.
 
-Counted on models with all the layers of the published ones and few channels, on the published image; see `counting` for
-what counts. They depend on no device: it takes a CPU a few seconds for each model.
+They are counted on models with all layers of the published ones but few channels, and an image of the published size;
+see `counting` for the rules. No GPU is needed: a CPU takes a few seconds per model.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vlmfast.console import console, one_line, writable
 def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
     """Count the launches and waits of one prefill and of one step of decoding, in bfloat16.
 
-    Gives one record for each variant, without the model's name; one with an ``error`` where it could not be built.
+    Yields one record per variant, without the model's name; a single one with an ``error`` if no model could be built.
     """
     try:
         model, inputs = recipe.build(size, torch.bfloat16, "cpu")
-    except Exception as error:  # a transformers that lacks the model, say
+    except Exception as error:  # for example, a transformers release without the model
         yield {"variant": "all", "error": one_line(error)}
         return
     counting.move(model)
     for variant, arguments in patches_of(recipe).items():
-        # anew: what was asked of a tensor is kept on it
+        # New tensors for each variant: vlmfast caches on a tensor what it has read from it.
         on_device = {name: counting.put(value) for name, value in inputs.items()}
         with counting.count():
             decoding = Decoding(twin(model, arguments), on_device)
@@ -53,21 +53,21 @@ def count(recipe: Published, size: str = "narrow") -> Iterator[dict[str, Any]]:
 
 
 def run(options: Namespace) -> int:
-    """Count every variant of the models that ``options`` names, or of all; 1 if no model could be built."""
+    """Count every variant of the models that ``options`` names, or of all; return 1 if no model could be built."""
     writable("--json", options.json, make_folder=True)
     out, records = console(150), []
     environment = report.environment("cpu")
     for name in track(options.models or published.MODELS, "counting", console=out, transient=True):
         for found in count(published.MODELS[name]):
             records.append({"model": name, **found})
-            if options.json is not None:  # after each: a stop loses nothing
+            if options.json is not None:  # written after every record, so that a stop loses nothing
                 report.write(options.json, {"environment": environment, "records": records})
     show(out, records)
     return models.verdict(out, records)
 
 
 def show(console: Console, records: list[dict[str, Any]]) -> None:
-    """Print one line for each model and variant."""
+    """Print one line per model and variant."""
     rows = []
     for record in (record for record in records if "error" not in record):
         counts = [str(record[part][kind]) for part in ("prefill", "decode") for kind in ("launches", "syncs")]

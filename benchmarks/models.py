@@ -1,10 +1,12 @@
 """Whole models: ``python -m vlmfast bench models [model ...]``.
 
-Each model answers one prompt with one image, as it is, patched, and with its visual tokens reduced: one prefill (the
-vision tower, the reduction and the whole prompt), then steps of greedy decoding. The weights are random, which changes
-no time. On a CPU the models are scaled down, with as many tokens. Narrow ones have all their layers, a few channels
-wide, and answer a prompt without an image, whose tokens would be copied with the cache: next to nothing is computed,
-and what is left is the time of the host, for which an eager GPU waits.
+Each model answers one prompt with one image: unpatched, patched, and with its visual tokens reduced. An answer is one
+prefill (vision tower, reduction and the whole prompt) and some steps of greedy decoding. The weights are random, which
+does not change the times.
+
+On a CPU the models are scaled down, with the same number of tokens. Narrow models have all layers but few channels, and
+answer a prompt without an image, whose tokens would be copied with the cache. They compute almost nothing, so their
+time is that of the host, which limits an eager GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from vlmfast.benchmarks.published import Published
 from vlmfast.console import one_line
 
 ROUNDS = {"cpu": 3, "cuda": 10}
-MORE = 4  # times as many of a narrow one, whose steps take milliseconds
-EAGER = "eager original"  # runs along in every mode
+MORE = 4  # factor of the rounds for narrow models, whose steps take milliseconds
+EAGER = "eager original"  # timed in every mode
 DOES = {"eager": "a first answer", "compile": "compiling, which takes minutes on a CPU", "graph": "capturing"}
 Record = dict[str, Any]
 Save = Callable[[list[Record]], None]
@@ -45,9 +47,9 @@ def measure(
     doing: Callable[[str], None] = lambda what: None,
     more: int = 1,
 ) -> list[Record]:
-    """Time all variants of one model in one mode, in turns, so that a slow spell of the machine hits each alike.
+    """Time all variants of one model in one mode, in turns, so that a slow spell of the machine hits all alike.
 
-    The model stays as it is. Returns one record for each variant; ``error`` in it where the variant has no time.
+    The model itself is not changed. Returns one record per variant, with an ``error`` where the variant has no time.
     """
     wanted = {name: (patch, mode) for name, patch in patches_of(recipe).items()}
     if mode != "eager":
@@ -72,7 +74,7 @@ def measure(
 
 
 def _row(variant: Variant, variants: Mapping[str, Variant]) -> Record:
-    """Write down what was found of one variant; ratios are medians of the rounds' ratios."""
+    """Make the record of one variant; ratios are medians over the rounds."""
     if variant.error is not None:
         return {"error": variant.error}
     row: Record = dict(variant.facts)
@@ -101,17 +103,17 @@ def run(
     """Measure models, in the order of their names.
 
     Args:
-        names: of `vlmfast.benchmarks.published.MODELS`; none for all.
-        console: shows what is being done.
-        modes: of `vlmfast.benchmarks.modes.MODES`.
+        names: keys of `vlmfast.benchmarks.published.MODELS`; empty for all models.
+        console: shows the progress.
+        modes: some of `vlmfast.benchmarks.modes.MODES`.
         device: "cpu" or "cuda".
         dtype: of weights and activations.
-        size: of `vlmfast.benchmarks.published.SIZES`.
-        save: called with all records whenever there are more.
-        budget: seconds after which no further model is begun.
+        size: one of `vlmfast.benchmarks.published.SIZES`.
+        save: called with all records so far, after each model and mode.
+        budget: seconds after which no further model is started.
 
     Returns:
-        One record for each model, mode and variant.
+        One record per model, mode and variant.
     """
     start = time.monotonic()
     records: list[Record] = []
@@ -120,7 +122,7 @@ def run(
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
         common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
-        if not console.is_terminal:  # nobody sees the status there
+        if not console.is_terminal:  # rich shows its status line on a terminal only
             console.print(f"{', '.join(common.values())}: {', '.join(modes)}")
         for found in _all_modes(common, modes, device, console):
             records += found
@@ -129,11 +131,11 @@ def run(
 
 
 def _all_modes(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
-    """Yield the records of one model, mode by mode; the graph in a process of its own.
+    """Yield the records of one model, mode by mode; mode "graph" runs in a process of its own.
 
-    A capture that fails leaves the current stream, the allocator and the random generator of torch in states that
-    nothing mends. With the process they are gone: what else of this model would be measured there is not run, the
-    other models and modes are. A model that could not be built is not built again.
+    A failed capture leaves torch's current stream, allocator and random generator in states that cannot be repaired;
+    they end with the process. The rest of that mode of this model is then not run, but other modes and models are. A
+    model that could not be built is not built again for the next mode.
     """
     if here := [mode for mode in modes if mode != "graph"]:
         for found in _one_model(common, here, device, console):
@@ -147,8 +149,8 @@ def _all_modes(common: Record, modes: Sequence[str], device: str, console: Conso
 
 
 def apart(common: Record, function: Callable[..., list[Record]], *args: Any) -> list[Record]:
-    """Call a function that gives records in a process of its own; what ends that process is a record too."""
-    interrupt = signal.SIGINT, signal.SIG_DFL  # Ctrl-C reaches both processes: one line about it is enough
+    """Call a function that returns records in a process of its own; if the process dies, return that as a record."""
+    interrupt = signal.SIGINT, signal.SIG_DFL  # Ctrl-C reaches both processes, and only one should report it
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, interrupt) as processes:
         try:
             return processes.submit(function, *args).result()
@@ -163,11 +165,11 @@ def _graphs(common: Record, device: str, threads: int) -> list[Record]:
 
 
 def _one_model(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
-    """Yield the records of one model, mode by mode, in memory that is free again afterwards."""
+    """Yield the records of one model, mode by mode, and free its memory afterwards."""
     recipe = published.MODELS[common["model"]]
     try:
         model, inputs = recipe.build(common["size"], getattr(torch, common["dtype"]), device)
-    except Exception as error:  # too little memory, say, or a transformers that lacks the model
+    except Exception as error:  # for example, too little memory, or a transformers release without the model
         yield [{**common, "variant": "all", "error": one_line(error)}]
         return
     more = 1
@@ -199,14 +201,15 @@ def _free(device: str) -> None:
 
 
 def was_built(record: Record) -> bool:
-    """Return whether there was a model: the record of one that could not be built is an error of no mode."""
+    """Return whether the model was built; the record of one that was not has an error and no mode."""
     return "mode" in record or "error" not in record
 
 
 def failed(records: list[Record]) -> bool:
-    """Return whether something of ours failed: what the original did as well, in the same mode and words, is not ours.
+    """Return whether something of ours failed.
 
-    Neither is what was not run, nor one model among others that could not be built.
+    These do not count: an error that the original has too, in the same mode and words; what was not run; and a model
+    that could not be built, unless it is the only one.
     """
     originals = {(r["model"], r.get("mode")): r.get("error") for r in records if r["variant"] == "original"}
     errors = [r for r in records if "error" in r and r["error"] != NOT_RUN and was_built(r)]
@@ -214,7 +217,7 @@ def failed(records: list[Record]) -> bool:
 
 
 def verdict(console: Console, records: list[Record]) -> int:
-    """Return the exit code: 1 where something of ours failed, or, which is said, where there was no model at all."""
+    """Return the exit code: 1 if something of ours failed, or if no model was built, which is then printed."""
     if records and not any(map(was_built, records)):
         console.print("no model could be built, so none was measured", style="red")
         return 1

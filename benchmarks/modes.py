@@ -1,4 +1,4 @@
-"""The ways to run a model: eagerly, compiled, and as a CUDA graph; each prepared once, then timed answer by answer."""
+"""The modes of a model: eager, compiled, and as a CUDA graph; each is prepared once, then timed answer by answer."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from vlmfast.benchmarks.timing import wall_seconds
 from vlmfast.console import one_line
 
 MODES = ("eager", "compile", "graph")
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of the largest logit, after all layers
-ROUNDINGS = 16  # between a patched model and the original on a CPU: bit-equal but for half-precision projections
-GRAPHS = 64  # that torch.compile may keep of one function: each variant has two
+# Largest error of the logits, as a share of the largest logit.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+# Largest error of a patched model on a CPU, in roundings: it is bit-equal except for half-precision projections.
+ROUNDINGS = 16
+GRAPHS = 64  # torch.compile's limit of graphs per function: each variant has two
 NOT_RUN = "not run: an earlier capture in this process failed"
 median = statistics.median
 
 
 class CaptureError(Exception):
-    """A capture was begun and not ended: nothing mends what it leaves in this process."""
+    """A capture failed, which leaves this process in a state that cannot be repaired."""
 
 
 class Variant:
-    """A model as it is, or a patched twin that shares its weights, in one mode; `prepare` makes it ready.
+    """A model, or a patched copy that shares its weights, in one mode; `prepare` makes it ready.
 
     Attributes:
         error: why it has no time, in one line, or None.
-        spoils: its capture failed, and with it whatever else would be measured in this process.
-        facts: what is known without timing: bytes of the cache and at the peak, columns of the prompt, ...
-        times: seconds of the prefill and of one step, of each round.
-        eager: its logits in eager mode, and the tokens between them; None where even that failed.
+        spoils: its capture failed, so that nothing else can be measured in this process.
+        facts: what is known without timing, such as the bytes of the cache, the peak memory and the prompt's length.
+        times: for each round, the seconds of the prefill and of one step.
+        eager: its logits in eager mode, and the tokens between them; None where eager mode failed.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], patch: dict[str, Any] | None) -> None:
@@ -54,7 +56,7 @@ class Variant:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Have what goes wrong in the block be this variant's error."""
+        """Record an exception in the block as this variant's error."""
         try:
             yield
         except Exception as error:
@@ -62,7 +64,7 @@ class Variant:
 
     @torch.no_grad()
     def time(self) -> None:
-        """Answer the prompt once and note the seconds of the prefill and of one step, or what went wrong."""
+        """Answer the prompt once and record the seconds of the prefill and of one step, or the error."""
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         with self.noted():
             self.times.append((wall_seconds(self.prefill, 1, synchronize), wall_seconds(self.step, STEPS, synchronize)))
@@ -70,11 +72,11 @@ class Variant:
 
 @torch.no_grad()
 def prepare(variant: Variant, mode: str, original: Variant | None = None) -> None:
-    """Warm a variant: compared with the original in eager mode, then compiled or captured and compared.
+    """Warm up a variant and check its answer: in eager mode first, then compiled or captured.
 
-    What goes wrong is its ``error``. Every variant of a process has to be there before the first one is compiled: a
-    patch has torch.compile forget what it has compiled, which a timed call would then compile again. ``original`` is
-    the variant that must give the same answer; None where no other does.
+    An exception becomes its ``error``. All variants of a process must be created before the first one is compiled,
+    because a patch resets torch.compile, and a timed call would then compile again. ``original`` is the variant whose
+    answer must be the same; None where there is none.
     """
     if variant.error is not None:
         return
@@ -89,18 +91,18 @@ def prepare(variant: Variant, mode: str, original: Variant | None = None) -> Non
         variant.facts |= {"cached_tokens": length, "cache_bytes": answer.cache_bytes()}
         if mode == "eager":
             return
-        answer = Decoding(model, inputs, length)  # in the place of the first, whose memory is free again
+        answer = Decoding(model, inputs, length)  # replaces the first one, whose memory is freed
         variant.prefill, variant.step = answer.prefill, answer.step
-        answer.prefill()  # as it is: it allocates the cache, which a compiled one cannot
+        answer.prefill()  # not compiled yet: it allocates the cache, which a compiled one cannot do
         if mode == "compile":
             torch._dynamo.config.recompile_limit = GRAPHS
-            # The language model, which is what all families share; the vision tower and the reduction of a prompt,
-            # whose shapes depend on values, stay as they are.
+            # Only the language model is compiled, which all families have. In the vision tower and the reduction of a
+            # prompt, shapes depend on values.
             model.get_decoder().compile(dynamic=False)
             _say(variant, answer, variant)
             if variant.device.type == "cpu":
-                return  # an answer more is there for its peak alone
-        # What a graph needs is taken when it is captured, so that this is a part of its peak.
+                return  # the further answer below only measures the peak memory
+        # A graph allocates its memory during the capture, so that the capture is part of its peak.
         with _peak(variant, before):
             if mode == "graph":
                 _capture(variant, answer)
@@ -109,7 +111,7 @@ def prepare(variant: Variant, mode: str, original: Variant | None = None) -> Non
 
 @contextlib.contextmanager
 def _peak(variant: Variant, before: int) -> Iterator[None]:
-    """Note the most memory that is taken in the block, beside what was there before the preparation."""
+    """Record the peak memory of the block, without what was allocated before the preparation (``before`` bytes)."""
     if variant.device.type != "cuda":
         yield
         return
@@ -119,9 +121,10 @@ def _peak(variant: Variant, before: int) -> Iterator[None]:
 
 
 def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tensor, list[Tensor]]:
-    """Return the logits of one answer and the tokens between them: those of ``like``, whose logits must be the same.
+    """Return the logits of one answer and the tokens between them, and check the logits against those of ``like``.
 
-    A token of its own might be another one where two are about as likely, and every logit after it with it.
+    The tokens are those of ``like``: where two tokens are about equally likely, the variant might choose the other one,
+    and all later logits would differ.
     """
     wanted: Tensor | None = None
     tokens: list[Tensor] = []
@@ -140,7 +143,7 @@ def _say(variant: Variant, answer: Decoding, like: Variant | None) -> tuple[Tens
         key = "difference" if like is variant else "from_original"
         variant.facts[key] = difference = float((got - wanted).abs().max() / wanted.abs().max())
         allowed = TOLERANCE[wanted.dtype]
-        if like is not variant and variant.device.type == "cpu":  # as the tests of patches have it
+        if like is not variant and variant.device.type == "cpu":  # the tolerance of the tests of patches
             allowed = min(allowed, ROUNDINGS * torch.finfo(wanted.dtype).eps)
         if not difference <= allowed:
             whose = "its own in eager mode" if like is variant else "those of the original"
@@ -153,7 +156,7 @@ def _capture(variant: Variant, answer: Decoding) -> None:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # what is allocated or chosen at a first call must not be captured
+        for _ in range(2):  # first calls allocate workspaces and choose kernels, which must not happen in the capture
             answer.step()
     torch.cuda.current_stream().wait_stream(stream)
     _without_waiting(answer.step)
@@ -170,10 +173,10 @@ def _capture(variant: Variant, answer: Decoding) -> None:
 
 
 def _without_waiting(call: Callable[[], Tensor]) -> None:
-    """Raise what keeps the call from being captured before a capture is begun, which would break for good.
+    """Run the call outside a capture and raise the error that would make its capture fail, which cannot be repaired.
 
-    It goes the way that it will go in the capture: transformers and vlmfast ask whether there is one, and look at masks
-    only where there is none.
+    The call takes the path that it will take in the capture: transformers and vlmfast ask whether there is a capture,
+    and read the values of masks only where there is none.
     """
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -184,7 +187,7 @@ def _without_waiting(call: Callable[[], Tensor]) -> None:
 
 
 def _graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Capture the call as a CUDA graph, which returns the same tensor each time."""
+    """Capture the call as a CUDA graph, and return a function that replays it and returns the same tensor each time."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

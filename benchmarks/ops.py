@@ -1,4 +1,4 @@
-"""Every op on every backend, beside its peers and the limits of the machine."""
+"""Benchmark every op on every backend, beside its peers and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from vlmfast.registry import Op
 STATIC_REPORT = Path(__file__).parent / "results" / "static.json"
 OURS = "vlmfast"
 COPY = "copy"
-ROUNDINGS_ALLOWED = {"ours": 16.0, "peer": 64.0}  # of the largest output; peers round in other places than Hugging Face
+# Largest error, in roundings of the largest output. Peers may round at other places than Hugging Face.
+ROUNDINGS_ALLOWED = {"ours": 16.0, "peer": 64.0}
 
 
 @dataclass
 class Contender:
-    """One way to do an op's work, and what was found of it.
+    """One way to do an op's work, and its measurements.
 
     Attributes:
         name: as the table shows it.
-        group: "ours", "peer" (it computes the same) or "limit" (less work than the op takes).
-        prepare: builds the call to time, from the op's arguments.
-        backend: the name of our backend.
-        call: the call that `prepare` built.
+        group: "ours", "peer" (computes the same) or "limit" (does less work than the op).
+        prepare: builds the call to time from the op's arguments.
+        backend: the name of our backend; None for others.
+        call: the call that ``prepare`` built.
         times: the times of the call.
         error: why it has no time, in one line.
         roundings: the distance of its result from the definition's, in roundings of the largest output; 0 is bit-equal.
@@ -52,7 +53,7 @@ class Contender:
 
 
 def contenders(op: Op, args: tuple[Any, ...], kinds: tuple[str, ...]) -> list[Contender]:
-    """List our backends that run the call, the peers of those kinds, the op's limits, and a copy of as many bytes."""
+    """List our backends that take the call, the peers of these kinds, the op's limits, and a copy of as many bytes."""
     refusals = {name: reason for name, reason in op.refusals(*args) if name in ("native", "triton")}
     chosen = [name for name, reason in refusals.items() if reason is None]
     found = [
@@ -74,17 +75,17 @@ def _refused(reasons: str, *_: Any) -> Call:
 
 def _ours(op: Op, pin: str | None, *args: Any) -> Call:
     call = functools.partial(op.function, *args)
-    if pin is None:  # the one that a user gets
+    if pin is None:  # the backend that a user gets
         return call
     context = contextvars.copy_context()
-    context.run(registry.order.set, (pin,))  # cheaper per call than a `with` around each
+    context.run(registry.order.set, (pin,))  # cheaper per call than `with vlmfast.use(pin)`
     return functools.partial(context.run, call)
 
 
 def distance(got: Any, want: Any, coarsest: float = 0.0) -> float:
-    """Return how far results are apart, in roundings of the largest element; infinite where shapes or NaNs differ.
+    """Return the distance of two results, in roundings of the largest element; infinite where shapes or NaNs differ.
 
-    ``coarsest`` is the least relative size of a rounding, where one of another dtype than the result's may count.
+    A rounding is the eps of the result's dtype, or ``coarsest`` where that is larger: the eps of a coarser input dtype.
     """
     farthest = 0.0
     for g, w in zip(_tuple(got), _tuple(want), strict=True):
@@ -103,16 +104,17 @@ def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
 
 
 def prepare(contender: Contender, op: Op, args: tuple[Any, ...], want: Any) -> None:
-    """Make its call and compare its result: what fails or is wrong gets an error in place of a time."""
+    """Build a contender's call and compare its result; one that fails or is wrong gets an error instead of a time."""
     try:
         contender.call = contender.prepare(*args)
         got = contender.call()
         if contender.group == "limit":
             return
-        # Of float32 scores of bfloat16 keys, peers round the logits to bfloat16.
+        # A result may be more precise than the inputs: from bfloat16 keys, peers compute float32 scores by way of
+        # bfloat16 logits.
         inputs = [torch.finfo(a.dtype).eps for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
         contender.roundings = distance(got, want, max(inputs, default=0.0) if contender.group == "peer" else 0.0)
-    except Exception as error:  # whatever another project raises is a row of the table
+    except Exception as error:  # another project's error, of any type, becomes a row of the table
         contender.error = one_line(error)
         return
     allowed = 0.0 if op.exact and contender.group == "ours" else ROUNDINGS_ALLOWED[contender.group]
@@ -123,13 +125,13 @@ def prepare(contender: Contender, op: Op, args: tuple[Any, ...], want: Any) -> N
 def benchmark(
     op: Op, device: str, dtype: torch.dtype, kinds: tuple[str, ...], machine: Ceilings
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record per workload: the times of every contender, or why one has none."""
+    """Yield one record per workload: the times of every contender, or its error."""
     for label, args in op.cases.workloads(device, dtype):
         found = contenders(op, args, kinds)
         with torch.no_grad():
             try:
                 want = op.reference(*args)
-            except Exception as error:  # too little memory, say
+            except Exception as error:  # for example, too little memory
                 _fail(found, f"no definition to compare with: {one_line(error)}")
             else:
                 for contender in found:
@@ -144,13 +146,13 @@ def _fail(found: Iterable[Contender], error: str) -> None:
 
 
 def time(found: list[Contender], device: str) -> None:
-    """Time those that have no error; one that fails now has one instead, and the others begin anew."""
+    """Time all contenders without an error; if one fails now, record its error and time the others again."""
     while by_name := {c.name: c for c in found if c.error is None}:
         try:
             taken = measure({name: c.call for name, c in by_name.items() if c.call is not None}, device)
         except CallError as failed:
             by_name[failed.args[0]].error = one_line(failed.__cause__ or failed)
-        except Exception as error:  # the device's own, which does not say whose kernel it was
+        except Exception as error:  # an asynchronous error of the device, which does not name the kernel
             _fail(by_name.values(), one_line(error))
         else:
             for name, times in taken.items():
@@ -165,9 +167,9 @@ def _traffic() -> dict[tuple[str, str], float]:
 
 
 def counted(op: str, backend: str) -> float | None:
-    """Return the bytes that an op's kernels move over the fewest possible, as `make static` counted them.
+    """Return the ratio of the bytes that an op's kernels move to the fewest possible, as counted by `make static`.
 
-    Each byte counts once per launch. CPU kernels are not counted: None.
+    Each byte counts once per launch. Returns None for CPU kernels, which are not counted.
     """
     return _traffic().get((op, backend))
 
@@ -175,7 +177,7 @@ def counted(op: str, backend: str) -> float | None:
 def record(
     op: Op, label: str, args: tuple[Any, ...], found: list[Contender], machine: Ceilings, alone: bool = True
 ) -> dict[str, Any]:
-    """Write down what was found of one workload; times in microseconds. Only of a call ``alone`` the cost is known."""
+    """Make the record of one workload, times in microseconds; bytes and FLOP are known only of an op ``alone``."""
     bytes, flops = (op.cases.bytes(*args), op.cases.flops(*args) if op.cases.flops else 0) if alone else (0, 0)
     by_name = {c.name: c.times for c in found if c.times is not None}
     rows = []

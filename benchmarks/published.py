@@ -1,8 +1,8 @@
-"""Published models as configurations: random weights, real shapes; and each scaled down for two CPU cores.
+"""Configurations of published models, with random weights, and of smaller versions of each.
 
-A small one has the same numbers of tokens. Its widths are chosen so that the language model and the vision tower take
-about the shares of the time that they take in the published one. A narrow one has all layers, a few channels wide: what
-is launched does not depend on the width.
+"full" has the published shapes. "small" is scaled down for two CPU cores: it has the same number of tokens, and its
+widths give the language model and the vision tower about the shares of the time that they have in the published model.
+"narrow" has all layers but few channels, since launches do not depend on the width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmfast.reduce import Method, VisionZip
 
-WORDS = 32  # of text in the prompt, besides the image
+WORDS = 32  # text tokens in the prompt, besides the image
 SIZES = ("full", "small", "narrow")
 IMAGE, VIDEO, VISION_START, VISION_END = 3, 4, 5, 6  # token ids
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
@@ -24,18 +24,18 @@ QWEN_TOKENS |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VI
 
 @dataclass(frozen=True)
 class Published:
-    """One model.
+    """One published model.
 
     Attributes:
         model_type: as in transformers.
         text: the configuration of the language model.
         vision: the configuration of the vision tower.
-        rest: the configuration around both.
-        small_text: what differs in the language model of the small one.
-        small_vision: what differs in its vision tower.
-        pixels: the shape of what the processor makes of one image.
-        method: how its visual tokens are reduced; None where that cannot be done.
-        beside: what the processor gives beside the pixels.
+        rest: the remaining configuration of the whole model.
+        small_text: overrides of ``text`` for size "small".
+        small_vision: overrides of ``vision`` for size "small".
+        pixels: the shape of the ``pixel_values`` that the processor makes of one image.
+        method: how its visual tokens are reduced; None where they cannot be.
+        beside: further outputs of the processor, as lists.
     """
 
     model_type: str
@@ -49,7 +49,7 @@ class Published:
     beside: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Build the model in evaluation mode, of one of the `SIZES`, and the inputs of one prompt with one image."""
+        """Build the model of one of the `SIZES` in evaluation mode, and the inputs of one prompt with one image."""
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         smaller = {"full": ({}, {}), "small": (self.small_text, self.small_vision), "narrow": self._narrow()}
@@ -65,7 +65,7 @@ class Published:
         return model, self._inputs(model, dtype, device)
 
     def _narrow(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Narrow both parts. No count of heads is 1: a dimension of size 1 would turn copies into views."""
+        """Return both configurations with few channels; with fewer than two heads, copies would become views."""
         grouped = self.text["num_key_value_heads"] < self.text["num_attention_heads"]
         text = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2 if grouped else 4}
         if "head_dim" in self.text:
@@ -80,7 +80,7 @@ class Published:
         pixels = torch.randn(self.pixels, generator=torch.Generator().manual_seed(0))
         image = {"pixel_values": pixels.to(device, dtype)}
         image |= {name: torch.tensor(value, device=device) for name, value in self.beside.items()}
-        with torch.no_grad():  # what the model itself makes of the image tells how many placeholders there are
+        with torch.no_grad():  # the model itself tells how many placeholders the image needs
             encoded = model.model.get_image_features(**image, return_dict=True).pooler_output
         visual = sum(rows.shape[:-1].numel() for rows in encoded)
         words = list(range(10, 10 + WORDS))
@@ -93,7 +93,7 @@ class Published:
 
 
 def text_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the words behind the image of a prompt, without the image."""
+    """Return only the text behind the image of a prompt."""
     return {name: inputs[name][:, 1 - WORDS :] for name in ("input_ids", "attention_mask")}
 
 
@@ -103,17 +103,17 @@ def _vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[st
 
 
 def qwen_vit(hidden: int, layers: int, heads: int, mlp: int, **rest: Any) -> dict[str, Any]:
-    """Configure a vision tower of Qwen-VL."""
+    """Make the configuration of a vision tower of Qwen-VL."""
     return {"depth": layers, "hidden_size": hidden, "num_heads": heads, "intermediate_size": mlp, **rest}
 
 
 def llama(hidden: int, layers: int, heads: int, kv: int, mlp: int, **rest: Any) -> dict[str, Any]:
-    """Configure a language model."""
+    """Make the configuration of a language model."""
     return _vit(hidden, layers, heads, mlp, num_key_value_heads=kv, max_position_embeddings=32768, **rest)
 
 
 def mrope(section: list[int], **rest: Any) -> dict[str, Any]:
-    """Configure multimodal rotary embeddings in the notation that every supported transformers reads."""
+    """Make the configuration of M-RoPE, in keys that every supported transformers reads."""
     return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "mrope_section": section, **rest}}
 
 

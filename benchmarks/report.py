@@ -1,4 +1,4 @@
-"""What a benchmark writes down and shows: where and when it ran, JSON and CSV, and tables to read."""
+"""Output of the benchmarks: description of the environment, JSON and CSV files, and tables on the console."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import vlmfast
 from vlmfast.benchmarks import peers
 from vlmfast.console import CommandError, cpu_capabilities, one_line, table, version
 
-# Columns of the tables and the CSV: key of a contender's row, or of a whole model's record -> (head, format)
+# Columns of the tables and the CSV: key in a contender's row or in a model's record -> (head, format).
 COLUMNS = {
     "us": ("us", "{:.2f}"),
     "spread": ("spread", "{:.0%}"),
@@ -65,7 +65,7 @@ def device_name(device: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Describe where and when: device, versions, date, and what changes its speed."""
+    """Describe the run: device, versions, date, and settings that change the speed."""
     found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -82,34 +82,34 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """Ask the driver what sets the speed of the GPU."""
+    """Ask the driver for its version and for the clocks and the power limit of the GPU."""
     properties = torch.cuda.get_device_properties()
     found = {"multiprocessors": properties.multi_processor_count, "memory_gb": round(properties.total_memory / 1e9, 1)}
     query = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"]
-    asked = f"--id=GPU-{properties.uuid}"  # the driver's first GPU need not be the one that is used
+    asked = f"--id=GPU-{properties.uuid}"  # by UUID: the numbering of the driver may differ from torch's
     command = ["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader", asked]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):  # another vendor's GPU, or no tool beside the driver
+    except (OSError, subprocess.SubprocessError):  # a GPU of another vendor, or nvidia-smi is not installed
         return found
     return found | dict(zip(query, map(str.strip, answer.split(",")), strict=False))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read what an earlier run wrote: its "environment", the "records" of its ops, and its "models".
+    """Read the file of an earlier run: "environment", "records" of its ops, and "models".
 
     Raises:
-        CommandError: for a file that cannot be read, or is something else.
+        CommandError: if the file cannot be read or is not the result of a run.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        if "models" not in found:  # of whole models alone, as they were written once
+        if "models" not in found:  # an older format of runs with whole models only
             found |= {"records": [], "models": found["records"]}
         for record in found["records"]:
             record["op"], record["workload"], record["dtype"]
             for row in record["contenders"]:
                 row["name"], row["group"], row["error"]
-                sum(row.get(key) or 0 for key in COLUMNS)  # numbers, or nothing
+                sum(row.get(key) or 0 for key in COLUMNS)  # fails unless each value is a number or missing
         for record in found["models"]:
             record["model"], record["variant"], record["size"], record["dtype"]
             record.get("error") or record["prefill_ms"]
@@ -121,7 +121,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
-    """Write what is known so far, whole or not at all; called after every record, so that a stop loses nothing."""
+    """Write the records so far atomically; called after every record, so that a stop loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
@@ -139,7 +139,7 @@ def write_csv(path: Path, run: dict[str, Any]) -> None:
 
 
 def columns(records: list[dict[str, Any]]) -> list[str]:
-    """Return the columns that say something: on a CPU an eager call is all there is to time."""
+    """Return the columns to show: on a CPU the only time is that of an eager call."""
     rows = [row for record in records for row in record["contenders"]]
     filled = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     return [key for key in filled if key != "wall_us" or any(row.get("us") != row.get("wall_us") for row in rows)]
@@ -151,7 +151,7 @@ def by_op(records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def cells(columns: dict[str, tuple[str, str]], keys: Iterable[str], row: dict[str, Any]) -> list[str]:
-    """Format what a row has in the columns; nothing where it has nothing there."""
+    """Format a row's values in these columns; an empty string where it has none."""
     found = []
     for key in keys:
         value = row.get(key)
@@ -164,7 +164,7 @@ def cells(columns: dict[str, tuple[str, str]], keys: Iterable[str], row: dict[st
 def grouped(heads: Sequence[str], text: int, rows: Iterable[tuple[str | None, Sequence[str]]]) -> Table:
     """Make a table of rows, each a style and its cells, in groups.
 
-    The first ``text`` columns are text; all but the last of them are written once for each group.
+    The first ``text`` columns are text; all of these but the last are shown only in the first row of each group.
     """
     lines, above = table(), None
     for index, head in enumerate(heads):
@@ -181,7 +181,7 @@ def grouped(heads: Sequence[str], text: int, rows: Iterable[tuple[str | None, Se
 def show_table(
     console: Console, heads: Sequence[str], text: int, rows: Sequence[tuple[str | None, Sequence[str]]]
 ) -> None:
-    """Print a table as `grouped` makes it; where it is too wide, its rows one below the other."""
+    """Print a table as `grouped` makes it; if it is too wide, print each row as several lines."""
     lines = grouped(heads, text, rows)
     if console.measure(lines, options=console.options.update(width=10_000)).maximum <= console.width:
         console.print(lines)
@@ -193,13 +193,13 @@ def show_table(
 
 
 def show_errors(console: Console, lines: Iterable[str]) -> None:
-    """Print why there is no result, a line for each."""
+    """Print error messages, one per line."""
     for line in lines:
         console.print(line, style="red", markup=False, soft_wrap=True)
 
 
 def show_op(console: Console, records: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    """Print a table of one op, and why contenders have no time."""
+    """Print the table of one op and the errors of its contenders."""
     filled, rows = columns(records), []
     shapes: dict[str, list[str]] = {}
     for record in records:
@@ -216,7 +216,7 @@ def show_op(console: Console, records: list[dict[str, Any]], where: dict[str, An
 
 
 def show_models(console: Console, records: list[dict[str, Any]]) -> None:
-    """Print one table of whole models; speed-ups are over the original, in the same mode and in eager mode."""
+    """Print the table of whole models; speed-ups are over the original in the same mode and over the eager original."""
     rows: list[tuple[str | None, list[str]]] = []
     errors = []
     for record in records:

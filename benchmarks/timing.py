@@ -1,4 +1,4 @@
-"""How time is taken: interleaved rounds, so that a slow spell of the machine hits every contender alike."""
+"""Measure times in interleaved rounds, so that a slow spell of the machine hits every contender alike."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 
 Call = Callable[[], object]
 ROUNDS = 25
-ROUND_SECONDS = 0.02  # of one contender: long beside the clock, short beside a slow spell
-ALL_SECONDS = 60.0  # of all rounds of slow contenders, of which there are then fewer
+ROUND_SECONDS = 0.02  # of one contender: long against the clock's resolution, short against a slow spell
+ALL_SECONDS = 60.0  # most seconds for all rounds; slow contenders get fewer rounds
 FEWEST_ROUNDS = 5
-L2_BYTES = 256 << 20  # more than any GPU's second-level cache
-FLUSH_SECONDS = L2_BYTES / 8e12  # writing so much takes no less, at the bandwidth of the fastest GPU
+L2_BYTES = 256 << 20  # more than the second-level cache of any GPU
+FLUSH_SECONDS = L2_BYTES / 8e12  # least time of writing L2_BYTES, at the 8 TB/s of the fastest GPU
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # more than any cache that one core fills
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 class CallError(Exception):
-    """A contender, whose name is the argument, failed while it was timed; its own error is the cause."""
+    """A contender failed while it was timed: the argument is its name, the cause its error."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def _named(name: str) -> Iterator[None]:
 class Times:
     """Seconds per call of one contender, one number per round; on a GPU both kinds of time."""
 
-    wall: list[float]  # a call among calls, Python included: what eager code waits for
+    wall: list[float]  # one of many calls in a row, Python included: the time that eager code waits
     device: list[float] | None = None  # the kernels alone, from a cold second-level cache
 
     @property
@@ -53,34 +53,34 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """Return the distance between the quartiles of `best_known`, as a share of the median."""
+        """Return the interquartile range of `best_known`, as a share of the median."""
         low, _, high = statistics.quantiles(self.best_known, n=4)
         return (high - low) / self.median
 
     def over(self, other: Times) -> float:
-        """Return how many times as long as ``other``: the median of the rounds' ratios."""
+        """Return the time divided by that of ``other``: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.best_known, other.best_known, strict=True))
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do: the bandwidth of a large copy, and the speed of a large matmul."""
+    """Limits of this machine: the bandwidth of a large copy and the speed of a large matmul."""
 
-    copy_gb_per_s: float  # read and written bytes together
+    copy_gb_per_s: float  # counts bytes read and bytes written
     gemm_tflop_per_s: float
 
     def seconds(self, bytes: int, flops: int) -> float:
-        """Return the least time of a call that moves and computes so much, unless its data lie in a cache."""
+        """Return the least time of a call that moves ``bytes`` and computes ``flops``, if its data are in no cache."""
         return max(bytes / self.copy_gb_per_s / 1e9, flops / self.gemm_tflop_per_s / 1e12)
 
 
 def bytes_to_copy(count: int, device: str | torch.device) -> torch.Tensor:
-    """Make written bytes: unwritten memory is one page of zeros on a CPU, read from its first-level cache."""
+    """Make a tensor of written bytes: on a CPU, unwritten memory maps to one page of zeros, read from the L1 cache."""
     return torch.ones(count, dtype=torch.int8, device=device)
 
 
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measure them; the matmul in the faster of ``dtype`` and float32, which not every processor multiplies alike."""
+    """Measure the limits; the matmul in ``dtype`` or float32, whichever is faster on this processor."""
     source = bytes_to_copy(COPY_BYTES[device] // 2, device)
     target = torch.empty_like(source)
     size = GEMM_SIZE[device]
@@ -92,7 +92,7 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 
 
 def wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
-    """Return the seconds of one call among so many, the device waited for before and after them."""
+    """Return the seconds per call of ``calls`` calls in a row, synchronizing before the first and after the last."""
     synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -118,7 +118,7 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
     singles = {}
     for name, call in contenders.items():
         with _named(name):
-            call()  # compiles
+            call()  # compiles kernels
             singles[name] = wall_seconds(call, 1, synchronize)
     batches = {name: max(1, min(20000, int(ROUND_SECONDS / max(s, 1e-7)))) for name, s in singles.items()}
     rounds = min(rounds, max(FEWEST_ROUNDS, int(ALL_SECONDS / sum(max(s, ROUND_SECONDS) for s in singles.values()))))
@@ -131,7 +131,7 @@ def _measure_wall(contenders: Mapping[str, Call], rounds: int, synchronize: Call
 
 
 def _host_seconds(call: Call) -> float:
-    """Time what the host takes to queue a call, where nothing else is queued."""
+    """Measure the seconds that the host takes to queue a call, with an empty queue."""
     taken = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -140,10 +140,10 @@ def _host_seconds(call: Call) -> float:
 
 
 def _measure_device(contenders: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Time single calls by events; the cache is flushed before each, for longer than the host takes for the call.
+    """Time single calls by CUDA events; before each, the cache is flushed for longer than the host takes to queue it.
 
-    So the launches of a call are all queued when it begins, and code of many launches, such as transformers', is not
-    charged for the host. Where the host waits for the device within a call, the time includes what it does meanwhile.
+    All launches of a call are thus queued before the first one runs, and the time of code with many launches, such as
+    transformers', does not include the host. Where the host waits for the device within a call, it does.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     passes = {}

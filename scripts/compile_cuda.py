@@ -1,10 +1,10 @@
-"""Compile csrc/*/*.cu for the architectures given, and print what each kernel takes of a multiprocessor.
+"""Compile csrc/*/*.cu for the given architectures, and print the registers and shared memory of each kernel.
 
-    python scripts/compile_cuda.py [sm_90 ...]     (default: every supported one)
+    python scripts/compile_cuda.py [sm_90 ...]     (default: every supported architecture)
 
-Needs nvcc and any torch, a CPU-only one too: the sources use its stable ABI alone. Without nvcc it says so and
-succeeds. It fails on a source that does not compile, on a kernel that spills registers to memory, and on one that is
-made for vectors of 16 bytes and loads none.
+Needs nvcc and any torch, even a CPU-only one, because the sources use only its stable ABI. Without nvcc it prints that
+and succeeds. It fails if a source does not compile, if a kernel spills registers, or if a kernel that is made for
+vectors of 16 bytes loads none.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from vlmfast.architectures import CUDA as ARCHITECTURES
 CSRC = Path(__file__).parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
 
-# Three lines of ptxas -v about one kernel.
+# The three lines that `ptxas -v` prints about one kernel.
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\d+)a?'\n"
     r".*\n.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
-# Lines of the disassembly: the architecture and the kernel that follow, and global loads and stores.
+# Lines of the disassembly: the architecture and the kernel of the code that follows, and global loads and stores.
 ASSEMBLY = re.compile(r"arch = sm_(\d+)|Function : (\w+)|\b(LDG|LDGSTS|STG)\.([\w.]+)")
-# Kernels that are made for vectors: their dtype, and the number of its elements.
+# Names of kernels that are made for vectors: the dtype, and the number of elements in a vector.
 VECTORS = re.compile(r"kernel<(?:TensorTiles<)?(?P<dtype>[\w ]+), (?:\d+, (?=\d+>)|(?:Row|Head)Policy<)?(?P<count>\d+)")
 SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2, "unsigned short": 2}
 
@@ -47,21 +47,21 @@ SIZES = {"float": 4, "__half": 2, "__nv_bfloat16": 2, "unsigned short": 2}
 class Usage:
     """Registers, memory and accesses of one kernel on one architecture."""
 
-    registers: int
-    spills: int  # bytes stored and loaded
+    registers: int  # per thread
+    spills: int  # bytes of spill stores and spill loads
     shared: int  # bytes
-    loads: tuple[int, ...] = ()  # bytes of each kind of load from global memory
+    loads: tuple[int, ...] = ()  # widths in bytes of its loads from global memory
     stores: tuple[int, ...] = ()
 
 
 def find_nvcc() -> str | None:
-    """Find the nvcc of CUDA_HOME, or of PATH."""
+    """Find nvcc in CUDA_HOME if that is set, otherwise on PATH."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
 
 
 def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
-    """Find a cuobjdump, nvcc's or Triton's, and the environment in which it finds its nvdisasm."""
+    """Find cuobjdump, nvcc's or Triton's, and the environment in which it finds nvdisasm."""
     folders = [Path(nvcc).resolve().parent]
     if triton := importlib.util.find_spec("triton"):
         folders += [Path(folder) / "backends" / "nvidia" / "bin" for folder in triton.submodule_search_locations or ()]
@@ -71,7 +71,7 @@ def find_disassembler(nvcc: str) -> tuple[str, dict[str, str]] | None:
 
 
 def demangle(names: list[str]) -> dict[str, str]:
-    """Map names to those of the source, without namespaces and arguments; to themselves where there is no c++filt."""
+    """Map mangled names to names without namespaces and arguments; to themselves if there is no c++filt."""
     if not shutil.which("c++filt"):
         return {name: name for name in names}
     lines = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
@@ -80,7 +80,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 
 
 def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
-    """Map (mangled kernel, architecture, "LDG" or "STG") to the bytes of its accesses to global memory."""
+    """Map (mangled kernel, architecture, "LDG" or "STG") to the widths in bytes of its global accesses."""
     found: dict[tuple[str, int, str], set[int]] = defaultdict(set)
     architecture, kernel = 0, ""
     for number, name, instruction, modifiers in ASSEMBLY.findall(disassembly):
@@ -95,7 +95,7 @@ def widths(disassembly: str) -> dict[tuple[str, int, str], set[int]]:
 
 
 def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
-    """Map each kernel, and each architecture of it, to its usage."""
+    """Map kernel -> architecture -> usage, from the output of ptxas and cuobjdump."""
     found: dict[str, dict[int, Usage]] = defaultdict(dict)
     accesses = widths(disassembly)
     for entry in ENTRY.finditer(log):
@@ -108,7 +108,7 @@ def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
 
 
 def table(kernels: dict[str, dict[int, Usage]], architectures: Sequence[int]) -> str:
-    """Make a table of registers on each architecture, bytes spilled and of shared memory on the worst."""
+    """Make a table: registers on each architecture, and the most bytes of spills and of shared memory on any."""
     width = max(map(len, kernels))
     lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in architectures), " spilled  shared"])]
     for name, by_architecture in sorted(kernels.items()):
@@ -138,7 +138,11 @@ def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
 
 
 def compile_all(nvcc: str, architectures: Sequence[int] = ARCHITECTURES) -> dict[str, dict[int, Usage]]:
-    """Compile all kernels of csrc/, and read off what ptxas and the disassembly say of them."""
+    """Compile all kernels of csrc/, and read their usage from ptxas and the disassembly.
+
+    Raises:
+        SystemExit: if a source does not compile, or the output lacks a kernel.
+    """
     disassembler = find_disassembler(nvcc)
     if disassembler is None:
         print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")
@@ -163,7 +167,7 @@ def compile_all(nvcc: str, architectures: Sequence[int] = ARCHITECTURES) -> dict
             raise SystemExit(f"{source.name}: no loads in the disassembly of some kernel")
         return found
 
-    with ThreadPoolExecutor(2) as pool:  # the longest first
+    with ThreadPoolExecutor(2) as pool:  # the largest source first, since it takes longest
         found = pool.map(compile_one, sorted(CSRC.glob("*/*.cu"), key=lambda path: -path.stat().st_size))
         return {name: by_architecture for of_source in found for name, by_architecture in of_source.items()}
 

@@ -1,4 +1,4 @@
-"""Write docs/ops.md from the docstrings and the README's figures from benchmarks/results; --check: fail if stale."""
+"""Write the generated docs: from docstrings, the table of bodies and benchmarks/results. --check: fail if stale."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ devices that its entry names; exporters get its definition.
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
 
-Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote: each row is of
-one run, medians of interleaved rounds. Rows with a `date` of their own in the JSON are of a later run on the same
-machine, and replace rows whose peers had been refused by too narrow a comparison. Below 1 the other is faster than
-vlmfast. "copy" moves as many bytes as the op; in runs before 2026-11-28 it read memory that had never been written, and
-is up to a quarter too fast. `clone()` and `F.linear alone` are limits too: less work than the op takes, unless the
-processor does not multiply bfloat16 numbers, where the op multiplies in float32. "torch.compile" is the definition,
-compiled alone. Rows "in a graph" are of eight layers of residual, norm and scale, compiled, as are transformers' own.
-What is called "PyTorch" or "the row in PyTorch" in runs before 2026-11-29 is slower than PyTorch has to be.
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote. Each row shows
+the median times of interleaved rounds in one run. Rows with a `date` of their own in the JSON are from a later run on
+the same machine, and replace rows whose peers had been refused by too narrow a comparison.
+
+The last column is the time of each peer or limit divided by that of vlmfast: below 1, the other is faster. "copy" moves
+as many bytes as the op; in runs before 2026-11-28 it read memory that had never been written, and is up to a quarter
+too fast. `clone()` and `F.linear alone` are limits too: they do less work than the op. The exception is a processor
+without bfloat16 multiplication, on which the op multiplies in float32. "torch.compile" is the definition, compiled
+alone. Rows "in a graph" time eight layers of residual, norm and scale in one compiled graph; transformers' own layers
+are compiled too. "PyTorch" and "the row in PyTorch" in runs before 2026-11-29 are slower than PyTorch has to be.
 """
 README_ROWS = {
     ("rms_norm", "600x2048"),
@@ -62,21 +64,21 @@ and mask is replaced."""
 
 
 def signature(name: str, function: Callable[..., Any]) -> str:
-    """Write the function's head as one would write it: annotations without the quotes that `inspect` gives them."""
+    """Return the signature as in source code, without the quotes that `inspect` puts around annotations."""
     return name + re.sub(r"(: |-> )(['\"])(.*?)\2(?=,|\)| =|$)", r"\1\3", str(inspect.signature(function)))
 
 
 def page() -> str:
-    """Make the whole page."""
+    """Make docs/ops.md."""
     around = [name for name in vlmfast.__all__ if name not in OPS and inspect.isfunction(getattr(vlmfast, name))]
     compat = [f"compat.{project}.patch" for project in vlmfast.compat.__all__]
     ops = [name for name in OPS if name in vlmfast.__all__]
-    ops.sort(key=lambda name: OPS[name].reference.__module__)  # family by family, whichever was imported first
+    ops.sort(key=lambda name: OPS[name].reference.__module__)  # by family, independent of the order of imports
     return "\n".join([HEAD, *map(section, ops), AROUND, *map(section, [*around, *compat])])
 
 
 def section(name: str) -> str:
-    """Show the documentation of one public function."""
+    """Make the section of one public function."""
     function = operator.attrgetter(name)(vlmfast)
     text = inspect.getdoc(function)
     inlined = OPS[name].inlined if name in OPS else ()
@@ -88,7 +90,7 @@ Run = dict[str, Any]
 
 
 def runs() -> list[dict[str, Run]]:
-    """Read the committed runs, as far as there are these files: each GPU's folder, then those of CPUs."""
+    """Read the committed runs that exist: the folder of each GPU, then the files of CPUs."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
     found = [{name: folder / f"{name}.json" for name in ("ops", "compiled", "matmul", "models")} for folder in folders]
     found += [{"ops": path} for path in sorted(RESULTS.glob("cpu*.json"))]
@@ -98,7 +100,7 @@ def runs() -> list[dict[str, Run]]:
 
 
 def on_gpu(run: Run) -> bool:
-    """Return whether it ran on one."""
+    """Tell whether a run was on a GPU."""
     return bool(run["environment"].get("kind", "cpu") != "cpu")
 
 
@@ -109,7 +111,7 @@ def table(heads: tuple[str, ...], left: int, rows: list[list[str]]) -> str:
 
 
 def figures() -> str:
-    """Make the README's tables: a few rows of the committed runs, with where and when each was made."""
+    """Make the README's tables: a few rows of the committed runs, with the device and date of each."""
     gpus = [run for run in runs() if any(map(on_gpu, run.values()))]
     tables = []
     for run in [*gpus, {"ops": report.read(RESULTS / "cpu.json")}]:
@@ -122,7 +124,7 @@ def figures() -> str:
 
 
 def figures_of(run: Run, compiled: Run) -> str:
-    """Show the README's ops; a GPU's report times torch.compile in a run of its own, ``compiled``."""
+    """Make the README's table of ops; on GPUs, torch.compile is timed in another run, ``compiled``."""
     where = run["environment"]
     place = "device time from a cold cache" if on_gpu(run) else f"{where['cpu_capability']}, {where['threads']} thread"
     dtype = statistics.mode(record["dtype"] for record in run["records"])
@@ -146,12 +148,12 @@ def figures_of(run: Run, compiled: Run) -> str:
 
 
 def key(record: Run) -> tuple[str, str, str]:
-    """Return what a record was measured of."""
+    """Return op, workload and dtype of a record."""
     return record["op"], record["workload"], record["dtype"]
 
 
 def ratios(record: Run) -> dict[str, float]:
-    """Return how many times as long as vlmfast each other contender takes; nothing where vlmfast has no time."""
+    """Map each other contender to its time divided by vlmfast's; empty where vlmfast has no time."""
     ours, *others = record["contenders"]
     if ours["group"] != "ours" or "us" not in ours:
         return {}
@@ -159,7 +161,7 @@ def ratios(record: Run) -> dict[str, float]:
 
 
 def models_of(run: Run) -> str:
-    """Show one row for each model, mode and variant."""
+    """Make a table with one row per model, mode and variant."""
     where, records = run["environment"], run["models"]
     rows = []
     for record in records:
@@ -174,7 +176,7 @@ def models_of(run: Run) -> str:
 
 
 def benchmarks() -> str:
-    """Show every committed run, each row with all that it was timed against."""
+    """Make docs/benchmarks.md: every committed run, with all contenders of each row."""
     sections = []
     for run in runs():
         sections += [run_of(run[name]) for name in ("ops", "compiled", "matmul") if name in run]
@@ -184,7 +186,7 @@ def benchmarks() -> str:
 
 
 def run_of(run: Run) -> str:
-    """Show one run of ops: how many times as long as vlmfast everything else takes."""
+    """Make the section of one run of ops: the time of each other contender divided by vlmfast's."""
     where, rows = run["environment"], []
     facts = ", ".join(
         f"{name} {where[name]}" for name in ("date", "threads", "cpu_capability", "torch", "transformers")
@@ -198,14 +200,14 @@ def run_of(run: Run) -> str:
 
 
 def stub() -> str:
-    """Write the types of the public names, most of which `vlmfast` finds by folder when it is imported."""
+    """Make vlmfast/__init__.pyi, since type checkers cannot see the names that `vlmfast` finds by folder on import."""
     found = sorted((getattr(getattr(vlmfast, name), "__module__", "vlmfast"), name) for name in vlmfast.__all__)
     lines = [f"from {origin} import {name} as {name}" for origin, name in found]
     return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])
 
 
 def methods() -> str:
-    """Make the table of the methods to reduce visual tokens."""
+    """Make the table of token reduction methods."""
     rows = []
     for method in METHODS.values():
         parameters = inspect.signature(method).parameters.values()
@@ -216,7 +218,7 @@ def methods() -> str:
 
 
 def model_types() -> str:
-    """Say what is patched in each type of model and release, and what not and why."""
+    """Make docs/families.md: which methods are replaced in each model type and release, and why others are not."""
     seen = json.loads((ROOT / "docs" / "families.json").read_text())
     known = {body.key: body for body in BODIES}
     verdicts = {
@@ -263,7 +265,7 @@ def model_types() -> str:
 
 
 def _sites(model_type: str, found: Any, verdicts: dict[str, str]) -> list[str]:
-    """Return the sites of a type of model: of its default model or, where that cannot be built, of its own file."""
+    """Return the sites of a model type: of its default model or, if that cannot be built, of the type's own file."""
     sites = found["types"].get(model_type, [])
     own = f"{model_type.replace('-', '_')}."
     return [site for site in verdicts if site.startswith(own)] if isinstance(sites, str) else sites
@@ -276,13 +278,13 @@ def _verdict(body: Body | None) -> str:
 
 
 def filled(path: Path, name: str, text: str) -> str:
-    """Return a page with the text between the marks of that name."""
+    """Return a page with the text put between the marks of that name."""
     marked = re.compile(rf"(<!-- {name}: made by `make docs` -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
     return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", path.read_text())
 
 
 def main() -> int:
-    """Write the files, or compare them."""
+    """Write the files that are stale or, with --check, name them and return 1."""
     wanted = {
         PAGE: page(),
         STUB: stub(),

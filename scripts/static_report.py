@@ -1,15 +1,15 @@
-"""Write benchmarks/results/static.json: what the compilers say of every kernel, and the traffic that was counted.
+"""Write benchmarks/results/static.json: facts about every kernel that need no GPU.
 
-    python scripts/static_report.py [traffic] [executed] [triton] [cuda]
+    python scripts/static_report.py [traffic] [executed] [saturation] [triton] [cuda]
 
-makes the sections anew that are named, or all of them.
+regenerates the named sections, or all of them:
 
-Registers, spills, shared memory and the widths of global accesses are those of the generated code, for GPUs that this
-machine need not have. One record stands for all specialisations of a kernel that have the same dtypes: the largest
-numbers, and the widths of all. Triton's are at the shapes of the ops' workloads; CUDA's, which need nvcc, are all that
-csrc/ instantiates. `traffic` says how many bytes each op moves and how many it must: see tests/helpers/traffic.py;
-`executed` how many instructions of the compiled kernels the generated tests run: see tests/ptx/; `saturation` whether
-they can keep the memory of an H200 busy.
+* `triton` and `cuda`: registers, spills, shared memory and widths of global accesses in the generated code. A record
+  stands for all specialisations of a kernel with the same dtypes, and has the largest numbers and all widths. Triton's
+  kernels are compiled at the shapes of the ops' workloads; of CUDA's, which need nvcc, all instantiations in csrc/ are.
+* `traffic`: how many bytes each op moves, and how many it must: see tests/helpers/traffic.py.
+* `executed`: how many instructions of the compiled kernels the generated tests run: see tests/ptx/coverage.py.
+* `saturation`: whether the kernels can saturate the memory of an H200: see tests/ptx/saturation.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_BYTES = 150_000
 
 
 def run(*command: str, interpret: bool) -> Any:
-    """Return the JSON that a script of the tests writes, in a process with Triton's interpreter or without."""
+    """Run a script of the tests, with or without Triton's interpreter, and return the JSON that it writes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
@@ -43,13 +43,13 @@ def run(*command: str, interpret: bool) -> Any:
 
 
 def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Make one record for those that agree in the keys: the largest of each number, the union of each list."""
+    """Merge records that agree in the keys: the largest of each number, the union of each list."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
         key = tuple(str(record[k]) for k in keys)
         mine = found.setdefault(key, {**{k: record[k] for k in keys}, "specialisations": 0})
         mine["specialisations"] += 1
-        for name, value in record.items():  # in their order: a set's would be another one in every process
+        for name, value in record.items():  # in the record's order; that of a set would vary between processes
             if name in keys:
                 continue
             if isinstance(value, list | tuple):
@@ -60,7 +60,7 @@ def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
 
 
 def of_triton() -> list[dict[str, Any]]:
-    """Record what Triton's compiler makes of the workloads' launches."""
+    """Compile the launches of all workloads by Triton, and summarise their records."""
     numbers = ("registers", "spills", "shared", "loads", "stores")
     keys = ("op", "kernel", "target", "types")
     records = run("tests/helpers/compile_kernels.py", "--all", interpret=False)
@@ -70,7 +70,7 @@ def of_triton() -> list[dict[str, Any]]:
 
 
 def of_cuda(nvcc: str) -> list[dict[str, Any]]:
-    """Record what nvcc makes of csrc/: kernels for vectors of 16 bytes apart from those for rows that do not fit."""
+    """Compile csrc/ by nvcc, and summarise its kernels: those for vectors of 16 bytes separately from the others."""
     records = []
     for name, by_architecture in compile_cuda.compile_all(nvcc).items():
         kernel, _, arguments = name.partition("<")
@@ -82,14 +82,14 @@ def of_cuda(nvcc: str) -> list[dict[str, Any]]:
 
 
 def nvcc_version(nvcc: str) -> str:
-    """Return the version, 13.0.88 for one."""
+    """Return nvcc's version, such as "13.0.88"."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V([\d.]+)", said)
     return found[1] if found else said.strip()
 
 
 def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
-    """Say how each section is made."""
+    """Map each section to the function that makes it."""
     return {
         "traffic": lambda: run("-m", "tests.helpers.traffic", interpret=True),
         "executed": lambda: run("-m", "tests.ptx.coverage", interpret=True),
@@ -100,7 +100,7 @@ def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
 
 
 def found_nvcc() -> str:
-    """Find nvcc, or end."""
+    """Return the path of nvcc, or exit with a message."""
     nvcc = compile_cuda.find_nvcc()
     if nvcc is None:
         raise SystemExit("static_report: there is no nvcc on PATH or in CUDA_HOME")
@@ -117,7 +117,7 @@ def main(names: list[str]) -> None:
     units = "bytes, but registers; widths are of single loads and stores of global memory"
     head = {"date": datetime.date.today().isoformat(), "versions": versions, "units": units}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-    for name, records in sections.items():  # a line for each record: a change is a line of the diff
+    for name, records in sections.items():  # one line per record, so that a diff shows the changed records
         rows = ",\n".join(json.dumps(record) for record in records)
         lines.append(f'"{name}": [\n{rows}\n]')
     text = "{\n" + ",\n".join(lines) + "\n}\n"

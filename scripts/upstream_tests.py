@@ -1,13 +1,13 @@
-"""Run transformers' own model tests on patched models, and say which of those that pass unpatched fail.
+"""Run transformers' own model tests on patched models, and list those that pass only unpatched.
 
     python scripts/upstream_tests.py CHECKOUT [MODEL_TYPE ...] [--reduce even:1.0] [-k EXPRESSION]
 
-CHECKOUT is a source tree of the installed transformers, with its ``tests`` folder (and ``pip install parameterized
-requests``). Every test runs three times: as it is, with `vlmfast.patch(model)` and with ``reduce=EvenTokens(1.0)``,
-which leaves all tokens. A model is patched when it is first called or asked to generate, so after it was loaded and
-moved. Exit code 1: a test fails patched for another reason than a refusal that README or docs name.
+CHECKOUT is a source tree of the installed transformers, with its ``tests`` folder, which needs ``pip install
+parameterized requests``. Every test runs three times: unpatched, with `vlmfast.patch(model)`, and with
+``reduce=EvenTokens(1.0)``, which keeps all tokens. A model is patched at its first call or ``generate``, after it was
+loaded and moved. The exit code is 1 if a test fails patched for another reason than a refusal that README or docs name.
 
-This file is also the plugin of pytest that patches the models.
+This file is also the pytest plugin that patches the models.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MODEL_TYPES = (
     *("internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "vipllava"),
     *("qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"),
 )
-MODE = "VLMFAST_UPSTREAM_TESTS"  # "none", "patch", or a method as the demo takes it
-OUTCOMES = "VLMFAST_UPSTREAM_OUTCOMES"
-REFUSALS = ("visual tokens are reduced", "cannot be reduced")  # words of what is refused by design
+MODE = "VLMFAST_UPSTREAM_TESTS"  # environment variable: "none", "patch", or a method in the demo's syntax
+OUTCOMES = "VLMFAST_UPSTREAM_OUTCOMES"  # environment variable: the file that the plugin appends outcomes to
+REFUSALS = ("visual tokens are reduced", "cannot be reduced")  # words in the messages of refusals by design
 
 
 # ---- the plugin ----
@@ -54,12 +54,12 @@ def pytest_configure() -> None:
 
 
 def _patch(model: Any) -> None:
-    """Patch a whole model: with a method of reduction one that has a head, with none any."""
+    """Patch a whole model; with a reduction method, only a model that has a head."""
     import vlmfast
     from vlmfast.demo_reduce import parse_method
 
     for module in model.modules():
-        module.__dict__["_vlmfast_tried"] = True  # parts are patched with the whole
+        module.__dict__["_vlmfast_tried"] = True  # sub-models are patched with the whole model, not by themselves
     mode = os.environ[MODE]
     if model.config.model_type not in MODEL_TYPES:
         return
@@ -80,7 +80,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def run(checkout: Path, model_types: Sequence[str], mode: str, more: list[str]) -> dict[str, tuple[str, str]]:
-    """Run the tests in one mode: test -> (outcome, message)."""
+    """Run the tests in one mode, and map each test to (outcome, message)."""
     files = [f"tests/models/{name}/test_modeling_{name}.py" for name in model_types]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
@@ -96,7 +96,7 @@ def run(checkout: Path, model_types: Sequence[str], mode: str, more: list[str]) 
             check=False,
         )
         rows = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    # a test has a report for each of its subtests as well: one that failed is remembered
+    # Subtests have reports under the name of their test; after sorting, the dict keeps a failed one.
     rows.sort(key=lambda row: row[1] == "failed")
     return {test: (outcome, message) for test, outcome, message in rows}
 

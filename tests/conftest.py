@@ -1,4 +1,4 @@
-"""The ground under every test: kernels run without a GPU, and memory nobody wrote is NaN."""
+"""Setup of all tests: kernels run without a GPU, and uninitialised memory is NaN."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: before any kernel is
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it on import, so it is set before any kernel is imported
 
-pytest.register_assert_rewrite("tests.helpers", "tests.emulation.harness")  # their messages are tests' own
+pytest.register_assert_rewrite("tests.helpers", "tests.emulation.harness")  # their asserts report values, as in tests
 
 from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
@@ -24,12 +24,13 @@ from vlmfast import backends, registry  # noqa: E402
 
 if not GPU:
     interpreter.repair()
-# csrc/*.cu, compiled for the CPU, and Triton kernels as compiled for GPUs; last, so that only `use` chooses them
+# csrc/*.cu compiled for the CPU, and Triton kernels as compiled for GPUs. They come last in the order of backends, so
+# that only `vlmfast.use` chooses them.
 backends.LOADERS |= {"emulated": emulated, **AS_COMPILED}
 
 
 def shortens_prompts() -> bool:
-    """Whether the installed transformers is one whose prompts `vlmfast.patch(model, reduce=...)` can shorten."""
+    """Tell whether `vlmfast.patch(model, reduce=...)` supports the installed transformers."""
     try:
         from transformers import GenerationMixin
     except ImportError:
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     too_old = pytest.mark.skip(reason="prompts can be shortened from transformers 5.17 on")
     reducing = [item for item in items if item.path.parent.name == "reduce"]
     for item in items:
-        if item.get_closest_marker("gpu") and not GPU:  # not its keywords, which are the names of its folders too
+        if item.get_closest_marker("gpu") and not GPU:  # item.keywords would match the names of folders too
             item.add_marker(no_gpu)
         if is_thorough(item):
             item.add_marker("thorough")
@@ -52,18 +53,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector walk what tests make, not torch, transformers and the tests themselves as well."""
+    """Freeze the objects of torch, transformers and the tests, so that the garbage collector skips them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries that count what is left at the end complain of leaks
+    gc.unfreeze()  # otherwise libraries that count objects at exit report leaks
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill every tensor of torch.empty with NaN (integers with their maximum), so that an unwritten element shows."""
+    """Fill tensors of torch.empty with NaN (integers with their maximum), so that unwritten elements are noticed."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -73,13 +74,13 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def no_terminal(monkeypatch: pytest.MonkeyPatch):
-    """Have commands write as to a pipe whose width nobody tells: pytest-xdist tells its workers that of a terminal."""
+    """Make commands write as to a pipe of unknown width: pytest-xdist sets COLUMNS to that of a terminal."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture(autouse=True)
 def own_accelerator():
-    """Forget the settings of accelerate, which are those of the first `Accelerator` of a process."""
+    """Reset the settings of accelerate, which the first `Accelerator` of a process fixes for all later ones."""
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -87,14 +88,14 @@ def own_accelerator():
 
 @pytest.fixture
 def override():
-    """Put a backend in the place of an op's own until the test ends."""
+    """Return a function that replaces an op's backend until the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda op, name, backend: stack.enter_context(registry.override(op, name, backend))
 
 
 @pytest.fixture
 def four_threads():
-    """More than some machines have cores: what each of them does must be right all the same."""
+    """Use four threads, which is more than the cores of some machines: results must be right all the same."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield

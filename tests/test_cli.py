@@ -1,4 +1,4 @@
-"""The command line: what it prints, and above all its exit codes."""
+"""The command line: its output and, above all, its exit codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHORT = ["--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--dtype", "f
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch):
-    """The commands are under test, not the kernels: no interpreter for every norm, no backend that only tests have."""
+    """Use only the torch backend, because the commands are under test: no interpreter and no backend of the tests."""
     for name in LOADERS.keys() - {"native", "triton", "torch"}:
         monkeypatch.delitem(LOADERS, name)
     with vlmfast.use("torch"):
@@ -37,7 +37,7 @@ def reference(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A LLaVA of random weights and its processor, saved as a checkpoint is."""
+    """Save a LLaVA with random weights and its processor as a checkpoint."""
     pytest.importorskip("transformers")
     from tests.helpers.patches_models import llava_processor
 
@@ -56,7 +56,7 @@ def plant(override, op, backend, run):
 
 
 def one_error(text: str) -> str:
-    """The one line of an error, without what stands in front of it."""
+    """Check that the text is one line of an error, and return it without the prefix."""
     [line] = text.splitlines()
     assert line.startswith("vlmfast: error: ")
     return line.removeprefix("vlmfast: error: ")
@@ -83,7 +83,7 @@ def test_demo_of_a_checkpoint(checkpoint, capsys):
     assert "(llava, " in output
     assert "16 visual tokens" in output  # 4 x 4 patches
     assert "'describe this', 18 tokens with the image" in output
-    # three tokens, two layers; in inference mode nothing is left with a tensor for the next layer's norm
+    # Three tokens, two layers. In inference mode no addition is fused with the norm of the next layer.
     assert re.search(r" rms_norm +torch +9 ", output)
     assert re.search(r"add_rms_norm +torch +6 ", output)
     assert re.search(r"qk_norm_rope +torch +6 ", output)
@@ -204,7 +204,7 @@ def test_counts_must_be_positive(number, capsys):
 
 
 def test_speed_up_is_taken_pair_by_pair():
-    """The machine became ten times slower within the measurement; the patched model was twice as fast throughout."""
+    """The patched model is twice as fast throughout, although the machine gets ten times slower in between."""
     before, after, ratio = demo_answers.compare([(0.2, 0.1), (2.0, 1.0), (2.0, 1.0)])
     assert before == "2000.00 ms (200.00 to 2000.00)"
     assert after == "1000.00 ms (100.00 to 1000.00)"

@@ -1,4 +1,4 @@
-"""The command line when the world around it is not as it should be: one line and the exit code 2."""
+"""The command line in a faulty environment or with faulty arguments: one line of error and exit code 2."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers_that_are_none(arguments, capsys):
 
 
 def test_narrow(capsys, monkeypatch):
-    """All that is said is there, within the width, in whole words."""
+    """A narrow console shows all of the text, within its width and without breaking words."""
     monkeypatch.setenv("COLUMNS", "60")
     assert main(["info"]) == 0
     narrow = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_narrow(capsys, monkeypatch):
     assert "…" not in narrow
     for name in OPS:
         assert f" {name} " in narrow
-    monkeypatch.setenv("COLUMNS", "0")  # says nothing
+    monkeypatch.setenv("COLUMNS", "0")  # counts as not set
     assert main(["info"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) > 60
 

@@ -1,4 +1,4 @@
-"""The README's examples run, and do what their comments say."""
+"""The examples of the README run and do what their comments say."""
 
 from __future__ import annotations
 

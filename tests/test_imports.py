@@ -1,4 +1,4 @@
-"""Who imports whom: nothing in a circle, and no test data where the package is only used."""
+"""Imports within the package: no cycles, and a definition does not import its cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = {
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield what runs on import: neither what functions do nor what is for type checkers alone."""
+    """Yield the statements that run on import: none inside functions or under TYPE_CHECKING."""
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
@@ -37,7 +37,7 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def imports(module: str) -> set[str]:
-    """The modules of the package that a module names in its imports, itself not."""
+    """Return the other modules of the package that a module imports."""
     found: set[str] = set()
     for node in statements(ast.parse(MODULES[module].read_text()).body):
         if isinstance(node, ast.ImportFrom):
@@ -49,7 +49,7 @@ def imports(module: str) -> set[str]:
 
 
 def test_nothing_is_imported_in_a_circle():
-    """A package re-exports its modules, which is no circle as long as none of them names the package itself."""
+    """A package may import its modules, as long as none of them imports the package itself."""
     left = {module: imports(module) for module in MODULES}
     while ready := [module for module, needed in left.items() if not needed & left.keys()]:
         for module in ready:
@@ -70,7 +70,7 @@ print(sorted(packages | {name for name in new if "cases" in name or "benchmarks"
 
 
 def test_importing_vlmfast_loads_torch_alone():
-    """Neither another package, nor cases and benchmarks."""
+    """`import vlmfast` imports no other package than torch, and neither cases nor benchmarks."""
     ran = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 

@@ -1,4 +1,4 @@
-"""Rules that every file and op keeps, and every Triton kernel compiled for GPUs that are not here."""
+"""Rules for every file and op, and checks of every Triton kernel as compiled for GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = sorted(
     for folder in ("vlmfast", "kernels", "csrc", "tests", "benchmarks", "scripts")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}
-    and path.relative_to(ROOT).parts[:2] not in {("vlmfast", "kernels"), ("vlmfast", "benchmarks")}  # links
+    and path.relative_to(ROOT).parts[:2] not in {("vlmfast", "kernels"), ("vlmfast", "benchmarks")}  # symbolic links
 )
 TARGETS = tuple(GPUS)
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
@@ -82,7 +82,7 @@ def test_docs_show_the_kinds_of_parameters():
 
 
 def test_kernels_is_not_an_importable_package():
-    """kernels/__init__.py would shadow the Hugging Face package of that name from the repository's root."""
+    """In the root of the repository, kernels/__init__.py would shadow the Hugging Face package ``kernels``."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "vlmfast" / "kernels").resolve() == ROOT / "kernels"
 
@@ -92,7 +92,7 @@ def test_file_length():
 
 
 def long_functions(path: Path) -> Iterator[str]:
-    """Name those of at least 80 lines, their docstrings aside."""
+    """Name the functions of a Python file with 80 lines or more, not counting docstrings."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             first = node.body[0]
@@ -102,7 +102,10 @@ def long_functions(path: Path) -> Iterator[str]:
 
 
 def long_compiled_functions(path: Path) -> Iterator[str]:
-    """Do so as clang-format indents them: one begins in the last line before its brace that is as deep."""
+    """Name the long functions of a C++ or CUDA file, by clang-format's indentation.
+
+    A function begins in the last line before its opening brace that has the brace's indentation.
+    """
     lines = path.read_text().splitlines()
     depths = [len(line) - len(line.lstrip()) for line in lines]
     for end in (index for index, line in enumerate(lines) if line.lstrip().startswith("}") and depths[index] <= 4):
@@ -119,12 +122,12 @@ def test_function_length():
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.name in {"cpu.cpp", "cuda.cu"}], ids=name_of)
 def test_compiled_ops_declare_their_arguments_once(path: Path):
-    """Name, shape and dtype of a tensor stand in the family's ops.h, for the CPU and CUDA alike."""
+    """Only the family's ops.h declares names, shapes and dtypes of tensors, for both the CPU and CUDA."""
     assert not re.findall(r"\b(?:View|Size)\b[^;]*?[({]\"\w+\"", path.read_text())
 
 
 def test_users_meet_no_assert():
-    """An assert vanishes under python -O and says nothing to a user."""
+    """An assert disappears under ``python -O``, and its error does not help a user."""
     product = [
         (path, ast.walk(ast.parse(path.read_text()))) for path in PYTHON if path.is_relative_to(ROOT / "vlmfast")
     ]
@@ -161,11 +164,10 @@ def test_triton_kernels_spill_no_register(compiled_kernels: list[dict]):
 
 
 def test_triton_kernels_read_rows_in_vectors(compiled_kernels: list[dict]):
-    """The rows of every workload are multiples of 16 bytes, of 72 elements too, and are read 16 at a time.
+    """Workloads' rows, which are all multiples of 16 bytes (72 elements too), are loaded 16 bytes at a time.
 
-    Kernels that see no tensor of the call's dtype there move numbers, not rows.
-
-    Tiles are made for warps of 32 lanes: for each of a wave's 64 on gfx942 there may be half as much.
+    Kernels without a tensor of the call's dtype move single numbers, not rows, and are not checked. On gfx942 the limit
+    is half as much: tiles are made for warps of 32 lanes, and a wave there has 64.
     """
     with_rows, narrow = {r["kernel"] for r in compiled_kernels if r["real"] and "*bf16" in r["types"]}, []
     for r in compiled_kernels:
@@ -182,7 +184,7 @@ def test_triton_dots_of_half_precision_run_on_tensor_cores(compiled_kernels: lis
 
 
 def test_a_record_of_the_report_keeps_its_order(monkeypatch):
-    """Or every line of it would be another one whenever it is made anew, whatever changed."""
+    """Otherwise every line of the report would change whenever it is regenerated."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     summarised = runpy.run_path(str(ROOT / "scripts" / "static_report.py"))["summarised"]
     names = [f"name {index}" for index in range(9)]
@@ -195,7 +197,7 @@ def test_a_record_of_the_report_keeps_its_order(monkeypatch):
 
 
 def test_faults_of_cuda_kernels_are_named():
-    """scripts/compile_cuda.py on what ptxas and cuobjdump would say of two kernels."""
+    """scripts/compile_cuda.py finds the faults in the output of ptxas and cuobjdump for two kernels."""
     script = runpy.run_path(str(ROOT / "scripts" / "compile_cuda.py"))
     names = (
         "norm_kernel<__half, RowPolicy<8, 32, 2, 5, false> >",

@@ -1,4 +1,4 @@
-"""scripts/upstream_tests.py on a checkout with tests that pass, that a patch breaks and that a patch refuses."""
+"""scripts/upstream_tests.py on a checkout with a passing test, one that a patch breaks and one that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One little model in place of the published ones, and one op with a small workload."""
+"""Fixtures that replace the published models by one small model, and the workloads by one small one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MACHINE = timing.Ceilings(copy_gb_per_s=2.0, gemm_tflop_per_s=0.5)
 
 @pytest.fixture
 def llava(monkeypatch):
-    """The little LLaVA as the only model of the benchmark, under its own name, and one round."""
+    """Make a small LLaVA the only model of the benchmark, under its published name, with one round."""
     monkeypatch.setattr(published, "MODELS", {"llava-1.5-7b": little("llava-1.5-7b")})
     monkeypatch.setattr(models, "ROUNDS", {"cpu": 1})
     return published.MODELS["llava-1.5-7b"]
@@ -23,7 +23,7 @@ def llava(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """rms_norm with one small workload, timed for a moment."""
+    """Give rms_norm one small workload and short rounds."""
     require(OPS["rms_norm"], "native")
     monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(timing.measure, "__defaults__", (3,))

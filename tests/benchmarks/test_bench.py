@@ -1,4 +1,4 @@
-"""The command ``bench``: what it measures, what it prints and writes, and what it refuses."""
+"""The ``bench`` command: what it measures, prints, writes and refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `bench` would measure; every op has one record with one error."""
+    """Record what `bench` would measure, instead of measuring; every op gives one record with one error."""
     found = []
 
     def benchmark(op, device, dtype, kinds, machine):
@@ -83,15 +83,15 @@ def test_where_the_results_go(asked, tmp_path: Path, capsys):
     assert lines == [(name, *row) for name in ("rms_norm", "top_tokens") for row in (ours, broken)]
     printed = capsys.readouterr().out
     assert printed.count("rms_norm, liger: <planted>, with a comma (1x2)") == 1
-    assert printed.count("liger") == 4  # a row of each table, and a reason below each
+    assert printed.count("liger") == 4  # in each of two tables, a row and an error below it
     assert "&lt;planted&gt;, with a comma" in page.read_text()
     assert "wall_us" not in report.columns(written["records"])
-    written["records"][0]["contenders"][0]["wall_us"] = 5.0  # as on a GPU
+    written["records"][0]["contenders"][0]["wall_us"] = 5.0  # as a run on a GPU has it
     assert "wall_us" in report.columns(written["records"])
 
 
 def test_a_page_shows_what_the_console_shows(capsys):
-    """As text, whatever an error says; where nothing has a time, there is nothing to draw."""
+    """Errors are shown as text, not as HTML; without any time, there is no plot."""
     row = {"name": "vlmfast native", "group": "ours", "error": "planted: <a>"}
     record = {"op": "rms_norm", "workload": "1x2", "dtype": "float32", "bytes": 8, "flops": 0, "contenders": [row]}
     run = {"environment": {"device": "<x>", "kind": "cuda"}, "records": [record], "models": []}

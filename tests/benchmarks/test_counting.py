@@ -1,4 +1,4 @@
-"""The counter of kernel launches and host synchronisations: what counts, and that values stay what they are."""
+"""The counter of launches and host synchronisations: what counts, and that values do not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmfast.registry import OPS, Op
 
 
 def counted(call, *values):
-    """What a function of tensors on the device does there, and what it returns."""
+    """Call a function with tensors on the device; return the counts and its result."""
     tensors = [counting.put(value) if isinstance(value, torch.Tensor) else value for value in values]
     with counting.count() as found:
         result = call(*tensors)
@@ -30,12 +30,12 @@ def counted(call, *values):
 
 MASK = torch.tensor([True, False, True, True])
 COLUMNS = torch.tensor([True, False, False, True, True, False])
-# by the names of a call's arguments
+# The arguments of the calls below, by parameter name.
 GIVEN = {"x": torch.randn(4, 6), "rows": torch.tensor([2, 0]), "mask": MASK, "columns": COLUMNS}
 
 
 def into(change):
-    """A call that changes its first argument, and returns it."""
+    """Make a call that changes its first argument in place and returns it."""
 
     @functools.wraps(change)
     def call(x, **rest):
@@ -46,7 +46,7 @@ def into(change):
 
 
 CALLS = {
-    # call, launches, waits
+    # name: (call, launches, waits); None: any number
     "views": (lambda x: x.view(2, 12).t()[1:].unsqueeze(0).expand(3, -1, -1), 0, 0),
     "contiguous": (lambda x: x.t().contiguous(), 1, 0),
     "in place": (lambda x: x.t().add_(1), 1, 0),
@@ -57,7 +57,7 @@ CALLS = {
     "linear": (lambda x: F.linear(x, x), 1, 0),
     "cast": (lambda x: x.to(torch.bfloat16), 1, 0),
     "attention": (lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3) * 0, 2, 0),
-    # values that the host asks for
+    # values that the host reads
     "item": (lambda x: torch.tensor(x.sum().item()), 1, 1),
     "branch": (lambda x: x if x.sum() > 0 else -x, None, 1),
     "tolist": (lambda x: torch.tensor(x.tolist()), 0, 1),
@@ -175,7 +175,7 @@ def test_the_width_changes_no_count():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_can_be_captured(name: str, monkeypatch):
-    """With a static cache, in every variant, the host waits for nothing; nor in the prefill of a patched LLaVA."""
+    """In every variant, a step with a static cache never makes the host wait; nor does a patched LLaVA's prefill."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model = little(name)
     original, inputs = model.build("narrow", torch.bfloat16, "cpu")

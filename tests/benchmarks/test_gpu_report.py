@@ -1,4 +1,4 @@
-"""`make gpu-report`, and what `make docs` makes of it."""
+"""`make gpu-report`, and the pages that `make docs` makes of its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def python(name: str, code: str, seconds: float = 20.0, **environment: str) -> g
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch, capsys):
-    """Runs `bench gpu` with these steps and no GPU; gives the exit code, the steps done and what was printed."""
+    """Return a function that runs `bench gpu` without a GPU on given steps.
+
+    It returns the exit code, the steps that are done and the output.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(report, "environment", lambda device: {"device": device})
     monkeypatch.setattr(report, "device_name", lambda device: "NVIDIA H200")
@@ -45,7 +48,7 @@ LAST = python("last", "import os; print(os.environ['GIVEN'])", GIVEN="yes")
 
 
 def test_gpu_report_keeps_what_came_out(tmp_path: Path, call):
-    """A step that fails or takes too long does not take the others with it."""
+    """A step that fails or takes too long does not stop the others."""
     code, done, printed = call([SLOW, BROKEN, LAST])
     assert code == 1
     assert done == {"slow": None, "broken": 3, "last": 0}
@@ -57,7 +60,7 @@ def test_gpu_report_keeps_what_came_out(tmp_path: Path, call):
 
 
 def test_gpu_report_goes_on_where_it_was_stopped(call, monkeypatch):
-    """What ended well is not run again, unless it is asked for, or the device or a version is another one."""
+    """A successful step is rerun only on request, or if the device or a version has changed."""
     call([SLOW, LAST])
     must_not_run = python("last", "raise SystemExit(4)")
     quick = python("slow", "")
@@ -88,7 +91,7 @@ def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
         assert sum(step.seconds for step in planned) <= 530, "nine minutes, and some to start"
         assert "compile" not in commands["ops"]
         for name, command in commands.items():
-            if command[1:3] == ["-m", "vlmfast"]:  # the command line takes these
+            if command[1:3] == ["-m", "vlmfast"]:  # check that the command line accepts the arguments
                 assert cli.parse(command[3:]), name
 
 
@@ -96,7 +99,7 @@ def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
 def test_the_numbers_that_decide_are_workloads(device: str):
     for text in gpu_report.DECIDING[device]:
         name, _, label = text.partition(":")
-        like = "compact_tokens" if OPS[name].family == "masked_rows" else name  # its masks need no numbers
+        like = "compact_tokens" if OPS[name].family == "masked_rows" else name  # its masks work on the meta device
         place = "meta" if device == "cuda" else "cpu"
         assert label in [label for label, _ in OPS[like].cases.workloads(place, torch.bfloat16)]
 
@@ -115,7 +118,7 @@ def test_gpu_report_needs_a_gpu(capsys):
 
 @pytest.fixture
 def docs(tmp_path: Path, monkeypatch):
-    """The script, with the committed runs of CPUs alone."""
+    """Load scripts/make_docs.py with only the committed runs on CPUs."""
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -126,7 +129,7 @@ def docs(tmp_path: Path, monkeypatch):
 
 
 def stand_in(name: str, folder: Path, change) -> None:
-    """A run on a GPU that never was: a CPU's, changed."""
+    """Fake a run on a GPU by changing one of a CPU."""
     run = json.loads((RESULTS / name).read_text())
     run["environment"] |= {"device": "NVIDIA H0", "kind": "cuda"}
     run["records"] = change(run["records"])
@@ -140,7 +143,7 @@ def without_compile(records):
 
 
 def row(text: str, *cells: str) -> list[str]:
-    """The cells of the one line that begins with these."""
+    """Return the cells of the only table row that begins with these cells."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {' | '.join(cells)} |")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 

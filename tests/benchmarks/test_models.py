@@ -34,7 +34,7 @@ def test_a_twin_shares_its_weights(llava):
     growing = Decoding(model, inputs)
     static = Decoding(other, inputs, growing_length(growing) + STEPS)
     with torch.no_grad():
-        for _ in range(2):  # a second answer begins anew
+        for _ in range(2):  # a second answer starts over
             assert torch.allclose(growing.prefill(), static.prefill(), atol=1e-5)
             assert torch.allclose(growing.step(), static.step(), atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_the_answer_is_that_of_generate(name: str, variant: str):
     model, inputs = little(name).build("small", torch.float32, "cpu")
     for parameter in model.model.language_model.parameters():
         if parameter.dim() > 1:
-            parameter.mul_(8)  # attention that looks at positions
+            parameter.mul_(8)  # makes attention depend on positions
     model = twin(model, patches_of(MODELS[name])[variant])
     settings = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
     wanted = torch.stack(model.generate(**inputs, **settings).logits, 1)
@@ -73,7 +73,7 @@ def test_every_variant_is_timed(llava):
         assert row["decode_ms"] > 0
         assert row["cache_bytes"] == 2 * 2 * 4 * 64 * row["cached_tokens"]  # keys and values, layers, float32, channels
     assert [rows[0][name] for name in ("prefill_speedup", "decode_over_eager")] == [1.0, 1.0]
-    assert rows[0]["prefill_range"] == 0.0  # of one round
+    assert rows[0]["prefill_range"] == 0.0  # there is one round
     assert rows[2]["cached_tokens"] == rows[0]["cached_tokens"] - 576 + 64
 
 
@@ -148,7 +148,7 @@ def test_a_variant_that_fails_while_it_is_timed_is_a_record(llava, part: str, mo
         prepare(contender, *rest)
         if contender.patch == {}:
             call, calls = getattr(contender, part), []
-            answered = STEPS if part == "step" else 0  # before it fails
+            answered = STEPS if part == "step" else 0  # calls before it fails
 
             def fails():
                 calls.append(1)
@@ -183,7 +183,7 @@ def test_what_the_original_fails_at_is_not_ours():
 
 @pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])
 def test_a_patch_that_answers_otherwise_has_no_time(llava, change, monkeypatch):
-    """In eager mode, before it is timed; what reduces the prompt answers otherwise by design."""
+    """It is found out in eager mode, before timing; a reduced model is exempt, since its answer differs by design."""
     real = modes.twin
 
     def wrong(model, patch):
@@ -247,7 +247,7 @@ def test_the_commands_of_before_go_on(llava, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["models --modes eager --device cpu", "launches"])
 def test_no_model_at_all_is_exit_code_1(llava, command: str, monkeypatch, capsys, tmp_path):
-    """Where others were built, a model that could not be is a row and no more."""
+    """If other models were built, one that could not be is only a row of the table."""
     two = {"first": llava, "second": little("qwen3-vl-8b")}
     monkeypatch.setattr(published, "MODELS", two)
     broken, build, path = [two["second"]], Published.build, tmp_path / "out.json"
@@ -283,7 +283,7 @@ def test_a_prefill_that_is_no_graph_is_said(capsys):
 
 
 def test_a_narrow_model_has_all_its_layers(llava, monkeypatch):
-    """Its prompt has no image, and a round of it is a moment, so that there are more."""
+    """Its prompt has no image, and it has more rounds, because they are short."""
     timed = []
     time = modes.Variant.time
     monkeypatch.setattr(modes.Variant, "time", lambda variant: timed.append(variant) or time(variant))

@@ -1,4 +1,4 @@
-"""Whole models compiled and captured: what is timed, what is compared, and what a failure takes with it."""
+"""Whole models compiled and captured: what is timed and compared, and what a failure prevents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_compiled_answers_are_those_of_eager(llava, monkeypatch):
 
 @pytest.mark.thorough
 def test_nothing_is_compiled_while_it_is_timed(llava, monkeypatch):
-    """A patch has torch.compile forget what it compiled: all patches are there first, and each graph is made once."""
+    """All variants are patched first, because a patch resets torch.compile; each graph is then compiled once."""
     compiled, place, time, prepare = nn.Module.compile, [], modes.Variant.time, models.prepare
     graphs, did = [], []
 
@@ -85,7 +85,7 @@ def test_a_wrong_result_has_no_time(llava, monkeypatch):
 
 
 def test_a_patch_is_compared_token_by_token(llava):
-    """With the tokens of the original: near a tie a token of its own would change all that follows."""
+    """It is fed the original's tokens: near a tie it might choose another token, and all later logits would differ."""
     model, inputs = llava.build("small", torch.float32, "cpu")
     original = prepared(model, inputs, None, "eager")
     logits, tokens = original.eager
@@ -100,7 +100,7 @@ def test_a_patch_is_compared_token_by_token(llava):
 
 
 def test_the_peak_is_that_of_an_answer(llava, monkeypatch):
-    """Not of compiling: what is taken before the last reset is none of it."""
+    """Memory of the compilation, before the last reset of the statistics, does not count."""
     did = []
     real = modes.Variant
 
@@ -140,7 +140,7 @@ def _raises(common):
 
 @pytest.mark.thorough
 def test_a_graph_is_measured_in_a_process_of_its_own():
-    """So that a capture that fails spoils nothing; and what dies there is a record, after which the run goes on."""
+    """A failed capture thus affects nothing else, and if the process dies, that is a record and the run goes on."""
     assert models.apart({"mode": "graph"}, _measured_apart, {"model": "x"}, "here") == [
         {"model": "x", "variant": "here"}
     ]
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_built_is_not_built_again(llava, monkeypatch):
 
 @pytest.fixture
 def mode(monkeypatch):
-    """Streams that do nothing, and what the debug mode of synchronisations was set to."""
+    """Fake CUDA streams, and record the settings of the synchronisation debug mode."""
     found = []
 
     class Stream(contextlib.nullcontext):
@@ -186,7 +186,7 @@ def mode(monkeypatch):
 
 
 def test_nothing_is_captured_that_waits(llava, mode, monkeypatch):
-    """A capture that fails cannot be mended, so what it would fail at is tried before."""
+    """A failed capture cannot be repaired, so what would make it fail is tried before."""
     captured, asks = [], torch.cuda.is_current_stream_capturing
     monkeypatch.setattr(modes, "_graph", lambda call: captured.append(call) or call)
     model, inputs = llava.build("small", torch.float32, "cpu")
@@ -194,7 +194,7 @@ def test_nothing_is_captured_that_waits(llava, mode, monkeypatch):
     def waits(part):
         def call():
             if mode and mode[-1] == "error":
-                assert torch.cuda.is_current_stream_capturing()  # or transformers would look at a mask
+                assert torch.cuda.is_current_stream_capturing()  # otherwise transformers would read a mask
                 raise RuntimeError("called a synchronizing CUDA operation")
             return getattr(modes.Decoding, part)(answer)
 
@@ -229,7 +229,7 @@ def test_nothing_is_captured_that_waits(llava, mode, monkeypatch):
     ids=["original", "patched"],
 )
 def test_what_follows_a_failed_capture_is_not_run(llava, mode, broken, errors: list[str], ours: bool, monkeypatch):
-    """Neither the variants after it nor those before it, whose times would be of a process that nothing mends."""
+    """Neither later variants nor earlier ones are timed, because the process can no longer be trusted."""
     graph, prepare, tried = modes._graph, models.prepare, []
 
     @contextlib.contextmanager

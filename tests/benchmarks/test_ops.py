@@ -1,4 +1,4 @@
-"""The benchmark of ops: what is made of times, no speed for a wrong result, a row for every failure, and its files."""
+"""The benchmark of ops: its records and files, no time for a wrong result, and a row for every failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("transformers", "torch")
 LAYERS = OPS["rms_norm"].cases.layers
 
 
-# ---- what is made of it ----
+# ---- records ----
 
 
 def contender(name: str, group: str, us: float | None, **rest) -> ops.Contender:
@@ -73,7 +73,7 @@ def test_a_copy_moves_as_many_bytes_as_the_op():
     op = with_cases(OPS["rms_norm"], bytes=lambda *_: 64, limits={})
     made = ops.contenders(op, (torch.ones(2), torch.ones(2)), ())[-1].prepare(torch.ones(2))()
     assert 2 * made.nbytes == 64  # read and written
-    assert made.all()  # what was never written is read from one page of zeros
+    assert made.all()  # all bytes are written; unwritten memory would be one page of zeros
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_copy_moves_as_many_bytes_as_the_op():
     ],
 )
 def test_how_far_a_result_may_be(group: str, exact: bool, off: float, fine: bool):
-    """In roundings of float32 of the largest value, which is 4."""
+    """Distances are in float32 roundings of the largest value, which is 4."""
     op = dataclasses.replace(OPS["rms_norm"], exact=exact)
     want = torch.tensor([4.0, 1.0])
     found = ops.Contender("x", group, lambda *_: lambda: want + torch.tensor([0.0, off * 4.0 * 2.0**-23]))
@@ -141,12 +141,12 @@ def test_each_contender_runs_on_its_own_backend(small, override):
     for _ in range(2):
         calls["vlmfast triton"]()
         calls["vlmfast native"]()
-    assert ran == [("triton", ("triton",)), ("native", tuple(LOADERS))] * 2  # the first is what a user gets
+    assert ran == [("triton", ("triton",)), ("native", tuple(LOADERS))] * 2  # native is first: it is not pinned
 
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_every_contender_of_every_op_runs(op: Op, monkeypatch):
-    """On a small call, without our kernels, which the other tests run, and without waiting for Inductor."""
+    """Run peers and limits on a small call, without our kernels, which other tests run, and without Inductor."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with vlmfast.use("torch"), torch.no_grad():
         args = next(iter(op.cases.samples("cpu", torch.float32)))
@@ -185,7 +185,7 @@ def test_a_peer_that_fails_is_a_row_with_its_error(small, monkeypatch):
 
 @pytest.mark.parametrize("call", ["second", "last"])
 def test_a_peer_that_fails_while_it_is_timed_is_a_row(small, call: str, monkeypatch, capsys):
-    """After its result was found right. The others are timed anew; all of them in the same rounds."""
+    """It fails after its result was compared; the others are timed again, all in the same rounds."""
     calls = []
 
     def fails():
@@ -243,7 +243,7 @@ def test_an_op_without_a_kernel_says_so(small, override, capsys):
 
 @pytest.mark.parametrize("name", ["cls_attention", "received_attention"])
 def test_attention_is_timed_on_keys_of_both_layouts(name):
-    """A strided key makes PyTorch's own ways slower than they have to be."""
+    """PyTorch's own ways are slower on a strided key, so timing only that would be unfair."""
     layouts = {label.rpartition(" ")[2]: args[1] for label, args in OPS[name].cases.workloads("cpu", torch.bfloat16)}
     assert {label: key.is_contiguous() for label, key in layouts.items()} == {"projected": False, "contiguous": True}
 
@@ -252,7 +252,7 @@ def test_attention_is_timed_on_keys_of_both_layouts(name):
 
 
 def test_layers_are_compiled_and_compared(small, monkeypatch):
-    """Ours and upstream's, with nothing said of bytes that Inductor may never move."""
+    """Both graphs are timed; there are no bytes in the record, because Inductor may not move them at all."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
     op = with_cases(small, layers=LAYERS)
@@ -276,7 +276,7 @@ def test_layers_that_say_something_else_have_no_time(small, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_of_a_norm_become_the_code_of_upstream(dtype: torch.dtype):
-    """Patched and compiled is as fast as compiled: it is the same code."""
+    """Patching does not change the speed of a compiled model, because the graph has the same code."""
     args = torch.randn(3, 64, dtype=dtype), torch.randn(64, dtype=dtype)
     generated = []
     for layers in LAYERS.values():

@@ -1,4 +1,4 @@
-"""A candidate, tested as every op is, and beyond: several tiles, real widths, choices."""
+"""The candidate passes the tests of every op, and tests of several tiles, real widths and the choice of tiles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """The kernels with tiles so small that a matmul of a few tokens has many."""
+    """Return the kernels with tiles so small that a matmul of a few tokens has many."""
     cases.require(OP, "triton")
     from vlmfast.benchmarks.candidates.kernels import pixel_shuffle_gemm
 
@@ -39,12 +39,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_errors_and_roundings(dtype: torch.dtype) -> None:
-    """As for every op; a row of it that was rounded the other way shows in several of the outputs.
+    """As for every op, but a row that is rounded the other way may show in several outputs.
 
-    torch rounds a matmul of strided half-precision matrices twice on a CPU, no measure for one that is not.
+    On a CPU torch rounds a matmul of strided half-precision matrices twice, so it is no reference for these.
     """
     differ = total = 0
-    draws = itertools.chain(*(OP.cases.samples(DEVICE, dtype) for _ in range(4)))  # one has few outputs
+    draws = itertools.chain(*(OP.cases.samples(DEVICE, dtype) for _ in range(4)))  # one draw has few outputs
     for args in cases.runnable(OP, "triton", draws):
         got, defined = cases.run(OP, "triton", args), cases.outputs(OP.reference(*args))
         test_generated.assert_within(got, defined, cases.outputs(OP.reference(*cases.widened(args))))
@@ -84,7 +84,7 @@ def test_it_is_no_op_of_the_package() -> None:
 
 
 def call(dtype: torch.dtype, norm: int, batch: int = 3, mean: float = 10.0) -> tuple:
-    """A matmul of 5 x 6 tokens of each image, of features that are far from zero."""
+    """Make the arguments of a matmul of 5 x 6 tokens per image, with features far from zero."""
     x = torch.randn(batch, 120, 24, device=DEVICE).to(dtype) + mean
     weight = (torch.randn(40, 96, device=DEVICE) * 96**-0.5).to(dtype)
     bias, *vectors = (torch.randn(size, device=DEVICE).to(dtype) for size in (40, norm * 24, norm * 24))
@@ -94,7 +94,7 @@ def call(dtype: torch.dtype, norm: int, batch: int = 3, mean: float = 10.0) -> t
 
 @pytest.mark.parametrize("norm", [0, 1, 4], ids=["none", "patch", "token"])
 def test_tiles_meet(kernels, norm: int) -> None:
-    """Blocks of tokens in one group and in three, the last of which are not full; blocks of columns beside them."""
+    """There are one or three groups of blocks of tokens, the last of them not full, and several blocks of columns."""
     for batch in (1, 3):
         args = call(torch.float32, norm, batch)
         exact = OP.reference(*cases.widened(args))
@@ -120,7 +120,7 @@ def test_no_bit_depends_on_the_layout(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("norm", [1, 4], ids=["patch", "token"])
 def test_tokens_are_rounded_before_the_product(kernels, norm: int) -> None:
-    """As between two modules: a norm that is folded into the matmul leaves that rounding out."""
+    """They are rounded as between two modules; a norm that is folded into the matmul would skip that rounding."""
     args = call(torch.bfloat16, norm)
     got, upstream = OP.function(*args), calls.linear_upstream(*args)()
     assert (got != upstream).double().mean() < 0.02  # another order of sums
@@ -132,14 +132,14 @@ def test_tokens_are_rounded_before_the_product(kernels, norm: int) -> None:
 
 @pytest.mark.parametrize("norm", [1, 4], ids=["patch", "token"])
 def test_moments_of_features_far_from_zero(kernels, norm: int) -> None:
-    """The mean of the squares less the square of the mean would be wrong by a tenth."""
+    """The mean of squares minus the square of the mean would be wrong by a tenth."""
     args = call(torch.float32, norm, mean=1000.0)
     exact = OP.reference(*cases.widened(args))
     torch.testing.assert_close(OP.function(*args).double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_the_tile_fits_the_gpu() -> None:
-    """The largest that fits the shared memory and leaves no multiprocessor without a program."""
+    """The choice is the largest tile that fits the shared memory and occupies all multiprocessors."""
     cases.require(OP, "triton")
     from vlmfast.benchmarks.candidates.kernels.pixel_shuffle_gemm import HALF, WIDE, config_for
 

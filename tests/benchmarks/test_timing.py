@@ -1,4 +1,4 @@
-"""How time is taken, on a clock and a GPU that are not real."""
+"""The measurement of times, with a fake clock and a fake GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_times():
 
 @pytest.fixture
 def did(monkeypatch):
-    """What is done, in order, with a clock that only calls move on; a call of a GPU is done when it is waited for."""
+    """Record what is done, in order; only calls advance the clock, and GPU calls run when they are waited for."""
     log, state = [], {"now": 0.0, "pending": 0.0}
 
     def synchronize():
@@ -94,8 +94,8 @@ def test_a_gpu_is_timed_from_a_cold_cache(did, monkeypatch):
 
 
 def test_ceilings(monkeypatch):
-    """A copy reads and writes; the faster matmul counts."""
-    assert timing.COPY_BYTES["cpu"] // 2 > 96 << 20  # what a core of the processors with the largest caches fills
+    """A copy counts bytes read and written; the faster matmul counts."""
+    assert timing.COPY_BYTES["cpu"] // 2 > 96 << 20  # the largest cache that one core of any processor fills
     taken = {"copy": 2.0, "torch.bfloat16": 4.0, "torch.float32": 1.0}
 
     def measure(calls, device, rounds):

@@ -23,12 +23,12 @@ def _load() -> str | None:
 
 
 def loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
-    """Load an op, as the loaders of `backends.LOADERS` do."""
+    """Load the emulated kernels of an op; a loader for `backends.LOADERS`."""
     return _load() or backends.compiled_backend("emulated", "vlmfast_emulated", op, reference)
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Open a library for the functions that it exports beside its ops."""
+    """Open a library to call the functions that it exports besides its ops."""
     library = ctypes.CDLL(str(path))
     library.vlmfast_emulation_error.restype = ctypes.c_char_p
     library.vlmfast_emulation_allow.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int]
@@ -44,7 +44,7 @@ def check_library(family: str) -> ctypes.CDLL:
 
 
 def check_loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
-    """Load an op's family alone, because check mode takes long to compile."""
+    """Load only the family of an op, because check mode takes long to compile."""
     if reason := build.missing():
         return reason
     check_library(family)

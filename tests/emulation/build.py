@@ -20,17 +20,17 @@ TORCH = Path(torch.__file__).parent
 CXX = os.environ.get("CXX", "g++")
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-COMMON += ["-fno-gnu-unique"]  # statics of templates stay a library's own where several builds are loaded
+COMMON += ["-fno-gnu-unique"]  # otherwise several loaded builds would share the statics of templates
 COMMON += ["-DVLMFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 UNDEFINED = "alignment,bounds,float-cast-overflow,integer-divide-by-zero,return,shift,signed-integer-overflow"
-CHECK = ["-O0", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # hooks on every access
-CHECK += [f"-fsanitize={UNDEFINED}", "-ftrivial-auto-var-init=pattern"]  # registers start as garbage, not as zero
+CHECK = ["-O0", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # a hook for every access
+CHECK += [f"-fsanitize={UNDEFINED}", "-ftrivial-auto-var-init=pattern"]  # variables start as garbage, not as zero
 MODES = {"plain": ["-O1"], "check": CHECK}
 RUNTIME = ("scheduler.cpp", "warp.cpp", "memory.cpp")
 
 
 def missing() -> str | None:
-    """Say why nothing can be compiled here; None if it can."""
+    """Say why the emulation cannot be compiled here; None if it can."""
     if shutil.which(CXX) is None:
         return f"there is no compiler {CXX}"
     return None
@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _cache() -> Path:
-    """Return the checkout's build folder, or a temporary one where that cannot be written."""
+    """Return the cache folder in build/, or a temporary one where that cannot be written."""
     directory = CSRC.parent / "build" / "emulation"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -53,21 +53,21 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cac
     for path in sorted(inputs):
         key.update(path.read_bytes())
     output = cache / (key.hexdigest()[:32] + suffix)
-    if output.exists():  # in a folder, maybe, that cannot be written
+    if output.exists():  # before the lock, because the folder may be read-only
         return output
     with open(output.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed: others wait for what one of them builds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, so that only one process builds the output
         if not output.exists():
             partial = output.with_suffix(f".partial{suffix}")
             result = subprocess.run([CXX, *command, "-o", partial], capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(f"{CXX} failed:\n{result.stderr}")
-            os.replace(partial, output)  # whole or not at all: this process may be stopped
+            os.replace(partial, output)  # atomic, because this process may be stopped
     return output
 
 
 def _in_any_order(sources: Iterable[Path]) -> list[Path]:
-    """Shuffle the sources by process, so that processes that build at once begin with different files."""
+    """Shuffle the sources, so that processes that build at the same time begin with different files."""
     return sorted(sources, key=lambda source: hashlib.sha256(f"{source} {os.getpid()}".encode()).digest())
 
 
@@ -82,14 +82,14 @@ def build(
     """Compile the kernels for the CPU.
 
     Args:
-        mode: "plain" runs them fast; "check" looks at every access.
-        library: the namespace under ``torch.ops`` of what is built; one process may load several.
-        csrc: where the sources and headers are.
-        sources: the .cu files; all of ``csrc`` by default.
-        cache: where to put what is built of ``csrc``; by default, and for the runtime always, build/emulation.
+        mode: "plain" is fast; "check" checks every access.
+        library: the namespace of the ops under ``torch.ops``; a process may load several libraries.
+        csrc: the folder of sources and headers.
+        sources: the .cu files; by default all of ``csrc``.
+        cache: the folder for outputs from ``csrc``, by default build/emulation, where the runtime's always go.
 
     Returns:
-        The shared library's path, its name a hash of the content.
+        The path of the shared library, whose name is a hash of its content.
 
     Raises:
         RuntimeError: if the compiler fails, with its message.

@@ -1,4 +1,4 @@
-"""The emulation needs a compiler."""
+"""Skips the tests of the emulation where there is no compiler."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tests.emulation import build
 
 @pytest.fixture(autouse=True, scope="session")
 def compiler() -> None:
-    """Skip every test here, with the reason, where nothing can be compiled."""
+    """Skip every test of this folder, with the reason, if the emulation cannot be compiled."""
     if reason := build.missing():
         pytest.skip(reason)

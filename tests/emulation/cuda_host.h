@@ -1,5 +1,5 @@
-// CUDA C++ for g++: the part of the language, the intrinsics and the runtime API that the kernels of csrc/ use.
-// csrc/common/cuda_compat.h includes it under -DVLMFAST_EMULATED. A construct that is missing here does not compile.
+// CUDA C++ for g++: those parts of the language, the intrinsics and the runtime API that the kernels of csrc/ use.
+// csrc/common/cuda_compat.h includes this file under -DVLMFAST_EMULATED. A construct that is missing does not compile.
 #pragma once
 
 #include <cmath>
@@ -57,7 +57,7 @@ using cudaStream_t = void*;
 
 namespace vlmfast::emulation {
 
-// Where a barrier or warp operation is written; as a default argument, that of the caller.
+// The source line of a barrier or warp operation; as a default argument, that of the caller.
 struct Site {
   const char* file;
   int line;
@@ -69,7 +69,7 @@ struct Site {
 enum class Barrier : uint8_t { kCount, kAnd, kOr };
 
 enum class WarpOp : uint8_t {
-  kShuffle,  // the shuffles come first
+  kShuffle,  // the shuffles must come first
   kShuffleUp,
   kShuffleDown,
   kShuffleXor,
@@ -205,7 +205,7 @@ inline void __stcs(T* pointer, T value) {
   *pointer = value;
 }
 
-// Not instrumented: an atomic access is checked by its own rules.
+// Not instrumented, because an atomic access is checked by other rules.
 #define EMULATION_ATOMIC(name, expression)                                                           \
   template <typename T>                                                                              \
   __attribute__((noinline, no_sanitize("thread"))) T name(T* pointer, std::common_type_t<T> value) { \
@@ -290,8 +290,8 @@ inline float half_of(uint32_t pair, int which) {
   }
 }
 
-// Products and their sums are exact here, and rounded once. The registers of a warp lie in memory that no rule is
-// about, between two votes: as on a GPU, the operation brings the lanes together and orders nothing else.
+// Products and their sums are exact here and rounded once. The registers of a warp are in memory that is not checked,
+// between two votes: as on a GPU, the operation synchronises the lanes and orders no other memory.
 template <typename scalar_t>
 __attribute__((noinline, no_sanitize("thread"))) void multiply_tiles(
     float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2],
@@ -300,7 +300,7 @@ __attribute__((noinline, no_sanitize("thread"))) void multiply_tiles(
     uint32_t a[4], b[2];
   };
   static Registers block[32][32];
-  Registers* const warp = block[threadIdx.x / 32];  // of blocks along x
+  Registers* const warp = block[threadIdx.x / 32];  // blocks are one-dimensional
   const int lane = threadIdx.x % 32;
   memcpy(warp[lane].a, a, sizeof a);
   memcpy(warp[lane].b, b, sizeof b);
@@ -318,12 +318,12 @@ __attribute__((noinline, no_sanitize("thread"))) void multiply_tiles(
   emulation::vote(~0u, true, site);
 }
 
-inline void forget_error() {}  // launches return their errors and keep none
+inline void forget_error() {}  // nothing to do: launches return their errors and store none
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
   const auto run = [&](Params... params) {
-    // They are read from the launcher's stack, which no kernel may touch otherwise: not instrumented.
+    // Not instrumented: the arguments are on the launcher's stack, which a kernel may not access otherwise.
     auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(params...); };
     return emulation::launch([](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, grid, block,
                              shared_bytes);

@@ -1,4 +1,4 @@
-"""Shared parts of the tests of the emulated kernels: tensors, calls, comparisons, traffic, planted faults."""
+"""Common parts of the tests of emulated kernels: tensors, calls, comparisons, traffic, planted faults."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.helpers import cases, traffic
 from tests.helpers.rounding import assert_within
 from vlmfast.registry import OPS
 
-SCHEDULES = (0, 1, 7)  # the threads and blocks forward, backward, shuffled
+SCHEDULES = (0, 1, 7)  # order of threads and blocks: forward, backward, shuffled
 Layout = Callable[[Tensor], Tensor]
 Call = tuple[str, tuple[Any, ...]]  # an op's name and its arguments
 
-# Layouts of the tensors of a call in turn: rows for vectors of 16 bytes and for single elements, sequences with gaps
-# between them.
+# (layout of the first tensor, layout of the others), one pair per call in turn: rows aligned for vectors of 16 bytes,
+# rows for single elements, sequences with gaps between them.
 PAIRS = [
     (cases.contiguous, cases.padded),
     (cases.padded, cases.transposed),
@@ -36,26 +36,26 @@ PAIRS = [
     (cases.every_other, cases.every_other),
 ]
 
-# Messages that notice a fault.
+# Regular expressions of the messages by which a planted fault is noticed.
 RACE, BOUNDS, MISALIGNED = "race: ", "of an (in|out)put of", "misaligned|type_mismatch"
-UNORDERED = f"{RACE}|nobody has written"  # who comes first depends on the schedule
+UNORDERED = f"{RACE}|nobody has written"  # which of the two is reported depends on the schedule
 WRONG = "over the budget|isnan|in another order"
 DIFFER = "elements differ"
-UNNOTICED = "DID NOT RAISE"  # a call that must be refused was not
+UNNOTICED = "DID NOT RAISE"  # pytest's message: a call that must be refused was not
 
 
 # ---- tensors and calls ----
 
 
 def far_rows() -> Tensor:
-    """Return three rows whose offsets, in elements, pass 2 ** 31, in pages that are never touched and so take none."""
+    """Return three rows whose offsets, in elements, exceed 2 ** 31; the untouched pages between take no memory."""
     gap, hidden = 2**30, 64
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * gap + hidden)), dtype=torch.bfloat16)
     return memory.as_strided((3, hidden), (gap, 1)).copy_(torch.randn(3, hidden))
 
 
 def in_gaps(x: Tensor, image_gap: int) -> Tensor:
-    """Return the same map with gaps between its patches, which vectors fit, and between its images."""
+    """Return the same map with gaps between its patches, which stay aligned for vectors, and between its images."""
     batch, patches, channels = x.shape
     pitch = channels + 16 - channels % 8
     stride = patches * pitch + image_gap
@@ -64,13 +64,13 @@ def in_gaps(x: Tensor, image_gap: int) -> Tensor:
 
 
 def sample_calls(family: str, layouts: Sequence[tuple[Layout, Layout]], dtype: torch.dtype) -> Iterator[Call]:
-    """Yield the samples of a family's ops, their tensors in one pair of layouts after another, in turn."""
+    """Yield the samples of a family's ops, with the next pair of layouts for each."""
     for op in OPS.values():
         if op.family != family or op.compose is not None:
             continue
         for index, sample in enumerate(op.cases.samples("cpu", dtype)):
             if len({a.dtype for a in sample if cases.is_float(a)}) > 1:
-                continue  # for the definition
+                continue  # only the definition takes tensors of several dtypes
             pair = layouts[index % len(layouts)]
             yield op.name, tuple(pair[i % 2](a) if cases.is_tensor(a) else a for i, a in enumerate(sample))
 
@@ -98,13 +98,13 @@ def checked(family: str) -> Kernels:
 
 
 def compare(kernels: Kernels, *calls: Iterable[Call], same_order: bool = False, like: Any = None) -> None:
-    """Raise where calls touch what they must not, or give something else than the definitions.
+    """Run calls and raise if they access what they must not, or differ from the definitions.
 
     Args:
         kernels: the build that runs them.
-        calls: the ops and their arguments, made when their turn comes: far rows take room in the address space.
-        same_order: whether sums are taken in the order of the definitions: few elements then differ by a rounding.
-        like: the arguments for the definition, if they are others.
+        calls: ops and their arguments, generated one at a time, because far rows occupy much address space.
+        same_order: whether sums have the order of the definitions, so that few elements differ by a rounding.
+        like: the arguments for the definition, if these differ.
     """
     differ = total = 0
     for name, args in itertools.chain(*calls):
@@ -119,7 +119,7 @@ def compare(kernels: Kernels, *calls: Iterable[Call], same_order: bool = False, 
 
 
 def assert_traffic(launches: int, name: str, *args: Any) -> None:
-    """Check the launches of a call, and that they touch as many bytes as the op must move, each counted once."""
+    """Check a call's launches, and that they access as many bytes as the op must move, each counted once per launch."""
     moved, budget = traffic.count(OPS[name], "emulated", args), OPS[name].cases.bytes(*args)
     assert moved.launches == launches
     assert moved.distinct == pytest.approx(budget, rel=0.01), name
@@ -131,7 +131,7 @@ Examine = Callable[[Kernels, torch.dtype], None]
 
 
 def every_access(family: str, examine: Examine) -> Callable[..., None]:
-    """Make the test that examines a family's kernels in each dtype, and the threads in each order."""
+    """Make the test that examines a family's kernels in each dtype and in each order of threads."""
 
     thorough = {torch.float16: [pytest.mark.thorough]}  # bfloat16 runs the same templates
     pairs = zip(cases.DTYPES, SCHEDULES, strict=True)
@@ -149,7 +149,7 @@ def every_access(family: str, examine: Examine) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Fault:
-    """An edit of the sources that must not go unnoticed, and the message that notices it."""
+    """An edit of the sources that a test must notice, and the message of that test."""
 
     name: str
     file: str
@@ -158,7 +158,7 @@ class Fault:
     notice: str
 
 
-FAULTS: dict[str, Sequence[Fault]] = {}  # of the families whose tests are imported
+FAULTS: dict[str, Sequence[Fault]] = {}  # family -> its faults, filled as the tests are imported
 
 
 def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Callable[..., None]:
@@ -173,13 +173,13 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
         torch.ops.load_library(str(path))
         with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
             examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
-        gc.collect()  # the frames of the exception hold tensors
+        gc.collect()  # frees tensors that the frames of the exception hold
 
     return test
 
 
 def _plant(fault: Fault, family: str, into: Path) -> Path:
-    """Copy one family with the fault in it, and with bfloat16 kernels alone: a third of the time to compile."""
+    """Copy one family with the fault in it and only its bfloat16 kernels, which compile in a third of the time."""
     places = places_of(fault, family)
     assert places, f"{fault.file} has changed: nowhere to plant the fault"
     for source in _sources(family):
@@ -194,7 +194,7 @@ def _plant(fault: Fault, family: str, into: Path) -> Path:
 
 
 def _sources(family: str) -> list[Path]:
-    """List what a family's kernels are compiled from, and headers of others."""
+    """List the sources and headers that a family's kernels may be compiled from."""
     sources = build.CSRC.glob("*/*.*")
     return [s for s in sources if s.suffix != ".cpp" and (s.suffix != ".cu" or s.parent.name == family)]
 

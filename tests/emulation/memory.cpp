@@ -1,5 +1,5 @@
-// What check mode knows of each load and store. In that mode the kernels are compiled with -fsanitize=thread and
-// -fsanitize=undefined, and the hooks that the compiler then calls are these. Never compiled with sanitizers itself.
+// The checks of each load and store in check mode. In that mode the kernels are compiled with -fsanitize=thread and
+// -fsanitize=undefined, and call the hooks of this file. It is never compiled with sanitizers itself.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace vlmfast::emulation {
 
-// ---- races: who touched each byte last ----
+// ---- races: the last accesses of each byte ----
 
 enum class Access : uint8_t { kNone, kPlain, kAtomic };
 
@@ -25,7 +25,7 @@ struct Record {
 };
 
 struct Shadow {
-  Record write, read, earlier_read;  // the last of each byte; the two reads by different threads
+  Record write, read, earlier_read;  // the last accesses of a byte; the two reads are of different threads
 };
 
 struct FreeShadow {
@@ -33,11 +33,11 @@ struct FreeShadow {
 };
 using ShadowArray = std::unique_ptr<Shadow[], FreeShadow>;
 
-static ShadowArray make_shadow(size_t bytes) {  // calloc: pages that are never looked at cost nothing
+static ShadowArray make_shadow(size_t bytes) {  // by calloc, so that pages which are never accessed take no memory
   return ShadowArray(static_cast<Shadow*>(calloc(bytes, sizeof(Shadow))));
 }
 
-// ---- traffic: what a cache that forgets nothing during a launch would still fetch, or write back ----
+// ---- traffic: the bytes that even an infinite cache would fetch and write back during a launch ----
 
 class DistinctBytes {
  public:
@@ -69,7 +69,7 @@ struct Region {
   char* begin;
   int64_t rows, row_bytes, row_pitch;
   bool writable;
-  ShadowArray shadow;  // only writable memory can see a race
+  ShadowArray shadow;  // only of writable memory: reads alone cannot race
 
   int64_t size() const { return (rows - 1) * row_pitch + row_bytes; }
 
@@ -82,7 +82,7 @@ struct Region {
 
 static std::vector<Region> regions;
 static ShadowArray static_shadow, dynamic_shadow;
-static void* access_address;  // the code that makes the access being checked
+static void* access_address;  // address of the code that makes the access being checked
 
 void start_tracking() {
   if (static_shadow == nullptr) static_shadow = make_shadow(kMaxStaticBytes);
@@ -97,7 +97,7 @@ static bool of_this_launch(const Record& record) {
 }
 
 static bool happened_before(const Record& record) {
-  if (record.block != block_serial) return fenced_serial == block_serial;  // another block's: only behind a fence
+  if (record.block != block_serial) return fenced_serial == block_serial;  // another block: ordered only by a fence
   if (record.thread == current_thread || record.epoch < barrier_epoch) return true;
   return record.thread / kWarpLanes == current_thread / kWarpLanes &&
          lane_ticks[current_thread][record.thread % kWarpLanes] >= record.tick;
@@ -186,7 +186,7 @@ void check_atomic(const void* pointer, size_t size, void* code) {
   check_access(pointer, size, true, size, Access::kAtomic, code);
 }
 
-// The first frame, innermost first, that is not this emulation's own.
+// The innermost frame that does not belong to the emulation.
 std::string location_of_access() {
   Dl_info info;
   if (access_address == nullptr || dladdr(access_address, &info) == 0) return "";
@@ -241,7 +241,7 @@ EMULATION_API void __tsan_read_range(void* p, size_t bytes) {
 EMULATION_API void __tsan_write_range(void* p, size_t bytes) {
   check_access(p, bytes, true, 1, Access::kPlain, __builtin_return_address(0));
 }
-// Launchers are compiled along with the kernels: what only they call does what it says and checks nothing.
+// The launchers are compiled with the kernels. Hooks that only launchers call do their access and check nothing.
 EMULATION_API void __tsan_init() {}
 EMULATION_API void __tsan_vptr_update(void** pointer, void* value) { *pointer = value; }
 EMULATION_API void __tsan_vptr_read(void**) {}

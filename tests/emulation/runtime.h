@@ -46,7 +46,7 @@ struct Thread {
   Context context;
   uint3 index;
   State state;
-  uint32_t tick;  // counts its barriers and __syncwarps
+  uint32_t tick;  // number of barriers and __syncwarps that it has passed
   // The barrier or warp operation that it waits at.
   Site site;
   Barrier barrier;
@@ -57,11 +57,11 @@ struct Thread {
 };
 
 extern Thread threads[kMaxThreads];
-extern uint32_t lane_ticks[kMaxThreads][kWarpLanes];  // ticks of the warp's lanes that a thread is ordered after
+extern uint32_t lane_ticks[kMaxThreads][kWarpLanes];  // tick of each lane of the warp that a thread is ordered after
 extern unsigned waiting_lanes[kMaxThreads / kWarpLanes], alive_lanes[kMaxThreads / kWarpLanes];
 extern int current_thread;      // its number in the block
-extern bool running;            // a kernel is
-extern uint32_t barrier_epoch;  // barriers that the block has passed
+extern bool running;            // whether a kernel is running
+extern uint32_t barrier_epoch;  // number of barriers that the block has passed
 extern uint32_t block_serial;   // numbers the blocks of all launches
 extern uint32_t launch_serial;  // block_serial of the launch's first block
 extern uint32_t fenced_serial;  // the last block that passed a __threadfence
@@ -76,12 +76,12 @@ void finish_warp_ops_without_exited(int warp);
 extern Span fibre_stacks;    // kMaxThreads of kStackBytes each
 extern Span static_shared;   // the __shared__ variables
 extern Span dynamic_shared;  // of the running launch
-extern Span library;         // this library's image, where constant tables lie
+extern Span library;         // this library's image, which holds constant tables
 
-void start_tracking();             // of a launch
+void start_tracking();             // at the begin of a launch
 std::string location_of_access();  // " at file:line" of the access that failed, or empty
 
-// What a launch has done so far. Bytes are counted in check mode only.
+// Counters of a launch. Bytes are counted only in check mode.
 struct Counters {
   uint64_t launches, blocks, bytes_loaded, bytes_stored;
 };

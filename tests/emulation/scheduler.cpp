@@ -1,5 +1,5 @@
-// Runs the threads of a block as fibres of one CPU thread that switch at barriers and warp operations only; one block
-// after another. Never compiled with sanitizers.
+// Runs one block after another; the threads of a block are fibres of one CPU thread, which switch only at barriers and
+// warp operations. Never compiled with sanitizers.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -21,7 +21,7 @@ namespace vlmfast::emulation {
 // ---- fibres ----
 
 #ifdef __x86_64__
-// swapcontext makes a system call at each switch; this saves the registers that a call must preserve and no more.
+// swapcontext makes a system call at each switch; this only saves the registers that a function call must preserve.
 extern "C" void vlmfast_emulation_switch(Context* from, Context to);
 __asm__(
     ".text\n"
@@ -84,7 +84,7 @@ void enter(int thread) {
   coordinates.thread = threads[thread].index;
 }
 
-// Gives the launch up: the other fibres are never resumed.
+// Aborts the launch: the other fibres are never resumed.
 void fail(const char* format, ...) {
   char where[160], what[1024];
   const uint3 t = current().index, b = coordinates.block;
@@ -188,7 +188,7 @@ void* dynamic_shared_memory(size_t alignment) {
   return dynamic_shared.begin;
 }
 
-// __shared__ variables are thread_local: together they are the TLS segment of this library, on the launching thread.
+// __shared__ variables are thread_local: together they form this library's TLS segment of the launching thread.
 static thread_local volatile char touch_to_allocate_segment;
 
 static int find_segments(dl_phdr_info* info, size_t, void*) {
@@ -214,7 +214,7 @@ static char* map_memory(size_t size) {
   return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
 }
 
-// Stacks with a guard page below each; shared memory with one behind it.
+// Allocates the stacks, each with a guard page below it, and shared memory, with a guard page behind it.
 static void allocate_once() {
   if (fibre_stacks.begin != nullptr) return;
   fibre_stacks = {map_memory(kMaxThreads * kStackBytes), kMaxThreads * kStackBytes};
@@ -287,7 +287,8 @@ static void on_signal(int signal, siginfo_t* info, void*) {
   fail("%s at address %p", strsignal(signal), info->si_addr);
 }
 
-// Reports a fault inside a kernel as its error; a fibre's own stack may be what is exhausted.
+// Reports a fault signal inside a kernel as the launch's error. The handler has a stack of its own, since that of the
+// fibre may be exhausted.
 class SignalScope {
  public:
   SignalScope() {

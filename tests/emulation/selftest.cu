@@ -1,4 +1,5 @@
-// One small kernel per rule of the CUDA programming guide, kept or, where `broken`, broken: tests/test_emulation.py.
+// One small kernel per rule of the CUDA programming guide, which it keeps or, where `broken`, violates. The test is
+// test_selftest.py.
 #include "common/cuda_compat.h"
 
 namespace vlmfast {
@@ -85,14 +86,14 @@ __global__ void barrier_kernel(int rule, bool broken, int* out) {
     case 3:  // all threads of a block meet at a barrier
       if (!broken || t < 40) __syncthreads();
       break;
-    case 4:  // at the same one
+    case 4:  // all threads meet at the same barrier
       if (broken && t < 32) {
         __syncthreads();
       } else {
         __syncthreads();
       }
       break;
-    case 5:  // a shuffle reads lanes that take part
+    case 5:  // a shuffle reads only lanes that take part
       if (t % 32 < 8) result = __shfl_down_sync(0xffu, t, 4, broken ? 32 : 8);
       break;
     case 6:  // a mask names all lanes that call
@@ -102,7 +103,7 @@ __global__ void barrier_kernel(int rule, bool broken, int* out) {
       if (broken && t == 5) return;
       result = __shfl_xor_sync(~0u, t, 1);
       break;
-    case 8:  // who reads a buffer finishes before others overwrite it
+    case 8:  // threads finish reading a buffer before others overwrite it
       __syncthreads();
       result = shared[t ^ 32];
       if (!broken) __syncthreads();
@@ -122,13 +123,13 @@ __global__ void memory_kernel(int rule, bool broken, const int* in, int* out) {
       if (!broken || t > 0) shared[t] = t;
       result = shared[t];
       break;
-    case 1:  // dynamic shared memory ends
+    case 1:  // accesses stay within dynamic shared memory
       dynamic[broken ? t + 1 : t] = t;
       break;
-    case 2:  // so does a static array
+    case 2:  // accesses stay within a static array
       shared[broken ? t + 1 : t] = t;
       break;
-    case 3:  // and a tensor
+    case 3:  // accesses stay within a tensor
       result = in[broken ? t + 1 : t];
       break;
     case 4:  // an input is read-only
@@ -142,7 +143,7 @@ __global__ void memory_kernel(int rule, bool broken, const int* in, int* out) {
       result = values.x;
       break;
     }
-    case 7:  // atomics and plain accesses meet behind a barrier
+    case 7:  // a barrier separates atomics from plain accesses
       if (t == 0) shared[0] = 0;
       __syncthreads();
       atomicAdd(&shared[0], 1);
@@ -163,7 +164,7 @@ __global__ void memory_kernel(int rule, bool broken, const int* in, int* out) {
   if (rule != 8) out[t] = result;
 }
 
-// Each block leaves a part; the last to arrive adds them up, which is safe behind a __threadfence only.
+// Each block stores a partial sum; the last block to arrive adds them up, which is safe only behind a __threadfence.
 __global__ void last_block_kernel(bool broken, int* parts, int* arrived, int* sum) {
   if (threadIdx.x != 0) return;
   parts[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;

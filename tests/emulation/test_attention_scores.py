@@ -1,4 +1,4 @@
-"""The CUDA kernels of the attention scores under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of the attention scores in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.emulation.harness import (
 from tests.helpers import cases
 from vlmfast.registry import OPS
 
-# Layouts of the tensors of a call in turn: heads for vectors of 16 bytes and for single elements, as a projection
-# leaves them.
+# Layouts of the tensors, one pair per call in turn: heads aligned for vectors of 16 bytes, heads for single elements,
+# heads as a projection leaves them.
 LAYOUTS = [
     (cases.contiguous, cases.transposed),
     (cases.padded, cases.contiguous),
@@ -44,7 +44,7 @@ def bounds_of(*values: int) -> Tensor:
 
 
 def cls_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Chunks that are full and not, more heads than are joined at a time, heads longer than registers hold."""
+    """Yield calls with full and partial chunks, many heads, and heads longer than the registers hold."""
     for (batch, heads, tokens, head_dim), rest in [
         ((2, 3, 130, 64), (None, -1)),
         ((1, 35, 40, 16), (-0.5, 7)),
@@ -57,14 +57,14 @@ def cls_calls(dtype: torch.dtype) -> Iterator[Call]:
             torch.randn(batch, heads, tokens, head_dim).to(dtype),
         )
         yield "cls_attention", (query.to(dtype), key.to(dtype), *rest)
-    far = far_rows()  # offsets that pass 2 ** 31, from token to token, from head to head, from image to image
+    far = far_rows()  # for offsets beyond 2 ** 31 between tokens, heads and images
     yield "cls_attention", (far[None, :1], far[None, None])
     yield "cls_attention", (far[None], far[None, :, None].expand(1, 3, 2, 64))
     yield "cls_attention", (far[:, None], far[:, None, None].expand(3, 1, 2, 64))
 
 
 def last_row_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Heads that share keys and not, padding at either end, chunks without anything that is seen, longer caches."""
+    """Yield calls with shared and own keys of heads, padding at either end, fully masked chunks, and longer caches."""
     for (batch, heads, key_heads, tokens, head_dim), scale in [
         ((2, 6, 3, 130, 64), None),
         ((1, 70, 2, 40, 16), -0.5),
@@ -82,7 +82,7 @@ def last_row_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def received_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Heads for every kernel, segments that begin and end within tiles and at their edges, more tiles than one."""
+    """Yield calls with heads for every kernel, segments that end inside tiles and at their edges, and several tiles."""
     for (heads, tokens, head_dim), bounds, group, scale in [
         ((1, 200, 64), (0, 1, 64, 128, 129, 200), 4, None),
         ((2, 70, 72), (0, 35, 35, 70), 1, 2.0),
@@ -100,7 +100,7 @@ def received_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 def examine(kernels: Kernels, dtype: torch.dtype) -> None:
     wild = torch.randn(1, 70, 64).to(dtype)
-    for bounds in ((-9, 2**30), (5,), (), (60, 3, 900, -7)):  # nobody checks these: they are not followed anywhere
+    for bounds in ((-9, 2**30), (5,), (), (60, 3, 900, -7)):  # unchecked bounds must not lead out of the tensors
         kernels("received_attention", wild, wild, bounds_of(*bounds))
     compare(
         kernels,
@@ -115,7 +115,7 @@ test_attention_scores = every_access("attention_scores", examine)
 
 
 def test_tensor_cores_are_exact() -> None:
-    """Small integers have exact products and sums, so a map of them shows each element that is out of place."""
+    """Products and sums of small integers are exact, so any misplaced element of a map of them shows."""
     kernels = checked("attention_scores")
     kernels.schedule(0)
     for dtype in (torch.float16, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the novelty of tokens under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of the novelty of tokens in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.emulation.harness import (
 )
 from tests.helpers import cases
 
-# (batch, frames, tokens, hidden): fewer tokens than a warp takes, several times as many; in vectors and element by
-# element, of one step and of several
+# (batch, frames, tokens, hidden): fewer tokens than a warp takes, and several times as many; rows in vectors and in
+# single elements, of one step and of several.
 SHAPES = [(1, 1, 1, 8), (2, 3, 5, 64), (1, 4, 9, 72), (3, 2, 4, 7), (1, 2, 6, 1160), (2, 2, 3, 33), (1, 2, 70, 24)]
 LAYOUTS = [
     cases.contiguous,

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the ops on masked rows under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of the ops on masked rows in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.emulation.harness import (
 from tests.helpers import cases
 from vlmfast.registry import OPS
 
-MISCOUNTED = f"{DIFFER}|device-side assertion|race: write of global"  # whichever call comes first
+MISCOUNTED = f"{DIFFER}|device-side assertion|race: write of global"  # which of them depends on the first call to fail
 
-# Layouts of the tensors of a call in turn: rows for vectors of 16, of 4 and of 2 bytes, masks that begin anywhere.
+# Layouts of the tensors, one pair per call in turn: rows aligned for vectors of 16, 4 and 2 bytes, unaligned masks.
 LAYOUTS = [
     (cases.contiguous, cases.padded),
     (cases.padded, cases.offset),
@@ -42,7 +42,7 @@ LAYOUTS = [
 
 
 def long_samples() -> Iterator[Call]:
-    """More positions than the chunks of one launch take at a time, with runs that fill whole chunks."""
+    """Yield calls with more positions than the chunks of one launch, and runs that fill whole chunks."""
     mask = torch.rand(2, 1700) < 0.6
     mask[:, 300:900], mask[:, 1000:1300] = True, False
     x = torch.randn(2, 1700, 8).bfloat16()
@@ -54,7 +54,7 @@ def long_samples() -> Iterator[Call]:
 
 
 def far_calls() -> Iterator[Call]:
-    """Rows whose offsets pass 2 ** 31."""
+    """Yield calls with rows at offsets beyond 2 ** 31."""
     x, rows, mask = far_rows()[None], far_rows(), torch.ones(1, 3, dtype=torch.bool)
     yield "deepstack_add", (x, mask, rows)
     yield "place_embeddings", (x, mask, rows)
@@ -64,7 +64,7 @@ def far_calls() -> Iterator[Call]:
 
 
 def refused_calls() -> Iterator[tuple[str, Call]]:
-    """Yield messages and calls that only the device can refuse, before anything out of bounds is touched."""
+    """Yield messages and calls that only the device can refuse, before it accesses anything out of bounds."""
     mask = torch.tensor([[False, True, True], [True, True, True]])
     index = OPS["row_index"].reference(mask)
     x, message = torch.randn(2, 3, 8).bfloat16(), "the mask must be true at as many positions as there are rows"
@@ -93,7 +93,7 @@ def test_bytes_moved() -> None:
     mask = torch.zeros(2, 96, dtype=torch.bool)
     mask[:, 32:64] = True
     x, embeds, index = torch.randn(2, 96, 256).bfloat16(), torch.randn(64, 256).bfloat16(), None
-    for launches in (2, 1):  # without an index, and with it
+    for launches in (2, 1):  # without an index, then with one
         assert_traffic(launches, "deepstack_add", x, mask, embeds, index)
         assert_traffic(launches, "place_embeddings", x, mask, embeds, index)
         for rest in (True, False):
@@ -106,7 +106,7 @@ def test_bytes_moved() -> None:
 
 
 def test_mask_of_any_bytes() -> None:
-    """To torch every byte but 0 is true; a bool view of other bytes has such ones."""
+    """A bool view of other bytes may hold any byte, and to torch every byte but 0 is true."""
     mask = torch.randint(0, 3, (1, 900), dtype=torch.uint8).mul(127)
     index = OPS["row_index"].reference(mask != 0)
     assert torch.equal(*checked("masked_rows")("row_index", mask.view(torch.bool)), index)

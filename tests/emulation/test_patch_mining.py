@@ -1,4 +1,4 @@
-"""The CUDA kernels of patch-info mining under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of patch-info mining in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.emulation.harness import (
 )
 from tests.helpers import cases
 
-# Layouts of the tensors of a call in turn: maps whose rows fit vectors of 16 bytes and maps whose rows do not.
+# Layouts of the tensors, one pair per call in turn: maps whose rows are aligned for vectors of 16 bytes, and others.
 LAYOUTS = [
     (cases.contiguous, cases.padded),
     (cases.padded, cases.oddly_padded),
@@ -34,7 +34,7 @@ LAYOUTS = [
 
 
 def wide_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Blocks of one vector a row, of two and of more lanes than a group has, more channels than groups, a list."""
+    """Yield calls with block rows of one vector, of two, and of more lanes than a group; more channels than groups."""
     for (batch, channels), grid, scale, listed in [
         ((2, 70), (2, 3), 8, True),
         ((1, 300), (1, 2), 8, False),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of pixel shuffle under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of pixel shuffle in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from tests.emulation.harness import (
 )
 from tests.helpers import cases
 
-# Layouts of the tensors of a call in turn: rows for vectors of 16, of 4 and of 2 bytes, images with gaps between them.
+# Layouts of the tensors, one pair per call in turn: rows aligned for vectors of 16, 4 and 2 bytes, and gaps between
+# images.
 LAYOUTS = [
     (cases.padded, cases.contiguous),
     (cases.contiguous, cases.padded),
@@ -38,8 +39,8 @@ LAYOUTS = [
     (cases.transposed, cases.every_other),
 ]
 
-# (B, C), the grid, the scale, whether each patch is normalised: rows of every policy of row_policy.cuh, patches
-# that vectors fit, tokens that they fit alone, and more rows than the emulation's small grids take at once.
+# ((B, C), grid, scale, whether patches rather than tokens are normalised): rows of every policy of row_policy.cuh,
+# patches aligned for vectors, cases where only tokens are, and more rows than the emulation's small grids take at once.
 NORMS = [
     ((2, 16), (8, 10), 2, True),
     ((3, 16), (4, 6), 2, False),
@@ -53,7 +54,7 @@ NORMS = [
 
 
 def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Both directions of the norm, of rows whose mean is far from zero; some are almost constant."""
+    """Yield calls of the norm and its backward, with rows whose mean is far from zero and almost constant ones."""
     for index, ((batch, channels), grid, scale, each_patch) in enumerate(NORMS):
         noise = torch.randn(batch, grid[0] * grid[1], channels)
         values = torch.where(noise > 1.5, 251.0, 250.0) if index % 2 else noise + 10.0
@@ -67,7 +68,7 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def far_maps() -> tuple[Tensor, Tensor]:
-    """Maps whose offsets pass 2 ** 31, from patch to patch and from image to image."""
+    """Return maps with offsets beyond 2 ** 31 between patches and between images."""
     rows = far_rows()
     return rows[None], rows[:, None]
 
@@ -81,7 +82,7 @@ def far_calls() -> Iterator[Call]:
         yield "pixel_shuffle_norm", (x, weight, weight, grid, 1)
         yield "pixel_shuffle_norm_backward", (x, x, weight, grid, 1)
     tall = far_rows()[None]
-    grouped = tall.as_strided((1, 9, 64), (0, 2**28, 1))  # a token's own patches are far apart
+    grouped = tall.as_strided((1, 9, 64), (0, 2**28, 1))  # the patches of a token are far apart
     yield "pixel_shuffle_norm", (grouped, *torch.randn(2, 576).bfloat16(), (3, 3), 3)
 
 
@@ -94,7 +95,7 @@ test_pixel_shuffle = every_access("pixel_shuffle", examine)
 
 
 def test_bytes_moved() -> None:
-    x, grid = torch.randn(60, 17, 264).bfloat16()[:, 1:], (4, 4)  # behind the CLS token
+    x, grid = torch.randn(60, 17, 264).bfloat16()[:, 1:], (4, 4)  # a slice behind the CLS token
     tokens, weight, bias = torch.randn(60, 4, 1056).bfloat16(), *torch.randn(2, 1056).bfloat16()
     assert_traffic(1, "pixel_shuffle", x, grid)
     assert_traffic(1, "pixel_shuffle", x, grid, 2, "column", 0.3)
@@ -105,7 +106,7 @@ def test_bytes_moved() -> None:
 
 
 def test_misfits_are_refused() -> None:
-    """What a kernel would read out of bounds on, where nobody has checked the call before."""
+    """The kernel itself refuses calls on which it would read out of bounds, because a graph runs no other check."""
     kernels = checked("pixel_shuffle")
     x, weight, grad = torch.ones(1, 16, 8), torch.ones(32), torch.ones(1, 4, 32)
     for layout in (((4, 3),), ((4, 4), 3), ((4,),), ((4, 4), 0), ((2, 4),), ((-4, -4),), ((4, 4), 2, "diagonal")):

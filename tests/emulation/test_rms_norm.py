@@ -1,4 +1,4 @@
-"""The CUDA kernels of RMSNorm under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of RMSNorm in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.helpers import cases
 
 NAMES = ("rms_norm", "add_rms_norm", "rms_norm_backward")
 
-# (rows, hidden): one pair for each policy of row_policy.cuh, with rows and columns that fill neither blocks nor
-# vectors, and more rows than the emulation's small grids take at once.
+# (rows, hidden): one pair for each policy of row_policy.cuh, with partial blocks and partial vectors, and more rows
+# than the emulation's small grids take at once.
 SHAPES = [(1, 8), (100, 72), (3, 7), (25, 264), (5, 33), (9, 600), (7, 70), (7, 1032), (3, 129), (2, 8208), (2, 1030)]
 
-# Layouts of the first and the second operand: rows that vectors fit and rows that they do not.
+# Layouts of the first and the second operand: rows that are aligned for vectors, and rows that are not.
 LAYOUTS = [
     (cases.padded, cases.contiguous),
     (cases.contiguous, cases.expanded),
@@ -46,7 +46,7 @@ def far_calls() -> Iterator[Call]:
 
 
 def calls(name: str, dtype: torch.dtype) -> Iterator[Call]:
-    """Yield calls of an op in every shape and layout, the other arguments in turn."""
+    """Yield calls of an op in every shape and layout, cycling through the values of the other arguments."""
     for index, ((rows, hidden), layouts) in enumerate(itertools.product(SHAPES, LAYOUTS)):
         x, other = (layout(torch.randn(rows, hidden).to(dtype)) for layout in layouts)
         inputs = {"rms_norm": (x,), "add_rms_norm": (x, other), "rms_norm_backward": (other, x)}[name]

@@ -1,4 +1,4 @@
-"""The CUDA kernels of rotary embedding under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of rotary embedding in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def far_calls() -> Iterator[Call]:
 
 
 def many_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """More rows and more heads than the emulation's small grids and a block take at once."""
+    """Yield calls with more rows than the emulation's small grids take at once, and more heads than a block does."""
     for heads, size, variant in ((19, 128, "llama"), (5, 72, "gemma"), (17, 64, None)):
         query, key = torch.randn(1, 11, heads, size).to(dtype), torch.randn(1, 11, 3, size).to(dtype)
         weights = [None if variant is None else torch.randn(size).to(dtype) for _ in range(2)]

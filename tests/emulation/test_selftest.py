@@ -1,4 +1,4 @@
-"""The emulation against the programming guide: it must notice the mistakes that it exists to notice."""
+"""The emulation against the rules of the CUDA programming guide: it must notice every violation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exchange(selftest: ctypes.CDLL) -> Iterator[Callable[..., list[int]]]:
 
 
 def shuffle_source(kind: int, lane: int, width: int, argument: int) -> int:
-    """The lane that a shuffle reads, from the programming guide."""
+    """Return the lane that a shuffle reads, according to the programming guide."""
     first = lane - lane % width
     if kind == 0:
         return first + argument % width
@@ -119,7 +119,7 @@ def test_rules(selftest: ctypes.CDLL, group: str, rule: int, message: str) -> No
 
 
 def test_conversions_round_as_torch(selftest: ctypes.CDLL) -> None:
-    upper = torch.arange(65536, dtype=torch.int32) << 16  # every bfloat16, and what lies half way to the next one
+    upper = torch.arange(65536, dtype=torch.int32) << 16  # every bfloat16; below, also numbers half way to the next
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16).float().view(torch.int32)
     bits = torch.cat([upper, upper | 0x8000, upper | 0x7FFF, upper | 0x8001, halves | 0x1000, halves | 0x1001])
     values = bits.view(torch.float32)
@@ -139,7 +139,7 @@ def test_conversions_round_as_torch(selftest: ctypes.CDLL) -> None:
 
 
 def test_every_fault_has_a_place():
-    """Planting is left to `make test-faults`, as each takes a compilation; that sources have moved on shows here."""
+    """Each fault's text is still in the sources; `make test-faults` plants them, since each needs a compilation."""
     for path in build.HERE.glob("test_*.py"):
         importlib.import_module(f"tests.emulation.{path.stem}")
     assert sum(map(len, FAULTS.values())) > 80

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the gated activation under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of the gated activation in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.emulation.harness import (
 )
 from tests.helpers import cases
 
-# (rows, hidden): rows that share a block, that fill one, and that take several; in vectors and element by element.
+# (rows, hidden): rows that share a block, fill one, or take several; in vectors and in single elements.
 SHAPES = [(1, 8), (100, 72), (3, 7), (25, 264), (5, 33), (9, 600), (3, 2056), (2, 4104), (2, 1030)]
 
-# Layouts of the gate, of what it lets through, and of the gradient.
+# Layouts of the gate, of up, and of the gradient.
 LAYOUTS = [
     (cases.padded, cases.contiguous, cases.expanded),
     (cases.contiguous, cases.expanded, cases.padded),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the token merge under the emulation's eyes: every access, every byte, planted faults."""
+"""The CUDA kernels of the token merge in the emulation: every access, every byte, planted faults."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def kept_of(batch: int, tokens: int, kept: int) -> Tensor:
 
 
 def long_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """More than one step of each loop: keys that no shared memory holds, many targets, members and numbers."""
+    """Yield calls with several steps of each loop: keys beyond the shared memory, many targets, members and scores."""
     yield "top_tokens", (torch.randint(0, 300, (2, 20700)).to(dtype), 9000)
-    doubles = torch.randn(1, 7, 24).repeat(1, 50, 1)[:, :330].to(dtype)  # also of targets that are looked at later
+    doubles = torch.randn(1, 7, 24).repeat(1, 50, 1)[:, :330].to(dtype)  # equal targets are in later steps too
     yield "merge_slots", (doubles, kept_of(1, 330, 20), 150)
     x, nobody = in_gaps(torch.randn(2, 9, 16).to(dtype), 3), torch.empty(2, 0, dtype=torch.int64)
-    yield "merge_slots", (x, nobody, 2)  # vectors fit the rows of the first crop alone
+    yield "merge_slots", (x, nobody, 2)  # only the rows of the first crop are aligned for vectors
     yield "merge_rows", (x, nobody, torch.tensor([[0, *[1] * 8]] * 2).int(), 1)
     yield "merge_rows_backward", (x, torch.arange(-9, 0).int().expand(2, 9), 0)
     kept = kept_of(1, 2300, 20)
@@ -53,13 +53,13 @@ def long_calls(dtype: torch.dtype) -> Iterator[Call]:
     hidden = torch.randn(1, 2300, 8).to(dtype)
     for slots, count in ((few, 3), (many, 2100)):
         for merge in MERGES:
-            if slots is few:  # a block for each row, that looks at all slots: many would take a minute here
+            if slots is few:  # each row's block reads all slots, so many slots would take a minute here
                 yield "merge_rows", (hidden, kept, slots, count, merge)
             yield "merge_rows_backward", (hidden[:, : 20 + count], slots, count, merge)
 
 
 def far_calls() -> Iterator[Call]:
-    """Offsets that pass 2 ** 31, from row to row and from crop to crop."""
+    """Yield calls with offsets beyond 2 ** 31 between rows and between crops."""
     for rows in (far_rows()[None], far_rows()[:, None]):
         batch, tokens = rows.shape[:2]
         nothing, slots = torch.empty(batch, 0, dtype=torch.int64), torch.zeros(batch, tokens, dtype=torch.int32)
@@ -70,7 +70,7 @@ def far_calls() -> Iterator[Call]:
 
 
 def strange_calls(dtype: torch.dtype) -> Iterator[tuple[Call, tuple[Any, ...]]]:
-    """Yield calls with numbers that merge_slots never gives, and arguments without them of the same result."""
+    """Yield calls with slots that merge_slots never returns, and arguments without such slots that give the same."""
     hidden, kept = torch.randn(1, 9, 8).to(dtype), torch.tensor([[2, 5]])
     slots = torch.tensor([[0, 2, -2, 4, -(2**31), -1, 2**31 - 1, -3, 1]], dtype=torch.int32)
     tame = slots.where((slots < 4) & (slots >= -2), -3)
@@ -82,7 +82,7 @@ def strange_calls(dtype: torch.dtype) -> Iterator[tuple[Call, tuple[Any, ...]]]:
 def examine(kernels: Kernels, dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="scores must not be NaN"):
         kernels("top_tokens", torch.tensor([[1.0, torch.nan, 2.0]]).to(dtype), 1)
-    for position in (2**40, -(2**40)):  # whatever is wrong with these, it stays within the sequence
+    for position in (2**40, -(2**40)):  # such positions must not lead out of the sequence
         kernels("merge_slots", torch.randn(2, 40, 16).to(dtype), torch.full((2, 30), position), 5)
     for call, like in strange_calls(dtype):
         compare(kernels, [call], like=like)

@@ -1,5 +1,5 @@
-// The emulated half of csrc/common/cuda_torch.h: tensors of the CPU, one stream, and kernels that may only touch what their
-// launcher has asked a pointer for. The ops live in a namespace of their own, beside the compiled extension's.
+// The emulated half of csrc/common/cuda_torch.h: CPU tensors, one stream, and kernels that may access only memory for
+// which their launcher has requested a pointer. The ops have another namespace than those of the compiled extension.
 #pragma once
 
 #ifndef VLMFAST_CUDA_LIBRARY
@@ -17,7 +17,7 @@ class DeviceScope {
   ~DeviceScope() { vlmfast_emulation_forbid_all(); }
 
   cudaStream_t stream() const { return nullptr; }
-  int multiprocessors() const { return 1; }  // few, so that persistent kernels have to loop
+  int multiprocessors() const { return 1; }  // so that persistent kernels have to loop
 
   // Allows a kernel to read the rows of a view, one by one.
   template <typename scalar_t, int rank>
@@ -37,7 +37,7 @@ class DeviceScope {
     return as_input<scalar_t>(view);
   }
 
-  // Poisoned: an element that no kernel writes is NaN.
+  // Filled with NaN, so that an element that no kernel writes is noticed.
   template <typename scalar_t>
   scalar_t* output(const Tensor& tensor) const {
     const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());

@@ -1,5 +1,5 @@
-// Warp operations: shuffles, votes, reductions, matches and __syncwarp, each finished once all lanes of its mask are
-// there.
+// Warp operations: shuffles, votes, reductions, matches and __syncwarp. Each finishes once all lanes of its mask have
+// arrived.
 #include "runtime.h"
 
 namespace vlmfast::emulation {
@@ -23,7 +23,7 @@ static uint64_t combine(WarpOp op, uint64_t a, uint64_t b) {
     case WarpOp::kXor:
       return ua ^ ub;
     default:
-      return ua | ub;  // kOr, and ballots: each lane brings its bit
+      return ua | ub;  // kOr, and ballots, to which each lane contributes its bit
   }
 }
 
@@ -38,7 +38,7 @@ static int shuffle_source(const Thread& thread, int lane) {
       return lane - argument < first ? lane : static_cast<int>(lane - argument);
     case WarpOp::kShuffleDown:
       return lane + argument >= end ? lane : static_cast<int>(lane + argument);
-    default:  // kShuffleXor: a group may read those before it, not those behind
+    default:  // kShuffleXor: a group may read lanes of groups before it, not of groups behind it
       return (lane ^ argument) >= end ? lane : static_cast<int>(lane ^ argument);
   }
 }
@@ -55,7 +55,7 @@ static void finish_shuffle(Thread* warp, int lane, unsigned lanes) {
   warp[lane].result = warp[source].value;
 }
 
-// Of all warp operations, __syncwarp alone orders memory.
+// Only __syncwarp, of all warp operations, orders memory.
 static void join_ticks(Thread* warp, unsigned lanes) {
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     if (!(lanes >> lane & 1)) continue;
@@ -67,7 +67,7 @@ static void join_ticks(Thread* warp, unsigned lanes) {
   for (int lane = 0; lane < kWarpLanes; ++lane) warp[lane].tick += lanes >> lane & 1;
 }
 
-// Finishes the operation that `thread` waits at if all lanes of its mask that have not exited are there.
+// Finishes the operation that `thread` waits at, if all lanes of its mask have arrived or exited.
 static bool finish_warp_op(int thread) {
   const int warp_number = thread / kWarpLanes;
   Thread* const warp = threads + warp_number * kWarpLanes;

@@ -1,4 +1,4 @@
-"""What the generated tests are made of: every op, backend, device and dtype, and calls in awkward layouts."""
+"""Parameters of the generated tests: every op, backend, device and dtype, and calls in awkward memory layouts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("native", "triton", "emulated", "torch")
 PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
-# Triton kernels as compiled for a GPU, on the CPU: see tests/ptx/. `make test-ptx` runs them.
+# Backends that execute, on the CPU, Triton kernels as compiled for a GPU: see tests/ptx/. `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80")]
-# Backends whose absence is a failure, not a skip. With a GPU the CPU has no Triton: its interpreter is off.
+# Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
+# has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
 
 
@@ -36,10 +37,10 @@ def _marks(device: str, backend: str) -> list:
 
 
 def _parameters(*axes: Any) -> list:
-    """One pytest parameter per combination; those on a GPU, or of kernels as compiled for one, carry its mark.
+    """Make one pytest parameter per combination, marked ``gpu`` on a GPU and ``ptx`` for kernels as compiled for one.
 
-    Float16 is left to GPUs and to kernels as compiled for one: Triton's interpreter takes a minute for each dtype, and
-    would run the code that it runs in bfloat16.
+    Float16 runs only on GPUs and for kernels as compiled for a GPU: Triton's interpreter takes a minute per dtype, and
+    would run the same code as in bfloat16.
     """
     found = []
     for values in itertools.product(*axes):
@@ -55,12 +56,12 @@ def _parameters(*axes: Any) -> list:
 
 
 DIFFERENTIABLE = [op for op in OPS.values() if op.differentiable]
-PRIMITIVE = [op for op in OPS.values() if op.compose is None]  # not made of others
-REPLACING = [op for op in OPS.values() if op.cases.upstream is not None]  # Hugging Face has a module for it
+PRIMITIVE = [op for op in OPS.values() if op.compose is None]  # not composed of other ops
+REPLACING = [op for op in OPS.values() if op.cases.upstream is not None]  # Hugging Face has code for it
 
 
 def each(ops: Iterable[Op]) -> list:
-    """One pytest parameter per op."""
+    """Make one pytest parameter per op."""
     return [pytest.param(op, id=op.name) for op in ops]
 
 
@@ -79,12 +80,12 @@ def each_traced(ops: Iterable[Op]) -> list:
 
 
 def each_place(ops: Iterable[Op], *axes: Any) -> list:
-    """One pytest parameter per op, device and backend, and per value of further axes."""
+    """Make one pytest parameter per op, device and backend, and per value of further axes."""
     return _parameters(ops, PLACES, *axes)
 
 
 def each_as_compiled(*axes: Any) -> list:
-    """One pytest parameter per op that has kernels of its own, per GPU they are compiled for, and further axes."""
+    """Make one pytest parameter per op with kernels of its own, per GPU of `COMPILED`, and per value of other axes."""
     return _parameters(PRIMITIVE, COMPILED, *axes)
 
 
@@ -92,7 +93,7 @@ EACH_OP = each(OPS.values())
 
 
 def launches_of(op: Op, backend: str) -> int:
-    """How many kernels a call starts."""
+    """Return how many kernels a call launches."""
     number = op.cases.launches
     return number if isinstance(number, int) else number[backend]
 
@@ -108,7 +109,7 @@ def with_cases(op: Op, **changes: Any) -> Op:
 
 
 def require(op: Op, backend: str) -> None:
-    """Skip, with the reason, where the backend is absent; fail where it must be there."""
+    """Skip the test, with the reason, where the backend is missing; fail it where the backend is `REQUIRED`."""
     found = op.backend(backend)
     if found.absent:
         assert backend not in REQUIRED, f"{backend} must be there: {found.absent}"
@@ -116,7 +117,7 @@ def require(op: Op, backend: str) -> None:
 
 
 def runnable(op: Op, backend: str, candidates: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return the calls that the backend accepts: it may refuse some, such as tensors of several dtypes, but not all."""
+    """Return the calls that the backend accepts. It may refuse some, such as tensors of several dtypes, but not all."""
     require(op, backend)
     reasons = [(op.backend(backend).unsupported(*args), args) for args in candidates]
     accepted = [args for reason, args in reasons if reason is None]
@@ -145,20 +146,20 @@ def is_tensor(value: Any) -> bool:
 
 
 def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the same call in float64: what the definition says without rounding."""
+    """Return the same call with its floating-point tensors in float64."""
     return tuple(a.double() if is_float(a) else a for a in args)
 
 
-# ---- layouts: each takes a tensor and gives an equal one that lies in memory in its own way ----
+# ---- layouts: each takes a tensor and returns an equal one with another memory layout ----
 
 
 def _filling(x: Tensor) -> float:
-    """Make what nobody may read: NaN; true in a mask, a large number in an index."""
+    """Return a value that a kernel must not read: NaN; True for a mask, a large number for an index."""
     return float("nan") if x.is_floating_point() else torch.iinfo(torch.int32).max
 
 
 def _in_nan(x: Tensor, size: int, stride: tuple[int, ...], offset: int) -> Tensor:
-    """``x`` copied into a view of a buffer that is `_filling` everywhere else."""
+    """Copy ``x`` into a view of a buffer that holds `_filling` everywhere else."""
     buffer = torch.full((size + 64,), _filling(x), dtype=x.dtype, device=x.device)
     return buffer.as_strided(x.shape, stride, offset).copy_(x)
 
@@ -168,12 +169,12 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def offset(x: Tensor) -> Tensor:
-    """One element behind an aligned address."""
+    """Start one element behind an aligned address."""
     return _in_nan(x, x.numel() + 1, x.contiguous().stride(), 1)
 
 
 def padded(x: Tensor, by: int = 16) -> Tensor:
-    """Rows with NaN between them, as a slice of a wider tensor has."""
+    """Put NaN between the rows, as in a slice of a wider tensor."""
     if x.dim() < 2:
         return offset(x)
     wide = x.shape[-1] + by
@@ -182,34 +183,35 @@ def padded(x: Tensor, by: int = 16) -> Tensor:
 
 
 def oddly_padded(x: Tensor) -> Tensor:
-    """Rows whose starts are not aligned for vector loads."""
+    """Start rows at addresses that are not aligned for vector loads."""
     return padded(x, 3)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Leading dimensions that no single row stride describes, as heads before tokens."""
+    """Give leading dimensions strides that no single row stride describes, such as heads before tokens."""
     if x.dim() < 2 or (x.dim() < 3 and x.is_floating_point()):
         return padded(x)
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def every_other(x: Tensor) -> Tensor:
-    """Give a last dimension of stride two."""
+    """Give the last dimension a stride of two."""
     return torch.stack([x, torch.full_like(x, _filling(x))], -1).flatten(-2)[..., ::2]
 
 
 def expanded(x: Tensor) -> Tensor:
-    """Repeat the first row with a stride of zero; not of a mask or an index, which would then not fit the others."""
+    """Repeat the first row with a stride of zero, except in masks and indexes, which would no longer fit."""
     return x[:1].expand(x.shape) if x.dim() > 1 and x.is_floating_point() else x
 
 
 LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, expanded)
-# The layout of the first argument, and how many further each next one is: different ones tell strides apart.
+# (layout of the first argument, step to the layout of each next argument). With different layouts, a kernel that uses
+# the strides of another argument is found out.
 AWKWARD = [*((first, 0) for first in range(1, len(LAYOUTS))), (1, 1), (2, 1)]
 
 
 def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(3)) -> Samples:
-    """Every sample of the op as it is and in some of three awkward layouts, all of which come in turn."""
+    """Yield every sample of the op as it is, and in the next of the awkward layouts for each of ``turns``."""
     for position, sample in enumerate(op.cases.samples(device, dtype)):
         chosen = [AWKWARD[(3 * position + turn) % len(AWKWARD)] for turn in turns]
         for first, step in [(0, 0), *chosen]:
@@ -218,7 +220,7 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,5 +231,6 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# operators whose result's shape, or the host's next step, depends on data: a GPU's host waits, and no graph holds them
+# Operators that make the host wait for the device and cannot be captured in a graph: the shape of their result, or the
+# next step of the host, depends on values.
 WAITING = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::masked_select", "aten::is_nonzero"}

@@ -1,6 +1,7 @@
-"""Small models with the methods of projects outside transformers, as far as patches replace or call them.
+"""Small models with those methods of projects outside transformers that patches replace or call.
 
-The methods do what upstream's do, in upstream's way where it matters: sorting by a float32 key, boolean indexing.
+The methods compute what upstream's do. Where the way matters they do it upstream's way: sorting by a float32 key,
+boolean indexing.
 """
 
 from __future__ import annotations
@@ -81,17 +82,17 @@ class FourM(nn.Module):
 
 
 def repeat(x: Tensor, pattern: str, b: int = -1, d: int = -1) -> Tensor:
-    """As einops does it."""
+    """Stand in for ``einops.repeat``."""
     return x.expand(b, -1, -1) if b >= 0 else x[..., None].expand(-1, -1, d)
 
 
 def rearrange(x: Tensor, pattern: str) -> Tensor:
-    """As einops does it."""
+    """Stand in for ``einops.rearrange``."""
     return x[:, None]
 
 
 class FM(FourM):
-    """What ml-4m loads from the hub."""
+    """The class that ml-4m loads from the hub."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -111,7 +112,7 @@ class VisionLanguageModel(nn.Module):
 
 
 class Tower(nn.Module):
-    """A vision tower whose patches are pixels, behind a CLS row; its last state is not the last of its layers."""
+    """A vision tower with a CLS row and one patch per pixel; ``last_hidden_state`` differs from its last layer's."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -221,7 +222,7 @@ class ModalityProjector(nn.Module):
 
 
 class OlderVisionLanguageModel(nn.Module):
-    """From before placeholders."""
+    """A nanoVLM from before placeholders."""
 
     def __init__(self) -> None:
         super().__init__()

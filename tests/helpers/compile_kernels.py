@@ -2,13 +2,15 @@
 
     python tests/helpers/compile_kernels.py [--all] sm_90 gfx942 > static.json
 
-What the workloads launch in bfloat16 is compiled for each target, what they do in float32 and samples in bfloat16 for
-one target each, and samples in float32 for none. With ``--all`` everything is for each, which takes five times as long.
+Launches of workloads in bfloat16 are compiled for every target; those of workloads in float32 and of samples in
+bfloat16 for one target each; those of samples in float32 for none. With ``--all`` everything is compiled for every
+target, which takes five times as long.
 
-A list of one record per kernel, target and specialisation: registers, spills, shared memory, the widths of its global
-accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and whether one of
-the op's workloads asks for it: their rows are all multiples of 16 bytes.
-It runs in a process of its own, because under TRITON_INTERPRET=1 there is nothing to compile.
+The output is a list with one record per kernel, target and specialisation: registers, spills, shared memory, the widths
+of its global accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and
+whether a workload of the op launches it ("real"). The rows of all workloads are multiples of 16 bytes.
+
+This is a script of its own because nothing is compiled in a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ from vlmfast.architectures import GPUS
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
 
-MULTIPROCESSORS = (16, 48, 108, 132)  # a launch may depend on them; MIG slices have fewer
+MULTIPROCESSORS = (16, 48, 108, 132)  # launches may depend on their number; MIG slices have few
 AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
-DOT = re.compile(r"tt\.dot .*?: tensor<[\dx]+x(\w+)>")  # the dtype of its operands
+DOT = re.compile(r"tt\.dot .*?: tensor<[\dx]+x(\w+)>")  # captures the dtype of the operands
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def calls_of(op: Op) -> list[tuple[bool, torch.dtype, int, list]]:
-    """Return (real, dtype, multiprocessors, arguments) of the op's workloads and samples on each GPU, tensors on none.
+    """Return (real, dtype, multiprocessors, arguments) of the op's workloads and samples, with tensors on "meta".
 
-    They are made on the CPU, because some shapes depend on how many positions of a mask are true. The samples take no
-    time, and are made for each GPU anew.
+    The arguments are first made on the CPU, because some shapes depend on how many positions of a mask are true.
+    Samples take no time to make, and are made again for each number of multiprocessors.
     """
 
     def on_meta(args: tuple) -> list:
@@ -63,10 +65,10 @@ def calls_of(op: Op) -> list[tuple[bool, torch.dtype, int, list]]:
 def launches(
     op: Op, calls: list[tuple[bool, torch.dtype, int, list]], target: str
 ) -> list[tuple[JITFunction, dict, dict, bool, torch.dtype]]:
-    """Return the (kernel, arguments, options, real, dtype) of every launch of the calls; none is executed."""
+    """Return (kernel, arguments, options, real, dtype) of every launch of the calls, without executing any."""
     seen, launched, backend = [], [], op.backend("triton")
     module = sys.modules[backend.run.__module__]
-    module.device_unsupported = lambda x: None  # as if the meta device were a GPU
+    module.device_unsupported = lambda x: None  # let the launcher treat the meta device as a GPU
     module.shared_memory = lambda x: GPUS[target]
 
     def record(kernel, *args, grid, warmup, **kwargs):
@@ -87,7 +89,7 @@ def launches(
 
 
 def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) -> dict:
-    """Compile one specialisation for one target."""
+    """Compile one specialisation for one target, and return its record."""
     compiled = triton.compile(source, target=TARGETS[name], options=options)
     assembly = compiled.asm
     if name.startswith("gfx"):
@@ -104,7 +106,7 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
             usage = subprocess.run(
                 [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
             ).stdout
-        spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; nothing else of a Triton kernel lives on the stack
+        spills = int(re.search(r"STACK:(\d+)", usage)[1])  # bytes; a Triton kernel uses the stack for spills only
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         found = re.findall(r"(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", text)
         accesses = [(kind == "ld", int(count or 1) * int(bits) // 8) for kind, count, bits in found]
@@ -128,7 +130,7 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
 
 
 def is_compiled(target: str, real: bool, dtype: torch.dtype, kernel: JITFunction, source: ASTSource) -> bool:
-    """Tell whether a specialisation is compiled for this target where not all are for each."""
+    """Tell whether a specialisation is compiled for this target without ``--all``."""
     if dtype == torch.bfloat16 and real:
         return True
     if dtype == torch.float32 and not real:
@@ -140,7 +142,7 @@ def is_compiled(target: str, real: bool, dtype: torch.dtype, kernel: JITFunction
 
 def main(given: list[str]) -> None:
     targets = [argument for argument in given if argument != "--all"] or list(TARGETS)
-    torch.manual_seed(0)  # the same specialisations each time, so that Triton's cache has them
+    torch.manual_seed(0)  # gives the same specialisations in every run, so that Triton's cache has them
     records, done = [], set()
     for op in [*OPS.values(), *CANDIDATES.values()]:
         if op.compose is not None or op.backend("triton").absent:

@@ -1,6 +1,6 @@
-"""The full model with visual tokens masked from some layers on: what a prompt that is cut there has to give.
+"""Oracle for reduction between layers: the full model, with visual tokens masked from some layers on.
 
-One sample at a time, without padding and without a cache: each further word is a run over the whole text.
+It runs one sample at a time, without padding and without a cache: each generated token is a forward of the whole text.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tests.helpers.tiny_models import IMAGE, VIDEO
 
 @dataclass
 class Masked:
-    """One prompt of a full model, given what is kept at each layer: visual tokens -> kept ones.
+    """One prompt of a full model, with a function for each cut layer that returns which visual tokens are kept.
 
     Attributes:
-        dropped: the columns that no layer from that one on sees.
+        dropped: layer -> the columns that it and all later layers do not see.
     """
 
     talk: Talk
     prompt: tuple[int, ...]
     cuts: Mapping[int, Callable[[int], int]]
     dropped: dict[int, set[int]] = field(default_factory=dict)
-    near: float = 1.0  # how far from each other the last score kept and the first one dropped are
+    near: float = 1.0  # smallest distance between the lowest score that is kept and the highest that is dropped
 
     def __post_init__(self) -> None:
         ids = self.talk.ids(*self.prompt)
@@ -54,7 +54,7 @@ class Masked:
 
     @torch.no_grad()
     def _attention(self, layer: int) -> Tensor:
-        """(L, L): mean over the heads, by a copy with eager attention."""
+        """Return the (L, L) attention of a layer, averaged over the heads, from a copy with eager attention."""
         model = copy.deepcopy(self.talk.model)
         model.set_attn_implementation("eager")
         with self.masked(model):
@@ -62,7 +62,7 @@ class Masked:
 
     @contextmanager
     def masked(self, model: Any) -> Iterator[None]:
-        """Give layers masks of their own."""
+        """Give each layer a mask of its own in the block."""
         is_eager = model.config.get_text_config()._attn_implementation == "eager"
         dtype = next(model.parameters()).dtype
 
@@ -75,7 +75,7 @@ class Masked:
             seen = torch.ones(total, total, dtype=torch.bool).tril()
             for column in dropped:
                 seen[:, column] = False
-                seen[column, column] = True  # a row must see something
+                seen[column, column] = True  # a row without any visible column would be NaN
             mask: Any = seen[None, None, -tokens:].expand(len(args[0]), -1, -1, -1)
             if is_eager:
                 mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
@@ -93,7 +93,7 @@ class Masked:
 
     @torch.no_grad()
     def logits(self, tail: list[int] | None = None) -> Tensor:
-        """(L, V): of columns that were dropped those of the last one before that was not."""
+        """Return the (L, V) logits; a dropped column has those of the last column before it that is kept."""
         return self.differentiable(tail)
 
     def differentiable(self, tail: list[int] | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class Masked:
         return found[rows]
 
     def greedy(self, steps: int, tail: list[int] | None = None) -> tuple[list[int], Tensor]:
-        """Return the next words and their logits."""
+        """Return the next tokens and their logits."""
         words, logits = list(tail or []), []
         for _ in range(steps):
             logits.append(self.logits(words)[-1])

@@ -1,4 +1,4 @@
-"""Every type of model that takes images and text, from its default configuration but of few layers, without memory."""
+"""Build every image-text-to-text model type from its default configuration, with few layers and on the meta device."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as VISUAL
 
-LAYERS = 4  # as many as the kinds of layers that a model mixes
+LAYERS = 4  # enough for every kind of layer that a model mixes
 COUNTS = ("num_hidden_layers", "depth", "encoder_layers", "decoder_layers", "num_layers")
 
 
 def default_models() -> Iterator[tuple[str, nn.Module]]:
-    """Build each type on the meta device; those that do not build from their default configuration are left out."""
+    """Build each type on the meta device, except those whose default configuration builds no model."""
     for model_type in VISUAL:
         for shorten in (shortened, lambda config: config):
             try:
                 with torch.device("meta"):
                     model = AutoModelForImageTextToText.from_config(shorten(CONFIG_MAPPING[model_type]()))
-            except Exception:  # whatever a default that is no model raises, a library that is missing included
+            except Exception:  # some default configurations build no model, or need a library that is missing
                 continue
             yield model_type, model
             break
 
 
 def shortened(config: PretrainedConfig) -> PretrainedConfig:
-    """Leave few layers in a configuration and its parts, and in its lists with an entry for each layer."""
+    """Reduce the layers of a configuration and its sub-configurations, and shorten lists with an entry per layer."""
     lengths = [name for name in COUNTS if isinstance(getattr(config, name, None), int)]
     found = {getattr(config, name) for name in lengths}
     for name in lengths:

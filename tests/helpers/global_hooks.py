@@ -1,4 +1,4 @@
-"""What hooks on every module of the process see: those of profilers and of debuggers."""
+"""Record what global module hooks see, which profilers and debuggers register for all modules of the process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REGISTER = {
 
 
 def seen_by_global_hooks(model: nn.Module, step: Callable[[], object]) -> Counter[tuple[str, str]]:
-    """Say how often each kind of hook, there alone, saw each module of the model."""
+    """Count how often each kind of global hook, registered alone, sees each module of the model in ``step``."""
     names = {module: name for name, module in model.named_modules()}
     seen: Counter[tuple[str, str]] = Counter()
     for kind, register in REGISTER.items():

@@ -1,8 +1,9 @@
-"""How many bytes a GPU has under way of a kernel at once, from its machine code: too few, and memory waits.
+"""Compute from a kernel's machine code how many bytes it has in flight; with too few it cannot saturate the memory.
 
-What a multiprocessor needs for all of its bandwidth is CUB's `arch_to_min_bytes_in_flight`. What a thread has under way
-is read off the code in its order, a lower bound where it branches: a load ends where its register is used, an
-asynchronous copy where it is waited for. How many threads there are at once, registers and shared memory say.
+The bytes that a multiprocessor needs in flight for its full bandwidth are CUB's `arch_to_min_bytes_in_flight`. Those of
+one thread are read off the code in program order, which is a lower bound where the code branches: a load ends where its
+register is used, an asynchronous copy where it is waited for. The number of resident threads follows from registers and
+shared memory.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import re
 from collections import deque
 
-NEEDED = 48 << 10  # bytes a multiprocessor, of an H200
+NEEDED = 48 << 10  # bytes in flight per multiprocessor, on an H200
 MULTIPROCESSORS = 132  # of an H200
-# of a multiprocessor of compute capability 9.0
+# Limits of a multiprocessor of compute capability 9.0; shared memory in bytes, SHARED_OF_SYSTEM reserved per block.
 REGISTERS, WARPS, BLOCKS, SHARED, SHARED_OF_SYSTEM = 65536, 64, 32, 228 << 10, 1 << 10
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
@@ -20,16 +21,16 @@ REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
 
 
 def width(opcode: str) -> int:
-    """The bytes that a thread loads or stores by one instruction of the machine code."""
+    """Return the bytes that a thread loads or stores by one machine instruction."""
     bits = [int(number) for number in re.findall(r"\.[USF]?(256|128|64|16|8)\b", opcode)]
     return max(bits, default=32) // 8
 
 
 def outstanding(code: str) -> int:
-    """The most bytes of global memory that a thread has asked for, and does not have yet."""
+    """Return the most bytes of global memory that a thread has in flight at any instruction."""
     most = 0
     loads: list[tuple[set[int], int]] = []  # (registers that it fills, bytes)
-    copies: deque[int] = deque([0])  # of each group, the last one open
+    copies: deque[int] = deque([0])  # bytes of each group of asynchronous copies; the last group is still open
     for opcode, operands in INSTRUCTION.findall(code):
         named = [(int(number), bool(wide)) for number, wide in REGISTER.findall(operands)]
         if opcode.startswith("LDGSTS"):
@@ -46,7 +47,7 @@ def outstanding(code: str) -> int:
             first = named[0][0]
             target = set(range(first, first + max(1, size // 4)))
             used |= target
-        elif re.match(r"ST[GS]\b", opcode) and named:  # what is stored comes last
+        elif re.match(r"ST[GS]\b", opcode) and named:  # the stored register is the last operand
             used |= set(range(named[-1][0], named[-1][0] + max(1, size // 4)))
         loads = [load for load in loads if not load[0] & used]
         if target:
@@ -56,13 +57,13 @@ def outstanding(code: str) -> int:
 
 
 def resident(registers: int, warps: int, shared: int) -> int:
-    """How many blocks a multiprocessor runs at once."""
+    """Return how many blocks are resident on a multiprocessor."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // warps
     return min(by_registers, WARPS // warps, BLOCKS, SHARED // (shared + SHARED_OF_SYSTEM))
 
 
 def in_flight(code: str, registers: int, warps: int, shared: int, programs: int) -> int:
-    """The bytes that a multiprocessor of an H200 has under way, where so many programs run on all of them."""
+    """Return the bytes in flight per multiprocessor of an H200, for a launch of ``programs`` programs."""
     blocks = min(resident(registers, warps, shared), programs / MULTIPROCESSORS)
     return int(blocks * warps * 32 * outstanding(code))

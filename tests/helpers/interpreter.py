@@ -1,9 +1,11 @@
-"""Repairs of Triton's interpreter, without which a kernel that is right on a GPU fails here, or a wrong one passes.
+"""Repair Triton's interpreter, so that it accepts and rejects the same kernels as a GPU, and speed it up.
 
-It truncates float32 to bfloat16, where every GPU rounds to nearest even, and it drops device-side assertions, also
-where a launch asks for them. What took most of its time is left out: preparing all of triton.language for each call of
-a function, where once per launch will do, making the types of tiles anew for each operator, and looking for overflows
-in launches that drop what is found.
+Two faults are repaired. The interpreter truncates float32 to bfloat16, where every GPU rounds to nearest even. It drops
+device-side assertions even where a launch asks for them.
+
+Three costs are avoided, which took most of its time: preparing all of triton.language for each call of a function
+instead of once per launch; creating the types of tiles for each operator; and looking for overflows in launches that
+ignore the result.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Convert to and from bfloat16 exactly, heed the debug mode of a launch, and be quicker, in this process."""
+    """Repair the interpreter in this process: exact bfloat16, assertions in debug launches, less overhead."""
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
@@ -40,7 +42,7 @@ def repair() -> None:
 
     interpreter._patch_lang = prepare_once
 
-    kept = functools.cache(interpreter._get_np_dtype)  # which makes a table of all dtypes for each question
+    kept = functools.cache(interpreter._get_np_dtype)  # the original builds a table of all dtypes at each call
     pointers = np.dtype(np.uint64)
     interpreter._get_np_dtype = lambda kind: pointers if kind.scalar.is_ptr() else kept(kind.scalar)
 
@@ -80,12 +82,12 @@ def repair() -> None:
         prepared.clear()
         asked = {name: kwargs[name] for name in ("debug", "sanitize_overflow") if name in kwargs}
         launch = dataclasses.replace(options, **asked)
-        heeded = launch.debug and launch.sanitize_overflow  # an overflow is an assertion, and dropped without debug
+        heeded = launch.debug and launch.sanitize_overflow  # overflows are reported by assertions, so only in debug
         interpreter.interpreter_builder.options = dataclasses.replace(launch, sanitize_overflow=heeded)
         try:
             return execute(self, *args, **kwargs)
         except interpreter.InterpreterError as error:
-            raise RuntimeError(str(error)) from error  # what torch raises where an assertion on a device fails
+            raise RuntimeError(str(error)) from error  # torch's type for a failed device-side assertion
 
     interpreter.GridExecutor.__call__ = with_options
 

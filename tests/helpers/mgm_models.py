@@ -1,6 +1,6 @@
-"""A small Mini-Gemini with the classes and the methods of dvlab-research/MGM, as far as a patch replaces or calls them.
+"""A small Mini-Gemini with those classes and methods of dvlab-research/MGM that a patch replaces or calls.
 
-The methods do what upstream's do, with keys and values of every pixel: they are the oracle of what replaces them.
+The methods compute what upstream's do, with keys and values of every pixel. They are the oracle of the replacements.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class CLIPVisionTower(nn.Module):
 
 
 class AuxTower(nn.Module):
-    """Gives a map of ``SCALE`` pixels for each patch."""
+    """Returns a map with ``SCALE`` pixels along each side of a patch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(3, AUX, 3, padding=1)
 
     def forward(self, images_aux: Tensor) -> Tensor:
-        return self.convolution(images_aux) + 1.0  # pixels whose mean is not zero
+        return self.convolution(images_aux) + 1.0  # so that the mean of a pixel is not zero
 
 
 class MGMMetaModel(nn.Module):
@@ -135,7 +135,7 @@ class MGMLlamaForCausalLM(nn.Module, MGMMetaForCausalLM):
         return self.encode_images(images, images_aux)
 
     def inputs(self, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Make pictures, or their crops, and what the map is made of."""
+        """Make pictures, or their crops, and the larger images of which the map is made."""
         grid = self.config.image_grid
         views = [grid**2 + self.config.image_global] if grid > 1 else []
         images = torch.randn(batch, *views, 3, SIDE * PATCH, SIDE * PATCH, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The tiny models, as the installed transformers has them, and what a patch does to them."""
+"""The tiny models that the installed transformers has, and which of their methods a patch replaces."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from vlmfast.patches.plan import find_sites
 from vlmfast.patches.swap import PatchedModule
 
 DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = ("torch", "native")  # on x86 both add in the order of torch's own sums
-# with images of any number and size, and with all that is asked of a patch; others only run
+BACKENDS = ("torch", "native")  # on x86 both sum in the order of torch's own sums
+# Models for which a patch is tested fully, with images of any number and size. The others are only run.
 COMMON = (*(name for name in QWEN if name != "qwen2_5_omni"), *LLAVA, "internvl", "idefics3", "smolvlm", "llama4")
 METHODS = ("_deepstack_process", "get_placeholder_mask", "inputs_merger", "pixel_shuffle")
 NORMS = ("RMSNorm", "L2Norm")
-NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")  # of classes with a known ``forward``
-# parts of Qwen's vision towers; up to transformers 4.57 a tower itself computes its positions by a method
+# Parts of the names of classes with a known ``forward``.
+NAMES = (*NORMS, "PixelShuffle", "PatchMerger", "InternVLMultiModalProjector")
+# Parts of Qwen's vision towers. Up to transformers 4.57 a tower computes its positions by a method of its own.
 TOWERS = re.compile(r"VisionAttention|Qwen.*Vision(Attention|Model|Encoder|TransformerPretrainedModel)")
-# decoder layers and gated MLPs; those of 4.57 that choose experts are not known, nor is Qwen3.5's layer that does
+# Decoder layers and gated MLPs. Mixture-of-experts layers of 4.57 are not known, nor is that of Qwen3.5.
 ALIKE = "Llama|Mistral|Gemma|Qwen2|Qwen3|Qwen2VL|Qwen2_5_VL|Qwen3VLText"
 LAYERS = re.compile(rf"({ALIKE}|Qwen3_5|Qwen3VLMoeText|Qwen3OmniMoeThinkerText)(DecoderLayer|MLP)")
 LAYERS_457 = re.compile(rf"({ALIKE})(DecoderLayer|MLP)|Qwen3VLMoeTextMLP|Qwen3OmniMoeThinkerTextMLP")
 
 
 def is_new_enough(model_type: str) -> bool:
-    """Tell whether the installed transformers takes the tiny model of that type."""
+    """Tell whether the installed transformers is new enough for the tiny model of that type."""
     return Version(transformers.__version__) >= Version(SINCE.get(model_type, "0"))
 
 
@@ -69,12 +70,12 @@ def logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def rms_norms(model: nn.Module) -> list[nn.Module]:
-    """Told by their names, so that a class that the tables forgot is found."""
+    """Return the RMSNorms by their class names, so that a class missing from the table of bodies is found."""
     return [module for module in model.modules() if any(name in type(module).__name__ for name in NORMS)]
 
 
 def _has_angles(cls: type) -> bool:
-    """Tell whether an attention of a decoder is given angles; Llama 4's are complex numbers."""
+    """Tell whether a decoder's attention takes cos and sin; Llama 4's takes complex numbers."""
     if cls.__name__ == "Llama4TextAttention":
         return False
     parameters = inspect.signature(cls.forward).parameters
@@ -82,7 +83,7 @@ def _has_angles(cls: type) -> bool:
 
 
 def replaceable(model: nn.Module) -> list[nn.Module]:
-    """Every module of a common model with a method that is replaced, told by its name as well."""
+    """Return every module of a `COMMON` model that should get a replacement, by names of classes and methods."""
 
     layers = LAYERS if Version(transformers.__version__) >= Version("5") else LAYERS_457
 
@@ -96,12 +97,12 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
 
 
 def sites_of(model: nn.Module, replacements: ModuleType) -> list[str]:
-    """Return the sites of a model that get a function of this module of vlmfast.patches."""
+    """Return the sites of a model whose replacement is a function of this module of vlmfast.patches."""
     return sorted({site.name for site in find_sites(model) if _gets(site.body and site.body.function, replacements)})
 
 
 def places_of(model: nn.Module, replacements: ModuleType) -> list[tuple[nn.Module, str]]:
-    """Each module and method that gets a function of this module of vlmfast.patches, or has got one."""
+    """Return (module, method) pairs, patched or not, whose replacement is in this module of vlmfast.patches."""
     found = [
         (module, site.method)
         for site in find_sites(model)
@@ -119,7 +120,7 @@ def _gets(function: Callable[..., Any] | None, replacements: ModuleType) -> bool
 
 
 def exact(model: nn.Module) -> dict[str, list[str]]:
-    """Leave the mergers out: each backend sums a LayerNorm in its own order; test_merger.py bounds the error."""
+    """Exclude the mergers, since each backend sums a LayerNorm in its own order; test_merger.py bounds their error."""
     return {"exclude": sites_of(model, merger)}
 
 
@@ -136,7 +137,7 @@ def state(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
 
 
 def require(backend: str) -> str:
-    """Return the backend, where it is there."""
+    """Return the name of the backend; skip the test where it is not available."""
     for function in (rms_norm, deepstack_add, place_embeddings, pixel_shuffle):
         found = function.op.backend(backend)
         if isinstance(found, str):
@@ -145,7 +146,7 @@ def require(backend: str) -> str:
 
 
 def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:
-    """Bit-equal; where sums are in another order (native beyond x86), within one rounding of the largest value."""
+    """Check bit-equality or, where sums have another order (native, not on x86), one rounding of the largest value."""
     assert got.dtype == want.dtype
     if backend == "torch" or platform.machine() == "x86_64":
         assert torch.equal(got, want)
@@ -154,7 +155,7 @@ def assert_same(got: Tensor, want: Tensor, backend: str = "torch") -> None:
 
 
 def llava_processor() -> transformers.LlavaProcessor:
-    """Make what belongs to the tiny LLaVA: a word for each of its ids, and images of 4 x 4 patches."""
+    """Make a processor for the tiny LLaVA: one word per token id, and images of 4 x 4 patches."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "describe", "this", *(f"word{number}" for number in range(57))]

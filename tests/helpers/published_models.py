@@ -1,4 +1,4 @@
-"""The published models of the benchmarks, as small as what they launch allows."""
+"""The published models of the benchmarks, made as small as possible without changing what they launch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ SMALLER_IMAGES = {
 
 
 def little(name: str) -> Published:
-    """Make the model as narrow as it is counted, with two layers and a smaller image, as its small size too."""
+    """Return the model with its "narrow" widths, few layers and a smaller image; size "small" is the same."""
     model = MODELS[name]
-    depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}  # LLaVA uses the last but one
+    # LLaVA takes the features of the last layer but one.
+    depth = {"depth": 2} if "depth" in model.vision else {"num_hidden_layers": 3}
     if "deepstack_visual_indexes" in model.vision:
         depth["deepstack_visual_indexes"] = [0, 1]
     result = dataclasses.replace(model, text={**model.text, "num_hidden_layers": 2}, vision={**model.vision, **depth})

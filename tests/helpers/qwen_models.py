@@ -1,4 +1,4 @@
-"""Tiny models of Qwen-VL whose attention is not flat, and prompts with images of several sizes."""
+"""Tiny Qwen-VL models whose attention is not uniform, and prompts with images of several sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.helpers.patches_models import tiny
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 Grid = tuple[int, int, int]
-# in patches: 24, 24, 21 and 15 visual tokens; the windows at the edges of WIDE and TALL are smaller
+# Grids in patches, of 24, 24, 21 and 15 visual tokens. Windows at the edges of WIDE and TALL are smaller.
 SMALL, BROAD, WIDE, TALL = (1, 8, 12), (1, 6, 16), (1, 6, 14), (1, 10, 6)
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Make a tiny model whose last vision block prefers some patches clearly."""
+    """Make a tiny model whose last vision block attends to some patches much more than to others."""
     model, _ = tiny(name)
     if not hasattr(model, "_prepare_position_ids_for_generation"):
         pytest.skip("visual tokens are reduced from transformers 5.17 on")
@@ -30,15 +30,15 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def inputs_of(model: Any, *rows: tuple[Grid, ...], video: Grid | None = None) -> dict[str, Tensor]:
-    """Prompts with images of these grids of patches, and a video before the images of the first one.
+    """Make prompts with images of these grids of patches; a video precedes the images of the first prompt.
 
-    Each text is longer than the one before, and shorter prompts are padded on the left.
+    Each text is longer than the one before; shorter prompts are padded on the left.
     """
     prompts = []
     for number, grids in enumerate(rows):
         ids = [1, 10] + [20] * 5 * number
         if video is not None and not number:
-            # from Qwen3-VL on, each frame has a place of its own, with a timestamp before it
+            # From Qwen3-VL on, each frame has its own run of placeholders, with a timestamp before it.
             frames, area = (
                 (1, math.prod(video)) if "qwen2" in model.config.model_type else (video[0], math.prod(video[1:]))
             )

@@ -1,7 +1,7 @@
-"""Conversations with images for every family that can reduce visual tokens, and its language model run by hand on them.
+"""Prompts with images for every model family that can reduce visual tokens, and an oracle for reduced prompts.
 
-Nothing here rewrites a batch: a prompt is a list of ids without padding, and the language model gets embeddings and
-has no cache.
+The oracle never edits a batch: a prompt is a list of ids without padding, and the language model runs on embeddings,
+without a cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vlmfast.reduce import EvenTokens, Method, ReducedImage, VisionZip
 from vlmfast.reduce.families import REDUCERS
 from vlmfast.reduce.methods import CLASSES
 
-WORD = 7  # ids from here on are words
+WORD = 7  # token ids from here on are text
 EACH_TYPE = tuple(REDUCERS)
 METHODS = (VisionZip(dominant=0.5, contextual=0.25), EvenTokens(0.25))
-EACH_METHOD = [  # for images, without those that draw other numbers for another batch
+EACH_METHOD = [  # methods for images, except those that draw other random numbers in another batch
     pytest.param(cls(*[0.5, 0.25][-len(cls.required()) :]), id=cls.__name__)
     for cls in CLASSES.values()
     if issubclass(cls, Method) and "image" in cls.takes and not hasattr(cls, "seed")
@@ -32,14 +32,14 @@ EACH_METHOD = [  # for images, without those that draw other numbers for another
 
 @dataclass
 class Talk:
-    """A model, and how to write prompts for it.
+    """A model, and how to make prompts for it.
 
     Attributes:
-        model_type: its type.
-        model: tiny and random.
-        wants_types: whether its inputs have ``mm_token_type_ids``.
-        pictures: the vision inputs of single images, of several sizes where the model takes them.
-        counts: how many placeholders each has.
+        model_type: the type of the model.
+        model: the tiny random model.
+        wants_types: whether its inputs include ``mm_token_type_ids``.
+        pictures: the vision inputs of each image, of several sizes where the model takes them.
+        counts: the number of placeholders of each image.
     """
 
     model_type: str
@@ -63,12 +63,12 @@ class Talk:
 
     @property
     def compressible(self) -> bool:
-        """Whether `vlmfast.compress_inputs` takes it: not with DeepStack and without mm_encoder_outputs."""
+        """Tell whether `vlmfast.compress_inputs` takes it: not if it has DeepStack but no mm_encoder_outputs."""
         takes_features = "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters
         return takes_features or not hasattr(self.model.base_model.language_model, "_deepstack_process")
 
     def ids(self, *parts: int) -> list[int]:
-        """Make a prompt: the image of that number for numbers below 3, and other numbers as ids of text."""
+        """Make the ids of a prompt: numbers below 3 stand for the image of that index, others are ids of text."""
         found = []
         for part in parts:
             found += [VISION_START, *[IMAGE] * self.counts[part], VISION_END] if part < 3 else [part]
@@ -91,14 +91,14 @@ class Talk:
         return self.with_types({"input_ids": ids, "attention_mask": torch.tensor(mask), **images})
 
     def with_types(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the inputs, with the token types that belong to the ids where the model wants them."""
+        """Add the token types of the ids to the inputs, where the model wants them."""
         if self.wants_types:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
         return inputs
 
 
 def _picture(model: nn.Module, inputs: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    """One image; the second one of another shape, the third of other pixels."""
+    """Make the vision inputs of one image; image 1 has another shape, image 2 other pixels."""
     if "image_grid_thw" in inputs:
         grid = [(1, 4, 4), (1, 4, 8), (1, 8, 6)][number]
         rows = pixels(48, inputs["pixel_values"].shape[1])[: grid[1] * grid[2]]
@@ -111,22 +111,22 @@ def _picture(model: nn.Module, inputs: dict[str, Tensor], number: int) -> dict[s
     return picture
 
 
-# ---- by hand ----
+# ---- the oracle ----
 
 
 @dataclass
 class ByHand:
-    """One prompt, unpadded, whose visual tokens were reduced.
+    """One reduced prompt without padding, built and run by hand.
 
     Attributes:
-        embeddings: (1, N, D).
+        embeddings: (1, N, D) embeddings of the kept columns.
         positions: (3, 1, N) with M-RoPE, else None.
-        after: the position that follows with M-RoPE.
+        after: the position that follows the prompt, with M-RoPE.
         visual: (1, N) bool, true at visual tokens.
-        levels: DeepStack's, (V, D) each.
-        columns: (N,) the columns of the full prompt that are left.
-        full: the positions (3, 1, L) of the full prompt with M-RoPE.
-        prompt: as `Talk.ids` takes it.
+        levels: the levels of DeepStack, (V, D) each.
+        columns: (N,) indexes of the kept columns in the full prompt.
+        full: (3, 1, L) positions of the full prompt, with M-RoPE.
+        prompt: the prompt as `Talk.ids` takes it.
     """
 
     talk: Talk
@@ -172,15 +172,15 @@ class ByHand:
         return cls(talk, torch.cat(rows)[None], positions, after, visual, own, left, full, prompt)
 
     def hidden(self) -> Tensor:
-        """(1, N, D): what the language model makes of it."""
+        """Return the (1, N, D) output of the language model."""
         return run(self.talk, self.embeddings, self.positions, self.visual, self.levels)
 
     def logits(self) -> Tensor:
-        """(N, V)."""
+        """Return the (N, V) logits of the short prompt."""
         return self.talk.model.lm_head(self.hidden())[0]
 
     def full_logits(self) -> Tensor:
-        """(L, V): of each token of the full prompt its own, or those of the last one before it that is left."""
+        """Return (L, V) logits for the full prompt; a removed column has those of the last kept column before it."""
         left = torch.arange(len(self.talk.ids(*self.prompt)))[:, None] >= self.columns
         return self.logits()[left.sum(1) - 1]
 
@@ -194,7 +194,7 @@ class ByHand:
         self.after += 1
 
     def greedy(self, steps: int) -> tuple[list[int], Tensor]:
-        """Return the next words (none that a second turn would read as padding or images) and their logits."""
+        """Return the next tokens and their logits; none of them is padding or a placeholder, for a second turn."""
         found, logits = [], []
         for _ in range(steps):
             logits.append(self.logits()[-1])
@@ -204,7 +204,7 @@ class ByHand:
 
 
 def rope(talk: Talk, ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
-    """(3, 1, L): the positions of M-RoPE of one whole prompt."""
+    """Return the (3, 1, L) M-RoPE positions of one full prompt."""
     base = talk.model.base_model
     names = inspect.signature(type(base).get_rope_index).parameters
     extra = {"mm_token_type_ids": (ids == IMAGE).int()} if "mm_token_type_ids" in names else {}

@@ -1,4 +1,4 @@
-"""Token reduction once more, by its rules: plain loops over float64 numbers, for one crop or image at a time."""
+"""A second implementation of token reduction, from its rules: plain float64 loops over one crop or image at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Reduced:
-    """What is left of one crop: which patches are kept, which are targets, and the merged rows."""
+    """The reduced tokens of one crop: the kept patches, the merge targets, and the merged rows."""
 
     kept: list[int]
     targets: list[int]
@@ -22,7 +22,7 @@ class Reduced:
 
 
 def zipped(hidden: Tensor, scores: Tensor, metric: Tensor, keep: int, contextual: int, merge: str) -> Reduced:
-    """VisionZip of one crop: (N, C), (N,), (N, M)."""
+    """Apply VisionZip to one crop: hidden (N, C), scores (N,), metric (N, M)."""
     worth, keys = scores.tolist(), metric.tolist()
     ranked = sorted(range(len(worth)), key=lambda i: (-worth[i], i))
     kept = sorted(ranked[:keep])
@@ -53,7 +53,7 @@ def zipped(hidden: Tensor, scores: Tensor, metric: Tensor, keep: int, contextual
 
 @dataclass
 class Tower:
-    """What a tower makes of B crops: (B, N, C), (B, N), (B, N, M), and (B, C) of the CLS token."""
+    """Outputs of a tower for B crops: hidden (B, N, C), scores (B, N), metric (B, N, M), and the (B, C) CLS token."""
 
     hidden: Tensor
     scores: Tensor
@@ -63,7 +63,7 @@ class Tower:
 
 @torch.no_grad()
 def encoded(model: nn.Module, pixels: Tensor, layer: int, has_cls: bool, dtype: torch.dtype = torch.float64) -> Tower:
-    """Make a copy of the tower with eager attention and all of its maps."""
+    """Encode pixels by a copy of the tower with eager attention, which returns its attention maps."""
     tower: Any = copy.deepcopy(model.vision_tower).to(dtype)
     tower.set_attn_implementation("eager")
     out = tower(pixels.to(dtype), output_attentions=True, output_hidden_states=True)
@@ -86,7 +86,7 @@ def encoded(model: nn.Module, pixels: Tensor, layer: int, has_cls: bool, dtype: 
 
 
 def kept_part(grid: tuple[int, int], side: int, size: tuple[int, int]) -> tuple[range, range]:
-    """Rows and columns of patches of all crops that hold a part of the image of that (height, width)."""
+    """Return the rows and columns of patches, over all crops, that hold a part of an image of size (height, width)."""
     rows, columns = grid[0] * side, grid[1] * side
     height, width = size
     if width * rows > height * columns:
@@ -96,11 +96,11 @@ def kept_part(grid: tuple[int, int], side: int, size: tuple[int, int]) -> tuple[
     return range(rows), range(border, columns - border)
 
 
-Token = tuple[int, int] | str  # (crop, patch), or what else
+Token = tuple[int, int] | str  # (crop, patch), or the name of another row
 
 
 def model_order(grid: tuple[int, int] | None, side: int, size: tuple[int, int]) -> list[Token]:
-    """Return the tokens of an unpruned image; without a grid it was not cut into crops."""
+    """Return the tokens of an unreduced image in the model's order; without a grid the image has no crops."""
     tokens: list[Token] = [(0, patch) for patch in range(side * side)]
     if grid is None:
         return [*tokens, "newline"]
@@ -113,7 +113,7 @@ def model_order(grid: tuple[int, int] | None, side: int, size: tuple[int, int]) 
 
 
 def published_order(grid: tuple[int, int], side: int, crops: list[Reduced]) -> list[Token]:
-    """VisionZip's: names of rows, "cls", a kept (crop, patch), or a merged one as "crop merged number"."""
+    """Return VisionZip's order of tokens: "cls", a kept (crop, patch), "crop merged number", or the name of a row."""
     tokens: list[Token] = ["0 cls", *((0, patch) for patch in crops[0].kept)]
     tokens += [f"0 merged {c}" for c in range(len(crops[0].targets))]
     for y in range(grid[0] * side):

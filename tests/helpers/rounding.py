@@ -1,4 +1,4 @@
-"""The error that an op may have: that of the definition in the same dtype, and one rounding of the output."""
+"""The error bound of ops: the error of the definition in the same dtype, plus one rounding of the output."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def largest(t: torch.Tensor) -> torch.Tensor:
 
 
 def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bool = False) -> None:
-    """Check that a row's error is at most that of the reference in this dtype, 5 %, and one rounding of the output.
+    """Check that each row's error is at most 1.05 times the reference's in this dtype plus one rounding of the output.
 
-    Where terms cancel almost wholly, what is left is noise of the float32 arithmetic: one of its roundings, of the
-    largest number of all outputs, is allowed too; four where a matmul and an activation follow it, and of 1 at
-    least: GELU makes -0.17 or less of all that is negative, but not of its error.
+    Where terms cancel almost completely, the result is noise of float32 arithmetic. So one float32 rounding of the
+    largest output is allowed as well, or four where a matmul and an activation follow (``composed``). For these the
+    largest output counts as at least 1, because GELU shrinks negative numbers to a magnitude of at most 0.17, but not
+    their error.
     """
     scale = max((float(e.abs().max()) for e in exact if is_float(e) and e.numel()), default=0.0)
     noise = torch.finfo(torch.float32).eps * (4 * max(1.0, scale) if composed else scale)
@@ -34,7 +35,7 @@ def assert_within(got: Tensors, reference: Tensors, exact: Tensors, composed: bo
             assert torch.equal(g, e)
         elif g.numel():
             info = torch.finfo(g.dtype)
-            rounding = info.eps * largest(e).clamp(min=info.smallest_normal)  # subnormals are evenly spaced
+            rounding = info.eps * largest(e).clamp(min=info.smallest_normal)  # subnormals have constant spacing
             budget = 1.05 * largest(r.double() - e) + rounding + noise
             excess = (g.double() - e).abs() - budget
             assert excess.max() <= 0, f"error {excess.max():.3g} over the budget"

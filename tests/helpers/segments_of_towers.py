@@ -1,4 +1,4 @@
-"""Attention of vision towers alone, with no more than its body reads, and segments of many lengths."""
+"""Stand-alone attention modules of vision towers, and inputs with segments of many lengths."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def attention_of(name: str = QWEN, implementation: str = "sdpa", head_dim: int = HEAD_DIM) -> Any:
-    """An attention with no more than what its body reads."""
+    """Make an attention module that has only the attributes that its forward reads."""
     folder, class_name = name.split(".")
     try:
         cls = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), class_name)
@@ -56,7 +56,7 @@ def attention_of(name: str = QWEN, implementation: str = "sdpa", head_dim: int =
 
 
 def inputs_of(lengths: list[int], dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM) -> dict[str, Any]:
-    """What a block gives: tokens, ends of segments, cosines and sines."""
+    """Make the arguments that a block passes: tokens, ``cu_seqlens``, cos and sin."""
     torch.manual_seed(sum(lengths))
     angles = torch.randn(sum(lengths), head_dim // 2).repeat(1, 2)
     return {
@@ -67,7 +67,7 @@ def inputs_of(lengths: list[int], dtype: torch.dtype = torch.float32, head_dim: 
 
 
 def results(module: Any, inputs: dict[str, Any]) -> list[Tensor]:
-    """The output and the gradients of the input and of every weight."""
+    """Return the output and the gradients of the input and of every weight."""
     leaf = inputs["hidden_states"].detach().clone().requires_grad_()
     output = module(**{**inputs, "hidden_states": leaf})
     grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)

@@ -1,7 +1,7 @@
-"""What Triton's JIT would compile for a launch on a GPU that this machine does not have.
+"""Find out what Triton's JIT would compile for a launch on a GPU that this machine does not have.
 
-The JIT's own code says it: which arguments are constants, which pointers are multiples of 16 bytes and, on AMD, which
-tensors are smaller than 2 GB. It also runs under Triton's interpreter, whose functions are none of the JIT's.
+The JIT's own code decides: which arguments are constants, which pointers are multiples of 16 bytes and, on AMD, which
+tensors are smaller than 2 GB. The helpers work under Triton's interpreter too, where kernels are no ``JITFunction``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TARGETS |= {f"sm_{n}": GPUTarget("cuda", n, 32) for n in CUDA}
 
 
 class Unaligned(MockTensor):
-    """A tensor of some dtype that begins at no multiple of 16 bytes, for `source_of`."""
+    """A tensor whose address is no multiple of 16 bytes, for `source_of`."""
 
     @staticmethod
     def data_ptr() -> int:
@@ -34,7 +34,7 @@ class Unaligned(MockTensor):
 
 @functools.cache
 def _binder(kernel: Any, target: str) -> tuple[JITFunction, Any, Callable[..., Any]]:
-    """Return a kernel as it is outside the interpreter, Triton's backend, and what specialises a call."""
+    """Return a kernel as a ``JITFunction``, Triton's backend for the target, and the binder that specialises a call."""
     interpreted = not isinstance(kernel, JITFunction)
     function = JITFunction(kernel.fn, do_not_specialize=kernel.kwargs["do_not_specialize"]) if interpreted else kernel
     backend = make_backend(TARGETS[target])
@@ -42,7 +42,7 @@ def _binder(kernel: Any, target: str) -> tuple[JITFunction, Any, Callable[..., A
 
 
 def key_of(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], target: str = "sm_90") -> str:
-    """Return what tells the kernels apart that are compiled of one source: the JIT's own key."""
+    """Return the JIT's own cache key, which differs between the specialisations of one kernel."""
     _, _, binder = _binder(kernel, target)
     _, specialisation, _ = binder(**arguments)
     return f"{specialisation} {sorted(options.items())}"
@@ -51,7 +51,8 @@ def key_of(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], targ
 def source_of(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource:
     """Return the specialisation that the JIT would make of these arguments for a GPU.
 
-    Tensors on the meta device lie at multiples of 16 bytes, as torch's allocations and row views of 16 bytes do.
+    Tensors on the meta device count as aligned to 16 bytes, as torch's allocations are, and views that start at a row
+    of a multiple of 16 bytes.
     """
     function, backend, binder = _binder(kernel, target)
     bound, specialisation, options = binder(**arguments)
@@ -61,7 +62,7 @@ def source_of(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource:
 
 @contextmanager
 def launched(execute: bool = True) -> Iterator[list[tuple[Any, str]]]:
-    """Record (kernel, `key_of`) of each launch inside the block, and carry it out or not."""
+    """Record (kernel, `key_of`) of each launch in the block; with ``execute=False`` the launches do not run."""
     from triton.runtime.interpreter import InterpretedFunction
 
     found: list[tuple[Any, str]] = []

@@ -1,4 +1,4 @@
-"""Which of the values that a test runs with are left to `make test-thorough`, because others run the same code."""
+"""Choose the test parameters that only `make test-thorough` runs, because others exercise the same code."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-INTERPRETED = (("cpu", "triton"), ("cpu", "emulated"))  # where a call takes up to a second
-# Types of which each body is in another type too, as a test of the models says, and whose visual tokens are reduced as
-# those of another.
+INTERPRETED = (("cpu", "triton"), ("cpu", "emulated"))  # (device, backend) where a call takes up to a second
+# Model types that add nothing: another type has each of their bodies (a test of the models checks this) and reduces its
+# visual tokens in the same way.
 REPEATED = {
     *("aria", "cohere2_vision", "deepseek_vl", "ernie4_5_vl_moe", "exaone4_5", "florence2", "fuyu", "gemma"),
     *("gemma3_text", "gemma3n_text", "glm46v", "glm4v_moe", "glm_ocr", "got_ocr2", "idefics2", "instructblip"),
@@ -26,7 +26,7 @@ def first_of(values: Iterable[Any]) -> list:
 
 
 def is_thorough(item: pytest.Item) -> bool:
-    """Tell whether a test is of a repeated type, or runs an interpreter in another dtype than bfloat16."""
+    """Tell whether a test is of a `REPEATED` type, or runs an interpreter in a dtype other than bfloat16."""
     given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     if given.get("model_type") in REPEATED:
         return True

@@ -1,4 +1,4 @@
-"""Tiny models that take images as maps of pixels: LLaVA, those that shuffle pixels, and others."""
+"""Tiny models that take images as maps of pixels: LLaVA, models with a pixel shuffle, and others."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ OTHERS = {
     ),
     "emu3": partial(
         parts.images,
-        image_tokens=4 * 5,  # with a row end
+        image_tokens=4 * 5,  # 4 rows of 4 patches and a row end
         shape=(2, 3, 8, 8),
         inputs={"image_sizes": torch.tensor([[8, 8], [8, 8]])},
         text_config=text(attention_dropout=0.0),

@@ -1,4 +1,4 @@
-"""Parts of tiny random models and hand-built inputs: no download, no processor, a fraction of a second."""
+"""Parts of tiny random models and hand-built inputs, which need no download and no processor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Built = tuple[nn.Module, dict[str, Any]]  # a model and its inputs
 
 
 def text(**config: Any) -> dict[str, Any]:
-    """Configure a language model of two layers and four heads of 16 channels."""
+    """Make the configuration of a language model with two layers and four heads of 16 channels."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -43,7 +43,7 @@ def text(**config: Any) -> dict[str, Any]:
 
 
 def vision(**config: Any) -> dict[str, Any]:
-    """Configure a vision tower of two layers that turns an image of 28 x 28 into 4 x 4 patches."""
+    """Make the configuration of a vision tower with two layers and 4 x 4 patches per image of 28 x 28 pixels."""
     return {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -56,7 +56,7 @@ def vision(**config: Any) -> dict[str, Any]:
 
 
 def qwen3_vision(**config: Any) -> dict[str, Any]:
-    """Configure the vision tower of Qwen3-VL and Qwen3.5."""
+    """Make the configuration of the vision tower of Qwen3-VL and Qwen3.5."""
     return {
         "depth": 2,
         "hidden_size": 32,
@@ -70,7 +70,7 @@ def qwen3_vision(**config: Any) -> dict[str, Any]:
 
 
 def mrope(sections: list[int], **config: Any) -> dict[str, Any]:
-    """Configure multimodal rotary embeddings, in the notation that every supported transformers reads."""
+    """Make the configuration of M-RoPE, in keys that every supported transformers reads."""
     return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", "mrope_section": sections, **config}}
 
 
@@ -89,8 +89,8 @@ def model(model_type: str, **config: Any) -> nn.Module:
 def randomised(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model in evaluation mode, the same at each call.
 
-    One-dimensional parameters are moved off their initial ones and zeros, which would hide a weight that is not used,
-    and so are matrices of zeros; others are made larger, so that every layer leaves a trace in the output.
+    One-dimensional parameters are moved off their initial ones and zeros, which would hide an unused weight, and so are
+    matrices of zeros. Other parameters are enlarged, so that every layer affects the output.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def randomised(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def prompts(image_tokens: int) -> dict[str, Tensor]:
-    """Write two prompts of one image each, which differ in their text."""
+    """Make two prompts with one image each and different text."""
     before, image, after = [1, 10, VISION_START], [IMAGE] * image_tokens, [VISION_END, 11, 12, 13]
     ids = torch.tensor([before + image + after, before + image + [VISION_END, 14, 15, 16]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -143,22 +143,22 @@ def images(
     inputs: dict[str, Tensor] | None = None,
     **config: Any,
 ) -> Built:
-    """Build a model that takes one image for each prompt, by default of 28 x 28."""
+    """Build a model that takes one image per prompt, by default of 28 x 28 pixels."""
     return with_images(model(model_type, **config), image_tokens, shape, inputs or {})
 
 
 def patches(model_type: str, values: int = 3 * 2 * 4 * 4, image_tokens: int = 4, **config: Any) -> Built:
-    """Build a model that takes images as rows of patches: here 4 x 4 patches for each prompt, of so many values."""
+    """Build a model that takes images as rows of patches: 4 x 4 patches of ``values`` numbers per prompt."""
     return images(model_type, image_tokens, (2 * 16, values), GRID, **config)
 
 
 def qwen(model_type: str, **config: Any) -> Built:
-    """Build a Qwen-VL model or one that names its tokens alike."""
+    """Build a Qwen-VL model, or one whose special tokens have the same names."""
     return patches(model_type, **config, **QWEN_TOKENS)
 
 
 def llava(model_type: str, language: str, **config: Any) -> Built:
-    """Build a LLaVA on CLIP."""
+    """Build a LLaVA with a CLIP tower."""
     return images(
         model_type,
         image_tokens=16,
@@ -170,7 +170,7 @@ def llava(model_type: str, language: str, **config: Any) -> Built:
 
 
 def llava_tiles(model_type: str, language: str, tower: str = "clip_vision_model", **config: Any) -> Built:
-    """Build a LLaVA that takes a thumbnail and two tiles, with a learned row end after each row of patches."""
+    """Build a LLaVA that takes a thumbnail and two crops, with a learned newline after each row of patches."""
     result = model(
         model_type,
         text_config=text(model_type=language),
@@ -183,7 +183,7 @@ def llava_tiles(model_type: str, language: str, tower: str = "clip_vision_model"
 
 
 def idefics(model_type: str, language: str, **config: Any) -> Built:
-    """Build an Idefics or SmolVLM, which take a list of images for each prompt."""
+    """Build an Idefics or SmolVLM model, which takes a list of images per prompt."""
     return images(
         model_type,
         shape=(2, 1, 3, 28, 28),

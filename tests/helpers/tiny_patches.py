@@ -49,7 +49,7 @@ AUDIO_TOWER = {
 
 
 def thinker(name: str, **config: Any) -> Built:
-    """Build the thinker of Qwen-Omni, the part that the others follow."""
+    """Build the thinker of Qwen-Omni, its vision-language model."""
     cls = getattr(transformers, f"{name}ThinkerForConditionalGeneration")
     found = cls.config_class(**config, **parts.QWEN_TOKENS, audio_token_id=AUDIO)
     return parts.with_images(parts.randomised(lambda: cls._from_config(found)), 4, (2 * 16, 3 * 2 * 4 * 4), parts.GRID)
@@ -205,7 +205,7 @@ IN_PATCHES = {
     "hunyuan_vl": partial(
         parts.patches,
         values=3 * 7 * 7,
-        image_tokens=2 * 3 + 2,  # with a row end, and a token before and behind
+        image_tokens=2 * 3 + 2,  # 2 rows of 2 patches and a row end, and a token before and after the image
         text_config=text(head_dim=16, rope_parameters={**ROPE, "mrope_section": [2, 2, 2, 2]}),
         vision_config=vision(out_hidden_size=64, text_hidden_size=64, max_image_size=28),
         image_token_id=IMAGE,

@@ -1,4 +1,4 @@
-"""A tiny model of each type: model type -> what builds it with its inputs, given that type."""
+"""Tiny models of each type: model type -> the function that builds the model and its inputs, given the type."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ TINY_LANGUAGE: dict[str, Callable[[str], Built]] = {
     "helium": partial(language_model, head_dim=16),
     "nanochat": language_model,
 }
-SINCE = {  # the first transformers that takes these inputs or this configuration, or has a body that is known
+SINCE = {  # the first transformers that takes these inputs or this configuration, or has a known body
     "emu3": "5",
     "fuyu": "5.23",
-    "gemma3n_text": "5",  # before, its norm divides by a square root
+    "gemma3n_text": "5",  # earlier, its norm divides by a square root: another body
     "perception_lm": "5.23",
     "video_llava": "5.23",
 }
@@ -50,7 +50,7 @@ def build(model_type: str, **config: Any) -> Built:
 
 
 def deep(model_type: str, layers: int) -> Built:
-    """Build it with so many layers in its language model, none of which has a sliding window."""
+    """Build a tiny model whose language model has this many layers, none with a sliding window."""
     builder: Any = TINY[model_type]
     config = builder.keywords.get("text_config")
     if config is not None:

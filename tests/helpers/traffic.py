@@ -1,17 +1,16 @@
-"""The bytes that a call's kernels move and the launches that it makes: counted under Triton's interpreter and under
-the CUDA emulation, where every load and store is seen.
+"""Count the launches of a call and the bytes that its kernels move, where every load and store can be seen.
 
     TRITON_INTERPRET=1 python -m tests.helpers.traffic > traffic.json
 
-Two counts. What a sceptic asks of a memory-bound kernel is the first, what a cache may hide is in the second:
+The calls run under Triton's interpreter and under the CUDA emulation. There are two counts:
 
-* `distinct`: each byte of global memory once per launch for loads and once for stores. That is what DRAM sees where
-  a cache holds what a launch reads again (a weight that every row is multiplied by). What one launch writes and the
-  next one reads (indexes, partial sums) counts both times, and so does an input that two launches read.
-* `requested`: the bytes of every lane that a mask lets through, each time. A row that is read twice counts twice, and a
-  number that eight threads read eight times.
+* `distinct` counts each byte of global memory once per launch for loads and once for stores. This is what DRAM sees if
+  a cache holds what a launch reads again, such as a weight that multiplies every row. Bytes that one launch writes and
+  the next one reads (indexes, partial sums) count both times, and so does an input that two launches read.
+* `requested` counts the bytes of every unmasked lane each time. A row that is read twice counts twice, and a number
+  that eight threads read counts eight times.
 
-On a GPU a load takes whole sectors of 32 bytes: rows that fill none are not looked at here.
+A GPU loads whole sectors of 32 bytes. Rows that do not fill a sector are counted as if it did not.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
 
 BACKENDS = ("triton", "emulated")
-ENOUGH = 1e6  # bytes of a call, for which what is done once per launch does not matter
+ENOUGH = 1e6  # bytes of a call, so many that the fixed accesses of a launch do not matter
 BOUND_BY_MEMORY = [op for op in OPS.values() if op.cases.compute_bound is None]
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a call moves."""
+    """The bytes that a call moves, and its launches."""
 
     launches: int
     distinct: int
@@ -52,9 +51,9 @@ class Traffic:
 
 
 def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
-    """Return a real shape of the op in bfloat16 that is large enough, and its arguments; the largest if none is.
+    """Return the label and arguments of a bfloat16 workload that moves `ENOUGH` bytes, or of the largest one.
 
-    If the first image of a batch is enough, it stands for all: Triton's interpreter would take a minute for five.
+    If the first image of a batch is enough, only that one is used: Triton's interpreter would take a minute for five.
     """
     label, args = "", ()
     for label, args in op.cases.workloads("cpu", torch.bfloat16):
@@ -68,12 +67,12 @@ def workload(op: Op) -> tuple[str, tuple[Any, ...]]:
 
 
 def has_kernels(op: Op, backend: str) -> bool:
-    """Whether there is anything to count."""
+    """Tell whether the op has kernels on the backend whose traffic can be counted."""
     return backend != "emulated" or (build.CSRC / op.family / "cuda.cu").exists()
 
 
 def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
-    """Run one call on a backend, and count."""
+    """Run one call on a backend, and count its traffic."""
     return {"triton": _interpreted, "emulated": _emulated}[backend](op, args)
 
 
@@ -101,7 +100,7 @@ def _counters(library: ctypes.CDLL) -> list[int]:
 
 
 class _Launch:
-    """The bytes of one launch's tensors, each loaded or not, stored or not."""
+    """Which bytes of its tensors one launch has loaded and stored."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
@@ -113,12 +112,12 @@ class _Launch:
         self.requested = 0
 
     def access(self, kind: str, pointers: Any, mask: np.ndarray) -> None:
-        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1  # a bool is a byte
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1  # a bool has one bit and takes a byte
         addresses = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.int64)
         self.requested += size * addresses.size
         if addresses.size == 0:
             return
-        breaks = np.flatnonzero(np.diff(addresses) != size)  # few, as lanes mostly lie side by side
+        breaks = np.flatnonzero(np.diff(addresses) != size)  # few: neighbouring lanes mostly have adjacent addresses
         first, last = addresses[np.concatenate([[0], breaks + 1])], addresses[np.concatenate([breaks, [-1]])]
         owner = np.searchsorted(self.begin, first, side="right") - 1
         assert (owner >= 0).all(), "an access before all tensors"
@@ -132,7 +131,7 @@ class _Launch:
 
 @contextmanager
 def watched() -> Iterator[list[_Launch]]:
-    """Record what the launches inside the block touch."""
+    """Record the accesses of each launch in the block."""
     from triton.runtime import interpreter
 
     launches: list[_Launch] = []
@@ -157,7 +156,7 @@ def watched() -> Iterator[list[_Launch]]:
 
     with (
         mock.patch.object(interpreter.GridExecutor, "__call__", launch),
-        watch("create_masked_load", ("loaded",), 1),  # those without a mask end there too
+        watch("create_masked_load", ("loaded",), 1),  # loads without a mask end there too
         watch("create_masked_store", ("stored",), 2),
         watch("create_atomic_rmw", ("loaded", "stored"), 3),
         watch("create_atomic_cas", ("loaded", "stored"), None),
@@ -172,12 +171,12 @@ def _interpreted(op: Op, args: tuple[Any, ...]) -> Traffic:
 
 
 def total(launches: list[_Launch]) -> Traffic:
-    """Of all launches together."""
+    """Return the sums over all launches."""
     return Traffic(len(launches), sum(one.distinct() for one in launches), sum(one.requested for one in launches))
 
 
 def main() -> None:
-    """Write what every memory-bound op moves, as JSON: ratios are to `op.cases.bytes`."""
+    """Write the traffic of every memory-bound op as JSON, as ratios to `op.cases.bytes`."""
     from tests.helpers import interpreter
 
     interpreter.repair()

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def kernel(x_ptr, flag_ptr, y_ptr, total_ptr, count, BLOCK: tl.constexpr):
-    """Y = x where the flag is true, read twice; the programs counted."""
+    """Store y = x where the flag is true, loading x twice, and count the programs in ``total_ptr``."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = position < count
     flag = tl.load(flag_ptr + position, mask=mask, other=False)

@@ -1,4 +1,4 @@
-"""Turns of a conversation with a tiny model: its answer, the cache of a prompt, what is asked next."""
+"""Turns of a conversation with a tiny model: its answer, the cache of a prompt, and the inputs of the next turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONS |= {"return_dict_in_generate": True, "output_logits": True, "eos_token_i
 
 
 def answer(talk: Talk, inputs: dict[str, Any], **more: Any) -> tuple[Any, Tensor]:
-    """Return what generate does, and its logits (B, steps, V)."""
+    """Return the output of ``generate`` and its logits (B, steps, V)."""
     output = talk.model.generate(**inputs, **{**OPTIONS, **more})
     return output, torch.stack(output.logits, 1)
 
@@ -28,6 +28,6 @@ def prefilled(talk: Talk, inputs: dict[str, Any]) -> Any:
 
 
 def second_turn(talk: Talk, output: Any) -> dict[str, Any]:
-    """Return the inputs of a turn after that answer: all ids so far, and two more."""
+    """Return the inputs of the turn after an answer: all ids so far and two more."""
     ids = torch.cat([output.sequences, torch.full((len(output.sequences), 2), 12)], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,4 +1,4 @@
-"""Prompts of tiny Qwen-VL models with images and videos, and what is left of them, told column by column."""
+"""Prompts of tiny Qwen-VL models with images and videos, and which of their columns a reduction keeps."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.helpers import tiny_models as parts
 from vlmfast.reduce import ReducedImage
 
 Grid = tuple[int, int, int]
-Part = int | Grid | list[Grid]  # a word, the grid of an image in patches, or [that of a video]
-# in patches: 4 frames of 24 tokens, 3 of 15, 1 of 24
+Part = int | Grid | list[Grid]  # a text token, the grid of an image in patches, or a list with the grid of a video
+# Grids in patches: 4 frames of 24 visual tokens, 3 frames of 15, 1 frame of 24.
 LONG, TALL, STILL = [(4, 8, 12)], [(3, 10, 6)], [(1, 6, 16)]
 IMAGE = (1, 6, 14)
 ROWS: tuple[Sequence[Part], ...] = ((10, IMAGE, 11, LONG, 12, 13), (14, TALL, 15, LONG, 16), (17, IMAGE, 18), (19, 20))
 
 
 def separate(model: Any) -> bool:
-    """Whether each frame has a run of placeholders of its own, behind a timestamp: from Qwen3-VL on."""
+    """Tell whether each frame has its own run of placeholders behind a timestamp, as from Qwen3-VL on."""
     return "qwen2" not in model.config.model_type
 
 
 def ids_of(model: Any, prompt: Sequence[Part]) -> list[int]:
-    """Write a prompt."""
+    """Make the ids of a prompt."""
     ids = [1]
     for part in prompt:
         if isinstance(part, int):
@@ -69,14 +69,14 @@ def inputs_of(model: Any, *prompts: Sequence[Part]) -> dict[str, Tensor]:
 
 
 def axes_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """(3, B, L): the positions of the full prompt, as the model itself counts them."""
+    """Return the (3, B, L) positions of the full prompt, by the model's own method."""
     names = inspect.signature(model.base_model.get_rope_index).parameters
     found: Tensor = model.base_model.get_rope_index(**{k: v for k, v in inputs.items() if k in names})[0]
     return found
 
 
 def left_of(ids: Tensor, images: Sequence[ReducedImage], videos: Sequence[ReducedImage]) -> Tensor:
-    """(B, L) bool: the columns that are no placeholder, or one that stays; padding counts as one that stays."""
+    """Return a (B, L) bool mask of the columns that remain: all but the removed placeholders; padding remains."""
     waiting = {parts.IMAGE: _flags(images), parts.VIDEO: _flags(videos)}
     rows = [[waiting[token].pop(0) if token in waiting else True for token in row] for row in ids.tolist()]
     assert not any(waiting.values())

@@ -1,4 +1,4 @@
-"""EVS and V-CAST once more, by their rules: plain loops over float64 numbers, for one video at a time."""
+"""Second implementations of EVS and V-CAST, from their rules: plain float64 loops over one video at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cosine(one: Row, other: Row) -> float:
 
 
 def evs(rows: Tensor, keep: int | float) -> list[int]:
-    """(T, n, D) -> the kept of T * n, ascending."""
+    """Return the indexes that EVS keeps of the T * n tokens of (T, n, D) rows, ascending."""
     frames: list[list[Row]] = rows.double().tolist()
     count = len(frames[0])
     total = keep * len(frames) if isinstance(keep, int) else int(keep * len(frames) * count)
@@ -33,7 +33,7 @@ def evs(rows: Tensor, keep: int | float) -> list[int]:
 
 
 def curvatures(rows: Tensor) -> list[float]:
-    """(T, n, D) -> of each frame."""
+    """Return the curvature of each frame of (T, n, D) rows."""
     frames: list[list[Row]] = rows.double().tolist()
     means = [[math.fsum(channel) / len(frame) for channel in zip(*frame, strict=True)] for frame in frames]
     units = [[x / math.sqrt(dot(mean, mean)) for x in mean] for mean in means]
@@ -43,7 +43,7 @@ def curvatures(rows: Tensor) -> list[float]:
 
 
 def quotas(rows: Tensor, total: int, remainder: str) -> tuple[list[int], int]:
-    """How many tokens each frame keeps, and how often one frame was given some of the remainder."""
+    """Return how many tokens each frame keeps, and how often a frame got a token of the remainder."""
     most = rows.shape[1]
     exponentials = [math.exp(bend / 0.7) for bend in curvatures(rows)]
     spare = total - len(exponentials)
@@ -60,7 +60,7 @@ def quotas(rows: Tensor, total: int, remainder: str) -> tuple[list[int], int]:
 
 
 def vcast(rows: Tensor, keep: int | float, remainder: str = "largest") -> list[int]:
-    """(T, n, D) -> the kept of T * n, ascending."""
+    """Return the indexes that V-CAST keeps of the T * n tokens of (T, n, D) rows, ascending."""
     frames: list[list[Row]] = rows.double().tolist()
     count = len(frames[0])
     if len(frames) == 1:

@@ -1,4 +1,4 @@
-"""The backends in turn, for the tests of one family: each module of them lists its ``FAMILY``."""
+"""A fixture that runs each test on every backend of a family; the test module names its ``FAMILY``."""
 
 from __future__ import annotations
 

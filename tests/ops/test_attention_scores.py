@@ -27,7 +27,7 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 def cls_by_the_rules(query: torch.Tensor, key: torch.Tensor, scale: float, index: int) -> torch.Tensor:
-    """In plain Python, token by token."""
+    """Compute the attention of one query in plain Python, token by token."""
     rows = []
     for q, k in zip(query.tolist(), key.tolist(), strict=True):
         maps = [softmax([scale * dot(q[h], token) for token in k[h]]) for h in range(len(q))]
@@ -95,7 +95,7 @@ def test_received_attention_by_the_rules(
 
 
 def test_every_query_gives_one(backend: str):
-    """What is received in a segment is as much as there are queries, whatever the keys."""
+    """The attention received in a segment sums to its number of queries, whatever the keys are."""
     query, key = 5 * torch.randn(3, 40, 16), torch.randn(3, 40, 16)
     bounds = [0, 7, 8, 40]
     got = vlmfast.received_attention(query, key, torch.tensor(bounds, dtype=torch.int32))
@@ -117,7 +117,7 @@ def test_images_are_independent(backend: str):
 
 
 def test_a_token_that_is_not_a_number_is_seen(backend: str):
-    """It must not look like a token without attention."""
+    """NaN must show in the result, not look like a token without attention."""
     query, key = torch.randn(1, 2, 16), torch.randn(1, 2, 40, 16)
     key[0, 1, 5, 3] = math.nan
     assert vlmfast.cls_attention(query, key).isnan().all()
@@ -126,7 +126,7 @@ def test_a_token_that_is_not_a_number_is_seen(backend: str):
 
 
 def test_the_native_kernel_stores_no_map():
-    """The highest that the memory of the process rises: a twentieth of the map would be less than that of one head."""
+    """The peak memory of the process rises by less than a twentieth of the map, which is less than one head's map."""
     require(OPS["received_attention"], "native")
     mark, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not mark.exists():
@@ -138,7 +138,7 @@ def test_the_native_kernel_stores_no_map():
 
     with vlmfast.use("native"):
         vlmfast.received_attention(query[:, :64], key[:, :64])
-        mark.write_text("5")  # the peak is what it is now
+        mark.write_text("5")  # resets the peak to the present memory
         before = kilobytes("VmRSS")
         vlmfast.received_attention(query, key)
     assert 1024 * (kilobytes("VmHWM") - before) < 0.05 * 4 * 8 * 2048**2
@@ -146,7 +146,7 @@ def test_the_native_kernel_stores_no_map():
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_native_threads_give_the_same_bits(threads: int):
-    """Also where a head has several parts, of which two threads have some each."""
+    """Also where a head is split into parts that different threads compute."""
     for op in FAMILY:
         require(op, "native")
     query, key = (torch.randn(3, 1100, 24) for _ in range(2))
@@ -171,7 +171,7 @@ def test_native_threads_give_the_same_bits(threads: int):
 
 
 def test_a_native_call_refuses_segments_that_do_not_fit():
-    """Also where nobody looked at them before: in a graph, the kernel is all there is."""
+    """The kernel itself checks them, because in a graph no check runs before it."""
     require(OPS["received_attention"], "native")
     query = torch.randn(1, 8, 4)
     for bounds in ([0, 9], [0, 8, 4, 8], [1, 8], [-1, 8], []):

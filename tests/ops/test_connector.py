@@ -1,4 +1,4 @@
-"""vlmfast.nn.PixelShuffleConnector against the modules whose weights it loads."""
+"""`vlmfast.nn.PixelShuffleConnector` against the upstream modules whose weights it loads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUT = 12
 
 
 class InternVL(InternVLMultiModalProjector):
-    """The projector of transformers, behind the shuffle that stands in another class."""
+    """The projector of transformers' InternVL, behind its shuffle, which upstream has in another class."""
 
     def __init__(self) -> None:
         vision, text = SimpleNamespace(hidden_size=WIDTH), SimpleNamespace(hidden_size=OUT)
@@ -36,7 +36,7 @@ class InternVL(InternVLMultiModalProjector):
 
 
 class Chat(nn.Sequential):
-    """``mlp1`` of InternVL's remote code, with the shuffle of one version in front."""
+    """``mlp1`` of InternVL's remote code, behind the shuffle of one version."""
 
     def __init__(self, ps_version: str):
         model = InternVLChatModel(ps_version)
@@ -50,7 +50,7 @@ class Chat(nn.Sequential):
 
 
 class Vita(nn.Sequential):
-    """The projector of VITA, on halved features."""
+    """The projector of VITA, on scaled features."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(4 * WIDTH, OUT), nn.GELU(), nn.Linear(OUT, OUT))
@@ -77,7 +77,7 @@ EACH = [
 
 
 def pair(build, options: dict, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PixelShuffleConnector, Tensor]:
-    """Upstream's module, with weights that are not those of a fresh LayerNorm, ours with the same, and features."""
+    """Make upstream's module with non-initial LayerNorm weights, ours with the same weights, and features."""
     theirs = build().to(dtype)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -89,7 +89,7 @@ def pair(build, options: dict, dtype: torch.dtype = torch.float32) -> tuple[nn.M
 
 
 def outputs_and_gradients(module: nn.Module, x: Tensor, weight: Tensor) -> list[Tensor]:
-    """The output, and what flows back to the input and to each parameter."""
+    """Return the output and the gradients of the input and of each parameter."""
     x = x.clone().requires_grad_()
     output = module(x)
     return [output.detach(), *torch.autograd.grad(output, [x, *module.parameters()], weight)]

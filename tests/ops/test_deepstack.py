@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import vlmfast
 from tests.helpers import tiny_models as tiny
 
-WIDTH = 64  # of tiny.text
+WIDTH = 64  # hidden size of the tiny language models
 PROMPT = torch.tensor([[1, 3, 3, 9, 3, 8], [0, 0, 3, 7, 3, 3]])  # the second prompt is padded on the left
 POSITIONS = PROMPT == tiny.IMAGE
 
@@ -119,7 +119,7 @@ def test_gradients(reentrant: bool | None):
 
 @torch.no_grad()
 def test_compiled_model():
-    """torch.compile does not notice hooks that come and go."""
+    """torch.compile would not notice by itself that hooks were added or removed."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
     compiled, hidden = torch.compile(model, backend="eager"), torch.randn(2, 6, WIDTH)
     plain = model(hidden)
@@ -133,7 +133,7 @@ def test_compiled_model():
 
 
 class Checkpointed(nn.Sequential):
-    """Its layers run under torch.utils.checkpoint, their hooks included."""
+    """Runs its layers, with their hooks, under torch.utils.checkpoint."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         for layer in self:
@@ -155,14 +155,14 @@ def test_compiled_and_checkpointed_model():
 
 
 class Layer(nn.Module):
-    """A layer that is called with hidden states by keyword."""
+    """A layer that takes its hidden states by keyword."""
 
     def forward(self, scale: float = 1.0, hidden_states: Tensor | None = None) -> Tensor:
         return hidden_states * scale
 
 
 class Returning(nn.Module):
-    """A layer that returns hidden states with something else behind them."""
+    """A layer that returns a tuple of the hidden states and something else."""
 
     def forward(self, hidden_states: Tensor | None = None) -> tuple:
         return hidden_states, "cache"
@@ -212,7 +212,7 @@ def test_positions_are_copied():
 
 
 def test_remove_twice(monkeypatch: pytest.MonkeyPatch):
-    """What torch.compile has traced is lost once for the hooks and once for their removal."""
+    """torch.compile is reset once when the hooks are set and once when they are removed."""
     traced = Mock()
     monkeypatch.setattr("vlmfast.deepstack_hooks.trace_anew", traced)
     layer = Layer()
@@ -243,7 +243,7 @@ def test_warns_if_nothing_was_added():
 
 
 def test_row_index_is_computed_once(monkeypatch: pytest.MonkeyPatch):
-    """Where to check it costs less than to compute it: on any device but a CPU."""
+    """It is cached on every device but a CPU, where computing it costs less than checking the cache."""
     computed, layers = Mock(wraps=vlmfast.row_index), [Layer() for _ in range(3)]
     added = Mock(wraps=vlmfast.deepstack_add)
     monkeypatch.setattr("vlmfast.deepstack_hooks.row_index", computed)
@@ -277,7 +277,7 @@ def test_vision_tower(model_type: str):
 
     config = {**tiny.vision(num_hidden_layers=8), **({"vision_use_head": False} if "siglip" in model_type else {})}
     tower = AutoModel.from_config(AutoConfig.for_model(model_type, **config)).eval()
-    tower = getattr(tower, "vision_model", tower)  # the encoder stands below it in transformers 4 and 5.17
+    tower = getattr(tower, "vision_model", tower)  # holds the encoder in transformers 4 and 5.17
     layers, pixels, half, entered = tower.encoder.layers, torch.randn(1 + 4, 3, 28, 28), 4, []
     recorder = layers[half].register_forward_pre_hook(lambda layer, args: entered.append(args[0]))
     has_cls = int("clip" in model_type)

@@ -1,4 +1,4 @@
-"""The hidden states that a model records in a `vlmfast.deepstack` are those of DeepStack's own code."""
+"""Hidden states that a model records under `vlmfast.deepstack` equal those of DeepStack's own code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def clip() -> Built:
 
 @contextlib.contextmanager
 def of_the_paper(layers: Sequence[nn.Module], levels: Tensor, positions: Tensor, start: int) -> Iterator[None]:
-    """Add in place, as both classes of DeepStack-VL do: what was recorded before has the level as well."""
+    """Add in place, as both classes of DeepStack-VL do, so that states recorded before include the level."""
 
     def adding(level: Tensor):
         def hook(layer: nn.Module, args: tuple) -> None:
@@ -55,7 +55,7 @@ def of_the_paper(layers: Sequence[nn.Module], levels: Tensor, positions: Tensor,
 @pytest.mark.parametrize("build", [llama, clip])
 @torch.no_grad()
 def test_recorded_hidden_states(build, recorded_before: bool, start: int):
-    """Also where the model has set its hooks first."""
+    """Also where the model registered its own hooks first."""
     model, layers, inputs, positions = build()
     levels = torch.randn(2, int(positions.sum()), model.config.hidden_size)
 

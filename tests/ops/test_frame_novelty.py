@@ -34,14 +34,14 @@ def test_by_the_rules(backend: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_the_same_has_not_changed(backend: str, dtype: torch.dtype):
-    """To the bit, so that of tokens that did not change the earlier one is kept."""
+    """The change of equal tokens is exactly zero, so that ties keep the earlier token."""
     frames = (torch.randn(1, 1, 9, 1160) * 3).to(dtype).repeat(2, 3, 1, 1)
     change = vlmfast.frame_change(frames)
     assert torch.equal(change, torch.zeros(2, 2, 9))
 
 
 def test_large_and_small_numbers(backend: str):
-    """Neither does the product of two sums of squares overflow, nor is that of two small ones lost."""
+    """The product of two sums of squares must not overflow, nor vanish for small numbers."""
     frames = torch.randn(1, 2, 3, 64)
     want = vlmfast.frame_change(frames), vlmfast.frame_novelty(frames)[1]
     for factor in (1e15, 1e-15):

@@ -1,4 +1,4 @@
-"""Every op on every backend against its definition. Nothing here names an op."""
+"""Every op on every backend against its definition; no test here names an op."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ INTERPRETED = ("triton", "emulated")
 
 
 def replaced(op: Op):
-    """The Hugging Face code that the op replaces, as a function; the definition where there is none."""
+    """Return the Hugging Face code that the op replaces, as a function, or the definition where there is none."""
     return op.reference if op.cases.upstream is None else lambda *args: op.cases.upstream(*args)()
 
 
 @pytest.mark.parametrize(("op", "place", "dtype"), each_place(OPS.values(), DTYPES) + each_as_compiled(DTYPES))
 def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str, str], dtype: torch.dtype):
-    """The error is no larger than the definition's, and numbers are rounded in the order of the code replaced.
+    """The error is at most the definition's, and results are rounded at the same places as in the replaced code.
 
-    A sum taken in another order flips the last bit of few elements; a rounding left out flips many. Where the op
-    replaces no module of its own, the order is the definition's.
+    Another order of a sum changes the last bit of few elements, a missing rounding that of many. Where the op replaces
+    no Hugging Face code, the definition takes its place.
     """
     device, backend = place
     upstream_sums = op.cases.upstream is not None and platform.machine() == "x86_64"
@@ -57,9 +57,9 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     same_sums &= op.cases.same_bits or backend == "torch"
     differ = total = 0
     candidates = calls(op, device, dtype)
-    if place == ("cpu", "triton"):  # whose interpreter takes a second for a call: in each dtype another layout
+    if place == ("cpu", "triton"):  # the interpreter takes a second per call, so each dtype runs another layout
         candidates = calls(op, device, dtype, [DTYPES.index(dtype)])
-        if op.compose is not None:  # what it is composed of has been run
+        if op.compose is not None:  # the tests of its parts run their kernels
             candidates = itertools.islice(op.cases.samples(device, dtype), 6)
     for args in runnable(op, backend, candidates):
         before = [a.clone() for a in args if is_tensor(a)]
@@ -76,16 +76,16 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
                 total += g.numel()
     if op.exact or same_sums:
         assert differ == 0, f"{differ} of {total} elements differ"
-    elif dtype != torch.float32:  # in float32 every sum is its own rounding
-        share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so that a float32 sum shows more often
+    elif dtype != torch.float32:  # in float32 another order of a sum changes many last bits
+        share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so another order shows more often
         assert differ <= total // share, f"{differ} of {total} elements differ"
 
 
 def spoiled(args, backend: str):
-    """A call with one number that is not finite, in each floating input, at its begin and further on."""
+    """Yield calls with one non-finite number in one of the floating inputs, at its beginning or further on."""
     values = (math.inf, -math.inf, math.nan)
     for index in (i for i, a in enumerate(args) if is_float(a) and a.numel()):
-        # an interpreter takes a second for a call
+        # An interpreter takes a second per call.
         for value, share in itertools.product(values, (0.6,) if backend in INTERPRETED else (0.0, 0.6)):
             changed = args[index].clone().contiguous()
             changed.view(-1)[int(share * (changed.numel() - 1))] = value
@@ -101,7 +101,7 @@ def result_or_error(function):
 
 @pytest.mark.parametrize(("op", "place"), [p for p in each_place(OPS.values()) if p.values[1][1] != "torch"])
 def test_what_is_not_finite_goes_where_it_does_in_the_definition(op: Op, place: tuple[str, str]):
-    """It spoils the same outputs, and is refused alike. What is moved stays what it is."""
+    """A non-finite number affects the same outputs as in the definition, or is refused alike; copies keep it."""
     device, backend = place
     most = 2 if backend in INTERPRETED else 8
     for args in (
@@ -130,7 +130,7 @@ def test_definition_equals_hugging_face(op: Op, dtype: torch.dtype):
 
 
 def gradients(function, args, grads):
-    """The gradients of the floating inputs for given gradients of the outputs (None: that output is not used)."""
+    """Return the gradients of the floating inputs, given those of the outputs (None: that output is not used)."""
     leaves = [a.detach().clone().requires_grad_() if is_float(a) else a for a in args]
     used = [(o, g) for o, g in zip(outputs(function(*leaves)), grads, strict=True) if g is not None]
     inputs = [leaf for leaf in leaves if is_float(leaf)]
@@ -139,7 +139,7 @@ def gradients(function, args, grads):
 
 
 def with_gradient(op: Op, args) -> list[int]:
-    """Which arguments the outputs are differentiable in: of some ops not all that are floating."""
+    """Return the indexes of the differentiable arguments; some ops have floating arguments that are not."""
     found = []
     for wanted in (i for i, a in enumerate(args) if is_float(a)):
         leaves = [a.detach().clone().requires_grad_(i == wanted) if is_float(a) else a for i, a in enumerate(args)]
@@ -149,13 +149,13 @@ def with_gradient(op: Op, args) -> list[int]:
 
 
 def ones(op: Op, args):
-    """A gradient of one for each output that can have one."""
+    """Make a gradient of ones for each output that is differentiable."""
     return [torch.ones_like(o) if is_float(o) else None for o in outputs(op.reference(*args))]
 
 
 @pytest.mark.parametrize(("op", "place", "dtype"), each_place(DIFFERENTIABLE, DTYPES))
 def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
-    """Of all outputs together and of each alone. An interpreter runs a few of these and of composed ops."""
+    """For all outputs together and for each alone; interpreters run only a few calls, and of composed ops few."""
     device, backend = place
     samples = runnable(op, backend, op.cases.samples(device, dtype))
     few = 3 if place == ("cpu", "triton") else len(samples)
@@ -173,7 +173,7 @@ def test_gradients(op: Op, place: tuple[str, str], dtype: torch.dtype):
 
 @pytest.mark.parametrize(("op", "place"), each_place(DIFFERENTIABLE))
 def test_gradients_of_some_inputs(op: Op, place: tuple[str, str]):
-    """Inputs that need no gradient get none, and change nothing for the others."""
+    """Inputs that need no gradient get none, and the gradients of the others do not change."""
     device, backend = place
     args = runnable(op, backend, op.cases.samples(device, torch.float32))[0]
     floats = [i for i, a in enumerate(args) if is_float(a)]
@@ -200,7 +200,7 @@ def test_scores_and_positions_carry_no_gradient(op: Op, place: tuple[str, str]):
 
 @pytest.mark.parametrize("op", each(DIFFERENTIABLE))
 def test_second_gradient(op: Op):
-    """The gradient's own gradient comes from the definition: never wrong, never silently missing."""
+    """Second gradients come from the definition, so they are neither wrong nor silently missing."""
     args = [a.double() if is_float(a) else a for a in next(iter(op.cases.samples("cpu", torch.float32)))]
     wanted = with_gradient(op, args)
 
@@ -218,19 +218,19 @@ def test_second_gradient(op: Op):
 @pytest.mark.thorough
 @pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_opcheck(op: Op):
-    """torch's own checks of a custom op; on inputs that need a gradient where there is one."""
+    """torch.library.opcheck passes, on inputs that need a gradient where the op has one."""
     for args in list(op.cases.samples("cpu", torch.float32))[:3]:
         leaves = tuple(a.requires_grad_(op in DIFFERENTIABLE) if is_float(a) else a for a in args)
         torch.library.opcheck(getattr(torch.ops.vlmfast, op.name).default, leaves)
 
 
 def in_a_graph(op: Op):
-    """What a compiled graph has of the op, as a function."""
+    """Return, as a function, what a compiled graph contains in place of the op."""
     return op.definition if "cpu" in op.inlined else op.function
 
 
 def assert_traced_alike(op: Op, got: Tensors, want: Tensors) -> None:
-    """The same bits; tracers take torch's part of a composed op apart and sum in another order."""
+    """Check bit-equality; for composed ops allow another order of sums, since tracers decompose torch's part."""
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w) if op.compose is None else torch.allclose(g, w, rtol=1e-4, atol=1e-4)
 
@@ -240,10 +240,10 @@ def assert_traced_alike(op: Op, got: Tensors, want: Tensors) -> None:
 )
 @pytest.mark.parametrize("op", each_traced(OPS.values()))
 def test_compiles_into_one_graph(op: Op, dynamic: bool):
-    """torch.compile breaks no graph, and gives the same results and gradients."""
+    """torch.compile makes one graph, with the same results and gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    most = 2 if dynamic else 3  # symbols of a grid take ten seconds each
+    most = 2 if dynamic else 3  # symbolic sizes of a grid take ten seconds per call
     if op.compose is not None:
         most = 1  # its parts are ops
     for number, args in enumerate(list(op.cases.samples("cpu", torch.float32))[:most]):
@@ -273,7 +273,7 @@ def test_compiled_gradients_of_some_inputs_from_some_outputs(op: Op):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_triton_launchers_wait_for_nothing(op: Op):
-    """What a CUDA graph can hold, as far as that shows without a GPU."""
+    """A launcher runs no operator for which the host waits, as a CUDA graph requires; checked without a GPU."""
     for args in runnable(op, "triton", list(op.cases.samples("cpu", torch.float32))[:2]):
         with vlmfast.use("triton"), Recorder() as recorder:
             op.run(*args, *op.parameters[1][len(args) :])
@@ -282,7 +282,7 @@ def test_triton_launchers_wait_for_nothing(op: Op):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_checks_need_no_numbers_of_a_device(op: Op):
-    """Meta tensors have none: whatever asked for one would fail."""
+    """The checks run on meta tensors, on which reading a value is an error."""
     for args in op.cases.samples("cpu", torch.float32):
         got = outputs(op.function(*(a.to("meta") if is_tensor(a) else a for a in args)))
         for g, want in zip(got, outputs(op.reference(*args)), strict=True):
@@ -300,7 +300,7 @@ def test_bad_calls_are_refused(op: Op):
 
 @pytest.mark.parametrize("op", EACH_OP)
 def test_tensors_of_another_kind_are_refused_by_name(op: Op):
-    """A list, a tensor of float64 and one on another device, in the place of each tensor."""
+    """A list, a float64 tensor and a tensor on another device are refused in the place of each tensor."""
     args = max(op.cases.samples("cpu", torch.float32), key=lambda args: sum(map(is_tensor, args)))
     places = [index for index, value in enumerate(args) if is_tensor(value)]
     for place, name in zip(

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no synchronisation, CUDA graphs, streams and devices that are not the current one."""
+"""Tests that need a GPU: no synchronisation, CUDA graphs, streams, and devices that are not the current one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Filling memory launches kernels of its own: here only ours may run."""
+    """Turn the fixture of the same name off: filling memory launches kernels, and here only ours may run."""
     torch.manual_seed(0)
 
 

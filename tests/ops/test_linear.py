@@ -1,4 +1,4 @@
-"""Linear layers in half precision, on processors that multiply such numbers fast and on those that do not."""
+"""Linear layers in half precision, on processors with fast half-precision matmuls and on others."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ FAMILY = family("masked_rows")
 
 
 def prompt(masked: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, a mask that is true at ``masked`` of 10 positions, and as many rows."""
+    """Make hidden states, a mask that is true at ``masked`` of 10 positions, and ``masked`` rows of features."""
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask.view(-1)[torch.randperm(10)[:masked]] = True
     return torch.randn(2, 5, 64), mask, torch.randn(masked, 64)
@@ -33,7 +33,7 @@ def test_an_empty_mask_changes_nothing(backend: str, op):
 
 
 def test_a_placeholder_leaves_no_trace(backend: str):
-    """InternVL's own code multiplies it by zero, which keeps a NaN."""
+    """Not even a NaN; InternVL's own code multiplies the placeholder by zero, which keeps a NaN."""
     x, mask, embeds = prompt()
     x[mask] = float("nan")
     assert torch.equal(vlmfast.place_embeddings(x, mask, embeds)[mask], embeds)
@@ -52,7 +52,7 @@ def test_an_index_is_as_good_as_its_mask(backend: str):
 @pytest.mark.parametrize("rows", [2, 4, 0])
 @pytest.mark.parametrize("given", [False, True], ids=["mask", "index"])
 def test_a_kernel_refuses_a_wrong_number_of_rows(backend: str, rows: int, given: bool):
-    """Also where nobody looked at the mask before: in a graph, the kernel is all there is."""
+    """The kernel itself checks it, because in a graph no check runs before it."""
     x, mask, _ = prompt()
     index = vlmfast.row_index(mask) if given else None
     embeds = torch.randn(rows, 64)
@@ -72,7 +72,7 @@ def test_a_kernel_refuses_rows_where_there_is_no_place_for_them(backend: str, sh
 
 
 def test_vmap_over_a_mask():
-    """It runs the definition, which then cannot count the mask."""
+    """vmap runs the definition, which cannot count the mask there."""
     x, mask, embeds = (torch.stack(values) for values in zip(*(prompt() for _ in range(3)), strict=True))
     got = torch.vmap(vlmfast.place_embeddings)(x, mask, embeds)
     for g, *args in zip(got, x, mask, embeds, strict=True):
@@ -80,7 +80,7 @@ def test_vmap_over_a_mask():
 
 
 def test_an_order_of_the_callers_own_has_a_gradient(backend: str):
-    """Also with a token taken twice."""
+    """Also where the order takes a token twice."""
     invalid = torch.tensor([[False, False, True, False]])
     tokens = torch.randn(1, 4, 8, requires_grad=True)
     packed, _, _ = vlmfast.compact_tokens(tokens, invalid, 3, torch.tensor([[3, 2, 3]]))
@@ -93,7 +93,7 @@ def test_an_order_of_the_callers_own_has_a_gradient(backend: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_features_are_rounded_before_they_are_added(dtype: torch.dtype):
-    """A tower in float32 under a language model in bfloat16: transformers casts first."""
+    """Features of a float32 tower are cast to the bfloat16 of the language model first, as transformers does."""
     x, mask, embeds = prompt()
     x = x.to(dtype)
     want = x.clone()
@@ -133,7 +133,7 @@ def test_sequences_longer_than_a_kernel_counts_at_a_time(backend: str, pad_left:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])  # the others walk over a million tokens one by one
+@pytest.mark.parametrize("backend", ["native", "torch"])  # the interpreted ones take too long for a million tokens
 def test_compaction_of_more_than_a_million_tokens(backend: str):
     """4M's float32 key, mask + position * 1e-6, mixes valid and invalid tokens from 1e6 on."""
     require(OPS["compact_tokens"], backend)
@@ -162,7 +162,7 @@ def test_an_order_out_of_range_is_refused(backend: str):
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("hidden", [1600, 1601], ids=["whole cache lines", "odd rows"])
 def test_outputs_larger_than_the_caches(hidden: int):
-    """The native ops write those past the caches, and each thread has to know how many masked rows come before it."""
+    """The native ops write these by streaming stores; each thread needs the number of masked rows before its part."""
     for op in FAMILY:
         require(op, "native")
     x = torch.randn(2, 2050, hidden).bfloat16()
@@ -184,7 +184,7 @@ def test_outputs_larger_than_the_caches(hidden: int):
 
 @pytest.mark.parametrize("op", FAMILY, ids=lambda op: op.name)
 def test_the_definition_waits_for_nothing(op: Op):
-    """What runs where there is no kernel."""
+    """The definition, which runs where there is no kernel, calls no operator for which the host waits."""
     for args in op.cases.samples("cpu", torch.float32):
         with Recorder() as recorder:
             op.reference(*args)
@@ -193,7 +193,7 @@ def test_the_definition_waits_for_nothing(op: Op):
 
 @pytest.mark.parametrize("op", [op for op in FAMILY if op.name != "row_index"], ids=lambda op: op.name)
 def test_forward_mode(op: Op):
-    """It runs the definition, and the ops are linear: the derivative along a change is the change of the result."""
+    """Forward mode runs the definition; the ops are linear, so the derivative along a change is the result's change."""
     args = list(op.cases.samples("cpu", torch.float32))[1]
     floats = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
     tangents = [torch.randn_like(a) for a in floats]

@@ -1,4 +1,4 @@
-"""A new op is one folder in each of vlmfast/ops, kernels and csrc, and no line elsewhere: on a copy of the tree."""
+"""In a copy of the tree, a new op is one folder in each of vlmfast/ops, kernels and csrc, and no line elsewhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ assert any(command[-1].endswith("scale_rows/cpu.cpp") for command in commands)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Run Python in a copy of the tree that has the op, and of csrc no other family: to compile them takes a minute."""
+    """Return a function that runs Python in a copy of the tree with the toy op, whose csrc has no other family.
+
+    Compiling the other families would take a minute.
+    """
     copy = tmp_path_factory.mktemp("tree")
     ignored = shutil.ignore_patterns("__pycache__")
     for part in PARTS:
@@ -90,7 +93,7 @@ def test_it_is_built(run):
 
 
 def test_the_generated_tests_have_it(run):
-    """Those of rounding, gradients, bad calls, docs, signatures and traffic: its Triton kernel passes them."""
+    """Its Triton kernel passes the tests of rounding, gradients, bad calls, docs, signatures and traffic."""
     pytest.importorskip("triton")
     chosen = "roundings or gradients or bad_calls or documented or traffic or signature"
     output = run("-m", "pytest", "-v", *QUIET[1:], *TESTS, "-k", f"scale_rows and ({chosen}) and not emulated")

@@ -1,4 +1,4 @@
-"""What the generated tests of the pixel shuffle cannot say: calls large enough for several threads."""
+"""Calls of the pixel shuffle that are large enough for several threads, unlike those of the generated tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmfast.registry import OPS
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("patches", [1, 4], ids=["patch", "token"])
 def test_native_gradients_on_several_threads(patches: int):
-    """Each thread has sums of its own of the gradients of weight and bias."""
+    """Each thread has its own partial sums of the gradients of weight and bias."""
     op = OPS["pixel_shuffle_norm_backward"]
     require(op, "native")
     x, grad, weight = torch.randn(2, 1024, 64), torch.randn(2, 256, 256), torch.randn(64 * patches)

@@ -1,4 +1,4 @@
-"""Choosing a backend: the order, pinning, reasons, and what a gradient stores."""
+"""The choice of a backend: order, pinning, reasons, and what is saved for a gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def call():
 
 @pytest.fixture
 def fake_backends(override):
-    """Put stand-ins for the loaded backends of rms_norm: {name: Backend or reason}."""
+    """Return a function that replaces the backends of rms_norm: {name: Backend or reason why there is none}."""
     return lambda **loaded: [override(OPS["rms_norm"], name, backend) for name, backend in loaded.items()]
 
 
@@ -168,7 +168,7 @@ def test_every_op_has_a_definition_that_runs_everywhere(op):
 
 
 def test_function_transforms(call):
-    """torch.func differentiates the definition; a pinned backend says that it cannot."""
+    """torch.func differentiates the definition; with a pinned backend it is an error."""
 
     def loss(function):
         return lambda x, weight: function(x, weight).pow(2).sum()

@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def naive(values: Tensor, valid: Tensor, side: str, keep: int, fill: float) -> Tensor:
-    """``values``: (B, T, ...)."""
+    """Repack ``values`` (B, T, ...) by a loop over tokens."""
     result = torch.full((values.shape[0], keep, *values.shape[2:]), fill, dtype=values.dtype)
     for row, (line, mask) in enumerate(zip(values, valid.bool(), strict=True)):
         kept = [value for value, wanted in zip(line, mask, strict=True) if wanted]
@@ -131,7 +131,7 @@ def test_bad_calls(arguments: dict, error: type[Exception], message: str):
 
 
 def test_compiled_calls_assert():
-    """Where the values cannot be read, as in a graph and on a GPU, the checks are a part of the computation."""
+    """In a graph and on a GPU, where the host cannot read values, the checks are part of the computation."""
     compiled = torch.compile(vlmfast.repack, backend="aot_eager", fullgraph=True)
     found = compiled(EMBEDS, MASK.clone().fill_diagonal_(0), keep=2)
     assert torch.equal(found.inputs_embeds, torch.ones(2, 2, 8))

@@ -35,7 +35,7 @@ CLASSES = [
 @pytest.mark.parametrize(("name", "variant"), CLASSES)
 @pytest.mark.parametrize("wide_weight", [False, True])
 def test_classes_of_hugging_face(name: str, variant: str | None, wide_weight: bool, dtype: torch.dtype):
-    """The native op does to the bit what each class does that the docstring cites."""
+    """The native op is bit-equal to each Hugging Face class that the op's docstring cites."""
     require(OPS["rms_norm"], "native")
     folder, _, class_name = name.partition(".")
     modeling = pytest.importorskip(f"transformers.models.{folder}.modeling_{folder}", reason="an older transformers")
@@ -56,7 +56,7 @@ def test_classes_of_hugging_face(name: str, variant: str | None, wide_weight: bo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", each(FAMILY))
 def test_native_takes_every_sample(op: Op, dtype: torch.dtype):
-    """The generated tests leave out what a backend refuses: here nothing, a weight of float32 least of all."""
+    """The generated tests skip calls that a backend refuses; native refuses none, in particular no float32 weight."""
     require(op, "native")
     samples = list(op.cases.samples("cpu", dtype))
     assert runnable(op, "native", samples) == samples
@@ -65,9 +65,9 @@ def test_native_takes_every_sample(op: Op, dtype: torch.dtype):
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("hidden", [2, 7, 64, 1000, 2048])  # rows that fill no vector, no block, and a level of a sum
+@pytest.mark.parametrize("hidden", [2, 7, 64, 1000, 2048])  # less than a vector, than a block, and a level of a sum
 def test_native_weight_of_float32(hidden: int, variant: str, dtype: torch.dtype):
-    """Rows of 16 bits beside it give what Hugging Face gives, to the bit; gradients are as near as the definition's."""
+    """With half-precision rows it is bit-equal to Hugging Face, and gradients are as accurate as the definition's."""
     x, residual = (padded(torch.randn(35, hidden).to(dtype)) for _ in range(2))
     norm = torch.randn(hidden), 1e-6, variant
     grad_output = torch.randn_like(DEFINITION(x, *norm))
@@ -99,7 +99,7 @@ def test_native_weight_of_float32(hidden: int, variant: str, dtype: torch.dtype)
     ids=str,
 )
 def test_native_refuses_other_mixtures(x: torch.dtype, weight: torch.dtype, variant: str):
-    """By its reason, so that another backend runs, and where it is called all the same by an error."""
+    """It gives a reason, so that another backend runs; a direct call of the native op is an error."""
     require(OPS["rms_norm"], "native")
     rows, factors = torch.randn(3, 96).to(x), torch.randn(96).to(weight)
     wide = torch.promote_types(x, weight) if variant == "llama" else x
@@ -129,7 +129,7 @@ def test_gradients_have_the_dtype_of_the_output(variant: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_one_element(backend: str, dtype: torch.dtype):
-    """Not among the samples: the gradient of such a row is zero but for eps, and what is left is noise."""
+    """Such rows are not among the samples, because their gradient is zero except for eps and noise."""
     x, weight = torch.tensor([[-3.0], [-1.0], [0.5], [2.0], [4.0]]).to(dtype), torch.tensor([1.5]).to(dtype)
     assert torch.equal(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
     grad_x, grad_weight = OPS["rms_norm_backward"].function(torch.ones_like(x), x, weight)
@@ -162,7 +162,7 @@ def test_subnormal_and_huge_values(backend: str, dtype: torch.dtype):
 
 @pytest.mark.usefixtures("four_threads")
 def test_more_rows_than_threads_or_blocks(backend: str):
-    rows = 600 if backend != "native" else 70_000  # interpreters are slow; the native op splits from 32k elements on
+    rows = 600 if backend != "native" else 70_000  # the native op uses threads from 32k elements on
     x, weight = torch.randn(rows, 64), torch.randn(64)
     torch.testing.assert_close(vlmfast.rms_norm(x, weight), DEFINITION(x, weight))
     grads = OPS["rms_norm_backward"].function(x, x, weight)
@@ -175,7 +175,7 @@ def test_more_rows_than_threads_or_blocks(backend: str):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one level")
 @pytest.mark.parametrize("level", ["baseline", "v3", "v4"])
 def test_every_cpu_level_gives_the_same_bits(level: str):
-    """The level is chosen once per process: the generated tests run again under a lower one."""
+    """The level is chosen once per process, so the generated tests run again in one with a lower level."""
     require(OPS["rms_norm"], "native")
     own = {"DEFAULT": "baseline", "AVX2": "v3"}.get(torch.backends.cpu.get_cpu_capability())
     if level == own and not os.environ.keys() & {"ATEN_CPU_CAPABILITY", "VLMFAST_CPU_LEVEL"}:
@@ -200,7 +200,7 @@ def test_every_cpu_level_gives_the_same_bits(level: str):
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The bit patterns; a NaN's own are of no account."""
+    """Return the bit patterns, the same one for every NaN."""
     return torch.where(values.isnan(), torch.full_like(values, float("nan")), values).view(torch.int16)
 
 
@@ -208,10 +208,10 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("weight_exponent", [-133, -126, -60, 0, 100])
 @pytest.mark.parametrize("hidden", [64, 100, 128, 2048])
 def test_what_the_processor_would_flush(hidden: int, weight_exponent: int, variant: str | None):
-    """The native op lets the processor round a row only where it cannot meet a subnormal, which it makes a zero."""
+    """The processor's conversion flushes subnormals to zero, so the native op uses it only where none can occur."""
     require(OPS["rms_norm"], "native")
     generator = torch.Generator().manual_seed(hidden)
-    exponents = torch.arange(-133, 127).repeat_interleave(2)  # of one element of each row, among ordinary ones
+    exponents = torch.arange(-133, 127).repeat_interleave(2)  # of one element per row; the others are ordinary
     x = torch.randn(len(exponents), hidden, generator=generator)
     residual, weight = torch.randn(x.shape, generator=generator), torch.randn(hidden, generator=generator)
     x[:, 7] = torch.tensor([1.5 * 2.0**exponent for exponent in exponents.tolist()])

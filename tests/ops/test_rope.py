@@ -1,4 +1,4 @@
-"""Rotary embedding where the generated tests do not reach: what models have, and faults of a caller."""
+"""Cases of rotary embedding that the generated tests do not reach: inputs of real models, and mistakes of a caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OP = OPS["qk_norm_rope"]
 
 
 def call(dtype: torch.dtype = torch.float32, heads: int = 4, size: int = 64) -> dict[str, Tensor]:
-    """A call with norms, whose angles are those of positions 0, 1, 2, ..., as a model has them."""
+    """Make the arguments of a call with norms, whose cos and sin are those of positions 0, 1, 2, ..."""
     query, key = torch.randn(2, 5, heads, size, dtype=dtype), torch.randn(2, 5, 2, size, dtype=dtype)
     angles = torch.arange(5)[None, :, None] * 10000.0 ** -torch.linspace(0, 1, size // 2)
     angles = torch.cat([angles, angles], -1)
@@ -28,14 +28,14 @@ def call(dtype: torch.dtype = torch.float32, heads: int = 4, size: int = 64) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", each(FAMILY))
 def test_native_takes_every_sample(op: Op, dtype: torch.dtype):
-    """The generated tests leave out what a backend refuses: here nothing, angles of float32 least of all."""
+    """The generated tests skip calls that a backend refuses; native refuses none, not even float32 cos and sin."""
     require(op, "native")
     samples = list(op.cases.samples("cpu", dtype))
     assert runnable(op, "native", samples) == samples
 
 
 def test_scores_depend_on_distances_alone(backend: str):
-    """What rotary embedding is for: a query and a key that are as far apart have the same product wherever they are."""
+    """The dot product of a query and a key depends only on the distance of their positions."""
     given = call()
     given["query"], given["key"] = (x[:, :1].expand(-1, 5, -1, -1).contiguous() for x in (given["query"], given["key"]))
     query, key = vlmfast.qk_norm_rope(**given)
@@ -46,7 +46,7 @@ def test_scores_depend_on_distances_alone(backend: str):
 
 @pytest.mark.parametrize("fault", ["shifted", "exchanged", "sections"])
 def test_mistakes_of_a_caller_show(backend: str, fault: str):
-    """Positions one further, the weights of queries for keys, sections in another order: each gives other numbers."""
+    """Shifted positions, exchanged weights of queries and keys, and reordered sections each change the result."""
     given = call()
     if fault == "sections":
         for name in ("cos", "sin"):
@@ -66,12 +66,12 @@ def test_mistakes_of_a_caller_show(backend: str, fault: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_of_one_projection(backend: str, dtype: torch.dtype):
-    """Queries and keys of one linear layer, and heads before tokens: read where they are."""
+    """Queries and keys that are slices of one projection, or have heads before tokens, are read in place."""
     given = call(dtype)
     joined = torch.randn(2, 5, 4 + 2 + 2, 64, dtype=dtype)
     given["query"], given["key"], _ = joined.split([4, 2, 2], 2)
     want = OP.reference(**{name: x.contiguous() for name, x in given.items()})
-    close = {"rtol": max(2 * torch.finfo(dtype).eps, 1.3e-6), "atol": 1e-5}  # a rounding the other way
+    close = {"rtol": max(2 * torch.finfo(dtype).eps, 1.3e-6), "atol": 1e-5}  # a rounding may go the other way
     for got, expected in zip(vlmfast.qk_norm_rope(**given), want, strict=True):
         assert got.is_contiguous()
         torch.testing.assert_close(got, expected, **close)
@@ -92,7 +92,7 @@ def test_angles_carry_no_gradient():
 
 
 def test_heads_without_norms_are_not_kept():
-    """Their gradients depend on the angles alone: nothing of the size of a head is saved for the backward."""
+    """Their gradients depend only on cos and sin, so nothing of the size of a head is saved for the backward."""
     given = {**call(), "query_weight": None, "key_weight": None}
     given["query"].requires_grad_()
     saved: list[Tensor] = []
@@ -109,7 +109,7 @@ def test_heads_without_norms_are_not_kept():
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("op", each(FAMILY))
 def test_threads_share_the_rows(op: Op):
-    """Enough rows for four threads, in a number that they do not divide."""
+    """The rows are enough for four threads, and their number is not divisible by four."""
     require(op, "native")
     (_, args), *_ = [w for w in OP.cases.workloads("cpu", torch.bfloat16) if w[0].startswith("600")]
     args = tuple(x[:, :599] if isinstance(x, Tensor) and x.dim() > 1 else x for x in args)

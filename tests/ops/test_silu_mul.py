@@ -1,4 +1,4 @@
-"""What the generated tests do not reach of the gated activation."""
+"""Cases of the gated activation that the generated tests do not reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere torch
 
 
 def every_number(dtype: torch.dtype) -> torch.Tensor:
-    """Every number of 16 bits, in rows of whole vectors."""
+    """Return every number of a 16-bit dtype, in rows of whole vectors."""
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
 
 
@@ -40,7 +40,7 @@ def test_native_silu_of_every_number_is_that_of_torch(dtype: torch.dtype):
 @X86
 @pytest.mark.parametrize(("dtype", "others"), [(torch.float16, 1), (torch.bfloat16, 0)], ids=str)
 def test_native_gelu_of_every_number_is_that_of_torch(dtype: torch.dtype, others: int):
-    """All but one of float16, where the tanh of torch is on the other side of a tie."""
+    """All are bit-equal but one of float16, where torch's tanh falls on the other side of a tie."""
     require(OPS["silu_mul"], "native")
     gate = every_number(dtype)
     want = F.gelu(gate, approximate="tanh")
@@ -87,7 +87,7 @@ torch.save(found, sys.argv[1])
 
 
 def test_halves_of_one_projection_are_not_copied():
-    """Their rows are as far apart as those of the whole."""
+    """The halves are read in place, with the row stride of the whole."""
     fused = torch.randn(5, 2, 96)
     gate, up = fused.chunk(2, dim=-1)
     for backend in ("native", "triton", "torch"):
@@ -98,7 +98,7 @@ def test_halves_of_one_projection_are_not_copied():
 
 
 def test_backward_keeps_two_tensors():
-    """Upstream's lines keep the activated gate as well."""
+    """Upstream's lines save a third one, the activated gate."""
     gate, up = (torch.randn(2, 8, requires_grad=True) for _ in range(2))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

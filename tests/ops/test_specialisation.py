@@ -1,4 +1,4 @@
-"""What Triton compiles kernels for: never a number that the next prompt may change."""
+"""Triton never compiles a kernel for a number that may change with the next prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def calls(batch: int, tokens: int, rng: random.Random) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """All that a prompt may run: its length, its images and what is kept of them, all at random."""
+    """Yield every op call of a prompt with random length, images and kept tokens."""
     visual, kept = rng.randint(16, tokens), rng.randint(1, tokens - 1)
     contextual = min(tokens // 40, tokens - kept)
     hidden, decoded, weight = meta(batch, tokens, D), meta(batch, 1, D), meta(D)
@@ -72,7 +72,7 @@ def calls(batch: int, tokens: int, rng: random.Random) -> Iterator[tuple[str, tu
 
 
 def test_prompts_compile_nothing_new() -> None:
-    """After a batch of short prompts and a long one: two sizes of what `top_tokens` and the merging read at a time."""
+    """A batch of short prompts and a long one compile all: `top_tokens` and merging have two sizes of blocks."""
     rng = random.Random(0)
     prompts = [(2, 100), (1, 3000), *((rng.choice((1, 1, 1, 2, 4)), rng.randint(40, 3000)) for _ in range(300))]
     compiled, new, ran = set(), [], set()
@@ -91,7 +91,7 @@ def test_prompts_compile_nothing_new() -> None:
 
 @pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_kernels_are_compiled_for_no_number(op: Op) -> None:
-    """Those that are not of a family above, too: `kernels/common/kernel.py` makes all of them."""
+    """This holds for kernels of all families, because `kernels/common/kernel.py` makes all of them."""
     require(op, "triton")
     on_meta = [
         [a.to("meta") if isinstance(a, Tensor) else a for a in args]
@@ -108,7 +108,7 @@ def test_kernels_are_compiled_for_no_number(op: Op) -> None:
 
 
 def test_keys_are_those_of_the_jit() -> None:
-    """A count makes no other kernel; another dtype, an address, a missing tensor, a constant or an option does."""
+    """The key does not depend on counts, but on dtype, alignment, missing tensors, constants and options."""
     from vlmfast.kernels.rms_norm import rms_norm_kernel
 
     def key(warps: int = 4, **changes: Any) -> str:

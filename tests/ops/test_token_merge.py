@@ -31,7 +31,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def assigned_by_the_rules(metric: list, kept: list[int], contextual: int) -> tuple[list[int], list[list[int]]]:
-    """The positions of the targets, and of what is merged into each."""
+    """Return the positions of the targets, and those of the tokens that are merged into each."""
     others = [token for token in range(len(metric)) if token not in kept]
     targets = [others[number * (len(others) // contextual)] for number in range(contextual)]
     joined: list[list[int]] = [[] for _ in targets]
@@ -88,7 +88,7 @@ def test_the_order_of_all_kinds_of_scores(backend: str, dtype: torch.dtype):
 
 
 def test_a_native_kernel_refuses_what_is_not_a_number():
-    """Also where nobody looked before: in a graph, the kernel is all there is."""
+    """The kernel itself checks it, because in a graph no check runs before it."""
     require(OPS["top_tokens"], "native")
     for position in (0, 8, 16):
         scores = torch.zeros(2, 17)
@@ -106,7 +106,7 @@ def nothing_kept(batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_doubles_of_a_target_go_to_the_first(backend: str, dtype: torch.dtype):
-    """Eleven targets, each three times, and tokens that equal them up to a power of two."""
+    """Each of eleven targets is there three times, and the tokens equal targets up to a power of two."""
     rows = torch.randn(11, 37).to(dtype)
     metric = torch.cat([rows, rows, rows, 2 * rows, rows / 4])[None]
     slots = merge_slots(metric, nothing_kept(1), 33)  # 55 // 33 = 1: the first 33 are the targets
@@ -161,7 +161,7 @@ def test_as_many_targets_as_tokens_change_nothing(backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("slot", [-(2**31), -3, 6, 2**31 - 1])
 def test_a_slot_out_of_range_is_no_ones(backend: str, slot: int):
-    """Nothing is read or written out of bounds, and no other row changes."""
+    """A token with such a slot is merged into no row, and nothing is read or written out of bounds."""
     hidden, kept = torch.randn(2, 9, 16), torch.tensor([[0, 1], [0, 1]])
     slots = torch.tensor([[-2, -1, 0, 1, 2, 3, 4, 5, 3]] * 2, dtype=torch.int32)
     broken = slots.clone()
@@ -181,7 +181,7 @@ def test_a_native_gradient_of_a_slot_out_of_range_is_zero(slot: int):
 
 
 def test_a_native_kernel_refuses_positions_out_of_range():
-    """Also where nobody looked at them before: in a graph, the kernel is all there is."""
+    """The kernel itself checks them, because in a graph no check runs before it."""
     require(OPS["merge_slots"], "native")
     hidden, slots = torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.int32)
     for kept in ([[0, 5]], [[-1, 2]], [[2, 1]], [[1, 1]]):

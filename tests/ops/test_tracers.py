@@ -1,4 +1,4 @@
-"""What tracers see of an op: a compiled graph the op or its definition, an exporter plain operators alone."""
+"""Ops under tracers: a compiled graph has the op or its definition, an exported one only plain operators."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ for kind, name, tensors, want in torch.load(f"{sys.argv[1]}/calls.pt"):
 
 
 class Call(nn.Module):
-    """A call of an op whose tensors are the inputs."""
+    """A module that calls an op with fixed arguments, except the tensors, which are its inputs."""
 
     def __init__(self, op: Op, args: tuple[Any, ...]):
         super().__init__()
@@ -51,19 +51,19 @@ class Call(nn.Module):
 
 
 def a_call(op: Op) -> tuple[Call, Tensors, Tensors]:
-    """The call that has most tensors, which need gradients as weights do; the tensors, and what comes out."""
+    """Return the sample call with most tensors, these tensors with gradients, and the outputs."""
     args = max(op.cases.samples("cpu", torch.float32), key=lambda args: sum(map(is_tensor, args)))
     tensors = tuple(a.clone().requires_grad_(is_float(a)) for a in args if is_tensor(a))
     return Call(op, args), tensors, outputs(op.reference(*args))
 
 
 def ours(graph: torch.fx.Graph) -> list[str]:
-    """The ops of this package in a graph."""
+    """Return the names of the ops of this package in a graph."""
     return [node.target.name() for node in graph.nodes if "vlmfast" in str(node.target)]
 
 
 def load(folder: Path, how: str) -> list[str]:
-    """Load and run in a fresh process what ``folder`` holds; what was loaded."""
+    """Load and run the files of ``folder`` in a new process; return the vlmfast modules that it loaded."""
     command = [sys.executable, "-c", LOAD, str(folder), how]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -107,7 +107,7 @@ def test_what_was_exported_loads_where_vlmfast_is_not(tmp_path: Path):
 
 
 def test_what_was_saved_with_kernels_loads_after_the_import(tmp_path: Path):
-    """As traces of earlier versions were."""
+    """Traces of earlier versions have kernels in them."""
     require(OPS["rms_norm"], "native")
     x, weight = torch.randn(3, 64), torch.randn(64)
 
@@ -136,7 +136,7 @@ def test_a_compiled_graph_has_the_op_or_its_definition(op: Op):
 
 
 def needs_numbers(op: Op, call: dict[str, Any]) -> bool:
-    """Whether only numbers in the tensors tell that the call is a bad one: a graph leaves those to the kernels."""
+    """Tell whether only values in tensors make the call a bad one; in a graph the kernels check those."""
     try:
         op.check(**{name: value.to("meta") if is_tensor(value) else value for name, value in call.items()})
     except (TypeError, ValueError):
@@ -154,7 +154,7 @@ def test_bad_calls_in_a_compiled_graph_are_refused(op: Op):
             bad += [(name, other, name) for other in ([1.0], value.to(torch.complex64), *others)]
     for name, value, message in bad:
         call = {**op.cases.good_call, name: value}
-        if value is True or needs_numbers(op, call):  # True is an int to the schema of an op
+        if value is True or needs_numbers(op, call):  # the schema of an op takes True as an int
             continue
         torch._dynamo.reset()
         with pytest.raises((RuntimeError, torch._dynamo.exc.Unsupported), match=message) as raised:
@@ -167,7 +167,7 @@ INLINED = each_traced(op for op in OPS.values() if "cpu" in op.inlined)
 
 @pytest.mark.parametrize("op", INLINED)
 def test_a_check_in_a_compiled_graph_fixes_no_size(op: Op):
-    """The graph of the first size that differed runs all others."""
+    """The graph that was compiled for the second size also runs all further sizes."""
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, backend=graphs)
@@ -184,7 +184,7 @@ def test_a_check_in_a_compiled_graph_fixes_no_size(op: Op):
 
 @pytest.mark.parametrize("op", INLINED)
 def test_a_compiled_graph_may_transform_an_inlined_op(op: Op):
-    """By torch.func.grad, for which the op has no rule, but its definition has."""
+    """torch.func.grad works in the graph: the op has no rule for it, but its definition does."""
     call, tensors, _ = a_call(op)
     gradient = torch.func.grad(lambda *tensors: sum(o.square().sum() for o in outputs(call(*tensors)) if o.numel()))
     plain = [tensor.detach() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Traffic is counted, not guessed: what each memory-bound op moves, held against `op.cases.bytes`, and its launches."""
+"""The counted traffic of each memory-bound op against `op.cases.bytes`, and its launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers import cases, traffic
 from vlmfast.benchmarks.ops import counted
 from vlmfast.registry import OPS, Op
 
-MOST = 1.05  # of op.cases.bytes, each byte counted once per launch
+MOST = 1.05  # largest ratio to op.cases.bytes, each byte counted once per launch
 
 
 def require(backend: str) -> None:
@@ -32,13 +32,13 @@ def test_traffic(op: Op, backend: str) -> None:
     _, args = traffic.workload(op)
     moved, budget = traffic.count(op, backend, args), op.cases.bytes(*args)
     assert moved.launches == cases.launches_of(op, backend)
-    # from below too: a budget for what is never moved would let anything pass
+    # Also from below: a budget that counts bytes which are never moved would hide others.
     assert 0.95 <= moved.distinct / budget <= MOST
     assert moved.requested / budget <= op.cases.requested
 
 
 def test_report_is_of_every_op() -> None:
-    """benchmarks/results/static.json: `make static` writes it."""
+    """benchmarks/results/static.json, which `make static` writes, has every op."""
     for op in traffic.BOUND_BY_MEMORY:
         for backend in ("triton", "cuda"):
             ratio = counted(op.name, backend)
@@ -56,7 +56,7 @@ def test_an_index_given_spares_a_launch() -> None:
 
 
 def test_counts_of_triton() -> None:
-    """Each lane that a mask lets through; what is read twice; what two launches read; bools; atomics."""
+    """Counts are right for masked lanes, repeated loads, loads of two launches, bools and atomics."""
     require("triton")
     import triton
 
@@ -84,7 +84,7 @@ def test_counts_of_the_emulation() -> None:
 
 
 def test_partial_sums_of_a_larger_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter has two multiprocessors: with more, each two leave rows of sums, as the budget says of a GPU."""
+    """With more multiprocessors than the interpreter's two, partial sums take the bytes that the budget says."""
     require("triton")
     monkeypatch.setattr(importlib.import_module("vlmfast.kernels.rms_norm"), "processors", lambda x: 7)
     x, weight = torch.randn(30, 1024), torch.randn(1024)

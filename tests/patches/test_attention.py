@@ -1,4 +1,4 @@
-"""Attention of decoders: what upstream's gives, by the modules that upstream calls."""
+"""Replaced attention of decoders equals upstream's and calls the modules that upstream calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NORMED = [name for name in CLASSES if "wen3" in name or "gemma3" in name]
 
 
 def attention_of(name: str, implementation: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """An attention of that class: weights of norms at random, a window in the second of two layers."""
+    """Make the second of two attention modules of a class, with random weights of norms and a sliding window."""
     folder, class_name = name.split(".")
     try:
         modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
@@ -61,12 +61,12 @@ def attention_of(name: str, implementation: str = "sdpa", dtype: torch.dtype = t
 
 
 def inputs_of(module: nn.Module, tokens: int = TOKENS, first: int = 0) -> dict[str, Any]:
-    """Two prompts, at positions from ``first`` on."""
+    """Make the inputs of two prompts whose positions begin at ``first``."""
     dtype = next(module.parameters()).dtype
     size = HEAD_DIM // 4 if "Next" in type(module).__name__ or "3_5" in type(module).__name__ else HEAD_DIM
     angles = (first + torch.arange(tokens))[None, :, None] * 100.0 ** -torch.linspace(0, 1, size // 2)
     angles = torch.cat([angles, angles], -1)
-    if hasattr(module, "rope_scaling"):  # transformers 4.57, of Qwen2-VL
+    if hasattr(module, "rope_scaling"):  # Qwen2-VL of transformers 4.57
         angles = torch.stack([angles, 2 * angles, 3 * angles])
     hidden_states = torch.randn(2, tokens, 4 * HEAD_DIM, dtype=dtype)
     mask = torch.zeros(2, 1, tokens, first + tokens, dtype=dtype).masked_fill(
@@ -77,7 +77,7 @@ def inputs_of(module: nn.Module, tokens: int = TOKENS, first: int = 0) -> dict[s
 
 
 def steps(module: nn.Module) -> list[Tensor]:
-    """What a prompt and two further tokens give, with a cache: outputs, weights, and the cache."""
+    """Run a prompt and two further tokens with a cache; return outputs, attention weights and the cache."""
     torch.manual_seed(1)
     cache, found = DynamicCache(), []
     for tokens, first in ((TOKENS, 0), (1, TOKENS), (1, TOKENS + 1)):
@@ -120,7 +120,7 @@ def test_gradients(name: str):
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Watch the op: whether each call has norms."""
+    """Record, for each call of the op, whether it includes the norms."""
     seen: list[bool] = []
     op = attention.qk_norm_rope
 
@@ -139,7 +139,7 @@ def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 @pytest.mark.parametrize("hooked", ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"])
 @pytest.mark.parametrize("name", ["qwen3_vl.Qwen3VLTextAttention", "gemma3.Gemma3Attention"])
 def test_hooks_run(name: str, hooked: str, monkeypatch: pytest.MonkeyPatch):
-    """One on a norm has both norms called as modules, and the report says so."""
+    """A hook on one norm makes both norms run as modules, and the report says so."""
     module = attention_of(name)
     plain = steps(module)[0]
     with vlmfast.patch(module) as patch:
@@ -159,7 +159,7 @@ def test_hooks_run(name: str, hooked: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", NORMED)
 def test_a_norm_of_somebody_else_is_called(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Neither a class whose body nobody knows nor a method on the instance is part of the op."""
+    """A norm with an unknown body, or with a forward of its own on the instance, is called as a module."""
 
     class Halved(nn.Module):
         def __init__(self) -> None:
@@ -189,7 +189,7 @@ def test_norms_that_a_pattern_leaves_out_are_called(monkeypatch: pytest.MonkeyPa
 
 
 def test_angles_of_another_dtype_take_the_lines_of_upstream(monkeypatch: pytest.MonkeyPatch):
-    """Under autocast, say, which gives projections of bfloat16 beside angles of float32."""
+    """For example under autocast, which gives bfloat16 projections and float32 cos and sin."""
     module = attention_of("llama.LlamaAttention")
     inputs = inputs_of(module)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

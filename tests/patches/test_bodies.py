@@ -1,6 +1,7 @@
-"""Each known body by one class of the installed transformers that has it: upstream's results, forward and backward.
+"""Compare each replacement with upstream, forward and backward, on one class of transformers that has the body.
 
-Those of connectors and of DeepStack that a tiny model has are compared in its tests, those of other projects in theirs.
+Connectors and DeepStack methods that a tiny model has are compared in the tests of tiny models; methods of projects
+outside transformers in test_compat*.py.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ KNOWN = {body.key: body for body in BODIES if isinstance(body.key, str) and body
 
 
 def look_up(name: str, *methods: str) -> tuple[type, str] | None:
-    """The class of that name and the first of these methods that it has, where its body is known."""
+    """Return the class of that name and the first of these methods that it has; None if the body is unknown here."""
     folder, class_name = name.split(".")
     try:
         cls = getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), class_name)
@@ -111,7 +112,7 @@ def find(name: str, *methods: str) -> tuple[type, str]:
 
 
 def function_of(module: nn.Module, method: str) -> Any:
-    """What replaces the method."""
+    """Return the replacement of the method."""
     (site,) = [site for site in find_sites(module) if site.method == method]
     assert site.reason is None
     return site.body.function
@@ -130,7 +131,7 @@ def norm_of(cls: type, **arguments: Any) -> nn.Module:
 
 
 def norm_inputs(cls: type, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """What its ``forward`` takes; for width 96 rows with a gap between them, as the queries of Qwen3.5."""
+    """Make the inputs of a norm; rows of width 96 have gaps between them, as the queries of Qwen3.5."""
     number = len(inspect.signature(cls.forward).parameters) - 1
     return [(0.1 * torch.randn(2, 5, 3, width, dtype=dtype))[..., :48] for _ in range(number)]
 
@@ -144,7 +145,7 @@ def variants(cls: type) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_norm_rounds_as_upstream(name: str, dtype: torch.dtype, weight_dtype: torch.dtype):
-    """Also after its weights have become those of another dtype."""
+    """Results are bit-equal, also after the weights were cast to another dtype."""
     cls, _ = find(name, "forward")
     for arguments in variants(cls):
         module = norm_of(cls, **arguments)
@@ -165,7 +166,7 @@ def gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def test_an_input_changed_in_place_is_noticed():
-    """As `vlmfast.patch` says; upstream keeps a copy in float32."""
+    """An in-place change after the norm is torch's error in the backward, as documented; upstream saves a copy."""
     (x,), module = norm_inputs(find(NORMS[0], "forward")[0], 48, torch.bfloat16), norm_of(find(NORMS[0], "forward")[0])
     x = x.clone().requires_grad_() * 1
     with vlmfast.patch(module.bfloat16()):
@@ -186,7 +187,7 @@ def test_gradients_of_norm_are_no_worse(name: str, dtype: torch.dtype, monkeypat
         function = function_of(module, "forward")
         with vlmfast.patch(module):
             got = gradients(module, inputs)
-        with monkeypatch.context() as context:  # upstream computes in float32 whatever it is given
+        with monkeypatch.context() as context:  # upstream casts every input to float32
             context.setitem(function.__globals__, "rms_norm", vlmfast.rms_norm.op.reference)
             module.forward = function.__get__(module)
             exact = gradients(copy.deepcopy(module).double(), [x.double() for x in inputs])
@@ -200,7 +201,7 @@ def test_gradients_of_norm_are_no_worse(name: str, dtype: torch.dtype, monkeypat
 
 
 def host_of(cls: type) -> nn.Module:
-    """An instance with no more than what such a method reads."""
+    """Make an instance with only the attributes that such a method reads."""
     module = cls.__new__(cls)
     nn.Module.__init__(module)
     tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": AUDIO}
@@ -212,20 +213,20 @@ def host_of(cls: type) -> nn.Module:
 
 
 def masks_of(module: nn.Module, method: str, ids: Tensor | None, embeds: Tensor) -> dict[str, Tensor]:
-    """The masks, by what goes there."""
+    """Return the masks by modality."""
     function = getattr(module, method)
     parameters = inspect.signature(function).parameters
     given: dict[str, Any] = {"token_id": IMAGE, "placeholder_token_id": IMAGE}
     for kind, count in {**COUNTS, "": COUNTS["image"]}.items():
         given[f"{kind}_features".lstrip("_")] = torch.randn(1, count, WIDTH)
-    if "Glm" in type(module).__name__ and ids is not None:  # a frame has the token of an image
+    if "Glm" in type(module).__name__ and ids is not None:  # video frames have the image token
         given["video_features"] = given["image_features"]
     found = function(ids, embeds, **{name: given[name] for name in parameters if name in given})
     return dict(zip(COUNTS, (found,) if isinstance(found, Tensor) else found, strict=False))
 
 
 def placed(module: nn.Module, method: str, ids: Tensor, by_embedding: bool) -> list[Tensor]:
-    """Embeddings with features in their places, and the gradients of both."""
+    """Return the embeddings with the features placed, and the gradients of embeddings and features."""
     embeds = module.embed(ids).detach().requires_grad_()
     given = None if by_embedding else ids
     torch.manual_seed(1)
@@ -290,7 +291,7 @@ def test_shuffle_moves_what_upstream_moves(name: str):
 
 
 def test_each_body_has_a_class_here():
-    """Those of this transformers; what a body says ends with the version of those that are no more."""
+    """Every body is tested, except those of older releases, whose ``says`` ends with the release."""
     if Version(transformers.__version__) < Version("5.23"):
         pytest.skip("not every body is in this transformers")
     here = {key for key, body in KNOWN.items() if not re.search(r" of \d+\.\d+$", body.says)}

@@ -1,4 +1,4 @@
-"""The patches of projects outside transformers, on models with the same methods."""
+"""The patches for 4M and nanoVLM, on models with the same methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = {"rgb": 9, "depth": 5, "caption": 4}
 
 
 def modalities(dtype: torch.dtype = torch.float32, share: float = 0.5) -> dict[str, dict[str, Tensor]]:
-    """Three samples: with ``share`` of the tokens masked out, with all of them, with none."""
+    """Make three samples: a share of the tokens masked out, all of them, and none."""
 
     def mask(tokens: int) -> Tensor:
         return torch.stack([torch.rand(tokens) < share, torch.ones(tokens) > 0, torch.ones(tokens) < 0])
@@ -45,7 +45,7 @@ def modalities(dtype: torch.dtype = torch.float32, share: float = 0.5) -> dict[s
 
 
 def masked(model: FourM, method: str, inputs: dict, number: int) -> tuple[Tensor, ...]:
-    random.seed(1)  # the decoder's order of the modalities
+    random.seed(1)  # upstream shuffles the modalities for the decoder
     return getattr(model, method)(inputs, number)
 
 
@@ -84,7 +84,7 @@ def test_fourm(method: str, options: dict, number: int, dtype: torch.dtype):
 
 
 class Exact:
-    """In the place of torch: sorts by the mask alone, which holds for any number of tokens."""
+    """Stands in for ``torch`` in upstream's method: a stable sort by the mask, exact for any number of tokens."""
 
     argsort = functools.partial(torch.argsort, stable=True)
 
@@ -110,7 +110,8 @@ def test_fourm_beyond_the_resolution_of_a_float(method: str, monkeypatch: pytest
         }
     }
     model = FourM()
-    model.adapt_decoder_attention_mask = lambda attention, modality: attention + modality  # not of tokens x tokens
+    # Without the tokens x tokens mask, which would be too large.
+    model.adapt_decoder_attention_mask = lambda attention, modality: attention + modality
     with monkeypatch.context() as patched:
         patched.setattr(compat_models, "torch", Exact())
         want = masked(model, method, inputs, tokens)
@@ -158,7 +159,7 @@ def test_nanovlm_without_images():
 
 @pytest.mark.parametrize("rows", [1, 4, 6])
 def test_nanovlm_counts(rows: int):
-    """One row for several placeholders too, which upstream copies to each of them."""
+    """A wrong number of rows is an error, even one row for several placeholders, which upstream would broadcast."""
     model, ids = VisionLanguageModel(), torch.full((1, 5), PLACEHOLDER)
     with nanovlm.patch(model), pytest.raises(ValueError, match=f"as many positions as .* {rows}, got 5"):
         model(ids, torch.randn(1, rows, WIDTH))
@@ -197,7 +198,7 @@ def test_patch_and_undo(patch, cls: type, names: tuple[str, ...]):
 
 
 class Operators(TorchDispatchMode):
-    """Records what is called; the insides of an op do not count."""
+    """Records which operators are called, without those inside an op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class Operators(TorchDispatchMode):
     ids=["encoder", "decoder", "nanovlm"],
 )
 def test_no_boolean_indexing(patch, model: nn.Module, call):
-    """Where it has to find the rows, the host waits for the device."""
+    """Boolean indexing makes the host wait for the device."""
     with Operators() as upstream:
         call(model)
     with patch(model), Operators() as ours:

@@ -1,4 +1,4 @@
-"""Mini-Gemini patched: mining without keys and values, and fewer visual tokens, held against upstream's own lines."""
+"""Patched Mini-Gemini: mining without keys and values, and token reduction, compared with upstream's own code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATCHES = SIDE**2
 
 
 def uneven(**options: object) -> MGMLlamaForCausalLM:
-    """A model whose norms have weights that differ, and whose queries prefer some pixels."""
+    """Make a model whose norms have different weights, and whose queries attend unevenly to the pixels."""
     model = MGMLlamaForCausalLM(**options)
     with torch.no_grad():
         for parameter in model.model.parameters():
@@ -42,9 +42,9 @@ def outputs_and_gradients(model: nn.Module, tokens: Tensor, feature_map: Tensor,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_and_gradients(dtype: torch.dtype):
-    """What is mined is no further from the exact result than upstream's in half precision, nor are gradients by twice.
+    """In half precision the error is at most upstream's, that of gradients at most twice upstream's.
 
-    In float32 both have the error of some roundings.
+    In float32 both have an error of some roundings.
     """
     model = uneven().to(dtype)
     tokens, feature_map = torch.randn(8, PATCHES, WIDTH), torch.randn(8, AUX, SIDE * SCALE, SIDE * SCALE) + 2
@@ -72,7 +72,7 @@ def test_pictures_and_crops(options: dict):
 
 
 def test_gradients_that_are_zero_are_not_missing():
-    """Of what drops out of the softmax: DDP waits for the gradient of each parameter, and decay takes those of zero."""
+    """Biases that cancel in the softmax get gradients of zero, not None: DDP and weight decay need a gradient."""
     model = uneven()
     with mgm.patch(model):
         model(*model.inputs()).sum().backward()
@@ -159,7 +159,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="must have one eps, got 1e-05 and 1e-06"):
         mgm.patch(model)
     want = model(*(inputs := model.inputs()))
-    with vlmfast.patch(model):  # which asks no module: keys and values are made then
+    with vlmfast.patch(model):  # does not check the norms: keys and values are computed as upstream does
         torch.testing.assert_close(model(*inputs), want)
 
     class MGMMetaForCausalLM(mgm_models.MGMMetaForCausalLM):
@@ -185,7 +185,7 @@ METHODS = [
 
 
 def full_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """What upstream gives to the projector: (B, views * PATCHES, C)."""
+    """Return upstream's input of the projector: (B, views * PATCHES, C)."""
     seen = []
     hook = model.model.mm_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(*inputs)
@@ -194,7 +194,7 @@ def full_rows(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def selections(model: nn.Module, images: Tensor, method: vlmfast.reduce.Method) -> list[vlmfast.reduce.Selection]:
-    """What the method chooses of each picture or crop, as they come, by the attention maps of the tower itself."""
+    """Apply the method to each picture or crop in the order of the input, with the tower's own attention maps."""
     clip = model.get_vision_tower().vision_tower
     clip.set_attn_implementation("eager")
     found = []
@@ -221,14 +221,14 @@ def selections(model: nn.Module, images: Tensor, method: vlmfast.reduce.Method) 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("options", LAYOUTS)
 def test_reduced_is_a_part_of_the_full_result(options: dict, method: vlmfast.reduce.Method):
-    """The rows are those of upstream's full encode_images, gathered and merged, in upstream's order."""
+    """The reduced rows are those of upstream's full encode_images, gathered or merged, in upstream's order."""
     model = uneven(**options)
     inputs = model.inputs()
     views = inputs[0].shape[1] if options else 1
     images = inputs[0] if options else inputs[0][:, None]
     rows = full_rows(model, inputs).unflatten(1, (views, PATCHES))
     if options.get("image_global"):
-        images = images.roll(1, 1)  # the picture in front, as in the result
+        images = images.roll(1, 1)  # the whole picture comes first, as in the result
     chosen = selections(model, images, method)
     parts = [selection.apply(part[None])[0] for selection, part in zip(chosen, rows.flatten(0, 1), strict=True)]
     want = model.model.mm_projector(torch.stack(parts).view(2, -1, WIDTH))
@@ -248,7 +248,7 @@ def test_reduced_is_a_part_of_the_full_result(options: dict, method: vlmfast.red
 
 @pytest.mark.parametrize("options", LAYOUTS)
 def test_reduced_without_a_map(options: dict):
-    """The tokens alone, in the order of upstream, which leaves crops apart and the whole picture out then."""
+    """Without a map, tokens are in upstream's order: each crop a batch element, without the whole picture."""
     model = uneven(**options)
     images, _ = model.inputs()
     want = model(images)

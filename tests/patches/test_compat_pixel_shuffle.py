@@ -1,4 +1,4 @@
-"""The patches of connectors outside transformers, on models with the same methods."""
+"""The patches for InternVL, nanoVLM's projector and VITA, on models with the same methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROJECTOR_SITES = ["ModalityProjector.forward", "ModalityProjector.pixel_shuffle
 
 
 def uneven(cls: type, **options: object) -> nn.Module:
-    """A model whose weights are not those of a fresh LayerNorm."""
+    """Make a model whose LayerNorm does not have its initial weights."""
     model = cls(**options)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,7 +55,7 @@ EACH = [
 
 
 def inputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images of 8 x 8 patches, or their features."""
+    """Make images of 8 x 8 patches, or features of such images."""
     shape = (2, 64, WIDTH) if isinstance(model, ModalityProjector) else (2, 3, 8, 8)
     return torch.randn(shape, dtype=dtype)
 
@@ -63,7 +63,7 @@ def inputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 def outputs_and_gradients(model: nn.Module, x: Tensor, weight: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     output = model(x)
-    if not output.requires_grad:  # VITA's
+    if not output.requires_grad:  # VITA's tower runs without a gradient
         return [output]
     leaves = [x, *model.parameters()]
     gradients = torch.autograd.grad(output, leaves, weight, allow_unused=True, materialize_grads=True)
@@ -81,18 +81,18 @@ def test_results(patch, build, sites: list[str], dtype: torch.dtype):
     with patch(model):
         got = outputs_and_gradients(model, x, weight)
     assert_within(got[:1], reference[:1], exact[:1])
-    if not isinstance(model, InternVLChatModel):  # nothing but torch's own matmul sums
+    if not isinstance(model, InternVLChatModel):  # without a LayerNorm, only torch's own matmul sums
         assert torch.equal(got[0], reference[0])
     for gradients in (got, reference):
         assert (len(gradients) == 1) == isinstance(model, InternViTVisionTower)
     for g, r, e in zip(got[1:], reference[1:], exact[1:], strict=True):
         assert g.dtype == r.dtype
-        # each is a chain of sums in this dtype, behind which a single row's error is luck
+        # A gradient passes several sums in this dtype, so the error of a single row is random: compare the whole.
         assert distance(g, e) <= 2 * distance(r, e) + torch.finfo(dtype).eps
 
 
 def distance(gradient: Tensor, exact: Tensor) -> float:
-    """How far off it is, as a share of its size."""
+    """Return the relative error of a gradient, by norms."""
     return float((gradient.double() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
@@ -109,7 +109,7 @@ def test_float64_after_the_patch(patch, build, sites: list[str]):
 def test_patch_and_undo(patch, build, sites: list[str]):
     model = build()
     cls, state = type(model), list(model.state_dict())
-    with patch(nn.Sequential(model)) as handle:  # as DistributedDataParallel: something around it
+    with patch(nn.Sequential(model)) as handle:  # inside a wrapper, as in DistributedDataParallel
         assert isinstance(model, cls)
         assert type(model).__name__ == cls.__name__
         assert list(model.state_dict()) == state
@@ -147,7 +147,7 @@ def test_one_op_reads_the_features_where_they_lie(patch, build, sites: list[str]
 
     for name in ("pixel_shuffle", "pixel_shuffle_linear"):
         spy(vlmfast.nn, name)
-    if isinstance(model, InternViTVisionTower):  # elsewhere the ops of that module call each other
+    if isinstance(model, InternViTVisionTower):  # only its replacement calls the op of this module by itself
         spy(projects, "pixel_shuffle")
     with patch(model), torch.no_grad():
         model(x)
@@ -212,7 +212,7 @@ def test_compiles_into_one_graph():
 
 
 class Fork(InternVLChatModel):
-    """What projects that start from InternVL do: another step under the same names."""
+    """A fork of InternVL that adds a step under the same method names."""
 
     bias = 1.0
 

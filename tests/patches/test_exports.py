@@ -1,4 +1,4 @@
-"""Patched models in the hands of exporters: what comes out is upstream's, in operators that every torch has."""
+"""Exported patched models give upstream's results and contain only operators of torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 
 
 class Logits(nn.Module):
-    """A model that takes tensors by position and gives one, as exporters like it."""
+    """Wraps a model so that it takes tensors by position and returns one, as exporters need it."""
 
     def __init__(self, model_type: str):
         super().__init__()
@@ -33,7 +33,7 @@ class Logits(nn.Module):
 
 
 def traced(call: Logits) -> Any:
-    """The module that torch.jit loads, after torch.jit has saved the trace."""
+    """Trace, save and load with torch.jit."""
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(call, call.inputs, check_trace=False), file)
     file.seek(0)
@@ -47,7 +47,7 @@ def exported(call: Logits) -> torch.export.ExportedProgram:
 
 
 def of_upstream(graph: Callable[[Logits], Any], call: Logits) -> Any:
-    """What torch makes of a model that is not patched; a skip where it cannot, in one release or another."""
+    """Export the unpatched model; skip the test where this release of torch or transformers cannot."""
     try:
         return graph(call)
     except Exception as error:
@@ -71,7 +71,7 @@ def test_a_trainable_model_is_traced_and_saved(model_type: str):
 @pytest.mark.thorough
 @pytest.mark.parametrize("how", ["traced", "compiled"])
 def test_doubles_are_left_to_upstream(how: str):
-    """The ops refuse them, and upstream's norm computes in float32: so does the graph of a patched model."""
+    """The ops refuse float64, and upstream's norm computes in float32: so does the graph of a patched model."""
     call = Logits("llama")
     graph = traced if how == "traced" else functools.partial(torch.compile, backend="eager", fullgraph=True)
     of_upstream(graph, call)

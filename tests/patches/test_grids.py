@@ -1,4 +1,4 @@
-"""What depends on the sizes of images alone: upstream's values to the bit, and one question to the device."""
+"""Values that depend only on image sizes: bit-equal to upstream's, with a single wait for the device."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def tower_of(name: str) -> Any:
 
 
 def needs(site_of: Any, function: str) -> None:
-    """Skip where this transformers has another body."""
+    """Skip the test where this transformers has another body."""
     named = {site.body.function.__name__ for site in find_sites(site_of) if site.body and site.body.function}
     if function not in named:
         pytest.skip("its body is another one in this transformers")
 
 
 def leaves(output: Any) -> list[Tensor]:
-    """The tensors of what a tower returns."""
+    """Return the tensors in the output of a tower."""
     values = [output] if isinstance(output, Tensor) else output.to_tuple() if hasattr(output, "to_tuple") else output
     return [leaf for value in values for leaf in ([value] if isinstance(value, Tensor) else leaves(value))]
 
@@ -73,7 +73,7 @@ def test_tower_sees_what_upstream_computes(name: str, sizes: list[tuple[int, ...
         computed.append(of_grid(*args))
         return computed[-1]
 
-    monkeypatch.setattr(grids, "_is_on_one_device", lambda *_: True)  # as if it were a GPU
+    monkeypatch.setattr(grids, "_is_on_one_device", lambda *_: True)  # take the path of a GPU
     monkeypatch.setattr(grids, "_of_grid", watched)
     with vlmfast.patch(tower, only="*.forward", exclude="*Merger*"), vlmfast.use("torch"):
         got = leaves(tower(pixels, grid))
@@ -101,7 +101,7 @@ def test_what_the_caller_has_computed_is_taken(name: str, monkeypatch: pytest.Mo
 
 
 def counted(name: str, *rows: tuple[Any, ...], video: Any = None) -> dict[str, counting.Count]:
-    """What a prefill launches and waits for, as it is and patched."""
+    """Count launches and waits of a prefill, unpatched and patched."""
     found = {}
     for variant in ("original", "patched"):
         model = qwen_models.model_of(name)
@@ -121,7 +121,7 @@ def test_a_prefill_waits_for_few_values(name: str):
     needs(qwen_models.model_of(name), "encode")
     found = counted(name, ((1, 8, 12), (1, 6, 14)), ((1, 10, 6),))
     assert found["original"].waits.total() > 12
-    # of padding upstream asks in each model, whatever the images are
+    # Every model of upstream reads the padding mask, with or without images.
     waits = [place for place in found["patched"].waits.elements() if not place.startswith("masking_utils")]
     assert len(waits) <= 3, "the sizes of the images, the number of tokens of each, and what positions are made of"
     assert found["patched"].launches.total() < found["original"].launches.total()
@@ -131,7 +131,7 @@ def test_a_prefill_waits_for_few_values(name: str):
 
 
 def drawn(seed: int) -> list[tuple[tuple[int, int, int], ...]]:
-    """Grids of the images of one to three prompts, which are padded on the left."""
+    """Draw the image grids of one to three prompts, which are padded on the left."""
     draw = random.Random(seed)
     return [
         tuple((1, draw.randrange(2, 16, 2), draw.randrange(2, 16, 2)) for _ in range(draw.randrange(4)))
@@ -142,7 +142,7 @@ def drawn(seed: int) -> list[tuple[tuple[int, int, int], ...]]:
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("name", qwen_models.NAMES)
 def test_positions_are_those_of_upstream(name: str, seed: int):
-    """Of images, videos, several prompts with padding on the left, and images that are no squares."""
+    """For images that are not square, videos, and several prompts with padding on the left."""
     model = qwen_models.model_of(name).model
     needs(model, "index_timed_positions" if name == "qwen2_5_vl" else "index_positions")
     video = (1 + seed % 3, 2 * (1 + seed % 4), 6) if seed % 2 else None

@@ -1,4 +1,4 @@
-"""Additions that normalise: what they give, and everything that may come between a sum and the norm that reads it."""
+"""Additions fused with norms: their results, and all that may happen between a sum and the norm that reads it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def patch(model: nn.Module) -> vlmfast.Patch:
 
 
 def text_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the language model."""
+    """Return the layers of the language model."""
     return list(model.get_decoder().layers)
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The hidden states and the logits; the logits alone where DeepStack writes into hidden states (4.57)."""
+    """Return hidden states and logits; only logits where DeepStack writes into the hidden states (4.57)."""
     found = model(**inputs, output_hidden_states=True)
     written = transformers.__version__.startswith("4.") and hasattr(model.get_decoder(), "_deepstack_process")
     return [found.logits] if written else [*(found.hidden_states or ()), found.logits]
 
 
 class Fused:
-    """Counts the additions that normalise."""
+    """Counts the additions that are fused with a norm."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -68,7 +68,7 @@ class Fused:
         self.context.__exit__(None, None, None)
 
 
-# ---- what they give ----
+# ---- results ----
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_every_addition_normalises(model_type: str):
     assert fused.calls == 2 * len(text_layers(model))
 
 
-# ---- what may come between ----
+# ---- changes between a sum and its norm ----
 
 
 def replaced_output(model: nn.Module) -> None:
@@ -129,7 +129,7 @@ def output_of_the_own_norm(model: nn.Module) -> None:
 
 
 def weight_of_the_next_norm(model: nn.Module) -> None:
-    """As what loads a weight when its layer is called."""
+    """Change a weight in a hook, as offloading does when a layer is called."""
 
     def load(module: nn.Module, *args: Any) -> None:
         module.input_layernorm.weight.mul_(4)
@@ -156,7 +156,7 @@ def another_norm(model: nn.Module) -> None:
 
 
 def skipped_layer(model: nn.Module) -> None:
-    """The norm of the third layer is given the sum of the first one."""
+    """Skip the second layer, so that the norm of the third reads the sum of the first."""
     decoder = model.get_decoder()
     decoder.layers.append(copy.deepcopy(decoder.layers[1]))
     decoder.layers[2].self_attn.layer_idx = 1
@@ -184,7 +184,7 @@ BETWEEN = (
 def test_what_comes_between_counts(meddle: Callable[[nn.Module], None], early: bool):
     for model_type in ("llama", "qwen3_vl"):
         model, inputs = tiny(model_type)
-        plain = run(model, inputs)[-1]  # whose hooks come before those below
+        plain = run(model, inputs)[-1]  # registers transformers' hooks before those below
         twin = copy.deepcopy(model)
         meddle(model)
         if early:
@@ -226,7 +226,7 @@ def test_an_exception_in_the_middle_leaves_nothing():
 
 
 def test_inference_mode():
-    """Its tensors do not count their versions."""
+    """Tensors of inference mode have no version counter, so nothing may be attached to them."""
     model, inputs = tiny("llama")
     with torch.no_grad():
         output_changed_in_place(model)
@@ -284,7 +284,7 @@ def gradient_of_states(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]
 
 
 def test_gradients_of_hidden_states():
-    """What a sum hands on to the norm is a part of its gradient."""
+    """The gradient of a sum includes the part that comes through the norm."""
     model, inputs = tiny("llama")
     want = gradient_of_states(model, inputs)
     patch(model)
@@ -295,7 +295,7 @@ def test_gradients_of_hidden_states():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_vl"])
 def test_checkpointed_gradients(model_type: str, reentrant: bool):
-    """A layer that ran without gradients, to run again, leaves nothing to a norm that has one."""
+    """A checkpointed layer first runs without gradients; it must leave nothing to a norm that needs one."""
     model, inputs = tiny(model_type)
     model.train()
     model.enable_input_require_grads()

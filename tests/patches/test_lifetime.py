@@ -1,4 +1,4 @@
-"""What a patch reaches in time: methods that were kept, copies, pickles, modules made by the class of a patched one."""
+"""The lifetime of a patch: captured methods, copies, pickles, and modules made by the class of a patched module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def on_the_definition():
         yield
 
 
-# ---- methods that are kept ----
+# ---- captured methods ----
 
 
 @pytest.mark.parametrize("model_type", [*COMMON, "qwen2_5_omni"])
@@ -109,11 +109,11 @@ def test_the_signature_is_that_of_the_replacement():
         assert not hasattr(module._deepstack_process, "__wrapped__"), "accelerate would go on to what it wraps"
 
 
-# ---- wrappers that are made anew ----
+# ---- wrappers that are rebuilt ----
 
 
 class Doubled:
-    """As accelerate's ConvertOutputsToFp32: a wrapper that is an object, and that `copy` refuses."""
+    """Like accelerate's ConvertOutputsToFp32: a wrapper that is an object and cannot be copied by `copy`."""
 
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -143,7 +143,7 @@ def ten(self):
 
 
 def elsewhere(function: Callable) -> Callable:
-    """A wrapper that does not hold what it says that it wraps."""
+    """A wrapper whose ``__wrapped__`` is not the function that it calls."""
     name = function.__name__
 
     @functools.wraps(function)
@@ -246,7 +246,7 @@ def test_pickled_as_the_class_says():
 
 
 def test_a_copy_of_a_parametrised_module():
-    """torch gives it a class on top, which refuses to be pickled and leaves copies to the class below."""
+    """torch gives it a subclass that refuses to be pickled and leaves copying to the class below."""
     model, inputs = tiny("llama")
     vlmfast.patch(model)
     register_parametrization(rms_norms(model)[0], "weight", nn.Identity())
@@ -254,7 +254,7 @@ def test_a_copy_of_a_parametrised_module():
 
 
 def test_a_shallow_copy_is_as_patched_as_the_module():
-    model, inputs = tiny("llama4")  # whose outermost class is swapped
+    model, inputs = tiny("llama4")  # the class of the model itself is swapped too
     patch = vlmfast.patch(model)
     twin = copy.copy(model)
     assert type(twin) is type(model)
@@ -267,7 +267,7 @@ def test_a_shallow_copy_is_as_patched_as_the_module():
 
 
 def test_undo_reaches_the_copies_within_the_model():
-    """As PEFT makes them of ``modules_to_save``, and depth up-scaling of layers."""
+    """PEFT makes such copies for ``modules_to_save``, and depth up-scaling copies layers."""
     model, inputs = tiny("llama")
     want = logits(model, inputs)
     with vlmfast.patch(model):
@@ -299,7 +299,7 @@ def test_another_model_of_the_same_class_is_not_patched(model_type: str, tmp_pat
     for other in others:
         assert [type(module) for module in other.modules()] == classes
         other.load_state_dict(model.state_dict())
-        if model_type == "llava":  # `tiny` casts the complex buffer of a Llama 4, which no checkpoint holds
+        if model_type == "llava":  # not Llama 4: `tiny` casts its complex buffer, which is not in the checkpoint
             assert torch.equal(logits(other.eval(), inputs), want)
         vlmfast.patch(other).undo()
     inner = rms_norms(model)[0]
@@ -336,7 +336,7 @@ def test_a_class_with_a_metaclass_of_its_own():
 
 
 def test_a_class_goes_by_its_name_wherever_it_was_defined():
-    """Transformers looks for what records hidden states under ``str`` of the class."""
+    """Transformers finds the modules whose hidden states it records by ``str`` of their class."""
     model, _ = tiny("qwen3_vl")
     text = model.model.language_model
 

@@ -1,4 +1,4 @@
-"""Images and videos in prompts of common models: placed and added as upstream does, without waiting for a device."""
+"""Placement of images and videos and DeepStack in common models: upstream's results, without waiting for a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmfast.patches import masked_rows
 from vlmfast.patches.masked_rows import PlaceholderMask, deepstack_process
 
 NORMS = "*Norm*.forward"
-ATTENTION = "*Attention.forward"  # in whose layout torch adds up the gradients of norms in another order
+ATTENTION = "*Attention.forward"  # changes the memory layout, so that torch sums gradients of norms in another order
 VISUAL = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
@@ -36,7 +36,7 @@ def on_the_definition():
 
 
 def batch(inputs: dict[str, Any], rows: list[list[int]], **visual: Tensor) -> dict[str, Any]:
-    """Prompts of these ids, padded on the left."""
+    """Make the inputs of prompts with these ids, padded on the left."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     prompts = {"input_ids": ids, "attention_mask": (ids != 0).long(), **visual}
@@ -52,7 +52,7 @@ def takes_wide_masks(cls: type) -> bool:
 
 
 def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a user may ask, made of the two images of a tiny model."""
+    """Yield named prompts of every kind, made from the two images of a tiny model."""
     image = [VISION_START, *[IMAGE] * int((inputs["input_ids"][0] == IMAGE).sum()), VISION_END]
     visual = {name: inputs[name] for name in VISUAL if name in inputs}
     yield "padded", batch(inputs, [[1, 10, *image, 11], [1, 12, 13, 14, *image, 15, 16, 17]], **visual)
@@ -63,12 +63,12 @@ def each_prompt(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[str,
     parameters = inspect.signature(model.forward).parameters
     if "pixel_values_videos" not in parameters:
         return
-    if "image_grid_thw" in inputs:  # a video of two frames is as large as an image
+    if "image_grid_thw" in inputs:  # two camera frames are one temporal patch: as large as an image
         video, half = image, len(pixels) // 2
         videos = {"pixel_values_videos": -pixels, "video_grid_thw": inputs["image_grid_thw"]}
         if "video_second_per_grid" in parameters:
             videos["video_second_per_grid"] = torch.ones(2)
-    else:  # two frames of 2 x 2 pooled patches; LLaVA-OneVision has a row end behind them
+    else:  # two frames of 2 x 2 pooled patches; LLaVA-OneVision puts a newline behind them
         newline = model.config.model_type == "llava_onevision"
         video, half = [VISION_START, *[VIDEO] * (8 + newline), VISION_END], 1
         videos = {"pixel_values_videos": -pixels[:, :2]}
@@ -114,7 +114,7 @@ def test_embeddings_in_place_of_ids(model_type: str):
     model, inputs = tiny(model_type)
     prompts = dict(next(each_prompt(model, inputs))[1])
     table = model.get_input_embeddings()
-    table.weight.data[10, 0] = table.weight.data[IMAGE, 0]  # one channel alike is not the placeholder
+    table.weight.data[10, 0] = table.weight.data[IMAGE, 0]  # one equal channel does not make a token a placeholder
     prompts["inputs_embeds"] = table(prompts.pop("input_ids")).detach()
     try:
         want = logits(model, prompts)
@@ -137,7 +137,7 @@ def gradients(model: nn.Module, prompts: dict[str, Any]) -> dict[str, Tensor]:
 def test_gradients_are_those_of_upstream(model_type: str):
     model, inputs = tiny(model_type)
     prompts = dict(each_prompt(model, inputs))
-    exclude = (NORMS,) if model_type == "llama4" else (NORMS, ATTENTION)  # its attention is not known
+    exclude = (NORMS,) if model_type == "llama4" else (NORMS, ATTENTION)  # the attention of Llama 4 is not replaced
     for name in ("padded", "image and video"):
         if name in prompts:
             want = gradients(model, prompts[name])
@@ -182,7 +182,7 @@ def test_gradients_of_deepstack_process(model_type: str, dtype: torch.dtype):
 
     def gradients() -> tuple[Tensor, ...]:
         hidden, embeds = (leaf.clone().requires_grad_() for leaf in leaves)
-        output = module._deepstack_process(hidden * 1, mask, embeds)  # upstream may write over it
+        output = module._deepstack_process(hidden * 1, mask, embeds)  # a copy, since upstream may write to it
         grad = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
         return torch.autograd.grad(output, [hidden, embeds], grad)
 
@@ -260,9 +260,9 @@ INDEXING = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
 
 
 class Waiting(TorchDispatchMode):
-    """Notes the operators that would make the host wait for a GPU, where upstream or this package calls them.
+    """Records the operators, of upstream or this package, that would make the host wait for a GPU.
 
-    An op of this package is seen as one operator, and ``masked_scatter`` is what it stands for.
+    An op of this package counts as one operator, and a placement as the ``masked_scatter`` that it replaces.
     """
 
     def __init__(self) -> None:
@@ -308,7 +308,7 @@ def test_nothing_that_was_replaced_waits_for_the_device(model_type: str):
 
 @pytest.fixture
 def graphs() -> Iterator[tuple[Callable[..., Any], list[str]]]:
-    """A backend that runs graphs as they are, and the ops of this package that it was given."""
+    """Yield a backend of torch.compile that runs graphs unchanged, and the list of our ops in these graphs."""
     seen: list[str] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list) -> Callable[..., Any]:
@@ -332,7 +332,7 @@ def test_placement_compiles(graphs):
 
 
 def test_number_of_images_that_the_tracer_does_not_know(graphs):
-    """As in Idefics3, which leaves out the images that are padding."""
+    """Idefics3 drops images that are padding, so their number depends on data."""
     backend, seen = graphs
     mask = torch.tensor([[False, True, True, False]])[..., None]
     x, features, real = torch.randn(1, 4, 8), torch.randn(3, 8), torch.tensor([True, False, True])

@@ -1,4 +1,4 @@
-"""Patch mergers and projectors: as exact as upstream, and upstream itself where modules are more than weights."""
+"""Patch mergers and projectors: as accurate as upstream, and upstream's own code where modules are not plain."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def only(model: nn.Module) -> dict[str, list[str]]:
 
 
 def mergers(model: nn.Module) -> list[nn.Module]:
-    """Those of DeepStack included, whose norm follows the shuffle; in the order of the model."""
+    """Return the mergers in the order of the model, including those of DeepStack, whose norm follows the shuffle."""
     found = {id(module) for module, _ in places_of(model, merger)}
     return [module for module in model.modules() if id(module) in found]
 
 
 def parts(module: nn.Module) -> dict[str, nn.Module]:
-    """Every part that a call of the merger calls, by what it is: norm, linear, act, last, and mlp if it is a part."""
+    """Return the modules that the merger calls, by role: norm, linear, act, last, and mlp where there is one."""
     layers = [child for child in module.modules() if not list(child.children())]
     norm = next(layer for layer in layers if "Norm" in type(layer).__name__)
     linear, last = (layer for layer in layers if isinstance(layer, nn.Linear))
@@ -47,7 +47,7 @@ def parts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def patches(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Six tokens, whose mean is not zero, as that of a tower's features."""
+    """Make the patches of six tokens; like features of a tower, their mean is not zero."""
     width = parts(module)["linear"].in_features
     shape = (2, 3, width) if "MultiModalProjector" in type(module).__name__ else (24, width // 4)
     return (3 * torch.randn(shape) + 1).to(dtype)
@@ -55,7 +55,7 @@ def patches(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call was the op's."""
+    """Record for each call whether it ran the op."""
     calls: list[bool] = []
     original = merger._fused
 
@@ -68,11 +68,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-# ---- as exact as upstream ----
+# ---- as accurate as upstream ----
 
 
 def results(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
+    """Return the output and every gradient."""
     x = x.detach().clone().requires_grad_()
     output = module(x)
     grad = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
@@ -122,14 +122,14 @@ def test_epsilon_is_the_module_s(model_type: str):
 
 @pytest.mark.parametrize("model_type", MERGERS)
 def test_both_kinds_of_norm(model_type: str):
-    """A DeepStack merger normalises tokens, the main one patches."""
+    """DeepStack mergers normalise tokens; the main merger normalises patches."""
     model, _ = tiny(model_type)
     widths = [parts(m)["linear"].in_features // parts(m)["norm"].weight.numel() for m in mergers(model)]
     deepstack = any(hasattr(module, "_deepstack_process") for module in model.modules())
     assert set(widths) == ({1, 4} if deepstack else {1} if model_type == "internvl" else {4})
 
 
-# ---- where modules are more than their weights ----
+# ---- modules that are not plain ----
 
 
 class Halved(nn.Module):
@@ -164,7 +164,7 @@ def quantised(layer: nn.Module) -> None:
 
 
 class Sixteenths(Tensor):
-    """As torchao's: a weight whose product is not that of what it holds."""
+    """A weight whose matmul is not that of the numbers it holds, as with torchao's subclasses."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -251,7 +251,7 @@ def test_weights_that_accelerate_brings_for_each_call(model_type: str, fused: li
     accelerate = pytest.importorskip("accelerate")
     model, inputs = tiny(model_type)
     want = logits(model, inputs)
-    for module in mergers(model):  # not the whole model: upstream reads other weights past their modules
+    for module in mergers(model):  # not the whole model: elsewhere upstream reads weights without calling their module
         accelerate.cpu_offload(module, execution_device="cpu")
     with vlmfast.patch(model, **only(model)):
         assert torch.equal(logits(model, inputs), want)
@@ -297,13 +297,13 @@ def test_float64_and_autocast(model_type: str, fused: list[bool]):
 def test_weights_of_several_dtypes(model_type: str, fused: list[bool]):
     model, _ = tiny(model_type, torch.bfloat16)
     module = mergers(model)[-1]
-    parts(module)["norm"].float()  # as PEFT keeps norms for training
+    parts(module)["norm"].float()  # PEFT keeps norms in float32 for training
     x = patches(module, torch.bfloat16)
 
     def outcome() -> list[float] | str:
         try:
             return module(x).flatten().tolist()
-        except RuntimeError as error:  # of an RMSNorm, which then gives float32 to a bfloat16 layer
+        except RuntimeError as error:  # an RMSNorm passes float32 to a bfloat16 layer
             return str(error)
 
     want = outcome()

@@ -1,4 +1,4 @@
-"""Prompts with placeholders too few or too many, and dtypes that the ops do not take: as upstream has them."""
+"""Prompts with too few or too many placeholders, and dtypes that the ops refuse, are handled as upstream does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outcome(model: nn.Module, prompts: dict[str, Any]) -> Tensor | Exception:
 
 @pytest.mark.parametrize("model_type", COMMON)
 def test_counts_that_do_not_match_are_an_error(model_type: str):
-    """In the words of upstream, where it counts; features that it ignores are ignored."""
+    """The message is upstream's where upstream counts; features that upstream ignores are ignored."""
     model, inputs = tiny(model_type)
     ids = inputs["input_ids"]
     first = ids.flatten().tolist().index(IMAGE)
@@ -39,7 +39,7 @@ def test_counts_that_do_not_match_are_an_error(model_type: str):
         changed = ids.clone()
         changed.view(-1)[position] = token
         prompts = {**inputs, "input_ids": changed}
-        prompts.pop("mm_token_type_ids", None)  # or upstream's positions fail first
+        prompts.pop("mm_token_type_ids", None)  # otherwise upstream fails earlier, while it computes positions
         want = outcome(model, prompts)
         with vlmfast.patch(model, exclude=NORMS):
             got = outcome(model, prompts)
@@ -64,7 +64,7 @@ def test_tower_of_another_dtype(model_type: str):
 
 @pytest.mark.parametrize("model_type", COMMON)
 def test_dtype_that_the_ops_do_not_take(model_type: str):
-    """Whatever is replaced leaves it to upstream, also where the model gets it after the patch."""
+    """Every replacement falls back on upstream's code, also where the model is cast after the patch."""
     model, inputs = tiny(model_type)
     patch = vlmfast.patch(model)
     model.double()

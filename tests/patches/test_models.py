@@ -1,4 +1,4 @@
-"""Whole tiny models, patched and undone. Nothing here names a model's sites."""
+"""Whole tiny models, patched and unpatched; no test here names the sites of a model."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from vlmfast.patches.upstream import site_name
 
 EACH_COMMON = (*COMMON, "llama")
 EACH = (*TINY_VISUAL, *TINY_LANGUAGE)
-pytestmark = pytest.mark.filterwarnings("ignore:.* is not patched")  # methods that no known body is like
+pytestmark = pytest.mark.filterwarnings("ignore:.* is not patched")  # some norms and masks have unknown bodies
 
 
 @pytest.fixture(autouse=True)
 def on_the_definition():
-    """Pin the backend of every test that does not ask for another: an interpreted kernel sums in its own order."""
+    """Use the torch backend unless a test asks for another: kernels under the interpreter sum in another order."""
     with vlmfast.use("torch"):
         yield
 
@@ -54,12 +54,12 @@ def on_the_definition():
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The logits and the loss."""
+    """Return the logits and the loss."""
     found = model(**inputs, labels=inputs["input_ids"])
     return found.logits, found.loss
 
 
-# Where upstream hands on a transposed view and the ops a contiguous tensor, the next sum is in another order.
+# Here upstream passes on a transposed view and the ops return a contiguous tensor, so the next sum has another order.
 TRANSPOSED = ("ovis2", "cohere2_vision", "gemma3")
 
 
@@ -80,7 +80,7 @@ def test_outputs_are_those_of_upstream(model_type: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("model_type", EACH)
 def test_tiny_model_uses_what_it_is_given(model_type: str):
-    """Otherwise the comparisons above would compare little."""
+    """Otherwise the comparisons above would prove little."""
     model, inputs = tiny(model_type)
     want = logits(model, inputs)
     assert want.isfinite().all()
@@ -149,7 +149,7 @@ def test_undo_restores_the_model(model_type: str):
             before[name][0].__name__,
             before[name][0].__module__,
         )
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second undo does nothing
         patch.undo()
         assert state(model) == before
     assert torch.equal(logits(model, inputs), want)
@@ -214,13 +214,13 @@ def test_generates_the_same_ids(model_type: str):
 
 
 def training_step(model: nn.Module, inputs: dict[str, Any], checkpointing: bool = False) -> tuple[int, Tensor]:
-    """How often the norms ran, and every gradient in one vector."""
+    """Return how often the norms ran, and all gradients as one vector."""
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls: list[int] = []
     handles = [module.register_forward_hook(lambda *_: calls.append(1)) for module in rms_norms(model)]
-    with torch.random.fork_rng(devices=[]):  # of dropout
+    with torch.random.fork_rng(devices=[]):  # dropout draws the same numbers each time
         output = model(**inputs, use_cache=False).logits
         output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
     for handle in handles:
@@ -254,15 +254,15 @@ def test_gradients_are_no_worse(model_type: str, dtype: torch.dtype, monkeypatch
     vlmfast.patch(model)
     _, got = training_step(model, inputs)
 
-    # the definition takes float64, the ops do not, and upstream's own norms compute in float32
+    # For the exact result: the definition takes float64, while the op refuses it and upstream's norms use float32.
     monkeypatch.setattr("vlmfast.patches.rms_norm.rms_norm", vlmfast.rms_norm.op.reference)
     wide = {name: cast(value, torch.float64) for name, value in inputs.items()}
-    getattr(model, "set_experts_implementation", lambda name: None)("eager")  # the other one takes no float64
+    getattr(model, "set_experts_implementation", lambda name: None)("eager")  # the default one refuses float64
     try:
         _, exact = training_step(model.double(), wide)
-    except RuntimeError as error:  # experts of transformers 4.57 that compute in float32
+    except RuntimeError as error:  # some experts of transformers 4.57 always compute in float32
         pytest.skip(f"upstream: {error}")
-    slack = 1.1 if model_type == "gemma4" else 1.05  # its roundings add up to 7% more or less, by processor
+    slack = 1.1 if model_type == "gemma4" else 1.05  # gemma4's error varies by 7% between processors
     budget = slack * (upstream - exact).norm() + torch.finfo(dtype).eps * exact.norm()
     assert (got - exact).norm() <= budget
 
@@ -271,13 +271,13 @@ def test_gradients_are_no_worse(model_type: str, dtype: torch.dtype, monkeypatch
 
 
 class Recorder:
-    """A backend for torch.compile that runs graphs as they are, and notes how many of our norms each run had."""
+    """A backend of torch.compile that runs graphs unchanged, and records the number of our norms in each run."""
 
     def __init__(self) -> None:
         self.ran: list[int] = []
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: list):
-        roots = [node for node in module.graph.nodes if node.target is torch.rsqrt]  # one in each norm's definition
+        roots = [node for node in module.graph.nodes if node.target is torch.rsqrt]  # one per definition of a norm
         ours = sum(definition.__file__ in node.meta["stack_trace"] for node in roots)
 
         def run(*args):
@@ -296,9 +296,9 @@ def recorder():
 
 @pytest.mark.parametrize("model_type", first_of(["qwen3_vl", "qwen3_5", "llama4", "internvl"]))
 def test_compiles_into_one_graph(model_type: str, recorder: Recorder):
-    """On parts that upstream compiles into one graph: placing an image in a prompt breaks it in some versions."""
+    """Only the language model or the tower: placing an image breaks upstream's own graph in some releases."""
     model, inputs = tiny(model_type)
-    if model_type == "internvl":  # the one with our op in a vision tower
+    if model_type == "internvl":  # the only model with our norm in its vision tower
         model, inputs = model.model.vision_tower, {"pixel_values": inputs["pixel_values"]}
     else:
         inputs = {"input_ids": inputs["input_ids"].clamp(min=10)}
@@ -307,7 +307,7 @@ def test_compiles_into_one_graph(model_type: str, recorder: Recorder):
         want = compiled(**inputs)[0]
         vlmfast.patch(model)
         assert_same(compiled(**inputs)[0], want)
-    twice = ["L2Norm" in type(module).__name__ for module in rms_norms(model)]  # for queries and keys
+    twice = ["L2Norm" in type(module).__name__ for module in rms_norms(model)]  # one module for queries and keys
     assert recorder.ran == [0, len(twice) + twice.count(True)]
 
 

@@ -1,4 +1,4 @@
-"""What a `Patch` is after it was loaded, copied or overtaken by another."""
+"""A `Patch` after it was pickled, copied, or followed by another patch."""
 
 from __future__ import annotations
 

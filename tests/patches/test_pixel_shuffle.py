@@ -1,4 +1,4 @@
-"""The pixel shuffle of every model that has one: the tokens of upstream, one copy, nothing behind it changed."""
+"""The pixel shuffle of every model that has one: upstream's tokens, one copy, and unchanged modules behind it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def only(model: nn.Module) -> dict[str, list[str]]:
 
 
 def shuffling(model: nn.Module) -> tuple[nn.Module, str]:
-    """The first module with the replaced method, and the name of that method."""
+    """Return the first module with a replaced shuffle, and the name of the method."""
     return places_of(model, pixel_shuffle)[0]
 
 
 def arguments(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Patches behind or before a CLS token, as the towers leave them: squares, and maps where upstream takes them."""
+    """Yield patches as slices behind or before a CLS token: of squares, and of other maps where upstream takes them."""
     module, method = shuffling(model)
     takes_scale = "scale_factor" in inspect.signature(getattr(module, method)).parameters
     if model.config.model_type.replace("-", "_") in ("internvl", "lfm2_vl"):  # a hyphen in transformers 4.57
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_upstream(model_type: str, dtype: torch.dtype):
 
 
 class Copies(TorchDispatchMode):
-    """Notes each copy; our op is one."""
+    """Records each copy of a tensor; our op counts as one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("model_type", EACH_SHUFFLE)
 def test_patches_are_moved_once(model_type: str):
-    """The slice that leaves the CLS token out included."""
+    """There is one copy, including the slice that drops the CLS token."""
     model, _ = tiny(model_type)
     module, method = shuffling(model)
     for args in arguments(model, torch.float32):
@@ -128,11 +128,11 @@ def test_ratio_that_is_no_reciprocal():
         model.model.pixel_shuffle(torch.ones(1, 4, 4, 32), 0.75)
 
 
-# ---- what stands behind the shuffle ----
+# ---- modules behind the shuffle ----
 
 
 def behind(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that take the tokens."""
+    """Return the modules that read the shuffled tokens."""
     module, _ = shuffling(model)
     part = getattr(module, "multi_modal_projector", module)
     return {name: child for name, child in part.named_modules() if child is not part}

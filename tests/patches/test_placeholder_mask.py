@@ -1,4 +1,4 @@
-"""The mask with which upstream's own masked_scatter places embeddings, where it meets more than a plain forward."""
+"""`PlaceholderMask` beyond a plain forward: every form of masked_scatter, other operations, copies and exports."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_mask_is_a_plain_tensor_but_for_masked_scatter():
         assert type(got) is Tensor
         assert got.device == want.device
         assert got.is_meta or torch.equal(got, want)
-    fits: list[Callable[[Tensor], Tensor]] = [  # what a caller makes a mask fit with
+    fits: list[Callable[[Tensor], Tensor]] = [  # how callers bring a mask to the shape of the embeddings
         lambda m: m.expand_as(x),
         lambda m: m.to(x.device),
         lambda m: m.as_subclass(Tensor)[..., 0].as_subclass(PlaceholderMask).unsqueeze(-1),
@@ -102,7 +102,7 @@ def test_numbers_that_differ_are_told_in_upstream_s_words(function: Callable, wo
     ids, embeds = torch.tensor([[3, 4, 9], [3, 4, 9]]), torch.zeros(2, 3, 4)
     found = shape(function)(SimpleNamespace(config=config), ids, embeds)
     for mask, told in zip(found if isinstance(found, tuple) else [found], words, strict=True):
-        mask = mask if mask.dim() == 3 else mask.unsqueeze(-1)  # as upstream's callers do
+        mask = mask if mask.dim() == 3 else mask.unsqueeze(-1)  # upstream's callers do the same
         with pytest.raises(ValueError, match=f"^{told} do not match, tokens: 2, features: 5$"):
             embeds.masked_scatter(mask.to(embeds.device), torch.zeros(5, 4))
         with pytest.raises(ValueError, match="image_embeds must be on the device of inputs_embeds"):
@@ -127,7 +127,7 @@ def test_a_patched_model_is_exported(strict: bool):
 
 @pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
 def test_features_that_are_passed_along_with_every_token(model_type: str):
-    """Up to transformers 5.17 ``generate`` keeps them as an argument, though only the prompt has a place for them."""
+    """Up to transformers 5.17 ``generate`` passes features with every token, but only the prompt has placeholders."""
     model, inputs = tiny(model_type)
     with torch.no_grad():
         found = model.model.get_image_features(inputs.pop("pixel_values"))

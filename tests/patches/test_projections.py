@@ -1,4 +1,4 @@
-"""Projections are called past their modules only where nobody would notice."""
+"""The matmul of a projection is called without its module only where this makes no difference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compiled(linear: nn.Linear) -> None:
 
 
 def kept_elsewhere(linear: nn.Linear) -> None:
-    """As FSDP does, whose shards are no parameters."""
+    """Remove the weight from the module's parameters, as FSDP does with its shards."""
     weight = 2 * linear.weight.detach()
     del linear.weight
     linear.weight = weight

@@ -1,4 +1,4 @@
-"""What `vlmfast.patch` is asked for, and what it refuses."""
+"""Arguments of `vlmfast.patch`, its report, and what it refuses."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_source_that_cannot_be_read():
 def test_replaced_by_somebody_else():
     model, inputs = tiny("internvl")
     theirs = rms_norms(model.model.vision_tower)[0]
-    theirs.forward = MethodType(lambda self, hidden_states: hidden_states, theirs)  # as kernels.kernelize does
+    theirs.forward = MethodType(lambda self, hidden_states: hidden_states, theirs)  # kernels.kernelize does this
     with pytest.warns(UserWarning, match="forward was already replaced on 1 of 8 modules"):
         patch = vlmfast.patch(model)
     assert VISION not in patch.replaced

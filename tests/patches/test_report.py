@@ -1,4 +1,4 @@
-"""`Patch.report` tells what the model runs now: what others replaced after the patch or before, and what is new."""
+"""`Patch.report` says what the model runs now: replacements by others, before or after the patch, and new modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_the_definition() -> Iterator[None]:
 
 
 def rows(patch: vlmfast.Patch) -> dict[str, str]:
-    """Site -> what the report says."""
+    """Map each site to its text in the report."""
     return {site: " ".join(text) for site, *text in map(str.split, patch.report().splitlines()[1:])}
 
 
@@ -34,7 +34,7 @@ def other_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 class LigerRMSNorm(nn.Module):
-    """The function is in a package of its own, so that the body says nothing."""
+    """A norm whose function is in another package, so that its body cannot be read."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return LigerRMSNormFunction.apply(hidden_states, self.weight)  # noqa: F821
@@ -44,7 +44,7 @@ class LigerRMSNorm(nn.Module):
 
 
 def on_instances(model: nn.Module, norms: list[nn.Module]) -> None:
-    """As kernelize and Liger do."""
+    """Replace the forward on the instances, as kernelize and Liger do."""
     for norm in norms:
         norm.forward = MethodType(other_forward, norm)
 
@@ -60,7 +60,7 @@ def by_a_subclass(model: nn.Module, norms: list[nn.Module]) -> None:
 
 
 def with_hooks_that_call_another(model: nn.Module, norms: list[nn.Module]) -> None:
-    """As accelerate's hooks do where the method had been replaced before."""
+    """Wrap another forward on the instances, as accelerate's hooks do where it was replaced before."""
     for norm in norms:
         norm.forward, norm._old_forward, norm._hf_hook = MethodType(other_forward, norm), other_forward, object()
 
@@ -74,7 +74,7 @@ def test_replaced_again_is_not_counted(replace: Callable, number: int):
     patch = vlmfast.patch(model)
     total = len(rms_norms(model))
     assert rows(patch)[LLAMA] == f"{total} modules"
-    if replace is in_the_class:  # which all norms share
+    if replace is in_the_class:  # all norms share the class
         number = total
     replace(model, rms_norms(model)[:number])
     left = total - number
@@ -101,9 +101,9 @@ def test_modules_that_come_and_go():
     model, _ = tiny("llama")
     patch = vlmfast.patch(model)
     total = len(rms_norms(model))
-    model.model.layers.append(copy.deepcopy(model.model.layers[0]))  # two norms, patched as the layer is
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))  # adds two patched norms
     assert rows(patch)[LLAMA] == f"{total + 2} modules"
-    model.model.layers.append(tiny("llama")[0].model.layers[0])  # two that are not
+    model.model.layers.append(tiny("llama")[0].model.layers[0])  # adds two norms that are not patched
     assert rows(patch)[LLAMA] == f"{total + 2} modules; 2 not: replaced again or new since the patch"
     model.model.norm = LigerRMSNorm()
     model.model.layers = model.model.layers[:-1]
@@ -139,7 +139,7 @@ def test_taken_out_behind_its_back():
 
 @pytest.mark.filterwarnings("error:.* is not patched")
 def test_of_a_project_alone():
-    """The other methods of the model are not the patch's affair."""
+    """The report of a project's patch does not list the other methods of the model."""
 
     class ModalityProjector(nn.Module):
         def __init__(self) -> None:
@@ -162,7 +162,7 @@ def test_of_a_project_alone():
 
 
 class Silent(nn.Module):
-    """By its name no norm."""
+    """A norm by its body, but not by its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Silent(nn.Module):
 
 
 class Holding(nn.Module):
-    """Calls a norm that it holds, which is told by itself."""
+    """Calls a norm that it holds; that norm is reported as its own site."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The table of bodies: kept by the scan of transformers' files, told in docs/families.md, a line for each body."""
+"""The table of bodies agrees with the scan of transformers' files and docs/families.json, and a body is one line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_file_and_import_say_what_was_seen(digest: str, site: str):
     _, class_name, method = site.split(".")
     module = module_of(site)
     assert module.source(class_name, method).digest == digest
-    if int(digest[0], 16) % 4 == 0:  # a quarter of them: each is an import
+    if int(digest[0], 16) % 4 == 0:  # only a quarter, since each needs an import
         name = ".".join(("transformers", *module.path.relative_to(FOLDER).with_suffix("").parts))
         assert source(getattr(importlib.import_module(name), class_name), method).digest == digest
 
@@ -102,7 +102,7 @@ else:
 
 @pytest.mark.thorough
 def test_a_new_body_is_one_line(tmp_path: Path):
-    """On a copy of the package: a toy's method, which doubles, is replaced by one that does not."""
+    """In a copy of the package, one new line replaces the method of a toy model, which doubles its input."""
     ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "kernels", "*.so")
     shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", ignore=ignored)
     for name, text in (("toy", TOY), ("use", USE)):

@@ -1,4 +1,4 @@
-"""Attention of vision towers within segments: upstream's bits or error, one question to the device, few calls."""
+"""Attention of vision towers within segments: bit-equal to upstream or as accurate, with one wait and few calls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 
 def calls_of_attention(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[torch.Size]:
-    """The shapes of the queries that attention gets from now on."""
+    """Record the shapes of the queries that the attention function gets from now on."""
     shapes: list[torch.Size] = []
     function: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
 
@@ -54,14 +54,14 @@ def calls_of_attention(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[tor
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_segment_attends_to_itself(name: str, lengths: list[int], implementation: str):
-    """In float32 SDPA has the same kernel for a segment alone and among others: the same bits."""
+    """In float32 SDPA runs the same kernel for one segment and for a batch, so results are bit-equal."""
     module, inputs = attention_of(name, implementation), inputs_of(lengths)
     want = results(module, inputs)
     with vlmfast.patch(module) as patch:
         assert patch.replaced == {f"{name}.forward": 1}
         got = results(module, inputs)
     assert torch.equal(got[0], want[0]) or implementation == "eager"
-    for mine, theirs in zip(got, want, strict=True):  # a batch may be multiplied in another order
+    for mine, theirs in zip(got, want, strict=True):  # the matmul of a batch may sum in another order
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
     assert all(map(torch.equal, results(module, inputs), want)), "undone"
 
@@ -81,7 +81,7 @@ def test_error_is_that_of_upstream(lengths: list[int], dtype: torch.dtype, imple
 
 
 def test_windows_cannot_be_exchanged():
-    """What the comparisons above rest on: a token that attends to another segment gives other results."""
+    """A token that attends to another segment has another result, otherwise the comparisons above prove nothing."""
     module, inputs = attention_of(), inputs_of([4, 8, 4])
     moved = {**inputs, "cu_seqlens": torch.tensor([0, 8, 12, 16], dtype=torch.int32)}
     with vlmfast.patch(module):
@@ -138,7 +138,7 @@ def test_blocks_ask_once_for_each_ends(lengths: list[int]):
 
 
 def test_ends_that_were_changed_are_asked_for_again():
-    """Also what inference tensors say, which do not count their versions, is never taken for what they said before."""
+    """Nor is a stale value used for inference tensors, which have no version counter."""
     ends = torch.empty(3, dtype=torch.int32, device="meta")
     told: list[Segments] = []
 
@@ -182,7 +182,7 @@ def test_what_inference_has_kept_can_be_used_in_training():
 
 
 def test_two_threads_share_a_module():
-    """Each with images of its own."""
+    """Each thread has its own images."""
     module = attention_of()
     inputs = [inputs_of(lengths) for lengths in ([16, 8, 16], [8, 16, 16], [4] * 10, [40])]
     want = [module(**each) for each in inputs]
@@ -202,17 +202,17 @@ def test_two_threads_share_a_module():
     assert not wrong
 
 
-# ---- what is upstream's ----
+# ---- cases that are left to upstream ----
 
 
 def test_ends_that_do_not_fit_are_refused_as_upstream_does(implementation: str):
-    """An empty segment is refused by some releases, and by some implementations."""
+    """Only some releases and implementations refuse an empty segment."""
     module, inputs = attention_of(implementation=implementation), inputs_of([4, 8])
 
     def outcome(**given: Any) -> str:
         try:
             return str(module(**given))
-        except Exception as error:  # whatever upstream raises
+        except Exception as error:  # the type of upstream's error varies
             return repr(error)
 
     for ends in ([0, 4, 11], [0, 4, 13], [0], [0, 14, 12], [0, 4, 4, 12]):
@@ -232,7 +232,7 @@ def test_ends_may_begin_anywhere():
 
 
 def test_hooks_of_the_parts_are_called(implementation: str):
-    """And what somebody put in the place of a part is used, such as an adapter."""
+    """Modules that replace a part, such as an adapter, are called as well."""
     module, inputs = attention_of(implementation=implementation), inputs_of(LENGTHS["windows with edges"])
     module.proj = nn.Sequential(module.proj, nn.Linear(WIDTH, WIDTH))
 
@@ -257,7 +257,7 @@ def test_hooks_of_the_parts_are_called(implementation: str):
 
 
 def test_attention_of_others_is_called_as_before(monkeypatch: pytest.MonkeyPatch):
-    """Under a name of its own or in the place of SDPA: segment by segment."""
+    """A foreign attention function, registered under its own name or as "sdpa", is called segment by segment."""
     functions = segments.names_of(type(attention_of()), "forward")["ALL_ATTENTION_FUNCTIONS"]
     theirs = functions["sdpa"]
     for name in ("mine", "sdpa"):
@@ -289,7 +289,7 @@ def test_dropout_draws_as_upstream():
 
 
 def test_arguments_go_on_to_attention():
-    """Such as a bias of positions, which is added to the logits."""
+    """For example a position bias, which is added to the logits."""
     module, inputs = attention_of(), inputs_of([4, 4])
     sdpa = segments.names_of(type(module), "forward")["ALL_ATTENTION_FUNCTIONS"]["sdpa"]
     if "position_bias" not in inspect.signature(sdpa).parameters:
@@ -321,7 +321,7 @@ def test_a_compiled_tower_breaks_where_upstream_does():
 
 
 def by_segments(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int) -> Tensor:
-    """What varlen attention computes."""
+    """Compute what varlen attention computes, one segment after the other."""
     assert torch.equal(cu_q, cu_k)
     assert longest == (max(cu_q.diff()), max(cu_k.diff()))
     lengths = cu_q.diff().tolist()
@@ -369,7 +369,7 @@ def test_varlen_attention_is_no_worse(lengths: list[int], head_dim: int):
 
 
 def test_only_known_bodies_are_replaced():
-    """A body that differs in one word is left alone, without a warning: nothing of it looks like a norm."""
+    """A body that differs in one word is left alone, without a warning, because it does not look like a norm."""
     cls = type(attention_of())
 
     class Scaled(cls):  # type: ignore[misc, valid-type]

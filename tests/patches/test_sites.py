@@ -1,4 +1,4 @@
-"""Which methods `vlmfast.patch` takes for known ones: told by what they say, not by whose they are."""
+"""`vlmfast.patch` recognises methods by their bodies, not by the class or project that they belong to."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RemoteModel(nn.Module):
 
 @pytest.fixture
 def remote(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A file that is loaded by its path, as ``trust_remote_code`` does."""
+    """Load a module by its path, as ``trust_remote_code`` does."""
     name = f"modeling_{request.node.name.translate(str.maketrans('[].+', '____'))}"
     (tmp_path / f"{name}.py").write_text(
         REMOTE.replace("{epsilon}", getattr(request, "param", "self.variance_epsilon"))
@@ -132,7 +132,7 @@ def test_nothing_known_names_three_bodies_and_no_more():
 
 
 def test_patch_of_a_full_model_is_quick():
-    """Half a second for Qwen3-VL-8B, at best of three, in time of this process alone: others do not count."""
+    """Half a second of CPU time for Qwen3-VL-8B, the best of three runs; other processes do not count."""
     skip_unless_known("qwen3_vl")
     text = {"num_hidden_layers": 36, **mrope([24, 20, 20], mrope_interleaved=True)}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config={"depth": 27})
@@ -140,9 +140,9 @@ def test_patch_of_a_full_model_is_quick():
         model = transformers.Qwen3VLForConditionalGeneration._from_config(config)
     seconds = []
     gc.collect()
-    gc.freeze()  # a new process has no more than this model for the garbage collector to walk
+    gc.freeze()  # as in a new process, where the garbage collector has only this model to walk
     for _ in range(3):
-        upstream._texts.clear()  # as in a new process
+        upstream._texts.clear()  # as in a new process, which has parsed no source yet
         start = time.process_time()
         patch = vlmfast.patch(model)
         seconds.append(time.process_time() - start)

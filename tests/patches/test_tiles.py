@@ -1,4 +1,4 @@
-"""The crops of LLaVA-NeXT: packed to upstream's bits, and the sizes of the images asked for once."""
+"""The crops of LLaVA-NeXT: packing is bit-equal to upstream's, and the image sizes are read from the device once."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def model_of(name: str) -> Any:
 
 
 def features_of(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Those of an overview and two crops, or of an image that is not cropped."""
+    """Make the features of an overview and two crops, or of an image that is not cropped."""
     torch.manual_seed(0)
     return [torch.randn(3 if any(size) else 1, 16, 64, dtype=dtype, requires_grad=True) for size in sizes]
 
 
 def results(model: Any, features: list[Tensor], sizes: Tensor, newline: Tensor | None) -> list[Tensor]:
-    """The packed images, their lengths, and the gradients of features and newline."""
+    """Return the packed images, their lengths, and the gradients of features and newline."""
     packed, lengths = model.pack_image_features(features, sizes, "default", image_newline=newline)
     whole = torch.cat(packed)
     grad = torch.linspace(-1, 1, whole.numel(), dtype=whole.dtype).view_as(whole)
@@ -56,17 +56,17 @@ def test_packed_as_upstream(
     model, features, given = model_of(name), features_of(sizes), torch.tensor(sizes)
     newline = torch.randn(64, requires_grad=True) if with_newline else None
     want = results(model, features, given, newline)
-    monkeypatch.setattr(tiles, "asks_the_host", lambda _: False)  # as if it were a GPU
+    monkeypatch.setattr(tiles, "asks_the_host", lambda _: False)  # take the path of a GPU
     with vlmfast.patch(model, only="*.pack_image_features"):
         got = results(model, features, given, newline)
     assert len(got) == len(want)
     last = [got.pop(), want.pop()] if with_newline else []
     assert all(map(torch.equal, got, want))
-    torch.testing.assert_close(*(last or [got, want]))  # a sum over rows, in another order
+    torch.testing.assert_close(*(last or [got, want]))  # the newline's gradient sums over rows in another order
 
 
 def test_error_of_the_newline_is_no_worse(monkeypatch: pytest.MonkeyPatch):
-    """Its gradient is a sum over rows of all images."""
+    """The gradient of the newline is a sum over rows of all images."""
     sizes = SIZES["several"]
     model, given, newline = model_of("llava_next"), torch.tensor(sizes), torch.randn(64)
 

@@ -1,4 +1,4 @@
-"""`vlmfast.warmup`: what it runs is all that a patched model will ask Triton for."""
+"""`vlmfast.warmup` launches every specialisation that a patched model will need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmfast.registry import OPS, override
 
 
 def longer(inputs: dict[str, Any], by: int) -> dict[str, Any]:
-    """The same prompt with more text behind it."""
+    """Return the same prompt with more text behind it."""
     more = {}
     for name, value in inputs.items():
         if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
@@ -28,7 +28,7 @@ def longer(inputs: dict[str, Any], by: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def keys(execute: bool = False):
-    """What Triton is asked for inside the block; carried out by its interpreter where positions must be right."""
+    """Record the specialisations that are launched in the block; ``execute`` runs them, where results matter."""
     pytest.importorskip("triton")
     from tests.helpers.specialisation import launched
 
@@ -100,7 +100,7 @@ def test_on_a_cpu_nothing_is_compiled_and_it_says_so():
 
 
 def test_compilations_are_counted(monkeypatch: pytest.MonkeyPatch):
-    """By the hook that Triton calls behind each; one that somebody else has put there is called too, and stays."""
+    """They are counted by Triton's hook; a hook that was already there is still called, and stays afterwards."""
     runtime = pytest.importorskip("triton").knobs.runtime
     theirs: list[str] = []
 

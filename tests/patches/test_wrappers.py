@@ -1,4 +1,4 @@
-"""Parts of models, and models inside the wrappers of others: PEFT, accelerate, what hides a model's attributes."""
+"""Sub-models, and models inside wrappers: PEFT, accelerate, and wrappers that hide the attributes of a model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_sub_model(model_type: str, path: str):
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel and others: hides the attributes of the model."""
+    """Hides the attributes of the model, as DistributedDataParallel and others do."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -71,14 +71,14 @@ def test_peft():
     want = logits(wrapper, inputs)
     with vlmfast.patch(wrapper):
         assert patched(wrapper) == replaceable(wrapper)
-        assert len(rms_norms(wrapper)) == 5 + 2  # with the trained copies of two of them
+        assert len(rms_norms(wrapper)) == 5 + 2  # two of them have trained copies
         assert_same(logits(wrapper, inputs), want)
     with vlmfast.patch(model):
         assert_same(logits(wrapper, inputs), want)
 
 
 class Hook:
-    """An imitation of accelerate's hooks, which keep the method on the instance."""
+    """Imitates accelerate's hooks, which keep the method on the instance."""
 
     @staticmethod
     def add(module: nn.Module) -> None:
@@ -157,7 +157,7 @@ def test_global_hooks_see_what_they_saw(model_type: str):
 
     try:
         want = seen_by_global_hooks(model, step)
-    except RuntimeError as error:  # of Llama 4, and of transformers 4.57: it changes what a hook has seen in place
+    except RuntimeError as error:  # Llama 4 and transformers 4.57 change in place what a hook has seen
         pytest.skip(f"upstream: {error}")
     with vlmfast.patch(model):
         assert seen_by_global_hooks(model, step) == want

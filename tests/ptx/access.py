@@ -1,4 +1,4 @@
-"""Loads, stores and atomics of every memory; copies that are asynchronous are in copies.py."""
+"""Loads, stores and atomics of every memory space; asynchronous copies are in copies.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _space(ins: Instruction) -> str:
 
 
 def _windows(machine, space: str, addresses: np.ndarray) -> list[tuple[str, Where, np.ndarray]]:
-    """The (space, accesses, addresses) of generic addresses; others lie where the instruction says."""
+    """Split generic addresses by memory space: (space, accesses, addresses); other addresses name their space."""
     if space == "const":
         space = "global"
     if space != "generic":
@@ -110,7 +110,7 @@ def load(machine, ins: Instruction) -> Action:
 def store(machine, ins: Instruction) -> Action:
     kind, space = only_type(ins), _space(ins)
     sources = [machine.source(name, kind) for name in names_of(ins.args[1])]
-    if space == "param":  # of a call that follows
+    if space == "param":  # a parameter of the call that follows
 
         def pass_on() -> None:
             machine.call_params[ins.args[0].strip("[ ]").partition("+")[0]] = machine.whole(sources[0]())
@@ -140,7 +140,7 @@ _ATOMICS: dict[str, Callable] = {
 
 @instruction("atom red", f"global shared relaxed acq_rel gpu cta {' '.join(_ATOMICS)}")
 def atomic(machine, ins: Instruction) -> Action:
-    """One thread after another, in the order of their numbers."""
+    """Apply an atomic operation one thread after another, in the order of their numbers."""
     kind, space, returns = only_type(ins), _space(ins), ins.name == "atom"
     if kind.kind == "f" or kind.size < 4:
         raise unknown(ins, "an atomic of this type")
@@ -174,7 +174,7 @@ def atomic(machine, ins: Instruction) -> Action:
 
 @instruction("call", "uni")
 def call(machine, ins: Instruction) -> Action:
-    """Only the call that reports a failed assertion."""
+    """Handle the only known call, which reports a failed assertion."""
     if "__assertfail" not in " ".join(ins.args):
         raise unknown(ins)
 
@@ -195,4 +195,4 @@ def trap(machine, ins: Instruction) -> Action:
 
 
 class DeviceAssertionError(RuntimeError):
-    """An assertion of a kernel failed: what torch raises where one fails on a device is a RuntimeError too."""
+    """An assertion of a kernel failed; like torch's error for device-side assertions, it is a RuntimeError."""

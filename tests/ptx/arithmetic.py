@@ -16,7 +16,7 @@ def _simple(names: str, flags: str, function: Function) -> None:
 
 
 def _in_float64(function: Function) -> Function:
-    """Compute more exactly than the approximation of a GPU is, and round once."""
+    """Compute an approximate instruction in float64 and round once, which is more accurate than a GPU."""
     return lambda *values: function(*(v.astype(np.float64) for v in values)).astype(values[0].dtype)
 
 
@@ -35,7 +35,7 @@ _simple("tanh", "approx", _in_float64(np.tanh))
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a.dtype.kind == "f":
         return a / b
-    safe = np.where(b == 0, np.ones_like(b), b)  # PTX says nothing of a division by zero
+    safe = np.where(b == 0, np.ones_like(b), b)  # PTX leaves integer division by zero undefined
     quotient = np.abs(a.astype(object if a.dtype.itemsize == 8 else np.int64)) // np.abs(safe.astype(np.int64))
     return np.where((a < 0) != (safe < 0), -quotient, quotient).astype(a.dtype)
 
@@ -50,7 +50,7 @@ _simple("rem", "", _remainder)
 
 @instruction("max min", "NaN ftz")
 def extremum(machine, ins: Instruction) -> Action:
-    """Of a number and a NaN the number, unless .NaN says otherwise."""
+    """Compute min or max; of a number and a NaN the result is the number, unless the instruction has .NaN."""
     name = ins.name + "imum" if "NaN" in ins.flags or only_type(ins).kind != "f" else "f" + ins.name
     function = getattr(np, name)
     return elementwise(machine, ins, lambda first, *rest: [first := function(first, other) for other in rest][-1])
@@ -71,7 +71,7 @@ def multiply(machine, ins: Instruction) -> Action:
         a, b = kind.unpack(first()), kind.unpack(second())
         if "lo" in ins.flags:
             return kind.pack(a * b)
-        if wide is None:  # the high half of 128 bits
+        if wide is None:  # no dtype holds the 128-bit product
             high = np.array([int(x) * int(y) >> 64 for x, y in np.broadcast(a, b)], object)
             return (high % (1 << 64)).astype(kind.raw)
         whole = a.astype(wide.number) * b.astype(wide.number)
@@ -84,7 +84,7 @@ def multiply(machine, ins: Instruction) -> Action:
 
 @instruction("fma", "rn ftz relu")
 def fused(machine, ins: Instruction) -> Action:
-    """Multiply and add in float64, which holds every product of float32: rounded twice, not once, in rare cases."""
+    """Multiply and add in float64, which holds every float32 product exactly; rare results are rounded twice."""
     if "relu" in ins.flags:
         raise unknown(ins, ".relu")
     return elementwise(machine, ins, lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype))
@@ -100,7 +100,7 @@ _simple("not", "", np.invert)
 
 @instruction("shl shr")
 def shift(machine, ins: Instruction) -> Action:
-    """Shift by a distance that may be the width or more: nothing is left then, or only the sign."""
+    """Shift; a distance of the width or more gives zero or, for signed right shifts, only the sign."""
     kind, write = only_type(ins), machine.target(ins.args[0])
     value, distance = machine.source(ins.args[1], kind), machine.source(ins.args[2], TYPES["u32"])
     bits, function = 8 * kind.size, np.left_shift if ins.name == "shl" else np.right_shift
@@ -207,7 +207,7 @@ def count_bits(machine, ins: Instruction) -> Action:
             write(bits.sum(1, dtype=np.uint32))
         elif ins.name == "brev":
             write(np.packbits(bits[:, ::-1], axis=1)[:, ::-1].copy().view(kind.raw)[:, 0])
-        else:  # how far the highest bit is from the top; bfind says -1 of zero
+        else:  # the distance of the highest set bit from the top; bfind gives -1 for zero
             none = np.uint32(width if ins.name == "clz" else 0xFFFFFFFF)
             write(np.where(bits.any(1), bits.argmax(1).astype(np.uint32), none))
 
@@ -225,7 +225,7 @@ def _comparison(name: str, kind: Type) -> Function | None:
         return _COMPARISONS.get(name)
     if name in ("nan", "num"):
         return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
-    if name == "ne":  # ordered, as numpy's is not
+    if name == "ne":  # PTX's ne is false for NaN, numpy's is true
         return lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b))
     if name in _COMPARISONS:
         return _COMPARISONS[name]
@@ -286,7 +286,7 @@ def convert(machine, ins: Instruction) -> Action:
 
 
 def _conversion(ins: Instruction, to: Type, source: Type, rounding: str | None) -> Function:
-    """From numbers of one type to the bits of another."""
+    """Make the function that converts numbers of one type to bits of another."""
     if to.kind == "f":
         if rounding in _TO_INTEGER:
             return lambda x: to.pack(_TO_INTEGER[rounding](x))
@@ -305,14 +305,14 @@ def _conversion(ins: Instruction, to: Type, source: Type, rounding: str | None) 
         inside = (whole > limits.min) & (whole < limits.max)
         found = np.where(inside, whole, 0).astype(to.number)
         found = np.where(whole >= limits.max, limits.max, np.where(whole <= limits.min, limits.min, found))
-        return found.astype(to.number).view(to.raw)  # NaN is in no range: 0
+        return found.astype(to.number).view(to.raw)  # NaN becomes 0
 
     return saturated
 
 
 @instruction("mov")
 def move(machine, ins: Instruction) -> Action:
-    """Copy a register, or take one apart or together from narrower ones."""
+    """Copy a register, split it into narrower ones, or join it from them."""
     kind, (to, source) = only_type(ins), ins.args
     if to.startswith("{"):
         parts = names_of(to)
@@ -342,7 +342,7 @@ def move(machine, ins: Instruction) -> Action:
 
 @instruction("cvta", "to global shared local const")
 def generic_address(machine, ins: Instruction) -> Action:
-    """Global addresses are generic ones; those of shared and local memory lie in windows of their own."""
+    """Convert to a generic address: global ones are unchanged, shared and local ones are moved to their windows."""
     write, read = machine.target(ins.args[0]), machine.source(ins.args[1], only_type(ins))
     window = next((machine.windows[flag] for flag in ins.flags if flag in machine.windows), 0)
     change = np.subtract if "to" in ins.flags else np.add
@@ -351,5 +351,5 @@ def generic_address(machine, ins: Instruction) -> Action:
 
 @instruction("fence membar griddepcontrol prefetch pmevent nanosleep", "proxy async shared acq_rel sc cta gl gpu sys")
 def nothing(machine, ins: Instruction) -> Action:
-    """Order what is in order here anyway."""
+    """Do nothing for a fence: the machine runs in order anyway."""
     return lambda: None

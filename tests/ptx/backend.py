@@ -1,4 +1,4 @@
-"""Triton kernels as compiled for a GPU, run by the machine, as the backends `PLACES` of the generated tests."""
+"""The backends `PLACES` of the generated tests: Triton kernels as compiled for a GPU, executed by the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MULTIPROCESSORS = 132  # of an H100 or an H200, for real shapes
 
 
 def allow(memory: GlobalMemory, tensor: Tensor) -> None:
-    """Let a kernel touch the elements of a tensor, and no byte between them."""
+    """Allow a kernel to access the elements of a tensor, and no byte between them."""
     if tensor.numel() == 0:
         return
     size = tensor.element_size()
@@ -38,7 +38,7 @@ def allow(memory: GlobalMemory, tensor: Tensor) -> None:
 
 
 def pack(kernel: Kernel, values: list[Any]) -> bytes:
-    """The parameters of a launch, each where the kernel reads it; scratch memory, which no kernel uses, is null."""
+    """Lay out the parameters of a launch as the kernel reads them; unused scratch memory is a null pointer."""
     values = [*values, *[0] * (len(kernel.params) - len(values))]
     packed = bytearray(kernel.param_size)
     for (offset, size), value in zip(kernel.params.values(), values, strict=True):
@@ -46,26 +46,26 @@ def pack(kernel: Kernel, values: list[Any]) -> bytes:
             raw = struct.pack({4: "<f", 8: "<d"}[size], value)
         else:
             number = value.data_ptr() if isinstance(value, Tensor) else int(value)
-            if number < 0:  # `KnownBits` counts on it
+            if number < 0:  # `KnownBits` relies on this
                 raise PtxError(f"{kernel.name}: an argument of a launch is negative, {number}")
             raw = number.to_bytes(size, "little")
         packed[offset : offset + size] = raw
     return bytes(packed)
 
 
-# The kernels that have run, each assembled once: by its PTX and its name.
+# Each kernel that has run, assembled once: (PTX, name) -> machine.
 machines: dict[tuple[str, str], Machine] = {}
 
 
 def machine_for(ptx: str, name: str) -> Machine:
-    """The kernel of a module, assembled."""
+    """Return the machine of a module's kernel, assembling it on first use."""
     if (ptx, name) not in machines:
         machines[ptx, name] = Machine(parse(ptx, name))
     return machines[ptx, name]
 
 
 def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
-    """Run one launch of a compiled kernel on tensors of the CPU."""
+    """Run one launch of a compiled kernel on CPU tensors."""
     memory, machine = GlobalMemory(), machine_for(found.ptx, name)
     for value in arguments.values():
         if isinstance(value, Tensor):
@@ -79,7 +79,7 @@ def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[in
 
 
 def _run(target: str, function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """Take the place of the interpreter's launch."""
+    """Compile and run a launch, in place of the interpreter."""
     options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
     arguments = dict(inspect.signature(function.fn).bind(*args, **kwargs).arguments)
     found = compiled(function, arguments, options, target)
@@ -89,7 +89,7 @@ def _run(target: str, function: Any, *args: Any, grid: Any, warmup: bool, **kwar
 
 @contextlib.contextmanager
 def multiprocessors(op: Op, count: int) -> Iterator[None]:
-    """Have an op's launchers believe that their GPU has so many."""
+    """Make an op's launchers see a GPU with ``count`` multiprocessors."""
     module = sys.modules[op.backend("triton").run.__module__]
     with (
         mock.patch.object(module, "processors", return_value=count)

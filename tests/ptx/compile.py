@@ -1,7 +1,7 @@
-"""Triton kernels as PTX, from a cache keyed by content.
+"""Compile Triton kernels to PTX, with a cache keyed by content.
 
-The tests run under Triton's interpreter, where there is nothing to compile: what the cache lacks is compiled by a
-process of its own, `python -m tests.ptx.compile`, which answers each line of its input with one of its output.
+The tests run under Triton's interpreter, which compiles nothing. So kernels missing in the cache are compiled by
+another process, `python -m tests.ptx.compile`, which answers each line of input with a line of output.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-# Launch arguments that are no parameter of a kernel, but say how it is compiled.
+# Launch arguments that are not parameters of the kernel but options of its compilation.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug", "sanitize_overflow")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a launch needs of a compiled kernel."""
+    """A compiled kernel and what its launch needs."""
 
     ptx: str
     shared: int  # bytes of dynamic shared memory
-    passed: list[str]  # the arguments that are parameters of the PTX, in their order
-    divisible: list[str]  # those of them that the compiler takes for multiples of 16
-    registers: int = 0  # of a thread, and what ptxas made of the PTX, where they were asked for
+    passed: list[str]  # the arguments that are parameters of the PTX, in order
+    divisible: list[str]  # those of them that the compiler assumes to be multiples of 16
+    registers: int = 0  # per thread; this and the machine code are there only where they were asked for
     code: str = ""
 
 
 @functools.cache
 def _sources(module: str) -> str:
-    """Hash what the kernels of a module may be made of: Triton, how they are specialised, and all that it imports."""
+    """Hash all inputs of a module's kernels: Triton's version, the specialisation, and the modules it imports."""
     digest = hashlib.sha256(metadata.version("triton").encode())
     modules, paths = [module], [ROOT / "tests/helpers/specialisation.py", Path(__file__)]
-    for name in modules:  # which grows
+    for name in modules:  # the loop appends to the list
         path = Path(sys.modules[name].__file__)
         paths.append(path)
         found = re.findall(r"^from (vlmfast\.kernels[\w.]*) import", path.read_text(), re.M)
@@ -57,7 +57,7 @@ def _sources(module: str) -> str:
 
 @functools.cache
 def cache() -> Path:
-    """The checkout's build folder, or a temporary one where that cannot be written."""
+    """Return the cache folder in build/, or a temporary one where that cannot be written."""
     directory = ROOT / "build" / "ptx"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def cache() -> Path:
 
 
 def _kind(value: Any, specialised: bool) -> Any:
-    """All that a specialisation depends on: of a tensor its type and alignment, of a number its size and divisors."""
+    """Return all that a specialisation depends on: a tensor's dtype and alignment, a number's size and divisors."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": value.data_ptr() % 16 == 0}
     if isinstance(value, float):
@@ -90,11 +90,11 @@ def compiled(
     """Compile a kernel, or find it compiled, as the JIT would for these arguments.
 
     Args:
-        kernel: the interpreter's, with what its decorator was given.
-        arguments: those of the launch, by name.
-        options: those of `OPTIONS` that the launch gives.
-        target: "sm_90", for one.
-        code: whether the registers and the machine code are asked for.
+        kernel: the interpreter's object, which holds the arguments of its decorator.
+        arguments: the arguments of the launch, by name.
+        options: the `OPTIONS` that the launch gives.
+        target: such as "sm_90".
+        code: whether the registers and the machine code are needed.
     """
     function, left = kernel.fn, kernel.kwargs.get("do_not_specialize") or ()
     constants = _constants(function)
@@ -112,13 +112,13 @@ def _compiled(request: str) -> Compiled:
         answer = _ask(request)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(answer)
-        os.replace(partial, path)  # whole or not at all: this process may be stopped
+        os.replace(partial, path)  # atomic, because this process may be stopped
     return Compiled(**json.loads(path.read_text()))
 
 
 @functools.cache
 def _compiler() -> subprocess.Popen[str]:
-    """Start the process that compiles; it ends when this one does, with its input."""
+    """Start the process that compiles; it ends with its input, when this process ends."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "tests.ptx.compile"]
@@ -165,7 +165,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
-    """As a hook of Triton's compiler leave ptxas out; called without arguments, say what the hook is."""
+    """Skip ptxas, as a hook of Triton's compiler stages; called without arguments, identify the hook."""
     if backend is None:
         return "without ptxas", "without ptxas"
     stages["cubin"] = lambda ptx, metadata: b""
@@ -173,7 +173,7 @@ def _without_ptxas(backend: Any = None, stages: Any = None, *_: Any) -> tuple[st
 
 
 def _code(cubin: bytes) -> dict[str, Any]:
-    """Take a kernel's machine code apart, by the tools that come with Triton."""
+    """Disassemble a kernel's machine code by the tools that come with Triton."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -186,7 +186,7 @@ def _code(cubin: bytes) -> dict[str, Any]:
             subprocess.run([folder / "cuobjdump", option, file.name], **pipe).stdout
             for option in ("-res-usage", "-sass")
         )
-    code = "\n".join(line for line in code.splitlines() if ";" in line)  # without the bits of each instruction
+    code = "\n".join(line for line in code.splitlines() if ";" in line)  # drops lines with only the encoding
     return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "code": code}
 
 

@@ -1,4 +1,4 @@
-"""What is carried out later than it is issued: as late as a program may expect, when it waits."""
+"""Asynchronous operations, which are executed as late as a program may expect: when it waits for them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tests.ptx.parse import Instruction, PtxError
 from tests.ptx.registers import number
 from tests.ptx.values import TYPES
 
-Finish = Callable[[np.ndarray], None]  # of the lanes whose turn has come, each true or not
+Finish = Callable[[np.ndarray], None]  # finishes an operation for the threads that are true in the argument
 
 
 class Groups:
-    """What each thread has issued and not waited for yet, in the groups that it committed."""
+    """The operations that each thread has issued and not waited for yet, in committed groups."""
 
     def __init__(self, threads: int, name: str) -> None:
         self.name = name
-        self.committed = np.zeros(threads, np.int32)  # how many groups each thread has committed
+        self.committed = np.zeros(threads, np.int32)  # number of groups that each thread has committed
         self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray, Finish]] = []
 
     def issue(self, lanes: np.ndarray, finish: Finish) -> None:
@@ -49,7 +49,7 @@ class Groups:
 
 @instruction("cp", "async commit_group wait_group wait_all ca cg shared global L2::128B L2::256B L2::64B")
 def copy(machine, ins: Instruction) -> Action:
-    """cp.async: to shared memory, where it arrives when its group is waited for."""
+    """Execute cp.async: a copy to shared memory that arrives when its group is waited for."""
     if ins.flags[:1] != ("async",):
         raise unknown(ins)
     if "commit_group" in ins.flags:

@@ -1,10 +1,10 @@
-"""How many of a kernel's instructions the generated tests run: what none of them reaches is not tested.
+"""Count how many instructions of each kernel the generated tests run; an instruction that never runs is untested.
 
     TRITON_INTERPRET=1 python -m tests.ptx.coverage > coverage.json
     TRITON_INTERPRET=1 python -m tests.ptx.coverage --missing top_tokens
 
-The first writes a record for each op and kernel; the second prints which instructions of some ops never ran. An
-instruction has run if it did so for one thread at least: one whose predicate was never true has not.
+The first command writes a record for each op and kernel; the second prints which instructions of some ops never ran.
+An instruction has run if it did for at least one thread; one whose predicate was never true has not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLACE = "ptx_sm_90"
 
 
 def execute(op: Op, dtype: torch.dtype) -> None:
-    """Run all calls of the generated tests; `backend.machines` then knows what ran."""
+    """Run all calls of the generated tests; `backend.machines` records what ran."""
     found = op.backend(PLACE)
     torch.manual_seed(0)
     with vlmfast.use(PLACE):
@@ -38,7 +38,7 @@ def execute(op: Op, dtype: torch.dtype) -> None:
 
 
 def never_ran() -> list[tuple[str, Instruction]]:
-    """The kernels' instructions that have not run, those of one line and text once."""
+    """List the instructions that have not run; instructions with equal text and line count once."""
     found = {}
     for (_, name), machine in backend.machines.items():
         for ins, ran in zip(machine.kernel.instructions, machine.ran, strict=True):

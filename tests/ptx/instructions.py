@@ -1,4 +1,4 @@
-"""The table of instructions, and what most of them share. A handler makes, once per launch, what runs each time."""
+"""The table of instructions and their common code. A handler prepares an instruction's action once per kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HANDLERS: dict[str, tuple[frozenset[str], Handler]] = {}
 
 
 def instruction(names: str, flags: str = "") -> Callable[[Handler], Handler]:
-    """Register the handler of some instructions, with all the modifiers that it knows."""
+    """Register the handler of some instructions, with all modifiers that it supports."""
 
     def register(handler: Handler) -> Handler:
         for name in names.split():
@@ -36,7 +36,7 @@ def unknown(ins: Instruction, what: str = "") -> PtxError:
 
 
 def assemble(machine: Machine, ins: Instruction) -> Action:
-    """Make what an instruction does.
+    """Make the action of an instruction.
 
     Raises:
         PtxError: for an instruction, a modifier or an operand that is not known.
@@ -50,14 +50,14 @@ def assemble(machine: Machine, ins: Instruction) -> Action:
 
 
 def only_type(ins: Instruction) -> Type:
-    """The type of an instruction that has one."""
+    """Return the type of an instruction that has exactly one."""
     if len(ins.types) != 1:
         raise unknown(ins, "several types" if ins.types else "no type")
     return ins.types[0]
 
 
 def elementwise(machine: Machine, ins: Instruction, function: Function) -> Action:
-    """Apply a function of numbers; .ftz and .sat are heeded, the roundings are numpy's: to nearest."""
+    """Apply a function of numbers, with .ftz and .sat; results are rounded to nearest, as numpy does."""
     kind = only_type(ins)
     write = machine.target(ins.args[0])
     sources = [machine.source(arg, kind) for arg in ins.args[1:]]
@@ -75,7 +75,7 @@ def elementwise(machine: Machine, ins: Instruction, function: Function) -> Actio
 
 
 def extended(raw: np.ndarray, kind: Type, size: int) -> np.ndarray:
-    """Bits of one type in a register of ``size`` bytes, that may be wider: by the sign where the type has one."""
+    """Extend the bits of a type to a register of ``size`` bytes: by the sign if the type is signed, else by zeros."""
     if raw.dtype.itemsize == size:
         return raw
     wide = f"i{size}" if kind.kind == "s" else f"u{size}"

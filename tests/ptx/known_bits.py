@@ -1,7 +1,7 @@
-"""Bits that are the same in every launch of a kernel, and changes of an instruction that therefore change nothing.
+"""Find bits that are the same in every launch of a kernel, and changes of an instruction that thus have no effect.
 
-A bit is 0, 1, or what stands for one that is not known: `(operand, place)`, equal to itself alone. An instruction makes
-its result's bits of its operands'; what it does with them otherwise is a bit that equals nothing.
+A bit is 0, 1, or a symbol `(operand, place)` for an unknown bit, which equals only itself. The rule of an instruction
+computes the bits of its result from those of its operands; a bit that no rule gives is an `Unknown`, equal to nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tests.ptx.values import Type
 
 Bit = Any
 Bits = list[Bit]
-Known = dict[str, list[int | None]]  # of each register that is ever written
-# No integer argument of a launch is negative (`backend.pack` looks), and none comes nearer to 2**31 than a block: see
-# MAX_EXTENT in kernels/common/launch.py.
+Known = dict[str, list[int | None]]  # register -> known bits, for each register that is ever written
+# No integer argument of a launch is negative (`backend.pack` checks this), and each is at least a block below 2**31:
+# see MAX_EXTENT in kernels/common/launch.py.
 LARGEST = 2**14
 
 
 class Unknown:
-    """A bit of which nothing is known."""
+    """A bit about which nothing is known."""
 
 
 def _and(a: Bit, b: Bit) -> Bit:
@@ -46,12 +46,12 @@ def _xor(a: Bit, b: Bit) -> Bit:
 
 
 def _value(bits: Bits) -> int | None:
-    """The number that bits are, if all are known."""
+    """Return the number that the bits stand for, or None unless all are known."""
     return sum(bit << place for place, bit in enumerate(bits)) if all(bit in (0, 1) for bit in bits) else None
 
 
 def _shifted(bits: Bits, by: int, filling: Bit) -> Bits:
-    """To the left, or to the right by a negative distance."""
+    """Shift bits to the left, or to the right by a negative distance."""
     width = len(bits)
     by = max(-width, min(width, by))
     return [0] * by + bits[: width - by] if by >= 0 else bits[-by:] + [filling] * -by
@@ -62,7 +62,7 @@ def _extended(bits: Bits, width: int, signed: bool) -> Bits:
 
 
 def _zeros(bits: Bits) -> int:
-    """How many bits at the low end are zeros."""
+    """Count the trailing zero bits."""
     return next((place for place, bit in enumerate(bits) if bit != 0), len(bits))
 
 
@@ -109,12 +109,15 @@ def _extracted(ins: Instruction, a: Bits, at: Bits, count: Bits) -> Bits:
 
 
 def _differ(a: Bits, b: Bits) -> bool:
-    """Whether a bit tells two numbers apart."""
+    """Tell whether some known bit proves two numbers different."""
     return any({x, y} == {0, 1} for x, y in zip(a, b, strict=True))
 
 
 def _compared(ins: Instruction, a: Bits, b: Bits) -> Bits:
-    """Where numbers are never equal < is <=, and less than 1 is less than 16 where only multiples of 16 come."""
+    """Return the bit of a comparison in a normal form, so that equivalent comparisons get equal bits.
+
+    If two numbers are never equal, < becomes <=; if a number is a multiple of 16, "less than 1" is "less than 16".
+    """
     name, kind, width = ins.flags[0], ins.types[0], len(a)
     if kind.kind == "f" or len(ins.flags) > 1:
         return [Unknown()]
@@ -127,7 +130,7 @@ def _compared(ins: Instruction, a: Bits, b: Bits) -> Bits:
         return [(kind.kind, less, strict, tuple(a), tuple(b))]
     if name in ("le", "ls", "gt", "hi"):
         limit += 1
-    for _ in range(16):  # past numbers that the first one never is; not past the largest
+    for _ in range(16):  # skip numbers that the first operand can never be, up to the largest
         if limit % (1 << width - 1) != (1 << width - 1) - 1 and _differ(a, [limit >> n & 1 for n in range(width)]):
             limit += 1
     return [(kind.kind, less, limit, tuple(a))]
@@ -150,7 +153,7 @@ RULES: dict[str, Callable[..., Bits]] = {
 
 
 class KnownBits:
-    """What is known of each register of a kernel: bits that are the same whenever anything is written to it."""
+    """The known bits of each register of a kernel: bits that are the same at every write to it."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -165,7 +168,7 @@ class KnownBits:
                 self._note(ins, name)
 
     def _is_integer(self, ins: Instruction) -> bool:
-        """Whether an instruction loads an argument that is an integer or a pointer."""
+        """Tell whether an instruction loads an argument that is an integer or a pointer."""
         kind = self.kernel.param_types.get(ins.args[-1].strip("[] ")) if ins.name == "ld" else None
         return kind is not None and kind.kind in "us" and kind.size == ins.types[0].size
 
@@ -177,7 +180,7 @@ class KnownBits:
             self.known[name] = [a if a == b else None for a, b in zip(mine, plain, strict=True)]
 
     def operand(self, text: str, width: int) -> Bits | None:
-        """The bits of an operand; None of a register that nothing has been written to."""
+        """Return the bits of an operand; None for a register without any write so far."""
         if NUMBER.fullmatch(text):
             value = number(text) % (1 << width)
             return [value >> place & 1 for place in range(width)]
@@ -194,7 +197,7 @@ class KnownBits:
         return [(text, place) if bit is None else bit for place, bit in enumerate(_extended(bits, width, False))]
 
     def result(self, ins: Instruction) -> Bits | None:
-        """The bits that an instruction gives its first register; None where it reads what is not written yet."""
+        """Return the bits of an instruction's first register; None if it reads a register without any write so far."""
         width = _width(self.kernel.registers[ins.args[0]])
         nothing: Bits = [Unknown() for _ in range(width)]
         if ins.name == "cvt" and all(kind.kind != "f" for kind in ins.types):
@@ -219,21 +222,21 @@ class KnownBits:
             return None
         try:
             bits = _extended(RULES[ins.name](ins, *operands), width, False)
-        except TypeError:  # other operands than the rule is for
+        except TypeError:  # the rule is for other operands
             return nothing
         if ins.name == "add" and ins.args[1] in self.arguments and (_value(operands[1]) or LARGEST) < LARGEST:
             bits[-1] = 0
         return bits
 
     def same(self, was: Instruction, changed: Instruction) -> bool:
-        """Whether two instructions give the same in every launch."""
+        """Tell whether two instructions provably give the same result in every launch."""
         if was.args[:1] != changed.args[:1] or was.args[0] not in self.kernel.registers:
             return False
         return self.result(was) == self.result(changed)
 
 
 def registers(kernel: Kernel, ins: Instruction) -> list[str]:
-    """The registers that an instruction writes."""
+    """Return the registers that an instruction writes."""
     if ins.name in ("st", "red", "cp", "stmatrix", "bar", "bra"):
         return []
     names = [name for part in ins.args[:1] for piece in part.split("|") for name in names_of(piece)]

@@ -1,8 +1,8 @@
-"""A kernel in execution: its blocks, the order of their threads, barriers.
+"""Execute a kernel: its blocks, the order of their threads, barriers.
 
-Each thread has a place in the program of its own. Of all threads of a batch of blocks those that are least far run, all
-together: threads that went different ways meet again where the ways join. Which threads run first is thus fixed; that
-another order would give the same result is what the checks of shared memory are for.
+Each thread has its own place in the program. Of all threads of a batch of blocks, those that are least far in the
+program run together, so that diverged threads meet again where their paths join. The order of threads is thus fixed;
+the checks of shared memory ensure that another order would give the same result.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from tests.ptx.registers import Registers
 from tests.ptx.values import TYPES, UNSIGNED
 from tests.ptx.warps import members
 
-SHARED_BEGIN = 0x400  # sm_90 keeps the first KiB
-MOST_STEPS = 1_000_000  # of a batch of blocks: what runs longer does not end
-BATCH = 8192  # threads: more fill the caches, fewer are not worth the while of an array operation
+SHARED_BEGIN = 0x400  # sm_90 reserves the first KiB
+MOST_STEPS = 1_000_000  # limit for a batch of blocks; a kernel that runs longer counts as endless
+BATCH = 8192  # threads: more overflow the caches, fewer make array operations inefficient
 
 
 @dataclass(frozen=True)
 class Step:
-    """An instruction as it runs: what it does, or how it changes the order of the program."""
+    """An assembled instruction: its action, or its effect on the control flow."""
 
     action: Action | None
-    branch: int | None  # where to
+    branch: int | None  # the target of a branch
     control: str  # "", "branch", "exit", "barrier"
     predicate: int | None
     negated: bool
 
 
-# Where generic addresses of shared and local memory begin: above all global ones.
+# Where the generic addresses of shared and local memory begin, above all global addresses.
 WINDOWS = {"shared": 1 << 60, "local": 1 << 61}
 
 
@@ -60,7 +60,7 @@ class Machine(Registers):
         self.windows = WINDOWS
         self.call_params: dict[str, np.ndarray] = {}
         self.at = 0  # the running instruction
-        self.ran = np.zeros(len(kernel.instructions), np.int64)  # how many threads have run each
+        self.ran = np.zeros(len(kernel.instructions), np.int64)  # how many threads have run each instruction
         self.most_steps, self.steps = MOST_STEPS, 0
         self.joins = set(kernel.labels.values())
         self.unit = min((_unit(ins) for ins in kernel.instructions), default=4)
@@ -117,7 +117,7 @@ class Machine(Registers):
         """Run all blocks of a launch.
 
         Raises:
-            PtxError: for what no kernel may do, with the kernel, the instruction and its line.
+            PtxError: if the kernel does what no kernel may do; names the kernel, the instruction and its line.
             DeviceAssertionError: if an assertion of the kernel fails.
         """
         self.grid, self.block, self.params = grid, block, params.ljust(self.kernel.param_size, b"\0")
@@ -143,13 +143,13 @@ class Machine(Registers):
             self._forget()
 
     def _forget(self) -> None:
-        """Let go of the registers and of shared memory: the kernels of some ops would keep gigabytes."""
+        """Free registers and shared memory, which are gigabytes for the kernels of some ops."""
         self.values, self.special, self.shared, self.local = [], {}, None, {}
 
     def _run_batch(self, first: int, count: int) -> None:
         self._begin(first, count)
         threads = self.threads
-        self.place = np.zeros(threads, np.int32)  # of each thread in the program
+        self.place = np.zeros(threads, np.int32)  # the next instruction of each thread
         self.exited, self.waiting = np.zeros(threads, np.bool_), np.zeros(threads, np.bool_)
         self.steps = 0
         while not self.exited.all():
@@ -183,7 +183,7 @@ class Machine(Registers):
         self.copies, self.multiplications = (Groups(self.threads, name) for name in ("an asynchronous copy", "a wgmma"))
 
     def _advance(self, at: int, active: np.ndarray, alone: bool) -> None:
-        """Run some threads until they part, wait, end, or come where others may join them."""
+        """Run some threads until they diverge, wait, end, or reach a place where others may join them."""
         full, many = bool(active.all()), int(np.count_nonzero(active))
         while True:
             self.at = at
@@ -221,7 +221,7 @@ class Machine(Registers):
                 return
 
     def _taking(self, step: Step, active: np.ndarray, full: bool, many: int) -> tuple[np.ndarray | None, int]:
-        """Which of the active threads an instruction is for (None: all there are), and how many."""
+        """Return which of the active threads run an instruction (None: all threads), and how many."""
         if step.predicate is None:
             return (None if full else active), many
         chosen = self.values[step.predicate]
@@ -235,7 +235,7 @@ class Machine(Registers):
         return (None if count == self.threads else chosen), count
 
     def _wait(self, active: np.ndarray, whole: bool) -> None:
-        """Arrive at the barrier; blocks of which all threads have arrived go on."""
+        """Arrive at a barrier; blocks whose threads have all arrived go on."""
         if not whole:
             raise PtxError("a barrier for some of the threads that reach it")
         self.waiting |= active
@@ -245,14 +245,14 @@ class Machine(Registers):
 
 
 def _unit(ins: Instruction) -> int:
-    """The width of what an instruction may touch in shared memory at once: at most 4 bytes are told apart."""
+    """Return the width of an instruction's accesses to shared memory, at most the 4 bytes that checks distinguish."""
     if ins.name in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(ins.flags):
         return min(4, ins.types[0].size)
     return {"ldmatrix": 2, "stmatrix": 2, "wgmma": 2}.get(ins.name, 4)
 
 
 def _offsets(variables: dict[str, Variable]) -> tuple[dict[str, int], int]:
-    """Where each variable lies in its space, and how large that is."""
+    """Return the offset of each variable in its memory space, and the size of the space."""
     found, end = {}, 0
     for name, variable in variables.items():
         found[name] = -(-end // variable.align) * variable.align

@@ -1,6 +1,6 @@
 """Tiles of matrices: loads and stores in the layout of tensor cores, and their multiplications.
 
-Products are summed in float64 and rounded once to float32: a GPU rounds more often, in an order that nobody promises.
+Products are summed in float64 and rounded once to float32. A GPU rounds more often, in an unspecified order.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from tests.ptx.registers import number
 from tests.ptx.values import TYPES, Type
 from tests.ptx.warps import LANE, by_warp, whole_warps
 
-GROUP, PLACE = LANE // 4, LANE % 4  # a row of a tile belongs to a group of four lanes
+GROUP, PLACE = LANE // 4, LANE % 4  # four lanes hold a row of a tile
 WARPGROUP = 128
 U32 = TYPES["u32"]
 
 
 def _halves(bits: np.ndarray, kind: Type) -> np.ndarray:
-    """The two numbers of each 32-bit register, along a new last dimension."""
+    """Unpack the two numbers of each 32-bit register, along a new last dimension."""
     packed = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
     return packed if kind.kind == "b" else kind.unpack(packed)
 
@@ -30,7 +30,7 @@ def _halves(bits: np.ndarray, kind: Type) -> np.ndarray:
 
 
 def _rows(machine, address, count: int, warps: np.ndarray, load: bool) -> np.ndarray:
-    """Where the rows of the tiles lie, checked: (warps that take part, count * 8)."""
+    """Return the checked addresses of the tiles' rows: (participating warps, count * 8)."""
     lanes = np.flatnonzero(np.repeat(warps, 32) & (np.tile(LANE, len(warps)) < 8 * count))
     offsets = machine.shared_offsets(machine.of(address, lanes), lanes, 16, 16)
     note = machine.shared.note_load if load else machine.shared.note_store
@@ -39,7 +39,7 @@ def _rows(machine, address, count: int, warps: np.ndarray, load: bool) -> np.nda
 
 
 def _index(transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column in a tile of the two elements of each lane: (32, 2)."""
+    """Return row and column in a tile of the two elements of each lane: (32, 2) each."""
     row, column = np.stack([GROUP, GROUP], 1), np.stack([2 * PLACE, 2 * PLACE + 1], 1)
     return (column, row) if transposed else (row, column)
 
@@ -81,7 +81,7 @@ def store_matrix(machine, ins: Instruction) -> Action:
 
 @instruction("mma", "sync aligned m16n8k16 m16n8k8 row col")
 def multiply(machine, ins: Instruction) -> Action:
-    """D = A B + C with A (16, k), B (k, 8) of half precision and C, D (16, 8) of float32."""
+    """Compute D = A B + C with A (16, k) and B (k, 8) in half precision, and C and D (16, 8) in float32."""
     depth = 16 if "m16n8k16" in ins.flags else 8
     _, kind, other, _ = ins.types
     accumulators = {t.name for t in (ins.types[0], ins.types[3])}
@@ -112,18 +112,19 @@ def multiply(machine, ins: Instruction) -> Action:
     return run
 
 
-# ---- wgmma: four warps multiply, operands in shared memory, later than asked ----
+# ---- wgmma: four warps multiply asynchronously, with operands in shared memory ----
 
-_SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # of a descriptor: bytes of an atom's row, mask
+# Swizzle mode of a descriptor -> (bytes of an atom's row, mask).
+_SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
 
 
 def tile_addresses(descriptor: int, rows: int, transposed: bool) -> np.ndarray:
-    """The addresses of the elements (rows, 16) that a matrix descriptor means.
+    """Return the (rows, 16) addresses of the elements that a matrix descriptor describes.
 
     Args:
-        descriptor: 64 bits, of the PTX manual's section on wgmma.
-        rows: along the dimension that is not summed over.
-        transposed: whether that dimension is the one whose elements lie side by side.
+        descriptor: 64 bits, as in the PTX manual's section on wgmma.
+        rows: the size of the dimension that is not summed over.
+        transposed: whether the elements along that dimension are adjacent in memory.
     """
     begin, leading, stride = (((descriptor >> at) & 0x3FFF) << 4 for at in (0, 16, 32))
     if (descriptor >> 49) & 7:
@@ -146,7 +147,7 @@ _SHAPES = " ".join(f"m64n{n}k16" for n in range(8, 257, 8))
 
 @instruction("wgmma", f"fence commit_group wait_group mma_async sync aligned {_SHAPES}")
 def multiply_warpgroup(machine, ins: Instruction) -> Action:
-    """wgmma: D = A B + D with A (64, 16) in registers or shared memory, B (16, n) in shared memory."""
+    """Execute wgmma: D = A B + D with A (64, 16) in registers or shared memory, and B (16, n) in shared memory."""
     if "fence" in ins.flags:
         return lambda: None
     if "commit_group" in ins.flags:

@@ -1,4 +1,4 @@
-"""Global, shared and local memory, each with what may be done to it. Addresses are numbers, of one per thread."""
+"""Global, shared and local memory, and what is allowed with each byte. Arrays of addresses have one per thread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Where = np.ndarray | slice
 
 
 def host_bytes(begin: int, size: int) -> np.ndarray:
-    """The memory of this process from an address on."""
+    """Return ``size`` bytes of this process's memory, as an array that shares them."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(begin))
 
 
 def places(offsets: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
-    """Where the ``count`` neighbours of ``size`` bytes are, in units of them, that begin at each offset."""
-    first = offsets >> (size.bit_length() - 1)  # many times faster than a division
+    """Yield the indexes, in units of ``size`` bytes, of the ``count`` neighbours that begin at each offset."""
+    first = offsets >> (size.bit_length() - 1)  # much faster than a division
     yield first
     for index in range(1, count):
         yield first + index
@@ -33,25 +33,25 @@ def neighbours(content: np.ndarray, offsets: np.ndarray, size: int, count: int) 
 
 
 class Region:
-    """Global memory that lies together, and what a kernel may do with each byte of it."""
+    """A contiguous part of global memory, and what a kernel may do with each byte of it."""
 
     def __init__(self, begin: int, content: np.ndarray, allowed: np.ndarray) -> None:
         self.begin, self.end = begin, begin + len(content)
         self.content = {n: content[: len(content) // n * n].view(raw) for n, raw in UNSIGNED.items()}
         whole = bool((allowed == allowed[:1]).all()) and len(allowed) > 0
         self.everywhere = int(allowed[0]) if whole else 0
-        # How many bytes before each may be read, and written: an access is allowed where their number is its width.
+        # Running counts of bytes that may be read, and written: an access is allowed if the count rises by its width.
         self.counts = {} if whole else {kind: _running((allowed & kind) > 0) for kind in (READ, WRITE)}
         self.stored, self.cached = (np.zeros(len(content), np.bool_) for _ in range(2))
 
     def permits_all(self, kind: int, addresses: np.ndarray, width: int) -> bool:
-        """Whether every access is allowed."""
+        """Tell whether every access is allowed."""
         if addresses.min() < self.begin or addresses.max() + width > self.end:
             return False
         return bool(self.everywhere & kind) or bool(self._permits(kind, addresses - self.begin, width).all())
 
     def permits(self, kind: int, addresses: np.ndarray, width: int) -> np.ndarray:
-        """Which accesses are allowed."""
+        """Return which accesses are allowed."""
         inside = (addresses >= self.begin) & (addresses + width <= self.end)
         return inside & self._permits(kind, np.where(inside, addresses - self.begin, 0), width)
 
@@ -67,7 +67,7 @@ def _running(flags: np.ndarray) -> np.ndarray:
 
 
 class Constant:
-    """A constant of a module, in memory of its own that kernels may read."""
+    """A constant of a module, in its own memory, which kernels may read."""
 
     def __init__(self, variable: Variable) -> None:
         align = max(variable.align, 8)
@@ -78,21 +78,21 @@ class Constant:
 
 
 class GlobalMemory:
-    """What the launches of one kernel may touch: `allow` what, then `load` and `store`."""
+    """The global memory that launches of one kernel may access: call `allow`, then `load` and `store`."""
 
     def __init__(self) -> None:
-        self.spans: list[tuple[int, np.ndarray]] = []  # begin, and what is allowed with each byte from there on
+        self.spans: list[tuple[int, np.ndarray]] = []  # (begin, what is allowed with each byte from there on)
         self.regions: list[Region] = []
-        self.non_coherent = False  # whether the kernel loads through the non-coherent cache: what it stores is noted
+        self.non_coherent = False  # whether the kernel loads through the non-coherent cache; then stores are recorded
 
     def allow(self, begin: int, allowed: np.ndarray) -> None:
-        """Allow the bytes of a span: to each belongs 0, `READ`, `WRITE` or both. Spans may overlap."""
+        """Allow accesses to a span: 0, `READ`, `WRITE` or both for each byte. Spans may overlap."""
         if len(allowed):
             self.spans.append((begin, allowed))
             self.regions = []
 
     def ready(self) -> None:
-        """Join spans that overlap, once all are known."""
+        """Join overlapping spans into regions, once all spans are known."""
         groups: list[list[tuple[int, np.ndarray]]] = []
         for begin, allowed in sorted(self.spans, key=lambda span: span[0]):
             if groups and begin < max(at + len(flags) for at, flags in groups[-1]):
@@ -107,7 +107,7 @@ class GlobalMemory:
             self.regions.append(Region(begin, host_bytes(begin, len(flags)), flags))
 
     def _parts(self, addresses: np.ndarray, width: int, kind: int) -> list[tuple[Region, Where, np.ndarray]]:
-        """The (region, accesses, offsets) that addresses mean: all in one region but where a pointer was chosen."""
+        """Split addresses into (region, accesses, offsets); there are several only if lanes chose between pointers."""
         odd = addresses & (width - 1)
         if odd.any():
             raise PtxError(f"a misaligned access of {width} bytes at {hex(int(addresses[odd != 0][0]))}")
@@ -159,19 +159,19 @@ class GlobalMemory:
                 region.content[size][place] = column[where]
 
     def element(self, address: int, kind: np.dtype) -> tuple[np.ndarray, int]:
-        """One number that may be read and written: an array, and its place there."""
+        """Return a number that may be read and written, as an array and the index in it."""
         size = kind.itemsize
         for permission in (READ, WRITE):
             ((region, _, offsets),) = self._parts(np.array([address]), size, permission)
         return region.content[size].view(kind), int(offsets[0]) // size
 
     def text(self, address: int) -> str:
-        """A constant string, without the zero at its end."""
+        """Return a constant string, without its terminating zero."""
         region = next(region for region in self.regions if region.begin <= address < region.end)
         return bytes(region.content[1][address - region.begin :]).partition(b"\0")[0].decode()
 
     def finish(self) -> None:
-        """Check, when the launch is over, what no order of its blocks would have made right."""
+        """Check at the end of a launch that no byte was both stored and loaded by the non-coherent cache."""
         if any((region.stored & region.cached).any() for region in self.regions):
             raise PtxError("a load through the non-coherent cache (.nc) of bytes that the same launch stores")
 
@@ -182,26 +182,26 @@ def _mark(flags: np.ndarray, offsets: np.ndarray, width: int) -> None:
 
 
 class SharedMemory:
-    """The shared memory of a batch of blocks, and who touched each unit of it since the last barrier.
+    """The shared memory of a batch of blocks, and which warps accessed each unit of it since the last barrier.
 
-    A unit is as wide as the narrowest access of the kernel. Between two barriers a warp must not touch what another one
-    writes, and nobody reads what nobody has written.
+    A unit is as wide as the narrowest access of the kernel. Between two barriers a warp must not access what another
+    warp writes, and a unit must be written before it is read.
     """
 
-    NOBODY, SEVERAL, IN_FLIGHT, ATOMIC = -1, -2, -3, 2**14  # beside the numbers of warps
+    NOBODY, SEVERAL, IN_FLIGHT, ATOMIC = -1, -2, -3, 2**14  # values besides the numbers of warps
 
     def __init__(self, blocks: int, size: int, unit: int) -> None:
         self.size, self.unit = size, unit
-        self.stride = -(-size // 1024) * 1024 + 1024  # swizzles look at addresses: each block's begin alike
+        self.stride = -(-size // 1024) * 1024 + 1024  # all blocks have the same alignment, on which swizzles depend
         content = np.full(blocks * self.stride, 0xFF, np.uint8)
         self.content = {n: content.view(raw) for n, raw in UNSIGNED.items()}
         units = len(content) // unit
         self.writer, self.reader = (np.full(units, self.NOBODY, np.int16) for _ in range(2))
         self.written_in, self.read_in = (np.full(units, -1, np.int32) for _ in range(2))
-        self.interval = np.zeros(blocks, np.int32)  # how many barriers each block has passed
+        self.interval = np.zeros(blocks, np.int32)  # number of barriers that each block has passed
 
     def offsets(self, addresses: np.ndarray, blocks: np.ndarray, width: int, aligned: int) -> np.ndarray:
-        """Where addresses are in `content`; each must lie in the block's own memory."""
+        """Return the offsets of addresses in `content`; each must lie in its block's own memory."""
         if addresses.min() < 0 or addresses.max() + width > self.size:
             at = int(addresses[(addresses < 0) | (addresses + width > self.size)][0])
             raise PtxError(f"{width} bytes of shared memory at {at}, of which a block has {self.size}")
@@ -210,7 +210,7 @@ class SharedMemory:
         return addresses + blocks * self.stride
 
     def _units(self, offsets: np.ndarray, width: int, *each: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The units of accesses, and what belongs to each access once per unit."""
+        """Return the units of accesses, and repeat per-access values for each unit."""
         count = width // self.unit
         first = offsets // self.unit
         if count == 1:
@@ -221,7 +221,7 @@ class SharedMemory:
         return f"at {int(units[0]) * self.unit % self.stride} of shared memory"
 
     def note_load(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
-        """Check that what is read has been written, by this warp or before a barrier."""
+        """Check that the bytes were written, by this warp or before a barrier, and record the read."""
         units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
         writer = self.writer[units]
         if (writer < 0).any():
@@ -235,11 +235,11 @@ class SharedMemory:
         others = (self.read_in[units] == now) & (self.reader[units] != warp)
         reader = np.where(others, np.int16(self.SEVERAL), warp)
         self.reader[units] = reader
-        self.reader[units[self.reader[units] != reader]] = self.SEVERAL  # several warps in this very instruction
+        self.reader[units[self.reader[units] != reader]] = self.SEVERAL  # several warps read in this instruction
         self.read_in[units] = now
 
     def note_store(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
-        """Check that nobody else touches what is written."""
+        """Check that no other warp accesses the bytes, and record the write."""
         units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
         flying = self.writer[units] == self.IN_FLIGHT
         if flying.any():
@@ -253,7 +253,7 @@ class SharedMemory:
         self._written(units, warp, now)
 
     def note_atomic(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
-        """Check atomics, which may meet others of them, but no loads and stores of another warp."""
+        """Check atomics, which may meet atomics of other warps, but not their loads and stores."""
         units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
         writer = self.writer[units]
         if (writer < 0).any():
@@ -265,7 +265,7 @@ class SharedMemory:
         self.writer[units], self.written_in[units] = self.ATOMIC, now
 
     def note_tile(self, offsets: np.ndarray, block: int) -> None:
-        """Check that what all warps of a warpgroup read was there before the last barrier."""
+        """Check that a tile, which all warps of a warpgroup read, was written before the last barrier."""
         units = np.unique(offsets // self.unit)
         if (self.writer[units] == self.IN_FLIGHT).any():
             raise PtxError(f"a race: a wgmma reads what an asynchronous copy writes, {self._place(units)}")
@@ -277,23 +277,23 @@ class SharedMemory:
         self.reader[units], self.read_in[units] = self.SEVERAL, self.interval[block]
 
     def note_start(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
-        """Check a copy that may arrive at any time from now on: until it is waited for nobody may touch its bytes."""
+        """Start a copy that may arrive at any time: until it is waited for, no warp may access its bytes."""
         self.note_store(offsets, width, blocks, warps)
         (units,) = self._units(offsets, width)
         self.writer[units] = self.IN_FLIGHT
 
     def note_arrival(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
-        """A copy has been waited for: to its own warp it is there, to others behind the next barrier."""
+        """Finish a copy that was waited for: its own warp may read it now, other warps after the next barrier."""
         self._written(*self._units(offsets, width, warps, self.interval[blocks]))
 
     def _written(self, units: np.ndarray, warp: np.ndarray, now: np.ndarray) -> None:
         self.writer[units], self.written_in[units] = warp, now
 
     def store(self, offsets: np.ndarray, columns: Sequence[np.ndarray], warps: np.ndarray) -> None:
-        """Store neighbours at each offset, after a note of it.
+        """Store neighbours at each offset; the store must have been recorded by `note_store`.
 
-        Several warps may store the same numbers there, as Triton's do. Of lanes that differ one wins: PTX does not say
-        which, and where a reduction's lanes fuse another multiplication each, their last bits do differ.
+        Several warps may store the same numbers there, as Triton's kernels do. If lanes of one warp differ, one of them
+        wins, and PTX does not say which. In reductions whose lanes fuse different multiplications, last bits differ.
         """
         size = columns[0].dtype.itemsize
         for at, column in zip(places(offsets, size, len(columns)), columns, strict=True):

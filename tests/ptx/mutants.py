@@ -1,10 +1,10 @@
-"""Kernels with one instruction changed: does a test of the op's samples fail?
+"""Mutation tests: change one instruction of a kernel, and see whether a test of the op's samples fails.
 
     TRITON_INTERPRET=1 python -m tests.ptx.mutants 300
 
-draws that many changes of the kernels that a real shape of each op runs, and prints those that nothing noticed. A
-change is dead as soon as a call fails, the real one or one of the generated tests: it does what no kernel may do, or
-its result is wrong. `received_attention` is left out: its real shapes take minutes each.
+draws that many changes of the kernels that a real shape of each op runs, and prints the survivors. A change is killed
+if a call, of the real shape or of the generated tests, does what no kernel may do or gives a wrong result.
+`received_attention` is left out, because each of its real shapes takes minutes.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from tests.ptx.survivors import explain
 from vlmfast import backends
 from vlmfast.registry import Op
 
-FEW = 2  # multiprocessors, so that loops loop: as in the interpreter
-STEPS = 100_000  # more than any sample takes: what takes more does not end
+FEW = 2  # multiprocessors, as in the interpreter, so that persistent loops take several rounds
+STEPS = 100_000  # more than any sample takes; a mutant that takes more counts as endless
 NOTHING = Instruction("fence", (), (), [], text="nothing")
-# What each name, or comparison, is taken for.
+# Operation or comparison -> the one that replaces it.
 OTHERS = {"add": "sub", "sub": "add", "max": "min", "min": "max", "and": "or", "or": "and", "shl": "shr", "mul": "add"}
 OTHERS |= {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq", "bfly": "up", "up": "down"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One instruction of a kernel, and what stands in its place."""
+    """One instruction of a kernel and its replacement."""
 
     kernel: str
     at: int
     was: Instruction
     changed: Instruction
-    excuse: str = ""  # why it may be no fault at all
+    excuse: str = ""  # why the change may not be a fault
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.at}: {self.was.text}  ->  {self.changed.text}  ({self.was.line})"
@@ -61,11 +61,11 @@ class Mutant:
         return machine
 
     def beside(self, kernel: Kernel) -> Machine:
-        """The kernel as it is; ``machine.differed`` becomes true where the change would have given another number."""
+        """Return a machine of the unchanged kernel; ``differed`` becomes true if the change gives other numbers."""
         machine = Machine(kernel)
         step, other = machine.program[self.at], machine._step(self.at, self.changed)
         written = [machine.index[name] for name in registers(kernel, self.was)]
-        machine.differed = not written  # of what is stored, it is taken for granted
+        machine.differed = not written  # assumed for instructions that write no register, such as stores
 
         def run() -> None:
             before = list(machine.values)
@@ -82,13 +82,13 @@ class Mutant:
 
 
 def synchronises(ins: Instruction) -> bool:
-    """Whether an instruction only orders others: a barrier, a wait, a commit."""
+    """Tell whether an instruction only orders others: a barrier, a wait or a commit."""
     groups = {"commit_group", "wait_group", "wait_all"}
     return ins.name in ("bar", "barrier") or (ins.name in ("cp", "wgmma") and bool(groups & set(ins.flags)))
 
 
 def dropped(kernel: Kernel) -> list[Mutant]:
-    """The kernel without one of its barriers, waits and commits."""
+    """Make the mutants of a kernel without one of its barriers, waits and commits."""
     found = [(at, ins) for at, ins in enumerate(kernel.instructions) if synchronises(ins)]
     groups = [(at, "commit_group" in ins.flags) for at, ins in found if ins.name == "cp"]
     joining = {at for (at, commit), (_, another) in pairwise(groups) if commit and another}
@@ -97,9 +97,9 @@ def dropped(kernel: Kernel) -> list[Mutant]:
 
 
 def changed(kernel: Kernel) -> list[Mutant]:
-    """The kernel with one operation taken for another, a number one larger, a store or a copy left out.
+    """Make mutants of a kernel with another operation, a number that is one larger, or no store or copy.
 
-    Changes that the bits known of every launch prove to be none are left out.
+    Changes that `KnownBits` proves to have no effect are left out.
     """
     known = KnownBits(kernel)
     floats = {arg for ins in kernel.instructions for arg in ins.args if any(kind.name == "f32" for kind in ins.types)}
@@ -132,19 +132,19 @@ def _with(ins: Instruction, **changes: Any) -> Instruction:
 
 @dataclass
 class Call:
-    """A call of an op with what it must give, and the kernels that it runs."""
+    """A call of an op, its expected result, and the kernels that it runs."""
 
     op: Op
     args: tuple[Any, ...]
     multiprocessors: int
-    bytes: list[tuple[torch.Tensor, torch.Tensor]]  # of its tensors, and a copy of them
+    bytes: list[tuple[torch.Tensor, torch.Tensor]]  # its tensors as bytes, each with a copy
     defined: tuple[torch.Tensor, ...]
     exact: tuple[torch.Tensor, ...]
     kernels: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Subject:
-    """Calls of some ops on one backend, and the kernels that they run. Unchanged, each call passes."""
+    """Calls of some ops on one backend and the kernels that they run; with unchanged kernels, each call passes."""
 
     def __init__(self, place: str, every_call: Iterable[tuple[Op, tuple[Any, ...], int]]) -> None:
         self.place, self.calls = place, []
@@ -164,7 +164,7 @@ class Subject:
         self.kernels = {key: machine.kernel for key, machine in backend.machines.items()}
 
     def check(self, call: Call) -> None:
-        """Run a call, and look at what the generated tests look at."""
+        """Run a call and check what the generated tests check."""
         try:
             with vlmfast.use(self.place), backend.multiprocessors(call.op, call.multiprocessors):
                 got = outputs(call.op.backend(self.place).run(*call.args))
@@ -177,7 +177,7 @@ class Subject:
                 now.copy_(before)
 
     def fate(self, key: tuple[str, str], mutant: Mutant) -> str:
-        """Say how far a change that nobody noticed came."""
+        """Say whether a survivor ran and gave other numbers: "never ran", "same" or "hidden"."""
         if not backend.machines[key].ran[mutant.at]:
             return "never ran"
         machine = mutant.beside(self.kernels[key])
@@ -189,12 +189,12 @@ class Subject:
         return "same"
 
     def notices(self, key: tuple[str, str], mutant: Mutant) -> str | None:
-        """Say what was noticed of a change, or None."""
+        """Return the error by which a change was noticed, or None."""
         with self._in_place(key, mutant.of(self.kernels[key])):
             for call in (call for call in self.calls if key in call.kernels):
                 try:
                     self.check(call)
-                except Exception as error:  # whatever it is
+                except Exception as error:  # any error kills the mutant
                     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
 
@@ -209,14 +209,14 @@ class Subject:
 
 
 def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
-    """The barriers, waits and commits of a line whose loss no specialisation of their kernel betrays."""
+    """Return the barriers, waits and commits that can be dropped unnoticed in every specialisation of their kernel."""
     torch.manual_seed(0)
     subject, dead = Subject(place, ((op, args, FEW) for args in calls(op, "cpu", dtype))), {}
     for key, kernel in subject.kernels.items():
         numbers: Counter[tuple[str, ...]] = Counter()
         for mutant in dropped(kernel):
             where = mutant.kernel, mutant.was.line, mutant.was.opcode
-            numbers[where] += 1  # several of a line are told apart by their order
+            numbers[where] += 1  # several on one line are distinguished by their order
             this = *where, numbers[where]
             if dead.get(this) is not True:
                 dead[this] = subject.notices(key, mutant) is not None or mutant
@@ -224,7 +224,7 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
 
 
 def of_family(ops: list[Op], place: str) -> Subject:
-    """All samples of some ops, in every layout, and a real shape of each."""
+    """Return all samples of some ops, in every layout, and a real shape of each op."""
 
     def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
         for op in ops:

@@ -1,4 +1,4 @@
-"""PTX text as kernels: their parameters, registers, variables, labels and instructions."""
+"""Parse PTX text into kernels: parameters, registers, variables, labels and instructions."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass, field
 
 from tests.ptx.values import TYPES, Type
 
-VERSIONS = ((7, 0), (9, 4))  # of PTX, the oldest and the newest whose instructions these are
+VERSIONS = ((7, 0), (9, 4))  # the oldest and the newest supported version of PTX
 TARGETS = {"sm_80", "sm_90", "sm_90a"}
 
 
 class PtxError(Exception):
-    """A kernel does what no kernel may do, or what is not known here."""
+    """A kernel does what no kernel may do, or uses something that is not supported here."""
 
 
 @dataclass
 class Instruction:
-    """One instruction; ``flags`` are its modifiers before the types that it ends with."""
+    """One instruction; ``flags`` are the modifiers between its name and its types."""
 
-    name: str  # add
-    flags: tuple[str, ...]  # rn
-    types: tuple[Type, ...]  # f32
+    name: str  # for example "add" of add.rn.f32
+    flags: tuple[str, ...]  # for example "rn"
+    types: tuple[Type, ...]  # for example f32
     args: list[str]
     predicate: str | None = None
     negated: bool = False
     text: str = ""
-    line: str = ""  # of the source that it was compiled from
+    line: str = ""  # "file:number" in the source that it was compiled from
 
     @property
     def opcode(self) -> str:
@@ -37,7 +37,7 @@ class Instruction:
 
 @dataclass
 class Variable:
-    """What a module or a kernel declares in memory."""
+    """A variable in memory that a module or a kernel declares."""
 
     size: int
     align: int
@@ -46,13 +46,13 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One entry of a module, with the variables of the module that it names."""
+    """One entry of a module, with those variables of the module that it uses."""
 
     name: str
     params: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> offset and size in bytes
     param_types: dict[str, Type] = field(default_factory=dict)
     divisible: set[str] = field(default_factory=set)  # parameters that were multiples of 16 in every launch so far
-    threads: tuple[int, ...] | None = None  # of a block, where the kernel demands a number
+    threads: tuple[int, ...] | None = None  # block size, if the kernel requires one
     registers: dict[str, Type] = field(default_factory=dict)
     spaces: dict[str, dict[str, Variable]] = field(default_factory=dict)  # shared, local, global -> name -> variable
     dynamic_shared: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Kernel:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that are in no bracket."""
+    """Split at commas outside brackets."""
     parts, depth, begin = [], 0, 0
     for at, character in enumerate(text):
         if character in "{[(":
@@ -79,7 +79,7 @@ def split(text: str) -> list[str]:
 
 
 def names_of(text: str) -> list[str]:
-    """The registers of a vector operand, or the one of a scalar."""
+    """Return the registers of a vector operand, or the single register of a scalar one."""
     return split(text.strip("{} ")) if text.startswith("{") else [text]
 
 
@@ -91,7 +91,7 @@ _DECLARATION = re.compile(
 
 
 def _declare(statement: str, kernel: Kernel) -> bool:
-    """Add a variable; false if the statement declares none."""
+    """Add the variable that a statement declares; return False if it declares none."""
     found = _DECLARATION.match(statement)
     if found is None:
         return False
@@ -109,7 +109,7 @@ def _declare(statement: str, kernel: Kernel) -> bool:
 
 
 def _statements(body: str) -> Iterator[str]:
-    """Statements without their semicolons, labels as "name:", and the braces of scopes."""
+    """Yield statements without semicolons, labels as "name:", and the braces of scopes."""
     text, depth = "", 0
     for piece in re.split(r"([{};]|(?<!:):(?!:))", body):
         begins = not text.strip()
@@ -163,7 +163,7 @@ def _registers(statement: str, kernel: Kernel, scopes: list[dict[str, str]]) -> 
         many = re.match(r"(.*)<(\d+)>", name)
         if many:
             kernel.registers |= {f"{many[1]}{index}": kind for index in range(int(many[2]))}
-        else:  # inline assembly gives each scope a register of the same name
+        else:  # inline assembly declares registers of the same name in several scopes
             unique = f"{name}@{len(kernel.registers)}" if len(scopes) > 1 else name
             scopes[-1][name] = unique
             kernel.registers[unique] = kind
@@ -181,7 +181,7 @@ def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
             kernel.labels[statement[:-1]] = len(kernel.instructions)
         elif statement.startswith(".loc"):
             _, file, number = statement.split()[:3]
-            line = f"{files.get(file, file)}:{number}" if number != "0" else line  # 0: of several, or of none
+            line = f"{files.get(file, file)}:{number}" if number != "0" else line  # 0 stands for several lines or none
         elif statement.startswith(".reg"):
             _registers(statement, kernel, scopes)
         elif _declare(statement, kernel) or statement.startswith((".param", ".pragma")):
@@ -219,7 +219,7 @@ def parse(text: str, name: str) -> Kernel:
     """Read one kernel of a module.
 
     Raises:
-        PtxError: for a version, a target or a statement that is not known.
+        PtxError: for an unsupported version, target or statement.
     """
     _check(text)
     files = {number: path.rpartition("/")[2] for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}

@@ -1,4 +1,4 @@
-"""The registers of a batch of threads: one array per register, of one number per thread or one for all."""
+"""The registers of a batch of threads: one array per register, with one number per thread or one for all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.ptx.values import TYPES, UNSIGNED, Type
 Reader = Callable[[], np.ndarray]
 Writer = Callable[[np.ndarray], None]
 
-# What a register holds before anything is written to it: NaN in every floating-point type, and no address.
+# The content of unwritten registers, by size in bytes: NaN in every floating-point type, and not a valid address.
 POISON = {1: 0xB5, 2: 0xFFB5, 4: 0xFFB5FFB5, 8: 0xFFF5FFB5FFB5FFB5}
 NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
 _LANEMASKS = {"eq": lambda one: one, "lt": lambda one: one - 1, "le": lambda one: 2 * one - 1}
@@ -25,7 +25,7 @@ def number(text: str) -> int:
 
 
 class Registers:
-    """The register file of a batch of threads, and which of them the running instruction is for."""
+    """The register file of a batch of threads, and which of them run the current instruction."""
 
     def __init__(self, kernel: Kernel, symbols: dict[str, int]) -> None:
         self.kernel, self.symbols = kernel, symbols
@@ -33,33 +33,33 @@ class Registers:
         self.types = list(kernel.registers.values())
         self.values: list[np.ndarray] = []
         self.special: dict[str, np.ndarray] = {}
-        self.mask: np.ndarray | None = None  # which threads take part; None: all
+        self.mask: np.ndarray | None = None  # which threads take part; None for all
         self.threads = 0
         self.everyone = np.arange(0)
 
     def reset(self, threads: int, special: dict[str, np.ndarray]) -> None:
-        """Begin with another batch of threads, nothing written to any register."""
+        """Start another batch of threads, with all registers unwritten."""
         self.threads, self.special, self.mask = threads, special, None
         self.everyone = np.arange(threads)
         self.values = [np.array([POISON[t.size]]).astype(t.raw) for t in self.types]
 
     def lanes(self) -> np.ndarray:
-        """The threads that take part, by number."""
+        """Return the numbers of the threads that take part."""
         return self.everyone if self.mask is None else np.flatnonzero(self.mask)
 
     def whole(self, value: np.ndarray) -> np.ndarray:
-        """One number per thread, side by side in memory."""
+        """Return a contiguous array with one number per thread."""
         return value if value.size == self.threads else np.repeat(value, self.threads)
 
     def of(self, reader: Reader, lanes: np.ndarray) -> np.ndarray:
-        """What some threads read."""
+        """Return the values that some threads read."""
         value = reader()
         if lanes is self.everyone:
             return self.whole(value)
         return value[lanes] if value.size == self.threads else np.repeat(value, len(lanes))
 
     def spread(self, value: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-        """What some threads have, as one number per thread: of the others any."""
+        """Spread the values of some threads to an array with one number per thread; the others are arbitrary."""
         if lanes is self.everyone or value.size == 1:
             return value
         found = np.zeros(self.threads, value.dtype)
@@ -75,7 +75,7 @@ class Registers:
         return self.index[name]
 
     def source(self, text: str, kind: Type) -> Reader:
-        """The raw bits of an operand, as many as the type has; of a wider register the low ones."""
+        """Return a reader of the raw bits of an operand, as many as the type has: the low ones of a wider register."""
         if text.startswith("!"):
             inverted = self.source(text[1:], kind)
             return lambda: ~inverted()
@@ -118,7 +118,7 @@ class Registers:
         return lambda: self.special[text].astype(kind.raw)
 
     def target(self, text: str) -> Writer:
-        """Where the threads that take part write to; "_" drops what is written."""
+        """Return a writer to a register for the threads that take part; "_" discards the value."""
         if text == "_":
             return lambda value: None
         at = self._register(text)
@@ -132,7 +132,7 @@ class Registers:
         return write
 
     def address(self, text: str) -> Reader:
-        """The address that "[base+offset]" means, as int64."""
+        """Return a reader of the address "[base+offset]", as int64."""
         found = re.fullmatch(r"\[\s*([%$\w@.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if found is None:
             raise PtxError(f"an address that is not known here: {text}")

@@ -1,13 +1,13 @@
-"""Whether kernels can saturate the memory of an H200: the bytes that they have under way, and instructions a byte.
+"""Check whether kernels can saturate the memory of an H200, by their bytes in flight and instructions per byte.
 
     TRITON_INTERPRET=1 python -m tests.ptx.saturation rms_norm_backward > saturation.json
 
 A record for each op, real shape in bfloat16 and kernel, as launched on 132 multiprocessors:
 
-* `in_flight`: bytes that a multiprocessor has under way (`tests/helpers/in_flight.py`). `NEEDED` are enough, and so is
-  `at_once`, the share of all that the kernel loads, if it is nearly 1: more cannot be under way.
-* `instructions`: those of all threads, as the machine counts them, over the bytes of the op (`Cases.bytes`); without
-  moves between registers, which are none in the machine code.
+* `in_flight`: bytes in flight per multiprocessor (`tests/helpers/in_flight.py`). `NEEDED` bytes are enough. So is an
+  `at_once` of nearly 1, the share of all bytes that the kernel loads which is in flight: more there is not.
+* `instructions`: instructions of all threads, as the machine counts them, per byte of the op (`Cases.bytes`), without
+  moves between registers, which disappear in machine code.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from vlmfast import backends
 from vlmfast.registry import Op
 
 PLACE = "ptx_sm_90"
-MOST_INSTRUCTIONS = 4.0  # a byte, of which an H200 issues some 6, less what waits
+MOST_INSTRUCTIONS = 4.0  # per byte; an H200 can issue about 6, less stalls
 ENOUGH_AT_ONCE = 0.9
-MOST_BYTES = 48 << 20  # of a call: what takes more takes minutes here, and looks like what takes less
+MOST_BYTES = 48 << 20  # of a call: larger ones take minutes here and give the same picture
 BOUND_BY_MEMORY = [op for op in traffic.BOUND_BY_MEMORY if op in PRIMITIVE]
 
 
 def moves(ins: Instruction, kind: str) -> int:
-    """The bytes that one thread loads from global memory by an instruction ("ld"), or stores there ("st")."""
+    """Return the bytes that one thread loads from ("ld") or stores to ("st") global memory by an instruction."""
     if kind == "ld" and ins.name == "cp" and "global" in ins.flags and len(ins.args) > 2:
         return int(ins.args[2], 0)
     if ins.name != kind or "global" not in ins.flags:
@@ -51,19 +51,19 @@ def moves(ins: Instruction, kind: str) -> int:
 
 
 def limits() -> dict[str, str]:
-    """Why a kernel cannot reach what an H200 needs: what `limited` says beside its config."""
+    """Map kernels that fall short to the reason, from the ``limited`` attribute beside their config."""
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("vlmfast.kernels.")]
     functions = [getattr(value, "fn", None) for module in modules for value in vars(module).values()]
     return {f.__name__: f.limited for f in functions if isinstance(f, FunctionType) and hasattr(f, "limited")}
 
 
 def records(op: Op, most_bytes: int = MOST_BYTES) -> list[dict[str, Any]]:
-    """Run the real shapes of an op, and look at each of its launches."""
+    """Run the real shapes of an op, and make a record of each launch."""
     found, run = [], op.backend(PLACE).run
     torch.manual_seed(0)
     for label, args in op.cases.workloads("cpu", torch.bfloat16):
         moved = op.cases.bytes(*args)
-        if not traffic.ENOUGH <= moved <= most_bytes:  # a smaller call is over before it could saturate anything
+        if not traffic.ENOUGH <= moved <= most_bytes:  # smaller calls are too short to saturate the memory
             continue
         launches: list[dict[str, Any]] = []
         with ExitStack() as stack:
@@ -96,7 +96,10 @@ def _noting(launch: Callable[..., None], launches: list[dict[str, Any]]) -> Call
 
 
 def _read(machine: Machine, ran: Any, arguments: dict[str, Any]) -> int:
-    """The bytes that a launch reads of rows, each once: by the widest loads, and no more than it does not write."""
+    """Return the bytes of rows that a launch reads: those of its widest loads, up to a limit.
+
+    The limit, the bytes of all tensors less those that are stored, counts bytes once that are loaded repeatedly.
+    """
     moved = [(ins, int(number)) for ins, number in zip(machine.kernel.instructions, ran, strict=True)]
     stores = sum(moves(ins, "st") * number for ins, number in moved)
     sizes = [(moves(ins, "ld"), number) for ins, number in moved]
@@ -111,7 +114,7 @@ def _in_flight(machine: Machine, found: Compiled, programs: int) -> int:
 
 
 def falls_short(record: dict[str, Any]) -> bool:
-    """Whether a kernel can neither have enough bytes under way nor all that there are, or takes too many steps."""
+    """Tell whether a kernel has too few bytes in flight, and not nearly all of them, or too many instructions."""
     idle = record["in_flight"] < in_flight.NEEDED and record["at_once"] < ENOUGH_AT_ONCE
     return idle or record["instructions"] > MOST_INSTRUCTIONS
 

@@ -12,7 +12,7 @@ from tests.ptx.memory import GlobalMemory
 from tests.ptx.parse import parse
 
 REGISTERS = ".reg .pred %p<9>;\n.reg .b16 %h<9>;\n.reg .b32 %r<40>;\n.reg .b64 %d<20>;\n"
-# %d0, %d1: the two tensors; %r0: the thread's number; %d2, %d3: its element of 4 bytes in each
+# %d0, %d1: addresses of the two tensors; %r0: number of the thread; %d2, %d3: its 4-byte element in each.
 BEGIN = """
 ld.param.b64 %d0, [a]; ld.param.b64 %d1, [b]; mov.u32 %r0, %tid.x;
 mul.wide.u32 %d4, %r0, 4; add.s64 %d2, %d0, %d4; add.s64 %d3, %d1, %d4;

@@ -1,7 +1,7 @@
-"""Why changes of an instruction that no test betrays are none, or what hides them.
+"""Reasons why no test notices certain changes of an instruction.
 
-Each reason says how far such a change comes, which is looked at: with "same" it has given the number of the unchanged
-instruction to every thread of every call, with "hidden" other numbers, on which no result hangs.
+Each reason states the fate of such a change, which is checked: "same" if it gave the number of the unchanged
+instruction in every thread of every call, "hidden" if it gave other numbers, on which no result depends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 @dataclass(frozen=True)
 class Reason:
-    """Which changes it is for, by regular expressions: the opcodes, the line of the source, the name of the kernel."""
+    """A reason, and the changes it applies to: regular expressions of opcodes, source line and kernel name."""
 
     fate: str
     change: str
@@ -79,7 +79,7 @@ REASONS = (
 
 @functools.cache
 def _line(kernel: str, line: str) -> str:
-    """A line of a kernel's source, given as "file:number"; of Triton's own files, and of what has no line, as it is."""
+    """Return the text of a source line "file:number"; the argument itself for Triton's own files or without a line."""
     file, _, number = line.partition(":")
     home = next(path.parent for path in KERNELS.rglob("*.py") if f"def {kernel}(" in path.read_text())
     found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file)) if path.exists()]
@@ -87,7 +87,7 @@ def _line(kernel: str, line: str) -> str:
 
 
 def explain(kernel: str, was: Instruction, changed: Instruction, fate: str) -> str | None:
-    """Say why a change of a kernel came no further."""
+    """Return the reason why a change of a kernel was not noticed, or None if none applies."""
     source, change = _line(kernel, was.line), f"{was.opcode} -> {changed.opcode}"
     for one in REASONS:
         places = ((one.change, change), (one.source, source), (one.kernel, kernel))

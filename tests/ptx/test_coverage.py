@@ -1,4 +1,4 @@
-"""How much of the compiled kernels is executed, as counted and as reported."""
+"""The count of executed instructions, and its report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_an_instruction_has_run_if_one_thread_ran_it() -> None:
 
 
 def test_report_is_of_every_op() -> None:
-    """benchmarks/results/static.json: `make static` writes it."""
+    """benchmarks/results/static.json, which `make static` writes, has every op."""
     executed = json.loads(STATIC_REPORT.read_text())["executed"]
     assert {record["op"] for record in executed} == {op.name for op in PRIMITIVE}
     for record in executed:

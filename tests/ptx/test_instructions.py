@@ -1,4 +1,4 @@
-"""What each instruction computes, against Python's integers and torch's numbers."""
+"""The result of each instruction, against Python's integers and torch's floating-point numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def permuted(x: int, y: int, selector: int) -> int:
     return result
 
 
-# %r10, %r11, %r12 -> %r13
+# Instruction with operands %r10, %r11, %r12 and result %r13 -> its function.
 INTEGERS: dict[str, Callable[[int, int, int], int]] = {
     "add.s32 %r13, %r10, %r11;": lambda x, y, z: x + y,
     "sub.s32 %r13, %r10, -7;": lambda x, y, z: x + 7,
@@ -103,12 +103,12 @@ def test_integers(text: str) -> None:
 
 
 def half(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """Computed on the float32 numbers that a type of half precision can hold, and rounded to it."""
+    """Round inputs to a half-precision dtype, compute in float32, and round the result."""
     return lambda *values: function(*(v.to(dtype).float() for v in values)).to(dtype).float()
 
 
 def packed(name: str, line: str) -> str:
-    """Round %r10 to %r12 into both halves of registers, apply a line to them, and take the low half."""
+    """Make PTX that rounds %r10 to %r12 into both halves of registers, applies a line, and takes the low half."""
     rounded = "".join(f"cvt.rn.{name}x2.f32 %r{i}, %r{i}, %r{i}; " for i in (10, 11, 12))
     return f"{rounded}{line} mov.b32 {{%h1, %h2}}, %r13; cvt.f32.{name} %r13, %h1;"
 

@@ -1,4 +1,4 @@
-"""What is known of a kernel's bits is so in each launch, and the changes that it proves to be none are none."""
+"""`KnownBits` holds in every launch, and changes that it calls equivalent are equivalent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmfast.registry import OPS
 
 
 class Watching(Machine):
-    """Holds every number that is written against what is known of its bits."""
+    """Checks every number that is written against the known bits of its register."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.known = KnownBits(kernel).known
@@ -47,7 +47,7 @@ def test_known_bits_are_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS[name]
     require(op, "ptx_sm_90")
     every = [args for args in calls(op, "cpu", torch.bfloat16) if op.backend("ptx_sm_90").unsupported(*args) is None]
-    for args in every:  # first to know which arguments are multiples of 16
+    for args in every:  # a first round finds out which arguments are multiples of 16
         op.backend("ptx_sm_90").run(*args)
     monkeypatch.setattr(backend, "machines", {})
     monkeypatch.setattr(backend, "Machine", Watching)
@@ -57,8 +57,8 @@ def test_known_bits_are_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(machine.looked_at for machine in backend.machines.values()) > 1000
 
 
-# What stands before, two instructions, and whether they always give the same. %r0: the number of a thread of 64; %r2: 4
-# times that; %r6: an argument that is a multiple of 16, %r7: one that need not be.
+# (code before, instruction, changed instruction, whether they are equivalent). %r0: a thread's number below 64; %r2:
+# 4 * %r0; %r6: an argument that is a multiple of 16; %r7: one that need not be.
 PAIRS = [
     ("", "and.b32 %r10, %r2, 252", "and.b32 %r10, %r2, 255", True),
     ("", "and.b32 %r10, %r2, 252", "and.b32 %r10, %r2, 248", False),

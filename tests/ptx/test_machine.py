@@ -1,4 +1,4 @@
-"""The order of threads, and every fault of a kernel beside the same kernel without it."""
+"""The order of threads, and every fault of a kernel, beside the same kernel without the fault."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.ptx.small import run
 
 
 def test_threads_that_part_meet_again() -> None:
-    """A loop of as many rounds as the thread's number modulo 5, and a branch of two sides; several blocks."""
+    """Several blocks run a loop of (thread number modulo 5) rounds and a two-sided branch."""
     body = """
     rem.u32 %r10, %r0, 5; mov.u32 %r11, 0; mov.u32 %r12, %ctaid.x;
     LOOP: setp.ge.u32 %p1, %r11, %r10; @%p1 bra DONE;
@@ -32,7 +32,7 @@ def test_threads_that_part_meet_again() -> None:
     assert (machine.ran > 0).all()
 
 
-# ---- faults: (wrong, what is said, right) ----
+# ---- faults: name -> (faulty body, message, correct body) ----
 
 STORE, LOAD, OTHER = "st.shared.b32 [%r3], %r0;", "ld.shared.b32 %r10, [%r3];", "ld.shared.b32 %r10, [%r5];"
 BARRIER, END = "bar.sync 0;", "st.global.b32 [%d3], %r0; ret;"
@@ -158,7 +158,7 @@ FAULTS = {
     "special register": ("mov.u32 %r10, %smid;", "a special register that is not known here", "mov.u32 %r10, %laneid;"),
     "wide register": ("add.s64 %d10, %r0, %d1;", "%r0 is .b32, not .s64", "add.s64 %d10, %d0, %d1;"),
 }
-WIDE_FAULTS = {  # of a warpgroup
+WIDE_FAULTS = {  # with the threads of a warpgroup
     "wgmma without a wait": (
         f"{STORE} {BARRIER} {WGMMA} {ISSUED}",
         "a wgmma that nobody has waited for",
@@ -200,7 +200,7 @@ EVERY_FAULT = {**dict.fromkeys(FAULTS, 64), **dict.fromkeys(WIDE_FAULTS, 128)}
 
 @pytest.mark.parametrize(("name", "threads"), EVERY_FAULT.items(), ids=[name.replace(" ", "-") for name in EVERY_FAULT])
 def test_faults_are_said(name: str, threads: int) -> None:
-    """With the kernel's name and the instruction's text; the same kernel without the fault runs."""
+    """The error has the kernel's name and the instruction's text; the kernel without the fault runs."""
     wrong, message, right = {**FAULTS, **WIDE_FAULTS}[name]
     a, b = torch.zeros(threads, dtype=torch.int32), torch.zeros(threads, dtype=torch.int32)
     run(right + END, a, b, threads)

@@ -1,4 +1,4 @@
-"""What synchronises a kernel is needed: without one of its barriers, waits and commits a test of the op fails."""
+"""Every barrier, wait and commit of a kernel is needed: without one of them a test of the op fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmfast.registry import Op
 
 PLACE = "ptx_sm_90"
 OWN = "each warp stores where it alone has loaded since the barrier before"
-# Barriers that no sample needs, by kernel: how many, and why none of them is missed.
+# Kernel -> (number of barriers that no sample needs, why).
 IDLE = {
     "row_logits_kernel": (1, "nothing has been stored before it"),
     "row_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),

@@ -1,4 +1,4 @@
-"""Whether kernels can saturate an H200: how that is read off the machine code, and what the report says of each."""
+"""Saturation of an H200's memory: how it is computed from machine code, and the report on each kernel."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def test_registers_and_shared_memory_say_how_many_blocks_there_are() -> None:
     assert in_flight.resident(registers=32, warps=1, shared=0) == 32
     assert in_flight.resident(registers=32, warps=4, shared=100 << 10) == 2
     load = code("LDG.E.128 R4, desc[UR4][R2.64]")
-    assert in_flight.in_flight(load, 32, 4, 0, programs=66) == 128 * 16 // 2  # a program on every second one
+    # 66 programs are one for every second multiprocessor.
+    assert in_flight.in_flight(load, 32, 4, 0, programs=66) == 128 * 16 // 2
     assert in_flight.in_flight(load, 32, 4, 0, programs=10**6) == 16 * 128 * 16
 
 
 @pytest.mark.parametrize("change", ["none", "one stage"])
 def test_the_backward_of_a_norm_keeps_memory_busy(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2048 columns: with what it reads next under way; without, a third of what is needed."""
+    """With 2048 columns it prefetches the next rows; without, it has a third of the bytes in flight that it needs."""
     op = OPS["rms_norm_backward"]
     require(op, saturation.PLACE)
     if change == "one stage":
@@ -64,7 +65,7 @@ def test_the_backward_of_a_norm_keeps_memory_busy(change: str, monkeypatch: pyte
 
 
 def test_report_says_why_a_kernel_falls_short() -> None:
-    """benchmarks/results/static.json: `make static` writes it."""
+    """benchmarks/results/static.json, which `make static` writes, has a reason for each."""
     found = json.loads(STATIC_REPORT.read_text())["saturation"]
     assert {record["op"] for record in found} <= {op.name for op in saturation.BOUND_BY_MEMORY}
     assert "rms_norm_backward" in {record["op"] for record in found}

@@ -1,4 +1,4 @@
-"""The kernels that real shapes run, as compiled: other specialisations than those of the samples, and whole tiles."""
+"""Compiled kernels at real shapes, which have other specialisations than the samples, and full tiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmfast.registry import Op
 
 
 def parameters() -> list:
-    """Each op that is bound by memory, where its kernels are its own; `make test` runs those of one target."""
+    """Make parameters of each memory-bound op with kernels of its own; `make test` runs those of one target."""
     found = []
     for op in (op for op in traffic.BOUND_BY_MEMORY if op.compose is None):
         for place in PLACES:

@@ -1,4 +1,4 @@
-"""The types of PTX: what the bits of a register stand for."""
+"""The types of PTX, which give the bits of a register their meaning."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """To nearest, ties to even; every NaN becomes the canonical one of PTX."""
+    """Round to nearest, ties to even; every NaN becomes PTX's canonical NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
 def flush(values: np.ndarray) -> np.ndarray:
-    """Subnormal float32 values as zeros of their sign: the modifier .ftz."""
+    """Flush subnormal float32 values to zeros of their sign, as the modifier .ftz does."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     subnormal = (bits & np.uint32(0x7F800000)) == 0
     return np.where(subnormal, bits & np.uint32(0x80000000), bits).view(np.float32)
@@ -32,9 +32,9 @@ def flush(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Type:
-    """One type: ``raw`` is how a register holds it, ``unpack`` and ``pack`` go to numbers and back.
+    """One type: ``raw`` is the dtype of a register's bits; ``unpack`` and ``pack`` convert to numbers and back.
 
-    Half-precision numbers are computed with in float32, the two of a packed register in an array (threads, 2).
+    Half-precision numbers are unpacked to float32; the two of a packed register form an array (threads, 2).
     """
 
     name: str
@@ -48,7 +48,7 @@ class Type:
 
     @property
     def number(self) -> np.dtype:
-        """The dtype of unpacked numbers; of packed types, that of each half."""
+        """Return the dtype of unpacked numbers; for packed types, that of each half."""
         if self.half:
             return TYPES[self.half].number
         if self.kind == "f":

@@ -15,13 +15,13 @@ ALL = 0xFFFFFFFF
 
 
 def taking_part(machine) -> np.ndarray:
-    """Which lanes of each warp run the instruction: (warps, 32)."""
+    """Return which lanes of each warp run the instruction: (warps, 32) bool."""
     mask = np.ones(machine.threads, np.bool_) if machine.mask is None else machine.mask
     return mask.reshape(-1, 32)
 
 
 def members(machine, read: Reader) -> np.ndarray:
-    """Which lanes of each warp run an instruction that names its members: all of them must be here."""
+    """Return the lanes that an instruction's member mask names, (warps, 32); all of them must run it."""
     names = read()
     if machine.mask is None and names.size == 1 and names[0] == ALL:
         return taking_part(machine)
@@ -38,7 +38,7 @@ def members(machine, read: Reader) -> np.ndarray:
 
 
 def whole_warps(machine) -> np.ndarray:
-    """Which warps run an instruction that needs all of their lanes: (warps,)."""
+    """Return which warps run an instruction that needs all of their lanes: (warps,) bool."""
     here = taking_part(machine)
     if (here.any(1) != here.all(1)).any():
         raise PtxError("not all lanes of a warp take part")
@@ -50,7 +50,7 @@ def by_warp(machine, read: Reader) -> np.ndarray:
 
 
 def to_all(values: np.ndarray) -> np.ndarray:
-    """One value per warp, for each of its lanes."""
+    """Repeat one value per warp for each of its lanes."""
     return np.repeat(values, 32)
 
 
@@ -63,7 +63,7 @@ def shuffle(machine, ins: Instruction) -> Action:
     value, distance, limits, names = (machine.source(arg, u32) for arg in ins.args[1:5])
 
     def others(by: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which lane each one reads, and whether that is one of its segment."""
+        """Return the lane that each lane reads, and whether it is within its segment."""
         by, clamp, segment = by & 31, limit & 31, limit >> 8 & 31
         last = (LANE & segment) | (clamp & ~segment)
         if mode == "idx":
@@ -76,7 +76,7 @@ def shuffle(machine, ins: Instruction) -> Action:
     def run() -> None:
         here, values = members(machine, names), by_warp(machine, value)
         by, limit = (read().astype(np.int64) for read in (distance, limits))
-        if by.size == limit.size == 1:  # the same in each warp
+        if by.size == limit.size == 1:  # the same for all lanes
             other, inside = others(by, limit)
             missing, found = here & ~here.take(other, 1), values.take(other, 1)
             inside = np.broadcast_to(inside, here.shape)
@@ -151,7 +151,7 @@ def active_mask(machine, ins: Instruction) -> Action:
 
 @instruction("elect", "sync")
 def elect(machine, ins: Instruction) -> Action:
-    """The lowest member is the one."""
+    """Elect the lowest member."""
     leader, chosen = (machine.target(name) for name in ins.args[0].split("|"))
     names = machine.source(ins.args[1], TYPES["u32"])
 

@@ -1,4 +1,4 @@
-"""What a cache keeps of a shortened prompt, and that neither threads nor turns mix prompts."""
+"""Caches of shortened prompts: what they remember, and that neither threads nor turns mix prompts."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def test_a_model_without_the_patch_cannot_go_on():
         output, _ = answer(talk, talk.batch((10, 0, 11)))
     with pytest.raises(RuntimeError, match="visual tokens were reduced: only a model patched with reduce"):
         answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
-    # the patch may come back
+    # After patching the model again, the cache works.
     with vlmfast.patch(talk.model, reduce=METHOD):
         answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
 
 
 def test_a_model_without_the_patch_writes_nothing():
-    """Linear attention has methods of its own to write, and comes first."""
+    """Also with linear attention, which writes to the cache by other methods, and earlier."""
     talk = Talk.of("qwen3_5")
     with vlmfast.patch(talk.model, reduce=METHOD):
         cache = prefilled(talk, talk.batch((10, 0, 11)))
@@ -127,7 +127,7 @@ def test_a_model_without_the_patch_writes_nothing():
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("removed", [2, 3, 5])  # of 3 columns that were generated, then 4 of text
+@pytest.mark.parametrize("removed", [2, 3, 5])  # the last columns: 3 generated ones, before these 4 of text
 def test_another_question_after_cropping(model_type: str, removed: int):
     talk = Talk.of(model_type)
     first, more = talk.batch((10, 0, 11, 12, 13, 14)), torch.tensor([[20, 21, 22]])
@@ -142,7 +142,7 @@ def test_another_question_after_cropping(model_type: str, removed: int):
         cache.crop(-removed)
         again = copy.deepcopy(cache)
         torch.testing.assert_close(answer(talk, turn, past_key_values=cache)[1], want, rtol=1e-4, atol=1e-5)
-        # by forward, after which the cache holds the new question
+        # With forward, the cache then holds the new question.
         got = talk.model(input_ids=more, past_key_values=again).logits
         torch.testing.assert_close(got, step, rtol=1e-4, atol=1e-5)
         again.crop(-1)
@@ -162,7 +162,7 @@ def test_cropping_into_an_image():
             with pytest.raises(ValueError, match="it was cropped by 3 columns of the prompt, where visual tokens"):
                 call()
             assert kept_by(cache) is prompt
-        # nothing is left to keep: the cache is as good as new
+        # An emptied cache is as good as a new one.
         cache.crop(-cache.get_seq_length())
         other = talk.batch((12, 1, 13))
         got = talk.model(**other, past_key_values=cache).logits
@@ -181,14 +181,14 @@ def test_a_cache_made_of_the_layers_of_another():
             made.update(layer.keys, layer.values, number)
         with pytest.raises(ValueError, match=r"after the 10 columns that past_key_values holds; .* copy\.deepcopy"):
             answer(talk, second_turn(talk, output), past_key_values=made)
-        # a text before the first image
+        # The first turn is text, the second has the first image.
         text, _ = answer(talk, talk.batch((10, 11, 12)))
         ids = torch.cat([text.sequences, torch.tensor([talk.ids(20, 0, 21)])], 1)
         answer(talk, {"input_ids": ids, **talk.vision(0)}, past_key_values=text.past_key_values)
 
 
 def test_replicas_of_data_parallel():
-    """It takes the caches of its replicas apart to gather them."""
+    """DataParallel takes the caches of its replicas apart to gather them."""
     talk = Talk.of("llava")
     with vlmfast.patch(talk.model, reduce=METHOD):
         replica = talk.model._replicate_for_data_parallel()
@@ -261,7 +261,7 @@ def test_inputs_of_the_first_turn_in_the_second(name: str):
 
 
 def test_threads_do_not_mix_pictures():
-    """One is paused in its vision tower, behind the layer that is scored, while another one runs."""
+    """One thread is paused in its vision tower, after the scored layer, while another one runs."""
     talk = Talk.of("llava")
     mine, other = talk.batch((10, 0, 11)), talk.batch((10, 1, 11))
     layers = talk.model.model.vision_tower.encoder.layers
@@ -290,7 +290,7 @@ def test_threads_do_not_mix_pictures():
 
 
 def test_a_step_during_which_another_prompt_runs():
-    """Its positions are its own: a patched model keeps nothing of a prompt."""
+    """The positions of the step do not change, because a patched model stores nothing about a prompt."""
     talk = Talk.of("qwen2_5_vl")
     mine, other = talk.batch((10, 0, 11)), talk.batch((10, 2, 11), (12, 1, 13))
     step = torch.tensor([[12]])

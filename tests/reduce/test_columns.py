@@ -88,8 +88,8 @@ def test_images_of_samples():
         return [[numbers[id(one)] for one in sample] for sample in new_images(images, cached, new, MISMATCH)]
 
     assert found([a, b, c], [0, 0, 0], [2, 0, 5]) == [[0], [], [1, 2]]
-    assert found([a, b, c], [2, 3], [0, 2]) == [[], [2]]  # the whole conversation is given
-    assert found([c], [2, 3], [0, 2]) == [[], [2]]  # what is new alone
+    assert found([a, b, c], [2, 3], [0, 2]) == [[], [2]]  # the caller passes the images of the whole conversation
+    assert found([c], [2, 3], [0, 2]) == [[], [2]]  # the caller passes only the new image
     for images, cached, new in (([a, b], [0, 0], [3, 2]), ([a], [0], [3]), ([a, b, c], [0], [5]), ([a, b], [3], [2])):
         with pytest.raises(ValueError, match=MISMATCH):
             found(images, cached, new)

@@ -17,8 +17,8 @@ from vlmfast.reduce.towers import encode
 
 SIDE = 4  # patches along a crop
 PINPOINTS = [[28, 28], [28, 56], [56, 28], [56, 56], [28, 84]]
-# size of an image -> crops of it; the second of each pair leaves padding, in (47, 188) int() cuts a 3 to a 2, and the
-# last two are shown by their overview alone
+# (height, width) of an image -> its grid of crops. The second of each pair leaves padding; for (47, 188) int()
+# truncates a 3 to a 2; of the last two images only the overview is used.
 GRIDS = {
     (28, 28): (1, 1),
     (19, 21): (1, 1),
@@ -38,7 +38,7 @@ HAS_CLS = {"llava_next": True, "llava_next_video": True, "llava_onevision": Fals
 
 
 def shown(size: tuple[int, int]) -> list[int]:
-    """How many patches the model shows of each crop of an image of that (height, width)."""
+    """Return how many patches of each crop the model uses, for an image of that (height, width)."""
     crops = [token[0] for token in model_order(GRIDS[size], SIDE, size) if token != "newline"]
     return [crops.count(crop) for crop in range(1 + GRIDS[size][0] * GRIDS[size][1])]
 
@@ -51,7 +51,7 @@ def crop_model(model_type: str, dtype: torch.dtype = torch.float32) -> nn.Module
 
 
 def images(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Inputs as the processor makes them; what it pads with must not matter."""
+    """Make inputs as the processor does; the values in the padding must not matter."""
     counts = [1 + GRIDS[size][0] * GRIDS[size][1] for size in sizes]
     pixels = torch.full((len(sizes), max(counts), 3, 28, 28), torch.nan)
     for index, count in enumerate(counts):
@@ -65,7 +65,7 @@ def reduced(base: nn.Module, inputs: dict[str, Any], method: Method) -> list[Red
 
 
 def tower_of(base: nn.Module, pixels: Tensor, has_cls: bool) -> Tower:
-    """In float64 of its own in float32; otherwise of the numbers that the method was given."""
+    """Encode in float64 if the model is float32; in half precision use the numbers that the method was given."""
     if pixels.dtype == torch.float32:
         return encoded(base, pixels, base.config.vision_feature_layer, has_cls)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def tower_of(base: nn.Module, pixels: Tensor, has_cls: bool) -> Tower:
 def expected(
     base: nn.Module, inputs: dict[str, Any], index: int, method: VisionZip
 ) -> tuple[Tensor, list[int] | None, list[Reduced], int]:
-    """The features of one image, the placeholders that stay (None: the first ones), the crops, the placeholders."""
+    """Return features of one image, the placeholders that remain (None: the first), its crops, all placeholders."""
     model_type = base.config.model_type
     size = tuple(inputs["image_sizes"][index].tolist())
     grid, published = GRIDS[size], method.packing == "published" and HAS_CLS[model_type]
@@ -137,7 +137,7 @@ def test_images_of_several_grids_equal_the_loops(model_type: str, packing: str, 
 
 
 def test_the_padding_of_the_images_is_tested():
-    """The loops would agree with anything if no kept patch and no target lay in the padding."""
+    """Kept patches and targets do lie in the padding; otherwise the comparison with the loops would not cover it."""
     base, inputs = crop_model("llava_next"), images(list(GRIDS))
     lost = {"kept": 0, "merged": 0}
     for image in reduced(base, inputs, VisionZip(dominant=4, contextual=3, packing="model")):
@@ -197,7 +197,7 @@ def test_an_image_alone_and_stacked_crops_give_the_same(model_type: str):
         torch.testing.assert_close(alone.features, image.features, rtol=1e-4, atol=1e-4)
     counts = VisionZip(dominant=4, contextual=2)
     for size, image, same in zip(GRIDS, together, reduced(base, inputs, counts), strict=True):
-        # as published a share is one of what the model shows of a crop
+        # As published, a share counts the patches of a crop that the model uses.
         padded = sum(shown(size)) < SIDE**2 * len(shown(size))
         assert (padded and HAS_CLS[model_type]) or torch.equal(image.features, same.features)
 
@@ -207,7 +207,7 @@ def test_an_image_alone_and_stacked_crops_give_the_same(model_type: str):
     "method", [VisionZip(0.5, 0.25), VisionZip(1.0, 0), VisionZip(0.3, 0.7), VisionZip(5, 3), VisionZip(16, 1)], ids=str
 )
 def test_published_budgets_are_of_what_the_model_shows(model_type: str, method: VisionZip):
-    """Of the overview and of each other crop, and at most all, also where the model cuts off most of a crop or all."""
+    """A budget counts the patches that the model uses of each crop, even where it cuts off most or all of one."""
     base, sizes = crop_model(model_type), list(GRIDS)
     for size, image in zip(sizes, reduced(base, images(sizes), method), strict=True):
         total = 0

@@ -1,4 +1,4 @@
-"""What callers do with a model whose visual tokens are cut between layers: training, copies, and what is refused."""
+"""Models whose visual tokens are cut between layers: training, copies, threads, reports, and what is refused."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_run_that_fails_leaves_nothing():
         with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             talk.model(**wrong)
         text = {"input_ids": torch.tensor([[1, 10, 11]])}
-        talk.model(**text)  # no run is left over, which would refuse it
+        talk.model(**text)  # would be refused if state of the failed run were left
         assert torch.equal(logits(talk, talk.batch(*PROMPTS)), want)
 
 
@@ -152,18 +152,18 @@ def test_costs_are_those_that_torch_counts(model_type: str):
         counted = sum(sum(counts[f"{type(talk.model).__name__}.{path}.{layer}"].values()) for layer in range(LAYERS))
         unseen = sum(4 * 64 * samples * (width * width - width * (width + 1) // 2) for width in widths)
         router = 2 * 64 * 4 * samples * sum(widths) if model_type.endswith("moe") else 0
-        # the scores are a kernel's, which torch does not count
+        # torch does not count the scores, which a kernel of ours computes.
         assert counted - unseen - router == shape.operations(samples, widths)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert held == shape.bytes(samples, widths)
         assert patch.report().splitlines()[-1] == "  " + shape.compare(samples, [columns] * LAYERS, widths)
 
 
-# ---- a method of one's own ----
+# ---- a user's own method ----
 
 
 class Least(LayerMethod):
-    """Keeps three tokens, those that get the least attention."""
+    """Keeps the three tokens that receive the least attention."""
 
     cut_before = (2,)
 
@@ -313,7 +313,7 @@ def test_attention_that_passes_by_is_an_error():
         attention = talk.model.model.language_model.layers[1].self_attn
         forward = attention.forward
         attention.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-        logits(talk, talk.batch(PROMPTS[1]))  # a wrapper of it is seen through
+        logits(talk, talk.batch(PROMPTS[1]))  # a wrapper that calls the original works
         attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
         with pytest.raises(
             RuntimeError, match="cut at layer 2: LlamaAttention of the layer before did not call an att"

@@ -1,4 +1,4 @@
-"""Visual tokens cut between layers, against the full model with these columns masked from there on."""
+"""Visual tokens cut between layers, against the full model with these columns masked from the same layer on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.helpers.tiny_models import IMAGE
 from vlmfast.reduce import EvenTokens, FastV, PyramidDrop
 
 LAYERS, STEPS = 4, 4
-CLOSE = {"rtol": 2e-6, "atol": 2e-6}  # angles are made in float32
+CLOSE = {"rtol": 2e-6, "atol": 2e-6}  # cos and sin are computed in float32
 CLOSE_32 = {"rtol": 1e-4, "atol": 5e-5}
 METHOD = FastV(2, 0.5)
 HALF = {2: lambda count: max(round(count / 2), 1)}
 GREEDY = {"do_sample": False, "max_new_tokens": STEPS, "suppress_tokens": list(range(WORD))}
-# text alone, one image, two of other sizes with text between
+# Only text; one image; two images of other sizes with text between.
 PROMPTS = ((10, 11, 12), (10, 0, 11, 12), (0, 15, 1, 2, 16, 17))
 HYBRID = ("qwen3_5", "qwen3_5_moe")
 TYPES = [name for name in EACH_TYPE if name not in HYBRID]
@@ -34,7 +34,7 @@ def on_the_definition():
 
 
 def talk_of(model_type: str, dtype: torch.dtype = torch.float64) -> Talk:
-    # experts are chosen by kernels without float64
+    # The kernels of experts have no float64.
     return Talk.of(model_type, torch.float32 if model_type.endswith("moe") else dtype, LAYERS)
 
 
@@ -106,7 +106,7 @@ def test_generated_words_are_those_of_the_full_model_with_the_columns_masked(mod
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "qwen3_vl", "internvl"])
 def test_beams_are_those_of_the_full_model_with_the_columns_masked(model_type: str):
-    # transformers 5.17 deals several images of an InternVL to the beams in another order
+    # transformers 5.17 assigns several images of an InternVL to the beams in another order.
     talk, prompt = talk_of(model_type), PROMPTS[1 if model_type == "internvl" else 2]
     own = Masked(talk, prompt, HALF)
     for search in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 2}):
@@ -121,7 +121,7 @@ def test_beams_are_those_of_the_full_model_with_the_columns_masked(model_type: s
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_next"])
 def test_several_cuts(model_type: str):
-    """Of each image prompt at its share; the second cut chooses among what the first has left."""
+    """Each cut keeps its share of each prompt's tokens; the second chooses among those that the first has kept."""
     talk, method = talk_of(model_type), PyramidDrop((2, 3), (0.75, 0.3))
     cuts = {2: lambda count: int(count * 0.75), 3: lambda count: max(int(count * 0.3), 1)}
     inputs = talk.batch(*PROMPTS)
@@ -151,7 +151,7 @@ def test_two_methods_in_a_row_are_several_cuts(model_type: str):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_behind_a_method_before_the_language_model(model_type: str):
-    """As an unpatched model's inputs that were compressed beforehand, then cut."""
+    """The result equals that of inputs compressed beforehand for an unpatched model, then cut."""
     talk, before = talk_of(model_type, torch.float32), EvenTokens(0.75)
     if not talk.compressible:
         pytest.skip("inputs of this model cannot be shortened beforehand")
@@ -193,7 +193,7 @@ def test_keeping_everything_changes_no_bit(model_type: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_patched_layers_are_cut_alike(model_type: str):
-    """Layers with kernels call their norms and attention past the modules."""
+    """Patched layers call norms and attention without their modules, and are cut all the same."""
     talk = Talk.of(model_type, torch.float32, LAYERS)
     inputs = talk.batch(*PROMPTS)
     with patched(talk):
@@ -218,9 +218,9 @@ def test_eager_attention_is_cut_alike(model_type: str):
 
 
 def flash_like(module, query, key, value, attention_mask, scaling=None, **_):
-    """Attend as flash attention is asked to: causal from the last key back, padding told by a mask (B, N) or none."""
+    """Attend with flash attention's arguments: causal, aligned at the last key, with a (B, N) padding mask or None."""
     tokens, total = query.shape[2], key.shape[2]
-    assert module.config._attn_implementation == "flash_like"  # flash attention asks for its name
+    assert module.config._attn_implementation == "flash_like"  # transformers' flash attention reads the name too
     assert attention_mask is None or attention_mask.shape == (len(query), total)
     seen = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)[None, None]
     if attention_mask is not None:
@@ -251,12 +251,12 @@ def test_masks_of_flash_attention_are_cut_alike(model_type: str):
         assert_close(torch.stack(got.logits), torch.stack(want.logits))
 
 
-# ---- samples without padding, of which more is cut in one than in another ----
+# ---- samples without padding, of which one loses more tokens than another ----
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_samples_of_one_length_with_other_numbers_of_tokens(implementation: str):
-    """No sample has padding, so that the model makes no mask; the cut makes some."""
+    """Without padding the model makes no mask; the cut introduces padding and needs one."""
     talk = talk_of("qwen2_5_vl", torch.float32)
     prompts = ((10, 0, *[20] * (talk.counts[1] - talk.counts[0]), 11, 12), (10, 1, 11, 12))
     own = [Masked(talk, prompt, HALF) for prompt in prompts]
@@ -300,7 +300,7 @@ def test_a_second_turn_of_text_goes_on_from_the_cache(model_type: str):
 
 @pytest.mark.parametrize("model_type", ["llava", "internvl"])
 def test_a_second_image_is_cut_in_its_turn(model_type: str):
-    """By a loop of the user's own: the words between are text, and the first image stays as it was cut."""
+    """In the user's own loop, the words in between are text, and the first image remains as it was cut."""
     talk = talk_of(model_type)
     first, second = (10, 0, 11), (12, 1, 13, 14)
     with torch.no_grad(), patched(talk):

@@ -1,4 +1,4 @@
-"""What is counted from the caller's prompt where the model sees a shorter one: logits, labels, criteria, processors."""
+"""What counts the columns of the caller's full prompt: logits, labels, stopping criteria and logits processors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on_the_definition():
 
 
 def labelled(talk: Talk, *prompts: tuple[int, ...], side: str = "right") -> dict[str, Tensor]:
-    """A batch whose labels are the words of its prompts."""
+    """Make a batch whose labels are the text tokens of its prompts."""
     inputs = talk.batch(*prompts, side=side)
     return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["input_ids"] < WORD, -100)}
 
@@ -71,7 +71,7 @@ def test_logits_stand_where_the_labels_do(model_type: str, side: str):
 
 
 def test_log_probabilities_of_answers_of_several_lengths():
-    """As in GRPO: prompts are padded on the left, answers on the right."""
+    """In GRPO, prompts are padded on the left and answers on the right."""
     talk = Talk.of("llava")
     prompts, answers = talk.batch((10, 0, 11), (12, 13, 1, 14)), [[20, 21, 22], [23]]
     rows = torch.tensor([answer + [0] * (3 - len(answer)) for answer in answers])
@@ -97,7 +97,7 @@ def test_number_of_labels():
         inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         with pytest.raises(ValueError, match=r"labels must be -100 at the visual tokens .* counts them: 20 are not"):
             talk.model(**inputs, num_items_in_batch=count)
-        talk.model(**inputs)  # a mean over those that are left
+        talk.model(**inputs)  # the loss is a mean over the labels that remain
 
 
 def trainer(talk: Talk, folder: Path, kind: str = "", **options: Any) -> Any:
@@ -151,7 +151,7 @@ def test_metrics_and_smoothed_labels(tmp_path: Path):
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path):
-    """Of samples with different numbers of labels: a mean over labels, not of means."""
+    """Samples have different numbers of labels: the loss is a mean over labels, not a mean of means."""
     talk = Talk.of("llava")
     inputs = labelled(talk, *PROMPTS)
     weight = talk.model.model.multi_modal_projector.linear_1.weight
@@ -234,12 +234,12 @@ def test_those_of_transformers_count_the_full_prompt():
         stop = MaxLengthCriteria(length + 2)
         assert torch.equal(new(max_new_tokens=None, stopping_criteria=[stop]), plain[:, :2])
         assert stop.max_length == length + 2
-        # they take the place of those that generate makes
+        # The caller's criteria replace those that generate makes.
         eos = EosTokenCriteria(torch.tensor([63]))
         assert torch.equal(new(eos_token_id=int(plain[0, 0]), stopping_criteria=[eos]), plain)
         first = int(plain[0, 0])
         late = new(eos_token_id=None, logits_processor=[MinLengthLogitsProcessor(length + 3, first)])
         assert first not in late[0, :3]
-        # what is generated is penalised, the prompt is not
+        # Only generated tokens are penalised, not the prompt.
         ignoring = RepetitionPenaltyLogitsProcessor(50.0, prompt_ignore_length=length)
         assert torch.equal(new(logits_processor=[ignoring])[:, 0], plain[:, 0])

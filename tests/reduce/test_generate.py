@@ -1,4 +1,4 @@
-"""`generate` on shortened prompts: whose tokens, what it returns, and what a caller may do with that."""
+"""`generate` on shortened prompts: its tokens, what it returns, and how a caller may go on with that."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def on_the_definition():
 
 @torch.no_grad()
 def by_hand(talk: Talk, prompts: tuple = PROMPTS, tails: tuple | None = None) -> tuple[Tensor, Tensor]:
-    """(B, STEPS) tokens and (B, STEPS, V) logits of prompts, with ids that follow them."""
+    """Return the (B, STEPS) tokens and (B, STEPS, V) logits of prompts by hand; ``tails`` are ids that follow them."""
     tails = tails or ([],) * len(prompts)
     found = [ByHand.of(talk, METHOD, *pair).greedy(STEPS) for pair in zip(prompts, tails, strict=True)]
     return torch.tensor([tokens for tokens, _ in found]), torch.stack([logits for _, logits in found])
@@ -38,7 +38,7 @@ def generate(model, **options):
 
 
 def assert_same(out, ids: Tensor, want: tuple[Tensor, Tensor]) -> None:
-    """The caller's ids, then these tokens, from these logits: tokens of a random model repeat and tell little."""
+    """Check ids and tokens, and the logits too, because the tokens of a random model repeat and prove little."""
     assert torch.equal(out.sequences, torch.cat([ids, want[0]], 1))
     torch.testing.assert_close(torch.stack(out.logits, 1), want[1], rtol=1e-5, atol=2e-5)
 
@@ -57,10 +57,10 @@ def test_tokens_are_those_of_each_sample_by_hand(model_type: str):
         assert patch.reduction.last.columns.index.shape[1] == max(
             len(ByHand.of(talk, METHOD, p).columns) for p in PROMPTS
         )
-        if (ids == 0).any():  # without a mask, padding is told by its id
+        if (ids == 0).any():  # without a mask, padding is recognised by its id
             del inputs["attention_mask"]
             assert_same(generate(talk.model, **inputs), ids, want)
-            # a configuration of the caller's that is silent on an id leaves that to the model's
+            # An id that the caller's configuration does not set comes from the model's configuration.
             own = GenerationConfig(**GREEDY, return_dict_in_generate=True, output_logits=True)
             assert_same(talk.model.generate(**inputs, generation_config=own), ids, want)
     full = generate(talk.model, **inputs).logits[0]
@@ -68,7 +68,7 @@ def test_tokens_are_those_of_each_sample_by_hand(model_type: str):
 
 
 def can_do_without_cache(talk: Talk) -> bool:
-    """Without a cache each step is a prefill, to which transformers 5.17 gives no images after the first."""
+    """Without a cache each step is a prefill, but transformers 5.17 passes images only to the first step."""
     return "mm_encoder_outputs" in inspect.signature(talk.model.forward).parameters and not hasattr(
         talk.model.base_model, "get_rope_index"
     )
@@ -76,7 +76,7 @@ def can_do_without_cache(talk: Talk) -> bool:
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_sampling_and_beams_are_those_of_the_short_prompt(model_type: str):
-    """Against the same search of the model that is not patched, on inputs that were shortened beforehand."""
+    """They equal the same search by the unpatched model on inputs that were shortened beforehand."""
     talk = Talk.of(model_type)
     if not talk.compressible:
         pytest.skip("inputs of this model cannot be shortened beforehand")
@@ -268,7 +268,7 @@ def test_second_turn_of_new_ids_alone():
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_loop_of_the_callers_own(model_type: str):
-    """Prefill by forward, then steps with a mask that counts on from the full prompt."""
+    """The loop prefills by forward, then steps with a mask that continues that of the full prompt."""
     talk = Talk.of(model_type)
     prompts = PROMPTS if not hasattr(talk.model.base_model, "get_rope_index") else PROMPTS[2:]
     want, inputs = by_hand(talk, prompts), talk.batch(*prompts)
@@ -280,7 +280,7 @@ def test_loop_of_the_callers_own(model_type: str):
             logits.append(out.logits[:, -1])
             found.append(WORD + logits[-1][:, None, WORD:].argmax(-1))
             mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=torch.long)], 1)
-            # Qwen-VL counts a mask over the whole prompt, and gives its numbers to the one token of a step
+            # Qwen-VL counts positions over the whole mask, and would assign them all to the one token of a step.
             given = {} if hasattr(talk.model.base_model, "get_rope_index") else {"attention_mask": mask}
             out = talk.model(input_ids=found[-1], **given, past_key_values=out.past_key_values, use_cache=True)
     assert torch.equal(torch.cat(found, 1), want[0])

@@ -1,4 +1,4 @@
-"""DivPrune, Cen-Prune and SCOPE on what a model gives them, against loops that say their rules."""
+"""DivPrune, Cen-Prune and SCOPE on the outputs of a model, against plain loops that state their rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNT, KEEP = 18, 7
 
 
 def tokens_of(**given: Tensor) -> VisualTokens:
-    """Two images of random tokens: that a method asks for another thing than it should changes what it chooses."""
+    """Make two images of random tokens; a method that reads the wrong input chooses other tokens."""
     lazy: dict[str, Any] = {name: lambda: None for name in ("metric", "pixels")}
     shown = {"features": torch.randn(2, COUNT, 5), "scores": torch.rand(2, COUNT), "hidden": torch.randn(2, COUNT, 6)}
     shown |= given
@@ -28,7 +28,7 @@ def tokens_of(**given: Tensor) -> VisualTokens:
 
 
 def cosines(rows: list[list[float]]) -> list[list[float]]:
-    """Of one image, in Python's float64."""
+    """Compute the cosine similarities of one image's rows in Python's float64."""
     length = [math.sqrt(math.fsum(x * x for x in row)) for row in rows]
     return [
         [
@@ -58,7 +58,7 @@ def test_cen_prune_follows_the_rule():
 
 
 def test_tokens_that_are_alike_have_one_distinctiveness():
-    """Whatever rounding makes of it; also one token, and none."""
+    """Rounding must not matter; also for one token and for none."""
     directions = torch.linalg.qr(torch.randn(8, 8)).Q[None].repeat(1, 2, 1) * torch.rand(1, 16, 1)
     for features in (directions, directions[:, :1], torch.rand(1, 16, 1), directions[:, :0]):
         count = features.shape[1]
@@ -80,7 +80,7 @@ def test_scope_follows_the_rule(alpha: float):
 
 
 def test_scope_without_attention_asks_for_none():
-    """Two tokens that cover each other and nothing else add the same: the choice is told by what it covers."""
+    """Two tokens may cover equally much, so the choice is compared by its coverage, not by its tokens."""
     tokens = tokens_of(scores=torch.full((2, COUNT), torch.nan))
     kept = vlmfast.SCOPE(KEEP, alpha=0).select(tokens).kept
     for image, rows in enumerate(tokens.hidden.tolist()):

@@ -1,4 +1,4 @@
-"""How long a reduction lasts: methods that were kept while it was on, wrappers that were there before it."""
+"""The lifetime of a reduction: methods that were captured during it, and wrappers from before it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def traced_anew() -> Iterator[None]:
 
 @torch.no_grad()
 def tokens(forward: Callable[..., Any], inputs: dict) -> int:
-    """How many the language model sees."""
+    """Return how many tokens the language model sees."""
     return forward(**inputs, use_cache=True).past_key_values.get_seq_length()
 
 
@@ -42,7 +42,7 @@ def prepared(model: nn.Module) -> nn.Module:
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
 
 
-# ---- kept while it was on ----
+# ---- captured during the patch ----
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
@@ -114,7 +114,7 @@ def test_accelerate_takes_its_wrapper_off_and_leaves_ours():
     assert tokens(model, inputs) == full
 
 
-# ---- there before it ----
+# ---- wrapped before the patch ----
 
 
 def test_prepared_before_or_after_is_the_same():
@@ -140,7 +140,7 @@ def test_a_forward_compiled_before_is_refused():
 
 
 class Showing(nn.Module):
-    """As FullyShardedDataParallel and what torch.compile makes: shows the attributes of the model as its own."""
+    """A wrapper that exposes the attributes of the model as its own, like FSDP and torch.compile."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

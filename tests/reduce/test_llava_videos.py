@@ -31,7 +31,7 @@ def built(name: str) -> Any:
 
 
 def inputs_of(name: str) -> dict[str, Tensor]:
-    """Two prompts with a video each, the first one padded on the left."""
+    """Make two prompts with one video each, of which the first is padded on the left."""
     run = [VIDEO] * (FRAMES * TOKENS + (name == "llava_onevision"))
     ids = torch.tensor([[0, 0, 1, 10, *run, 11], [1, 12, 13, 14, *run, 15]])
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def test_tokens_are_those_of_the_model_and_scores_those_of_their_patches(name: s
 
     vision = {"pixel_values_videos": inputs["pixel_values_videos"]}
     videos = REDUCERS[name].reduce_videos(base, vision, Spy(1.0))
-    # the newline at the end is not among the features up to transformers 5.17
+    # Up to transformers 5.17 the features do not include the newline at the end.
     whole = base.get_video_features(vision["pixel_values_videos"], return_dict=True).pooler_output
     whole = torch.stack([rows.flatten(0, -2)[: FRAMES * TOKENS] for rows in whole])
     (frames,) = asked
@@ -104,13 +104,13 @@ def test_tokens_are_those_of_the_model_and_scores_those_of_their_patches(name: s
         if name == "llava_onevision":
             assert torch.equal(video.features[FRAMES * TOKENS :], base.image_newline[None])
     torch.testing.assert_close(frames.features().view(2, FRAMES * TOKENS, -1), whole)
-    # 2 x 2 patches a token: of maps of twice the size both ways of pooling take the mean
+    # A token is pooled from 2 x 2 patches; at a factor of two, both ways of pooling are a mean.
     patches = frames_of(model, inputs["pixel_values_videos"])
     torch.testing.assert_close(frames.scores(), patches.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1))
 
 
 def frames_of(model: Any, pixels: Tensor) -> Tensor:
-    """(frames, patches): the attention that each patch gets."""
+    """Return the attention that each patch receives: (frames, patches)."""
     from vlmfast.reduce.families.llava_videos import _encode
 
     return _encode(model.base_model, {"pixel_values_videos": pixels}).scores()

@@ -1,4 +1,4 @@
-"""What methods may ask and answer, and that a new one is one file."""
+"""The interface of reduction methods: what they may ask and return, and that a new one is one file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Spy(EvenTokens):
-    """Tells what it was asked."""
+    """Records the tokens that it was given."""
 
     asked: list[VisualTokens] = field(default_factory=list)
 
@@ -47,13 +47,13 @@ def test_features_are_what_the_language_model_gets_of_all_tokens(model_type: str
     assert (rows, columns) == image.grid
     assert tokens.features().shape[:2] == (tokens.batch, tokens.count)
     assert not tokens.features().requires_grad
-    torch.testing.assert_close(tokens.features()[0], whole[0][: tokens.count])  # of crops, the overview is the first
+    torch.testing.assert_close(tokens.features()[0], whole[0][: tokens.count])  # the overview is the first crop
     assert tokens.features() is tokens.features()
     assert tokens.scores().shape == (tokens.batch, tokens.count)
 
 
 class Scored(Method):
-    """A method as users have written them: a budget and scores."""
+    """A method as users write them, with a budget and scores."""
 
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         return 4, 0
@@ -74,7 +74,7 @@ class Silent(Scored):
 
 
 class Choosing(Scored):
-    """Chooses these positions, whatever it was asked."""
+    """Always chooses the given positions."""
 
     def __init__(self, *positions: float) -> None:
         self.positions = positions
@@ -135,7 +135,7 @@ def test_a_budget_is_at_least_nothing():
 @pytest.mark.parametrize("method", [EvenTokens(1000), vlmfast.RandomTokens(70), VisionZip(60, 1000)], ids=str)
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_an_image_with_fewer_tokens_than_the_budget_keeps_what_it_has(model_type: str, method: Method):
-    """A CLS token takes the place of a patch."""
+    """A kept CLS token takes the place of a patch."""
     talk = Talk.of(model_type)
     images = REDUCERS[model_type].reduce(talk.model.base_model, talk.vision(0, 1), method)
     published = isinstance(method, VisionZip) and model_type.startswith("llava_next")  # three crops without newlines
@@ -161,7 +161,7 @@ def test_small_images_beside_large_ones():
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_a_random_draw_is_the_pictures_own(model_type: str):
-    """The same alone, in any batch and among other sizes; another one for another picture or seed."""
+    """The draw is the same alone, in any batch and beside other sizes; it differs for another picture or seed."""
     talk = Talk.of(model_type)
 
     def drawn(*numbers: int, seed: int = 0) -> list[list[list[int]]]:
@@ -178,7 +178,7 @@ def test_a_random_draw_is_the_pictures_own(model_type: str):
 
 
 def test_all_that_a_model_uses_is_kept():
-    """Where the model uses the CLS token, that is one of its tokens."""
+    """In a model that uses the CLS token, that is one of the kept tokens."""
     talk = Talk.of("llava")
     base, vision = talk.model.base_model, {**talk.vision(0), "vision_feature_select_strategy": "full"}
     for method in (EvenTokens(1.0), EvenTokens(17), VisionZip(1.0, 0), VisionZip(17, 0), VisionZip(99, 9)):
@@ -199,7 +199,7 @@ def test_what_merges_says_how():
 @pytest.mark.parametrize("has_cls", [False, True])
 @pytest.mark.parametrize("method", [EvenTokens(0.01), VisionZip(0.1, 0.05), vlmfast.RandomTokens(0.9)], ids=str)
 def test_a_share_of_a_small_image_is_a_token(method: Method, has_cls: bool):
-    """Rounded down it would be none, and the image would be left out."""
+    """A share that rounds down to zero tokens would remove the image, so at least one is kept."""
     assert method.budget(1, has_cls) == (1 - (has_cls and method.keeps_cls), 0)
     assert type(method)(*[0] * len(type(method).required())).budget(1, False) == (0, 0)
 
@@ -232,7 +232,7 @@ def test_positions_of_merged_tokens_are_those_of_their_targets():
 
 @pytest.mark.thorough
 def test_a_new_method_is_one_file(tmp_path: Path):
-    """In a copy of the tree, the example of the docs has public names, a name to type, a row in the docs, and tests."""
+    """In a copy of the tree, the docs' example method gets a public name, a name for the demo, a docs row and tests."""
     shutil.copytree(ROOT / "vlmfast", tmp_path / "vlmfast", symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         if path.name != "vlmfast" and not path.name.startswith("."):

@@ -1,4 +1,4 @@
-"""The picture of what was kept."""
+"""`vlmfast.reduce.overlay`: the picture that shows which tokens were kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def image(size: tuple[int, int] = (103, 61)) -> Image.Image:
 
 
 def inside(size: tuple[int, int], position: int) -> tuple[int, int]:
-    """The pixel in the middle of a token."""
+    """Return the pixel in the middle of a token."""
     row, column = divmod(position, GRID[1])
     return (2 * column + 1) * size[0] // (2 * GRID[1]), (2 * row + 1) * size[1] // (2 * GRID[0])
 

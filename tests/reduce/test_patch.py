@@ -1,4 +1,4 @@
-"""Reduced prompts as a patch: what it refuses, what it leaves as it was, training, compilation, wrappers."""
+"""`vlmfast.patch(model, reduce=...)`: what it refuses and does not change, training, compilation and wrappers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmfast.reduce import EvenTokens, Method, Selection, VisualTokens, generati
 from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
-EACH_DOUBLE = [name for name in EACH_TYPE if not name.endswith("_moe")]  # experts multiply in torch._grouped_mm
+EACH_DOUBLE = [name for name in EACH_TYPE if not name.endswith("_moe")]  # torch._grouped_mm has no float64
 PROMPTS = ((10, 0, 11, 12), (13, 14, 15, 1, 2, 16))
 
 
@@ -40,7 +40,7 @@ def tower_of(talk: Talk) -> nn.Module:
 
 
 def settled(model: nn.Module) -> dict[str, tuple[type, dict[str, int]]]:
-    """Its state, without what every prefill leaves behind, in Qwen-VL or where hidden states are asked for."""
+    """Return the model's state without attributes that prefills set, in Qwen-VL and for recorded hidden states."""
     left = ("rope_deltas", "_output_capturing_hooks_installed")
     return {
         name: (cls, {key: value for key, value in attributes.items() if key not in left})
@@ -71,7 +71,7 @@ def test_undo_and_copy(model_type: str):
 @pytest.mark.parametrize("model_type", EACH_DOUBLE)
 @pytest.mark.parametrize("method", METHODS)
 def test_float64_is_reduced_alike(model_type: str, method: Method):
-    """No op takes it: its definitions stand in, from the model that is patched and from one that is widened later."""
+    """No op takes float64, so definitions run, whether the model is float64 before the patch or cast afterwards."""
     talk, later = Talk.of(model_type), Talk.of(model_type)
     inputs = talk.batch(*PROMPTS)
     wide = {name: cast(value, torch.float64) for name, value in inputs.items()}
@@ -128,7 +128,7 @@ def test_report_and_images():
     assert not any(image.features.requires_grad for image in patch.images)
     patch.undo()
     alone = vlmfast.patch(talk.model, exclude="*", reduce=METHOD)
-    # up to transformers 5.17 the base model encodes the images, and is told what they are reduced to
+    # Up to transformers 5.17 the base model encodes the images, so it is patched as well.
     ours = [talk.model] if takes_features(type(talk.model.model)) else [talk.model, talk.model.model]
     assert patched(talk.model) == ours
     assert repr(alone) == f"<Patch of llava: {len(ours)} module{'s' * (len(ours) > 1)}, 0 sites>"
@@ -218,7 +218,7 @@ def test_masks_that_no_prompt_can_be_cut_from_are_refused_by_generate(mask: obje
 
 @pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision"])
 def test_weights_offloaded_until_they_are_needed(model_type: str):
-    """The newline belongs to the model itself, whose forward accelerate loads it for."""
+    """The newline is a parameter of the model itself, and accelerate loads it when the model's forward is called."""
     accelerate = pytest.importorskip("accelerate")
     talk = Talk.of(model_type)
     inputs = talk.batch(*PROMPTS)
@@ -234,7 +234,7 @@ def test_weights_offloaded_until_they_are_needed(model_type: str):
 
 
 class OneTooMany(EvenTokens):
-    """Keeps the CLS token beside all patches."""
+    """Keeps the CLS token in addition to all patches."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         return dataclasses.replace(super().select(tokens), keep_cls=True)
@@ -258,7 +258,7 @@ def test_budgets_and_callers_that_do_not_fit():
 
 
 def training_step(talk: Talk, inputs: dict) -> tuple[int, torch.Tensor]:
-    """How often the layers of the language model ran, and the gradients in one vector."""
+    """Return how often the layers of the language model ran, and all gradients as one vector."""
     model, calls = talk.model, []
     model.train()
     layers = model.base_model.language_model.layers

@@ -1,4 +1,4 @@
-"""Reduced prompts where others call the model: transformers' pipeline, and its own compilation of decoding steps."""
+"""Reduced prompts in transformers' pipeline, and with the decoding steps that `generate` compiles itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures() -> list[Image.Image]:
 
 @contextmanager
 def logits_of_steps(model: Any) -> Iterator[list[Tensor]]:
-    """The logits (B, V) of each step in the block: tokens of a random model repeat and tell little."""
+    """Record the (B, V) logits of each step in the block; tokens of a random model repeat and prove little."""
     found: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, __, output: found.append(output[:, -1]))
     yield found
@@ -44,7 +44,7 @@ def logits_of_steps(model: Any) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def answers(model: Any, processor: Any) -> tuple[list[list[str]], Tensor]:
-    """What the model that is not patched says to each prompt alone, shortened beforehand, and the logits (B, S, V)."""
+    """Return the unpatched model's answers to each prompt alone, shortened beforehand, and its (B, S, V) logits."""
     words, logits = [], []
     for text, picture in zip(TEXTS, pictures(), strict=True):
         inputs = processor(images=picture, text=text, return_tensors="pt")
@@ -80,7 +80,7 @@ def test_pipeline():
 
 
 def test_steps_that_generate_compiles():
-    """As with a static cache on a GPU: one graph, used for every step."""
+    """As with a static cache on a GPU, one graph is compiled and used for every step."""
     talk = Talk.of("qwen2_5_vl")
     want, inputs = by_hand(talk), talk.batch(*PROMPTS)
     config = transformers.CompileConfig(backend="eager", mode=None)

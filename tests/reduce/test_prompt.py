@@ -1,4 +1,4 @@
-"""A prompt with reduced visual tokens, against the language model run by hand on each sample alone."""
+"""Prompts with reduced visual tokens, against the language model run by hand on each sample alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmfast.reduce import EvenTokens, Method, RandomTokens, VisionZip
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 ONE = (10, 0, 11, 12)
-# text alone, one image, two of other sizes, two with text between
+# Only text; one image; two images of other sizes; two images with text between.
 RAGGED = ((10, 11, 12), ONE, (13, 1, 2, 14), (0, 15, 2, 16, 17, 18))
 
 
@@ -29,7 +29,7 @@ def logits(model: nn.Module, inputs: dict) -> Tensor:
 
 @torch.no_grad()
 def assert_by_hand(got: Tensor, talk: Talk, method: Method, prompts: tuple, side: str = "left") -> None:
-    """Each row of (B, N, V) is what the sample gives alone."""
+    """Check that each row of (B, N, V) equals the result of its sample alone."""
     lengths = []
     for row, prompt in zip(got, prompts, strict=True):
         want = ByHand.of(talk, method, prompt).logits()
@@ -56,7 +56,7 @@ def test_forward_is_that_of_each_sample_by_hand(model_type: str, method: Method)
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_other_tokens_or_positions_would_be_noticed(model_type: str):
-    """The controls of the comparison above: its tolerance is far below what a mistake changes."""
+    """Controls of the comparison above: mistakes change the logits by far more than its tolerance."""
     talk, method = Talk.of(model_type), RandomTokens(0.5, seed=3)
     with torch.no_grad():
         want = ByHand.of(talk, method, ONE)
@@ -69,13 +69,14 @@ def test_other_tokens_or_positions_would_be_noticed(model_type: str):
         for level in range(len(want.levels)):
             less = ByHand.of(talk, method, ONE)
             less.levels[level] = torch.zeros_like(less.levels[level])
-            assert (less.logits() - want.logits()).abs().max() > 1e-3  # what the last layer adds stays where it is
+            # All tokens are compared: a level of the last layer changes only its own tokens.
+            assert (less.logits() - want.logits()).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", [*METHODS, RandomTokens(0.5)], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_dropped_columns_are_as_good_as_masked(model_type: str, method: Method):
-    """The full prompt, with rubbish in the dropped columns and a mask over them."""
+    """The full prompt with masked garbage in the dropped columns gives the same result."""
     talk = Talk.of(model_type)
     if "linear_attention" in (getattr(talk.model.config.get_text_config(), "layer_types", None) or ()):
         pytest.skip("a masked token still is a step of linear attention")
@@ -93,7 +94,7 @@ def test_dropped_columns_are_as_good_as_masked(model_type: str, method: Method):
     want = talk.model.lm_head(run(talk, embeddings, positions, visual, levels, mask))[0, short.columns]
     with vlmfast.patch(talk.model, reduce=method):
         got = logits(talk.model, talk.batch(ONE))[0]
-    # a gap in positions of one axis is a new sample to transformers, so that a mask by itself tells nothing
+    # transformers takes a gap in one-axis positions for the start of another sample, whatever the mask says.
     torch.testing.assert_close(got, want, **CLOSE)
     assert (got - run_unmasked(talk, embeddings, positions, visual, levels)[0, short.columns]).abs().max() > 1e-3
 
@@ -132,13 +133,13 @@ def test_keeping_everything_changes_no_bit(model_type: str, dtype: torch.dtype):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_keeping_everything_leaves_no_column_out(model_type: str, side: str):
-    """Padding that all samples share, gaps in the mask and inputs that go beside the ids stay as well."""
+    """Padding of all samples, gaps in the mask and inputs that accompany the ids stay as well."""
     talk = Talk.of(model_type)
     inputs = talk.batch(*RAGGED, side=side)
     pad = (3, 0) if side == "left" else (0, 3)
     for name in {"input_ids", "attention_mask", "mm_token_type_ids"} & inputs.keys():
         inputs[name] = nn.functional.pad(inputs[name], pad)
-    inputs["attention_mask"][1, -2 if side == "left" else 1] = 0  # a word, or the start of the image
+    inputs["attention_mask"][1, -2 if side == "left" else 1] = 0  # a text token, or the first of the image
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with torch.no_grad():
         want = talk.model(**inputs)
@@ -152,10 +153,10 @@ def test_keeping_everything_leaves_no_column_out(model_type: str, side: str):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_a_masked_image_at_an_edge_is_no_padding(model_type: str, side: str):
-    """Such as the dummy image that trainers put behind a text, or one in a masked prefix. Text does not see it."""
+    """Trainers put such a masked dummy image behind a text, or in a masked prefix; the text does not see it."""
     talk = Talk.of(model_type)
     prompt = (20, 1, 10, 11, 12, 13) if side == "left" else (10, 11, 12, 13, 1, 20)
-    inputs = talk.batch(ONE, prompt, side=side)  # it comes last: upstream would tell the others' positions by its size
+    inputs = talk.batch(ONE, prompt, side=side)  # last, or upstream would use its size for the others' positions
     text = [0] * (len(inputs["input_ids"][1]) - 4)
     inputs["attention_mask"][1] = torch.tensor([*text, 1, 1, 1, 1] if side == "left" else [1, 1, 1, 1, *text])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -185,19 +186,19 @@ def test_a_masked_image_at_an_edge_is_no_padding(model_type: str, side: str):
 
 
 def keep_all_by_visionzip(talk: Talk) -> list[Method]:
-    """With a CLS token one patch has to go for it."""
+    """Return VisionZip methods that keep everything; a kept CLS token takes the place of one patch."""
     return [] if shows_cls(talk) else [VisionZip(dominant=1.0, contextual=0)]
 
 
 def shows_cls(talk: Talk) -> bool:
-    """Whether a CLS token can stand beside the patches: InternVL's is left behind when these are joined."""
+    """Tell whether the CLS token can be kept; InternVL drops it when it joins patches."""
     tower = getattr(talk.model.base_model, "vision_tower", None)
     return tower is not None and vlmfast.reduce.towers.has_cls(tower) and talk.model_type != "internvl"
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_budgets_of_nothing(model_type: str):
-    """No token left, none merged, or merged ones alone; a CLS token is kept, so that there one has to be dominant."""
+    """No token at all, no merged tokens, or only merged ones; with a CLS token, one has to be dominant."""
     talk, prompts = Talk.of(model_type), RAGGED[1:3]
     inputs = talk.batch(*prompts)
     for method in (EvenTokens(0), VisionZip(dominant=1, contextual=0), VisionZip(dominant=0, contextual=2)):
@@ -240,7 +241,7 @@ def test_loss_is_that_of_the_short_prompt(model_type: str):
     talk, method = Talk.of(model_type), METHODS[0]
     prompts = RAGGED[1:]
     inputs = talk.batch(*prompts)
-    # the first token of a sample is not predicted, also not from padding
+    # The first token of a sample is not predicted, not even from padding.
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"].cumsum(1) <= 1, -100)
     labels = labels.masked_fill(labels == talk.model.config.image_token_id, -100)
     with vlmfast.patch(talk.model, reduce=method), torch.no_grad():

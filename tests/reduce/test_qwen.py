@@ -1,4 +1,4 @@
-"""Token reduction in Qwen-VL against an oracle in plain loops and float64, written from the rules alone."""
+"""Token reduction in Qwen-VL against an oracle of plain float64 loops, written only from the rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmfast.reduce import EvenTokens, RandomTokens, ReducedImage, VisionZip, Vi
 from vlmfast.reduce.families import qwen
 from vlmfast.reduce.families.qwen import window_order
 
-WINDOW = 2  # of the tiny Qwen2.5-VL, in visual tokens
+WINDOW = 2  # side of a window of the tiny Qwen2.5-VL, in visual tokens
 METHOD = VisionZip(dominant=0.3, contextual=0.15)
 
 
@@ -27,16 +27,16 @@ METHOD = VisionZip(dominant=0.3, contextual=0.15)
 
 @dataclass
 class Recording:
-    """The eager maps (1, H, t, t) and the keys (1, H, t, D) of the last vision block, one of each segment."""
+    """Eager attention maps (1, H, t, t) and keys (1, H, t, D) of the last vision block, one per segment."""
 
     maps: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)  # of each level, (N, D)
+    features: list[Tensor] = field(default_factory=list)  # (N, D) of each level
 
 
 @torch.no_grad()
 def record(model: Any, inputs: dict[str, Tensor]) -> Recording:
-    """What eager attention gives in a copy of the model; its last map is made in float64 from what it is given."""
+    """Record eager attention in a copy of the model; the last map is computed in float64 from its inputs."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     result = Recording()
@@ -60,7 +60,7 @@ def record(model: Any, inputs: dict[str, Tensor]) -> Recording:
 
 
 def encoder_order(name: str, grids: Tensor) -> list[int]:
-    """Raster positions of visual tokens in the order of the encoder: Qwen2.5-VL goes window by window."""
+    """Return the raster positions of visual tokens in encoder order; Qwen2.5-VL goes window by window."""
     order, start = [], 0
     for frames, height, width in grids.tolist():
         rows, columns = height // 2, width // 2
@@ -76,7 +76,7 @@ def encoder_order(name: str, grids: Tensor) -> list[int]:
 
 
 def scores_and_metric(recording: Recording, order: list[int]) -> tuple[list[float], list[Tensor]]:
-    """Of each visual token, in raster order."""
+    """Return the score and the metric of each visual token, in raster order."""
     received, keys = [], []
     for attention, key in zip(recording.maps, recording.keys, strict=True):
         for patch in range(attention.shape[-1]):
@@ -90,14 +90,14 @@ def scores_and_metric(recording: Recording, order: list[int]) -> tuple[list[floa
 
 
 def rows_of(features: Tensor, reduced: Reduced) -> dict[int, Tensor]:
-    """Position -> row, in raster order: a merged token stands where its target stood."""
+    """Map positions to rows, in raster order; a merged token has the position of its target."""
     rows = {position: features[position] for position in reduced.kept}
     rows |= zip(reduced.targets, reduced.merged, strict=True)
     return dict(sorted(rows.items()))
 
 
 def zipped_image(features: Tensor, scores: list[float], metric: list[Tensor]) -> Reduced:
-    """What `METHOD` makes of an image; a case that is too close to judge is refused."""
+    """Apply `METHOD` to one image by the oracle; fail if scores are too close to decide."""
     keep, contextual = int(0.3 * len(scores)), int(0.15 * len(scores))
     ranked = sorted(scores, reverse=True)
     assert ranked[keep - 1] - ranked[keep] > 1e-5
@@ -108,7 +108,7 @@ def zipped_image(features: Tensor, scores: list[float], metric: list[Tensor]) ->
 
 
 class Spy(VisionZip):
-    """Tells what it was asked."""
+    """Records the tokens that it was given."""
 
     asked: list[VisualTokens]
 
@@ -134,7 +134,7 @@ def test_scores_and_metric_are_those_of_the_eager_map(name):
     scores, metric = scores_and_metric(record(model, inputs), encoder_order(name, inputs["image_grid_thw"]))
     method = Spy(0.3, 0.15)
     reduce(model, inputs, method)
-    # images of one size are chosen from together
+    # Images of one size are reduced as a batch.
     assert [(tokens.batch, tokens.count, tokens.grid) for tokens in method.asked] == [
         (2, 24, (1, 4, 6)),
         (1, 21, (1, 3, 7)),
@@ -149,7 +149,7 @@ def test_scores_and_metric_are_those_of_the_eager_map(name):
             torch.testing.assert_close(tokens.scores()[row], want_scores[member].float(), rtol=1e-5, atol=1e-6)
             wanted = torch.stack(want_metric[member]).float()
             torch.testing.assert_close(tokens.metric()[row], wanted, rtol=1e-5, atol=1e-5)
-            assert want_scores[member].std() > 0.02  # attention is not flat
+            assert want_scores[member].std() > 0.02  # attention is not uniform
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +178,7 @@ def test_images_are_those_of_the_oracle(name):
 
 
 def test_windows_are_undone():
-    """Their order is not the raster's here, and the choice without undoing it is another."""
+    """Window order differs from raster order here, and choosing in window order would give another result."""
     model = model_of("qwen2_5_vl")
     inputs = inputs_of(model, (SMALL, TALL))
     grids = inputs["image_grid_thw"]
@@ -202,11 +202,11 @@ def test_window_order_is_that_of_the_loops(frames):
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_bfloat16_chooses_what_its_own_queries_and_keys_say(name):
-    """Judged by a float64 map of them: a token may be on the wrong side of the cut by the rounding of float32 alone."""
+    """By their float64 map, no choice is wrong by more than a float32 rounding of the scores."""
     model = model_of(name, torch.bfloat16)
     inputs = inputs_of(model, (SMALL, WIDE))
     grids = inputs["image_grid_thw"]
-    model.set_attn_implementation("eager")  # blocks before the last one round as those of the oracle do
+    model.set_attn_implementation("eager")  # so that earlier blocks round as in the oracle
     scores, _ = scores_and_metric(record(model, inputs), encoder_order(name, grids))
     for image, wanted in zip(reduce(model, inputs, METHOD), split(scores, grids), strict=True):
         kept = image.kept[0].tolist()
@@ -235,7 +235,7 @@ def test_all_tokens_are_the_features_of_the_model(name, method):
 
 
 def test_even_tokens_of_an_image_with_frames():
-    """Each frame is a crop of the overlay; positions are those of the whole image."""
+    """Each frame is a crop of the overlay; positions count over the whole image."""
     model = model_of("qwen2_5_vl")
     (image,) = reduce(model, inputs_of(model, ((2, 4, 8),)), EvenTokens(0.5))
     assert image.grid == (2, 4)

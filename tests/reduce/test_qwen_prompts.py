@@ -1,4 +1,4 @@
-"""Reduced prompts of Qwen-VL: positions of the full prompt, before and after the prefill, and DeepStack's levels."""
+"""Reduced prompts of Qwen-VL: positions of the full prompt, in the prefill and in decoding, and DeepStack's levels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vlmfast import EvenTokens, VisionZip
 from vlmfast.reduce import ReducedImage
 
 METHOD = VisionZip(dominant=0.3, contextual=0.15)
-ATTENTION = NAMES[:4]  # the others have linear attention, where a masked token is not one that is not there
+ATTENTION = NAMES[:4]  # the others have linear attention, in which masking a token does not equal removing it
 ROWS = ((SMALL, WIDE), (TALL,), (BROAD,))
 
 
 class OfImages(EvenTokens):
-    """Leaves videos as they are."""
+    """A method that leaves videos alone."""
 
     takes = ("image",)
 
 
 def positions_of(ids: list[int], grids: list[Grid]) -> list[tuple[int, int, int]]:
-    """Frame, row and column of each token, without padding: an image takes up the longer one of its sides."""
+    """Return frame, row and column of each token, without padding; an image advances positions by its longer side."""
     found, position, token = [], 0, 0
     waiting = list(grids)
     while token < len(ids):
@@ -45,7 +45,7 @@ def positions_of(ids: list[int], grids: list[Grid]) -> list[tuple[int, int, int]
 
 
 def stay(ids: list[int], images: list[ReducedImage]) -> list[int]:
-    """The columns of a prompt without padding that are left."""
+    """Return the columns that remain of a prompt without padding."""
     columns, token = [], 0
     waiting = list(images)
     while token < len(ids):
@@ -60,7 +60,7 @@ def stay(ids: list[int], images: list[ReducedImage]) -> list[int]:
 
 
 def samples(inputs: dict[str, Tensor], rows: tuple[tuple[Grid, ...], ...], images: list[ReducedImage]) -> Any:
-    """Of each sample: its ids without padding, how much there is of that, its grids and its images."""
+    """Yield for each sample its ids without padding, the length of the padding, its grids and its images."""
     waiting = list(images)
     for ids, grids in zip(inputs["input_ids"].tolist(), rows, strict=True):
         padding = ids.count(0)
@@ -69,7 +69,7 @@ def samples(inputs: dict[str, Tensor], rows: tuple[tuple[Grid, ...], ...], image
 
 @contextmanager
 def seen_positions(model: Any) -> Any:
-    """The (3, B, n) positions of each pass of the language model in the block."""
+    """Record the (3, B, n) positions of each forward of the language model in the block."""
     found: list[Tensor] = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: found.append(kwargs["position_ids"][-3:]), with_kwargs=True
@@ -80,7 +80,7 @@ def seen_positions(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reduced_prompt_is_one_built_by_hand(name):
-    """Features at their placeholders, positions of the full prompt in three axes, levels at the same tokens."""
+    """It has features at their placeholders, the full prompt's positions in three axes, and levels at these tokens."""
     model = model_of(name)
     rows = ROWS[:1]
     inputs = inputs_of(model, *rows)
@@ -108,7 +108,7 @@ def test_reduced_prompt_is_one_built_by_hand(name):
 @pytest.mark.parametrize("video", [None, (3, 4, 8)], ids=["images", "video"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_dropped_tokens_are_masked_ones(name, video):
-    """Of a video, which this method is not for, all tokens stay."""
+    """All tokens of a video stay, because the method is not for videos."""
     model = model_of(name)
     inputs = inputs_of(model, *ROWS, video=video)
     mask, full = inputs["attention_mask"].clone(), inputs["input_ids"]
@@ -146,7 +146,7 @@ def test_tokens_stay_where_they_were_and_decoding_goes_on_there(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_of_the_caller_go_on_there_as_well(name):
-    """`forward` with a cache and neither ``position_ids`` nor a mask, which transformers takes for one of the step."""
+    """The caller passes a cache, but neither ``position_ids`` nor a mask, which would count as that of the step."""
     model = model_of(name)
     inputs = inputs_of(model, ROWS[0])
     found = []

@@ -1,4 +1,4 @@
-"""Images that LLaVA-OneVision makes smaller after encoding, against loops in float64 over the interpolated grid."""
+"""Images whose features LLaVA-OneVision downsamples, against float64 loops over the interpolated grid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmfast.reduce.families.llava_next import reduce_onevision
 
 RATIO = "anyres_max_2"
 SIZES = [(56, 56), (28, 56), (50, 36), (47, 188), (19, 21), (36, 50)]
-SMALLER = {(56, 56), (50, 36), (47, 188), (36, 50)}  # the last three after padding is cut off
+SMALLER = {(56, 56), (50, 36), (47, 188), (36, 50)}  # are downsampled, the last three after padding is cut off
 
 
 def large(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -33,14 +33,14 @@ def unpruned(base: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def shrunk(size: tuple[int, int]) -> tuple[int, int, float] | None:
-    """Height, width and factor of the grid that is made smaller; None if it stays."""
+    """Return height, width and factor of the grid if it is downsampled, else None."""
     rows, columns = kept_part(GRIDS[size], SIDE, size)
     ratio = math.sqrt(len(rows) * len(columns) / (int(RATIO[-1]) * SIDE**2))
     return (int(len(rows) // ratio), int(len(columns) // ratio), ratio) if ratio > 1.1 else None
 
 
 def interpolated(crops: Tensor, size: tuple[int, int]) -> list[Tensor | None]:
-    """(T, SIDE**2, C) -> the packed tokens, None for newlines: the overview, then means of up to 2 x 2 patches."""
+    """Pack (T, SIDE**2, C) crops: the overview, then means of up to 2 x 2 patches, with None for newlines."""
     (rows, columns), (height, width, _) = kept_part(GRIDS[size], SIDE, size), shrunk(size)
 
     def corners(count: int, place: int, whole: range) -> list[tuple[int, float]]:
@@ -174,7 +174,7 @@ def test_gradients_reach_the_tower_and_the_newline():
 
 @torch.no_grad()
 def test_generate():
-    """Of a prompt with a large photograph and one that is not made smaller, in a batch padded on the left."""
+    """A batch, padded on the left, of a prompt with a large image and one whose image is not downsampled."""
     model, _ = tiny("llava_onevision")
     model.config.image_grid_pinpoints = model.model.config.image_grid_pinpoints = PINPOINTS
     model.config.vision_aspect_ratio = model.model.config.vision_aspect_ratio = RATIO
@@ -196,7 +196,7 @@ def test_generate():
         assert len(patch.images[0].features) == 5 * 3 + (totals[0] - (SIDE**2 + 25)), "crops, and newlines"
     assert torch.equal(got[:, : ids.shape[1]], ids)
     for row, image, tokens in zip(ids, reduced(model.model, vision, method), got[:, ids.shape[1] :], strict=True):
-        # the same, step by step, from the embeddings of the short prompt
+        # The same step by step, from the embeddings of the short prompt.
         embed = model.get_input_embeddings()
         text = row[row != 0]
         before, after = embed(text[:1]), embed(text[1 + image.total :])

@@ -1,4 +1,4 @@
-"""Prompts that are compressed or reported beside others: none knows of another."""
+"""Several prompts, compressed or reported at the same time, do not affect one another."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_inputs_of_two_prompts_are_compressed_before_the_first_one_runs(model_ty
         return talk.model(input_ids=torch.tensor([[12, 13]]), past_key_values=cache).logits
 
     want = steps(vlmfast.compress_inputs(talk.model, mine, METHOD))
-    # hooks of accelerate make another mapping on the way to a device
+    # accelerate's hooks rebuild the mapping when they move it to a device.
     moved = pytest.importorskip("accelerate").utils.send_to_device
     short = copy.deepcopy(moved(vlmfast.compress_inputs(talk.model, mine, METHOD), "cpu"))
     vlmfast.compress_inputs(talk.model, other, METHOD)
@@ -78,7 +78,7 @@ def test_prompts_of_a_copy_are_not_reported():
 
 @pytest.mark.parametrize("patch_first", [False, True])
 def test_a_patch_reports_of_its_own_model(patch_first: bool):
-    """Whatever its configuration is by then, and of a copy where both were copied."""
+    """Also after its configuration was changed; a copy of patch and model reports of the copied model."""
     talk = Talk.of("llava")
     one, two = talk.batch((10, 0, 11)), talk.batch((10, 0, 1, 11))
     with vlmfast.patch(talk.model, reduce=METHOD) as patch:
@@ -102,7 +102,7 @@ def test_a_patch_reports_of_its_own_model(patch_first: bool):
 
 
 def test_a_masked_image_behind_the_text_changes_nothing():
-    """As trainers add to a batch of text, so that every process runs the tower."""
+    """Trainers add such an image to a batch of text, so that every process runs the tower."""
     talk = Talk.of("llava")
     inputs = talk.batch((10, 11, 12, 0), (13, 14), side="right")
     inputs["attention_mask"] = torch.zeros_like(inputs["input_ids"])

@@ -1,4 +1,4 @@
-"""The tiles of InternVL, against plain loops in float64: a visual token is made of 2 x 2 patches."""
+"""InternVL's tiles, whose visual tokens are made of 2 x 2 patches, against plain float64 loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmfast.reduce import EvenTokens, Method, RandomTokens, ReducedImage, Visio
 from vlmfast.reduce.families import REDUCERS
 from vlmfast.reduce.towers import encode
 
-TOKENS = 4  # along a side of a tile, each of 2 x 2 patches
+TOKENS = 4  # tokens along a side of a tile, each of 2 x 2 patches
 
 
 def tile_model(layer: int = -1, norm: str = "rms_norm", mean_pooling: bool = True) -> nn.Module:
@@ -53,7 +53,7 @@ def tower_of(base: nn.Module, pixels: Tensor, layer: int) -> Tower:
 
 
 def patches_of(token: int) -> list[int]:
-    """The patches of a token in the order of their channels: the upper two, then the lower two."""
+    """Return the patches of a token in the order of its channels: the upper two, then the lower two."""
     y, x = divmod(token, TOKENS)
     return [(2 * y + dy) * 2 * TOKENS + 2 * x + dx for dy in range(2) for dx in range(2)]
 

@@ -100,7 +100,7 @@ def test_refusals():
     ],
 )
 def test_parts_that_are_compiled_by_themselves(model_type: str, parts: str):
-    """They share what the first layer was traced with, which is not the one that has hooks."""
+    """Compiled layers share the graph of the first one, which has no hooks; the scored layer does."""
     torch._dynamo.reset()
     talk = Talk.of(model_type)
     talk.model.config.vision_feature_layer = -1
@@ -131,7 +131,10 @@ def test_modules_are_recorded_that_are_called_once(times: int):
 
 
 def test_another_thread_that_torch_has_call_the_hook_half_registered():
-    """torch notes that a hook takes keyword arguments after it adds the hook, and forgets it before it removes it."""
+    """torch marks a hook as taking keyword arguments after it adds it, and unmarks it before it removes it.
+
+    Another thread may call the hook in between, without keyword arguments.
+    """
     module = nn.Linear(2, 2)
 
     def run_half_registered() -> None:

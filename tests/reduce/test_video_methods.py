@@ -1,4 +1,4 @@
-"""EVS and V-CAST against loops in float64, written from their rules alone."""
+"""EVS and V-CAST against float64 loops, written only from their rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEEPS: list[int | float] = [0.0, 0.05, 0.2, 0.3, 0.5, 0.77, 0.9, 1.0, 0, 1, 2, 3
 
 
 def videos(shape: tuple[int, int, int], batch: int = 3, seed: int = 0) -> Tensor:
-    """(B, T, n, D): neighbouring frames are alike, some of them the same."""
+    """Make (B, T, n, D) videos whose neighbouring frames are similar, some equal."""
     frames, count, size = shape
     torch.manual_seed(seed)
     rows = torch.randn(batch, frames, count, size).cumsum(1) + 3 * torch.randn(batch, 1, count, size)
@@ -26,7 +26,7 @@ def videos(shape: tuple[int, int, int], batch: int = 3, seed: int = 0) -> Tensor
 
 
 def tokens_of(rows: Tensor) -> VisualTokens:
-    """(B, T, n, D) videos, as a reducer describes them."""
+    """Describe (B, T, n, D) videos as a reducer does."""
 
     def never() -> Tensor:
         raise AssertionError("it asked for what it does not need")
@@ -75,7 +75,7 @@ def test_vcast_keeps_what_the_rule_says(shape: tuple[int, int, int], dtype: torc
 
 
 def test_the_cases_are_hard_enough():
-    """Frames are full, and what they cannot take goes around more than once; the two ways differ."""
+    """Some frames are full, the remainder goes around more than once, and the two ways of dealing it differ."""
     rounds, differ = [], 0
     for shape in SHAPES[1:]:
         frames, count, _ = shape
@@ -90,7 +90,7 @@ def test_the_cases_are_hard_enough():
 
 
 def test_a_video_that_stands_still():
-    """EVS keeps its first frame, and then the earliest; V-CAST as many of each frame, here those that are long."""
+    """EVS keeps the first frame, then the earliest tokens; V-CAST equally many of each frame, here the longest."""
     torch.manual_seed(0)
     still = torch.randn(1, 1, 8, 1024).expand(2, 5, 8, 1024)
     assert kept(EVS(0.2), still) == [list(range(8))] * 2
@@ -99,7 +99,7 @@ def test_a_video_that_stands_still():
     parallel = lengths[:, None] * torch.randn(1024)
     longest = [frame * 8 + position for frame in range(5) for position in (2, 4, 6)]
     assert kept(VCAST(3), parallel.expand(1, 5, 8, 1024)) == [longest]
-    # 17 of 5 frames: the two that are left over go to the first ones, or both to the first
+    # 17 tokens of 5 frames: the remainder of two goes to the first two frames, or both to the first.
     counts = [4, 4, 3, 3, 3], [5, 3, 3, 3, 3]
     for remainder, wanted in zip(("largest", "reference"), counts, strict=True):
         (got,) = kept(VCAST(17 / 40, remainder=remainder), parallel.expand(1, 5, 8, 1024))
@@ -113,7 +113,7 @@ def test_tokens_that_are_nothing_are_no_error():
 
 
 def test_a_turn_gets_more_tokens():
-    """Frames move on evenly but for one that goes back."""
+    """All frames move on evenly, except one that goes back."""
     torch.manual_seed(1)
     base, way = torch.randn(8, 64), torch.randn(64)
     places = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.2, 0.1])

@@ -1,4 +1,4 @@
-"""Reduced prompts of Qwen-VL with videos: what is left gives what the full prompt gives with the rest masked."""
+"""Reduced Qwen-VL prompts with videos give the same results as full prompts with the dropped tokens masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmfast.reduce import Method, VideoMethod, VisualTokens
 from vlmfast.reduce.families import REDUCERS, qwen
 from vlmfast.reduce.prompt import takes_features
 
-ATTENTION = NAMES[:4]  # the others have linear attention, where a masked token is not one that is not there
+ATTENTION = NAMES[:4]  # the others have linear attention, in which masking a token does not equal removing it
 METHODS = [EVS(0.4), VCAST(0.3), VisionZip(dominant=0.4, contextual=0), EvenTokens(3), RandomTokens(0.5)]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 NO_WORDS = list(range(WORD))
@@ -48,7 +48,7 @@ def test_dropped_tokens_are_masked_ones(name: str, method: Method):
 @pytest.mark.parametrize("method", [EVS(0.4), VCAST(0.3), VisionZip(dominant=0.4, contextual=0)], ids=str)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_decoding_goes_on_from_the_full_prompt(name: str, method: Method):
-    """Each step against the full prompt and what was generated, masked and without a cache."""
+    """Each step equals a masked forward, without a cache, of the full prompt and the generated tokens."""
     model = model_of(name)
     inputs = inputs_of(model, *ROWS)
     length = inputs["input_ids"].shape[1]
@@ -58,7 +58,7 @@ def test_decoding_goes_on_from_the_full_prompt(name: str, method: Method):
     assert torch.equal(ids[:, :length], inputs["input_ids"])
     mask = inputs["attention_mask"] * left_of(inputs["input_ids"], patch.images, patch.videos)
     for step, logits in enumerate(output.logits):
-        more = axes[:, :, -1:] + 1 + torch.arange(step)  # transformers counts on from the last word
+        more = axes[:, :, -1:] + 1 + torch.arange(step)  # transformers continues from the last text token
         full = {
             **inputs,
             "input_ids": ids[:, : length + step],
@@ -89,7 +89,7 @@ def test_keeping_everything_changes_no_bit(name: str, method: Method):
 @pytest.mark.parametrize("method", [VisionZip(0.3, 0.15), VisionZip(4, 2), EvenTokens(0.3), EvenTokens(5)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_for_images_sees_a_frame_as_an_image(name: str, method: Method):
-    """With the features of the frames themselves, as the towers do not look from one frame to another."""
+    """It gets the features of each frame alone, because the towers do not attend from one frame to another."""
     model = model_of(name)
     inputs = inputs_of(model, (LONG, TALL, STILL, LONG))
     videos = qwen.reduce_videos(model.model, inputs, method)
@@ -115,7 +115,7 @@ def test_a_method_for_images_sees_a_frame_as_an_image(name: str, method: Method)
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("method", [EVS(0.4), VCAST(0.3)], ids=str)
 def test_a_video_is_reduced_as_alone(name: str, method: Method):
-    """Among others of its size and of other sizes."""
+    """Its result is the same beside other videos, of its size and of other sizes."""
     model = model_of(name)
     inputs = inputs_of(model, (LONG, TALL, STILL, LONG))
     patches = inputs["pixel_values_videos"].split(inputs["video_grid_thw"].prod(1).tolist())
@@ -134,7 +134,7 @@ def test_a_video_is_reduced_as_alone(name: str, method: Method):
 @pytest.mark.parametrize("method", [EVS(0.4), VisionZip(dominant=0.4, contextual=0.1)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_turns_go_on_from_the_cache(name: str, method: Method):
-    """A question, then one about another video and image: as the whole conversation at once."""
+    """A turn, then one about another video and image, equal the whole conversation in one call."""
     model = model_of(name)
     first, second = (10, LONG, 11), (12, IMAGE, TALL, 13)
     with vlmfast.patch(model, reduce=method):
@@ -173,7 +173,7 @@ def test_beams_and_shortened_inputs_are_the_same(name: str):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_labels_stay_where_they_were(name: str):
-    """Logits have the columns of the full prompt, and gradients reach the tower."""
+    """With labels, logits have the columns of the full prompt; gradients reach the tower."""
     model = model_of(name)
     inputs = inputs_of(model, *ROWS[:2])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < WORD, -100)
@@ -186,7 +186,7 @@ def test_labels_stay_where_they_were(name: str):
 
 
 class Late(VideoMethod):
-    """The last tokens of a video."""
+    """Keeps the last tokens of a video."""
 
     def score(self, tokens: VisualTokens) -> Tensor:
         self.grids.append(tokens.grid)
@@ -200,7 +200,7 @@ def test_a_method_of_ones_own_sees_whole_videos_and_leaves_images():
     vars(method)["grids"] = []
     with vlmfast.patch(model, reduce=method) as patch:
         model(**inputs_of(model, *ROWS))
-    assert method.grids == [(4, 4, 6), (3, 5, 3)]  # those of one size at once
+    assert method.grids == [(4, 4, 6), (3, 5, 3)]  # one call for all videos of a size
     assert [image.columns.tolist() for image in patch.images] == [list(range(21))] * 2
     assert [video.columns.tolist() for video in patch.videos] == [
         list(range(72, 96)),

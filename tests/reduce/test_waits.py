@@ -1,4 +1,4 @@
-"""What a reduction asks the device: how many placeholders a prompt has, and how long it becomes."""
+"""A reduction waits for the device twice: for the number of placeholders and for the length of the short prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EACH += [(f"{name} video", method) for name in ("qwen2_5_vl", "qwen3_vl") for me
 
 
 def built(name: str) -> tuple[Any, dict[str, Any]]:
-    """A tiny model with a prompt; that of Qwen-VL has images of two sizes, or videos."""
+    """Build a tiny model and a prompt; that of Qwen-VL has images of two sizes, or videos."""
     if name.endswith("video"):
         model = qwen_models.model_of(name.removesuffix(" video"))
         return model, video_models.inputs_of(model, (10, video_models.LONG, video_models.TALL, 11))
@@ -40,7 +40,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:.* is not patched")
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
-@pytest.mark.parametrize(("name", "method"), [*EACH, ("llava_next", ZIP)])  # others leave its crops uneven
+@pytest.mark.parametrize(("name", "method"), [*EACH, ("llava_next", ZIP)])  # other methods leave crops of several sizes
 def test_reduction_waits_twice(name: str, method: vlmfast.reduce.Method, masked: bool):
     found: dict[str, Counter[str]] = {}
     for variant, arguments in (("patched", {}), ("reduced", {"reduce": method})):
@@ -60,7 +60,7 @@ def test_reduction_waits_twice(name: str, method: vlmfast.reduce.Method, masked:
 
 
 def test_padding_is_known_without_asking():
-    """Also after prompts were joined, and of some samples."""
+    """Also after prompts were concatenated, and for a selection of samples."""
     from tests.reduce.test_columns import image
     from vlmfast.reduce.columns import Columns, drop_columns
 

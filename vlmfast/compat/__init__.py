@@ -1,6 +1,7 @@
-"""Patches of projects outside transformers alone, one module each: ``vlmfast.compat.<project>.patch(model)``.
+"""Patches for projects outside transformers, one module each: ``vlmfast.compat.<project>.patch(model)``.
 
-`vlmfast.patch` replaces the same methods, and those of the language model and the tower around them.
+They replace only the project's own methods. `vlmfast.patch` replaces these as well, together with the methods of the
+language model and the vision tower.
 """
 
 from vlmfast.compat import fourm, internvl, mgm, nanovlm, vita

@@ -1,4 +1,4 @@
-"""InternVL (github.com/OpenGVLab/InternVL): the pixel shuffle and ``mlp1`` of its models with remote code."""
+"""InternVL (github.com/OpenGVLab/InternVL): pixel shuffle and ``mlp1`` of its models with remote code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from vlmfast.patches.apply import Patch, patch_projects
 
 
 def patch(model: nn.Module) -> Patch:
-    """Replace how an InternVL with remote code makes tokens of the features of its tower.
+    """Replace how an InternVL model with remote code turns the features of its vision tower into tokens.
 
-    ``extract_feature`` drops the CLS row, shuffles, normalises and projects: what is left of it is the tower, one pass
-    for the gather and the LayerNorm, and the linear layers. ``pixel_shuffle`` is for others who call it. Version v1 of
-    the shuffle, which leaves the map transposed, no longer warns of it at each call.
+    Upstream's ``extract_feature`` runs the tower, drops the CLS row, shuffles, normalises and projects. The replacement
+    runs the tower, one pass for shuffle and LayerNorm, and the linear layers. ``pixel_shuffle`` is replaced for other
+    callers; version v1 of the shuffle, which leaves the map transposed, no longer warns at each call.
 
-    ``mlp1`` stays a module with its own parameters; where it, or one of its modules, was replaced (LoRA, quantisers) or
-    has hooks, it runs as it is, after the shuffle. Where a fork changed ``extract_feature``, that method is skipped
+    ``mlp1`` stays a module with its own parameters. Where it or one of its modules was replaced (LoRA, quantisers) or
+    has hooks, it runs as a module after the shuffle. Where a fork changed ``extract_feature``, that method is skipped
     with a warning and only the shuffle is replaced.
 
     Args:
@@ -24,11 +24,11 @@ def patch(model: nn.Module) -> Patch:
             `vlmfast.patch`.
 
     Returns:
-        A `vlmfast.Patch`: ``report()``, ``undo()``, and a context manager.
+        A `vlmfast.Patch`, with ``report()`` and ``undo()``, which is also a context manager.
 
     Raises:
-        TypeError: if ``model`` is not a module. ValueError: if it is no InternVLChatModel, or its methods are others
-            than those of OpenGVLab/InternVL. RuntimeError: if it is patched already.
+        TypeError: if ``model`` is not a module. ValueError: if it is not an InternVLChatModel, or its methods are not
+            those of OpenGVLab/InternVL. RuntimeError: if it is patched already.
 
     Source:
         InternVLChatModel.extract_feature and .pixel_shuffle of OpenGVLab/InternVL,

@@ -1,4 +1,4 @@
-"""Mini-Gemini (github.com/dvlab-research/MGM): its patch-info mining, and fewer visual tokens."""
+"""Mini-Gemini (github.com/dvlab-research/MGM): patch-info mining and token reduction."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ _ENCODE = (
 
 
 def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
-    """Replace how a Mini-Gemini refines its tokens by the pixels of a finer map, and leave out tokens that matter less.
+    """Replace the patch-info mining of a Mini-Gemini model and, with ``reduce``, reduce its visual tokens.
 
-    Upstream makes a key and a value of each of the map's 36 864 pixels: 435 GFLOP for a picture, 2.2 TFLOP in HD. Here
-    the weights of the keys go to the queries and those of the values behind the sum, which is equal in real arithmetic
-    and takes 7.2 GFLOP (36 in HD); gradients too. Less is rounded, so that results in half precision are not those of
-    upstream to the bit. Where a projector was replaced (LoRA, quantisers) or has hooks, keys and values are made of
-    all pixels, as upstream does.
+    In the mining each token attends to the pixels of its block in a finer feature map. Upstream projects each of the
+    map's 36 864 pixels to a key and a value: 435 GFLOP for a picture, 2.2 TFLOP in HD. Here the key's weights are
+    applied to the query and the value's weights to the weighted sum. That is equal in real arithmetic and takes 7.2
+    GFLOP (36 in HD); gradients too. It rounds fewer intermediate results, so results in half precision are not
+    bit-equal to upstream's. Where a projector was replaced (LoRA, quantisers) or has hooks, all pixels are projected,
+    as upstream does.
 
     With ``reduce`` the tokens of each picture, or of each crop in HD, are chosen by the attention of the CLS token in
-    CLIP's layer, before the mining: only what is kept is mined, unless the method merges tokens, in whose averages all
-    take part. What is kept are exactly the rows that the full model would have. The CLS token has no pixels and is
-    never kept: a budget counts patches, and ``VisionZip(dominant=54, contextual=10)`` keeps 54 of them.
+    the selected layer of CLIP, before the mining. Only kept tokens are mined, unless the method merges tokens: then all
+    are, because all take part in the averages. Kept tokens equal those of the full model exactly. The CLS token has no
+    pixels and is never kept: a budget counts patches, and ``VisionZip(dominant=54, contextual=10)`` keeps 54 of them.
 
     Args:
         model: an MGM model such as ``MGMLlamaForCausalLM``, or a wrapper around it; float32, float16 or bfloat16.
-        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)``; None for all
+        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)``; None keeps all
             of them. Needs the CLIP tower.
 
     Returns:
-        A `vlmfast.Patch`: ``report()``, ``undo()``, and a context manager.
+        A `vlmfast.Patch`, with ``report()`` and ``undo()``, which is also a context manager.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``reduce`` not a method. ValueError: if it is no Mini-Gemini, its
-            methods are others than those of dvlab-research/MGM, the LayerNorms of keys and values have another eps, or
+        TypeError: if ``model`` is not a module, or ``reduce`` is not a method. ValueError: if it is not a Mini-Gemini
+            model, its methods are not those of dvlab-research/MGM, the LayerNorms of keys and values differ in eps, or
             ``reduce`` is given and the tower is not CLIP's. RuntimeError: if it is patched already.
 
     Source:
@@ -102,7 +103,7 @@ def _check_encoder(module: nn.Module, reduction: Reduction) -> None:
 
 @dataclass
 class Reduction:
-    """How the images of a Mini-Gemini are reduced, and what became of the last ones."""
+    """Reduces the images of a Mini-Gemini model, and remembers the last ones for the report."""
 
     method: Method
     classes: tuple[type, ...]
@@ -110,16 +111,16 @@ class Reduction:
 
     @property
     def videos(self) -> list[ReducedImage]:
-        """None: frames are images to it."""
+        """Always empty: Mini-Gemini treats the frames of a video as images."""
         return []
 
     def replacements(self) -> Replacements:
-        """Return the replacement of each method: class -> method -> function."""
+        """Return the replacements: class -> method -> function."""
         function = _encode_images_by(self)
         return {cls: {"encode_images": function} for cls in self.classes}
 
     def report(self) -> str:
-        """Return the method, and what it did to the last images; to each crop, where there are some."""
+        """Describe the method and how it reduced each of the last images or, in HD, each crop."""
         if not self.images:
             return f"{self.method}: no images yet"
         sizes = ", ".join(f"{image.total} -> {image.features.shape[0]}" for image in self.images)
@@ -128,7 +129,7 @@ class Reduction:
 
 def _encode_images_by(reduction: Reduction) -> Callable[..., Tensor]:
     def encode_images(self: Any, images: Tensor, images_aux: Tensor | None = None, is_video: bool = False) -> Tensor:
-        """Replace MGMMetaForCausalLM.encode_images: (B, n, D), with what is kept of each picture or crop."""
+        """Replace MGMMetaForCausalLM.encode_images: return (B, n, D), the kept tokens of each picture or crop."""
         grid = getattr(self.config, "image_grid", 1)
         has_global = grid > 1 and getattr(self.config, "image_global", False)
         batch = images.shape[0]
@@ -138,8 +139,8 @@ def _encode_images_by(reduction: Reduction) -> Callable[..., Tensor]:
         reduction.images = [image.detach() for image in found]
         if grid == 1:
             return rows
-        rows = rows.view(batch, -1, *rows.shape[1:])  # the picture as a whole comes last among its crops
-        if maps is None:  # upstream leaves crops apart then, and the whole out
+        rows = rows.view(batch, -1, *rows.shape[1:])  # the whole picture comes last among its crops
+        if maps is None:  # upstream then returns each crop as a batch element, without the whole picture
             return (rows[:, :-1] if has_global else rows).flatten(0, 1)
         return (rows.roll(1, 1) if has_global else rows).flatten(1, 2)
 
@@ -147,15 +148,15 @@ def _encode_images_by(reduction: Reduction) -> Callable[..., Tensor]:
 
 
 def _encode(tower: Any, images: Tensor) -> EncodedImages:
-    """Run CLIP as its tower does: without a gradient, unless it is optimised."""
+    """Run CLIP as its tower does: without a gradient, unless ``is_optimize`` asks for one."""
     clip = tower.vision_tower
     with torch.set_grad_enabled(torch.is_grad_enabled() and tower.is_optimize):
-        # before transformers 5 the layers are those of an inner model
+        # Before transformers 5, CLIPVisionModel holds its layers in an inner `vision_model`.
         return encode(getattr(clip, "vision_model", clip), images.to(tower.device, tower.dtype), tower.select_layer)
 
 
 def _maps(self: Any, images_aux: Tensor, grid: int, has_global: bool, like: Tensor) -> list[Tensor]:
-    """Return the map of each crop, (B, Ca, height, width), of which all are views of one, and that of the whole."""
+    """Return the (B, Ca, height, width) map of each crop, views of one map, and that of the whole picture, if any."""
     whole = self.get_vision_tower_aux()(images_aux).to(like)
     maps = [crop for row in whole.chunk(grid, 2) for crop in row.chunk(grid, 3)]
     if has_global:
@@ -167,11 +168,11 @@ def _maps(self: Any, images_aux: Tensor, grid: int, has_global: bool, like: Tens
 def _reduced(
     model: Any, encoded: EncodedImages, maps: list[Tensor] | None, method: Method
 ) -> tuple[Tensor, list[ReducedImage]]:
-    """Choose tokens of each view, mine them, and project what is left: (B * views, n, D)."""
+    """Choose the tokens of each view (crop or whole picture), mine and project them: (B * views, n, D)."""
     tokens, side = encoded.patches, encoded.side
 
     def refined(rows: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Add to the rows of each view what they mine of its map."""
+        """Add to the tokens of each view what they mine from its map; ``kept`` are their places."""
         if maps is None:
             return rows
         views = len(maps)
@@ -182,7 +183,7 @@ def _reduced(
         return rows + torch.stack(mined, 1).flatten(0, 1)
 
     selection = method.select(encoded.visual_tokens(lambda: model.mm_projector(refined(tokens)), False, side * side))
-    if selection.contextual:  # all take part in the averages
+    if selection.contextual:  # a merging method: all tokens take part in the averages
         rows = selection.apply(refined(tokens))
     else:
         rows = refined(tokens.take_along_dim(selection.kept[..., None], 1), selection.kept)

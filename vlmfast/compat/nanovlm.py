@@ -1,4 +1,4 @@
-"""nanoVLM (github.com/huggingface/nanoVLM): its modality projector, and image embeddings in their placeholders."""
+"""nanoVLM (github.com/huggingface/nanoVLM): its modality projector and the placement of image embeddings."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from vlmfast.patches.apply import Patch, patch_projects
 
 
 def patch(model: nn.Module) -> Patch:
-    """Replace how a nanoVLM shuffles and projects patches, and how it places image embeddings.
+    """Replace how a nanoVLM model shuffles and projects patches, and how it places image embeddings.
 
-    The placement is one pass without a host sync; the shuffle is one pass before the linear layer, where upstream
-    copies the map as often as its layout demands. A model from before placeholders, which puts the image in front of
-    the text, has only its projector patched. A ``proj`` that was replaced (LoRA, quantisers) or has hooks runs as it
-    is, after the shuffle. Where a fork changed one of the methods, that one is skipped with a warning.
+    The placement is one pass and does not make the host wait. The shuffle is one pass before the linear layer, where
+    upstream copies the map as often as its layout demands. Of an older model without placeholders, which puts the image
+    in front of the text, only the projector is patched. A ``proj`` that was replaced (LoRA, quantisers) or has hooks
+    runs as a module after the shuffle. A method that a fork changed is skipped with a warning.
 
     Args:
         model: a ``VisionLanguageModel``, its ``ModalityProjector``, or a wrapper around it; float32, float16 or
             bfloat16.
 
     Returns:
-        A `vlmfast.Patch`: ``report()``, ``undo()``, and a context manager.
+        A `vlmfast.Patch`, with ``report()`` and ``undo()``, which is also a context manager.
 
     Raises:
-        TypeError: if ``model`` is not a module. ValueError: if it is no nanoVLM, or its methods are others than those
+        TypeError: if ``model`` is not a module. ValueError: if it is not a nanoVLM model, or its methods are not those
             of huggingface/nanoVLM. RuntimeError: if it is patched already.
 
     Source:

@@ -1,4 +1,4 @@
-"""`patch` and what it returns: replacements put into one model instance and taken out again."""
+"""`patch`, `unpatch` and `Patch`: put replacements into one model instance and take them out again."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from vlmfast.reduce.generation import shortening
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
-# class -> method -> replacement; or attribute -> property
+# Original class -> name of a method -> its replacement, or name of an attribute -> the property that replaces it.
 Replacements = dict[type, dict[str, Any]]
 
 
 class Reducing(Protocol):
-    """What reduces visual tokens in a patched model: `Reduction`, or what a project outside transformers has."""
+    """Interface of an object that reduces visual tokens in a patched model, such as `Reduction` of `vlmfast.reduce`.
+
+    Patches of projects outside transformers bring their own, such as `vlmfast.compat.mgm.Reduction`.
+    """
 
     @property
     def images(self) -> list[ReducedImage]:
@@ -38,21 +41,21 @@ class Reducing(Protocol):
         """The videos of the last call."""
 
     def replacements(self) -> Replacements:
-        """Return the replacement of each method."""
+        """Return the replacements of the methods of each class."""
 
     def report(self) -> str:
-        """Return the method, and what it did to the last images."""
+        """Describe the method and how it reduced the last images."""
 
 
 @dataclass(repr=False)
 class Patch:
-    """What `patch` did to a model. As a context manager, it undoes that at the end of the block.
+    """What `patch` did to a model. As a context manager, it undoes the patch at the end of the block.
 
     Attributes:
         model_type: the model's ``config.model_type`` or, where it has none, the name of its class.
-        replaced: site -> how many modules got the replacement.
-        skipped: site -> why it was left as it was.
-        reduction: how prompts are shortened, and what became of the last one; None where ``reduce`` was not given.
+        replaced: site -> number of modules that got the replacement.
+        skipped: site -> why it was not replaced.
+        reduction: shortens prompts and remembers how it shortened the last one; None where ``reduce`` was not given.
     """
 
     model_type: str
@@ -60,23 +63,24 @@ class Patch:
     skipped: dict[str, str]
     reduction: Reducing | None = None
     _placed: Placed | None = None
-    _classes: dict[nn.Module, type] = field(default_factory=dict)  # that the modules were given
+    _classes: dict[nn.Module, type] = field(default_factory=dict)  # module -> the patched class that it was given
 
     @property
     def images(self) -> list[ReducedImage]:
-        """The images of the last prompt whose visual tokens were reduced, for `vlmfast.reduce.overlay`."""
+        """The images of the last prompt with reduced visual tokens, for `vlmfast.reduce.overlay`."""
         return [] if self.reduction is None else self.reduction.images
 
     @property
     def videos(self) -> list[ReducedImage]:
-        """The videos of that prompt."""
+        """The videos of the last prompt with reduced visual tokens."""
         return [] if self.reduction is None else self.reduction.videos
 
     def report(self) -> str:
-        """Write a line for each site: how many modules run the replacement now, or why not.
+        """Write one line per site: how many modules run the replacement now, or why none does.
 
-        Methods that somebody replaced again, and modules that came after the patch, are told too. Then what became of
-        the last prompt, where visual tokens are reduced. Once the patch is undone, the lines say what was replaced.
+        The lines also count methods that were replaced again and modules that were added since the patch. Where visual
+        tokens are reduced, the last line says how the last prompt was shortened. Once the patch is undone, the lines
+        say what had been replaced.
         """
         rows = {site: count(number, "module") for site, number in self.replaced.items()}
         rows |= {site: f"skipped: {reason}" for site, reason in self.skipped.items()}
@@ -89,20 +93,21 @@ class Patch:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Give every module its own class back, also the copies that were put into the model since.
+        """Give every patched module its own class back, including copies that were put into the model since the patch.
 
-        A second call does nothing. A method that was captured before, such as ``model.forward`` in a partial or in what
-        ``Accelerator.prepare`` returned, runs upstream's code from then on. That of a norm, such as ``norm.forward``,
-        goes on calling the op, with the weights of its module: to ask would make every norm slower.
+        A second call does nothing. A bound method that was captured earlier, such as ``model.forward`` in a partial or
+        in the result of ``Accelerator.prepare``, runs upstream's code from then on. The captured forward of a norm is
+        an exception: it keeps calling the op with the weights of its module, because checking whether the patch is
+        still in place would slow down every norm.
 
         Raises:
-            RuntimeError: if the class of a module was changed again since; nothing is undone then.
+            RuntimeError: if the class of a module was changed again since the patch; nothing is undone then.
         """
         _restore(self._patched())
         self._placed, self._classes = None, {}
 
     def _patched(self) -> list[nn.Module]:
-        """Return the modules that are patched by this patch now."""
+        """Return the modules that this patch patches at the moment."""
         inside = [] if self._placed is None else self._placed.model.modules()
         classes = tuple(set(self._classes.values()))
         return [module for module in dict.fromkeys((*self._classes, *inside)) if isinstance(module, classes)]
@@ -111,12 +116,12 @@ class Patch:
         return replace(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        """Be the patch of the copy of the model: what holds both may be copied."""
-        # the reduction comes after the model, whose copy it has to know
+        """Copy the patch together with its model, so that an object that holds both can be deep-copied."""
+        # Reversed, because the copy of the reduction must find the copied model in `memo`.
         return replace(self, **{name: copy.deepcopy(value, memo) for name, value in reversed(vars(self).items())})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the model: its modules are pickled as not patched."""
+        """Pickle without the model, whose modules are pickled with their original classes."""
         return {**vars(self), "_placed": None, "_classes": {}}
 
     def __enter__(self) -> Patch:
@@ -140,44 +145,48 @@ def patch(
 ) -> Patch:
     """Replace the methods whose code vlmfast knows, on this instance only.
 
-    A method is known by its body, the code that it runs with all that this names: neither the type of the model nor the
-    name of the class decides. Each module is given a subclass of its own class, of the same name; ``isinstance``,
-    ``state_dict``, hooks and gradient checkpointing work as before. A copy is as patched as what was copied; a pickled
-    model holds the original classes, and ``type(model)(config)`` or ``type(model).from_pretrained(path)`` makes a model
-    that is not patched. A norm or a placeholder mask whose body is not known is skipped with a warning; `Patch.report`
-    lists all of them. For the backward a norm keeps its input, where upstream keeps a float32 copy of one in half
-    precision: in training, code that changes the input in place after the norm has read it ends in torch's error about
-    an inplace operation. What ``torch.compile`` has traced in this process is traced anew at its next call. A
-    parametrization that a module had before the patch can be removed after ``undo`` only.
+    A method is recognised by its body: its own source code and that of the functions and methods that it names. Neither
+    the model type nor the class name decides. Each module gets a subclass of its own class with the same name, so
+    ``isinstance``, ``state_dict``, hooks and gradient checkpointing work as before. A copy of a patched model is
+    patched. A pickled model holds the original classes, and ``type(model)(config)`` and
+    ``type(model).from_pretrained(path)`` make models that are not patched. An RMSNorm or a placeholder mask with an
+    unknown body is skipped with a warning; `Patch.report` lists every skipped site. What ``torch.compile`` has traced
+    in this process is traced again at its next call. A parametrization that a module had before the patch can be
+    removed only after ``undo``.
 
-    With ``reduce`` the model also sees fewer visual tokens, which changes what it answers. ``generate`` and ``forward``
-    encode and reduce images and videos and shorten the prompt once, before the language model sees it. Prompts without
-    any are left alone. With M-RoPE (Qwen-VL) each token that is left stays at its position, and what follows goes on as
-    after the full prompt; other models number the tokens anew.
+    For the backward pass a norm saves its input, where upstream saves a float32 copy of a half-precision input. Code
+    that changes the input in place after the norm has read it therefore fails in training, with torch's error about an
+    inplace operation.
 
-    * What ``generate`` returns begins with the caller's full ``input_ids``; ``max_length`` counts these, and streamers,
-      logits processors and stopping criteria of your own are shown these.
+    With ``reduce`` the model also sees fewer visual tokens, which changes its answers. ``generate`` and ``forward``
+    encode the images and videos, reduce their tokens and shorten the prompt once, before the language model sees it.
+    Prompts without images or videos are left alone. With M-RoPE (Qwen-VL) each kept token keeps its position, and
+    positions after the prompt continue as after the full prompt; other models number the kept tokens consecutively.
+
+    * The result of ``generate`` begins with the caller's full ``input_ids``. ``max_length`` counts these ids, and your
+      own streamers, logits processors and stopping criteria receive them.
     * ``forward`` returns the logits of the short prompt. Where ``labels``, ``num_items_in_batch`` or ``logits_to_keep``
-      count columns, it returns those of the full prompt; a column that was left out has those of the one before.
-    * A cache remembers which columns of the prompt it has: a second turn is given the full ids again.
+      count columns, it returns those of the full prompt; a removed column has the logits of the column before it.
+    * A cache remembers which columns of the prompt it holds: pass the full ids again in a second turn.
 
     Args:
-        model: a Hugging Face model, one with remote code, one of their sub-models, or any module around parts of them;
-            also inside PEFT, ``torch.compile``, accelerate or DistributedDataParallel.
-        only: replace only the sites that match this pattern, or one of these, such as ``"*RMSNorm.forward"``. A site of
-            transformers is called "<model folder>.<Class>.<method>", another has the whole name of its module in front.
-        exclude: leave out the sites that match.
-        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)`` before the
-            language model or ``vlmfast.FastV(layer=2, keep=0.5)`` between its layers, or a list of the one and then the
-            other; None for all of them. Needs transformers 5.17 or later, and the model with its head.
+        model: a Hugging Face model, a model with remote code, a sub-model of either, or any module around parts of
+            them; also inside PEFT, ``torch.compile``, accelerate or DistributedDataParallel.
+        only: a pattern or several, such as ``"*RMSNorm.forward"``: only sites that match one are replaced. A site of
+            transformers is named "<model folder>.<Class>.<method>", any other "<full module name>.<Class>.<method>".
+        exclude: a pattern or several: sites that match one are not replaced.
+        reduce: how visual tokens are reduced: a method that runs before the language model, such as
+            ``vlmfast.VisionZip(dominant=54, contextual=10)``, one that runs between its layers, such as
+            ``vlmfast.FastV(layer=2, keep=0.5)``, or a list of the former and the latter. None keeps all visual tokens.
+            Needs transformers 5.17 or later and a model with its language-modelling head.
 
     Returns:
-        A `Patch`: ``report()``, ``undo()``, and a context manager.
+        A `Patch`, with ``report()`` and ``undo()``, which is also a context manager.
 
     Raises:
-        TypeError: if ``model`` is not a module, or ``reduce`` not a method. ValueError: for a model in which nothing is
-            known, a pattern that matches no site, or ``reduce`` with a model whose visual tokens cannot be reduced.
-            RuntimeError: if the model is patched already, or nothing in it could be replaced.
+        TypeError: if ``model`` is not a module, or ``reduce`` is not a method. ValueError: if no method of the model is
+            known, a pattern matches no site, or the visual tokens of the model cannot be reduced. RuntimeError: if the
+            model is patched already, or nothing in it could be replaced.
     """
     _check_unpatched(model)
     label = next(filter(None, map(_model_type, model.modules())), type(model).__name__)
@@ -195,12 +204,16 @@ def patch_projects(
     classes: tuple[str, ...],
     reduction: Callable[[list[nn.Module]], Reducing | None] | None = None,
 ) -> Patch:
-    """Replace only the methods of projects outside transformers that classes of these names define.
+    """Replace only methods that are defined by these classes of a project outside transformers.
 
-    Where ``reduction`` is given, it checks the modules that have these methods, and says what reduces visual tokens.
+    Args:
+        model: as `patch` takes it.
+        label: the name of the project in messages.
+        classes: names of the classes whose methods are replaced.
+        reduction: checks the modules that have these methods and returns what reduces their visual tokens, or None.
 
     Raises:
-        As `patch`.
+        TypeError, ValueError, RuntimeError: as `patch` does.
     """
     _check_unpatched(model)
     named = [(site, site.body.key) for site in find_sites(model) if site.body is not None]
@@ -233,23 +246,24 @@ def _model_type(module: nn.Module) -> str | None:
 
 
 def _nothing_known(label: str, sites: list[Site]) -> str:
-    """Name the bodies that are most worth to be known."""
+    """Say that no method is known, and name the three unknown bodies that most modules have."""
     unknown = sorted((site for site in sites if site.body is None), key=lambda site: -len(site.modules))
     told = "; ".join(f"{site.name} of {count(len(site.modules), 'module')}: {site.reason}" for site in unknown[:3])
     return f"vlmfast knows no method of this {label} model ({told or 'it has no RMSNorm and no placeholder mask'})"
 
 
 def unpatch(model: nn.Module) -> int:
-    """Take the patch out of a model whose `Patch` is out of reach: a copy of a patched model, a lost return value.
+    """Undo a patch without its `Patch`, such as on a copy of a patched model.
 
     Args:
-        model: any module; what is not patched in it is left as it is.
+        model: any module; modules in it that are not patched are left alone.
 
     Returns:
         The number of modules that got their own class back.
 
     Raises:
-        TypeError: if ``model`` is not a module. RuntimeError: if the class of a module was changed again since.
+        TypeError: if ``model`` is not a module. RuntimeError: if the class of a module was changed again since the
+            patch; nothing is undone then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -259,7 +273,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _restore(modules: list[nn.Module]) -> None:
-    """Give patched modules their own classes back: all, or none where one cannot be."""
+    """Give patched modules their own classes back; none of them if one cannot be restored."""
     if changed := {type(module).__name__ for module in modules if not is_swapped(type(module))}:
         raise RuntimeError(
             f"cannot undo: modules were given another class after the patch ({', '.join(sorted(changed))}); undo that "
@@ -300,7 +314,7 @@ def _swap(
     reduction: Reducing | None = None,
     stacklevel: int = 3,
 ) -> Patch:
-    """Replace what is chosen and can be, and what a reduction replaces; what was done before a failure is undone."""
+    """Replace the chosen sites that can be replaced, and the methods that a reduction needs; undo all on a failure."""
     skipped = {site.name: "left out by only or exclude" for site in sites if site.name not in chosen}
     skipped |= {site.name: site.reason for site in sites if site.name in chosen and site.reason is not None}
     acting = [

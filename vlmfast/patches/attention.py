@@ -1,8 +1,8 @@
-"""Attention of decoders: `vlmfast.qk_norm_rope` between projections and cache, on the modules of the attention.
+"""Attention of decoders: `vlmfast.qk_norm_rope` between the projections and the cache.
 
-Whatever module upstream calls is called here too, so that adapters, quantised projections and hooks work; of a bare
-`nn.Linear` it is the product alone. The norms of queries and keys are part of the op while they are no more than their
-weights, and otherwise modules as well. Caches, attention functions and what they are told are upstream's own.
+The projections stay the module's own, so that adapters, quantised projections and hooks work; of a bare `nn.Linear`
+only the matmul is called, not the module. The norms of queries and keys are part of the op where they are known norms
+without hooks; otherwise they are called as modules. The cache, the attention function and its arguments are upstream's.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ Attended = tuple[Tensor, "Tensor | None"]
 Told = Callable[[Any], dict[str, Any]]
 
 
-# ---- what attention functions are told beside what all are ----
+# ---- arguments of the attention function that only some models pass ----
 
 
 def nothing(self: Any) -> dict[str, Any]:
-    """Tell nothing: Llama, Qwen3-VL."""
+    """Return no further arguments: Llama, Qwen3-VL."""
     return {}
 
 
 def window(self: Any) -> dict[str, Any]:
-    """Tell the sliding window, which some layers have: Qwen2, Qwen3, Gemma 3."""
+    """Return the sliding window of the layer, None in layers without one: Qwen2, Qwen3, Gemma 3."""
     return {"sliding_window": self.sliding_window}
 
 
 def configured_window(self: Any) -> dict[str, Any]:
-    """Tell the sliding window of the configuration, which all layers have: Mistral."""
+    """Return the sliding window of the configuration, which holds for all layers: Mistral."""
     return {"sliding_window": getattr(self.config, "sliding_window", None)}
 
 
 def capped_window(self: Any) -> dict[str, Any]:
-    """Tell the cap of the scores as well: Gemma 2."""
+    """Return the sliding window and the cap of the logits: Gemma 2."""
     return {"sliding_window": self.sliding_window, "softcap": self.attn_logit_softcapping}
 
 
-# ---- replacements: each makes a function with the parameters of some bodies ----
+# ---- replacements: each factory makes a function whose parameters are those of some upstream bodies ----
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Kind:
     """How one attention differs from another.
 
     Attributes:
-        told: makes what its attention function is told beside what all are.
-        normed: queries and keys are normalised, by ``q_norm`` and ``k_norm``.
-        gated: the projection of queries gives a gate of the output too.
+        told: returns the arguments of the attention function that only some models pass.
+        normed: queries and keys are normalised by ``q_norm`` and ``k_norm``.
+        gated: the query projection also computes a gate for the output.
     """
 
     told: Told = nothing
@@ -69,7 +69,7 @@ class Kind:
 
 
 def attends(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
-    """Make the function for a body such as Qwen3VLTextAttention.forward."""
+    """Make the replacement of a body such as Qwen3VLTextAttention.forward."""
     kind = Kind(told, **differences)
 
     def attend(
@@ -86,7 +86,7 @@ def attends(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
 
 
 def attends_optional(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
-    """Make the function for a body such as LlamaAttention.forward, whose parameters have defaults."""
+    """Make the replacement of a body such as LlamaAttention.forward, all of whose parameters have defaults."""
     kind = Kind(told, **differences)
 
     def attend(
@@ -103,7 +103,7 @@ def attends_optional(told: Told = nothing, **differences: bool) -> Callable[...,
 
 
 def attends_cached(told: Told = nothing, **differences: bool) -> Callable[..., Any]:
-    """Make the function for a body of transformers 4.57, which tells its cache the positions and the angles."""
+    """Make the replacement of a body of transformers 4.57, which passes cos, sin and positions to the cache."""
     kind = Kind(told, **differences)
 
     def attend(
@@ -130,7 +130,7 @@ def qwen2_vl_attention(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Attended:
-    """Replace Qwen2VLAttention.forward: flash attention is told the positions."""
+    """Replace Qwen2VLAttention.forward, which passes ``position_ids`` on to the attention function."""
     kwargs = {"position_ids": position_ids, **kwargs}
     return _attend(self, _WINDOWED, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
 
@@ -147,7 +147,7 @@ def qwen2_vl_attention_457(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Attended:
-    """Replace Qwen2VLAttention.forward of transformers 4.57, which has angles of three axes."""
+    """Replace Qwen2VLAttention.forward of transformers 4.57, whose cos and sin have one part per axis of M-RoPE."""
     kwargs, cached = {"position_ids": position_ids, **kwargs}, {"cache_position": cache_position}
     sections = self.rope_scaling["mrope_section"]
     return _attend(
@@ -159,14 +159,14 @@ _WINDOWED = Kind(window)
 
 
 def _of_kind(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
-    """Have the report ask a function that normalises why it does not fuse the norms of a module."""
+    """Let `Patch.report` ask a replacement with norms why it does not fuse those of a module."""
     if kind.normed:
         function.unfused = unfused_norms  # type: ignore[attr-defined]
     return function
 
 
 def unfused_norms(module: Any) -> str | None:
-    """Say why the norms of queries and keys are called as modules, or None where they are part of the op."""
+    """Say why the norms of queries and keys are called as modules; None where they are part of the op."""
     for name in ("q_norm", "k_norm"):
         norm = getattr(module, name)
         if type(norm).forward not in NORMS:
@@ -179,7 +179,7 @@ def unfused_norms(module: Any) -> str | None:
     return None
 
 
-# ---- what all of them do ----
+# ---- the body that all replacements share ----
 
 
 def _attend(
@@ -193,8 +193,24 @@ def _attend(
     cached: dict[str, Any] | None = None,
     sections: Any = None,
 ) -> Attended:
-    """Attend to the tokens as upstream does; ``cached`` is what its cache is told beside the angles."""
-    if is_compiling():  # upstream's lines: Inductor fuses them, and traces no table of attention functions but theirs
+    """Attend to the tokens as upstream does.
+
+    Args:
+        self: the attention module.
+        kind: how this attention differs from others.
+        hidden_states: (B, T, D).
+        position_embeddings: cos and sin.
+        attention_mask: as the attention function takes it.
+        past_key_values: the cache, or None.
+        kwargs: further arguments of the attention function.
+        cached: what the cache is told besides cos and sin (transformers 4.57); None where it is told neither.
+        sections: sizes of the M-RoPE sections where cos and sin still have an axis for them; None elsewhere.
+
+    Returns:
+        The output (B, T, D) and the attention weights, as the attention function returns them.
+    """
+    # Inductor fuses upstream's own lines, and can trace only upstream's lookup of the attention function.
+    if is_compiling():
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs, **(cached or {})}
         compiled: Attended = self.original_class.forward(
             self, hidden_states, position_embeddings=position_embeddings, **told
@@ -236,7 +252,7 @@ def _attend(
 def _positioned(
     self: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, normed: bool, sections: Any
 ) -> tuple[Tensor, Tensor]:
-    """Normalise and turn queries and keys, and see them as attention does: heads before tokens."""
+    """Normalise queries and keys, apply RoPE, and return them as (B, H, T, head_dim) views of (B, T, H, head_dim)."""
     dtype = query.dtype
     if dtype in DTYPES and cos.dtype == dtype and query.shape[-1] <= MAX_HEAD_DIM:
         how = _fusable(self.q_norm, self.k_norm, dtype) if normed else ("llama", 0.0, None, None)
@@ -255,7 +271,7 @@ def _positioned(
 
 
 def _fusable(query_norm: Any, key_norm: Any, dtype: torch.dtype) -> tuple[str, float, Tensor, Tensor] | None:
-    """Return variant, eps and weights of norms that are no more than these, or None."""
+    """Return variant, eps and weights of two norms that the op can compute, or None where it cannot."""
     cls = type(query_norm)
     order = NORMS.get(cls.forward)
     if order is None or type(key_norm) is not cls or not (is_bare(query_norm) and is_bare(key_norm)):
@@ -270,12 +286,12 @@ def _fusable(query_norm: Any, key_norm: Any, dtype: torch.dtype) -> tuple[str, f
 
 
 def _names_of(cls: type) -> dict[str, Any]:
-    """Return what the modelling file of an attention names."""
+    """Return the globals of the modelling file that defines an attention class."""
     return names_of(getattr(cls, "original_class", cls), "forward")
 
 
 def _interface(module: Any, is_457: bool) -> Callable[..., Any]:
-    """Find the attention function as upstream does."""
+    """Look up the attention function as upstream does."""
     names, implementation = _names_of(type(module)), module.config._attn_implementation
     functions, eager = names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
     if is_457:

@@ -1,7 +1,7 @@
-"""The bodies that vlmfast knows: what each says, and the function that does the same. A new body is one line.
+"""The table of known bodies: the digest of each method and the function that replaces it. A new body is one line.
 
-``python -m vlmfast scan`` prints the digests of those that are not here, and who has them. A body of one
-release is often written a little differently in the next, and so has a line for each way.
+``python -m vlmfast scan`` prints the digests that are missing here and the classes that have them. A body whose source
+changed between two releases of transformers has a line for each version.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vlmfast.patches.projects import Named
 
 @dataclass(frozen=True)
 class Body:
-    """One body.
+    """One known body of a method.
 
     Attributes:
-        method: the name of the method that has it.
-        key: its digest, or what tells it where sources differ in what does not matter.
-        function: does the same; None where none does, for the reason that follows.
-        says: what the body does, and who has it.
+        method: the name of the method.
+        key: the digest of the body; a `Named` for projects whose copies differ in details that do not matter.
+        function: the replacement; None where there is none.
+        says: what the body does and which models have it; without a replacement, why there is none.
     """
 
     method: str
@@ -50,10 +50,10 @@ MASK = "get_placeholder_mask"
 INDEX = "get_rope_index"
 ENCODE = "get_image_features"
 PACK_TILES = "pack_image_features"
-# Methods of which a body that is not known costs some waits at most, and no warning
+# Methods whose unknown bodies cause no warning: without the replacement the host waits for the device, no more.
 QUIET = {INDEX, ENCODE, PACK_TILES}
 REPLACE = "_replace_img_tokens_with_embd"
-# The names that the bodies of projects outside transformers read
+# Names that the bodies of projects outside transformers use; see `Named`.
 PACK = "torch arange shape device unsqueeze argsort gather repeat rearrange"
 PACK_VISIBLE = (
     f"{PACK} list values cat_encoder_tensors num_register_tokens register_tokens cat zeros_like zeros bool full int16"
@@ -235,7 +235,8 @@ BODIES = (
     Body("unified_resampler", Named("MGMMetaForCausalLM", MINE), mining.unified_resampler, "mining: Mini-Gemini"),
 )
 
-# How the forwards of more than two tensors begin: others of as many are not read
+# The first three parameters, with self, of every known forward. A longer forward that begins otherwise cannot be known,
+# so its source is not read.
 BEGINNINGS = {
     tuple(inspect.signature(body.function).parameters)[:3]
     for body in BODIES

@@ -1,7 +1,8 @@
-"""What depends on the sizes of images alone, computed on the host by upstream's own functions.
+"""Compute on the host, by upstream's own functions, what depends on the sizes of images alone.
 
-Upstream computes positions, windows, segments and interpolation from ``image_grid_thw`` where that lies, and asks the
-device for what it needs to know again and again. Here the sizes are asked for once, and the results sent there.
+Upstream computes positions, windows, segments and interpolation from ``image_grid_thw`` on the device that holds it,
+and so makes the host wait for that device many times. Here the sizes are copied to the host once, and the results are
+copied to the device.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from vlmfast.host import is_traced, on_host, to_device, to_host
 from vlmfast.patches.segments import tell_segments
 from vlmfast.patches.upstream import names_of
 
-# What a tower computes of a grid, where its caller has not: its forward takes them under these names
+# Keyword arguments of a tower's forward, which it computes from the grid where the caller does not pass them.
 ENDS = ("cu_seqlens", "cu_window_seqlens")
 TENSORS = (*ENDS, "position_ids", "window_index", "interp_indices", "interp_weights")
 
 
 def encode(self: Any, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
-    """Replace the forward of the vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and their copies."""
+    """Replace the forward of the vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and its copies."""
     if _is_on_one_device(self, hidden_states) and not any(kwargs.get(name) is not None for name in TENSORS):
         kwargs = {**kwargs, **_of_grid(self, on_host(grid_thw), hidden_states.device)}
     return self.original_class.forward(self, hidden_states, grid_thw, **kwargs)
 
 
 def _is_on_one_device(self: Any, hidden_states: Tensor) -> bool:
-    """Tell whether a tower is on one device that is not the host, and in no graph."""
+    """Tell whether a tower lies on one device other than the host, and nothing is being traced."""
     if hidden_states.is_cpu or is_traced():
         return False
     parts = self.patch_embed, self.merger
@@ -37,7 +38,7 @@ def _is_on_one_device(self: Any, hidden_states: Tensor) -> bool:
 
 @torch.no_grad()
 def _of_grid(self: Any, grid: Tensor, device: torch.device) -> dict[str, Any]:
-    """Compute what the tower's forward does of its images' sizes, and send it to the device."""
+    """Compute on the host what the tower's forward computes from the grid, and copy the tensors to the device."""
     names = names_of(self.original_class, "forward")
     found: dict[str, Any] = {"position_ids": names["get_vision_position_ids"](grid, self.spatial_merge_size)}
     found["cu_seqlens"], found["max_seqlen"] = names["get_vision_attention_seqlens"](grid, self.config)
@@ -94,7 +95,7 @@ def index_timed_positions(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Replace get_rope_index of Qwen2.5-VL, which knows how long the frames of a video are shown."""
+    """Replace get_rope_index of Qwen2.5-VL, which also takes the seconds per temporal grid step of each video."""
     return _index_positions(
         self,
         input_ids=input_ids,
@@ -108,7 +109,7 @@ def index_timed_positions(
 
 
 def _index_positions(self: Any, **given: Any) -> tuple[Tensor, Tensor]:
-    """Have upstream count the positions on the host."""
+    """Run upstream's method on host copies of its arguments, and copy the positions to the device."""
     upstream, ids = self.original_class.get_rope_index, given["input_ids"]
     if not isinstance(ids, Tensor) or ids.is_cpu or is_traced():
         return upstream(self, **given)  # type: ignore[no-any-return]

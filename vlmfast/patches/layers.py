@@ -1,7 +1,7 @@
-"""Decoder layers whose additions and norms are one launch each, on the modules of the layer as it has them.
+"""Decoder layers in which each residual addition and the norm behind it are one launch.
 
-Every body calls its attention with all that it is given, and differs from the others in what that is called. Each is
-written out, as it is called for every layer of every token: to bind arguments by a list of names would cost more.
+All modules of the layer stay its own. The bodies differ only in their parameters, which each hands on to its attention.
+Each is written out: it runs for every layer of every token, and binding arguments by a list of names would be slower.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def qwen3_vl_layer(
     use_cache: Any = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Replace Qwen3VLTextDecoderLayer.forward: as Llama's, its parameters in another order."""
+    """Replace Qwen3VLTextDecoderLayer.forward: as Llama's, with its parameters in another order."""
     return _pre_norm(
         self,
         hidden_states,
@@ -150,7 +150,7 @@ def qwen3_5_layer(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Replace Qwen3_5DecoderLayer.forward: as Llama's, with attention or what is linear in the tokens."""
+    """Replace Qwen3_5DecoderLayer.forward: as Llama's, with full attention or linear attention."""
     residual = hidden_states
     hidden_states = self.input_layernorm(hidden_states)
     if self.block_type == "linear_attention":
@@ -178,7 +178,7 @@ def gemma_layer(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Replace Gemma2DecoderLayer.forward and Gemma3's, which normalise what is added as well."""
+    """Replace Gemma2DecoderLayer.forward and Gemma3's, which also normalise the output of attention and MLP."""
     residual = hidden_states
     hidden_states = self.input_layernorm(hidden_states)
     hidden_states, _ = self.self_attn(
@@ -210,7 +210,7 @@ def _feed_forward(self: Any, residual: Tensor, hidden_states: Tensor) -> Tensor:
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:
-    """Say of each norm of a patched layer that its addition does not normalise why that is."""
+    """Yield, for each addition of a patched layer that is not fused with the norm behind it, why it is not."""
     name = "pre_feedforward_layernorm" if hasattr(layer, "pre_feedforward_layernorm") else "post_attention_layernorm"
     norm = getattr(layer, name)
     reason = obstacle(norm) if is_bare(norm) else "it has a hook, or a forward of its own"
@@ -223,7 +223,7 @@ def obstacles(layer: nn.Module) -> Iterator[str]:
 
 
 def follow(model: nn.Module, layers: Collection[nn.Module]) -> None:
-    """Tell each of these layers which norm follows: the first of the next layer, or what the model calls ``norm``."""
+    """Tell each of these layers which norm follows: ``input_layernorm`` of the next layer, or the model's ``norm``."""
     chosen = set(layers)
     for holder in model.modules():
         found = holder._modules.get("layers")

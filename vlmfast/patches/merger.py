@@ -1,7 +1,7 @@
-"""LayerNorm, linear layer and GELU behind a vision tower as `vlmfast.pixel_shuffle_linear`.
+"""Replacements that run LayerNorm, linear layer and GELU behind a vision tower as `vlmfast.pixel_shuffle_linear`.
 
-The op takes weights, so it stands for modules that are no more than their weights. Hooks, adapters, quantisation,
-parametrisation, autocast or weights of several dtypes: there upstream's own ``forward`` runs.
+The op takes weights, so it can replace only plain modules. Upstream's own ``forward`` runs where modules have hooks,
+adapters, quantised or parametrised weights, or weights of several dtypes, and under autocast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmfast.ops.pixel_shuffle import pixel_shuffle_linear
 def merge_patches(self: Any, x: Tensor) -> Tensor:
     """Replace Qwen3VLVisionPatchMerger.forward and its copies.
 
-    The size of the norm tells whether it follows the shuffle.
+    The op sees from the size of the norm's weight whether the norm is before or after the shuffle.
     """
     hidden = _fused(x, self.linear_fc1, self.act_fn, self.norm)
     merged: Tensor = _upstream(self, x) if hidden is None else self.linear_fc2(hidden)
@@ -30,9 +30,9 @@ def merge_patches(self: Any, x: Tensor) -> Tensor:
 
 
 def qwen2_merge_patches(self: Any, x: Tensor) -> Tensor:
-    """Replace PatchMerger.forward of Qwen2-VL and its copies, of which Qwen2.5-VL's has an RMSNorm.
+    """Replace PatchMerger.forward of Qwen2-VL and its copies.
 
-    An RMSNorm is a site of its own, and stays a module here.
+    Qwen2.5-VL's has an RMSNorm, which is a site of its own and is called as a module here.
     """
     mlp = self.mlp
     bare = is_plain(mlp, nn.Sequential) and len(mlp) == 3
@@ -47,14 +47,14 @@ def qwen2_merge_patches(self: Any, x: Tensor) -> Tensor:
 
 
 def omni_merge_patches(self: Any, hidden: Tensor) -> Tensor:
-    """Replace Qwen3OmniMoeVisionPatchMerger.forward: its layers are in a list, which is not called."""
+    """Replace Qwen3OmniMoeVisionPatchMerger.forward, whose layers are in a ModuleList."""
     fused = _fused(hidden, self.mlp[0], self.mlp[1], self.ln_q) if len(self.mlp) == 3 else None
     merged: Tensor = _upstream(self, hidden) if fused is None else self.mlp[2](fused)
     return merged
 
 
 def project_tokens(self: Any, image_features: Tensor) -> Tensor:
-    """Replace InternVLMultiModalProjector.forward, on tokens that `shuffle_map` has made."""
+    """Replace InternVLMultiModalProjector.forward, whose input is already shuffled."""
     hidden = _fused(image_features, self.linear_1, self.act, self.layer_norm)
     if hidden is None:
         return _upstream(self, image_features)
@@ -68,7 +68,7 @@ def _upstream(self: Any, x: Tensor) -> Tensor:
 
 
 def _fused(x: Tensor, linear: nn.Module, act: nn.Module, norm: nn.Module | None = None) -> Tensor | None:
-    """Return ``act(linear(norm(x)))`` of neighbouring patches; None where the modules are more than weights."""
+    """Return ``act(linear(norm(x)))`` of tokens joined from neighbouring patches; None where the op cannot."""
     if not (type(linear) is nn.Linear and _is_gelu(act) and (norm is None or type(norm) is nn.LayerNorm)):
         return None
     layers = [linear, act] if norm is None else [linear, act, norm]
@@ -77,13 +77,14 @@ def _fused(x: Tensor, linear: nn.Module, act: nn.Module, norm: nn.Module | None 
         return None
     scale = math.isqrt(linear.in_features // x.shape[-1])
     if scale**2 * x.shape[-1] != linear.in_features:
-        return None  # upstream refuses it
+        return None  # upstream's forward raises the error
     patches = x.reshape(1, -1, x.shape[-1])
     return pixel_shuffle_linear(
         patches,
         linear.weight,
         linear.bias,
-        grid=(patches.shape[1] // scale, scale),  # the processors leave the patches of a token side by side
+        # The processors put the scale * scale patches of a token next to each other: a grid `scale` patches wide.
+        grid=(patches.shape[1] // scale, scale),
         scale=scale,
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else norm.bias,
@@ -93,7 +94,7 @@ def _fused(x: Tensor, linear: nn.Module, act: nn.Module, norm: nn.Module | None 
 
 
 def _is_gelu(act: nn.Module) -> bool:
-    """Tell whether it is the exact GELU, as torch or as transformers names it."""
+    """Tell whether a module is the exact (erf) GELU of torch or transformers."""
     if type(act) is nn.GELU:
         return act.approximate == "none"
     named = type(act).__name__ == "GELUActivation" and type(act).__module__ == "transformers.activations"
@@ -101,5 +102,5 @@ def _is_gelu(act: nn.Module) -> bool:
 
 
 def _agree(x: Tensor, weights: list[nn.Parameter]) -> bool:
-    """Tell whether all are plain tensors, which quantised weights may not be, of one dtype that the op takes."""
+    """Tell whether all tensors are plain (quantised weights may not be) and of one dtype that the op takes."""
     return x.dtype in DTYPES and all(type(tensor) in PLAIN and tensor.dtype == x.dtype for tensor in (x, *weights))

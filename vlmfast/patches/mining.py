@@ -1,4 +1,4 @@
-"""Patch-info mining under the parameters of Mini-Gemini's method: no keys, no values, no permuted copy of the map."""
+"""Mini-Gemini's patch-info mining, without keys, values or a permuted copy of the feature map."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def unified_resampler(self: Any, images: Tensor, images_aux: Tensor) -> tuple[Te
 def mine(model: Any, tokens: Tensor, feature_map: Tensor, scale: int, blocks: Tensor | None = None) -> Tensor:
     """Let each token attend to the pixels of its block, as `unified_resampler` does: (B, T, C).
 
-    The weights that upstream gives to every pixel go to the query and behind the sum. Where a projector is not the
-    LayerNorm and the Linear that it was (LoRA, quantisers, hooks), or the two norms have another eps, keys and values
-    are what upstream makes of them.
+    Upstream projects every pixel to a key and a value. Here the key's weights are applied to the query, and the value's
+    weights to the weighted sum. Keys and values are computed as upstream does where a projector is no longer a plain
+    LayerNorm and Linear (LoRA, quantisers, hooks), or where the two norms have different eps.
 
     Args:
-        model: holds the three projectors.
+        model: holds the three projectors of query, key and value.
         tokens: (B, T, C).
         feature_map: (B, Ca, height, width).
-        scale: the pixels along each side of a block.
-        blocks: (B, T) int64, ascending, the tokens' places in raster order; None where there are all of them.
+        scale: the number of pixels along each side of a block.
+        blocks: (B, T) int64, ascending: the block of each token in raster order; None where every block has a token.
     """
     keys, values = norm_and_linear(model.vlm_uni_aux_projector), norm_and_linear(model.vlm_uni_val_projector)
     if keys is None or values is None or keys[0].eps != values[0].eps:
@@ -42,7 +42,8 @@ def mine(model: Any, tokens: Tensor, feature_map: Tensor, scale: int, blocks: Te
     (key_norm, key), (value_norm, value) = keys, values
     query = model.vlm_uni_query_projector(tokens) * key.out_features**-0.5
     if torch.is_grad_enabled():
-        # they drop out of the softmax; without a gradient, of zeros, DDP would wait for one
+        # These biases shift all logits of a query alike, so they cancel in the softmax. DDP still waits for their
+        # gradients, which this term makes zero.
         query = query + sum((bias * 0).sum() for bias in (key_norm.bias, key.bias) if bias is not None)
     query = (linear(query, key.weight.t()) * key_norm.weight).to(feature_map.dtype)
     mined = accepting(mine_patches, query)(query, feature_map, scale, blocks, key_norm.eps)
@@ -50,7 +51,7 @@ def mine(model: Any, tokens: Tensor, feature_map: Tensor, scale: int, blocks: Te
 
 
 def norm_and_linear(projector: Any) -> tuple[nn.LayerNorm, nn.Linear] | None:
-    """Return the parts of a ``Sequential(LayerNorm, Linear)`` that is nothing else, or None."""
+    """Return the two modules of a plain ``Sequential(LayerNorm, Linear)``, or None for anything else."""
     if not is_plain(projector, nn.Sequential) or len(projector) != 2:
         return None
     norm, layer = projector[0], projector[1]

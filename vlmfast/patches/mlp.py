@@ -1,4 +1,4 @@
-"""Gated MLPs: the activation of the gate and the product in one launch, between the projections that the module has."""
+"""Gated MLPs: activation and multiplication by the gate in one launch, between the module's own projections."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def gated_mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
-    """Replace Qwen2_5_VLMLP.forward: as Llama's, its parameter under another name."""
+    """Replace Qwen2_5_VLMLP.forward: as Llama's, with another name of its parameter."""
     return gated_mlp(self, hidden_state)
 
 
 def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
-    """Replace Phi3MLP.forward and its copies: one projection makes the gate and what it lets through."""
+    """Replace Phi3MLP.forward and its copies, whose single projection computes both gate and up."""
     gate, up = project(self, "gate_up_proj", hidden_states).chunk(2, dim=-1)
     activation = activation_of(self.activation_fn)
     product = up * self.activation_fn(gate) if activation is None else _gated(self.activation_fn, activation, gate, up)
@@ -38,7 +38,11 @@ def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def activation_of(act_fn: nn.Module) -> str | None:
-    """Name the activation for `silu_mul`; None where it is another, has a hook, or a compiler sees it better."""
+    """Return the name by which `silu_mul` knows the activation.
+
+    None where the op has no such activation, where the module has a hook, and under torch.compile, which fuses
+    upstream's lines itself.
+    """
     kind = type(act_fn)
     if is_compiling() or not isinstance(act_fn, nn.Module) or not is_bare(act_fn):
         return None
@@ -56,8 +60,8 @@ def activation_of(act_fn: nn.Module) -> str | None:
 def _gated(act_fn: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """Return ``act_fn(gate) * up``.
 
-    By upstream's own lines in float32 on a CPU, where the last bits of an exponential are those of torch's vectors, and
-    for tensors that the op does not take.
+    Upstream's own lines run for tensors that the op does not take, and in float32 on a CPU: the last bits of torch's
+    vectorised exponential are not those of the op.
     """
     if not (gate.is_cpu and gate.dtype == torch.float32):
         try:

@@ -1,7 +1,7 @@
-"""`vlmfast.pixel_shuffle` under the parameters of the upstream methods.
+"""Replacements that call `vlmfast.pixel_shuffle`.
 
-The layers behind a shuffle stay the modules that they are: their hooks, adapters and quantised weights go on working,
-and a matrix multiplication has nothing to gain from being called by another name.
+The layers behind a shuffle are still called as modules, so that their hooks, adapters and quantised weights work. A
+matmul would be no faster here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def shuffle_hidden(self: Any, image_hidden_states: Tensor, pixel_shuffle_factor:
 
 
 def shuffle_map(self: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:
-    """Replace InternVLModel.pixel_shuffle: a map of patches, which need not be square, into a map of tokens."""
+    """Replace InternVLModel.pixel_shuffle, which shuffles a map of patches, square or not, into a map of tokens."""
     return shuffled_map(vision_features, side_of(scale_factor))
 
 
 def shuffle_square_into_map(self: Any, image_features: Tensor) -> Tensor:
-    """Replace AyaVisionMultiModalProjector.pixel_shuffle: the patches of a square into a map of tokens."""
+    """Replace AyaVisionMultiModalProjector.pixel_shuffle, which shuffles a square of patches into a map of tokens."""
     batch, _, channels = image_features.shape
     return shuffled_map(image_features.reshape(batch, *square(image_features), channels), self.downsample_factor)
 
@@ -44,14 +44,14 @@ def unshuffle_map(self: Any, hidden_states: Tensor) -> Tensor:
 def shuffle_mlp(self: Any, encoded_patches: Tensor) -> Tensor:
     """Replace Llama4VisionPixelShuffleMLP.forward.
 
-    Its caller cuts the CLS token off by a slice, which is not copied here.
+    Its caller slices off the CLS token. The op reads the slice as a view, without a copy.
     """
     tokens: Tensor = self.mlp(shuffle_square(self, encoded_patches, side_of(self.pixel_shuffle_ratio)))
     return tokens
 
 
 def shuffled_map(x: Tensor, scale: int, order: str = "row") -> Tensor:
-    """Shuffle a map: (B, height, width, C) to (B, rows, columns, scale * scale * C); "column" swaps them."""
+    """Shuffle (B, height, width, C) to (B, rows, columns, scale * scale * C); order "column" swaps rows and columns."""
     if x.dim() != 4:
         raise ValueError(f"x must have shape (B, height, width, C), got {tuple(x.shape)}")
     batch, height, width, _ = x.shape
@@ -62,7 +62,7 @@ def shuffled_map(x: Tensor, scale: int, order: str = "row") -> Tensor:
 
 
 def side_of(ratio: float) -> int:
-    """Return the number of patches along a side of a token, of which upstream has the reciprocal."""
+    """Return the number of patches along a side of a token; ``ratio`` is upstream's name for its reciprocal."""
     side = round(1 / ratio) if ratio > 0 else 0
     if abs(side * ratio - 1) > 1e-6:
         raise ValueError(f"the ratio of a pixel shuffle must be 1 / an integer, got {ratio}")

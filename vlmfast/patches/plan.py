@@ -1,4 +1,4 @@
-"""Find the sites of a model: methods whose bodies are known, and those that are only like them."""
+"""Find the sites of a model: methods with known bodies, and unknown methods that look like them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vlmfast.patches.upstream import Source, method_of, parameters, site_name, s
 class Site:
     """One method of one class in a model."""
 
-    name: str  # what patterns are matched with
+    name: str  # patterns of `only` and `exclude` match this name
     method: str
-    modules: list[nn.Module]  # of that class
-    body: Body | None  # where it is known
-    reason: str | None  # why it is not replaced
+    modules: list[nn.Module]  # all modules of the class
+    body: Body | None  # None if the body is unknown
+    reason: str | None  # why the method is not replaced, or None
 
 
-# (method, digest of its body or name of its class) -> what is known
+# (method, digest of its body or name of its class) -> known body
 KNOWN = {(body.method, body.key.class_name if isinstance(body.key, Named) else body.key): body for body in BODIES}
 METHODS = tuple(dict.fromkeys(method for method, _ in KNOWN))
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Find every site in the modules of a model that are not patched. Changes nothing."""
+    """Find every site in those modules of a model that are not patched, without changing anything."""
     modules_of: dict[type, list[nn.Module]] = {}
     for module in model.modules():
         if not isinstance(module, PatchedModule):
@@ -43,7 +43,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
-    """Give the site at that method, if there is one."""
+    """Yield the site of a class's method, if it is one."""
     function = method_of(cls, method)
     if function is None:
         if hasattr(cls, method) and is_like(cls.__name__, method, Source("", frozenset())):
@@ -74,7 +74,10 @@ def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
 
 
 def is_like(class_name: str, method: str, found: Source) -> bool:
-    """Tell whether an unknown method is like the known ones: an RMSNorm by what it reads, the others by their name."""
+    """Tell whether an unknown method looks like a known one.
+
+    A forward counts as an RMSNorm by its class name or by the names that it reads, any other method by its own name.
+    """
     if method != "forward":
         return method not in QUIET and any(body.method == method and isinstance(body.key, str) for body in BODIES)
     names = found.names
@@ -83,25 +86,25 @@ def is_like(class_name: str, method: str, found: Source) -> bool:
 
 
 def _calls_a_norm(module: nn.Module, names: Iterable[str]) -> bool:
-    """Tell whether a module leaves an RMSNorm to a function, such as LigerRMSNormFunction, and not to a module."""
+    """Tell whether a module without children calls an RMSNorm function, such as LigerRMSNormFunction."""
     return not any(module.children()) and any("rmsnorm" in name.replace("_", "").lower() for name in names)
 
 
 def _origin(method: object) -> str:
-    """Name a method, or what stands in the place of one."""
+    """Return the qualified name of a method, or of the type of an object that takes a method's place."""
     named = method if hasattr(method, "__qualname__") else type(method)
     return f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined]
 
 
 def _may_be_known(code: CodeType) -> bool:
-    """Tell whether a forward takes no more than two tensors, or begins as a known one that takes more."""
+    """Tell whether a forward takes at most two tensors, or begins with the parameters of a longer known one."""
     starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     is_short = code.co_argcount + code.co_kwonlyargcount <= 3 and not starred
     return is_short or code.co_varnames[: min(3, code.co_argcount)] in BEGINNINGS
 
 
 def difference(cls: type, class_name: str, body: Body) -> str | None:
-    """Say why the method of a class is not the body that is told by its names, or None."""
+    """Say how the method of a class differs from a body that is recognised by names (`Named`), or return None."""
     owner = next(base.__name__ for base in cls.__mro__ if body.method in vars(base))
     if owner != class_name:
         return f"it is that of {owner}"
@@ -114,7 +117,7 @@ def difference(cls: type, class_name: str, body: Body) -> str | None:
 
 
 def _obstacle(cls: type, method: str, modules: list[nn.Module]) -> str | None:
-    """Say why a method of a known body must not be replaced in these modules of one class, or None."""
+    """Say why a method with a known body must not be replaced in these modules of one class, or return None."""
     dtypes = {parameter.dtype for module in modules for parameter in module.parameters(recurse=False)}
     if unsupported := ", ".join(sorted(str(dtype) for dtype in dtypes - set(DTYPES))):
         return f"its weights are {unsupported}, and the ops take float32, float16 and bfloat16"

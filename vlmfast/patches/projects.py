@@ -1,7 +1,7 @@
-"""The ops under the parameters of methods of projects outside transformers, and how their bodies are told apart.
+"""Replacements for projects outside transformers, and how their bodies are recognised.
 
-The sources of these projects are copied by hand, and the copies differ in what they print: a body is told by the name
-of its class and by the names that it reads, all of them and no others.
+The sources of these projects are copied by hand, and the copies differ in what they print. A body is therefore
+recognised by the name of its class and by the exact set of names that it uses, not by a digest.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _TALKING = {"print", "warn", "warnings"}
 
 @dataclass(frozen=True)
 class Named:
-    """Tell a body by the names in it, not by its digest.
+    """A body that is recognised by the names that it uses, not by its digest.
 
     Attributes:
         class_name: the class that defines the method.
-        names: functions, methods and attributes that the body uses.
+        names: the functions, methods and attributes that the body uses, separated by spaces.
     """
 
     class_name: str
     names: str
 
     def difference(self, method: Any) -> str | None:
-        """Say how the body of a method differs from this one, or None."""
+        """Say which names the body of a method lacks or adds, or return None if it is this body."""
         known = set(self.names.split())
         code = getattr(inspect.unwrap(method), "__code__", None)
         used = _names(code) - _TALKING if code else set()
@@ -48,7 +48,7 @@ class Named:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Return what code calls and reads by name; Python before 3.12 compiles a comprehension to code of its own."""
+    """Return the names that code uses, those of nested code included: comprehensions, before Python 3.12."""
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*inner)
 
@@ -59,10 +59,10 @@ def _names(code: CodeType) -> set[str]:
 def forward_mask_encoder(
     self: Any, mod_dict: Modalities, num_encoder_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Replace FourM.forward_mask_encoder: pack the visible tokens of all modalities, registers in front.
+    """Replace FourM.forward_mask_encoder: pack the visible tokens of all modalities behind the register tokens.
 
-    Returns ``(tokens, emb, mask, mod_mask)``: (B, N, D), (B, N, D), (B, 1, N) bool, true where a token is not valid,
-    and (B, N) int16, the modality or -1.
+    Returns ``(tokens, emb, mask, mod_mask)``: (B, N, D); (B, N, D); (B, 1, N) bool, true where a token is padding; and
+    (B, N) int16, the modality of each token, -1 for padding and registers.
     """
     all_tokens, all_emb, all_mask, all_mod = self.cat_encoder_tensors(mod_dict)
     tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_encoder_tokens)
@@ -81,14 +81,14 @@ def forward_mask_decoder(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Replace FourM.forward_mask_decoder: pack the targets of all modalities.
 
-    Returns ``(tokens, emb, mask, target_ids, attention_mask, mod_mask)``: as the encoder's, with (B, M) ids and
-    (B, M, M) bool, true where attention is blocked.
+    Returns ``(tokens, emb, mask, target_ids, attention_mask, mod_mask)``: as the encoder's, with the (B, M) ids and a
+    (B, M, M) bool mask, true where attention is blocked.
     """
     all_tokens, all_emb, all_mask, all_ids, all_attention, all_mod = self.cat_decoder_tensors(mod_dict)
     tokens, emb, mask, order = _pack(all_tokens, all_emb, all_mask, num_decoder_tokens)
     target_ids = all_ids.gather(1, order).masked_fill(mask, 0)
     mod_mask = all_mod.gather(1, order)
-    # upstream separates padding by the modality that it came from, which the mask may thus not replace yet
+    # The attention mask separates padding by the modality that it came from as well, so mod_mask is masked afterwards.
     attention_mask = self.adapt_decoder_attention_mask(all_attention.gather(1, order), mod_mask)
     return tokens, emb, mask[:, None], target_ids, attention_mask, mod_mask.masked_fill(mask, -1)
 
@@ -114,7 +114,7 @@ def shuffle_square(self: Any, x: Tensor) -> Tensor:
 
 
 def replace_img_tokens_with_embd(self: Any, input_ids: Tensor, token_embd: Tensor, image_embd: Tensor) -> Tensor:
-    """Replace VisionLanguageModel's method: put image embeddings in their placeholders, in order."""
+    """Replace VisionLanguageModel's method: put the image embeddings at their placeholders, in order."""
     mask = input_ids == self.tokenizer.image_token_id
     rows = image_embd.reshape(-1, image_embd.shape[-1])
     return accepting(place_embeddings, token_embd, rows)(token_embd, mask, rows)
@@ -133,7 +133,7 @@ def extract_feature(self: Any, pixel_values: Tensor) -> Tensor:
 
 
 def shuffle_ordered_map(self: Any, x: Tensor, scale_factor: float = 0.5) -> Tensor:
-    """Replace InternVLChatModel.pixel_shuffle: version v1 leaves the map of tokens transposed."""
+    """Replace InternVLChatModel.pixel_shuffle, whose version v1 leaves the map of tokens transposed."""
     return shuffled_map(x, side_of(scale_factor), _order(self))
 
 
@@ -146,7 +146,7 @@ def select_and_shuffle(self: Any, images: Tensor) -> Tensor:
     """Replace InternViTVisionTower.forward: (B, 3, height, width) to (B, h * w / 4, 4 * C), without a gradient.
 
     Raises:
-        TypeError: for a list of images, with which upstream's method fails too.
+        TypeError: for a list of images; upstream's method fails on lists too.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch.Tensor of shape (B, 3, height, width), got {type(images).__name__}")

@@ -1,4 +1,4 @@
-"""What became of a patch: the model as it is now, not as it was when it was patched."""
+"""Report on a patch: what the model runs now, not what it ran when it was patched."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Placed:
     """Where a patch has put its replacements.
 
     Attributes:
-        model: what was patched.
-        names: original class -> method -> the name of its site, where it was replaced.
-        classes: those of all modules, before the patch.
+        model: the patched model.
+        names: original class -> replaced method -> name of its site.
+        classes: the classes of all modules before the patch.
     """
 
     model: nn.Module
@@ -28,7 +28,7 @@ class Placed:
     classes: frozenset[type]
 
     def rows(self) -> dict[str, str]:
-        """Say of each replaced site how many modules run the replacement now, and name sites that were not there."""
+        """Map each replaced site to how many modules run the replacement now, and add sites that came later."""
         running, others = Counter[str](), Counter[str]()
         apart: dict[str, Counter[str]] = {}
         unfused: dict[str, Counter[str]] = {}
@@ -39,7 +39,8 @@ class Placed:
                 (running if runs else others)[name] += 1
                 if runs and FOLLOWING in vars(module) and (reasons := Counter(obstacles(module))):
                     apart.setdefault(name, Counter()).update(reasons)
-                why = getattr(getattr(cls, method, None), "unfused", None)  # part of it runs as modules
+                # A replacement with this attribute can say why parts of it run as modules.
+                why = getattr(getattr(cls, method, None), "unfused", None)
                 if why is not None and (reason := why(module)):
                     unfused.setdefault(name, Counter())[reason] += 1
         rows = {name: count(running[name], "module") for methods in self.names.values() for name in methods.values()}
@@ -57,12 +58,12 @@ class Placed:
 
 
 def _runs(module: nn.Module, method: str) -> bool:
-    """Tell whether a call of the method runs the replacement."""
+    """Tell whether calling the method of this module runs the replacement."""
     cls = type(module)
     ours = getattr(cls, "replacements", {}).get(method)
     return ours is not None and getattr(cls, method) is ours and not replaced_on_instances([module], cls, method)
 
 
 def count(number: int, noun: str) -> str:
-    """Write a number of things."""
+    """Write a number and its noun, in the plural unless the number is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,10 +1,10 @@
-"""Additions to the residual stream in one launch with the norm that reads their sum.
+"""Fuse each addition to the residual stream with the norm that reads the sum.
 
-A layer's last sum goes to a norm that is not the layer's own: that of the next layer, or the one after the last. There
-the model's own loop stands between the two, and whatever a user put into it. So the layer returns the sum, as
-upstream's does, and leaves what the norm will make of it with this tensor. The norm takes that if it is given exactly
-this tensor as it was left, and computes in every other case. Nothing is kept anywhere else, so that threads, early
-exits and exceptions have nothing to disturb, and what nobody takes is gone with the tensor.
+The last sum of a layer is read by a norm of another module: the first norm of the next layer, or the norm behind the
+last layer. Between the two runs the model's own loop, with whatever a user put into it. So the layer returns the sum,
+as upstream's does, and attaches the normalised sum to it as an attribute. The norm takes that attribute if its input is
+exactly this tensor, unchanged; otherwise it computes. No state lives anywhere else: threads, early exits and exceptions
+cannot disturb it, and a result that is never taken is freed with its tensor.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vlmfast.modules import calls_early, is_bare
 from vlmfast.ops.rms_norm import add_rms_norm
 from vlmfast.torch_internals import any_requires_grad, is_compiling, is_grad_enabled
 
-LEFT = "_vlmfast_left"  # of a sum: (the norm, what it makes of the sum, the version of the sum)
-FOLLOWING = "following_norm"  # of a layer: the `Following` norm
+LEFT = "_vlmfast_left"  # attribute of a sum: (the norm, `_state` of norm and sum, the normalised sum)
+FOLLOWING = "following_norm"  # attribute of a layer: its `Following`
 
-# What replaces the forward of a norm -> the name of its eps, and the variant; patches/rms_norm.py fills it.
+# Replacement of a norm's forward -> (name of the eps attribute, variant of `rms_norm`); patches/rms_norm.py fills it.
 NORMS: dict[Callable[..., Any], tuple[str, str]] = {}
 
 
 class Following:
-    """The norm that reads the sum which a layer returns, as the modules of the model stand now.
+    """Find the norm that reads the sum a layer returns, by its path in the model.
 
-    It holds none of them: a layer that is copied alone, or taken out of its model, has nothing that follows.
+    It refers to the model only weakly: a layer that is copied alone, or taken out of its model, has no following norm.
     """
 
     __slots__ = ("_holder", "_path")
@@ -40,7 +40,7 @@ class Following:
         self._holder, self._path = weakref.ref(holder), path
 
     def norm(self) -> nn.Module | None:
-        """Find the norm; None where it is not there, or where something runs before it that may change its weight."""
+        """Return the norm; None where it is missing, or where a hook that runs before it may change its weight."""
         module: Any = self._holder()
         for name in self._path:
             module = None if module is None else module._modules.get(name)
@@ -50,7 +50,7 @@ class Following:
         return found
 
     def obstacle(self) -> str | None:
-        """Say why the sum is not normalised where it is made, or None."""
+        """Say why the addition is not fused with this norm, or return None."""
         norm = self.norm()
         if norm is None:
             return f"{self._path[-1]} that follows: it is not there, or has a hook before it"
@@ -58,13 +58,13 @@ class Following:
         return None if reason is None else f"{self._path[-1]} that follows: {reason}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Following | None:
-        """Follow the copy of the layer, where what holds it is copied as well."""
+        """Point to the copied model; None where the layer is copied without the module that holds its norm."""
         holder = memo.get(id(self._holder()))
         return None if holder is None else Following(holder, *self._path)
 
 
 def obstacle(norm: nn.Module) -> str | None:
-    """Say why an addition cannot normalise as this norm does, or None."""
+    """Say why an addition cannot be fused with this norm, or return None."""
     if type(norm).forward not in NORMS:
         return f"a {type(norm).__name__} is not replaced, or has no norm that an addition has"
     return None if type(norm._parameters.get("weight")) in PLAIN else "its weight is no plain tensor"
@@ -72,7 +72,7 @@ def obstacle(norm: nn.Module) -> str | None:
 
 def add_then_norm(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return ``norm(residual + hidden_states)`` and the sum."""
-    # what a compiler makes of upstream's lines is as good
+    # torch.compile fuses upstream's own lines.
     found = _fused(residual, hidden_states, norm) if not is_compiling() and is_bare(norm) else None
     if found is not None:
         return found
@@ -81,10 +81,10 @@ def add_then_norm(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> t
 
 
 def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -> Tensor:
-    """Return ``residual + hidden_states``, which the layer returns, and leave with it what the next norm makes of it.
+    """Return ``residual + hidden_states``, with the next norm's result attached where that is possible.
 
-    Not where a gradient is needed: that of the sum, which a hook or a user may ask for, would lack what comes through
-    the norm. Not in inference mode either, whose tensors do not tell that they were changed in place.
+    Nothing is attached where a gradient is needed: the gradient of the sum, which a hook or a user may ask for, would
+    lack the part that comes through the norm. Nor in inference mode, whose tensors do not record in-place changes.
     """
     following = None if is_compiling() else layer.__dict__.get(FOLLOWING)
     if following is not None and not torch.is_inference_mode_enabled():
@@ -99,7 +99,7 @@ def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -
 
 
 def taken(norm: nn.Module, x: Tensor) -> Tensor | None:
-    """Take what was left with a tensor for this norm; None where there is nothing, or it is not as it was left."""
+    """Detach and return the result of this norm from its input; None where there is none, or the input has changed."""
     left = None if is_compiling() else getattr(x, LEFT, None)
     if left is None or left[0] is not norm:
         return None
@@ -110,13 +110,13 @@ def taken(norm: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def forget(x: Tensor) -> None:
-    """Let go of what was left with a tensor, where what is read next is another one."""
+    """Drop a result that is attached to a tensor, because its norm will read another tensor."""
     if not is_compiling() and getattr(x, LEFT, None) is not None:
         delattr(x, LEFT)
 
 
 def _state(norm: nn.Module, total: Tensor) -> tuple[int, ...]:
-    """Tell a sum and the weight that is about to multiply it from what either is after a change."""
+    """Return a value that changes with the sum and with the weight of the norm."""
     weight: Any = norm._parameters["weight"]
     return total._version, id(weight), -1 if weight.is_inference() else weight._version
 
@@ -126,9 +126,9 @@ def _needs_gradient(norm: nn.Module, *tensors: Tensor) -> bool:
 
 
 def _fused(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return ``norm(residual + hidden_states)`` and the sum; None where that takes upstream's own lines.
+    """Return ``norm(residual + hidden_states)`` and the sum.
 
-    A norm that is not one of ours needs them, and tensors that the op does not take.
+    None where upstream's own lines have to run: for a norm that is not replaced, and tensors that the op does not take.
     """
     how = NORMS.get(type(norm).forward)
     weight = norm._parameters.get("weight")

@@ -1,6 +1,6 @@
-"""`vlmfast.rms_norm` under the parameters and attributes of the upstream classes.
+"""Replacements that call `vlmfast.rms_norm`.
 
-Where the op refuses a dtype, such as float64, the replaced method runs. To ask beforehand would make each call slower.
+Where the op refuses a dtype, such as float64, the replaced method runs. Checking beforehand would slow down every call.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from vlmfast.patches.residual import NORMS, taken
 
 
 def llama_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Replace LlamaRMSNorm.forward, which rounds before the weight, and its many copies."""
+    """Replace LlamaRMSNorm.forward and its many copies, which round before they multiply by the weight."""
     return _normalise(self, hidden_states, self.weight, self.variance_epsilon)
 
 
 def llama4_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """Replace Llama4TextRMSNorm.forward: as Llama's, under other names."""
+    """Replace Llama4TextRMSNorm.forward: as Llama's, with other names."""
     return _normalise(self, x, self.weight, self.eps)
 
 
 def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Replace T5LayerNorm.forward, which rounds to the dtype of the weight: as Llama's where that is the input's."""
+    """Replace T5LayerNorm.forward, which rounds to the dtype of the weight.
+
+    It equals Llama's where weight and input have one dtype; elsewhere upstream's method runs.
+    """
     if self.weight.dtype != hidden_states.dtype:
         return _upstream(self, hidden_states)
     try:
@@ -35,22 +38,22 @@ def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """Replace GemmaRMSNorm.forward and its copies: the weight is centred on zero."""
+    """Replace GemmaRMSNorm.forward and its copies, which multiply by 1 + weight."""
     return _normalise(self, x, self.weight, self.eps, "gemma")
 
 
 def olmo_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Replace Olmo2RMSNorm.forward and its copies: the weight is multiplied in float32."""
+    """Replace Olmo2RMSNorm.forward and its copies, which multiply by the weight in float32."""
     return _normalise(self, hidden_states, self.weight, self.variance_epsilon, "olmo")
 
 
 def moshi_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """Replace MoshiRMSNorm.forward: as OLMo's, under other names."""
+    """Replace MoshiRMSNorm.forward: as OLMo's, with other names."""
     return _normalise(self, x, self.weight, self.eps, "olmo")
 
 
 def gemma4_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Replace Gemma4RMSNorm.forward: as OLMo's, or without a weight."""
+    """Replace Gemma4RMSNorm.forward: as OLMo's, but the weight may be missing."""
     return _normalise(self, hidden_states, self.weight if self.with_scale else None, self.eps, "olmo")
 
 
@@ -63,7 +66,7 @@ def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
 
 
 def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
-    """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's, unless it normalises groups."""
+    """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's; upstream's method runs where it normalises groups."""
     if self.group_size is not None:
         return _upstream(self, x)
     try:
@@ -73,8 +76,11 @@ def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
 
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
-    """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32; transformers 4.57 has SiLU only."""
-    from transformers.activations import ACT2FN  # which `import vlmfast` does without
+    """Replace Qwen3NextRMSNormGated.forward: the norm, then the gate in float32.
+
+    The class of transformers 4.57 has no ``activation``: it is always SiLU.
+    """
+    from transformers.activations import ACT2FN  # imported here, so that `import vlmfast` does not need transformers
 
     try:
         normed = rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -95,12 +101,15 @@ def _normalise(self: Any, x: Tensor, weight: Tensor | None, eps: float, variant:
 
 
 def _upstream(self: Any, *inputs: Tensor) -> Tensor:
-    """Run the replaced method, also after the patch, which these functions outlive."""
+    """Run the replaced method.
+
+    A captured forward can outlive its patch; the class of the module is then the original class itself.
+    """
     output: Tensor = getattr(self, "original_class", type(self)).forward(self, *inputs)
     return output
 
 
-# Those whose rows an addition may normalise as well: how their modules name eps, and the variant.
+# The norms that can be fused with an addition: the name of their eps attribute, and the variant.
 NORMS.update(
     {
         llama_rms_norm: ("variance_epsilon", "llama"),

@@ -1,6 +1,6 @@
-"""``python -m vlmfast scan``: which methods of the installed transformers are known, and which only look so.
+"""``python -m vlmfast scan``: which methods of the installed transformers are known, and which only look like them.
 
-Modelling files are read, not imported, so that none of their dependencies has to be there.
+Modelling files are parsed, not imported, so that their dependencies need not be installed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ METHODS = tuple(dict.fromkeys(body.method for body in BODIES if isinstance(body.
 
 @dataclass(frozen=True)
 class Found:
-    """A method whose body is known, or is like the known ones."""
+    """A method whose body is known or looks like a known one."""
 
     site: str  # "<model folder>.<Class>.<method>"
     digest: str
-    body: Body | None  # where it is known
+    body: Body | None  # None if the body is unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +56,13 @@ class Module:
                 module.classes[node.name] = node
             elif isinstance(node, ast.ImportFrom) and node.module and ".modeling_" in f".{node.module}":
                 file = path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
-                if "models" not in file.parts or not file.exists():  # such as modeling_utils
+                if "models" not in file.parts or not file.exists():  # not a model's file, such as modeling_utils.py
                     continue
                 module.imported.update({alias.asname or alias.name: file for alias in node.names})
         return module
 
     def ancestry(self, name: str) -> Iterator[tuple[ast.ClassDef, Module]]:
-        """Give a class and what it inherits from, as far as modelling files define it, in the order of lookup."""
+        """Yield a class and its bases in the order of attribute lookup, as far as modelling files define them."""
         if name in self.classes:
             yield self.classes[name], self
             for base in self.classes[name].bases:
@@ -79,7 +79,7 @@ class Module:
         return None
 
     def source(self, class_name: str, method: str) -> Source:
-        """Return what `vlmfast.patches.upstream.source` does for the class, without importing it."""
+        """Return the same as `vlmfast.patches.upstream.source` does for the class, without importing it."""
 
         def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
             if is_method:
@@ -97,10 +97,13 @@ def _text(node: ast.FunctionDef) -> Text:
 
 
 def scan(folder: Path | None = None) -> list[Found]:
-    """Find every method in the modelling files of a transformers that is known or looks so.
+    """Find every method in transformers' modelling files that is known or looks like a known one.
 
     Args:
-        folder: the package; None for the installed one.
+        folder: the folder of the transformers package; None for the installed one.
+
+    Raises:
+        ModuleNotFoundError: if transformers is not installed.
     """
     if folder is None:
         spec = importlib.util.find_spec("transformers")
@@ -126,7 +129,7 @@ def scan(folder: Path | None = None) -> list[Found]:
 
 
 def _may_be_known(arguments: ast.arguments) -> bool:
-    """Do what `vlmfast.patches.plan` does for a method that is there."""
+    """Do for parsed parameters what `vlmfast.patches.plan._may_be_known` does for a code object."""
     positional = [*arguments.posonlyargs, *arguments.args]
     starred = arguments.vararg is not None or arguments.kwarg is not None
     is_short = len(positional) + len(arguments.kwonlyargs) <= 3 and not starred
@@ -134,10 +137,10 @@ def _may_be_known(arguments: ast.arguments) -> bool:
 
 
 def model_types() -> dict[str, list[str] | str]:
-    """Find the sites of each type of model that takes images and text: the model of its default configuration.
+    """Find the sites of every image-text-to-text model type, in the model that its default configuration builds.
 
     Returns:
-        Model type -> the names of its sites, or why that model cannot be built.
+        Model type -> the names of its sites, or why the model cannot be built.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
@@ -148,7 +151,7 @@ def model_types() -> dict[str, list[str] | str]:
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type]())
-        except Exception as error:  # whatever a default that is no model raises, a library that is missing included
+        except Exception as error:  # some default configurations build no model, or need a library that is missing
             found[model_type] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:100]
         else:
             found[model_type] = sorted({site.name for site in find_sites(model)})
@@ -156,7 +159,7 @@ def model_types() -> dict[str, list[str] | str]:
 
 
 def grouped(found: list[Found]) -> dict[str, list[str]]:
-    """Return digest -> the sites that have it."""
+    """Map each digest to the sites that have it, the digests with most sites first."""
     sites: dict[str, list[str]] = {}
     for each in found:
         sites.setdefault(each.digest, []).append(each.site)
@@ -164,9 +167,9 @@ def grouped(found: list[Found]) -> dict[str, list[str]]:
 
 
 def run(options: Namespace) -> None:
-    """Print the classes that each known function reaches, and the unknown bodies, those of most classes first.
+    """Print the methods that each replacement reaches, and the unknown bodies, those of most classes first.
 
-    With a file among the options, write into that what ``make docs`` makes docs/families.md of.
+    With ``options.file``, print nothing and update that JSON file, from which ``make docs`` makes docs/families.md.
     """
     needed("transformers", "scan")
     file = options.file
@@ -191,7 +194,11 @@ def run(options: Namespace) -> None:
 
 
 def _read(file: Path | None) -> dict[str, Any]:
-    """Read what a file says of other releases."""
+    """Read what an earlier scan wrote, which may be of other releases; nothing without a file.
+
+    Raises:
+        CommandError: if the file was not written by ``scan``.
+    """
     writable("PATH.json", file)
     if file is None or not file.exists():
         return {}

@@ -1,7 +1,7 @@
-"""Attention of vision towers within segments, such as windows, images or frames, which ``cu_seqlens`` tells.
+"""Attention of vision towers within the segments that ``cu_seqlens`` delimits: windows, images or frames.
 
-Upstream asks the device for their lengths in every block, three times, and attends to one segment after the other. Here
-they are asked for once for each ``cu_seqlens``, and segments of one length are a batch.
+Upstream reads the segments' lengths from the device three times in every block, and attends to one segment after the
+other. Here they are read once for each ``cu_seqlens``, and segments of equal length form a batch.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.upstream import names_of
 
-# Scores that eager attention may hold at a time; upstream holds those of one segment
+# Most attention logits that eager attention holds at a time, over all heads; upstream holds those of one segment.
 EAGER_SCORES = 2**25
-# What varlen attention cannot be told, of all that the SDPA attention of transformers takes
+# Arguments that transformers' SDPA attention takes and torch's varlen attention does not.
 NOT_VARLEN = {"softcap", "position_bias", "cache"}
 
 
 @dataclass(frozen=True)
 class Segments:
-    """How tokens fall into segments.
+    """The segments of a sequence of tokens, grouped by length.
 
     Attributes:
-        ends: where the segments end, after where the first begins.
-        groups: (length, number of segments) of those that are attended to together.
-        order: the tokens in the order of the groups; None where they stand so already.
-        back: where each token is in that order; None likewise.
+        ends: the values of ``cu_seqlens``: the first token, then the end of each segment.
+        groups: (length, number of segments) of each group that is attended to as one batch.
+        order: (T,) int64, the tokens sorted by group; None where they are in that order already.
+        back: (T,) int64, the inverse permutation of ``order``; None where ``order`` is.
     """
 
     ends: tuple[int, ...]
@@ -46,35 +46,35 @@ class Segments:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> Segments:
-        """Ask for the ends of the segments."""
+        """Read the segments from ``cu_seqlens``; the host waits for its device."""
         return cls.between(cu_seqlens.tolist(), cu_seqlens.device)  # type: ignore[no-untyped-call]
 
     @classmethod
     def between(cls, ends: list[int], device: torch.device) -> Segments:
-        """Group the segments between these ends by their lengths."""
+        """Group the segments between these ends by length; the permutations are put on ``device``."""
         lengths = [end - start for start, end in pairwise(ends)]
         groups = tuple(Counter(lengths).items())
         runs = sum(length != after for length, after in pairwise((*lengths, None)))
         if runs == len(groups) or min(lengths) < 0:
             return cls(tuple(ends), groups)
         ranks = {length: rank for rank, (length, _) in enumerate(groups)}
-        with torch.inference_mode(False):  # what is kept may be used in training next
+        with torch.inference_mode(False):  # the tensors are cached and may later be used in training
             rank = torch.tensor([ranks[length] for length in lengths], device="cpu")
             order = rank.repeat_interleave(torch.tensor(lengths, device="cpu")).argsort(stable=True)
             return cls(tuple(ends), groups, *to_device(device, order, order.argsort()))
 
     def cover(self, tokens: int) -> bool:
-        """Tell whether they are so many tokens and none is empty: the others upstream refuses, or not."""
+        """Tell whether the segments hold exactly ``tokens`` tokens and none is empty; if not, upstream runs."""
         return bool(self.groups) and self.ends[-1] - self.ends[0] == tokens and min(self.groups)[0] > 0
 
 
 def segments_of(cu_seqlens: Tensor) -> Segments:
-    """Return the segments that ``cu_seqlens`` ends, kept on it: the blocks of one forward are given the same one."""
+    """Return the segments of ``cu_seqlens``, cached on it: all blocks of a forward receive the same tensor."""
     return kept(cu_seqlens, "_segments", Segments.of)
 
 
 def tell_segments(cu_seqlens: Tensor, on_host: Tensor) -> None:
-    """Keep on ``cu_seqlens`` what a copy of it on the host says."""
+    """Cache the segments on ``cu_seqlens``, computed from a copy of it that is on the host already."""
     keep(cu_seqlens, "_segments", Segments.between(on_host.tolist(), cu_seqlens.device))  # type: ignore[no-untyped-call]
 
 
@@ -121,7 +121,7 @@ def _attended(
     position_embeddings: tuple[Tensor, Tensor] | None,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """Attend, by upstream's functions and modules; None where upstream's own body has to."""
+    """Attend by upstream's functions and modules; None where upstream's own body has to run."""
     names = names_of(self.original_class, "forward")
     attention = _attention(self, names)
     if attention is None or position_embeddings is None:
@@ -148,14 +148,14 @@ def _attended(
 
 
 def _turned(upstream: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    """Turn queries and keys by the angles of their patches, in float32: one launch where the op takes them."""
+    """Apply RoPE to queries and keys in float32: in one launch where the op takes them, else by upstream's function."""
     if query.dtype not in DTYPES or query.shape[-1] > MAX_HEAD_DIM or cos.requires_grad or sin.requires_grad:
         return upstream(query, key, cos, sin)
     return qk_norm_rope(query, key, None, None, cos.float(), sin.float())
 
 
 def _attention(self: Any, names: dict[str, Any]) -> Callable[..., Any] | None:
-    """Return what upstream calls for each segment, where that is transformers' own SDPA or eager attention."""
+    """Return the function that upstream calls for each segment; None unless it is transformers' own SDPA or eager."""
     if is_traced() or (self.training and self.attention_dropout):
         return None
     implementation = self.config._attn_implementation
@@ -175,7 +175,7 @@ def _in_groups(
     segments: Segments,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Attend to the segments of each length together, which stand one after the other."""
+    """Attend to the segments of each length as a batch; the tokens must be in the order of the groups."""
     outputs, start = [], 0
     for length, number in segments.groups:
         at_once = number
@@ -212,14 +212,15 @@ def _varlen(
     attention: Callable[..., Any],
     kwargs: dict[str, Any],
 ) -> Callable[..., Tensor] | None:
-    """Return torch's attention of segments of any lengths, which has the kernels of flash attention, if it takes them.
+    """Return torch's varlen attention, which runs flash attention on segments of any lengths, if it takes this call.
 
-    Segments of one length are a batch of SDPA, whose kernels are upstream's.
+    None where it does not, and where all segments have one length: SDPA computes these as a batch, with the kernels
+    that upstream uses.
     """
     if len(segments.groups) == 1 or not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16):
         return None
     head_dim = qkv.shape[-1] // (3 * self.num_heads)
-    # the head dimensions that the kernels take, and the factor that they have where torch takes no other
+    # The flash kernels take these head dimensions, and torch's function has only the default scale.
     if head_dim > 256 or head_dim % 8 or self.scaling != head_dim**-0.5 or NOT_VARLEN & kwargs.keys():
         return None
     if self.config._attn_implementation != "sdpa" or torch.are_deterministic_algorithms_enabled():

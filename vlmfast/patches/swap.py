@@ -1,8 +1,8 @@
-"""A module gets other methods by getting another class.
+"""Replace methods of a module by giving it another class: a subclass of its own, with the same name.
 
-A subclass of the same name keeps ``isinstance``, what goes by the name of the class, hooks, ``state_dict`` and gradient
-checkpointing. A method assigned to the instance would turn the last one off (transformers 5.23 wraps ``forward`` in the
-class) and would still call the first model from a copy.
+That keeps ``isinstance``, code that compares class names, hooks, ``state_dict`` and gradient checkpointing. A method
+assigned to the instance would turn gradient checkpointing off (transformers 5.23 wraps ``forward`` in the class), and
+in a copy of the model it would still call the original instance.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vlmfast.patches.residual import FOLLOWING
 
 
 class PatchedType(type):
-    """The class of every class that is swapped in. What calling one makes is not patched."""
+    """Metaclass of every class that a patch swaps in: calling such a class makes an object that is not patched."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make an object of the original class: ``type(model)(config)``, ``type(model).from_pretrained(path)``.
+        """Make an object of the original class, for ``type(model)(config)`` and ``type(model).from_pretrained(path)``.
 
         Raises:
-            TypeError: for a class that was derived from one that is swapped in.
+            TypeError: for a class that is derived from a swapped-in class.
         """
         original = cls.original_class  # type: ignore[attr-defined]
         if not is_swapped(cls):
@@ -40,14 +40,14 @@ class PatchedType(type):
 
 
 class PatchedModule:
-    """First base of every class that is swapped in; the second is the module's own class."""
+    """First base of every swapped-in class; the second is the module's own class."""
 
     original_class: ClassVar[type]
-    replacements: ClassVar[Mapping[str, Callable[..., Any]]]  # method -> what is not that of the original class
+    replacements: ClassVar[Mapping[str, Callable[..., Any]]]  # name of a method -> its replacement
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as the original class, so that a saved model loads where vlmfast is not installed."""
-        # what later protocols write, copyreg.__newobj__, refuses every class but the object's own
+        # Protocol 2 and later write copyreg.__newobj__, which pickle accepts only with the object's own class.
         rebuild, arguments, *state = tuple(super().__reduce_ex__(1))
         cls = type(self)
         own = self.original_class if is_swapped(cls) else cls
@@ -66,9 +66,10 @@ class PatchedModule:
         return self._as_patched(getattr(super(), "__deepcopy__", None) or self._rebuilt, memo)
 
     def _rebuilt(self, memo: dict[int, Any] | None = None) -> Any:
-        """Copy by the state that the class gives, which leaves out what is compiled for the original."""
+        """Copy by ``__getstate__`` and ``__setstate__``: the state leaves out what was compiled for the original."""
         twin: Any = object.__new__(type(self))
-        state = super().__getstate__()  # type: ignore[misc] # not that of a class on top: torch's parametrised ones refuse
+        # Not self.__getstate__(): that of torch's parametrised classes, which lie on top of this one, raises an error.
+        state = super().__getstate__()  # type: ignore[misc]
         if memo is not None:
             memo[id(self)] = twin
             state = copy.deepcopy(state, memo)
@@ -82,19 +83,19 @@ class PatchedModule:
 
 
 def is_swapped(cls: type) -> bool:
-    """Tell whether a class is one that a patch swaps in; others may be derived from it."""
+    """Tell whether a patch swapped in this very class, rather than a base of it."""
     return "original_class" in vars(cls)
 
 
 def patched_class(cls: type, methods: Mapping[str, Any]) -> type:
-    """Make a subclass of ``cls`` that passes for it, with these methods and properties."""
+    """Make a subclass of ``cls`` with its name, module and docstring, and with these methods and properties."""
     passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     itself: list[type] = []
     replacing = {
         name: method if isinstance(method, property) else _while_patched(itself, name, method)
         for name, method in methods.items()
     }
-    # in the class as it is made: what transformers wraps for gradient checkpointing is what it finds then
+    # Members go in as the class is created, when transformers wraps ``forward`` for gradient checkpointing.
     members = {**passing, **replacing, "original_class": cls}
     made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), members)
     made.replacements = {name: vars(made)[name] for name, method in methods.items() if not isinstance(method, property)}
@@ -108,11 +109,12 @@ def _type_over(kind: type) -> type:
 
 
 def _while_patched(itself: list[type], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a method that somebody keeps (``model.forward`` in a partial, a wrapper, a compiler) end with its patch.
+    """Make a replacement that stops acting when its patch is undone, even if a caller captured the bound method.
 
-    On a module that is no longer of the class in ``itself``, made after its methods, it runs what the class of the
-    module has by then. The methods of norms do not ask, which would make a norm of one row 5 to 20% slower: one that is
-    kept goes on calling the op, with the weights of its module.
+    Callers that keep ``model.forward`` are partials, wrappers and compilers. Once the module is no longer an instance
+    of the class in ``itself`` (a list, filled after the class is made), the method of its present class runs. Norms do
+    not check, because that would make a norm of one row 5 to 20% slower: a captured forward of a norm keeps calling the
+    op, with the weights of its module.
     """
     if function.__module__ == rms_norm.__name__:
         return function
@@ -123,14 +125,14 @@ def _while_patched(itself: list[type], name: str, function: Callable[..., Any]) 
             return function(self, *args, **kwargs)
         return getattr(type(self), name)(self, *args, **kwargs)
 
-    # accelerate takes its wrappers off by going on to the last `__wrapped__`, and would take this method off as well
+    # accelerate unwraps to the innermost `__wrapped__`, and would remove this method together with its own wrappers.
     method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     del method.__wrapped__  # type: ignore[attr-defined]
     return method
 
 
 def set_class(module: nn.Module, cls: type) -> None:
-    """Assign the class, and make anew what accelerate keeps on the instance around a method of the old one."""
+    """Assign the class, and rebuild the wrappers of its methods that accelerate keeps on the instance."""
     old = type(module)
     module.__class__ = cls
     stored = vars(module)
@@ -143,6 +145,6 @@ def set_class(module: nn.Module, cls: type) -> None:
 
 
 def trace_anew() -> None:
-    """Have torch.compile trace again what it has traced: torch 2.10 does not notice that a module changed its class."""
+    """Reset torch.compile, because torch 2.10 does not notice that a module changed its class."""
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()

@@ -1,4 +1,7 @@
-"""LLaVA-NeXT's crops, packed as upstream packs them: it says on the host what goes where, and the device moves rows."""
+"""Pack LLaVA-NeXT's crops without waiting for the device.
+
+Upstream's own function packs row numbers on the host; the device then gathers the rows.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def encode_tiles(
     vision_feature_select_strategy: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Replace LlavaNextModel.get_image_features: what it asks of the sizes of images, it asks the host."""
+    """Replace LlavaNextModel.get_image_features: run upstream's method with the image sizes on the host."""
     return self.original_class.get_image_features(
         self,
         pixel_values,
@@ -39,7 +42,7 @@ def pack_tiles(
     vision_feature_select_strategy: str,
     image_newline: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Replace LlavaNextModel.pack_image_features: the newline is put behind each row, and padding cut off."""
+    """Replace LlavaNextModel.pack_image_features, which cuts off padding and puts a newline behind each row."""
     upstream = self.original_class.pack_image_features
     side = self.config.vision_config.image_size // self.config.vision_config.patch_size
     device = image_features[0].device
@@ -56,16 +59,16 @@ def pack_tiles(
 
 
 def asks_the_host(device: torch.device) -> bool:
-    """Tell whether upstream's own code has to run, or waits for nothing."""
+    """Tell whether upstream's own code should run: under a tracer, and on a CPU, where it waits for nothing."""
     return is_traced() or device.type == "cpu"
 
 
 def _sizes(image_sizes: Any) -> Any:
-    """Return the sizes of images on the host."""
+    """Copy the image sizes to the host, unless they are not a tensor or are being traced."""
     return on_host(image_sizes) if isinstance(image_sizes, Tensor) and not is_traced() else image_sizes
 
 
 def _take(features: Tensor, rows: Tensor, newline: Tensor | None) -> Tensor:
-    """Take these rows of the features of all crops, and the newline for those of its number."""
+    """Gather rows from the features of all crops, and put the newline embedding where a row is `NEWLINE`."""
     found = features.flatten(0, 1).index_select(0, rows.clamp(min=0))
     return found if newline is None else torch.where(rows[:, None] == NEWLINE, newline.to(found), found)

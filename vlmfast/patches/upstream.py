@@ -1,7 +1,7 @@
-"""Tell what a method says, whoever's it is: a digest of its code and of the code that it names.
+"""Compute the digest of a method's body: its code and that of the methods and functions that it names.
 
-Two methods have the same digest where they differ at most in comments, docstrings, annotations and layout, whatever
-their classes are called. It is the same under every supported Python, whose ``ast.dump`` is not.
+Two methods have the same digest if they differ at most in comments, docstrings, annotations and layout; the names of
+their classes do not count. A digest is the same under every supported Python; ``ast.dump`` would not be.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# Methods that replacements call as the replaced body does: what they do is not part of it.
+# Methods that replacements call just as the replaced bodies do, so that their code is not part of the body.
 INTERFACE = {"get_input_embeddings"}
-_SILENT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}  # fields that change nothing
+# Fields of the syntax tree that do not change what the code does.
+_SILENT = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx"}
 
 
 @dataclass(frozen=True)
 class Text:
-    """One function as a body contains it.
+    """One function of a body.
 
     Attributes:
-        code: the function without what changes nothing.
-        methods: names that it reads off an object, which may be methods of its class.
-        functions: names that it reads alone, which may be functions of its module.
+        code: its canonical syntax tree, without what does not change what the code does.
+        methods: names that it reads as attributes, some of which may be methods of its class.
+        functions: names that it reads as variables, some of which may be functions of its module.
     """
 
     code: str
@@ -47,10 +48,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Source:
-    """A method with all that it names.
+    """The body of a method.
 
     Attributes:
-        digest: a short hash.
+        digest: the first 16 hexadecimal digits of its SHA-256.
         names: every name that is read in it.
     """
 
@@ -59,10 +60,12 @@ class Source:
 
 
 def closure(method: str, resolve: Callable[[str, bool, Any], tuple[Text, Any] | None]) -> Source:
-    """Collect a method and what it names, directly or through another: methods of its class, functions beside them.
+    """Collect a method and, transitively, the methods of its class and the functions of its module that it names.
 
-    ``resolve(name, whether it is a method's, where the text that names it was found)`` gives the text behind a name and
-    where that was found; None for one that is not part of the body.
+    Args:
+        method: the name of the method.
+        resolve: called with a name, whether it is a method's, and the module of the text that names it. Returns the
+            text behind the name and the module that defines it; None for a name that is not part of the body.
     """
     texts: set[tuple[str, Text]] = set()
     seen = set()
@@ -83,10 +86,10 @@ def closure(method: str, resolve: Callable[[str, bool, Any], tuple[Text, Any] | 
 
 
 def source(cls: type, method: str) -> Source:
-    """Return what a method of a class says, as that class sees it: with its own methods in place of inherited ones.
+    """Return the body of a method as this class sees it: names resolve to its own methods before inherited ones.
 
     Raises:
-        OSError, TypeError: where the source is not there to read.
+        OSError, TypeError: if the source cannot be read.
     """
 
     def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
@@ -112,12 +115,12 @@ def method_of(cls: type, name: str) -> FunctionType | None:
 
 
 def names_of(cls: type, method: str) -> dict[str, Any]:
-    """Return what the names in a method of a class stand for: upstream's functions beside it."""
+    """Return the globals of a method of a class, such as upstream's helper functions in the same module."""
     return inspect.unwrap(getattr(cls, method)).__globals__  # type: ignore[no-any-return]
 
 
 def site_name(cls: type, method: str) -> str:
-    """Name a site: "<model folder>.<Class>.<method>" in transformers, elsewhere with the whole name of the module."""
+    """Return a site's name: "<model folder>.<Class>.<method>" in transformers, elsewhere with the full module name."""
     module = cls.__module__
     if module.startswith("transformers.models."):
         module = module.rpartition(".")[2].removeprefix("modeling_")
@@ -125,13 +128,13 @@ def site_name(cls: type, method: str) -> str:
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """Return names, kinds and defaults; annotations do not matter."""
+    """Return the parameters of a function as text: names, kinds and defaults, without annotations."""
     found = inspect.signature(function).parameters.values()
     return [str(parameter.replace(annotation=inspect.Parameter.empty)) for parameter in found]
 
 
 def _is_framework(module: str) -> bool:
-    """Tell whether models are built on this module's classes, whose methods are not part of what a model says."""
+    """Tell whether a module belongs to torch or the core of transformers, whose methods are not part of a body."""
     return module.startswith(("torch.", "transformers.")) and not module.startswith("transformers.models.")
 
 
@@ -139,10 +142,10 @@ _texts: WeakKeyDictionary[FunctionType, Text] = WeakKeyDictionary()
 
 
 def _text(function: FunctionType) -> Text:
-    """Read a function's source, once."""
+    """Return the text of a function; its source is parsed only once."""
     if function not in _texts:
         lines = inspect.getsource(function)
-        indented = lines[0].isspace()  # a method, around which there must be a block
+        indented = lines[0].isspace()  # a method's source parses only inside a block
         (node,) = ast.parse(f"if 1:\n{lines}" if indented else lines).body
         _texts[function] = Text.of(node.body[0] if isinstance(node, ast.If) and indented else node)
     return _texts[function]
@@ -156,6 +159,6 @@ def _canonical(node: Any) -> str:
     fields = {name: getattr(node, name, None) for name in node._fields if name not in _SILENT}
     if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
-    # what a version of Python has no field for is as if it were empty
+    # An empty field counts as a missing one, since Python versions differ in the fields that they have.
     told = (f"{name}={_canonical(value)}" for name, value in fields.items() if value is not None and value != [])
     return f"{type(node).__name__}({','.join(told)})"

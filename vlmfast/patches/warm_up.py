@@ -1,4 +1,4 @@
-"""Run once what a patched model will run, so that nothing is compiled while it serves or is captured."""
+"""Run the kernels of a patched model once, so that none is compiled while the model serves or is captured."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Warmup:
 
     Attributes:
         ops: op -> the backends that ran it.
-        compiled: the Triton kernels that were compiled, or loaded from Triton's cache; one may be there several times.
-        left: the sites that did not run, because what they take is not known before a prompt comes.
+        compiled: the Triton kernels that were compiled, or loaded from Triton's cache; a name may be listed repeatedly.
+        left: the sites that did not run, because their inputs are unknown without a prompt.
     """
 
     ops: dict[str, tuple[str, ...]]
@@ -36,7 +36,7 @@ class Warmup:
     left: tuple[str, ...]
 
     def report(self) -> str:
-        """Write what was compiled, which backend runs each op, and what was left."""
+        """Write what was compiled, which backend runs each op, and which sites did not run."""
         head = f"{len(self.compiled)} Triton kernels compiled" if self.compiled else "nothing was to be compiled"
         lines = [head, *(f"  {name}: {' and '.join(backends)}" for name, backends in self.ops.items())]
         return "\n".join([*lines, *(f"  {site}: not run, give `warmup` a prompt" for site in self.left)])
@@ -48,21 +48,23 @@ class Warmup:
 def warmup(model: nn.Module, *prompts: Mapping[str, Any]) -> Warmup:
     """Compile what a patched model needs, before it serves or a CUDA graph is captured.
 
-    Triton compiles a kernel at its first call: a second of one prompt's time, and within a capture an error. No kernel
-    is compiled for the number of tokens, so a few rows will do for every prompt. Norms, the placement of embeddings,
-    DeepStack and vision towers are known by their weights. What decoder layers take, is known once a prompt has run; of
-    connectors and token reductions one with an image, and of a reduction a short and a long one.
+    Triton compiles a kernel at its first call, which takes about a second of that prompt's time, and is an error during
+    a capture. No kernel is compiled for a particular number of tokens, so a few rows warm it up for every prompt.
+    Without prompts this runs what the weights determine: norms, the placement of embeddings, DeepStack, and the RoPE of
+    vision towers. Decoder layers need a prompt, connectors and token reduction a prompt with an image; for token
+    reduction pass a short and a long one.
 
     Args:
-        model: a patched model, or a module with patched ones in it, where it will run.
-        *prompts: inputs of the model, as ``generate`` takes them by name. Two tokens are generated of each, by a model
-            without ``generate`` its forward runs.
+        model: a patched model, or a module with patched modules in it, on the device that it will run on.
+        *prompts: inputs of the model, as ``generate`` takes them by name. Two tokens are generated for each; of a model
+            without ``generate``, the forward runs.
 
     Returns:
-        A `Warmup`, which says what was compiled: nothing, where the ops run on a CPU or in CUDA C++.
+        A `Warmup`, which lists what was compiled: nothing, where the ops run on a CPU or in CUDA C++.
 
     Raises:
-        TypeError: if ``model`` is not a module, or a prompt no mapping. ValueError: if nothing in the model is patched.
+        TypeError: if ``model`` is not a module, or a prompt is not a mapping. ValueError: if nothing in the model is
+            patched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -88,12 +90,12 @@ def warmup(model: nn.Module, *prompts: Mapping[str, Any]) -> Warmup:
 
 
 def _run(model: nn.Module, module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Run a replacement on a few rows, if what it takes is known."""
+    """Run a replacement on a few rows; return False if its inputs are unknown without a prompt."""
     if function.__module__ == rms_norm.__name__:
         return _run_norm(model, module, function)
     if function.__module__ == segments.__name__:
         return _run_rotation(module)
-    if function.__module__ in (grids.__name__, tiles.__name__):  # they run no op
+    if function.__module__ in (grids.__name__, tiles.__name__):  # these replacements run no op
         return True
     table = _embeddings(module, model)
     if function.__module__ != masked_rows.__name__ or table is None:
@@ -113,12 +115,13 @@ def _run_norm(model: nn.Module, module: nn.Module, function: Callable[..., Any])
             return False
         for dtype in {weight.dtype, weight.dtype if table is None else table.dtype}:
             x = weight.new_zeros(1, 2, weight.shape[0], dtype=dtype)
-            function(module, *[x] * (len(inspect.signature(function).parameters) - 1))  # a gate is like what it gates
+            # A gated norm takes two tensors; the gate has the shape and dtype of the input.
+            function(module, *[x] * (len(inspect.signature(function).parameters) - 1))
     return True
 
 
 def _run_rotation(module: Any) -> bool:
-    """Turn two patches' queries and keys, as the attention of a vision tower does."""
+    """Apply RoPE to the queries and keys of two patches, as the attention of a vision tower does."""
     weight = getattr(module.qkv, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
         return False
@@ -131,11 +134,11 @@ def _run_rotation(module: Any) -> bool:
 
 
 def _embeddings(*modules: nn.Module) -> Tensor | None:
-    """Return the table of token embeddings of the first of these modules that has one."""
+    """Return the (vocabulary, D) token embeddings of the first of these modules that has them."""
     for module in modules:
         try:
             weight = module.get_input_embeddings().weight  # type: ignore[operator, union-attr]
-        except (AttributeError, NotImplementedError):  # as towers and modules outside transformers have none
+        except (AttributeError, NotImplementedError):  # vision towers and modules outside transformers have none
             continue
         if isinstance(weight, Tensor) and weight.dim() == 2:
             return weight
@@ -144,7 +147,7 @@ def _embeddings(*modules: nn.Module) -> Tensor | None:
 
 @contextmanager
 def _watched_ops() -> Iterator[dict[str, set[str]]]:
-    """Note which backends run which ops."""
+    """Record which backends run which ops in the block."""
     found: dict[str, set[str]] = {}
 
     def noting(op: str, backend: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +168,7 @@ def _watched_ops() -> Iterator[dict[str, set[str]]]:
 
 @contextmanager
 def _watched_compiler() -> Iterator[list[str]]:
-    """Note which kernels Triton compiles, or loads from its cache on a disk."""
+    """Record which kernels Triton compiles, or loads from its cache on disk, in the block."""
     found: list[str] = []
     try:
         from triton import knobs

@@ -1,18 +1,18 @@
-"""One matrix multiplication whose tiles are read through the pixel shuffle.
+"""One matmul whose tiles are read through the pixel shuffle.
 
-It spares the pass over the patches in front of the vendor's matmul, or with a LayerNorm half of it: the shuffled tokens
-are never written. By bytes and FLOP of an H100 (not measured) it may take 0.69 of the vendor's speed for 16 images of
-nanoVLM, and must reach 0.94 for one: nothing here splits the channels, and 64 tokens are 15 programs. On a CPU there is
-nothing to save: the pass takes at most 1/57 of the whole op.
+It saves the pass over the patches that precedes the vendor's matmul, or half of that pass with a LayerNorm: the
+shuffled tokens are never written. By the bytes and FLOP of an H100 (calculated, not measured), it wins if its matmul
+reaches 0.69 of the vendor's speed for 16 images of nanoVLM, and 0.94 for one image: the kernel does not split the
+channels, and 64 tokens are only 15 programs. On a CPU there is nothing to save: the pass takes at most 1/57 of the op.
 
-The rows of a tile of x are one offset each (image, row and column of the token); what a step adds to all of them is
-one number (the patch in the token and its block of channels), so no tile is gathered before the matmul.
+Each row of a tile of x is one offset (image, row and column of the token). Each step adds one number to all of them
+(the patch within the token and its block of channels), so that no tile is gathered before the matmul.
 
-The LayerNorm: one launch leaves the mean and the variance of each patch, from its centred values, since features have
-means of ten deviations and more. A token's are put together from its patches'. The matmul normalises its tile of x
-between shared memory and the tensor core, and rounds it there as Hugging Face does before the matmul: 0.28 of the
-tensor cores' time, on units that are idle beside them. Folded behind the matmul, a norm would leave that rounding out:
-36 % of the outputs would differ from Hugging Face's.
+LayerNorm: one launch stores the mean and the variance of each patch. The variance is computed from centred values,
+because means of features can be ten deviations and more. Those of a token are combined from its patches'. The matmul
+normalises its tile of x between shared memory and the tensor core, and rounds it there as Hugging Face does before the
+matmul. This takes 0.28 of the tensor cores' time, on units that would otherwise be idle. Folding the norm behind the
+matmul would skip that rounding, and 36 % of the outputs would differ from Hugging Face's.
 """
 
 from collections.abc import Sequence
@@ -42,39 +42,39 @@ from vlmfast.ops.pixel_shuffle.definition import square
 
 @dataclass(frozen=True, kw_only=True)
 class GemmConfig(Config):
-    """What one program multiplies in a step, and how many steps are loaded."""
+    """The tile that one program multiplies in a step, and the number of steps that are loaded ahead."""
 
     BLOCK_TOKENS: int
     BLOCK_COLUMNS: int
     BLOCK_CHANNELS: int
     num_stages: int
     num_warps: int = 8
-    GROUP: int = 8  # blocks of tokens that share the weight's columns while these are in the second-level cache
+    GROUP: int = 8  # blocks of tokens that share columns of the weight while these are in the second-level cache
 
     def programs(self, tokens: int, out: int) -> int:
-        """Count the programs that an output of that shape takes."""
+        """Count the programs for an output of shape (tokens, out)."""
         return ceil_div(tokens, self.BLOCK_TOKENS) * ceil_div(out, self.BLOCK_COLUMNS)
 
     def shared(self, element: int) -> int:
-        """Count the bytes of the operands of all stages."""
+        """Count the bytes of shared memory for the operands of all stages."""
         return self.num_stages * (self.BLOCK_TOKENS + self.BLOCK_COLUMNS) * self.BLOCK_CHANNELS * element
 
 
-# By count: for a clock of an H100's tensor cores they take 48, 64, 96 and 128 bytes from the second-level cache. An
-# A100 has not the shared memory for the first, a GPU with 64 KiB for any but the last, which has few channels so that
-# elements whose addresses are not aligned, each with its own, do not spill registers.
+# Calculated: per clock of an H100's tensor cores they read 48, 64, 96 and 128 bytes from the second-level cache. An
+# A100 has too little shared memory for the first; a GPU with 64 KiB has enough only for the last. The last has few
+# channels, so that unaligned elements, each of which needs its own address, do not spill registers.
 HALF = (
     GemmConfig(BLOCK_TOKENS=128, BLOCK_COLUMNS=256, BLOCK_CHANNELS=64, num_stages=4),
     GemmConfig(BLOCK_TOKENS=128, BLOCK_COLUMNS=128, BLOCK_CHANNELS=64, num_stages=3),
     GemmConfig(BLOCK_TOKENS=64, BLOCK_COLUMNS=128, BLOCK_CHANNELS=64, num_stages=3),
     GemmConfig(BLOCK_TOKENS=64, BLOCK_COLUMNS=64, BLOCK_CHANNELS=32, num_stages=4),
 )
-# Float32 is multiplied element by element, out of registers that larger tiles would not leave.
+# Float32 is multiplied element by element in registers, of which larger tiles would need too many.
 WIDE = (GemmConfig(BLOCK_TOKENS=64, BLOCK_COLUMNS=64, BLOCK_CHANNELS=16, num_stages=3),)
 
 
 def config_for(tokens: int, out: int, element: int, multiprocessors: int, shared: int) -> GemmConfig:
-    """Choose the largest tile that fits the shared memory and leaves few multiprocessors idle, or the smallest."""
+    """Choose the largest tile that fits the shared memory and occupies 0.9 of the multiprocessors, or the smallest."""
     tiles = HALF if element == 2 else WIDE
     fitting = (tile for tile in tiles if tile.shared(element) <= shared)
     return next((tile for tile in fitting if tile.programs(tokens, out) >= 0.9 * multiprocessors), tiles[-1])
@@ -96,7 +96,7 @@ def moments_kernel(
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Store the mean and the variance of each patch, in the order of the map."""
+    """Store the mean and the variance of each patch, in raster order of the map."""
     patch = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None, None]  # BLOCK_PATCHES is 1
     channel = tl.arange(0, BLOCK_CHANNELS)[None, None, :]
     mask = (patch < patches) & (channel < channels)
@@ -122,7 +122,7 @@ def _token_moments(mean_ptr, variance_ptr, patch, width, SCALE: tl.constexpr):
 
 @triton.jit
 def _beside(place, width, SCALE: tl.constexpr):
-    """Say how far in the map a token's patch at ``place`` is from its first."""
+    """Return the distance in the map from a token's first patch to its patch at ``place``."""
     return place // SCALE * (width * SCALE) + place % SCALE
 
 
@@ -140,7 +140,7 @@ def _gelu(x, TANH: tl.constexpr):
 
 @triton.jit
 def _finish(total, bias_ptr, y_ptr, token, column, tokens, out, ACTIVATION: tl.constexpr):
-    """Store activation(total + bias), rounded before the activation as between two modules, and after it."""
+    """Store activation(total + bias), rounded before the activation, as between two modules, and after it."""
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     if bias_ptr is not None:
         total += tl.load(bias_ptr + column, mask=column < out, other=0.0).to(tl.float32)[None, :]
@@ -182,13 +182,13 @@ def gemm_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Store activation(norm(shuffled x) @ weight^T + bias), a block of channels of one patch of a token at a time."""
+    """Store activation(norm(shuffled x) @ weight^T + bias); a step adds a block of channels of one patch per token."""
     column_blocks = tl.cdiv(out, BLOCK_COLUMNS)
     first = tl.program_id(0) // (GROUP * column_blocks) * GROUP
     turn = tl.program_id(0) % (GROUP * column_blocks)
     group = tl.minimum(tl.cdiv(tokens, BLOCK_TOKENS) - first, GROUP)
     token = (first + turn % group) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    # Behind the end the last ones are read again, so that nothing in the loop asks where the end is.
+    # Past the end the last row is read again, so that the loop needs no masks.
     row = tl.minimum(token, tokens - 1)
     weight_row = tl.minimum(turn // group * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS), out - 1)
     batch, _, _, position = locate(row * (SCALE * SCALE), height, width, SCALE, SCALE, BY_COLUMN)
@@ -223,7 +223,7 @@ def gemm_kernel(
                 normed += _load(norm_bias_ptr + number, inside, MASKED).to(tl.float32)[None, :]
             x = normed.to(dtype)
         total = dot(x, weight, total)
-    # One half after the other: exact GELUs of 256 out at once would spill registers.
+    # One half of the columns after the other: exact GELUs of 256 columns at once would spill registers.
     half: tl.constexpr = BLOCK_COLUMNS // 2
     column = turn // group * BLOCK_COLUMNS + tl.arange(0, half)
     left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_TOKENS, 2, half)), (0, 2, 1)))

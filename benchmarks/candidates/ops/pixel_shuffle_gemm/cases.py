@@ -1,4 +1,4 @@
-"""How the candidate is tested and timed: as `pixel_shuffle_linear`, and against it."""
+"""Cases of the candidate: those of `pixel_shuffle_linear`, which is also its peer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from vlmfast.registry import OPS
 
 
 def gemm_bytes(x: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Any) -> int:
-    """Count all vectors too; for a LayerNorm the patches again, and their means and variances out and in."""
+    """Count the bytes of `pixel_shuffle_linear` and of all vectors.
+
+    With a LayerNorm the patches are read a second time, and their means and variances are written and read.
+    """
     norm = [vector for vector in others if isinstance(vector, Tensor)]
     moments = x.nbytes + 16 * x.shape[0] * x.shape[1] if norm else 0
     return linear_bytes(x, weight) + sum(v.nbytes for v in (bias, *norm) if v is not None) + moments
@@ -24,6 +27,6 @@ pixel_shuffle_gemm = replace(
     peers={"pixel_shuffle_linear": lambda *args: functools.partial(OPS["pixel_shuffle_linear"].function, *args)},
     bytes=gemm_bytes,
     launches=2,
-    requested=4.0,  # each block of columns reads all patches, each of tokens all of the weight
+    requested=4.0,  # each block of columns reads all patches, and each block of tokens the whole weight
     compute_bound=None,
 )

@@ -1,15 +1,15 @@
-"""The other way to compute `pixel_shuffle_linear`: one matmul whose tiles are read through the shuffle.
+"""Another way to compute `pixel_shuffle_linear`: one matmul whose tiles are read through the shuffle.
 
-candidates/kernels/pixel_shuffle_gemm.py says what it saves and at what price. No GPU has timed this op yet.
-`python -m vlmfast bench pixel_shuffle_gemm` does, beside `pixel_shuffle_linear` and the matmul alone, and
-`make gpu-report` runs that. Where it wins, `_fused` in vlmfast/ops/pixel_shuffle/connector.py is the one place that
-chooses: a line in front of its own returns `pixel_shuffle_gemm(...)` for those shapes.
+candidates/kernels/pixel_shuffle_gemm.py says what it saves and what it costs. No GPU has timed this op yet.
+`python -m vlmfast bench pixel_shuffle_gemm` times it beside `pixel_shuffle_linear` and the matmul alone, and
+`make gpu-report` runs that command. If it wins for some shapes, let `_fused` in vlmfast/ops/pixel_shuffle/connector.py
+return `pixel_shuffle_gemm(...)` for these; the choice is made nowhere else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence  # noqa: F401  (torch evaluates the wrapped annotations among the names of this file)
+from collections.abc import Sequence  # noqa: F401  (torch evaluates the wrapped annotations in this module)
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +21,9 @@ from vlmfast.ops.pixel_shuffle.connector import check_linear, pixel_shuffle_line
 @op(check=check_linear)
 @functools.wraps(pixel_shuffle_linear.op.reference, assigned=())
 def pixel_shuffle_gemm(*args: Any, **kwargs: Any) -> Tensor:
-    """Compute `pixel_shuffle_linear`, whose arguments, result and errors are its own, as one matmul, for inference.
+    """Compute `pixel_shuffle_linear` as one matmul, for inference; arguments, result and errors are the same.
 
-    Where a gradient is needed its definition runs, which `torch.compile(fullgraph=True)` refuses.
+    Where a gradient is needed the definition runs, which `torch.compile(fullgraph=True)` refuses.
     """
     tokens: Tensor = pixel_shuffle_linear.op.reference(*args, **kwargs)
     return tokens

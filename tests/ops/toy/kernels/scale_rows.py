@@ -1,4 +1,4 @@
-"""Rows, each times a number of its own: a program for each row."""
+"""Multiplication of each row by its own factor, with one program per row."""
 
 import torch
 import triton.language as tl

@@ -1,4 +1,4 @@
-// Rows, each times a number of its own, on CUDA: a block for each row.
+// Multiplies each row by its own factor, on CUDA, with one block per row.
 #include "common/common.cuh"
 #include "common/cuda_torch.h"
 #include "scale_rows/ops.h"

@@ -1,4 +1,4 @@
-"""How `scale_rows` is tested and timed."""
+"""Cases of `scale_rows`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows, each times a number of its own."""
+"""Multiplication of each row by its own factor."""
 
 from __future__ import annotations
 
