@@ -9,8 +9,7 @@
 namespace vlmfast {
 namespace {
 
-constexpr int64_t kTogether =
-    32;  // channels that are summed before they are added to the total, which limits the error
+constexpr int64_t kTogether = 32;  // channels summed before they are added to the total, which limits the error
 // How many channels ahead to prefetch. Each channel of a map lies on other pages, so the hardware does not prefetch
 // them.
 constexpr int64_t kAhead = 16;

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
                   Input<scalar_t, 3> grad_output,  // (batch, tokens, channels), in the backward
                   Input<scalar_t, 4> map,          // (batch, channels, height, width)
                   Input<int64_t, 2> blocks,        // (batch, tokens), if listed
-                  scalar_t* __restrict__ y,  // (batch, tokens, channels): the mined features or the query's gradient
+                  scalar_t* __restrict__ y,  // (batch, tokens, channels): the mined features or the gradient of query
                   scalar_t* __restrict__ grad_map,  // (batch, channels, height, width), in the backward
                   MiningSizes sizes, MiningPolicy policy) {
   using Vec = Vector<scalar_t, kVec>;
