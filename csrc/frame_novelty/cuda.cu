@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kVec; ++i) own[i] += values[i];
       }
     }
-    __syncthreads();  // all threads are done with the previous columns
+    __syncthreads();  // the columns before these are done
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sums[warp][i * kWarp + lane] = own[i];  // this layout has no bank conflicts
     __syncthreads();

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
       sum = over_lanes(sum, lanes, Add());
       if (lane == 0 && channel < channels) to[channel] = from_float<scalar_t>(sum);
     }
-    __syncthreads();  // the next iteration overwrites the per-pixel values
+    __syncthreads();  // the next block writes what this one reads
   }
 }
 
