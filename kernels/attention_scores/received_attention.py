@@ -211,7 +211,7 @@ def received_kernel(
         logit = _logits(query, query_rest, key, key_rest, REST)
         peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
         inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
-        difference = tl.minimum(logit - peak[:, None], 0.0)  # a query of another segment may have a large one
+        difference = tl.minimum(logit - peak[:, None], 0.0)  # may be > 0 in another segment
         weights = tl.exp2(difference * sharpness) * inverse[:, None]
         received += tl.where((row[:, None] >= begin[None, :]) & (row[:, None] < end[None, :]), weights, 0.0)
     tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
