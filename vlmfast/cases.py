@@ -41,9 +41,7 @@ class Cases:
     projects: Mapping[str, Preparation] = field(default_factory=dict)  # peers of the projects in benchmarks/peers.py
     # The layers around a call as in a model, with "vlmfast" and with each peer, to compile and time
     layers: Mapping[str, Preparation] = field(default_factory=dict)
-    limits: Mapping[str, Preparation] = field(
-        default_factory=dict
-    )  # less work than any implementation, to time against
+    limits: Mapping[str, Preparation] = field(default_factory=dict)  # lower bounds of the work, to time against
     launches: int | Mapping[str, int] = 1  # kernels of a call; per backend if that differs
     requested: float = 1.1  # the most bytes that lanes load and store, in units of `bytes`; caches serve the excess
     compute_bound: str | None = None  # why memory traffic does not bound the op, and is not counted
