@@ -1,4 +1,4 @@
-"""RMSNorm in Triton. A row stays in registers between its two uses, so nothing is read twice."""
+"""RMSNorm in Triton. A row stays in registers between the reduction and its use, so nothing is read twice."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ MAX_HIDDEN = 8192  # rows twice as long would spill registers in the backward
 
 @triton.jit
 def _load_weight(weight_ptr, weight_offset, column, hidden, ROUNDED: tl.constexpr):
-    """Load what rows are multiplied by: ones where there is no weight. Rounded rows have no offset."""
+    """Load the factors of a row: the weight plus its offset, or ones without a weight. ROUNDED implies no offset."""
     if weight_ptr is None:
         weight = tl.full(column.shape, 1.0, tl.float32)
     else:
@@ -55,7 +55,7 @@ def rms_norm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Normalise h = x, or h = residual + x, which is then stored as the new residual."""
+    """Normalise h = x, or h = residual + x, which is also stored as the new residual."""
     hidden = aligned(hidden, ALIGNED)
     x_row_stride, residual_row_stride = aligned(x_row_stride, ALIGNED), aligned(residual_row_stride, ALIGNED)
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
@@ -101,13 +101,13 @@ def rms_norm_backward_kernel(
 ):
     """Store r * (g - n * mean(g * n)) with r the inverse rms, n = x * r, g = grad_output * weight.
 
-    A program walks over blocks of rows and keeps its share of the weight gradient in registers.
+    A program loops over blocks of rows and accumulates its share of the weight gradient in registers.
     """
     hidden = aligned(hidden, ALIGNED)
     grad_output_row_stride, x_row_stride = aligned(grad_output_row_stride, ALIGNED), aligned(x_row_stride, ALIGNED)
     grad_residual_row_stride = aligned(grad_residual_row_stride, ALIGNED)
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    # for each row, or the compiler spreads all rows over the threads as it does a single one
+    # Broadcast over the rows, or the compiler gives all rows the thread layout of the single row of weights.
     columns = tl.broadcast_to(column, (BLOCK_ROWS, BLOCK_COLUMNS))
     weight = _load_weight(weight_ptr, weight_offset, columns, hidden, ROUNDED)
     grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -116,12 +116,12 @@ def rms_norm_backward_kernel(
         mask = (row < rows) & (column < hidden)
         x = tl.load(x_ptr + row * x_row_stride + column, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_output_ptr + row * grad_output_row_stride + column, mask=mask, other=0.0).to(tl.float32)
-        if grad_residual_ptr is not None:  # loaded here, it is in flight with the others
+        if grad_residual_ptr is not None:  # loaded here, to be in flight together with x and grad
             grad_residual = tl.load(grad_residual_ptr + row * grad_residual_row_stride + column, mask=mask, other=0.0)
         inverse_rms = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / hidden + eps)
         normed = x * inverse_rms
         scaled = grad * weight
-        projection = tl.sum(scaled * normed, 1, keep_dims=True) / -hidden  # negated once, not for each element
+        projection = tl.sum(scaled * normed, 1, keep_dims=True) / -hidden  # negated per row, not per element
         grad_x = inverse_rms * (scaled + normed * projection)
         if grad_residual_ptr is not None:
             grad_x += grad_residual.to(tl.float32)
@@ -216,13 +216,13 @@ def rms_norm_backward(
 
 
 def _order(x: Tensor, weight: Tensor | None, variant: str) -> tuple[float, bool]:
-    """Say what is added to the weight, and whether rows are rounded before: in float32 there is nothing to round."""
+    """Return the offset of the weight, and whether rows are rounded before the weight, which float32 rows never are."""
     rounded = variant == "llama" and weight is not None and x.dtype != torch.float32
     return 1.0 if variant == "gemma" else -0.0, rounded  # -0.0 changes no number
 
 
 def _rows_or_none(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """View a tensor as rows, and say how far they are apart."""
+    """View a tensor as rows, and return their stride too; (None, 0) for None."""
     if x is None:
         return None, 0
     rows = as_rows(x)

@@ -1,4 +1,4 @@
-"""The product of an activated gate and what it lets through, in Triton: each element is read once."""
+"""The gated activation, activation(gate) * up, in Triton: each element is read once."""
 
 import functools
 from typing import Any
@@ -21,14 +21,14 @@ from vlmfast.kernels.common.launch import (
 
 @functools.lru_cache
 def config_for(hidden: int) -> RowsConfig:
-    """Give each thread 16 elements, for bfloat16 two 16-byte loads of each operand; a long row many programs."""
+    """Choose 16 elements per thread, two 16-byte loads of each bfloat16 operand. Long rows take several programs."""
     columns = min(1024, next_power_of_two(max(hidden, 1)))
     return RowsConfig(BLOCK_ROWS=min(64, 2048 // columns), BLOCK_COLUMNS=columns, num_warps=4)
 
 
 @triton.jit
 def _locate(rows, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Find the rows and columns of a program, and which of them there are."""
+    """Return the rows and columns of a program, and the mask of those that exist."""
     blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
     row = (tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -37,7 +37,7 @@ def _locate(rows, hidden, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr)
 
 @triton.jit
 def _inner(x):
-    """Compute what GELU takes the tanh of."""
+    """Compute the argument of the tanh in GELU."""
     return 0.7978845608028654 * (x + 0.044715 * (x * x * x))
 
 
@@ -61,7 +61,7 @@ def silu_mul_kernel(
     row, column, mask = _locate(rows, hidden, BLOCK_ROWS, BLOCK_COLUMNS)
     gate = tl.load(gate_ptr + row * gate_row_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_row_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if GELU:  # by way of the tanh, whose rounding decides the last bits of what is far below zero
+    if GELU:  # computes the tanh, as torch does: far below zero its rounding decides the last bits of the result
         inner = _inner(gate)
         tanh = 1 - 2 / (tl.exp(2 * tl.abs(inner)) + 1)
         activated = 0.5 * gate * (1 + tl.where(inner < 0, -tanh, tanh))
@@ -102,7 +102,7 @@ def silu_mul_backward_kernel(
         slope = 1.5957691216057308 * (1 + 0.134145 * gate * gate)
     power = tl.exp(-z)
     share = 1 / (1 + power)
-    rest = tl.where(share == 0, 1.0, power * share)  # 1 - share, without its rounding
+    rest = tl.where(share == 0, 1.0, power * share)  # 1 - share, without cancellation
     grad_gate = grad * up * share * (1 + gate * slope * rest)
     dtype = grad_gate_ptr.dtype.element_ty
     tl.store(grad_gate_ptr + row * hidden + column, grad_gate.to(dtype), mask=mask)

@@ -10,7 +10,7 @@ from vlmfast.registry import explain, use
 from vlmfast.repacking import repack
 
 __version__ = "0.1.0"
-backends.load_extension()  # here: a graph that was saved with its ops loads once this package is imported
+backends.load_extension()  # at import, so that a saved graph with compiled ops can be loaded
 globals().update(PUBLIC | CLASSES)  # their types are in __init__.pyi, which `make docs` writes
 __all__ = [
     *PUBLIC,

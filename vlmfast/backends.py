@@ -1,4 +1,4 @@
-"""How each backend is found. A loader returns the backend of one op, or a sentence that says why there is none."""
+"""The loaders of the backends. A loader returns the backend of one op, or a sentence that says why there is none."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from vlmfast.torch_internals import function_of, has_kernel
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op; it is called with positional arguments."""
+    """One implementation of one op, called with positional arguments."""
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]  # why this call cannot run here, or None
-    absent_on: Callable[[Tensor], str | None] = lambda x: None  # why it has no kernel where this tensor lies, or None
+    absent_on: Callable[[Tensor], str | None] = lambda x: None  # why it has no kernel on this tensor's device, or None
     absent: str | None = None  # why there is no such backend at all
 
 
-# Subclasses of Tensor (DTensor, nested tensors, ...) have no memory of their own that a kernel could read.
+# Other subclasses of Tensor (DTensor, nested tensors, ...) may own no memory that a kernel could read.
 PLAIN = (Tensor, torch.nn.Parameter)
-SCALARS = frozenset((float, int, bool, str, type(None)))  # an isinstance, which asks Tensor's metaclass, costs 0.06 us
+SCALARS = frozenset((float, int, bool, str, type(None)))  # isinstance would cost 0.06 us in Tensor's metaclass
 OLDEST_GPU = divmod(min(CUDA), 10)
 
 
 def absent(name: str, reason: str) -> Backend:
-    """Make the stand-in of a backend that is not there: it refuses every call."""
+    """Make the stand-in for an absent backend, which refuses every call."""
     return Backend(name, lambda *_: None, lambda *_: reason, lambda x: reason, reason)
 
 
 def loader(name: str) -> Callable[[str, str, Callable[..., Any]], Backend | str]:
-    """Return what loads the backend of that name; ValueError where only VLMFAST_BACKEND can have named it."""
+    """Return the loader of a backend; raise ValueError for an unknown name, which only VLMFAST_BACKEND can hold."""
     if name not in LOADERS:
         raise ValueError(f"VLMFAST_BACKEND must be one of {', '.join(LOADERS)}, got {name!r}")
     return LOADERS[name]
@@ -59,13 +59,13 @@ def subclass(value: Tensor) -> str:
 
 @functools.cache
 def _gpus_are_new_enough() -> bool:
-    """Ask with a GPU tensor at hand only: the answer initialises CUDA, after which a process must not fork."""
+    """Return whether all GPUs are supported. Call it for GPU tensors only: it initialises CUDA, which forbids forks."""
     devices = range(torch.cuda.device_count())
     return min(torch.cuda.get_device_capability(index) for index in devices) >= OLDEST_GPU
 
 
 def contiguous(output: Any) -> Any:
-    """Make the outputs contiguous, as those of every op are, whatever the layout of its inputs."""
+    """Make the outputs contiguous, as every op promises."""
     if isinstance(output, tuple):
         return tuple(contiguous(o) for o in output)
     return output.contiguous()
@@ -89,7 +89,7 @@ def compiled_backend(
 ) -> Backend | str:
     """Make a backend of the compiled op in one torch library namespace.
 
-    ``mixed`` says whether the CPU kernels take a call whose tensors are of several dtypes: by default, none.
+    ``mixed`` tells whether the CPU kernels take a call with tensors of several dtypes; by default they take none.
     """
     packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
@@ -106,14 +106,14 @@ def compiled_backend(
                 if kind not in SCALARS and isinstance(value, Tensor):
                     return subclass(value)
                 continue
-            found = value.dtype  # read once: each attribute of a tensor costs 0.05 us and more
+            found = value.dtype  # read once: each attribute of a tensor costs at least 0.05 us
             if found is dtype:
                 continue
             if found.is_floating_point:
                 if dtype is not None and not (mixed is not None and value.is_cpu and mixed(*args)):
                     return f"the tensors are of several dtypes ({dtype} and {found})"
                 dtype = found
-            # not value.device.type, which costs 0.4 us
+            # value.device.type would cost 0.4 us
             if not ((value.is_cpu and on_cpu) or (value.is_cuda and on_gpu and _gpus_are_new_enough())):
                 return f"the extension has no {op} for device {value.device.type}"
         return None

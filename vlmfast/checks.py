@@ -49,7 +49,7 @@ def same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None
 def epsilon(name: str, value: object) -> None:
     """Raise unless ``value`` is a finite number >= 0."""
     if type(value) is float and 0.0 <= value < math.inf:
-        return  # what nearly every call brings
+        return  # the fast path of nearly every call
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (math.isfinite(value) and value >= 0):
@@ -63,7 +63,7 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def integer(name: str, value: object) -> None:
-    """Raise unless ``value`` is an int, or what a tracer has in its place."""
+    """Raise unless ``value`` is an int, or a tracer's stand-in for one."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
@@ -76,13 +76,13 @@ def within(name: str, value: int, most: int, of: str, *sizes: int) -> None:
 
 
 def expect(condition: Tensor, message: str) -> None:
-    """Raise on a CPU, trip a device-side assertion on a GPU: neither waits for the device."""
+    """Raise on a CPU, or fail a device-side assertion on a GPU, without a synchronisation."""
     if not in_function_transform():  # vmap has no rule for it
         assert_async(condition, message)
 
 
 def on_host(value: Tensor) -> bool:
-    """Tell whether the numbers in ``value`` can be read without waiting for a device: not a tracer's or vmap's."""
+    """Return whether the values can be read without a synchronisation; not those of a tracer or of vmap."""
     if not value.is_cpu or type(value) is not Tensor or torch.compiler.is_compiling():
         return False
     return not (dispatch_modes() or in_function_transform())

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and the error that is one line and no stack trace."""
+"""Shared by the commands: where they print, and errors of one line without a stack trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEFAULT = "default: %(default)s"  # of an argument's help
 
 
 class CommandError(Exception):
-    """Something that the user can put right; the command prints it and ends with exit code 2."""
+    """An error that the user can correct: the command prints it and exits with code 2."""
 
 
 def positive(text: str, least: int = 1) -> int:
@@ -48,21 +48,21 @@ def seconds(text: str) -> float:
 
 
 class _Console(Console):
-    """A console that leaves a pipe that nobody reads to `vlmfast.cli.entry`; rich would end with the exit code 1."""
+    """A console that leaves broken pipes to `vlmfast.cli.entry`; rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise what was raised."""
+        """Raise the error again."""
         raise BrokenPipeError
 
 
 def console(columns: int = 120) -> Console:
-    """Return the terminal; in a pipe or a CI log, where only COLUMNS can tell the width, lines of up to ``columns``."""
+    """Return the console: as wide as the terminal or COLUMNS, else, in a pipe or a CI log, ``columns`` wide."""
     told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").strip("0").isdecimal()
     return _Console(width=None if told else columns, highlight=False)
 
 
 def needed(package: str, what: str) -> None:
-    """Refuse what the user asked for where the package that it needs is not installed."""
+    """Raise a `CommandError` if a package that the command needs is not installed."""
     if importlib.util.find_spec(package) is None:
         raise CommandError(f"{what} needs {package}, which is not installed")
 
@@ -82,12 +82,12 @@ def one_line(error: BaseException) -> str:
 
 
 def table(*columns: str) -> Table:
-    """Make an empty table in the style of all commands; where it is narrow, a word too long goes on below."""
+    """Make an empty table in the style of all commands; words that are too long for a column are folded."""
     return Table(*(Column(head, overflow="fold") for head in columns), box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def writable(argument: str, path: Path | None, make_folder: bool = False) -> None:
-    """Refuse now what would fail after a whole run: a path of an argument to which nothing can be written."""
+    """Raise a `CommandError` for an output path that cannot be written, before the run rather than after it."""
     if path is None:
         return
     try:
@@ -96,7 +96,7 @@ def writable(argument: str, path: Path | None, make_folder: bool = False) -> Non
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
-        path.open("ab").close()  # permissions do not tell of a file system that only reads
+        path.open("ab").close()  # permissions do not show a read-only file system
         if is_new:
             path.unlink()
     except OSError as error:
@@ -109,17 +109,17 @@ def facts() -> Table:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """Return what torch knows of the CPU, {"avx2": True, "cpu_name": "..."}; nothing where torch is too old to tell."""
+    """Return torch's description of the CPU, {"avx2": True, "cpu_name": "..."}; empty if torch is too old."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def usable_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the one to use where none was named."""
+    """Return the device of that name, or the default one if none is named."""
     if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
         raise CommandError(f"--device: cannot use {name}: torch sees no GPU")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # is it there?
+        torch.zeros(1, device=device).item()  # fails if the device is absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"--device: cannot use {name}: {one_line(error)}") from error
     return device

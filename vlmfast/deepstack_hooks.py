@@ -157,8 +157,8 @@ def deepstack(
             f"levels must fit into layers: the last of {len(levels)} would go to layer {last} (start {start}, "
             f"interval {interval}), and there are {len(layers)} layers"
         )
-    positions = positions.clone()  # a later change in place must not part it from the index
-    # one prefix sum for all levels; on a CPU checking an index would cost as much as counting anew
+    positions = positions.clone()  # a later in-place change must not make it differ from the index
+    # One prefix sum for all levels. On a CPU, checking an index would cost as much as counting again.
     index = None if positions.is_cpu else row_index(positions)
     handle = DeepStack()
     try:
@@ -167,7 +167,7 @@ def deepstack(
             if number == 0:
                 hook = layers[0].register_forward_pre_hook(adding.enter, with_kwargs=True)
             else:
-                hook = layers[number - 1].register_forward_hook(adding.leave, prepend=True)  # before what records
+                hook = layers[number - 1].register_forward_hook(adding.leave, prepend=True)  # before hooks that record
             handle._hooks.append(hook)
     except BaseException:
         handle._end(warn=False)
@@ -177,7 +177,7 @@ def deepstack(
 
 
 class _Adding:
-    """The hooks that add one level. They count nothing: gradient checkpointing may run them twice."""
+    """The hooks that add one level. They keep no count of calls, because gradient checkpointing may run them twice."""
 
     def __init__(self, handle: DeepStack, level: Tensor, positions: Tensor, index: Tensor | None) -> None:
         self.level, self.positions, self.index = level, positions, index
@@ -185,26 +185,26 @@ class _Adding:
         def note() -> None:
             handle._added = True
 
-        # torch.compile calls it while tracing: the graph of a checkpointed layer must have no side effects
+        # torch.compile calls it while tracing, because the graph of a checkpointed layer must have no side effects.
         torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
         self.note = note
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Add to what the first layer is called with."""
+        """Add the level to the hidden states that the first layer is called with."""
         what = f"called with hidden states (B, T, D), first or as hidden_states, and {type(layer).__name__} was not"
         if args:
             return (self.add(args[0], what), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.add(kwargs.get("hidden_states"), what)}
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Add to what the layer in front returns."""
+        """Add the level to the hidden states that the previous layer returns."""
         what = f"such as return hidden states (B, T, D), alone or first, and {type(layer).__name__} does not"
         if isinstance(output, tuple):
             return self.add(output[0] if output else None, what), *output[1:]
         return self.add(output, what)
 
     def add(self, hidden_states: object, what: str) -> Tensor:
-        """Return the hidden states with the level, those of a cached step as they are."""
+        """Return the hidden states plus the level, or unchanged in a cached step."""
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3:
             raise TypeError(f"layers must be {what}")
         positions, level = self.positions, self.level

@@ -1,8 +1,8 @@
 """The function that a user calls, made of an op's definition: what eager code, gradients and tracers run.
 
-Eager code goes straight to the backend that the registry chooses, past torch's dispatcher. torch.compile and modes that
-watch operators see one op of the library ``vlmfast``, which does the same when it runs: a barrier to fusion. Where that
-loses (`Op.inlined`), and for exporters, the definition is traced.
+Eager code calls the backend that the registry chooses directly, without torch's dispatcher. torch.compile, and modes
+that watch operators, see one op of the library ``vlmfast``, which calls the same backend when it runs but is a barrier
+to fusion. If fusion would be faster (`Op.inlined`), and for exporters, the definition is traced instead.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def accepting(function: OpFunction[..., R], *tensors: Tensor) -> Callable[..., R
 
 
 def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
-    """Copy a function under another name, which is what Python calls it where an argument is missing."""
+    """Copy a function under another name, which Python shows in the error for a missing argument."""
     found = cast("types.FunctionType", function)
     copy = types.FunctionType(found.__code__, found.__globals__, name, found.__defaults__, found.__closure__)
     copy.__kwdefaults__, copy.__qualname__ = found.__kwdefaults__, name
@@ -93,28 +93,28 @@ def _function(entry: Op) -> Callable[..., Any]:
 
     @functools.wraps(entry.reference)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Who traces or watches operators must see some. Everybody else is spared the dispatcher: define/impl costs
-        # 1.5 us a call, custom_op 8 us.
+        # Tracers and modes that watch operators need a dispatched op. All other calls skip the dispatcher, which costs
+        # 1.5 us per call with define/impl and 8 us with custom_op.
         if is_compiling() or dispatch_modes() or is_jit_tracing():
             return define(*args, **kwargs) if is_inlined(args, kwargs) else node(*args, **kwargs)
         check(*args, **kwargs)
         if in_function_transform() or forward_mode._current_level >= 0:
             return entry.run_definition(*args, **kwargs)
-        if kwargs:  # which every call on the way down would pay for
+        if kwargs:  # made positional here, because every call further down would pay for keywords
             args = entry.positional(args, kwargs)
         if is_grad_enabled() and any_requires_grad(*args):
             if scores:
                 args, _ = detached(args, {})
             elif differentiable is not None:
                 return differentiable.apply(*args, *defaults[len(args) :])
-        return choose(*args).run(*args)  # not `run`: a frame costs 0.1 us, and 0.6 where a large op emptied the caches
+        return choose(*args).run(*args)  # not `run`: its frame costs 0.1 us, and 0.6 us with cold caches
 
     call.op = entry  # type: ignore[attr-defined]
     return call
 
 
 def _composed_function(entry: Op) -> Callable[..., Any]:
-    """Make the function that a user calls, for an op made of others: tracers and gradients see those."""
+    """Make the function that a user calls, for an op made of other ops, which tracers and autograd see."""
     compose, defaults = cast("Callable[..., Any]", entry.compose), entry.parameters[1]
     is_inlined, define = _inlining(entry, entry.check)
 
@@ -137,20 +137,20 @@ def _composed_function(entry: Op) -> Callable[..., Any]:
 
 @constant_result
 def _compiled_inline(name: str, device: str) -> bool:
-    """Tell whether a graph of torch.compile has the definition; of torch.export, every one."""
+    """Return whether a graph traces the definition: under torch.compile if inlined there, under torch.export always."""
     return torch.compiler.is_exporting() or device in OPS[name].inlined
 
 
 @constant_result
 def _checked_by(compiling: bool, dtypes: list[torch.dtype]) -> str | None:
-    """Tell how a call whose definition is traced is checked: in "Python", by the op's "fake", or not at all.
+    """Return how a call whose definition is traced is checked: in "Python", by the op's "fake", or not at all.
 
-    What a check reads would cost a compiled graph 1 us a call. So Python runs it there only where it refuses a dtype,
-    which the caller can catch; the fake of the op does for all else. While torch.jit traces, sizes are tensors, and no
-    sizes to a check.
+    Guards on what a check reads would cost a compiled graph 1 us per call. Under torch.compile, Python therefore runs
+    the check only if it refuses a dtype, which the caller can catch; otherwise the op's fake runs it. torch.jit traces
+    sizes as tensors, which checks cannot take.
     """
     refused = any(dtype.is_floating_point and dtype not in DTYPES for dtype in dtypes)
-    if refused or in_function_transform() or forward_mode._current_level >= 0:  # for which the op has no rule
+    if refused or in_function_transform() or forward_mode._current_level >= 0:  # the op has no rule for these
         return "Python"
     if compiling:  # which is not so in here
         return None if torch.compiler.is_exporting() else "fake"
@@ -158,9 +158,9 @@ def _checked_by(compiling: bool, dtypes: list[torch.dtype]) -> str | None:
 
 
 def _inlining(entry: Op, overload: Callable[..., Any]) -> tuple[Callable[..., bool], Callable[..., Any]]:
-    """Make what tells whether who traces a call is given the definition, and what gives it.
+    """Make the predicate for whether a traced call inlines the definition, and the function that inlines it.
 
-    All that torch.compile reads here is read again at each call of the graph: a variable costs less than an attribute.
+    torch.compile guards all that is read here at each call of the graph, so these are variables, not attributes.
     """
     name, check, first = entry.name, entry.check, entry.parameters[0][0]
     definition = entry.definition if entry.detached else entry.reference
@@ -175,7 +175,7 @@ def _inlining(entry: Op, overload: Callable[..., Any]) -> tuple[Callable[..., bo
         how = _checked_by(is_compiling(), [x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor)])
         if how == "Python":
             check(*args, **kwargs)
-        elif how == "fake":  # nothing reads what comes of it: compilers leave it out of the graph, "eager" runs it
+        elif how == "fake":  # its result is unused: compilers drop it from the graph, "eager" runs it
             overload(*args, **kwargs)
         return contiguous(definition(*args, **kwargs))
 
@@ -190,8 +190,8 @@ def _register_with_torch(entry: Op) -> Callable[..., Any]:
         entry.check(*args, **kwargs)
         return contiguous(entry.reference(*args, **kwargs))
 
-    # The dispatcher drops arguments equal to their schema default before it calls `entry.run`: the defaults of
-    # every backend must therefore equal the definition's (tests/test_static.py).
+    # The dispatcher drops arguments that equal their schema default before it calls `entry.run`, so the defaults of
+    # every backend must equal those of the definition (tests/test_static.py checks that).
     torch.library.define(qualified, torch.library.infer_schema(entry.reference, mutates_args=()))
     torch.library.impl(qualified, "CompositeExplicitAutograd", entry.run)
     torch.library.register_fake(qualified, fake)
@@ -201,7 +201,7 @@ def _register_with_torch(entry: Op) -> Callable[..., Any]:
 
 
 def _backward(entry: Op) -> Callable[..., Any]:
-    """Complete an op's formula: one gradient for each input, and none where no output has one."""
+    """Complete an op's backward: return one gradient per input, and none at all if no output has a gradient."""
     formula, inputs = cast("Any", entry.gradients)[1], len(entry.parameters[0])
 
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Values that the host needs to know: asked for once, and what it makes of them sent without waiting."""
+"""Values that the host needs: copied from the device once and kept, and sent back without a synchronisation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 def is_traced() -> bool:
-    """Tell whether this code runs once for a graph that runs again without it."""
+    """Return whether this code runs under a tracer or a capture, whose graph later runs without it."""
     return bool(torch.compiler.is_compiling() or is_jit_tracing())
 
 
 def notices_writes(tensor: Tensor) -> bool:
-    """Tell whether a write to the tensor changes its version, so that what was made of its values can be kept.
+    """Return whether a write to the tensor changes its version, so that results from its values may be kept.
 
-    Inference tensors do not count their versions, and a traced or captured graph runs again without this code. The
-    memory of a CPU tensor may be that of an array, and asking for its values is no wait.
+    Inference tensors have no version counter, and a traced or captured graph runs again without this code. CPU tensors
+    are excluded too: their memory may be shared with an array, and reading them needs no synchronisation.
     """
     if tensor.is_cpu or tensor.is_inference() or is_traced():
         return False
@@ -30,9 +30,9 @@ def notices_writes(tensor: Tensor) -> bool:
 
 
 def kept(tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-    """Return what ``make`` makes of a tensor: once for its values, where writes to it are noticed.
+    """Return what ``make`` computes from a tensor, computed once per version of its values if writes are noticed.
 
-    It is kept on the tensor, which no two calls share unless they are given the same one.
+    The result is kept on the tensor object, so only calls that are given the same object share it.
     """
     if not notices_writes(tensor):
         return make(tensor)
@@ -44,13 +44,13 @@ def kept(tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
 
 
 def keep(tensor: Tensor, name: str, value: object) -> None:
-    """Keep on a tensor what is known of its values, for `kept`."""
+    """Store on a tensor a result from its values, for `kept`."""
     if notices_writes(tensor):
         setattr(tensor, name, (tensor._version, value))
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Return what a tensor holds on the host, kept on it: the sizes of images, which several modules are given."""
+    """Return the values of a tensor on the host, and keep them on it: several modules ask for the sizes of images."""
     return tensor if tensor.is_cpu else kept(tensor, "_on_host", _copied)
 
 
@@ -60,13 +60,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors to the host with one wait for each device: the copies of one stream end in their order."""
+    """Copy tensors to the host with one wait per device, which suffices because copies of one stream end in order."""
     last = {tensor.device: number for number, tensor in enumerate(tensors) if tensor.numel()}
     return [tensor.to("cpu", non_blocking=number != last.get(tensor.device)) for number, tensor in enumerate(tensors)]
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """Copy tensors to a device; those of the host without waiting for it."""
+    """Copy tensors to a device, without waiting for copies from the host."""
     if device.type == "cuda":
         tensors = tuple(tensor.pin_memory() if tensor.is_cpu else tensor for tensor in tensors)
     return [tensor.to(device, non_blocking=device.type != "cpu") for tensor in tensors]

@@ -28,7 +28,7 @@ INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16"
 def info(_: Namespace) -> None:
     """Print versions, devices, what each backend can do, and what can be patched.
 
-    What is broken is a line that says so.
+    A part that is broken is reported in its line.
     """
     out = console()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -59,7 +59,7 @@ def _argument(name: str, value: Any) -> str:
 def _attempt(function: Callable[..., T], *args: Any) -> T | str:
     try:
         return function(*args)
-    except Exception as error:  # this command is for finding out what is broken
+    except Exception as error:  # reported, not raised: the command shows what is broken
         return f"broken: {one_line(error)}"
 
 
@@ -138,7 +138,7 @@ def _first_backend(op: Op, device: str) -> str:
 
 
 def _bodies() -> Table:
-    """Say which methods each function replaces."""
+    """Return which methods each function replaces."""
     rows = table("replacement", "what it replaces")
     said = defaultdict(list)
     for body in BODIES:

@@ -1,4 +1,4 @@
-"""Find the Hugging Face model in a module, and tell what others did to modules: hooks, methods on instances."""
+"""Finds the Hugging Face model in a module, and detects changes by other code: hooks, methods set on instances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from vlmfast.torch_internals import is_compiling
 
 M = TypeVar("M", bound=nn.Module)
-_LINEAR = nn.Linear.forward  # somebody may replace it, for all of them
+_LINEAR = nn.Linear.forward  # the original, because other code may replace it for all instances
 
 
 def hugging_face_model(model: object) -> nn.Module:
@@ -44,10 +44,10 @@ def hugging_face_model(model: object) -> nn.Module:
 
 
 def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) -> str | None:
-    """Say on how many of these modules of ``cls`` somebody else replaced the method, which would hide ours."""
+    """Count the modules of ``cls`` on which other code replaced the method, which would hide a patch of the class."""
     modules, taken = list(modules), 0
     for module in modules:
-        # accelerate's hooks call the method that they keep here; `kernelize` assigns to the instance
+        # accelerate's hooks keep the method that they call here; `kernelize` assigns it to the instance.
         kept = vars(module).get(f"_old_{method}" if "_hf_hook" in vars(module) else method)
         own = getattr(cls, method)
         if kept is not None and made_around(kept, own, own) is None:
@@ -58,7 +58,7 @@ def replaced_on_instances(modules: Iterable[nn.Module], cls: type, method: str) 
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """Have a module's own parameters loaded, which accelerate offloads until the module is called."""
+    """Load a module's own parameters, which accelerate offloads until the module is called."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None or not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield
@@ -71,11 +71,11 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def made_around(wrapper: Any, old: Any, new: Any) -> Any:
-    """Make a wrapper of ``old`` anew around ``new``, such as accelerate's of a ``forward`` for mixed precision.
+    """Copy a wrapper of ``old``, such as accelerate's wrapper of ``forward`` for mixed precision, to wrap ``new``.
 
     Returns:
-        A twin of ``wrapper``, which stays as it is: copies of a model share it. None if it does not wrap ``old``, or
-        not so that one can tell: by bound methods, and by functions and objects that hold their ``__wrapped__``.
+        A copy of ``wrapper``, which itself is not changed, because copies of a model share it. None if it does not wrap
+        ``old`` in a way that can be recognised: as a bound method, or in a function or object with ``__wrapped__``.
     """
     if wrapper is old:
         return new
@@ -84,7 +84,7 @@ def made_around(wrapper: Any, old: Any, new: Any) -> Any:
         return None if inner is None else MethodType(inner, wrapper.__self__)
     attributes = getattr(wrapper, "__dict__", {})
     wrapped = attributes.get("__wrapped__")
-    if wrapped is None or "_torchdynamo_orig_callable" in attributes:  # what is compiled would not be compiled anew
+    if wrapped is None or "_torchdynamo_orig_callable" in attributes:  # a copy would not be compiled again
         return None
     inner = made_around(wrapped, old, new)
     cells = getattr(wrapper, "__closure__", None) or ()
@@ -105,12 +105,12 @@ def made_around(wrapper: Any, old: Any, new: Any) -> Any:
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # of what is not there yet
+    except ValueError:  # an empty cell
         return None
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Tell whether a call runs the ``forward`` of the class and nothing else: no hook, nothing put on the instance."""
+    """Return whether a call runs only the ``forward`` of the class, without hooks or a ``forward`` on the instance."""
     return not (
         module._forward_pre_hooks
         or module._forward_hooks
@@ -123,25 +123,25 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module | None, cls: type[M]) -> TypeGuard[M]:
-    """Tell whether calling the module does what ``cls`` does and nothing else."""
+    """Return whether calling the module does what ``cls`` does and nothing else."""
     return type(module) is cls and is_bare(module)
 
 
 def project(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     """Return ``owner.<name>(x)`` of a projection.
 
-    Where that comes to `torch.nn.functional.linear` and nothing else, this is what is called: the way through a module
-    costs the host 5 us, as much as the launch, and a decoder layer has seven of them.
+    If that is only a `torch.nn.functional.linear`, it is called directly: calling the module costs the host 5 us, as
+    much as the launch, and a decoder layer has seven projections.
     """
     module = owner._modules.get(name)
     if not is_compiling() and is_plain(module, nn.Linear) and nn.Linear.forward is _LINEAR:
         parameters = module._parameters
-        if "weight" in parameters and "bias" in parameters:  # a shard of FSDP keeps them elsewhere
+        if "weight" in parameters and "bias" in parameters:  # FSDP keeps its shards elsewhere
             return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
     projected: Tensor = getattr(owner, name)(x)
     return projected
 
 
 def calls_early(module: nn.Module) -> bool:
-    """Tell whether a call runs something before the ``forward`` of the class: a hook, a method on the instance."""
+    """Return whether a call runs anything before the ``forward`` of the class: a hook, or a method on the instance."""
     return bool(module._forward_pre_hooks) or "forward" in vars(module)

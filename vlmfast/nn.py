@@ -1,4 +1,4 @@
-"""Modules made of vlmfast's ops, with weights that existing checkpoints fit."""
+"""Modules made of vlmfast's ops, whose parameters match existing checkpoints."""
 
 from __future__ import annotations
 
@@ -143,12 +143,12 @@ def apply_shuffled(
 ) -> Tensor:
     """Apply modules, one after the other, to ``pixel_shuffle(x, ...)``.
 
-    A LayerNorm, a Linear and a GELU in front are one `vlmfast.pixel_shuffle_linear`, unless a module is of another
-    class, even a derived one, or has hooks, as those of PEFT, of quantisers and of accelerate do, or ``x`` has a dtype
-    that the ops do not take.
+    A leading LayerNorm, Linear and GELU are computed by one `vlmfast.pixel_shuffle_linear`, unless one of them is of
+    another class, even a derived one, or has hooks, like modules of PEFT, of quantisers and of accelerate, or ``x`` has
+    a dtype that the ops do not take.
 
     Args:
-        modules: what follows the shuffle.
+        modules: the modules that follow the shuffle.
         x: (B, height * width, C) of the dtype of the modules, row-major patches; any strides.
         grid: (height, width) of the patches, both divisible by ``scale``; None for a square.
         scale: patches along each side of a token.

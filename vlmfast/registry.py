@@ -41,19 +41,19 @@ class Op:
     package: str  # vlmfast.ops.<family>, where the definition and the cases are
     reference: Callable[..., Any]  # the definition
     check: Callable[..., None]  # raises ValueError or TypeError on a bad call
-    # (setup_context, backward), as torch.library.register_autograd takes them; the last inputs' gradients may be left
-    # out, and backward is called only with the gradient of an output
+    # (setup_context, backward), as for torch.library.register_autograd, except that backward may leave out the
+    # gradients of the last inputs, and is called only if at least one output has a gradient.
     gradients: tuple[Callable[..., None], Callable[..., Any]] | None = None
-    exact: bool = False  # nothing is summed: every backend gives the same bits
-    detached: bool = False  # the outputs are scores or positions: they carry no gradient, whatever the inputs do
-    # Types of devices on which a compiled graph has the definition in place of the op: with what stands around it,
-    # Inductor makes something of it that is as fast as the kernel. Elsewhere the op is one node of the graph.
+    exact: bool = False  # no sums: all backends are bit-identical
+    detached: bool = False  # the outputs are scores or positions and never carry a gradient
+    # Device types on which a compiled graph contains the definition rather than the op, because Inductor fuses it with
+    # its surroundings into code as fast as the kernel. On others the op is one node of the graph.
     inlined: tuple[str, ...] = ()
-    # An op made of other ops: what runs in place of the definition, given all arguments by position, and the ops in it
-    # that backends provide. It is traced through and differentiated through.
+    # For an op made of other ops: the function that runs in place of the definition, with all arguments positional, and
+    # the ops in it that backends provide. Tracers and autograd see these ops.
     compose: Callable[..., Any] | None = None
     parts: tuple[str, ...] = ()
-    _cases: Cases | None = field(default=None, repr=False)  # in place of those found by name
+    _cases: Cases | None = field(default=None, repr=False)  # overrides those found by name
     _loaded: dict[str, backends.Backend] = field(default_factory=dict, repr=False)
 
     @property
@@ -88,11 +88,11 @@ class Op:
 
     @property
     def differentiable(self) -> bool:
-        """Whether a gradient can pass on a backend other than the definition."""
+        """Whether backends other than the definition support gradients."""
         return self.gradients is not None or self.compose is not None
 
     def backend(self, name: str) -> backends.Backend:
-        """Load the backend of that name; one that is absent refuses every call with the reason."""
+        """Load the backend of that name; an absent one refuses every call with the reason."""
         found = self._loaded.get(name)
         if found is None:
             composed = self.compose is not None and name != "torch"
@@ -119,13 +119,13 @@ class Op:
             yield name, self.backend(name).unsupported(*args)
 
     def definition(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the definition as a backend runs: with contiguous outputs, which carry no gradient where none is due."""
+        """Run the definition like a backend: with contiguous outputs, detached if the op is."""
         if self.detached:
             args, kwargs = detached(args, kwargs)
         return backends.contiguous(self.reference(*args, **kwargs))
 
     def run_definition(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the definition for a derivative that only it has: forward mode, torch.func, a gradient's gradient."""
+        """Run the definition for derivatives that only it has: forward mode, torch.func, double backward."""
         if "torch" not in order.get():
             pinned = ", ".join(order.get())
             raise RuntimeError(
@@ -144,7 +144,7 @@ class Op:
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
 
     def run(self, *args: Any) -> Any:
-        """Run a checked call without recording a gradient; one of an op made of others gives every argument."""
+        """Run a checked call without recording a gradient; a composed op needs every argument."""
         return self.choose(*args).run(*args)
 
 
@@ -159,7 +159,7 @@ def _reason(reasons: Mapping[str, str | None]) -> str | None:
 
 
 def detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cut the tensors of a call off from the graph of the gradients."""
+    """Detach the tensors among the arguments of a call."""
 
     def detach(value: Any) -> Any:
         return value.detach() if isinstance(value, Tensor) else value
@@ -176,8 +176,8 @@ def _refuse_gradients(unsupported: Callable[..., str | None], *args: Any) -> str
 OPS: dict[str, Op] = {}
 
 
-# The names of the backends that a call may run on, the preferred first; a pinned one stands alone. A name that is none
-# is refused by `backends.loader` when an op is called: an import that raises leaves a command nothing to say it with.
+# The backends that a call may run on, in order of preference; a pinned backend is the only one. An unknown name is
+# refused by `backends.loader` when an op is called, not at import, so that commands can report it.
 _pinned = os.environ.get("VLMFAST_BACKEND")
 order: ContextVar[Iterable[str]] = ContextVar("vlmfast_backends", default=(_pinned,) if _pinned else backends.LOADERS)
 
@@ -186,9 +186,9 @@ order: ContextVar[Iterable[str]] = ContextVar("vlmfast_backends", default=(_pinn
 def use(backend: str) -> Iterator[None]:
     """Run every op inside the block on one backend; a call that it cannot run raises its reason.
 
-    It holds for this thread, and for the backward of what ran inside. The ops that are nodes of a compiled graph follow
-    the pin of the moment in which it runs, forward or backward; where a tracer got an op's definition, there is nothing
-    to pin.
+    The pin holds for this thread, and for the backward of what ran inside the block. Ops that are nodes of a compiled
+    graph follow the pin at the time when the graph runs, forward or backward. Definitions that were traced into a graph
+    cannot be pinned.
 
     Args:
         backend: "native", "triton" or "torch".
@@ -207,12 +207,12 @@ def use(backend: str) -> Iterator[None]:
 
 @contextmanager
 def override(entry: Op, name: str, backend: backends.Backend | str) -> Iterator[None]:
-    """Put a backend, or the reason why there is none, in the place of an op's own inside the block.
+    """Replace a backend of an op, or make it absent for a reason, inside the block.
 
     Args:
         entry: the op, as ``vlmfast.rms_norm.op``.
         name: "native", "triton" or "torch".
-        backend: what runs, or a sentence.
+        backend: the backend that runs, or a sentence that says why there is none.
     """
     before = entry.backend(name)
     entry._loaded[name] = backends.absent(name, backend) if isinstance(backend, str) else backend

@@ -1,4 +1,4 @@
-"""Padding that stands between image and text, moved to one side of each sequence."""
+"""Moves the padding between image and text to one side of each sequence."""
 
 from __future__ import annotations
 

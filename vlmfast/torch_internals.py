@@ -1,4 +1,4 @@
-"""The state of torch that each call of an op asks for, some of it under private names: all of those are here."""
+"""The state of torch that each call of an op reads. Every private name of torch that the ops use is in this file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
-any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # in half the time of a loop in Python
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # twice as fast as a loop in Python
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # what other tracers are, but for torch.jit's
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # all tracers but torch.jit's are such modes
 is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 forward_mode = forward_ad  # its `_current_level` is -1 outside; a function that reads it would cost 0.03 us
@@ -24,23 +24,23 @@ assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
 
 
 def constant_result(function: Function) -> Function:
-    """Have torch.compile call a function while it traces, and guard nothing that this reads.
+    """Mark a function that torch.compile calls while tracing, without guards on what the function reads.
 
-    As `torch.compiler.assume_constant_result`, which imports torch._dynamo: that takes a second.
+    Does what `torch.compiler.assume_constant_result` does, without its import of torch._dynamo, which takes a second.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def exporting() -> bool:
-    """Tell whether a graph is traced that may run where this package is not: by torch.export, torch.jit or make_fx."""
+    """Return whether torch.export, torch.jit or make_fx traces a graph that may run without this package."""
     if torch.compiler.is_exporting() or is_jit_tracing():
         return True
-    # what torch.compile does with a graph of its own is traced by the same mode as make_fx
+    # torch.compile traces its own graphs by the same mode as make_fx.
     return get_proxy_mode() is not None and TracingContext.try_get() is None
 
 
 def function_of(overload: Any) -> Callable[..., Any]:
-    """Return what the overload of a compiled op would call, which saves 0.2 us."""
+    """Return the function behind the overload of a compiled op, which saves 0.2 us per call."""
     function: Callable[..., Any] = overload._op
     return function

@@ -1,5 +1,5 @@
-// Tiles of query @ key^T for kernels that look at an attention map without storing it: the rows of a block stay where
-// they are, the others stream past. In half precision on tensor cores, else with plain multiply-adds.
+// Tiles of query @ key^T for kernels that reduce an attention map without storing it. A block keeps its own rows and
+// streams the rows of the other operand. Half precision uses tensor cores, float32 and long heads use FMAs.
 #pragma once
 
 #include "common/common.cuh"
@@ -7,28 +7,29 @@
 
 namespace vlmfast {
 
-// Rows of one head, of which those from `count` on do not exist.
+// The rows of one head: `count` rows of head_dim elements.
 template <typename scalar_t>
 struct TileRows {
   Input<scalar_t, 2> rows;
   int count, head_dim;
 };
 
-// Logits on tensor cores: a warp has kOwnTiles tiles of 16 rows in registers, as the first operand of each matmul.
-// Rows of up to kSteps * 16 elements, zeros behind their end; kVec elements to a load. Depths are taken in an order in
-// which the four that a thread needs of a row are neighbours: both operands take the same one.
+// Logits on tensor cores. A warp keeps kOwnTiles tiles of 16 rows in registers, as the first operand of each mma. Rows
+// have up to kSteps * 16 elements and are padded with zeros; loads have kVec elements. Both operands are permuted along
+// the depth in the same way, such that the four elements of a row that a thread needs are adjacent.
 template <typename scalar_t_, int kSteps, int kVec>
 struct TensorTiles {
   using scalar_t = scalar_t_;
   using Vec = Vector<scalar_t, kVec>;
   static constexpr int kThreads = 128, kWarps = kThreads / kWarp, kOwnTiles = 2;
-  static constexpr int kOwnRows = kWarps * kOwnTiles * 16, kColumns = 64;  // of a block, of a tile
-  static constexpr int kRows = 2 * kOwnTiles, kPartColumns = 8;            // of a thread, in one part of a tile
-  static constexpr int kLanes = 4;                                         // that share a row
+  static constexpr int kOwnRows = kWarps * kOwnTiles * 16, kColumns = 64;  // rows of a block, columns of a tile
+  static constexpr int kRows = 2 * kOwnTiles, kPartColumns = 8;            // of a thread, per part of a tile
+  static constexpr int kLanes = 4;                                         // lanes that share a row
   static constexpr int kDepth = kSteps * 16;
-  // Rows whose 8-byte pieces lie in distinct banks for four neighbouring rows: an odd multiple of 16 elements apart.
+  // The distance of rows in shared memory: an odd multiple of 16 elements (32 bytes), so that 8-byte loads from four
+  // adjacent rows have no bank conflicts.
   static constexpr int kPitch = kDepth + (kSteps % 2 == 0 ? 16 : 0);
-  static constexpr bool kAhead = kVec > 1;  // the next tile waits in registers, where vectors are few
+  static constexpr bool kAhead = kVec > 1;  // prefetch the next tile into registers, if the vectors are wide and so few
   static constexpr int kLoads = kColumns * kDepth / kVec / kThreads;
 
   struct Shared {
@@ -41,7 +42,7 @@ struct TensorTiles {
 
   __device__ __forceinline__ explicit TensorTiles(Shared& shared) : shared(shared) {}
 
-  // Return where in a block this thread's rows are, and in a tile its columns of a part.
+  // Return the index of the thread's r-th row in the block, and of its c-th column of a part in the tile.
   __device__ __forceinline__ static int row(int r) {
     const int lane = threadIdx.x % kWarp;
     return threadIdx.x / kWarp * (kOwnTiles * 16) + r / 2 * 16 + r % 2 * 8 + lane / 4;
@@ -50,7 +51,7 @@ struct TensorTiles {
     return part * (kPartColumns * kLanes) + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
   }
 
-  // Calls function(load, row, depth) for the vectors of a tile that are this thread's to move.
+  // Calls function(load, row, depth) for the vectors of a tile that the thread loads.
   template <typename Function>
   __device__ __forceinline__ static void for_loads(Function function) {
     constexpr int kUnrolled = kAhead ? kLoads : 4;
@@ -65,10 +66,10 @@ struct TensorTiles {
     return Vec{};
   }
 
-  // Keeps the block's own rows, from `first` on.
+  // Loads the block's own rows, from `first` on, into registers.
   __device__ __forceinline__ void keep(const TileRows<scalar_t>& from, int first) {
     static_assert(kOwnRows == 2 * kColumns, "the block's rows fill both tiles");
-    __syncthreads();  // the rows before these are done
+    __syncthreads();  // all threads are done with the previous tiles
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       for_loads([&](int, int row, int depth) {
@@ -92,14 +93,14 @@ struct TensorTiles {
     __syncthreads();
   }
 
-  // Begins to fetch the tile from row `first` on.
+  // Starts the loads of the tile from row `first` on.
   __device__ __forceinline__ void fetch(const TileRows<scalar_t>& from, int first) {
     if constexpr (kAhead) {
       for_loads([&](int i, int row, int depth) { ahead[i] = load(from, first + row, depth); });
     }
   }
 
-  // Puts that tile where all threads see it, in the buffer that nobody has read since the last barrier.
+  // Stores that tile to shared memory. The other buffer of the two may still be read by slower threads.
   __device__ __forceinline__ void stage(const TileRows<scalar_t>& from, int first, int buffer) {
     for_loads([&](int i, int row, int depth) {
       scalar_t* const to = &shared.tiles[buffer][row][depth];
@@ -112,7 +113,7 @@ struct TensorTiles {
     __syncthreads();
   }
 
-  // Calls visit(part, logits) for the parts of that tile.
+  // Computes the staged tile and calls visit(part, logits) for each part of it.
   template <typename Visit>
   __device__ __forceinline__ void multiply(const TileRows<scalar_t>&, const TileRows<scalar_t>&, int, int, int buffer,
                                            Visit visit) {
@@ -145,13 +146,13 @@ struct TensorTiles {
   }
 };
 
-// Logits of any dtype and any length by multiply-adds in float32: both operands come by kDepth elements at a time.
+// Logits of any dtype and head length by float32 FMAs. Both operands are staged kDepth elements at a time.
 template <typename scalar_t_>
 struct PlainTiles {
   using scalar_t = scalar_t_;
   static constexpr int kThreads = 256, kOwnRows = 64, kColumns = 64;
   static constexpr int kRows = 4, kPartColumns = 4, kLanes = 16;
-  static constexpr int kDepth = 32, kPitch = kDepth + 1;  // an odd number: columns of a tile in distinct banks
+  static constexpr int kDepth = 32, kPitch = kDepth + 1;  // odd, so that columns have no bank conflicts
 
   struct Shared {
     float own[kOwnRows][kPitch], others[kColumns][kPitch];
@@ -181,11 +182,11 @@ struct PlainTiles {
     };
     float logits[kRows][kPartColumns] = {};
     for (int first_depth = 0; first_depth < own.head_dim; first_depth += kDepth) {
-      __syncthreads();  // the elements before these are done
+      __syncthreads();  // all threads are done with the previous elements
       copy(own, own_first, first_depth, shared.own);
       copy(others, first, first_depth, shared.others);
       __syncthreads();
-      float sums[kRows][kPartColumns] = {};  // on their own: the error grows with the length of a part
+      float sums[kRows][kPartColumns] = {};  // separate sums per part: shorter chains have smaller errors
 #pragma unroll 4
       for (int depth = 0; depth < kDepth; ++depth) {
 #pragma unroll

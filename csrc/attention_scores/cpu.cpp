@@ -1,4 +1,4 @@
-// The attention scores on the CPU: arguments, parts of the work and threads. The arithmetic is in cpu_kernels.cpp.
+// The attention scores on the CPU: arguments, partition of the work and threads. The arithmetic is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
 #include <cmath>
@@ -16,7 +16,7 @@ float softmax_scale(const std::optional<double>& scale, int64_t head_dim) {
   return static_cast<float>(scale.has_value() ? *scale : 1 / std::sqrt(static_cast<double>(head_dim)));
 }
 
-// Floats in whole lines of the cache, so that no register of them lies across two.
+// An array of floats that is aligned to cache lines, so that no aligned vector crosses one.
 class Floats {
  public:
   explicit Floats(int64_t count) : lines_(new Line[count / kLine + 1]) {}
@@ -30,7 +30,8 @@ class Floats {
   std::unique_ptr<Line[]> lines_;
 };
 
-// The softmax of each head of one token's row, and what they sum to: sums(batch, the sums of its tokens).
+// Computes the softmax of one token's row of each head, sums it over the heads, and calls sums(batch, sum of each
+// token).
 template <class Arguments, class Sums>
 void sum_row(const Arguments& call, int64_t key_heads, std::optional<double> scale, const View<2>& valid,
              const Sums& sums) {
@@ -62,7 +63,7 @@ void sum_row(const Arguments& call, int64_t key_heads, std::optional<double> sca
       for (int64_t token = 0; token < tokens; ++token) found[token] += from[token];
     }
     for (int64_t token = 0; valid && token < tokens; ++token) {
-      if (!*valid.at<bool>(b, token)) found[token] = 0;  // also where a query that is NaN spoils the row
+      if (!*valid.at<bool>(b, token)) found[token] = 0;  // even if a NaN in the query makes the whole row NaN
     }
     sums(b, found);
   }
@@ -91,7 +92,7 @@ Tensor last_row_attention(const Tensor& query_tensor, const Tensor& key_tensor,
   return scores;
 }
 
-// Where each segment begins and, last, the number of tokens.
+// Returns the begin of each segment and, last, the number of tokens.
 std::vector<int64_t> segment_bounds(const View<1>& cu_seqlens, int64_t tokens) {
   const int32_t* const from = cu_seqlens.at<int32_t>();
   std::vector<int64_t> bounds(from, from + cu_seqlens.size(0));
@@ -101,7 +102,8 @@ std::vector<int64_t> segment_bounds(const View<1>& cu_seqlens, int64_t tokens) {
   return bounds;
 }
 
-// One part of the work, whatever the number of threads, has so many queries: sums are then taken in one order.
+// The number of queries in a part of the work. It does not depend on the number of threads, so neither does the order
+// of the sums.
 constexpr int64_t kPartRows = 512;
 
 Tensor received_attention(const Tensor& query_tensor, const Tensor& key_tensor, const std::optional<Tensor>& cu_seqlens,

@@ -11,24 +11,27 @@ VLMFAST_INLINE const T* row_of(const HeadRows& rows, int64_t head, int64_t token
   return static_cast<const T*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
 }
 
-// Queries take on the sign of the scale, so that the largest logit is that of the largest dot.
+// Returns the sign of the scale. Queries are multiplied by it, so that the largest dot gives the largest logit.
 VLMFAST_INLINE float sign_of(float scale) { return scale < 0 ? -1.0f : 1.0f; }
 
-// The factor from dots to exponents of 2. It is never zero: the -infinity of a place without a token must stay one.
+// Returns the factor from dots to exponents of 2. It is at least 2^-126, because 0 times the -infinity of a masked
+// column would be NaN.
 VLMFAST_INLINE float exponent_scale(float scale) {
   constexpr float kLeast = 0x1p-126f;
   const float exponent = scale * sign_of(scale) * kLog2E;
   return exponent > kLeast ? exponent : kLeast;
 }
 
-// The softmax before it is divided by its sum. The difference is taken first, because both may be large.
+// Returns a softmax weight before the division by their sum. Subtracting before scaling is more accurate for large
+// logits.
 VLMFAST_INLINE Float weight_of(Float dot, Float largest, float exponent_scale) {
   return exp2((dot - largest) * exponent_scale);
 }
 
 // ---- the row of one token ----
 
-// Takes the dots of the queries and keys of the heads from `begin` to `end`, all heads of some tokens before the next.
+// Computes the dots of queries and keys for the heads from `begin` to `end`, in tiles of kLanes tokens: all heads of a
+// tile come before the next tile.
 template <class T>
 VLMFAST_INLINE void row_dots(const RowAttention& args, int64_t begin, int64_t end, const float* query) {
   const int64_t tokens = args.tokens, size = args.head_dim, row_size = padded(tokens);
@@ -103,7 +106,8 @@ void row(const RowAttention& args, int64_t begin, int64_t end, float* query) {
       store(to + offset, load(from + offset, count) * sign_of(args.softmax_scale));
     });
   }
-  // As the keys lie in memory: heads side by side behind a projection, or a head as a whole.
+  // Follows the layout of the keys: all heads together if the heads of a token are adjacent, else one head after
+  // another.
   const int64_t together = args.key.head_stride < args.key.token_stride ? end - begin : 1;
   for (int64_t head = begin; head < end; head += together) {
     row_dots<T>(args, head, head + together, query + (head - begin) * query_size);
@@ -115,9 +119,9 @@ void row(const RowAttention& args, int64_t begin, int64_t end, float* query) {
 
 // ---- the columns of the map ----
 
-// The map is made in strips of some rows, which stay in the second-level cache: a strip's dots become weights in place,
-// and once the sums of its rows are known its columns are summed. A strip lies in memory panel by panel, as the tiles
-// write it: [panel][row][kPanel].
+// The attention map is computed in strips of rows that fit in the L2 cache. A strip's dots become weights in place, and
+// its columns are summed once the sums of its rows are known. A strip is stored panel by panel, as the tiles write it:
+// [panel][row][kPanel].
 constexpr int kPanel = kTileVectors * kLanes;
 constexpr int64_t kStripFloats = 64 << 10;  // 256 kB
 constexpr int64_t kMostRows = 48;
@@ -125,7 +129,7 @@ constexpr int64_t kMostRows = 48;
 constexpr int64_t panels_of(int64_t tokens) { return (tokens + kPanel - 1) / kPanel; }
 constexpr int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-// How many rows a strip of so many columns has.
+// Returns the number of rows in a strip for a segment of `tokens` tokens.
 VLMFAST_INLINE int64_t strip_rows(int64_t tokens) {
   const int64_t rows = kStripFloats / (panels_of(tokens) * kPanel) / kTileRows * kTileRows;
   return rows < kTileRows ? kTileRows : rows < kMostRows ? rows : kMostRows;
@@ -146,7 +150,7 @@ struct Workspace {
   }
 };
 
-// Takes the dots of a strip, and of each row the largest in each lane.
+// Computes the dots of a strip, and the maximum of each row per lane.
 VLMFAST_INLINE void strip_dots(const Workspace& at, int64_t rows, int64_t size, int64_t tokens) {
   for (int64_t i = 0; i < rows * kLanes; ++i) at.largest[i] = -__builtin_inff();
   for (int64_t panel = 0; panel < panels_of(tokens); ++panel) {
@@ -156,7 +160,7 @@ VLMFAST_INLINE void strip_dots(const Workspace& at, int64_t rows, int64_t size, 
       multiply(at.queries + first * size, at.keys + panel * kPanel * size, size, dots);
       float* to = at.strip + (panel * rows + first) * kPanel;
       std::memcpy(to, dots, sizeof(dots));
-      if (left < kPanel) {  // what is beyond the last token
+      if (left < kPanel) {  // mask the columns beyond the last token
         for (int r = 0; r < kTileRows; ++r) {
           for (int64_t column = left; column < kPanel; ++column) to[r * kPanel + column] = -__builtin_inff();
         }
@@ -172,7 +176,8 @@ VLMFAST_INLINE void strip_dots(const Workspace& at, int64_t rows, int64_t size, 
   }
 }
 
-// Turns the dots of a strip into weights, and `sums` into the inverse sum of each row, in each lane: 0 from `count` on.
+// Turns the dots of a strip into weights, and writes the inverse sum of each row to every lane of `sums`: 0 for the
+// rows from `count` on, which are padding.
 VLMFAST_INLINE void strip_weights(const Workspace& at, int64_t rows, int64_t count, int64_t tokens,
                                   float exponent_scale) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -246,7 +251,7 @@ void received(const ReceivedAttention& args, const AttentionPart* parts, int64_t
 }
 
 int64_t received_workspace(int64_t size, int64_t longest) {
-  // A shorter segment has fewer columns, but may have more rows.
+  // The strip is sized for any segment: a shorter one has fewer columns, but may have more rows.
   const int64_t columns = panels_of(longest) * kPanel;
   const int64_t strip = columns * kTileRows < kStripFloats ? kStripFloats : columns * kTileRows;
   return columns * size + strip + kMostRows * (2 * kLanes + size);

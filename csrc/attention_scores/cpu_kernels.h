@@ -1,4 +1,4 @@
-// The CPU kernels of the attention scores, as cpu.cpp calls them.
+// The interface of the CPU kernels of the attention scores; cpu.cpp calls them.
 #pragma once
 
 #include "common/types.h"
@@ -17,9 +17,9 @@ struct RowAttention {
   int64_t tokens, head_dim;
   HeadRows query;  // of the token; its token_stride is not used
   HeadRows key;
-  int64_t group;      // heads of queries that share a head of keys
-  const bool* valid;  // (tokens,): which are seen; none for all
-  float* weights;     // (heads, padded(tokens)): the softmax of each head, 0 at what is not seen
+  int64_t group;      // query heads per key head
+  const bool* valid;  // (tokens,): which tokens are attended to; null for all
+  float* weights;     // (heads, padded(tokens)): the softmax of each head, 0 for masked tokens
 };
 
 struct ReceivedAttention {
@@ -28,7 +28,7 @@ struct ReceivedAttention {
   HeadRows query, key;
 };
 
-// What some queries of one head pay to the keys of their segment.
+// The attention that some queries of one head give to the keys of their segment.
 struct AttentionPart {
   int64_t head;
   int64_t begin, end;           // the tokens of the segment
@@ -37,9 +37,9 @@ struct AttentionPart {
 };
 
 struct AttentionScoresKernels {
-  // query: room for the heads' queries, (end - begin) * padded(head_dim).
+  // query: workspace for the queries of the heads, (end - begin) * padded(head_dim) floats.
   ByDtype<void(const RowAttention& args, int64_t begin, int64_t end, float* query)> row;
-  // workspace: at a multiple of 64 bytes, as many floats as `received_workspace` says of the longest segment.
+  // workspace: aligned to 64 bytes, as many floats as `received_workspace` returns for the longest segment.
   ByDtype<void(const ReceivedAttention& args, const AttentionPart* parts, int64_t count, float* workspace)> received;
   int64_t (*received_workspace)(int64_t head_dim, int64_t longest);
 };

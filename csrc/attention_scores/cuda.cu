@@ -1,14 +1,15 @@
-// How much attention visual tokens get, on CUDA: one row of a map, and the sums of the columns of one that is never
-// stored. vlmfast/ops/attention_scores/definition.py defines what is computed.
+// The attention that visual tokens receive, on CUDA: one row of an attention map, or the column sums of a whole map,
+// which is never stored. vlmfast/ops/attention_scores/definition.py defines what is computed.
 //
 //   cls_attention, last_row_attention
-//                        two launches, bound by memory: the logits go out and in again through the L2 cache. For the
-//                        five crops of LLaVA-NeXT (5.9 MB) 400 blocks have 4 keys in flight for every 8 threads, and
-//                        the second launch 25 blocks with 16 numbers to add in each thread.
-//   received_attention   three launches, bound by arithmetic: in half precision on tensor cores (mma.sync m16n8k16 with
-//                        sums in float32). Queries and keys come tokens / 128 times from the L2 cache.
-// Segments are found on the device: a block of 128 rows looks at the tiles of the segments that its rows are in. Every
-// sum is in one order, nothing waits for the host or has a shape that depends on data, so a CUDA graph may hold them.
+//                        Two launches, bound by memory; the logits pass through the L2 cache in between. For the five
+//                        crops of LLaVA-NeXT (5.9 MB) the first launch has 400 blocks with 4 keys in flight per 8
+//                        threads, the second 25 blocks in which each thread adds 16 numbers.
+//   received_attention   Three launches, bound by arithmetic. Half precision uses tensor cores (mma.sync m16n8k16 with
+//                        float32 accumulation). Queries and keys are read tokens / 128 times from the L2 cache.
+// Segments are found on the device: a block of 128 rows visits only the tiles of the segments of its rows. All sums are
+// deterministic, and there is no synchronisation with the host and no data-dependent shape, so the ops can be captured
+// in a CUDA graph.
 #include <cmath>
 #include <optional>
 
@@ -19,13 +20,13 @@
 namespace vlmfast {
 namespace {
 
-// Returns the factor of the logits in the exponents of two.
+// Returns the factor from dots to exponents of 2.
 float exponent_factor(std::optional<double> scale, int64_t head_dim) {
   constexpr double kLog2E = 1.4426950408889634;
   return static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(head_dim))) * kLog2E);
 }
 
-// Sums over the heads what one token pays to each, but for the column that is left out, and divides by the parts.
+// Sums one token's row of the attention map over the heads, without the column `left_out`, and divides by parts_count.
 template <class Arguments>
 Tensor row_attention(const Arguments& args, int64_t key_heads, const Tensor& like, std::optional<double> scale,
                      const View<2>& valid, int64_t left_out, int64_t parts_count) {

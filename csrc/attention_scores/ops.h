@@ -1,4 +1,5 @@
-// The attention scores as torch sees them: vlmfast/ops/attention_scores/definition.py defines what they compute.
+// The arguments and schemas of the attention scores. vlmfast/ops/attention_scores/definition.py defines what they
+// compute.
 #pragma once
 
 #include <optional>

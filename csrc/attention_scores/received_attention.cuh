@@ -1,6 +1,6 @@
-// The attention that each token receives: the normaliser of each row of the map, then the sums of its columns, then
-// their mean over heads and groups. The first two are one kernel: the second pass has the keys in the place of the
-// queries, so that its sums, too, run along the rows of a block. No atomics, and the map is never stored.
+// The attention that each token receives, in three launches: the normaliser of each row of the map, the sums of its
+// columns, and their mean over heads and groups. The first two are one kernel. The second pass swaps queries and keys,
+// so that its sums also run along the rows of a block. There are no atomics, and the map is never stored.
 #pragma once
 
 #include "attention_scores/attention_tiles.cuh"
@@ -12,9 +12,9 @@ struct ReceivedSizes {
   int64_t heads;
   int tokens, head_dim, bounds;
   const int32_t* cu_seqlens;  // (bounds,), or null for one segment
-  float factor;               // of the logits, for powers of two
+  float factor;               // from dots to exponents of 2
 
-  // Returns the begin and the end of a token's segment: within the tokens, whatever cu_seqlens holds.
+  // Returns the begin and end of a token's segment, clamped to the tokens whatever cu_seqlens holds.
   __device__ __forceinline__ int2 segment(int token) const {
     if (cu_seqlens == nullptr) return make_int2(0, tokens);
     const int low = count_first(bounds, [&](int middle) { return cu_seqlens[middle] <= token; });
@@ -23,7 +23,7 @@ struct ReceivedSizes {
   }
 };
 
-// The first pass: the maximum and the inverse of the sum of each query's row.
+// The first pass: the maximum and the inverse sum of each query's row.
 template <typename Tiles>
 struct RowNormalisers {
   using Result = float2;
@@ -66,7 +66,7 @@ struct ReceivedSums {
   template <typename Inside>
   __device__ __forceinline__ void take(const float (&logits)[Tiles::kRows][Tiles::kPartColumns], int part,
                                        const float2* normalisers, float factor, Inside inside) {
-    float sums[Tiles::kRows] = {};  // on their own: the error grows with the number of tiles
+    float sums[Tiles::kRows] = {};  // separate sums per part: shorter chains have smaller errors
 #pragma unroll
     for (int c = 0; c < Tiles::kPartColumns; ++c) {
       const float2 normaliser = normalisers[Tiles::column(part, c)];
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
         const auto take = [&](auto inside) {
           pass.take(logits, part, shared->normalisers[buffer], sizes.factor, inside);
         };
-        if (whole) {  // every row's segment holds every column
+        if (whole) {  // the segments of all rows contain the whole tile
           take([](int, int) { return true; });
         } else {
           take([&](int r, int c) {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Tiles::kThreads, 1)
 
 constexpr int kMeanThreads = 128;
 
-// A thread for a score.
+// One thread per score.
 inline __global__ void __launch_bounds__(kMeanThreads)
     received_mean_kernel(const float* __restrict__ received,  // (heads, groups * group)
                          float* __restrict__ scores,          // (groups,)
@@ -181,7 +181,7 @@ struct Type {
   using type = T;
 };
 
-// Calls function(a Type of tiles): tensor cores for heads of up to 128 elements in half precision.
+// Calls function(Type<Tiles>): tensor cores for heads of up to 128 elements in half precision, else FMAs.
 template <typename Function>
 void with_tiles(Dtype dtype, int64_t head_dim, bool in_vectors, Function&& function) {
   const auto choose = [&](auto zero) {

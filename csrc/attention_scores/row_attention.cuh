@@ -1,18 +1,18 @@
-// The row of one token of an attention map, summed over the heads. One launch reads the keys, in blocks of one head and some
-// tokens; it leaves the logits and, for each 32 of them, the maximum and the sum of the exponentials. Another one joins
-// those to the normaliser of each head and sums over the heads.
+// One token's row of an attention map, summed over the heads, in two launches. In the first, a block takes some keys of
+// one head, and writes their logits and, for each 32 of them, the maximum and the sum of the exponentials. The second
+// joins these into the normaliser of each head and sums over the heads.
 #pragma once
 
 #include "common/row_policy.cuh"
 
 namespace vlmfast {
 
-// The largest logit and the sum of all exponentials, in powers of two. Any number of them can be joined. A NaN is no
-// maximum, and makes the sum NaN.
+// The maximum of some logits and the sum of their exponentials, in powers of two. Normalisers can be joined in any
+// number. A NaN logit does not become the maximum, but makes the sum NaN.
 struct Normaliser {
   float maximum = -INFINITY, sum = 0.f;
 
-  // What exponentials are taken from: logits that are all -inf have exponentials of 0.
+  // Returns what is subtracted from the logits: 0 if all are -inf, so that their exponentials are 0 and not NaN.
   static __device__ __forceinline__ float base(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
 
   __device__ __forceinline__ void join(float other_maximum, float other_sum) {
@@ -21,7 +21,7 @@ struct Normaliser {
     maximum = largest;
   }
 
-  // Over groups of kLanes neighbouring lanes.
+  // Joins the normalisers of groups of kLanes adjacent lanes.
   template <int kLanes>
   __device__ __forceinline__ void join_lanes() {
 #pragma unroll
@@ -35,13 +35,13 @@ struct Normaliser {
 struct RowSizes {
   int64_t batch, heads, tokens;
   int head_dim;
-  int64_t group;         // heads of queries that share a head of keys
-  int64_t chunks;        // of a head's tokens
-  int64_t left_out;      // the column that is not stored; behind the last one for none
-  float factor;          // of the logits, for powers of two
-  float parts;           // what the sums over the heads are divided by
-  const uint8_t* valid;  // (batch, tokens), 0 at what is not seen; none where all are
-  int64_t valid_stride;  // from one sequence to the next
+  int64_t group;         // query heads per key head
+  int64_t chunks;        // chunks of a head's tokens
+  int64_t left_out;      // the column that is not stored, or `tokens` for none
+  float factor;          // from dots to exponents of 2
+  float parts;           // the divisor of the sums over the heads
+  const uint8_t* valid;  // (batch, tokens), 0 for masked tokens; null if there are none
+  int64_t valid_stride;  // between sequences, in elements
 
   __device__ __forceinline__ bool sees(int64_t sequence, int64_t token) const {
     return valid == nullptr || valid[sequence * valid_stride + token] != 0;
@@ -50,13 +50,13 @@ struct RowSizes {
 
 struct RowAttentionPolicy {
   static constexpr int kThreads = 128;
-  static constexpr int kChunk = kThreads;        // tokens of a block: enough blocks for five crops of 16 heads
-  static constexpr int kParts = kChunk / kWarp;  // of a chunk: a warp makes one
-  static constexpr int kRows = 4;                // keys in flight of each group of threads
-  static constexpr int kHeads = 32;              // whose normalisers wait in shared memory
+  static constexpr int kChunk = kThreads;        // tokens of a block; gives enough blocks for five crops of 16 heads
+  static constexpr int kParts = kChunk / kWarp;  // normalisers of a chunk, one for each warp
+  static constexpr int kRows = 4;                // keys in flight for each group of threads
+  static constexpr int kHeads = 32;              // heads whose normalisers are in shared memory at a time
 };
 
-// Rows longer than registers hold are read again for each key.
+// Longer heads: what does not fit in registers is read again for each key.
 template <int kVec>
 using LongHeadRow = RowPolicy<kVec, 32, 2, 5, true>;
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
     row_logits_kernel(Input<scalar_t, 3> query,    // (batch, heads, head_dim)
                       Input<scalar_t, 4> key,      // (batch, heads / group, tokens, head_dim)
                       float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
-                      float* __restrict__ logits,  // (batch, heads, tokens), without their factor
+                      float* __restrict__ logits,  // (batch, heads, tokens), not yet times `factor`
                       RowSizes sizes) {
   constexpr int kVec = Policy::kVec, kRows = RowAttentionPolicy::kRows, kChunk = RowAttentionPolicy::kChunk;
   using Vec = Vector<scalar_t, kVec>;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
     const scalar_t* const query_row = query.at(batch, head);
     Vec queries[Policy::kVectors];
     Policy::for_kept(sizes.head_dim, [&](int k, int column) { queries[k] = Vec::load(query_row + column); });
-    __syncthreads();  // the chunk before this one is done
+    __syncthreads();  // all threads are done with the previous chunk
 
     for (int base = 0; base < count; base += Policy::kRowsPerBlock * kRows) {
       Vec values[kRows][Policy::kVectors];
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
       for (int row = 0; row < kRows; ++row) {
         const int token = base + row * Policy::kRowsPerBlock + Policy::group();
         const int end =
-            token < count ? sizes.head_dim : 0;  // a group past the last one only takes part in the shuffles
+            token < count ? sizes.head_dim : 0;  // groups past the last token only take part in the shuffles
         float logit[1] = {0.f};
         const auto add = [&](const Vec& own, const Vec& other) {
           float sum = 0.f;
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
 inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
     row_scores_kernel(const float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
                       const float* __restrict__ logits,  // (batch, heads, tokens)
-                      float* __restrict__ scores,        // (batch, tokens), without what is left out
+                      float* __restrict__ scores,        // (batch, tokens), without the column left_out
                       RowSizes sizes) {
   constexpr int kHeads = RowAttentionPolicy::kHeads, kWarps = RowAttentionPolicy::kThreads / kWarp;
-  __shared__ float2 normalisers[kHeads];  // the maximum and the inverse of the sum
+  __shared__ float2 normalisers[kHeads];  // the maximum and the inverse sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t parts_per_head = sizes.chunks * RowAttentionPolicy::kParts;
   for (int64_t work = blockIdx.x; work < sizes.batch * sizes.chunks; work += gridDim.x) {
@@ -148,7 +148,7 @@ inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
     float score = 0.f;
     for (int64_t first = 0; first < sizes.heads; first += kHeads) {
       const int count = static_cast<int>(min(sizes.heads - first, int64_t{kHeads}));
-      __syncthreads();  // the heads before these are done
+      __syncthreads();  // all threads are done with the previous heads
       for (int head = warp; head < count; head += kWarps) {
         const float2* const head_parts = parts + (batch * sizes.heads + first + head) * parts_per_head;
         Normaliser whole;

@@ -1,4 +1,4 @@
-// Shared by the CUDA kernels: conversions, vectors, sums and counts over the threads of a block.
+// Shared by the CUDA kernels: conversions, vectorised loads and stores, sums and counts over the threads of a block.
 #pragma once
 #include <cstring>
 #include <type_traits>
@@ -10,7 +10,7 @@ namespace vlmfast {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- conversions: arithmetic is in float32, whatever the storage ----
+// ---- conversions: all arithmetic is in float32 ----
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
@@ -30,7 +30,7 @@ __device__ __forceinline__ float round_to(float value) {
 
 // ---- vectors ----
 
-// kSize neighbouring elements, moved by one load or store and kept in their storage type.
+// kSize adjacent elements in their storage type, moved by one load or store.
 template <typename scalar_t, int kSize>
 struct alignas(sizeof(scalar_t) * kSize) Vector {
   static constexpr size_t kBytes = sizeof(scalar_t) * kSize;
@@ -39,7 +39,7 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
   scalar_t values[kSize];
 
   __device__ __forceinline__ static Vector load(const scalar_t* from) { return *reinterpret_cast<const Vector*>(from); }
-  // By way of a type of the machine: nvcc may store a struct of small elements one by one.
+  // Stores through a built-in type of the same size, because nvcc may split the store of a struct into single elements.
   __device__ __forceinline__ void store(scalar_t* to) const {
     Raw raw;
     memcpy(&raw, values, sizeof raw);
@@ -51,7 +51,7 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
 
 // ---- searches, sums and counts ----
 
-// Returns how many of the indices below `count` satisfy(index), which the first ones do.
+// Returns how many indices below `count` satisfy a predicate that holds for a prefix of them, by binary search.
 template <typename Satisfy>
 __device__ __forceinline__ int count_first(int count, Satisfy satisfy) {
   int low = 0, high = count;
@@ -66,15 +66,15 @@ __device__ __forceinline__ int count_first(int count, Satisfy satisfy) {
   return low;
 }
 
-// Sums over groups of kThreads neighbouring threads: parts of a warp, or a whole block. Lives in shared memory.
+// Sums over groups of kThreads adjacent threads: a part of a warp, a warp, or the whole block. Lives in shared memory.
 template <int kThreads, int kSums>
 struct GroupSum {
   static constexpr int kLanes = kThreads < kWarp ? kThreads : kWarp;
   static constexpr int kWarps = kThreads / kLanes;
   float warp_sums[2][kSums][kWarps];
 
-  // Replaces each thread's `sums` by those of its group. `turn` counts the calls: two buffers in turn spare the barrier
-  // between the readers of one call and the writers of the next.
+  // Replaces each thread's `sums` by those of its group. `turn` counts the calls: alternating between two buffers saves
+  // the barrier between the reads of one call and the writes of the next.
   __device__ __forceinline__ void add_up(float (&sums)[kSums], int turn) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
@@ -100,10 +100,10 @@ struct GroupSum {
   }
 };
 
-// The lanes of a warp before the thread's own.
+// Returns the mask of the lanes of the warp below the thread's own.
 __device__ __forceinline__ unsigned earlier_lanes() { return (1u << threadIdx.x % kWarp) - 1; }
 
-// Adds up what the warps of a block have counted. Lives in shared memory.
+// Adds up the counts of the warps of a block. Lives in shared memory.
 template <int kThreads>
 struct BlockCount {
   static constexpr int kWarps = kThreads / kWarp;
@@ -112,7 +112,7 @@ struct BlockCount {
   };
   int warp_counts[2][kWarps];
 
-  // `turn` counts the calls: two buffers in turn spare a barrier, as in GroupSum.
+  // `turn` counts the calls: alternating between two buffers saves a barrier, as in GroupSum.
   __device__ __forceinline__ Sums add_up(int warp_count, int turn) {
     int (&buffer)[kWarps] = warp_counts[turn % 2];
     const int own_warp = threadIdx.x / kWarp;

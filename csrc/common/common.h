@@ -1,4 +1,4 @@
-// What the ops share on the torch side: allocation, words as arguments, registration. On torch's stable ABI alone.
+// Shared by the torch side of all ops: allocation, string arguments and op registration. Uses only torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,8 +17,8 @@ namespace vlmfast {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
-// A fresh contiguous tensor on the device of `like`. The C shim allocates without the boxed call into the dispatcher that
-// torch::stable::empty_like makes.
+// Allocates an uninitialised contiguous tensor on the device of `like`. It calls the C shim directly, because
+// torch::stable::empty_like goes through a boxed dispatcher call.
 inline Tensor allocate(IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
   constexpr int64_t kMaxDims = 64;  // torch's own limit
   const int64_t dims = static_cast<int64_t>(sizes.size());
@@ -37,14 +37,14 @@ inline Tensor allocate(IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dt
 
 inline Tensor allocate_like(const Tensor& like) { return allocate(like.sizes(), like, dtype_of(like)); }
 
-// The name of an argument, then its words in the order of their enumeration.
+// Each table holds the name of a string argument, then its allowed values in the order of the enumerators.
 inline constexpr std::string_view kVariant[] = {"variant", "llama", "gemma", "olmo"};
 inline constexpr std::string_view kActivation[] = {"activation", "silu", "gelu_tanh"};
 inline constexpr std::string_view kTokenOrder[] = {"order", "row", "column"};
 inline constexpr std::string_view kMerge[] = {"merge", "reference", "mean"};
 
-// A word as an argument of a boxed function. The conversion to std::string of torch's headers (2.10 to 2.13) leaks the
-// string that it makes.
+// Unboxes a string argument into an enumeration. torch's own conversion to std::string (2.10 to 2.13) would leak the
+// string handle.
 template <class Word, const auto& words>
 struct WordArgument {
   static Word call(StableIValue value, uint64_t, bool) {
@@ -68,8 +68,8 @@ struct WordArgument {
 
 }  // namespace vlmfast
 
-// An op is one line of its family's ops.h, from which its definition and its implementations follow: VLMFAST_OPS there
-// is a list of (name, the rest of the schema), and each op is the function of this name.
+// Each op is one entry of the list VLMFAST_OPS in its family's ops.h: its name and the rest of its schema. These macros
+// derive the definition from it, and the implementation, which is the function of that name in namespace vlmfast.
 #define VLMFAST_DEFINE_OP(name, signature) m.def(#name signature);
 #define VLMFAST_IMPLEMENT_OP(name, signature) m.impl(#name, TORCH_BOX(&vlmfast::name));
 #define VLMFAST_DEFINE_OPS(library) \

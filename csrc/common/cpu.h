@@ -1,4 +1,4 @@
-// What the CPU ops share: the instruction set, threads, huge pages.
+// Shared by the CPU ops: the choice of the instruction set, threads, and outputs on huge pages.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ inline CpuLevel supported_cpu_level() {
 #endif
 }
 
-// The best level that this processor has, or the lower one that VLMFAST_CPU_LEVEL asks for (tests compare them).
+// Returns the highest level that this processor supports, or the lower one named by VLMFAST_CPU_LEVEL, which tests set.
 inline CpuLevel choose_cpu_level() {
   const CpuLevel supported = supported_cpu_level();
   const char* value = std::getenv("VLMFAST_CPU_LEVEL");
@@ -44,7 +44,7 @@ inline CpuLevel choose_cpu_level() {
   return level;
 }
 
-// The kernels of a family for the chosen level.
+// Returns the kernels of a family for the chosen level.
 template <class Kernels>
 const Kernels& kernels() {
   static const Kernels table = [] {
@@ -59,16 +59,16 @@ const Kernels& kernels() {
   return table;
 }
 
-// Below this many elements one thread is faster than waking a second.
+// Below this many elements, one thread finishes sooner than it takes to wake a second.
 constexpr int64_t kParallelElements = 32768;
 
-// How many ranges of rows to work on at once.
+// Returns how many ranges of rows to process in parallel.
 inline int64_t row_ranges(int64_t rows, int64_t size) {
   const int64_t most = std::min(rows, rows * size / (kParallelElements / 2));
   return most < 2 ? 1 : std::min<int64_t>(most, torch::stable::get_num_threads());
 }
 
-// Calls body(begin, end, range) on `ranges` equal ranges of rows, each on its own thread.
+// Calls body(begin, end, range) on `ranges` nearly equal ranges of rows, each on one thread.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t ranges, const Body& body) {
   if (ranges <= 1) return body(0, rows, 0);
@@ -79,20 +79,20 @@ void parallel_rows(int64_t rows, int64_t ranges, const Body& body) {
   });
 }
 
-// A fresh contiguous tensor on the device of `like` that a kernel is about to fill. The first writes to memory that the
-// process did not have are page faults: on 4 kB pages they cost more than the kernel that writes. With huge pages RMSNorm
-// of 4096 x 4096 bfloat16 took 4 ms instead of 17, and place_embeddings into 17 MB 3.5 ms instead of 13.8 (EPYC, one
-// thread, transparent_hugepage=madvise).
+// Allocates an uninitialised contiguous tensor that a kernel is about to fill, on huge pages if it is large. The first
+// write to each new page is a page fault; on 4 kB pages these faults cost more than the kernel itself. With huge pages
+// RMSNorm of 4096 x 4096 bfloat16 takes 4 ms instead of 17 ms, and place_embeddings into 17 MB takes 3.5 ms instead of
+// 13.8 ms (EPYC, one thread, transparent_hugepage=madvise).
 inline Tensor allocate_output(IntHeaderOnlyArrayRef sizes, const Tensor& like, Dtype dtype) {
   Tensor output = allocate(sizes, like, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kWorthwhile = 8 << 20;  // several pages of 2 MB
+  constexpr uintptr_t kPage = 4096, kWorthwhile = 8 << 20;  // four huge pages of 2 MB
   uintptr_t bytes = info(dtype).width;
   for (const int64_t size : sizes) bytes *= size;
   if (bytes < kWorthwhile) return output;
   const uintptr_t data = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: failure is harmless
 #endif
   return output;
 }

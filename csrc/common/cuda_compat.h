@@ -1,6 +1,7 @@
-// The ground of every .cu file: CUDA itself under nvcc, or its emulation on the CPU (tests/emulation) under g++ with
-// -DVLMFAST_EMULATED. So that one source serves both, launches go through `launch`, dynamic shared memory through
-// VLMFAST_DYNAMIC_SHARED, and inline PTX only into functions that have a twin in tests/emulation/cuda_host.h.
+// Included by every .cu file: CUDA itself under nvcc, or its emulation on the CPU (tests/emulation) under g++ with
+// -DVLMFAST_EMULATED. One source compiles as both, because kernels are launched by `launch`, dynamic shared memory is
+// declared by VLMFAST_DYNAMIC_SHARED, and inline PTX is confined to the functions below, each of which has a
+// counterpart in tests/emulation/cuda_host.h.
 #pragma once
 
 #ifdef VLMFAST_EMULATED
@@ -14,34 +15,35 @@
 #include <cstdint>
 #include <type_traits>
 
-// Declares `name` as the block's dynamic shared memory, elements of type T.
+// Declares `name` as a pointer to T at the block's dynamic shared memory.
 #define VLMFAST_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char vlmfast_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(vlmfast_dynamic_shared)
 
-// Ends all kernels with cudaErrorAssert, whatever NDEBUG says: how the rows of a call that only the device can check
-// are refused without waiting for it.
+// Fails with cudaErrorAssert if the condition is false, even under NDEBUG. It refuses values that only the device can
+// check, without a synchronisation.
 #define VLMFAST_DEVICE_ASSERT(condition, message) \
   ((condition) ? static_cast<void>(0) : __assert_fail(message, __FILE__, __LINE__, __func__))
 
 namespace vlmfast {
 
-// Clears the error that a failed launch leaves behind, or torch would report it again after its own next launch.
+// Clears the error of a failed launch, which torch would otherwise report after its own next launch.
 inline void forget_error() { cudaGetLastError(); }
 
-// The largest grid that kernels ask for; they loop over what is beyond it.
+// The largest grid that is launched. Kernels loop over their grid, so more blocks of work are possible.
 constexpr int64_t kMaxBlocks = 2147483647;
 
-// 2 ** x, to 2 ulp; a result below the normal numbers is 0.
+// 2 ** x, to 2 ulp. Subnormal results are flushed to 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
 
-// sums += a @ b over a warp: a (16, 16) by rows, b (16, 8) by columns, half precision, two elements a register. With
-// lane = 4 g + t: a holds rows g, g + 8, g, g + 8 at depths 2 t + {0, 1}, the last two at 8 more; b column g at the
-// same depths; sums rows g, g, g + 8, g + 8 at columns 2 t, 2 t + 1.
+// Computes sums += a @ b over a warp, with a (16, 16) row-major and b (16, 8) column-major in half precision, two
+// elements to a register. In lane 4 g + t, a holds rows g, g + 8, g, g + 8 at depths 2 t + {0, 1}, plus 8 for the last
+// two; b holds column g at depths 2 t + {0, 1}, plus 8 for the second; sums holds rows g, g, g + 8, g + 8 at columns 2
+// t, 2 t + 1, 2 t, 2 t + 1.
 template <typename scalar_t>
 __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   if constexpr (std::is_same_v<scalar_t, __half>) {
@@ -58,7 +60,7 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[4], const unsigned 
   }
 }
 
-// Launches kernel(args...), with more than 48 KiB of dynamic shared memory where asked for.
+// Launches kernel(args...). More than 48 KiB of dynamic shared memory is requested explicitly, as CUDA demands.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Args... args) {

@@ -1,8 +1,8 @@
-// Torch for the launchers of CUDA kernels: device, stream, pointers, dtypes. Stable ABI only.
+// The torch side of the CUDA ops: device, stream, pointers and dtypes. Uses only torch's stable ABI.
 #pragma once
 
 #if !defined(VLMFAST_EMULATED) && !defined(USE_CUDA)
-#define USE_CUDA  // torch's C shim declares its CUDA part only then; a CPU-only torch will do to compile it
+#define USE_CUDA  // enables the CUDA declarations of torch's C shim, also in the headers of a CPU-only torch
 #endif
 
 #include <algorithm>
@@ -14,13 +14,13 @@ namespace vlmfast {
 
 constexpr int kVectorBytes = 16;  // the widest load or store
 
-// A view of `rank` dimensions as a kernel reads it.
+// A view of `rank` dimensions, as a kernel argument.
 template <typename scalar_t, int rank>
 struct Input {
   const scalar_t* data = nullptr;
-  int64_t strides[rank > 1 ? rank - 1 : 1] = {};  // in elements; those of the last dimension are adjacent
+  int64_t strides[rank > 1 ? rank - 1 : 1] = {};  // in elements; the last dimension is contiguous
 
-  // Returns where the row begins that the leading indices name.
+  // Returns the row at the given leading indices.
   template <typename... Indices>
   __device__ __forceinline__ const scalar_t* at(Indices... indices) const {
     static_assert(sizeof...(indices) == rank - 1);
@@ -31,7 +31,8 @@ struct Input {
   }
 };
 
-// The strides count elements of scalar_t, which may be narrower than those of the view.
+// Makes the kernel argument of a view. Strides count elements of scalar_t, which may be narrower than those of the
+// view.
 template <typename scalar_t, int rank>
 Input<scalar_t, rank> as_input(const View<rank>& view) {
   Input<scalar_t, rank> input{view.template at<scalar_t>()};
@@ -41,7 +42,7 @@ Input<scalar_t, rank> as_input(const View<rank>& view) {
   return input;
 }
 
-// Whether every row of the views can be moved in vectors of so many bytes.
+// Returns whether every row of the views is aligned to, and a multiple of, `bytes` bytes.
 template <int... ranks>
 bool vectors_fit(int64_t bytes, const View<ranks>&... views) {
   const auto fits = [&](const auto& view, int rank) {
@@ -67,11 +68,12 @@ bool vectors_fit(int64_t bytes, const View<ranks>&... views) {
 
 #include <vector>
 
-#define VLMFAST_REGISTER_CUDA_OPS() VLMFAST_IMPLEMENT_OPS(vlmfast_native, CUDA)  // each cpu.cpp defines the ops
+#define VLMFAST_REGISTER_CUDA_OPS() VLMFAST_IMPLEMENT_OPS(vlmfast_native, CUDA)  // the schemas are defined in cpu.cpp
 
 namespace vlmfast {
 
-// Makes the device of a tensor the current one. All pointers of a launch come from here.
+// Makes the device of a tensor the current one. Launchers get all kernel pointers from it, so that the emulation can
+// check every access.
 class DeviceScope {
  public:
   explicit DeviceScope(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {}
@@ -83,7 +85,7 @@ class DeviceScope {
   }
 
   int multiprocessors() const {
-    static const std::vector<int> counts = [] {  // asked once: a query costs as much as a launch
+    static const std::vector<int> counts = [] {  // queried once: a query costs as much as a launch
       int devices = 0;
       cudaGetDeviceCount(&devices);
       std::vector<int> counts(devices);
@@ -118,7 +120,8 @@ inline void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
-// Launches kernel(args...) on the current stream, in a grid of at most kMaxBlocks: the kernel loops over what is beyond.
+// Launches kernel(args...) on the current stream in a grid of at most kMaxBlocks blocks; the kernel loops over its
+// grid.
 template <typename... Params, typename... Args>
 void launch_blocks(const DeviceScope& scope, void (*kernel)(Params...), int64_t blocks, dim3 threads,
                    size_t shared_bytes, Args... args) {
@@ -133,7 +136,7 @@ void with_dtype(Dtype dtype, Function&& function) {
   if (dtype == Dtype::kBFloat16) function(__nv_bfloat16());
 }
 
-// Allocates a float32 buffer for kernels on the current stream.
+// Allocates a float32 buffer of `count` elements on the device of `like`.
 inline Tensor float_buffer(int64_t count, const Tensor& like) { return allocate({count}, like, Dtype::kFloat32); }
 
 }  // namespace vlmfast

@@ -1,12 +1,12 @@
-// Gradients of weights: sums over rows, the same in every run. Each block of a persistent grid leaves its part in one
-// row of float32 partial sums, and a second kernel adds those up.
+// Weight gradients: deterministic sums over rows. Each block of a persistent grid writes its part to one row of float32
+// partial sums, and a second kernel adds up these rows.
 #pragma once
 
 #include "common/row_policy.cuh"
 
 namespace vlmfast {
 
-// Clears the columns that are too long for registers: each has one thread of a block, which adds to it in memory.
+// Zeroes the columns that do not fit in registers. One thread of the block owns each of them and accumulates in memory.
 template <typename Policy>
 __device__ __forceinline__ void clear_rest(float* __restrict__ partial, int hidden) {
   Policy::for_rest(hidden, [&](int column) {
@@ -15,7 +15,7 @@ __device__ __forceinline__ void clear_rest(float* __restrict__ partial, int hidd
   });
 }
 
-// Stores the sums of a block's threads, added over the rows that share the block.
+// Stores the sums of a block, added over the groups of threads that take its rows.
 template <typename Policy>
 __device__ __forceinline__ void store_partial(const float (&sums)[Policy::kVectors][Policy::kVec],
                                               float* __restrict__ partial, int hidden) {
@@ -42,7 +42,8 @@ __device__ __forceinline__ void store_partial(const float (&sums)[Policy::kVecto
 
 constexpr int kSumWarps = 32;
 
-// Adds up the rows of the partial sums: a block for kWarp columns of a sum, in it a warp for every kSumWarps-th row.
+// Adds up the rows of partial sums. A block takes kWarp columns of one sum; each of its warps takes every kSumWarps-th
+// row.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kWarp* kSumWarps)
     sum_partials_kernel(const float* __restrict__ partials,  // (blocks, gridDim.y, hidden)

@@ -1,4 +1,4 @@
-// The partial sums of a weight's gradient (see types.h): for csrc/*/*_kernels.cpp alone.
+// The partial sums of a weight's gradient (see types.h). Only csrc/*/*_kernels.cpp may include this header.
 #pragma once
 
 #include "common/vector.h"
@@ -6,8 +6,8 @@
 namespace vlmfast {
 namespace {
 
-// Carries the sums of `partial` up the levels, as torch_sum does along a chain. Called after each row with the number of
-// rows that were added so far.
+// Moves full sums of `partial` up the levels, as torch_sum does along a chain. Called after each row, or each kSumStep
+// rows, with the number of rows added so far.
 VLMFAST_INLINE void carry(float* partial, int64_t size, int64_t rows) {
   const int64_t stride = padded(size);
   for (int level = 1; level < kSumLevels && rows % kSumStep == 0; ++level) {

@@ -1,8 +1,9 @@
-// Blocks of bfloat16 rounded by the processor, where it can: for csrc/*_kernels.cpp alone.
+// Rounding of blocks to bfloat16 by AVX512-BF16. Only csrc/*/*_kernels.cpp may include this header.
 //
-// One instruction rounds a block, where store() of vector.h takes many. It takes subnormals for zeros and makes zeros
-// of them, so it is for rows that have none: `Least` tells. It packs one register after the other, while load() keeps
-// the even elements in one and the odd ones in the other: what was rounded so is to be put in order again.
+// One instruction rounds a block; store() of vector.h takes many. The instruction treats subnormal inputs as zero and
+// flushes subnormal results, so it may only round rows that have neither, which `Least` tells. It also packs one
+// register after the other, whereas load() puts the even elements into one register and the odd ones into the other, so
+// packed elements must be permuted back.
 #pragma once
 
 #include "common/torch_sum.h"
@@ -17,7 +18,7 @@ struct Quick {
 };
 
 #if defined(__AVX512BF16__)
-// The word of a register that each word of another is taken from.
+// A permutation: the index of the source word for each 16-bit word of a register.
 struct Order {
   uint16_t from[kBlock];
 };
@@ -33,7 +34,7 @@ struct Quick<BFloat16> {
   static constexpr bool kExists = true;
   static constexpr float kExactSquare = 0x1p-67f;  // the square of a bfloat16 is exact from here on
 
-  // Both keep the elements' own order.
+  // Both return the elements in memory order; `round` takes them in the order of load().
   static VLMFAST_INLINE Block round(const Block& block) { return widen<true>(pack(block)); }
   template <class Count>
   static VLMFAST_INLINE Block load_in_order(const BFloat16* from, Count count) {
@@ -52,12 +53,12 @@ struct Quick<BFloat16> {
     std::memcpy(to, padded, count * sizeof(BFloat16));
   }
 
-  // The least magnitude among the elements seen that are not zero.
+  // Tracks the least magnitude among the nonzero elements that it has seen.
   class Least {
    public:
     template <class Count>
     VLMFAST_INLINE void see(const BFloat16* from, Count count) {
-      // The intrinsic, because the compiler would make a shift and a subtraction of the multiplication: 3 % slower.
+      // An intrinsic, because compilers turn the multiplication into a shift and a subtraction, which is 3 % slower.
       const __m512i words = (__m512i)load_words(from, count), minus_two = (__m512i)(Words{} - 2);
       turned_ = _mm512_max_epu16(turned_, _mm512_maskz_mullo_epi16(kEach, words, minus_two));
     }
@@ -68,7 +69,7 @@ struct Quick<BFloat16> {
       const uint16_t limit = static_cast<uint16_t>(-2 * ((bits >> 16) + 1));
       return _mm512_cmpgt_epu16_mask(turned_, (__m512i)(Words{} + limit)) != 0;
     }
-    VLMFAST_INLINE float value() const {  // infinite if all were zero
+    VLMFAST_INLINE float value() const {  // infinity if all elements were zero
       const Words turned = (Words)turned_;
       uint16_t most = 0;
       for (int i = 0; i < kBlock; ++i) most = turned[i] > most ? turned[i] : most;
@@ -79,7 +80,8 @@ struct Quick<BFloat16> {
     }
 
    private:
-    __m512i turned_ = {};  // the largest -2 |x| modulo 2^16: the nearer |x| is to zero the larger, but zero's is zero
+    // The largest -2 |x| modulo 2^16 over the bits of each x. It grows as |x| gets smaller, and is 0 for zeros.
+    __m512i turned_ = {};
   };
 
  private:
@@ -89,12 +91,13 @@ struct Quick<BFloat16> {
   static VLMFAST_INLINE Bits pack(const Block& block) {
     return (Bits)_mm512_cvtne2ps_pbh((__m512)block.part[1], (__m512)block.part[0]);
   }
-  // Undoes what packing a block of load() does to the order.
+  // Restores memory order after a block from load() was packed.
   static VLMFAST_INLINE Bits unpacked(Bits words) {
     static constexpr Order kOrder = order(place<BFloat16>);
     return (Bits)_mm512_maskz_permutexvar_epi16(kEach, load_unaligned<__m512i>(kOrder.from), (__m512i)words);
   }
-  // The first half of the elements into one register, the second into the next: each word into an upper half.
+  // Widens the first half of the elements into one register and the second half into the next, in memory order. Each
+  // 16-bit word goes to the upper half of a 32-bit lane.
   template <bool packed>
   static VLMFAST_INLINE Block widen(Bits words) {
     static constexpr Order kOrder[kParts] = {order(word_for<packed, 0>), order(word_for<packed, 1>)};

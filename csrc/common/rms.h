@@ -1,4 +1,4 @@
-// What ops with a norm by the root mean square share: for csrc/*_kernels.cpp alone, as vector.h.
+// Shared by the ops with an RMS norm. Only csrc/*/*_kernels.cpp may include this header.
 #pragma once
 
 #include "common/torch_sum.h"
@@ -6,7 +6,7 @@
 namespace vlmfast {
 namespace {
 
-// 1 / sqrt(mean + eps) of the sums of N rows.
+// Computes 1 / sqrt(mean + eps) for N rows from the sums of their squares.
 template <int N>
 VLMFAST_INLINE void inverse_roots(const float* sums, int64_t hidden, float eps, float (&result)[N]) {
   VLMFAST_UNROLL

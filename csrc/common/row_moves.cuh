@@ -1,4 +1,4 @@
-// Moves whole rows: each is read from one place, or two that are added, and written to one, times a factor if need be.
+// Moves whole rows: each output row is a copy of an input row, optionally plus a second one or times a factor.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 
 namespace vlmfast {
 
-// A row that is only moved has no dtype: it is made of these.
+// The element type of rows that are only copied, whatever their dtype.
 using Word = uint16_t;
 
-// The last size of a view, counted in scalar_t, which may be narrower than its elements.
+// Returns the last size of a view, in elements of scalar_t, which may be narrower than those of the view.
 template <typename scalar_t, int rank>
 int64_t row_size(const View<rank>& view) {
   return view.size(rank - 1) * (view.width() / static_cast<int64_t>(sizeof(scalar_t)));
@@ -20,20 +20,20 @@ int64_t row_size(const View<rank>& view) {
 
 enum class Arithmetic { kNone, kAdd, kMultiply };
 
-// Where a row comes from and goes to.
+// The source and destination of one row.
 template <typename scalar_t>
 struct Route {
   const scalar_t* from = nullptr;    // null for zeros
-  scalar_t* to = nullptr;            // null where nobody wants it
-  const scalar_t* addend = nullptr;  // or null
-  scalar_t* cleared = nullptr;       // another row, to fill with zeros, or null
+  scalar_t* to = nullptr;            // null if the row is not wanted
+  const scalar_t* addend = nullptr;  // null for none
+  scalar_t* cleared = nullptr;       // another row to fill with zeros, or null
 };
 
-// Threads along a row, each with up to kVectors vectors in flight, and as many rows in a block as there is room for. No
-// thread waits for another, so one kernel serves every length.
+// The shape of a block: `along` threads on each of `rows` rows, every thread with up to kVectors vectors in flight.
+// There are no barriers, so one kernel serves rows of every length.
 struct MovePolicy {
   static constexpr int kThreads = 256, kVectors = 4, kBlocksPerMultiprocessor = 4;
-  static constexpr int64_t kSegment = 8;  // threads of one 128-byte line
+  static constexpr int64_t kSegment = 8;  // threads that cover one 128-byte line
   int64_t along, rows;
 
   explicit MovePolicy(int64_t vectors) {
@@ -43,7 +43,7 @@ struct MovePolicy {
   }
 };
 
-// Sends each row where move(row) says.
+// Moves each row along the Route that move(row) returns.
 template <typename scalar_t, int kVec, typename Move>
 __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMultiprocessor)
     move_rows_kernel(Move move, int64_t rows, int64_t hidden) {
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
   }
 }
 
-// Moves `rows` rows in vectors of 16 bytes, of 4, or element by element: in the widest that all views that are read
-// allow. What is written is contiguous and begins where torch allocates.
+// Moves `rows` rows with the widest access that the views that are read allow: 16 bytes, 4 bytes or one element.
+// Outputs need no check: they are contiguous, and torch's allocations are aligned.
 template <typename scalar_t, typename Move, int... ranks>
 void launch_move(const DeviceScope& scope, int64_t rows, const Move& move, const View<ranks>&... views) {
   if (rows == 0) return;

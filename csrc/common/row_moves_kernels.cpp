@@ -1,4 +1,4 @@
-// Moves of rows on the CPU, compiled once per instruction set (see types.h); every one gives the same bits.
+// Moves of rows on the CPU, compiled once per instruction set (see types.h). All instruction sets give the same bits.
 #include "common/row_moves_kernels.h"
 
 #include <cstring>
@@ -24,11 +24,11 @@ VLMFAST_INLINE void write(T* to, const T* block, int count) {
   std::memcpy(to, block, count * sizeof(T));
 }
 
-// Rows are fetched two ahead, because the processor's own prefetcher stops at the end of a 4 kB page. Written past the
-// caches, 4096 x 2048 bfloat16 then take 620 us instead of 720 (EPYC, one thread); one row ahead gains nothing. A smaller
-// output is written into the caches, where its sources are as well: fetching them makes 68 us of 52 (512 rows of 4 kB).
-// memcpy gains nothing either: it takes 4 times as long where glibc chooses `rep movsb` (from 2 kB) and the target lies 2
-// or 16 bytes behind the source within a page (Zen 3).
+// Rows are prefetched two ahead, because the hardware prefetcher stops at the end of a 4 kB page. With non-temporal
+// stores 4096 x 2048 bfloat16 then takes 620 us instead of 720 us (EPYC, one thread); one row ahead gains nothing. With
+// ordinary stores the sources of such a smaller output are in the caches already, and prefetching slows 512 rows of 4
+// kB from 52 us to 68 us. Whole rows are not copied by memcpy: from 2 kB on glibc chooses `rep movsb`, which on Zen 3
+// takes 4 times as long if the destination lies 2 or 16 bytes behind the source within a page.
 constexpr int64_t kRowsAhead = 2;
 
 template <class T, bool past_caches>
@@ -47,7 +47,7 @@ void write_rows(const RowSums& args, int64_t begin, int64_t end) {
       if (later_copied != nullptr) __builtin_prefetch(later_copied + offset);
       if (later_added != nullptr) __builtin_prefetch(later_added + offset);
     };
-    // The kind of a row is asked once: within the loop the questions cost as much as the moves.
+    // The kind of a row is tested outside the loop over its blocks: inside, the tests cost as much as the moves.
     const auto each = VLMFAST_LAMBDA(const auto& write_block) {
       each_block(args.size, VLMFAST_LAMBDA(int64_t offset, auto count) {
         if (past_caches) fetch(offset);

@@ -1,4 +1,4 @@
-// Rows of a tensor, each given to a group of threads: how they are spread, as a type, and how a kernel walks over them.
+// How rows of a tensor are distributed over groups of threads, as a type, and the loops of a kernel over them.
 #pragma once
 
 #include <algorithm>
@@ -9,24 +9,24 @@
 
 namespace vlmfast {
 
-// How a row is spread: over kThreadsPerRow threads, each with kVectors vectors of kVec elements in its registers.
+// A row is distributed over kThreadsPerRow threads, each of which keeps kVectors vectors of kVec elements in registers.
 template <int kVec_, int kThreadsPerRow_, int kVectors_, int kBlocksPerMultiprocessor_, bool kUnbounded_ = false>
 struct RowPolicy {
   static constexpr int kVec = kVec_;
   static constexpr int kThreadsPerRow = kThreadsPerRow_;
   static constexpr int kVectors = kVectors_;
-  static constexpr int kThreads = kThreadsPerRow > kWarp ? kThreadsPerRow : 128;  // a warp's rows share a block
+  static constexpr int kThreads = kThreadsPerRow > kWarp ? kThreadsPerRow : 128;  // short rows share a block
   static constexpr int kRowsPerBlock = kThreads / kThreadsPerRow;
   static constexpr int kStep = kThreadsPerRow * kVec;
-  static constexpr int kColumns = kStep * kVectors;  // the longest row that registers hold
-  static constexpr bool kUnbounded = kUnbounded_;    // longer ones too: their rest is read once for each use
-  // For persistent grids: enough rows in flight to cover the latency of memory, few enough partial sums.
+  static constexpr int kColumns = kStep * kVectors;  // the longest row that fits in registers
+  static constexpr bool kUnbounded = kUnbounded_;    // rows may be longer: the rest is read again for each use
+  // For persistent grids: enough rows in flight to hide the latency of memory, without too many partial sums.
   static constexpr int kBlocksPerMultiprocessor = kBlocksPerMultiprocessor_;
 
-  __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerRow; }  // the row within the block
+  __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerRow; }  // of the row in the block
   __device__ __forceinline__ static int first() { return threadIdx.x % kThreadsPerRow * kVec; }
 
-  // Blocks for that many rows, at most so many.
+  // Returns the number of blocks for `rows` rows, at most `most`.
   static int64_t blocks(int64_t rows, int64_t most) {
     return std::min((rows + kRowsPerBlock - 1) / kRowsPerBlock, most);
   }
@@ -42,7 +42,7 @@ struct RowPolicy {
     }
   }
 
-  // Calls function(k, column) for the vectors of a row that the thread keeps, at place k.
+  // Calls function(k, column) for each vector of the row below column `end` that the thread keeps in register k.
   template <typename Function>
   __device__ __forceinline__ static void for_kept(int end, Function function) {
 #pragma unroll
@@ -52,7 +52,7 @@ struct RowPolicy {
     }
   }
 
-  // Calls function(column) for those that it has no room for.
+  // Calls function(column) for the thread's vectors beyond those in registers.
   template <typename Function>
   __device__ __forceinline__ static void for_rest(int end, Function function) {
     if constexpr (kUnbounded) {
@@ -61,7 +61,7 @@ struct RowPolicy {
     }
   }
 
-  // Calls function(values, column) for all of them: those in `kept`, then those that load(column) gives.
+  // Calls function(values, column) for all vectors of the thread: those in `kept`, then the rest, from load(column).
   template <typename Values, typename Load, typename Function>
   __device__ __forceinline__ static void for_all(int end, const Values (&kept)[kVectors], Load load,
                                                  Function function) {
@@ -70,9 +70,9 @@ struct RowPolicy {
   }
 };
 
-// Rows of hidden states, by their length.
+// Policies for rows of hidden states. The comments give the longest row in elements of half precision.
 template <int kVec>
-using HeadRow = RowPolicy<kVec, 8, 2, 5>;  // up to 128 elements in half precision
+using HeadRow = RowPolicy<kVec, 8, 2, 5>;  // 128
 template <int kVec>
 using NarrowRow = RowPolicy<kVec, 32, 2, 5>;  // 512
 template <int kVec>
@@ -80,10 +80,10 @@ using MiddleRow = RowPolicy<kVec, 64, 2, 8>;  // 1024
 template <int kVec>
 using HiddenRow = RowPolicy<kVec, 256, 2, 2>;  // 4096
 template <int kVec>
-using LongRow = RowPolicy<kVec, 512, 2, 1, true>;  // 8192 and more
+using LongRow = RowPolicy<kVec, 512, 2, 1, true>;  // 8192 in registers; longer rows are read again
 
-// Calls function(scalar_t(), policy) for the storage type of a dtype, and the first of the policies whose registers
-// hold a row of `hidden` elements: in vectors of 16 bytes, or element by element.
+// Calls function(scalar_t(), policy) with the storage type of a dtype and the first policy whose registers hold a row
+// of `hidden` elements, in vectors of 16 bytes or element by element.
 template <template <int> class... Policies, typename Function>
 void with_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& function) {
   const auto choose = [&](auto zero) {

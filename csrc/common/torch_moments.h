@@ -1,8 +1,9 @@
-// The mean and the variance of rows, to the bit as torch's layer_norm takes them on x86-64 processors with AVX2
-// (aten/src/ATen/native/cpu/moments_utils.h, with vectors of 8 lanes on every machine): for csrc/*_kernels.cpp alone.
+// The mean and variance of rows, bit-identical to those of torch's layer_norm on x86-64 processors with AVX2
+// (aten/src/ATen/native/cpu/moments_utils.h, which has vectors of 8 lanes on every machine). Only csrc/*/*_kernels.cpp
+// may include this header.
 //
-// Welford's recurrence along 16 vectors, then these moments are merged in pairs, and those again. Where T is of 16 bits
-// a vector has 16 elements, which are two of the lanes' 8 at once.
+// Welford's recurrence runs along chunks of 16 vectors; the moments of the chunks are then merged pairwise, as a binary
+// tree. For 16-bit types a vector has 16 elements, which count as two steps of the 8 lanes.
 #pragma once
 
 #include "common/vector.h"
@@ -13,7 +14,7 @@ namespace {
 constexpr int kMomentLanes = 8;
 constexpr int kMomentSteps = 16;
 
-// One of torch's vectors of T, in the order of the elements.
+// One of torch's vectors of T, in memory order.
 template <class T>
 struct MomentVector {
   static constexpr int kElements = sizeof(T) == sizeof(float) ? kMomentLanes : 2 * kMomentLanes;
@@ -39,7 +40,7 @@ VLMFAST_INLINE float widened(BFloat16 value) {
 }
 VLMFAST_INLINE float widened(Float16 value) { return load(&value, 1).part[0][0]; }
 
-// The moments of the elements in each lane: their number, their mean, and the sum of squared distances from it.
+// The moments of each lane: the number of elements, their mean, and the sum of their squared deviations from it.
 struct Moments {
   int64_t count;
   float mean[kMomentLanes];
@@ -64,7 +65,7 @@ struct MeanAndVariance {
   float mean, variance;
 };
 
-// Merges the moments of all lanes and of the `rest` last elements, which fill no vector.
+// Merges the moments of all lanes with those of the last `rest` elements, which fill no vector.
 template <class T>
 VLMFAST_INLINE MeanAndVariance of_lanes(const Moments& lanes, const T* last, int64_t rest, int64_t size) {
   int64_t count = 0;
@@ -116,6 +117,7 @@ VLMFAST_INLINE void add_steps(const T* x, int64_t row_stride, int64_t steps, Mom
   }
 }
 
+// Computes the mean and variance of N rows of `size` elements, which lie row_stride elements apart.
 template <class T, int N>
 VLMFAST_INLINE void torch_moments(const T* x, int64_t row_stride, int64_t size, MeanAndVariance (&result)[N]) {
   constexpr int kElements = MomentVector<T>::kElements, kMaxLevels = 48;

@@ -1,4 +1,4 @@
-// The sum over a row in the order that torch takes it in: for csrc/*_kernels.cpp alone, as vector.h.
+// The sum over a row in the order of torch.sum. Only csrc/*/*_kernels.cpp may include this header.
 #pragma once
 
 #include "common/vector.h"
@@ -6,7 +6,8 @@
 namespace vlmfast {
 namespace {
 
-// The place in a stored block of the element that was loaded as the given one.
+// Returns where a stored block has the given element of the loaded row: load(const BFloat16*) separates even and odd
+// ones.
 template <class T>
 constexpr int place(int element) {
   return element;
@@ -17,7 +18,7 @@ constexpr int place<BFloat16>(int element) {
   return (word / kLanes * 2 + element % 2) * kLanes + word % kLanes;
 }
 
-// The eight lanes of a chain of a stored block are two runs of four, which begin at `quad_place`.
+// In a stored block, the eight lanes of each chain lie in two runs of four, which begin at `quad_place`.
 typedef float Quad __attribute__((vector_size(16)));
 template <class T>
 constexpr int quad_place(int chain, int quad) {
@@ -29,13 +30,14 @@ VLMFAST_INLINE float lane_of(const Quad (&quads)[2], int lane) {
 }
 constexpr int kChains = 4, kChainLanes = kBlock / kChains;
 
-// Adds the last `size % 32` elements of a row to its chains, and returns the sum of those that fill no vector. Not inline,
-// because compilers take long over so many copies of it.
+// Adds the last `size % 32` elements of a row to its chains, and returns the sum of those that fill no vector of 8
+// lanes. For a row shorter than one vector, returns the whole sum. Not inlined, because many copies of it compile
+// slowly.
 template <class T>
 __attribute__((noinline)) float sum_rest(const float* tail, int64_t size, float* chains) {
   const int rest = static_cast<int>(size % kBlock);
   float sum = 0;
-  if (size < kChainLanes) {  // four chains of one lane
+  if (size < kChainLanes) {  // torch then adds scalars, in four chains
     const int chained = size < kChains ? 1 : kChains;
     sum = tail[place<T>(0)];
     for (int e = chained; e < rest; ++e) sum += tail[place<T>(e)];
@@ -48,7 +50,7 @@ __attribute__((noinline)) float sum_rest(const float* tail, int64_t size, float*
   return sum;
 }
 
-// The sum over a row, from the sum of its whole blocks and the block of its last elements.
+// Returns the sum over a row, from the sums of its whole blocks and the incomplete last block.
 template <class T>
 VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, int64_t size) {
   float chains[kBlock], tail[kBlock];
@@ -71,10 +73,11 @@ VLMFAST_INLINE float torch_sum_of_lanes(const Block& blocks, const Block& last, 
   return sum;
 }
 
-// Takes N sums over a row, of blocks that add_terms(offset, count, sums) adds, to the bit as torch.sum of float32 does on
-// x86-64 (aten/src/ATen/native/cpu/SumKernel.cpp, with vectors of 8 lanes on every machine): four chains of vectors;
-// each chain 16 additions at a time, 16 of such sums at a time, and so on; the rest of fewer than four vectors into the
-// first chain; the elements that fill no vector one after the other; then the chains, then the lanes.
+// Computes N sums over a row, whose terms add_terms(offset, count, sums) adds block by block. The result is
+// bit-identical to torch.sum of float32 on x86-64 (aten/src/ATen/native/cpu/SumKernel.cpp, which has vectors of 8 lanes
+// on every machine). The order is: four chains of vectors, each accumulated in levels of 16 additions; the last
+// vectors, fewer than four, go into the first chain; the elements that fill no vector are added one by one; then the
+// chains, then the lanes.
 template <class T, int N, class AddTerms>
 VLMFAST_INLINE void torch_sum(int64_t size, float (&sums)[N], const AddTerms& add_terms) {
   const int64_t blocks = size / kBlock;

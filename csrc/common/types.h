@@ -1,15 +1,16 @@
-// The words that the torch side and the kernels share. They need neither torch nor the standard library, of which an
-// inline function compiled in a kernel for AVX-512 could be the one that the linker keeps for every machine.
+// Types shared by the torch side and the CPU kernels. This header includes neither torch nor the C++ standard library:
+// the kernels are compiled for AVX-512 too, and the linker could keep such a copy of an inline function for every
+// machine.
 #pragma once
 
 #include <cstdint>
 
 namespace vlmfast {
 
-// The dtypes of tensors: those of the arithmetic first, then masks and numbers.
+// Tensor dtypes: first the floating-point ones that kernels compute in, then those of masks and indices.
 enum class Dtype { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64, kOther };
 
-// One function for each dtype of the arithmetic; VLMFAST_BY_DTYPE makes it of a template in csrc/*/*_kernels.cpp.
+// A table of one function per floating-point dtype. VLMFAST_BY_DTYPE builds it from a template in csrc/*/*_kernels.cpp.
 template <class Function>
 struct ByDtype {
   Function* functions[3];
@@ -22,40 +23,41 @@ struct ByDtype {
     }                                                                                               \
   }
 
-// Floats that the kernels work on at a time, and a size rounded up to so many: a multiple of every level's registers.
+// The kernels process rows in blocks of kBlock floats, a whole number of vector registers in every instruction set.
+// `padded` rounds a size up to whole blocks.
 constexpr int kBlock = 32;
 constexpr int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
 
-// The order of the arithmetic: "llama" rounds before the weight, "gemma" multiplies by 1 + weight and rounds once, "olmo"
-// multiplies by the weight and rounds once.
+// The rounding order of an RMSNorm: "llama" rounds the normalised row to its dtype before it multiplies by the weight,
+// "gemma" multiplies by 1 + weight and rounds once, "olmo" multiplies by the weight and rounds once.
 enum class Variant { kLlama, kGemma, kOlmo };
 
-// What a gate of an MLP goes through.
+// The activation of an MLP's gate.
 enum class Activation { kSilu, kGeluTanh };
 
-// How the tokens of a pixel shuffle are numbered: along the rows of the image, or down its columns.
+// The order of the tokens of a pixel shuffle: along the rows of the image, or down its columns.
 enum class TokenOrder { kRow, kColumn };
 
-// What a contextual token is: its target plus the mean of what is merged into it, or the mean of both.
+// The value of a contextual token: its target plus the mean of the tokens merged into it, or the mean of them all.
 enum class Merge { kReference, kMean };
 
-// Long sums are taken in levels: each holds sums of kSumStep terms of the level below, so that the error grows with the
-// logarithm of their number.
+// Long sums are accumulated in levels, each of which adds kSumStep sums of the level below. The rounding error then
+// grows with the logarithm of the number of terms.
 constexpr int kSumLevels = 3;
 constexpr int kSumStep = 16;
 
-// The partial sums of a weight's gradient that one thread takes have so many floats: all levels, zero at first, in the
-// order of the kernel's registers.
+// The number of floats that one thread needs for the partial sums of a weight's gradient: every level, zeroed before
+// the first row, with the elements in the order in which the kernel loads blocks.
 constexpr int64_t partial_size(int64_t size) { return padded(size) * kSumLevels; }
 
-// Adds up `count` partial sums, which lie one after the other, into `size` elements of the call's dtype.
+// Adds up `count` consecutive partial sums into `size` elements of the call's dtype.
 using SumPartials = void(int64_t size, const float* partials, int64_t count, void* sums);
 
-// The instruction sets that csrc/*_kernels.cpp are compiled for: the levels of the x86-64 ABI, and the fourth with the
-// conversions to bfloat16. Other processors have the baseline alone.
+// The instruction sets that each csrc/*/*_kernels.cpp is compiled for: the x86-64 microarchitecture levels, and v4 with
+// AVX512-BF16. Other architectures have only the baseline.
 enum class CpuLevel { baseline, v3, v4, v4_bf16 };
 
-// The kernels of a family as compiled for a level: each *_kernels.cpp defines it for its own struct of functions.
+// Returns the kernels of a family compiled for one level. Each *_kernels.cpp specialises it for its own struct.
 template <class Kernels, CpuLevel level>
 Kernels kernels_at();
 

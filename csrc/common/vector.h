@@ -1,7 +1,7 @@
-// Blocks of 32 floats in the vector extensions of GCC and Clang: one source for every instruction set.
+// Blocks of 32 floats, written in the vector extensions of GCC and Clang: one source for every instruction set.
 //
-// For csrc/*_kernels.cpp alone. Everything is in an unnamed namespace, because the same names are compiled once per
-// instruction set and must not meet in the linker.
+// Only csrc/*/*_kernels.cpp may include this header. Everything is in an unnamed namespace: each name is compiled once
+// per instruction set, and the linker must not merge the copies.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 #define VLMFAST_INLINE inline __attribute__((always_inline))
 #define VLMFAST_LAMBDA(...) [&](__VA_ARGS__) __attribute__((always_inline))
-// For loops over arrays of blocks: GCC keeps an array in registers only where it unrolls such a loop early.
+// For loops over arrays of blocks: GCC keeps the array in registers only if it unrolls the loop early.
 #define VLMFAST_UNROLL _Pragma("GCC unroll 8")
 
 namespace vlmfast {
@@ -40,7 +40,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// A bfloat16 whose blocks keep the elements' own order, as those of float32 do: for kernels that take both.
+// A bfloat16 whose blocks keep the elements in memory order, as blocks of float32 do. Kernels that combine the two use
+// it.
 struct OrderedBFloat16 : BFloat16 {};
 
 template <class V, class T>
@@ -50,7 +51,8 @@ VLMFAST_INLINE V load_unaligned(const T* from) {
   return value;
 }
 
-// A store past the caches, to a multiple of kRegisterBytes; other threads see it after finish_streams().
+// A non-temporal store, to an address that is a multiple of kRegisterBytes. Other threads see it after
+// finish_streams().
 VLMFAST_INLINE void stream(void* to, Bits value) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
@@ -70,7 +72,7 @@ VLMFAST_INLINE void finish_streams() {
 
 // ---- blocks ----
 
-// kBlock adjacent elements of a row, in whatever order is cheapest to load: see `place`.
+// kBlock adjacent elements of a row, in the order that is cheapest to load: see `place` in torch_sum.h.
 struct Block {
   Float part[kParts];
 };
@@ -130,8 +132,8 @@ VLMFAST_INLINE void store(float* to, const Block& block) { std::memcpy(to, &bloc
 
 // ---- bfloat16: two elements to a 32-bit word, the even ones in one register and the odd ones in the next ----
 
-// Rounds to nearest even: the result is in the upper half, garbage in the lower one. NaNs stay NaNs, because those that
-// come from bfloat16 or from arithmetic have no lower bits that could carry.
+// Rounds to nearest even. The result is in the upper 16 bits; the lower 16 are garbage. NaNs stay NaNs: those that come
+// from bfloat16 or from arithmetic have zeros in the lower bits, so the addition cannot carry.
 VLMFAST_INLINE Bits bfloat16_bits(Float value) {
   const Bits bits = (Bits)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -161,7 +163,7 @@ VLMFAST_INLINE Float round_to_bfloat16(Float value) { return (Float)(bfloat16_bi
 #if defined(__AVX512F__)
 constexpr bool kHalfInstructions = true;
 typedef __m256i Halves;
-constexpr __mmask16 kAll = 0xffff;  // GCC warns of its own unmasked intrinsics
+constexpr __mmask16 kAll = 0xffff;  // the masked intrinsics: GCC warns inside its unmasked ones
 VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm512_maskz_cvtph_ps(kAll, halves); }
 VLMFAST_INLINE Halves to_halves(Float value) {
   return _mm512_maskz_cvtps_ph(kAll, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
@@ -177,7 +179,7 @@ typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 
 VLMFAST_INLINE Float from_halves(Halves halves) {
   const Bits bits = __builtin_convertvector(halves, Bits), magnitude = bits & 0x7fffu;
-  // A denormal counts units of 2^-24, which are the last bits of a float in [0.5, 1).
+  // A subnormal float16 is a multiple of 2^-24, which is the unit in the last place of a float in [0.5, 1).
   const Float denormal = (Float)(magnitude + 0x3f000000u) - 0.5f;
   const Bits rebased = (magnitude << 13) + ((127u - 15u) << 23);
   const Bits special = (magnitude << 13) | 0x7f800000u;  // infinities and NaNs
@@ -206,11 +208,11 @@ VLMFAST_INLINE void store(Float16* to, const Block& block) {
   }
 }
 
-// ---- any of them ----
+// ---- any element type ----
 
 typedef uint16_t HalfWords __attribute__((vector_size(kRegisterBytes / 2)));
 
-// A register of adjacent elements in their own order.
+// Loads one register of adjacent elements in memory order.
 VLMFAST_INLINE Float load_in_order(const float* from) { return load_unaligned<Float>(from); }
 VLMFAST_INLINE Float load_in_order(const Float16* from) { return from_halves(load_unaligned<Halves>(from)); }
 VLMFAST_INLINE Float load_in_order(const BFloat16* from) {
@@ -240,7 +242,7 @@ VLMFAST_INLINE Block round_to(const Block& block) {
   }
 }
 
-// ---- rows: whole blocks, then the first `count` elements of one ----
+// ---- rows: whole blocks, then the first `count` elements of the last one ----
 
 struct Whole {};
 
@@ -265,7 +267,7 @@ VLMFAST_INLINE void store(T* to, const Block& block, int count) {
   std::memcpy(to, padded, count * sizeof(T));
 }
 
-// Calls function(offset, count) on each block of a row.
+// Calls function(offset, count) on each block of a row: `count` is Whole{}, and an int for the last, incomplete block.
 template <class F>
 VLMFAST_INLINE void each_block(int64_t size, const F& function) {
   int64_t offset = 0;
@@ -273,9 +275,10 @@ VLMFAST_INLINE void each_block(int64_t size, const F& function) {
   if (offset < size) function(offset, static_cast<int>(size - offset));
 }
 
-// Calls function(begin, end, rows, size) on ranges of whole groups of rows. Narrow rows go several together, their number
-// and size known to the compiler, because the latency of a sum is as long as the rest of their work; others go kWide at a
-// time. All go one by one where kWide is 1.
+// Splits the rows from `begin` to `end` into groups that a kernel processes together, and calls function(begin, end,
+// rows, size) on ranges of whole groups of `rows` rows. Rows of 64 or 128 elements form groups of four, and their
+// number and size are compile-time constants: for so short a row the latency of its sum is as long as the rest of the
+// work. Longer rows form groups of kWide. Rows that fill no group, and all rows if kWide is 1, are processed singly.
 template <int kWide, class F>
 VLMFAST_INLINE void in_groups(int64_t begin, int64_t end, int64_t size, const F& function) {
   constexpr std::integral_constant<int, 4> kNarrow;

@@ -1,4 +1,4 @@
-// Arithmetic for sums whose order torch does not fix: for csrc/*_kernels.cpp alone.
+// Arithmetic for sums that need not follow torch's order. Only csrc/*/*_kernels.cpp may include this header.
 #pragma once
 
 #include <utility>
@@ -9,9 +9,9 @@ namespace vlmfast {
 namespace {
 
 typedef double Double __attribute__((vector_size(kRegisterBytes)));
-constexpr int kDoubles = kLanes / 2;  // in a register
+constexpr int kDoubles = kLanes / 2;  // doubles in a register
 
-// a * b + c, rounded once where it is one instruction, and twice elsewhere.
+// a * b + c, rounded once where the processor has FMA and twice elsewhere.
 template <class V>
 VLMFAST_INLINE V multiply_add(V a, V b, V c) {
 #if defined(__FMA__)
@@ -27,7 +27,7 @@ VLMFAST_INLINE Block operator/(const Block& a, float b) {
 
 VLMFAST_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
 
-// Takes the lanes one after the other.
+// Adds the lanes from first to last.
 VLMFAST_INLINE float sum_of_lanes(Float value) {
   float sum = value[0];
   for (int lane = 1; lane < kLanes; ++lane) sum += value[lane];
@@ -39,14 +39,14 @@ VLMFAST_INLINE float largest_lane(Float value) {
   return largest;
 }
 
-// One level of `sums_of`: adds the halves of each run of 2 * kRun lanes, and lays the sums of a and b down in turn.
+// One level of `sums_of`: adds the two halves of each run of 2 * kRun lanes, and interleaves the sums of a and of b.
 template <int kRun, int... lane>
 VLMFAST_INLINE Float fold(Float a, Float b, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun)...) +
          __builtin_shufflevector(a, b, (lane / kRun % 2 * kLanes + lane / kRun / 2 * 2 * kRun + lane % kRun + kRun)...);
 }
 
-// The sums of the lanes of each register, side by side.
+// Returns the horizontal sum of each of kLanes registers, one sum per lane. Overwrites `rows`.
 template <int kRun = kLanes / 2>
 VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
   VLMFAST_UNROLL
@@ -62,13 +62,13 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
 
 constexpr float kLog2E = 0x1.715476p0f;
 
-// 2^x for x <= 0, within one unit in the last place; not below 2^-125, which spares subnormals. A NaN stays one.
+// 2^x for x <= 0, to 1 ulp. Results are clamped to at least 2^-125, so that none is subnormal. NaNs stay NaNs.
 VLMFAST_INLINE Float exp2(Float x) {
   constexpr float kLeast = -125;
-  constexpr float kShift = 0x1.8p23f;  // a sum with it has the nearest whole number in its last bits
+  constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
   x = x < kLeast ? Float{} + kLeast : x;
   const Float shifted = x + kShift, rest = x - (shifted - kShift);
-  // The polynomial of degree 6 with the least relative error on [-0.5, 0.5], 2e-9 before its coefficients are rounded.
+  // The degree-6 minimax polynomial in relative error on [-0.5, 0.5]: 2e-9 before its coefficients are rounded.
   Float value = multiply_add(rest, Float{} + 0x1.41d334p-13f, Float{} + 0x1.5f456ap-10f);
   value = multiply_add(rest, value, Float{} + 0x1.3b2dbcp-7f);
   value = multiply_add(rest, value, Float{} + 0x1.c6aed4p-5f);
@@ -103,8 +103,8 @@ VLMFAST_INLINE double square_length(const T* row, int64_t size) {
 
 // ---- matrix multiplication, in tiles of kTileRows rows by kTileVectors registers of columns ----
 
-// Packs the rows of a matrix times a factor, kColumns of them side by side: element (row, k) goes to
-// [row / kColumns][k][row % kColumns]. Copies of the last row stand for those that are missing.
+// Packs the rows of a matrix, times a factor, into panels of kColumns rows side by side: element (row, k) goes to
+// [row / kColumns][k][row % kColumns]. The last panel is filled up with copies of the last row.
 template <int kColumns, class T, class Scalar, class RowAt>
 VLMFAST_INLINE void pack(int64_t rows, int64_t depth, const RowAt& row_at, float factor, Scalar* to) {
   for (int64_t first = 0; first < rows; first += kColumns, to += depth * kColumns) {
@@ -124,7 +124,7 @@ VLMFAST_INLINE void pack(int64_t rows, int64_t depth, const RowAt& row_at, float
   }
 }
 
-// A tile takes all registers but those of a step's operands.
+// The accumulators of a tile fill the register file, except for the operands of one step.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
 #else
@@ -132,10 +132,10 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
 
-// So many terms are summed one after the other, and then these sums: half the error of one chain of 128.
+// Dots are accumulated in chains of kChain terms, whose sums are then added: half the error of one chain of 128 terms.
 constexpr int64_t kChain = 32;
 
-// Takes the dots of packed rows [depth][kTileRows] and packed columns [depth][kTileVectors * lanes].
+// Computes a tile of dots from packed rows [depth][kTileRows] and packed columns [depth][kTileVectors * lanes].
 template <class Vector, class Scalar>
 VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t depth,
                              Vector (&dots)[kTileRows][kTileVectors]) {
@@ -151,7 +151,7 @@ VLMFAST_INLINE void multiply(const Scalar* rows, const Scalar* columns, int64_t 
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         const Vector row =
-            rows[r] - Vector{};  // a broadcast: adding zeros would cost an instruction, for the sake of -0 + 0
+            rows[r] - Vector{};  // a broadcast: x - 0 is x and compiles to nothing, x + 0 does not (-0 + 0 is 0)
         VLMFAST_UNROLL
         for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(row, column[v], sums[r][v]);
       }

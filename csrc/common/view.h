@@ -1,4 +1,4 @@
-// Tensors as kernels see them: shape and dtype of an argument are declared, checked and bound in one statement.
+// Tensors as kernels see them. One statement declares, checks and binds the shape and dtype of an argument.
 //
 //   Size batch("batch"), tokens("tokens"), hidden("hidden"), visual("visual");
 //   FloatDtype dtype;
@@ -6,8 +6,8 @@
 //   const View mask("mask", mask_tensor, {{batch, tokens}}, Dtype::kBool);
 //   const View embeds("visual_embeds", visual_embeds, {visual, hidden}, dtype);
 //
-// The first tensor that has a size binds it, the later ones must have the same. Sizes in braces are one dimension of the
-// view. Errors say which argument was expected to have which shape, and which it has:
+// The first tensor that uses a size binds it, and later tensors must match. Sizes in braces are collapsed into one
+// dimension of the view. Errors name the argument, the shape that was expected and the shape that was given:
 //   visual_embeds must have shape (visual, hidden) = (visual, 64), got (5, 65)
 #pragma once
 
@@ -23,7 +23,7 @@
 
 #include "common/types.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it under the older name
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
@@ -35,8 +35,8 @@ using torch::stable::Tensor;
 
 struct DtypeInfo {
   const char* name;
-  int64_t width;  // bytes of an element
-  int32_t (*shim_number)();
+  int64_t width;             // bytes of an element
+  int32_t (*shim_number)();  // the number of the dtype in torch's C shim
 };
 
 inline constexpr DtypeInfo kDtypes[] = {{"float32", 4, aoti_torch_dtype_float32},
@@ -49,7 +49,8 @@ inline constexpr DtypeInfo kDtypes[] = {{"float32", 4, aoti_torch_dtype_float32}
 
 constexpr const DtypeInfo& info(Dtype dtype) { return kDtypes[static_cast<int>(dtype)]; }
 
-// Tensor::scalar_type() would ask the shim for the number of every dtype until one fits.
+// Returns the dtype of a tensor, bfloat16 being tried first. Tensor::scalar_type() is slower: it asks the shim for the
+// number of one dtype after another until one matches.
 inline Dtype dtype_of(const Tensor& tensor) {
   int32_t number;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
@@ -60,7 +61,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   return Dtype::kOther;
 }
 
-// A dtype that tensors of a call share: that of the first one, which must be floating.
+// A floating-point dtype that several tensors of a call share. The first one binds it.
 class FloatDtype {
  public:
   operator Dtype() const { return dtype_; }
@@ -81,7 +82,7 @@ class FloatDtype {
 
 // ---- sizes ----
 
-// A size that tensors of a call share: that of the first one, or a given number.
+// A size that several tensors of a call share: given as a number, or bound by the first tensor.
 class Size {
  public:
   explicit Size(const char* name, int64_t value = kUnbound, int64_t least = 0, int64_t most = kUnlimited)
@@ -99,7 +100,7 @@ class Size {
     return true;
   }
 
-  // For messages: the name, the value where there is one, and the bounds where there is none.
+  // For error messages: the name, the value (the name if unbound), and the bounds (empty if bound).
   std::string name() const { return name_; }
   std::string value() const { return value_ == kUnbound ? name_ : std::to_string(value_); }
   std::string bounds() const {
@@ -114,7 +115,7 @@ class Size {
   int64_t value_, least_, most_;
 };
 
-// Any number of leading sizes that tensors of a call share: those of the first one. As a number: their product.
+// Any number of leading sizes that several tensors of a call share, bound by the first one. Converts to their product.
 class Leading {
  public:
   operator int64_t() const { return count_; }
@@ -132,11 +133,11 @@ class Leading {
   const int64_t* end() const { return sizes_ + dims_; }
 
  private:
-  const int64_t* sizes_ = nullptr;  // of the first tensor, which outlives the call
+  const int64_t* sizes_ = nullptr;  // owned by the first tensor, which outlives the call
   int64_t dims_ = 0, count_ = 1;
 };
 
-// A dimension of a view: one size, several in braces, or all that lead.
+// A dimension of a view: one size, two collapsed sizes, or all leading sizes.
 struct Dim {
   Size* sizes[2] = {};
   Leading* leading = nullptr;
@@ -145,7 +146,7 @@ struct Dim {
   Dim(Size& outer, Size& inner) : sizes{&outer, &inner} {}
   Dim(Leading& all) : leading(&all) {}
 
-  // The number of dimensions of the tensor that it names.
+  // Returns how many dimensions of the tensor it names; all leading ones count as none.
   int64_t named() const { return leading != nullptr ? 0 : sizes[1] != nullptr ? 2 : 1; }
 
   bool bind(const int64_t* found, int64_t dims) const {
@@ -157,7 +158,7 @@ struct Dim {
   }
 };
 
-// A number among the arguments.
+// Refuses an argument outside [least, most].
 inline void check_within(const char* name, int64_t value, int64_t least, int64_t most) {
   STD_TORCH_CHECK(least <= value && value <= most, name, " must be within ", least, " and ", most, ", got ", value);
 }
@@ -193,7 +194,8 @@ inline void bind_dtype(const char* name, Dtype found, Dtype dtype) {
   std::abort();
 }
 
-// Finds the stride of dimensions from `begin` to `end` as one, 0 where no kernel takes a step; false where they have none.
+// Collapses the dimensions from `begin` to `end` into one and writes its stride: 0 if it has one element, because no
+// kernel then takes a step. Returns false if the dimensions have no common stride.
 inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin, int64_t end, int64_t& stride) {
   int64_t inner = 1;
   stride = 0;
@@ -206,8 +208,8 @@ inline bool collapse(const int64_t* sizes, const int64_t* strides, int64_t begin
   return true;
 }
 
-// Binds the sizes of a tensor and finds those of a view, and its strides: false where the tensor has none, because
-// dimensions in braces have no common stride, or elements of the last dimension are not adjacent.
+// Binds the sizes of a tensor and writes the sizes and strides of its view. Returns false if the tensor has no such
+// view, because collapsed dimensions have no common stride or the elements of the last dimension are not adjacent.
 template <int rank>
 bool bind_shape(const char* name, const Tensor& tensor, const Dim (&shape)[rank], int64_t (&view_sizes)[rank],
                 int64_t (&view_strides)[rank]) {
@@ -235,12 +237,12 @@ bool bind_shape(const char* name, const Tensor& tensor, const Dim (&shape)[rank]
 
 }  // namespace detail
 
-// A tensor, or none, as `rank` dimensions, the last one of adjacent elements: read in place where its strides allow
-// it, copied once where they do not.
+// A tensor, or a missing optional one, seen as `rank` dimensions whose last one is contiguous. The tensor is read in
+// place if its strides allow it, and copied once if they do not.
 template <int rank>
 class View {
  public:
-  // The view of a tensor that is not given is false, has no data and no strides. AnyDtype: a Dtype or a FloatDtype.
+  // The view of a missing tensor converts to false and has null data and zero strides. AnyDtype is Dtype or FloatDtype.
   template <class MaybeTensor, class AnyDtype>
   View(const char* name, const MaybeTensor& tensor, const Dim (&shape)[rank], AnyDtype&& dtype) {
     if constexpr (std::is_same_v<MaybeTensor, Tensor>) {
@@ -254,7 +256,7 @@ class View {
   explicit operator bool() const { return data_ != nullptr; }
 
   const void* data() const { return data_; }
-  // The address of an element, or of the first one where last indices are left out.
+  // Returns the address of an element. Trailing indices that are left out are 0.
   template <class T = char, class... Index>
   const T* at(Index... index) const {
     static_assert(sizeof...(index) <= rank);
@@ -290,7 +292,7 @@ class View {
     for (int dim = rank; dim-- > 0; stride *= sizes_[dim]) strides_[dim] = stride;
   }
 
-  const void* data_ = nullptr;  // of the tensor, which outlives the call, or of the copy
+  const void* data_ = nullptr;  // owned by the tensor, which outlives the call, or by the copy
   int64_t sizes_[rank] = {}, strides_[rank] = {};
   Dtype dtype_ = Dtype::kOther;
   std::optional<Tensor> copy_;

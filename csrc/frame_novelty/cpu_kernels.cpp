@@ -1,4 +1,4 @@
-// The novelty of tokens on the CPU, compiled once per instruction set (see types.h); every one gives the same bits.
+// The novelty of tokens on the CPU, compiled once per instruction set (see types.h). All give the same bits.
 #include "frame_novelty/cpu_kernels.h"
 
 #include "common/torch_sum.h"
@@ -6,7 +6,7 @@
 namespace vlmfast {
 namespace {
 
-// An element type whose blocks have the order of float32, which means are in.
+// The element type of rows, with blocks in memory order like those of the float32 mean.
 template <class T>
 using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
 
@@ -20,7 +20,7 @@ struct Likeness {
   float novelty, length;
 };
 
-// Holds a row against another one.
+// Compares a row with another one: one minus their cosine, and the length of the row.
 template <class T, class Other>
 VLMFAST_INLINE Likeness likeness_of(const T* own, const Other* other, int64_t hidden) {
   float sums[3];  // of the squares, the other's squares, and both together
@@ -35,7 +35,7 @@ VLMFAST_INLINE Likeness likeness_of(const T* own, const Other* other, int64_t hi
   return {1.0f - (both == 0 ? 0.0f : sums[2] / both), length};
 }
 
-// The mean of the tokens of a frame, four of them at a time.
+// Computes the mean of the tokens of a frame, adding four tokens per pass over the mean.
 template <class T>
 VLMFAST_INLINE void mean_of(const T* first, const FrameRows& rows, float* mean) {
   constexpr int64_t kTogether = 4;

@@ -1,4 +1,4 @@
-// The CPU kernels of the novelty of tokens, as cpu.cpp calls them.
+// The interface of the CPU kernels of the novelty of tokens; cpu.cpp calls them.
 #pragma once
 
 #include "common/types.h"
@@ -25,9 +25,9 @@ struct FrameChange {
 };
 
 struct FrameNoveltyKernels {
-  // For some of the frames of all videos together.
+  // Takes the frames from `begin` to `end`, counted over the batch.
   ByDtype<void(const FrameNovelty& args, int64_t begin, int64_t end)> novelty;
-  // For some of the changes of all videos together.
+  // Takes the elements of `change` from `begin` to `end`, counted over the batch.
   ByDtype<void(const FrameChange& args, int64_t begin, int64_t end)> change;
 };
 

@@ -1,9 +1,10 @@
 // The novelty of tokens on CUDA. vlmfast/ops/frame_novelty/definition.py defines what is computed.
 //
-// Bound by memory. Means take a launch of their own, in which a thread adds up some columns of every eighth token of a
-// frame; a frame of 256 tokens of 3584 elements is spread over 14 blocks. Then a warp takes four tokens of a frame and
-// reads the mean once for them, as it is twice as long as a row in half precision. Of changes a warp takes one token; the
-// one before it comes from the L2 cache, where it has just been a token itself.
+// Both ops are bound by memory. frame_novelty first computes the means in a launch of its own: each warp adds up some
+// columns of every eighth token, and a frame of 256 tokens of 3584 elements is spread over 14 blocks. In the second
+// launch a warp takes four tokens, so that the float32 mean, which has twice the bytes of a row in half precision, is
+// read once for the four. In frame_change a warp takes one token; the same token of the frame before comes from the L2
+// cache, where another warp has just read it.
 #include <tuple>
 #include <type_traits>
 
@@ -15,7 +16,7 @@ namespace vlmfast {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTogether = 4;  // tokens that are held against one mean
+constexpr int kTogether = 4;  // tokens that a warp compares with one load of the mean
 
 struct Sizes {
   int64_t batch, frames, tokens;
@@ -28,7 +29,7 @@ template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(kThreads)
     frame_mean_kernel(Input<scalar_t, 4> rows,   // (batch, frames, tokens, hidden)
                       float* __restrict__ mean,  // (batch, frames, hidden)
-                      int64_t blocks,            // along a row
+                      int64_t blocks,            // blocks of columns along a row
                       Sizes sizes) {
   constexpr int kColumns = kWarp * kVec;
   __shared__ float sums[kWarps][kColumns];
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();  // the columns before these are done
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sums[warp][i * kWarp + lane] = own[i];  // banks of their own
+    for (int i = 0; i < kVec; ++i) sums[warp][i * kWarp + lane] = own[i];  // this layout has no bank conflicts
     __syncthreads();
     for (int place = threadIdx.x; place < kColumns; place += kThreads) {
       const int at = first + place;
@@ -63,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- one row against another ----
 
-// kSize neighbouring elements; those of float32 beside as many of 16 bits are more than one load.
+// kSize adjacent elements in as many loads of at most 16 bytes as they need: a float32 mean needs two for the elements
+// that rows in half precision load at once.
 template <typename scalar_t, int kSize>
 struct Wide {
   static constexpr int kPart = sizeof(scalar_t) * kSize > kVectorBytes ? kVectorBytes / sizeof(scalar_t) : kSize;
@@ -89,13 +91,14 @@ struct Likeness {
   }
 };
 
-// Calls finish(row, likeness) in the first lane of a warp for each of `count` rows of up to kRows.
+// Compares `count` rows, at most kRows, with one other row. Calls finish(row, likeness) for each in the warp's first
+// lane.
 template <int kVec, int kRows, typename scalar_t, typename other_t, typename Finish>
 __device__ __forceinline__ void hold_against(const scalar_t* const (&own)[kRows], const other_t* other, int count,
                                              int hidden, Finish finish) {
   const int lane = threadIdx.x % kWarp;
-  float sums[2 * kRows + 1] = {};            // of the products and the squares of each row, and of the other's squares
-  constexpr int kSteps = kRows > 1 ? 1 : 4;  // in flight: of several rows one step has as many loads
+  float sums[2 * kRows + 1] = {};            // dot and squares of each row, then the other's squares
+  constexpr int kSteps = kRows > 1 ? 1 : 4;  // unrolled: one step of several rows has enough loads
 #pragma unroll kSteps
   for (int column = lane * kVec; column < hidden; column += kWarp * kVec) {
     const auto held = Wide<other_t, kVec>::load(other + column);
@@ -123,7 +126,7 @@ __device__ __forceinline__ void hold_against(const scalar_t* const (&own)[kRows]
   }
 }
 
-// Calls function(work) for the pieces of work of a warp, whatever the size of the grid.
+// Calls function(work) for the items of a warp, in a loop over the grid.
 template <typename Function>
 __device__ __forceinline__ void for_works(int64_t works, Function function) {
   const int64_t step = int64_t{gridDim.x} * kWarps;
@@ -136,14 +139,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                          const float* __restrict__ mean,  // (batch, frames, hidden)
                          float* __restrict__ novelty,     // (batch, frames, tokens)
                          float* __restrict__ length,      // (batch, frames, tokens)
-                         int64_t blocks,                  // of kTogether tokens in a frame
+                         int64_t blocks,                  // groups of kTogether tokens per frame
                          Sizes sizes) {
   for_works(sizes.batch * sizes.frames * blocks, [&](int64_t work) {
     const int64_t first = work % blocks * kTogether, frame = work / blocks;
     const int count = static_cast<int>(min(sizes.tokens - first, int64_t{kTogether}));
     const scalar_t* own[kTogether];
 #pragma unroll
-    for (int row = 0; row < kTogether; ++row) {  // past the last one it is that again
+    for (int row = 0; row < kTogether; ++row) {  // missing rows repeat the last one
       own[row] = rows.at(frame / sizes.frames, frame % sizes.frames, first + min(row, count - 1));
     }
     hold_against<kVec>(own, mean + frame * sizes.hidden, count, sizes.hidden, [&](int row, Likeness found) {
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launches ----
 
-// Calls function(scalar_t(), width of a vector as a type).
+// Calls function(scalar_t(), vector width), the width as an integral constant.
 template <typename Function>
 void with_types(const FrameArguments& args, Function function) {
   with_dtype(args.dtype, [&](auto zero) {

@@ -1,4 +1,4 @@
-// The novelty of tokens as torch sees it: vlmfast/ops/frame_novelty/definition.py defines what is computed.
+// The arguments and schemas of the novelty ops. vlmfast/ops/frame_novelty/definition.py defines what is computed.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ struct FrameArguments {
 
   explicit FrameArguments(const Tensor& tensor) : rows("frames", tensor, {batch, frames, tokens, hidden}, dtype) {}
 
-  // How many frames have one before them.
+  // Returns how many frames have a previous frame.
   int64_t changes() const { return std::max<int64_t>(0, frames - 1); }
 };
 

@@ -12,8 +12,8 @@ namespace {
 
 bool masked_at(const View<1>& mask, int64_t position) { return *mask.at<uint8_t>(position) != 0; }
 
-// Refuses a mask that is not true at `expected` positions. The numbers of an index are not read: on a CPU to count anew is
-// cheaper.
+// Refuses a mask that is not true at exactly `expected` positions. The CPU ops ignore a given index: counting the mask
+// is cheaper than reading it.
 void check_count(const View<1>& mask, int64_t expected) {
   const uint8_t* const begin = mask.at<uint8_t>();
   const int64_t found = mask.size(0) - std::count(begin, begin + mask.size(0), 0);
@@ -21,7 +21,8 @@ void check_count(const View<1>& mask, int64_t expected) {
                   ", got ", found);
 }
 
-// function(token, slot, invalid) for each token that compact_tokens keeps: both are counted over the whole batch.
+// Calls function(token, slot, invalid) for each token that compact_tokens keeps. token and slot are counted over the
+// batch.
 template <class Function>
 void each_kept(const View<1>& mask, int64_t batch, int64_t tokens, int64_t kept_count, bool pad_left,
                const Function& function) {

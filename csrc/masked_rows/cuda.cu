@@ -1,10 +1,10 @@
-// Rows chosen by a mask, on CUDA: numbered, added to, replaced, taken out and packed.
+// The ops on rows chosen by a mask, on CUDA: the rows are numbered, added to, replaced, extracted and packed.
 // vlmfast/ops/masked_rows/definition.py defines what is computed.
 //
-// Each op is at most two launches: one numbers the masked positions, one moves rows, both bound by memory. With rows of
-// 1 KiB and more the numbers are below one per cent of the bytes, so a large call should come within a tenth of a copy
-// of as many. Neither launch waits for the other's numbers on the host, sums with atomics or has a shape that depends
-// on data: results are the same in every run, and a CUDA graph may hold them.
+// Each op has at most two launches, both bound by memory: one numbers the masked positions, the other moves rows. For
+// rows of at least 1 KiB the numbers are less than 1 % of the bytes, so a large call should take at most a tenth longer
+// than a copy of the same bytes. There is no synchronisation with the host, no floating-point atomic and no
+// data-dependent shape: results are deterministic, and the ops can be captured in a CUDA graph.
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -16,11 +16,11 @@
 namespace vlmfast {
 namespace {
 
-// ---- what is done with the numbers ----
+// ---- what rank_kernel writes for each position ----
 
 struct WriteIndex {
   static constexpr bool kNeedsTotal = false;
-  int32_t* index;  // (positions,), one sequence
+  int32_t* index;  // (positions,), ranked as one sequence
 
   __device__ __forceinline__ void operator()(int64_t, int64_t position, bool masked, int rank, int) const {
     index[position] = masked ? rank : ~rank;
@@ -32,7 +32,7 @@ struct Packing {
   int64_t tokens, kept_count;
   bool pad_left;
 
-  // Returns the place of a token among those that are kept, or -1.
+  // Returns the index of a token among the kept ones, or -1 if it is dropped.
   __device__ __forceinline__ int64_t place(int64_t position, bool invalid, int invalid_before,
                                            int invalid_total) const {
     const int64_t valid_kept = min(tokens - invalid_total, kept_count), invalid_kept = kept_count - valid_kept;
@@ -67,15 +67,15 @@ struct WritePlaces {
 
 // ---- which row goes where ----
 
-// The result of row_index, and the number of masked rows that there must be.
+// The result of row_index, and the number of masked rows that it must have.
 struct RowNumbers {
   const int32_t* index;  // (positions,)
   int64_t positions, rows;
 
-  // Returns the number of a masked row, and a negative one for others.
+  // Returns the number of a masked row, and a negative number for other rows.
   __device__ __forceinline__ int operator[](int64_t position) const {
     const int number = index[position];
-    const bool last = position == positions - 1;  // its entry tells how many there are
+    const bool last = position == positions - 1;  // its entry gives the number of masked rows
     VLMFAST_DEVICE_ASSERT(number < rows && !(last && (number < 0 ? ~number : number + 1) != rows),
                           "the mask must be true at as many positions as there are rows");
     return number;
@@ -162,7 +162,7 @@ struct UnpackRows {
 
 // ---- launches ----
 
-// The numbers of the masked rows of a call, of which there must be `count`: those that are given, or new ones.
+// The numbers of the `count` masked rows of a call: the given index, or a new one.
 class NumberedRows {
  public:
   NumberedRows(const DeviceScope& scope, const MaskedRowsArguments& args, const Tensor& like, int64_t count)

@@ -1,5 +1,5 @@
-// Ranks the masked positions of each sequence, in one launch that is the same in every run: no atomics, and no block
-// waits for another. A block counts the mask before its own part again, which costs loads from the L2 cache alone.
+// Ranks the masked positions of each sequence in one deterministic launch, without atomics or waits between blocks.
+// Instead, each block counts the whole mask before its own chunk, which costs only loads from the L2 cache.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,11 @@
 
 namespace vlmfast {
 
-// How the positions of a mask are shared out: a block has a chunk of one sequence, and takes kThreads at a time.
+// A block takes a chunk of the positions of one sequence, kThreads at a time.
 struct RankPolicy {
   static constexpr int kThreads = 256;
-  static constexpr int64_t kMostChunks = 128;  // of a sequence: each costs a count of the mask before it
-  int64_t batch, tokens, chunk, chunks;        // chunk: positions; chunks: of a sequence
+  static constexpr int64_t kMostChunks = 128;  // per sequence, because each counts the whole mask before it
+  int64_t batch, tokens, chunk, chunks;        // chunk: positions of a block; chunks: blocks of a sequence
 
   RankPolicy(int64_t batch, int64_t tokens) : batch(batch), tokens(tokens) {
     const int64_t steps = (tokens + kThreads - 1) / kThreads;
@@ -23,12 +23,13 @@ struct RankPolicy {
   }
 };
 
+// Returns how many of the four bytes are not zero: the sum sets a byte's top bit if any of its lower bits is set.
 __device__ __forceinline__ int nonzero_bytes(unsigned word) {
   constexpr unsigned kLowBits = 0x7f7f7f7f;
   return __popc((((word & kLowBits) + kLowBits) | word) & ~kLowBits);
 }
 
-// Counts this thread's part of the masked positions from begin to end.
+// Returns the thread's share of the number of masked positions from `begin` to `end`.
 __device__ __forceinline__ int count_masked(const uint8_t* __restrict__ begin, const uint8_t* __restrict__ end) {
   constexpr int kBytes = 16;
   const int64_t before_vectors = (kBytes - reinterpret_cast<uintptr_t>(begin) % kBytes) % kBytes;
@@ -46,8 +47,8 @@ __device__ __forceinline__ int count_masked(const uint8_t* __restrict__ begin, c
   return count;
 }
 
-// Calls visit(batch, position, masked, rank, total) for every position of the mask: `rank` counts the masked positions
-// before it in its sequence, `total`, where the visit needs it, all of them.
+// Calls visit(batch, position, masked, rank, total) for every position of the mask. `rank` is the number of masked
+// positions before it in its sequence; `total` is that of the whole sequence, or 0 if the visitor does not need it.
 template <typename Visit>
 __global__ void __launch_bounds__(RankPolicy::kThreads)
     rank_kernel(const uint8_t* __restrict__ mask,  // (batch, tokens)

@@ -1,4 +1,4 @@
-// The ops on masked rows as torch sees them: vlmfast/ops/masked_rows/definition.py defines what they compute.
+// The arguments and schemas of the ops on masked rows. vlmfast/ops/masked_rows/definition.py defines what they compute.
 #pragma once
 
 #include <optional>
@@ -20,7 +20,7 @@ struct MaskArguments {
   }
 };
 
-// Rows, a mask of some of them, and the numbers of those, where they are given.
+// Rows, a mask of some of them, and optionally the numbers of the masked rows.
 struct MaskedRowsArguments {
   Size batch{"batch"}, tokens{"tokens"}, hidden{"hidden"};
   FloatDtype dtype;

@@ -1,7 +1,7 @@
 // Patch-info mining on the CPU, compiled once per instruction set (see types.h).
 //
-// A token's block is copied out of the map once, into the second-level cache: channel by channel, its pixels side by side.
-// Three passes over the copy give the means, then the deviations and the logits, then the weighted sums.
+// A token's block of the map is gathered once into a buffer that stays in the L2 cache, as (channels, pixels). Three
+// passes over the buffer compute the means, then the deviations and the logits, then the weighted sums.
 #include "patch_mining/cpu_kernels.h"
 
 #include "common/vector_math.h"
@@ -9,18 +9,20 @@
 namespace vlmfast {
 namespace {
 
-constexpr int64_t kTogether = 32;  // channels whose terms are summed before they go to the sum of all
-// A channel of a map lies on pages of its own: so many of them are asked for before they are copied.
+constexpr int64_t kTogether = 32;  // channels summed before they are added to the total, which limits the error
+// How many channels ahead to prefetch. Each channel of a map lies on other pages, so the hardware does not prefetch
+// them.
 constexpr int64_t kAhead = 16;
 constexpr float kMaximum = 0x1.fffffep127f;
 
-// Elements in their own order, so that pixels can be told from what fills their last register.
+// The element type of pixels, with blocks in memory order, so that pixels can be told from the padding of the last
+// block.
 template <class T>
 using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
 
-// The buffers of a token, in the workspace: a row of `size` floats for its pixels, of `channels` for the others.
+// The buffers of a token in the workspace: rows of `size` floats, one per pixel, and rows of `channels` floats.
 struct Token {
-  int64_t pixels, size;  // of the block, and padded
+  int64_t pixels, size;  // pixels of the block, and their number padded
   float *mean, *rest, *inverse, *logits, *weights, *reached, *slopes, *terms[4];
   float *query, *grad, *sums;
   void* block;  // (channels, size) elements
@@ -45,7 +47,7 @@ struct Token {
   }
 };
 
-// Where a token's block begins, in an image of the map and of its gradient.
+// The position of the first pixel of a token's block, in the map and in its gradient.
 struct Place {
   int64_t image, row, column;
 
@@ -57,7 +59,7 @@ struct Place {
   }
 };
 
-// Calls function(bytes) with the size of a row of a block: those of real maps are known to the compiler.
+// Calls function(bytes) with the bytes of a row of a block, as a compile-time constant for the sizes of real maps.
 template <class T, class F>
 VLMFAST_INLINE void with_bytes(int64_t scale, const F& function) {
   const int64_t bytes = scale * sizeof(T);
@@ -100,7 +102,7 @@ VLMFAST_INLINE void scatter(const Mining& args, const Place& place, const Token&
   });
 }
 
-// Copies a token's row of channels, and returns the sum of it.
+// Copies a token's row of channels as float32, and returns its sum.
 template <class T>
 VLMFAST_INLINE float take(const TokenRows& rows, const Place& place, int64_t own, int64_t channels, float* to) {
   const Ordered<T>* from =
@@ -118,8 +120,8 @@ VLMFAST_INLINE Block multiply_add(const Block& a, const Block& b, const Block& c
   return each_part([&](int i) { return multiply_add(a.part[i], b.part[i], c.part[i]); });
 }
 
-// Takes the mean and the inverse deviation of each pixel, its logit and, in the backward, its dot with the gradient.
-// `rest` is what the mean of large numbers has lost by its own rounding.
+// Computes the mean and the inverse deviation of each pixel, its logit and, in the backward, its dot with the gradient.
+// `rest` is the mean of the centred values: the rounding error of a mean far from zero.
 template <class T, bool kBackward>
 VLMFAST_INLINE void measure(const Mining& args, const Token& token, float query_sum, float grad_sum) {
   const int64_t channels = args.channels, size = token.size;
@@ -163,7 +165,7 @@ VLMFAST_INLINE void measure(const Mining& args, const Token& token, float query_
   }
 }
 
-// Turns the logits into weights, whose sum is 1; those of what is no pixel are 0.
+// Turns the logits into softmax weights. The weights of the padding are 0.
 VLMFAST_INLINE void softmax(const Token& token) {
   float largest = -kMaximum;
   for (int64_t pixel = 0; pixel < token.size; ++pixel) {
@@ -183,7 +185,7 @@ VLMFAST_INLINE void softmax(const Token& token) {
   for (int64_t pixel = 0; pixel < token.pixels; ++pixel) token.weights[pixel] /= sum;
 }
 
-// Sums the centred pixels of each channel, each times a factor, and stores the sums.
+// Stores, for each channel, the sum of its centred pixels times their factors.
 template <class T>
 VLMFAST_INLINE void add_up(const Mining& args, const Token& token, const float* factors, int64_t index) {
   const int64_t channels = args.channels, size = token.size;
@@ -224,7 +226,8 @@ void forward(const Mining& args, int64_t begin, int64_t end, float* workspace) {
   }
 }
 
-// With the centred pixel d, the gradient of a pixel is terms[0] * grad + terms[1] * query - terms[2] - terms[3] * d.
+// Computes the terms of the gradient of each pixel, which is terms[0] * grad + terms[1] * query - terms[2] - terms[3] *
+// d, where d is the centred pixel.
 VLMFAST_INLINE void gradient_terms(const Mining& args, const Token& token, float query_sum, float grad_sum) {
   double average = 0;
   for (int64_t pixel = 0; pixel < token.pixels; ++pixel) {

@@ -1,8 +1,8 @@
-// Patch-info mining on CUDA: vlmfast/ops/patch_mining/definition.py defines what is computed.
+// Patch-info mining on CUDA. vlmfast/ops/patch_mining/definition.py defines what is computed.
 //
-// One launch, bound by memory: of a picture of Mini-Gemini 212 MB are read, and once more from the L2 cache or from
-// memory. Rows of a block of 8 pixels are 16 bytes in half precision, half a sector: the block of the next token, which
-// runs at the same time, finds the other half in the cache.
+// One launch, bound by memory. An image of Mini-Gemini has a map of 212 MB, which is read twice; part of the second
+// read comes from the L2 cache. A row of a block, 8 pixels in half precision, is 16 bytes, half a sector; the other
+// half belongs to the next token's block, which runs at the same time and finds it in the cache.
 #include "patch_mining/mining.cuh"
 #include "patch_mining/ops.h"
 

@@ -1,8 +1,8 @@
-// Patch-info mining: a block of threads for each token, which reads the pixels of the token's block of the map twice.
-// First it takes the statistics of each pixel and its logit, then the weighted sum over the pixels, or the gradients.
+// Patch-info mining. A thread block takes one token and reads the token's block of the map twice: first for the
+// statistics and the logit of each pixel, then for the weighted sum over the pixels, or the gradients.
 //
-// Groups of up to 32 lanes take a channel each: a lane holds kVec neighbouring pixels of a row, 16 bytes where rows of a
-// block are so long, and goes on to the vectors that are left.
+// Each group of up to 32 lanes takes one channel at a time. A lane loads kVec adjacent pixels of a row, 16 bytes if
+// rows of the block are long enough, and loops over the remaining vectors of the channel.
 #pragma once
 
 #include "common/common.cuh"
@@ -12,28 +12,28 @@ namespace vlmfast {
 
 struct MiningSizes {
   int64_t batch, tokens, channels, height, width;
-  int64_t columns, total;  // blocks of the map, in a row of it and together
+  int64_t columns, total;  // blocks in a row of the map, and in all of it
   int scale;
   float eps;
-  bool listed;  // whether tokens are of the blocks that a list names, not of all
+  bool listed;  // whether a list names the block of each token; otherwise the i-th token has the i-th block
 };
 
 struct MiningPolicy {
   static constexpr int kThreads = 256;
   static constexpr int kMostPixels = 1024;
-  static constexpr int kSamples = 32;  // channels from all over a pixel whose mean is taken off first
-  static constexpr int kRows = 8;      // of floats in shared memory, for each pixel
+  static constexpr int kSamples = 32;  // channels whose mean is subtracted first, against cancellation in the variance
+  static constexpr int kRows = 8;      // floats per pixel in shared memory
   static constexpr float kMaximum = 3.4028234663852886e38f;
 
-  int vectors, lanes;  // of a channel of a block
+  int vectors, lanes;  // vectors in a channel of a block, and lanes that take it
 
   MiningPolicy(int scale, int vec) : vectors(scale * scale / vec), lanes(1) {
     while (lanes < kWarp && lanes < vectors) lanes *= 2;
   }
 };
 
-// What is known of the pixels of a block, in shared memory. The gradient of a pixel is, with the centred pixel d,
-// weight * grad + slope * query - constant - along * d.
+// Per-pixel values of a block, in shared memory. The gradient of a pixel is
+// weight * grad + slope * query - constant - along * d, where d is the centred pixel.
 struct PixelRows {
   float *mean, *inverse, *logit, *weight, *reached, *slope, *constant, *along;
 
@@ -63,12 +63,12 @@ struct Larger {
   __device__ __forceinline__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
-// Adds up what the groups of threads have of the pixels from `first` on, and writes the sums.
+// Adds up the groups' partial sums of the pixels from `first` on, and writes the sums.
 template <int kVec>
 __device__ __forceinline__ void add_groups(const float (&own)[kVec], float* partial, int lanes, int first, int pixels,
                                            float* sums) {
   const int columns = lanes * kVec, groups = MiningPolicy::kThreads / lanes;
-  __syncthreads();  // whoever reads the sums before these is done
+  __syncthreads();  // all threads are done with the previous sums
 #pragma unroll
   for (int i = 0; i < kVec; ++i) partial[threadIdx.x * kVec + i] = own[i];
   __syncthreads();
@@ -79,7 +79,8 @@ __device__ __forceinline__ void add_groups(const float (&own)[kVec], float* part
   }
 }
 
-// One warp turns the logits into weights, times the inverse deviation in the forward.
+// Turns the logits into softmax weights times the inverse deviation and, in the backward, computes the terms of the
+// pixel gradients. Called by one warp.
 template <bool kBackward>
 __device__ __forceinline__ void weigh(const PixelRows& rows, int pixels, float channels, float query_sum,
                                       float grad_sum) {
@@ -111,7 +112,7 @@ __device__ __forceinline__ void weigh(const PixelRows& rows, int pixels, float c
   }
 }
 
-// The block of one turn of the loop, and the token that it is of.
+// The block of the map that one iteration takes, and its token.
 struct BlockPlace {
   int64_t batch, token, row, column;
   bool has_token = true;
@@ -122,7 +123,7 @@ struct BlockPlace {
     const int64_t units = kBackward ? sizes.total : sizes.tokens;
     BlockPlace place{work / units, work % units, 0, 0};
     int64_t number = place.token;
-    if (sizes.listed && kBackward) {  // of every block: is it in the list?
+    if (sizes.listed && kBackward) {  // the backward visits every block: search it in the list
       const int64_t* const list = blocks.at(place.batch);
       const int tokens = static_cast<int>(sizes.tokens);
       place.token = count_first(tokens, [&](int i) { return list[i] < number; });
@@ -136,7 +137,8 @@ struct BlockPlace {
   }
 };
 
-// Takes the sums of which statistics and logits are made, and adds up in `totals` the channels of the two rows.
+// Accumulates the sums over channels for the statistics and logits, and in `totals` those of the query's row and of the
+// gradient's.
 template <typename scalar_t, int kVec, bool kBackward, typename Source>
 __device__ __forceinline__ void add_channels(const scalar_t* query_row, const scalar_t* grad_row, const Source& source,
                                              const PixelRows& rows, float* partial, float (&totals)[2], int samples,
@@ -182,7 +184,7 @@ __device__ __forceinline__ void add_channels(const scalar_t* query_row, const sc
   }
 }
 
-// Makes statistics and logits of the sums.
+// Computes the statistics and logits from the sums.
 template <bool kBackward>
 __device__ __forceinline__ void finish(const PixelRows& rows, const float (&totals)[2], int samples,
                                        const MiningSizes& sizes) {
@@ -200,11 +202,11 @@ __device__ __forceinline__ void finish(const PixelRows& rows, const float (&tota
 
 template <typename scalar_t, int kVec, bool kBackward>
 __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
-    mining_kernel(Input<scalar_t, 3> query,         // (batch, tokens, channels)
-                  Input<scalar_t, 3> grad_output,   // (batch, tokens, channels), in the backward
-                  Input<scalar_t, 4> map,           // (batch, channels, height, width)
-                  Input<int64_t, 2> blocks,         // (batch, tokens), where they are listed
-                  scalar_t* __restrict__ y,         // (batch, tokens, channels): what is mined, or the query's gradient
+    mining_kernel(Input<scalar_t, 3> query,        // (batch, tokens, channels)
+                  Input<scalar_t, 3> grad_output,  // (batch, tokens, channels), in the backward
+                  Input<scalar_t, 4> map,          // (batch, channels, height, width)
+                  Input<int64_t, 2> blocks,        // (batch, tokens), if listed
+                  scalar_t* __restrict__ y,  // (batch, tokens, channels): the mined features or the gradient of query
                   scalar_t* __restrict__ grad_map,  // (batch, channels, height, width), in the backward
                   MiningSizes sizes, MiningPolicy policy) {
   using Vec = Vector<scalar_t, kVec>;

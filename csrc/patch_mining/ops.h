@@ -1,4 +1,4 @@
-// Patch-info mining as torch sees it: vlmfast/ops/patch_mining/definition.py defines what is computed.
+// The arguments and schemas of patch-info mining. vlmfast/ops/patch_mining/definition.py defines what is computed.
 #pragma once
 
 #include <optional>
@@ -7,7 +7,7 @@
 
 namespace vlmfast {
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // channels, blocks and the pixels of one are counted in 32 bits
+constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // channels and blocks are counted in 32 bits
 
 struct MiningArguments {
   Size batch{"batch"}, channels = Size("channels").at_least(1).at_most(kMost), height{"height"}, width{"width"};
@@ -16,7 +16,7 @@ struct MiningArguments {
   View<4> feature_map;
   View<3> query, grad_output;
   View<2> blocks;
-  int64_t columns, total;  // blocks of the map, in a row of it and together
+  int64_t columns, total;  // blocks in a row of the map, and in all of it
 
   MiningArguments(const Tensor& query_tensor, const Tensor& map_tensor, int64_t scale,
                   const std::optional<Tensor>& blocks_tensor,

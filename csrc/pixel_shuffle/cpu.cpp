@@ -1,5 +1,5 @@
-// The pixel shuffle ops on the CPU: where patches and tokens lie, outputs and threads. Rows that are only moved go
-// through row_moves.h, the LayerNorm is in cpu_kernels.cpp.
+// The pixel shuffle ops on the CPU: the addresses of patches and tokens, outputs and threads. Rows that are only moved
+// use row_moves.h; the LayerNorm is in cpu_kernels.cpp.
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -11,13 +11,13 @@
 namespace vlmfast {
 namespace {
 
-// Whether each patch begins where the one before it ends. Neighbours along a row of the image are neighbours in the token:
-// one run of elements, where memory has them so.
+// Returns whether patches are contiguous. The `scale` patches of a token in one row of the image are then one run of
+// elements.
 bool adjacent(const ShuffleArguments& call) { return call.patches < 2 || call.x.stride(1) == call.channels; }
 int64_t run_patches(const PatchGrid& grid, bool adjacent) { return adjacent ? grid.scale : 1; }
 
-// function(token, part, patch) for each run of a token: `part` is its first patch within the token, `patch` within the
-// image.
+// Calls function(token, part, patch) for each run of each token. `part` is the index of the run's first patch in the
+// token, `patch` its index in the image.
 template <class Function>
 void each_run(const PatchGrid& grid, bool adjacent, const Function& function) {
   const int64_t scale = grid.scale, rows = grid.height / scale, columns = grid.width / scale;
@@ -36,10 +36,10 @@ void each_run(const PatchGrid& grid, bool adjacent, const Function& function) {
   }
 }
 
-// The elements of a run of x.
+// Returns the number of elements in a run of x.
 int64_t run_size(const ShuffleArguments& call) { return run_patches(call.grid, adjacent(call)) * call.channels; }
 
-// Where the runs of all tokens of x lie, in the order of the tokens.
+// Returns the addresses of the runs of x, in the order of the tokens.
 std::vector<const char*> runs_of(const ShuffleArguments& call) {
   std::vector<const char*> found;
   found.reserve(call.batch * call.patches / run_patches(call.grid, adjacent(call)));
@@ -71,7 +71,7 @@ Tensor pixel_unshuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale
 
 // ---- with a LayerNorm ----
 
-// What both directions tell the kernels.
+// Returns the kernel arguments that forward and backward share.
 ShuffledNorm shuffled_norm(const ShuffleNormArguments& call, const std::vector<const char*>& runs, double input_scale,
                            double eps) {
   return {static_cast<float>(input_scale),

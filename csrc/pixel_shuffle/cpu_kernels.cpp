@@ -1,7 +1,7 @@
-// The arithmetic of the pixel shuffle with a LayerNorm on the CPU, compiled once per instruction set (see types.h);
-// every one gives the same bits.
+// The arithmetic of the pixel shuffle with a LayerNorm on the CPU, compiled once per instruction set (see types.h). All
+// give the same bits.
 //
-// The forward takes moments and rounds as torch's layer_norm does, and so equals it to the bit.
+// The forward is bit-identical to torch's layer_norm: it computes moments and rounds in the same order.
 #include "pixel_shuffle/cpu_kernels.h"
 
 #include "common/partial_sums.h"
@@ -11,7 +11,7 @@
 namespace vlmfast {
 namespace {
 
-// Brings the runs of one token together.
+// Gathers the runs of one token, times the input scale.
 template <class T>
 VLMFAST_INLINE void gather(const ShuffledNorm& norm, int64_t token, T* to) {
   const char* const* runs = norm.x + token * norm.token_runs;
@@ -35,7 +35,7 @@ VLMFAST_INLINE Block broadcast(float value) {
 
 // ---- forward ----
 
-// Rows are summed side by side, because along one of them each step waits for the last.
+// Rows are accumulated several at a time, because each step of the recurrence along a row depends on the one before.
 constexpr int kTogether = 4;
 
 // The mean and the factor that normalise a row.
@@ -61,7 +61,7 @@ VLMFAST_INLINE void normalise(T* rows, int64_t size, const T* weight, const T* b
       Block normed;
       if constexpr (std::is_same_v<T, float>) {
         normed = (value - broadcast(scales[n].mean)) * inverse;
-      } else {  // torch has another order here
+      } else {  // torch's order for 16-bit types
         normed = fused(value, inverse, broadcast(-scales[n].inverse_deviation * scales[n].mean));
       }
       store(row, fused(normed, w, b), count);
@@ -91,7 +91,7 @@ void norm(const PixelShuffleNorm& args, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
-// Replaces one row by its gradient: the expressions of the definition in vlmfast/ops, with sums in torch's order.
+// Replaces one row by its gradient, by the formulas of the definition in vlmfast/ops, with sums in torch's order.
 template <class T>
 VLMFAST_INLINE void backward_row(const ShuffledNorm& norm, const T* grad_output, T* row, float* grad_weight,
                                  float* grad_bias) {

@@ -1,12 +1,13 @@
-// The CPU kernels of the pixel shuffle with a LayerNorm, as cpu.cpp calls them; without one, rows are moved.
+// The interface of the CPU kernels of the pixel shuffle with a LayerNorm; cpu.cpp calls them. Without a LayerNorm rows
+// are moved by row_moves.h.
 #pragma once
 
 #include "common/types.h"
 
 namespace vlmfast {
 
-// Tokens, each of `token_runs` runs of `run_size` adjacent elements of x, and their LayerNorm over `size` elements: all
-// of a token, or those of each of its patches.
+// Tokens that each consist of `token_runs` runs of `run_size` adjacent elements of x, with a LayerNorm over `size`
+// elements: a whole token, or each of its patches.
 struct ShuffledNorm {
   float input_scale;
   float eps;
@@ -33,7 +34,7 @@ struct PixelShuffleNormBackward {
 
 struct PixelShuffleKernels {
   ByDtype<void(const PixelShuffleNorm& args, int64_t begin, int64_t end)> norm;
-  // buffer: room for a token. grad_weight, grad_bias: partial sums, see types.h.
+  // buffer: workspace for one token. grad_weight, grad_bias: partial sums, see types.h.
   ByDtype<void(const PixelShuffleNormBackward& args, int64_t begin, int64_t end, char* buffer, float* grad_weight,
                float* grad_bias)>
       norm_backward;

@@ -1,11 +1,11 @@
-// Pixel shuffle on CUDA: the map's patches moved, moved back, and normalised on the way, forward and backward.
+// Pixel shuffle on CUDA: its forward and inverse, and its fusion with a LayerNorm, forward and backward.
 // vlmfast/ops/pixel_shuffle/definition.py defines what is computed.
 //
-// All four are bound by memory, in one launch each, and one more to add up partial sums. The forward stores nothing for
-// the backward, where mean and deviation come out of the same two reductions as the means of the gradient. The variance
-// is that of centred values: rows of vision towers have means far from zero. Rows longer than registers hold (8192
-// elements in half precision) are read again, from the caches. A patch is one run of elements on both sides, so no
-// access is scattered.
+// All four kernels are bound by memory and take one launch each; the backward of the norm has a second launch to add up
+// partial sums. The forward saves nothing for the backward, which computes mean and deviation in the same two
+// reductions as the means of the gradient. The variance is that of centred values, because rows of vision towers have
+// means far from zero. What does not fit in registers (beyond 8192 elements in half precision) is read again from the
+// caches. A patch is contiguous on both sides, so all accesses coalesce.
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -97,7 +97,7 @@ Tensor pixel_unshuffle(const Tensor& x, std::vector<int64_t> grid, int64_t scale
   return patches;
 }
 
-// The rows that both directions of the norm work on.
+// Returns the rows that forward and backward of the norm work on.
 NormRows rows_of(const ShuffleNormArguments& args, double input_scale, double eps) {
   NormRows rows;
   rows.map = map_of(args.grid);
@@ -124,7 +124,7 @@ Tensor pixel_shuffle_norm(const Tensor& x, const Tensor& weight, const Tensor& b
                   Policy::kThreads, 0, scope.input<scalar_t>(args.x), scope.input<scalar_t>(args.weight).data,
                   scope.input<scalar_t>(args.bias).data, scope.output<scalar_t>(y), rows);
   };
-  // A vector must not reach from one patch into the next: those of x fit, so those of y do.
+  // vectors_fit checks the patches of x, so no vector crosses a patch boundary, in y neither.
   const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, args.bias);
   with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.norm_size, fit, run);
   return y;

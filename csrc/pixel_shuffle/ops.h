@@ -1,4 +1,5 @@
-// The pixel shuffle ops as torch sees them: vlmfast/ops/pixel_shuffle/definition.py defines what they compute.
+// The arguments and schemas of the pixel shuffle ops. vlmfast/ops/pixel_shuffle/definition.py defines what they
+// compute.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace vlmfast {
 
 constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // patches are counted in 32 bits
 
-// How the patches of an image make tokens.
+// The grid of patches of an image, and how they are joined into tokens.
 struct PatchGrid {
   int64_t height, width, scale;
   TokenOrder order;
@@ -70,7 +71,7 @@ struct UnshuffleArguments : GridArguments {
   }
 };
 
-// Those that both directions of the norm share, which is over a token or over each of its patches.
+// Shared by forward and backward of the norm, which is over a whole token or over each of its patches.
 struct ShuffleNormArguments : ShuffleArguments {
   Size norm_size;
   View<1> weight;
@@ -94,7 +95,7 @@ struct ShuffleNormForwardArguments : ShuffleNormArguments {
 };
 
 struct ShuffleNormBackwardArguments : ShuffleNormArguments {
-  View<2> grad_output;  // of the tokens of the whole batch
+  View<2> grad_output;  // (batch * tokens, hidden)
 
   ShuffleNormBackwardArguments(const Tensor& grad_tensor, const Tensor& x_tensor, const Tensor& weight_tensor,
                                const PatchGrid& patch_grid)

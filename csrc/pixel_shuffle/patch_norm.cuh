@@ -1,23 +1,24 @@
-// Tells which patches of a map make a token, and takes a LayerNorm over them or over each on the way there.
+// The map from tokens to patches, and the kernels of a pixel shuffle fused with a LayerNorm over tokens or over
+// patches.
 #pragma once
 
 #include "common/partial_sums.cuh"
 
 namespace vlmfast {
 
-// Patches are numbered twice: as they lie in the map, row by row, and in the order of the tokens, those of a token one
-// after the other. In 32 bits: each place takes four divisions.
+// Patches have two numberings: row by row in the map, and in the order of the tokens, in which the patches of a token
+// are consecutive. Numbers have 32 bits, because the conversion takes four divisions.
 struct PatchMap {
   unsigned patches;                       // of an image
   unsigned width;                         // of the map, in patches
-  unsigned scale, per_token, token_line;  // token_line: tokens that follow each other in one row, or column
+  unsigned scale, per_token, token_line;  // token_line: consecutive tokens in one row, or column, of the map
   bool by_column;
 
   struct Place {
     unsigned image, patch;  // the patch as it lies in the map
   };
 
-  // Returns where the patch lies whose number in the order of the tokens, counted through the batch, is `ordinal`.
+  // Returns the image and place of a patch, given its number in the order of the tokens, counted over the batch.
   __device__ __forceinline__ Place place(unsigned ordinal) const {
     const unsigned in_image = ordinal % patches, token = in_image / per_token;
     const unsigned line = token / token_line, along = token % token_line;
@@ -25,19 +26,19 @@ struct PatchMap {
     return {ordinal / patches, (row * width + column) * scale + step(in_image % per_token)};
   }
 
-  // Returns the distance, in patches, from the first patch of a token to another one of it.
+  // Returns the distance, in patches of the map, from the first patch of a token to its `part`-th.
   __device__ __forceinline__ unsigned step(unsigned part) const { return part / scale * width + part % scale; }
 };
 
-// Rows that are normalised: the patches of a token together, or each patch.
+// The normalised rows: each is all patches of a token, or one patch.
 struct NormRows {
   PatchMap map;
-  unsigned patches, channels;  // of a row, of a patch
+  unsigned patches, channels;  // patches of a row, channels of a patch
   int64_t count;
   int hidden;  // patches * channels
   float input_scale, eps;
 
-  // Returns the distance from the first element of a row to that of a column, where patches are so many elements apart.
+  // Returns the distance in elements from the start of a row to a column, if patches are patch_stride elements apart.
   __device__ __forceinline__ int64_t offset(int column, int64_t patch_stride) const {
     const unsigned part = column / channels;
     return map.step(part) * patch_stride + (column - part * channels);
@@ -57,8 +58,8 @@ __device__ __forceinline__ Vector<scalar_t, kVec> load_scaled(const scalar_t* fr
   return values;
 }
 
-// Mean and deviation of a row. float32 cannot hold a mean far from zero well enough: `shift`, the mean of the values
-// centred by it, is what it lacks.
+// The mean and deviation of a row. A float32 mean far from zero has a large rounding error; `shift`, the mean of the
+// values centred by it, corrects for that.
 struct Moments {
   float mean, shift, inverse_deviation;
 
@@ -122,13 +123,13 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
 
 // ---- backward ----
 
-// Neighbouring elements of x, which are normalised, and of the gradient of the result.
+// Vectors of x, which is normalised, and of the gradient of the output.
 template <typename Vec>
 struct NormOperands {
   Vec x, grad;
 };
 
-// The sums that the gradient of a row is made of. Lives in shared memory.
+// The reductions for the gradient of a row. Lives in shared memory.
 template <typename Policy>
 struct NormGradient {
   GroupSum<Policy::kThreadsPerRow, 2> row_sums;
@@ -136,11 +137,11 @@ struct NormGradient {
 
   struct Means {
     Moments moments;
-    float grad;        // of the scaled gradient: that times the weight
-    float projection;  // of the scaled gradient times the normalised x
+    float grad;        // mean of the scaled gradient, which is gradient * weight
+    float projection;  // mean of the scaled gradient times the normalised x
   };
 
-  // Sums over a row, whose operands and columns for_row(function) gives.
+  // Computes the means of a row; for_row(function) calls function(operands, column) for each vector of it.
   template <typename Vec, typename scalar_t, typename ForRow>
   __device__ __forceinline__ Means means(ForRow for_row, const scalar_t* weight, const NormRows& rows, int turn) {
     float sums[2] = {0.f, 0.f};  // of x, and of the scaled gradient
@@ -173,7 +174,7 @@ struct NormGradient {
   }
 };
 
-// A persistent grid: each block walks over rows and leaves its part of the gradients of weight and bias in `partials`.
+// A persistent grid: each block loops over rows and writes its part of the gradients of weight and bias to `partials`.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     pixel_shuffle_norm_backward_kernel(Input<scalar_t, 2> grad_output,       // tokens
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
     const auto for_row = [&](auto function) { Policy::for_all(end, kept, load, function); };
     const auto means = gradient.template means<Vec>(for_row, weight, rows, turn++);
 
-    // Stores the gradient of x, and adds to those of weight and bias.
+    // Stores the gradient of x, and accumulates those of weight and bias.
     const auto finish = [&](const Operands& values, int column, float* weight_sums, float* bias_sums) {
       const Vec weights = Vec::load(weight + column);
       Vec output;
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   });
 
   store_partial<Policy>(grad_weight, weight_partial, rows.hidden);
-  __syncthreads();  // the next one has the same shared memory
+  __syncthreads();  // the next call reuses the same shared memory
   store_partial<Policy>(grad_bias, bias_partial, rows.hidden);
 }
 

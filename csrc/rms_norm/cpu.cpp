@@ -11,9 +11,9 @@
 namespace vlmfast {
 namespace {
 
-// The weight of a call as the kernels take it, which know neither variants nor calls without a weight.
+// The weight of a call in the form that the kernels take, which know neither variants nor missing weights.
 struct KernelWeight {
-  std::unique_ptr<float[]> zeros;  // of any dtype
+  std::unique_ptr<float[]> zeros;  // zeros in every dtype
   const void* data;
   float offset;
   int wide, rounded;

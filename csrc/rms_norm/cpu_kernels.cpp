@@ -1,6 +1,6 @@
-// The arithmetic of RMSNorm on the CPU, compiled once per instruction set (see types.h); every one gives the same bits.
+// The arithmetic of RMSNorm on the CPU, compiled once per instruction set (see types.h). All give the same bits.
 //
-// The forward rounds where Hugging Face's module rounds and sums as torch does, and so equals it to the bit.
+// The forward is bit-identical to Hugging Face's module: it rounds where the module rounds and sums in torch's order.
 #include "rms_norm/cpu_kernels.h"
 
 #include "common/partial_sums.h"
@@ -10,32 +10,32 @@
 namespace vlmfast {
 namespace {
 
-// How many rows after the one at hand to fetch into the cache. The processor's own prefetcher stops at the end of a
-// 4 kB page, which is a row of 2048 bfloat16: without this the forward of 600 x 2048 takes 1.04x as long.
+// Returns how many rows ahead to prefetch when N rows are processed together. The hardware prefetcher stops at the end
+// of a 4 kB page, which is one row of 2048 bfloat16: without prefetches the forward of 600 x 2048 takes 1.04x as long.
 template <int N>
 VLMFAST_INLINE int64_t rows_ahead(int64_t hidden) {
   constexpr int64_t kElements = 4096;
   return hidden < kElements / N ? kElements / hidden : N;
 }
 
-// Whether rows go several together. Where float16 is converted in software that makes no row faster, and 340 kB of
-// kernels 1900, which take compilers a minute. A weight of another type is rare, and kernels of single rows compile in a
-// quarter of the time.
+// Whether several rows are processed together. If float16 is converted in software, grouping speeds up no row, and it
+// grows the kernels from 340 kB to 1900 kB, which take a minute to compile. A weight of another type than the rows is
+// rare, so its kernels take single rows, which compile in a quarter of the time.
 template <class T, class Weight>
 constexpr bool kGrouped = std::is_same_v<T, Weight> && (kHalfInstructions || !std::is_same_v<T, Float16>);
 
-// What a rounded row gives when a weight has multiplied it has the wider type, which is the weight's.
+// The type of the output. A rounded row times the weight has the wider type of the two, which is the weight's.
 template <class T, class Weight, bool rounded>
 using Output = std::conditional_t<rounded, Weight, T>;
 
-// What multiplies a row. The offset is an argument of the kernels, because one more addition costs nothing that can be
-// measured, and a kernel for each variant a third of the time to compile them all.
+// Loads the factors of a row: the weight plus its offset. The offset is a run-time argument, because the addition costs
+// nothing measurable, whereas a kernel per variant would take a third of the compile time of all kernels.
 template <bool rounded, class Weight, class Count>
 VLMFAST_INLINE Block load_weight(const Weight* weight, float weight_offset, Count count) {
   return rounded ? load(weight, count) : weight_offset + load(weight, count);
 }
 
-// The normalised block as it meets the weight.
+// Returns the normalised block as the weight multiplies it: rounded to T for "llama".
 template <class T, bool rounded>
 VLMFAST_INLINE Block before_weight(const Block& normed) {
   return rounded ? round_to<T>(normed) : normed;
@@ -43,19 +43,19 @@ VLMFAST_INLINE Block before_weight(const Block& normed) {
 
 // ---- forward ----
 
-// The least magnitude of an input for which no rounding of a row meets a subnormal and the squares are exact.
-// `least_factor` is that of a weight, or of 1 + weight. Zeros count in neither.
+// Returns a bound on the nonzero inputs of a row: if none is smaller in magnitude, no rounding of the row meets a
+// subnormal, and the squares are exact. `least_factor` is the least nonzero magnitude of the weight, or of 1 + weight.
 template <class T, bool add>
 VLMFAST_INLINE float least_quick(float inverse_rms, float least_factor) {
-  constexpr float kNormal = 0x1p-124f;  // four times the least normal number: twice for what roundings take away
-  constexpr float kCancelled = 256;     // a sum of bfloat16 that is not zero is at least 2^-8 of the lesser
+  constexpr float kNormal = 0x1p-124f;  // four times the least normal number, as a margin for two roundings
+  constexpr float kCancelled = 256;     // a nonzero sum of two bfloat16 is at least 2^-8 of the lesser magnitude
   const float least = kNormal / (inverse_rms * (least_factor < 1 ? least_factor : 1));
   return (add ? kCancelled : 1) * (least < Quick<T>::kExactSquare ? Quick<T>::kExactSquare : least);
 }
 
 template <class T>
 float least_factor(const RmsNormForward& args) {
-  if (args.weight_offset == 1) return 0x1p-9f;  // 1 + weight, for every bfloat16 but -1
+  if (args.weight_offset == 1) return 0x1p-9f;  // the least nonzero |1 + weight| over all bfloat16 weights
   typename Quick<T>::Least least;
   each_block(args.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     least.see(static_cast<const T*>(args.weight) + offset, count);
@@ -63,7 +63,7 @@ float least_factor(const RmsNormForward& args) {
   return least.value();
 }
 
-// Where the rows of a call lie. Copied, because the compiler must assume that stores alias `args`.
+// The rows of a call, as typed pointers. `args` is copied because the compiler must assume that stores alias it.
 template <class T, class Weight, class Y>
 struct ForwardRows {
   const T *x, *residual;
@@ -88,11 +88,11 @@ struct ForwardRows {
 template <int N>
 struct Scales {
   float inverse_rms[N];
-  bool quick;  // whether the processor may round what they scale
+  bool quick;  // whether Quick may round the scaled rows
 };
 
-// The first pass: adds, and sums the squares. With `quick` the processor rounds the sums; where it could have flushed
-// one the result is not quick either, and all is to be done again.
+// The first pass: adds the residual and sums the squares. With `quick`, Quick rounds the new residual. If it could have
+// flushed a subnormal, the result has quick = false, and the caller must repeat the pass without it.
 template <class T, bool add, bool quick, int N, class Rows>
 VLMFAST_INLINE Scales<N> scales_of(const Rows& rows, float eps, float factor) {
   float sums[N];
@@ -131,11 +131,12 @@ VLMFAST_INLINE Scales<N> scales_of(const Rows& rows, float eps, float factor) {
   return scales;
 }
 
-// The second pass: scales. It loads all rows before it stores any: where rows lie a multiple of 4 kB apart, a load that
-// follows a store of the same offset seems to depend on it, which cost 5 % of 600 x 2048.
+// The second pass: scales the rows. It loads a block of every row before it stores any: if rows lie a multiple of 4 kB
+// apart, the processor takes a load after a store of the same page offset for dependent (4K aliasing), which cost 5 %
+// of 600 x 2048.
 template <class T, bool rounded, bool add, bool quick, int N, class Rows>
 VLMFAST_INLINE void scale(const Rows& rows, const float (&inverse_rms)[N]) {
-  constexpr bool kInOrder = quick && rounded;  // rounded twice by the processor
+  constexpr bool kInOrder = quick && rounded;  // Quick rounds twice, so blocks stay in memory order in between
   const int64_t ahead = rows_ahead<N>(rows.hidden);
   each_block(rows.hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
     Block w, normed[N];
@@ -170,7 +171,8 @@ VLMFAST_INLINE void scale(const Rows& rows, const float (&inverse_rms)[N]) {
 
 template <class T, class Weight, bool rounded, bool add>
 void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
-  // More rows hide the latency of their sums and share the weight, until they do not fit into L1 with their successors.
+  // More rows at a time hide the latency of the sums and share the loads of the weight, as long as they fit into L1
+  // together with the prefetched rows.
   constexpr int kWide = !kGrouped<T, Weight> ? 1 : add ? 2 : 3;
   constexpr bool kQuick = Quick<T>::kExists;
   const float eps = args.eps;
@@ -192,7 +194,7 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
-// The formula of the definition in vlmfast/ops, with both sums over a row taken in one pass.
+// The formula of the definition in vlmfast/ops, with both sums over a row accumulated in one pass.
 template <class T, class Weight, bool rounded, int N>
 VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int64_t hidden, float* partial) {
   const auto* grad_output =
@@ -203,7 +205,8 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
   if (grad_residual != nullptr) grad_residual += row * args.grad_residual_row_stride;
   T* grad_x = static_cast<T*>(args.grad_x) + row * hidden;
 
-  float sums[2 * N], inverse_rms[N], projection[N];  // projection: mean of the weighted gradient times the normed row
+  float sums[2 * N], inverse_rms[N],
+      projection[N];  // projection: mean of the weighted gradient times the normalised row
   const auto terms = VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[2 * N]) {
     const Block w = load_weight<rounded>(weight + offset, args.weight_offset, count);
     VLMFAST_UNROLL
@@ -255,13 +258,13 @@ void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* pa
   }
 }
 
-// The types of rows and weight, whose blocks must be in one order.
+// The types of rows and weight. Beside a float32 weight, bfloat16 rows must be loaded in memory order.
 template <class T, bool wide_weight>
 using Row = std::conditional_t<wide_weight && std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
 template <class T, bool wide_weight>
 using WeightOf = std::conditional_t<wide_weight, float, T>;
 
-// Float32 rounds nothing.
+// float32 is never rounded, so it shares the kernels that do not round.
 template <class T, bool wide_weight, bool rounded, bool add>
 constexpr auto forward_of =
     forward<Row<T, wide_weight>, WeightOf<T, wide_weight>, rounded && !std::is_same_v<T, float>, add>;

@@ -1,4 +1,4 @@
-// The CPU kernels of RMSNorm, as cpu.cpp calls them.
+// The interface of the CPU kernels of RMSNorm; cpu.cpp calls them.
 #pragma once
 
 #include "common/types.h"
@@ -6,10 +6,10 @@
 namespace vlmfast {
 
 struct RmsNormForward {
-  float eps, weight_offset;  // weight_offset: added to the weight, 1 or the neutral -0
+  float eps, weight_offset;  // weight_offset: added to the weight, 1 or -0, which changes no value
   int64_t hidden;
   const void* x;         // (rows, hidden)
-  const void* residual;  // (rows, hidden), or null: without the addition
+  const void* residual;  // (rows, hidden), or null for no addition
   const void* weight;    // (hidden,)
   void* y;               // (rows, hidden) contiguous
   void* new_residual;    // (rows, hidden) contiguous, or null
@@ -31,12 +31,13 @@ struct RmsNormBackward {
 };
 
 struct RmsNormKernels {
-  // By whether the weight is float32 whatever the rows are, whether there is a residual, and whether rows are rounded
-  // before the weight, which then has no offset; the dtype is that of rows.
+  // Indexed by whether the weight is float32 while the rows are of 16 bits, whether there is a residual, whether rows
+  // are rounded before the weight (which then has no offset), and the dtype of the rows.
   ByDtype<void(const RmsNormForward& args, int64_t begin, int64_t end)> forward[2][2][2];
-  // By the weight and whether rows are rounded. partial: partial sums of the weight's gradient, see types.h; or null.
+  // Indexed like `forward`, without the residual. partial: partial sums of the weight's gradient (see types.h), or
+  // null.
   ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[2][2];
-  ByDtype<SumPartials> sum_partials;  // by the dtype of the weight
+  ByDtype<SumPartials> sum_partials;  // indexed by the dtype of the weight
 };
 
 }  // namespace vlmfast

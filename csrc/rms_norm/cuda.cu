@@ -1,8 +1,8 @@
 // RMSNorm on CUDA: alone, after a residual addition, and backward. vlmfast/ops/rms_norm/definition.py defines what is
 // computed.
 //
-// All three are bound by memory, so a row is read once and stays in registers between the reduction and its use. The
-// forward stores nothing for the backward, where the inverse rms comes out of the same reduction as the dot product.
+// All three are bound by memory, so each row is read once and stays in registers between the reduction and its use. The
+// forward saves nothing for the backward, which computes the inverse rms in the same reduction as the dot product.
 #include <optional>
 #include <tuple>
 
@@ -12,18 +12,18 @@
 namespace vlmfast {
 namespace {
 
-// The variant is an argument of the kernels: a uniform branch costs less than thrice as many of them.
+// The variant is a run-time argument: a uniform branch is cheap, and a template argument would triple the kernels.
 __device__ __forceinline__ float weight_scale(Variant variant, float weight) {
   return variant == Variant::kGemma ? 1.f + weight : weight;
 }
 
-// Loads weights, or zeros where there is none.
+// Loads a vector of the weight, or zeros if there is no weight.
 template <typename Vec, typename scalar_t>
 __device__ __forceinline__ Vec load_weight(const scalar_t* weight, int column) {
   return weight == nullptr ? Vec{} : Vec::load(weight + column);
 }
 
-// Returns the normalised value as it meets the weight: "llama" has rounded it.
+// Returns the normalised value as the weight multiplies it: rounded for "llama".
 template <typename scalar_t>
 __device__ __forceinline__ float weighted_value(Variant variant, float normed) {
   return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
   });
 }
 
-// A persistent grid: each block walks over rows and leaves its part of the weight's gradient in one row of `partials`.
+// A persistent grid: each block loops over rows and writes its part of the weight's gradient to one row of `partials`.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     rms_norm_backward_kernel(const scalar_t* __restrict__ grad_output,    // (rows, hidden)
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
       kept_grads[k] = Vec::load(grad_row + column);
     });
 
-    float sums[2] = {0.f, 0.f};  // of x * x, and of scaled gradient * x
+    float sums[2] = {0.f, 0.f};  // of x * x, and of gradient * weight * x
     const auto accumulate = [&](const Vec& values, const Vec& grads, int column) {
       const Vec weights = load_weight<Vec>(weight, column);
 #pragma unroll
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
                      [&](int column) { accumulate(Vec::load(x_row + column), Vec::load(grad_row + column), column); });
     group_sum.add_up(sums, turn++);
     const float inverse_rms = rsqrtf(sums[0] / hidden + eps);
-    const float projection = sums[1] * inverse_rms / hidden;  // mean of scaled gradient * normalised x
+    const float projection = sums[1] * inverse_rms / hidden;  // the mean of gradient * weight * normalised x
 
-    // Stores the gradient of x, and adds to that of the weight.
+    // Stores the gradient of x, and accumulates that of the weight.
     const auto finish = [&](const Vec& values, const Vec& grads, int column, float* weight_sums) {
       const Vec weights = load_weight<Vec>(weight, column);
       Vec residuals, output;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   if (partial != nullptr) store_partial<Policy>(grad_weight, partial, hidden);
 }
 
-// Writes y, and the new residual where there is a residual.
+// Launches the forward, which writes y and, if there is a residual, the new residual.
 void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residual_tensor,
                     const std::optional<Tensor>& weight_tensor, double eps, Variant variant, const Tensor& y,
                     const std::optional<Tensor>& new_residual) {

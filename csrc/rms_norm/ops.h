@@ -1,4 +1,4 @@
-// The RMSNorm ops as torch sees them: vlmfast/ops/rms_norm/definition.py defines what they compute.
+// The arguments and schemas of the RMSNorm ops. vlmfast/ops/rms_norm/definition.py defines what they compute.
 #pragma once
 
 #include <optional>
@@ -9,13 +9,13 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-// The dtypes of weights that kernels take.
+// Which dtypes of the weight a backend supports: that of the rows, or float32 as well.
 enum class WeightDtypes { kOfRows, kOfRowsOrFloat32 };
 
-// Without a weight rows are multiplied by 1 + 0, as "gemma" does it.
+// A call without a weight is treated as "gemma" with a weight of zeros, so rows are multiplied by 1 + 0.
 struct RmsNormArguments {
   Leading rows;
-  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
+  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // the CUDA kernels count columns in 32 bits
   FloatDtype dtype;
   View<2> x, residual;
   View<1> weight;

@@ -20,7 +20,7 @@ HeadNorm norm_of(const RopeArguments& call, Variant variant) {
 
 float weight_offset(Variant variant) { return variant == Variant::kGemma ? 1.0f : -0.0f; }
 
-// Angles are of float32, or of the dtype of the heads.
+// Makes the kernel arguments of the angles, which must be float32 or of the dtype of the heads.
 RopeAngles kernel_angles(const RopeArguments& call) {
   const AngleArguments& angles = call.angles;
   const bool wide = angles.dtype != call.dtype;
@@ -45,7 +45,7 @@ RopeBackwardHeads kernel_heads(const HeadArguments& heads, const Tensor& output,
   return {kernel_heads(heads, output), x.data(), x.stride(0), x.stride(1)};
 }
 
-// The elements of a row.
+// Returns the number of elements in a row of queries and keys.
 int64_t row_size(const RopeArguments& call) { return (call.query.heads + call.key.heads) * call.head_dim; }
 
 std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& query, const Tensor& key,

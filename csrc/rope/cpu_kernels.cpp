@@ -1,7 +1,7 @@
-// The arithmetic of rotary embedding on the CPU, compiled once per instruction set (see types.h); every one gives the
-// same bits.
+// The arithmetic of rotary embedding on the CPU, compiled once per instruction set (see types.h). All give the same
+// bits.
 //
-// The forward rounds where Hugging Face's lines round and sums as torch does, and so equals them to the bit.
+// The forward is bit-identical to Hugging Face's code: it rounds where that code rounds and sums in torch's order.
 #include "rope/cpu_kernels.h"
 
 #include "common/partial_sums.h"
@@ -11,11 +11,12 @@ namespace vlmfast {
 namespace {
 
 constexpr int kMaxHeadDim = 512;
-constexpr int kMaxHalf = kMaxHeadDim / 2 + kBlock;  // with the block that overlaps
+constexpr int kMaxHalf = kMaxHeadDim / 2 + kBlock;  // with room for the overlapping last block
 
-// Calls function(place, offset, count) on blocks of `size` elements, which are whole, or of which the last one overlaps
-// the one before it: what is computed twice gives the same bits, and costs less than a part of a block. `place` counts the
-// elements of all blocks.
+// Calls function(place, offset, count) on the blocks of `size` elements. The last block ends with the last element and
+// so may overlap the one before it: computing an element twice gives the same bits and costs less than a partial block.
+// `offset` is the first element of a block, `place` its position when the blocks are stored without overlap. With
+// `whole`, `size` must be a multiple of kBlock.
 template <bool whole, class F>
 VLMFAST_INLINE void each_block_of(int64_t size, const F& function) {
   if (!whole && size < kBlock) {
@@ -27,7 +28,8 @@ VLMFAST_INLINE void each_block_of(int64_t size, const F& function) {
   }
 }
 
-// Where float16 is converted in software, blocks are converted in few places: compilers take minutes over a copy in each.
+// If float16 is converted in software, the conversions are not inlined: with a copy at each use the file takes minutes
+// to compile.
 template <class T>
 constexpr bool kSoftware = std::is_same_v<T, Float16> && !kHalfInstructions;
 
@@ -71,7 +73,7 @@ VLMFAST_INLINE Block round_if(Block block) {
   return rounded ? round_to<T>(block) : block;
 }
 
-// Widens elements into the order in which blocks of T are loaded.
+// Widens a block of elements and stores it in the order in which blocks of T are loaded.
 template <class T, class From, class Count>
 VLMFAST_INLINE void widen_as(const From* from, float* to, Count count) {
   if constexpr (std::is_same_v<T, From> || !std::is_same_v<T, BFloat16>) {
@@ -83,7 +85,7 @@ VLMFAST_INLINE void widen_as(const From* from, float* to, Count count) {
   }
 }
 
-// A row of elements of a head, widened once for all heads: first and second halves of what is turned, and the rest.
+// The weight of a head, widened once for all heads: the first and second half of the rotated elements, then the rest.
 struct Widened {
   alignas(64) float half[2][kMaxHalf];
   alignas(64) float rest[kMaxHeadDim + kBlock];
@@ -114,7 +116,7 @@ struct RowAngles {
   alignas(64) float cos[2][kMaxHalf], sin[2][kMaxHalf];
 };
 
-// Takes each section of the frequencies from its axis, in both halves.
+// Returns a row of angles. With sections, each section of the frequencies is copied from its axis, in both halves.
 template <class Angle>
 VLMFAST_INLINE const Angle* combine(const RopeAngles& angles, const void* data, int64_t stride, int64_t row,
                                     Angle* joined) {
@@ -142,7 +144,7 @@ VLMFAST_INLINE void load_angles(const RopeAngles& angles, int64_t row, RowAngles
 
 // ---- forward ----
 
-// Turns a head. `whole`: all that turns and all that does not are whole blocks.
+// Normalises and rotates one head. `whole`: each rotated half, and the rest, is a multiple of kBlock elements.
 template <class T, HeadNorm norm, bool rounded, bool whole>
 VLMFAST_INLINE void turn_head(const T* x, T* y, int64_t size, int64_t half, const Widened& weight,
                               const RowAngles& angles, float inverse_rms) {
@@ -166,8 +168,8 @@ VLMFAST_INLINE void turn_head(const T* x, T* y, int64_t size, int64_t half, cons
   });
 }
 
-// Normalises and turns N heads, which lie `stride` apart. Their sums are taken together, because the latency of one is as
-// long as the rest of the work.
+// Normalises and rotates N heads, which lie `stride` elements apart. Their sums are accumulated together, because the
+// latency of one sum is as long as the rest of the work on a head.
 template <class T, HeadNorm norm, bool rounded, bool whole, int N, class Size>
 VLMFAST_INLINE void turn_heads(const T* x, int64_t stride, T* y, Size size, int64_t half, const Widened& weight,
                                const RowAngles& angles, float eps) {
@@ -189,8 +191,8 @@ VLMFAST_INLINE void turn_heads(const T* x, int64_t stride, T* y, Size size, int6
   }
 }
 
-// Whether narrow heads go several together: not where the kernels would be many and nobody calls them, nor where float16
-// is converted in software.
+// Whether short heads are processed several at a time. Excluded are combinations that no model uses, to limit the
+// number of kernels, and float16 if it is converted in software.
 template <class T, HeadNorm norm, bool rounded>
 constexpr bool kGrouped = norm != HeadNorm::kNone && (rounded || std::is_same_v<T, float>) &&
                           (kHalfInstructions || !std::is_same_v<T, Float16>);
@@ -236,12 +238,12 @@ void forward(const RopeForward& args, int64_t begin, int64_t end) {
   }
 }
 
-// ---- backward: all in float32, so that blocks can lie in the elements' own order ----
+// ---- backward: nothing is rounded in between, so blocks can be in memory order ----
 
 template <class T>
 using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
 
-// Turns the gradient of a head back.
+// Rotates the gradient of a head back, into float32.
 template <class T>
 VLMFAST_INLINE void turn_back(const T* grad, int64_t size, int64_t half, const RowAngles& angles, float* to) {
   each_block_of<false>(half, VLMFAST_LAMBDA(int64_t place, int64_t offset, auto count) {
@@ -254,7 +256,8 @@ VLMFAST_INLINE void turn_back(const T* grad, int64_t size, int64_t half, const R
   });
 }
 
-// The gradient of a normalised head, from that of its output in float32, and the head's share of the weight's.
+// Computes the gradient of a head from that of its normalised output, and adds the head's share of the weight gradient
+// to `partial` unless it is null.
 template <class T, bool rounded>
 VLMFAST_INLINE void norm_back(const float* grad, const T* x, const float* weight, int64_t size, float eps, T* grad_x,
                               float* partial) {
@@ -317,7 +320,7 @@ void backward(const RopeBackward& args, int64_t begin, int64_t end, float* const
   }
 }
 
-// Float32 rounds nothing.
+// float32 is never rounded, so it shares the kernels that do not round.
 template <class T, HeadNorm norm, bool wide>
 constexpr auto forward_of = forward < T,
                norm == HeadNorm::kTwice &&std::is_same_v<T, float> ? HeadNorm::kOnce : norm,

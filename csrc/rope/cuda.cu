@@ -1,8 +1,8 @@
-// Rotary embedding of queries and keys on CUDA, with the norms of their heads, and backward.
+// Rotary embedding of queries and keys on CUDA, with the norms of their heads, forward and backward.
 // vlmfast/ops/rope/definition.py defines what is computed.
 //
-// Bound by memory: a block takes a row, so that its heads share the angles, and a head stays in the registers of a few
-// threads, each of which has both elements of the pairs that it turns.
+// Bound by memory. A block takes a row, so that its heads share the angles. A head stays in the registers of a few
+// threads, each of which holds both elements of every pair that it rotates.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,8 +15,8 @@ namespace {
 
 using Sections = std::optional<std::vector<int64_t>>;
 
-// How a head is spread over neighbouring threads: kPairs pairs of vectors for each, of which one is from a first half and
-// the other from the second, of what turns or of the rest.
+// How a head is distributed over adjacent threads. Each thread has kPairs pairs of vectors; a pair is one vector from
+// the first half and one from the second half of either the rotated elements or the rest.
 template <int kVec_, int kColumns_>
 struct HeadPolicy {
   static constexpr int kVec = kVec_;
@@ -26,13 +26,13 @@ struct HeadPolicy {
   static constexpr int kThreadsPerHead = kVectors < kWarp ? kVectors : kWarp;
   static constexpr int kPairs = kVectors / kThreadsPerHead;
   static constexpr int kThreads = 128;
-  static constexpr int kHeads = kThreads / kThreadsPerHead;  // at a time
-  static constexpr int kBlocksPerMultiprocessor = 4;         // of persistent grids
+  static constexpr int kHeads = kThreads / kThreadsPerHead;  // heads of a block at a time
+  static constexpr int kBlocksPerMultiprocessor = 4;         // for persistent grids
 
   __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerHead; }
 
-  // Calls function(k, first column, second column, frequency) for the pairs of a thread; the frequency of what does not
-  // turn is -1.
+  // Calls function(k, first column, second column, frequency) for the pairs of a thread. The frequency is -1 for pairs
+  // that are not rotated.
   template <typename Function>
   __device__ __forceinline__ static void for_pairs(int head_dim, int half, Function function) {
     const int rest_half = head_dim / 2 - half;
@@ -57,21 +57,21 @@ using LongHead = HeadPolicy<kVec, kMaxHeadDim>;
 template <typename scalar_t>
 struct Angles {
   Input<scalar_t, 2> cos, sin;
-  int64_t rows;  // of an axis
+  int64_t rows;  // rows of one axis
   int half, ends[2];
 };
 
-// Queries or keys: what they are normalised by, and where they go.
+// Queries or keys, the weight of their norm, and their output.
 template <typename scalar_t>
 struct Heads {
   Input<scalar_t, 3> x;      // (rows, heads, head_dim)
-  Input<scalar_t, 3> other;  // of the backward: what was normalised
+  Input<scalar_t, 3> other;  // only in the backward: the input of the norm
   const scalar_t* weight;    // (head_dim,), or null
   scalar_t* y;               // (rows, heads, head_dim)
   int heads;
 };
 
-// The vectors of a thread: those of first halves, and those of second ones.
+// The vectors of a thread, from the first halves and from the second halves.
 template <typename scalar_t, typename Policy>
 struct Pairs {
   using Vec = Vector<scalar_t, Policy::kVec>;
@@ -83,7 +83,7 @@ struct Pairs {
       second[k] = Vec::load(row + right);
     });
   }
-  // Loads a row of a table of angles; what does not turn has none.
+  // Loads a row of a table of angles, for the rotated pairs.
   __device__ __forceinline__ void load_angles(const Input<scalar_t, 2>& table, const Angles<scalar_t>& angles,
                                               int64_t row, int head_dim) {
     const scalar_t* const own = table.at(row % angles.rows);
@@ -110,14 +110,14 @@ __device__ __forceinline__ float weight_scale(Variant variant, float weight) {
   return variant == Variant::kGemma ? 1.f + weight : weight;
 }
 
-// Returns the normalised value as it meets the weight: "llama" has rounded it.
+// Returns the normalised value as the weight multiplies it: rounded for "llama".
 template <typename scalar_t>
 __device__ __forceinline__ float weighted_value(Variant variant, float normed) {
   return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
 }
 
-// Calls function(head) for the heads of the thread's group; past the last one it is -1, because the groups of a warp stay
-// together.
+// Calls function(head) for the heads of the thread's group, equally often in every group of a block: `head` is -1 past
+// the last one, so that all groups reach the shuffles and barriers of a sum.
 template <typename Policy, typename Function>
 __device__ __forceinline__ void for_heads(int heads, Function function) {
   for (int first = 0; first < heads; first += Policy::kHeads) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ void for_heads(int heads, Function function) {
   }
 }
 
-// blockIdx.y: queries, then keys.
+// Blocks with blockIdx.y = 0 take the queries, those with 1 the keys.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads)
     qk_norm_rope_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles, int64_t rows, int head_dim,
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
   }
 }
 
-// Stores the sums of a block's threads, added over the heads that share the block.
+// Stores the sums of a block, added over the groups of threads that take its heads.
 template <typename Policy>
 __device__ __forceinline__ void store_sums(const float (&first)[Policy::kPairs][Policy::kVec],
                                            const float (&second)[Policy::kPairs][Policy::kVec],
@@ -205,7 +205,7 @@ __device__ __forceinline__ void store_sums(const float (&first)[Policy::kPairs][
   }
 }
 
-// A persistent grid: each block leaves its part of the weight's gradient in one row of `partials`.
+// A persistent grid: each block writes its part of the weight gradients to one row of `partials`.
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads)
     qk_norm_rope_backward_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles,
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
       });
       float inverse_rms = 1.f, projection = 0.f;
       if (part.weight != nullptr) {
-        float sums[2] = {0.f, 0.f};  // of x * x, and of scaled gradient * x
+        float sums[2] = {0.f, 0.f};  // of x * x, and of gradient * weight * x
 #pragma unroll
         for (int k = 0; k < kPairs; ++k) {
 #pragma unroll
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
         projection = sums[1] * inverse_rms / head_dim;
       }
       if (head < 0) return;
-      // The gradient of an element of the head, from that of the normalised one; adds to that of the weight.
+      // Returns the gradient of an element of the head from that of the normalised one, and accumulates the weight's.
       const auto finish = [&](float own, float value, float factor, float& weight_sum) {
         if (part.weight == nullptr) return own;
         const float normed = value * inverse_rms;
@@ -299,7 +299,7 @@ Heads<scalar_t> kernel_heads(const DeviceScope& scope, const HeadArguments& head
           scope.output<scalar_t>(output), static_cast<int>(heads.heads)};
 }
 
-// Calls function(scalar_t(), policy) for the storage type and the length of heads.
+// Calls function(scalar_t(), policy) for the dtype and the length of heads.
 template <typename Function, typename... Views>
 void with_heads(const RopeArguments& call, const Function& function, const Views&... others) {
   STD_TORCH_CHECK(call.angles.dtype == call.dtype, "cos must be ", info(call.dtype).name, ", got ",

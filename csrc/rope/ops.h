@@ -1,4 +1,4 @@
-// Rotary embedding as torch sees it: vlmfast/ops/rope/definition.py defines what the ops compute.
+// The arguments and schemas of rotary embedding. vlmfast/ops/rope/definition.py defines what the ops compute.
 #pragma once
 
 #include <optional>
@@ -12,14 +12,15 @@ constexpr int kMaxHeadDim = 512;
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-// The angles of rows, or those of time, height and width one after the other, of which each section takes one.
+// The angles of the rows. With sections there are three tables, of time, height and width, and each section of the
+// frequencies uses one.
 struct AngleArguments {
   Leading all_rows;
   Size rotary_dim{"rotary_dim"};
   FloatDtype dtype;
   View<2> cos, sin;
-  int64_t rows;     // of one axis: those of a batch, or of all of them
-  int64_t ends[2];  // of the first two sections, in frequencies
+  int64_t rows;     // rows of one axis: those of one sequence, or of the whole batch
+  int64_t ends[2];  // the ends of the first two sections, in frequencies
 
   AngleArguments(const Tensor& cos_tensor, const Tensor& sin_tensor,
                  const std::optional<std::vector<int64_t>>& sections)
@@ -77,7 +78,7 @@ struct RopeArguments {
   bool has_norm() const { return query.weight.data() != nullptr; }
 };
 
-// The heads here are gradients, beside what was normalised.
+// In the backward, `query` and `key` are the gradients of the outputs; query_x and key_x are the inputs of the norm.
 struct RopeBackwardArguments : RopeArguments {
   View<3> query_x, key_x;
 

@@ -1,8 +1,9 @@
-// The arithmetic of the gated activation on the CPU, compiled once per instruction set (see types.h); every one gives the
-// same bits.
+// The arithmetic of the gated activation on the CPU, compiled once per instruction set (see types.h). All give the same
+// bits.
 //
-// The activated gate is rounded where Hugging Face rounds it. SiLU is torch's to the bit, its exponential the one that
-// torch's vectors take; of a tensor in float32 whose elements do not fill these, torch takes the last by another.
+// The activated gate is rounded where Hugging Face rounds it. SiLU is bit-identical to torch's: its exponential is that
+// of torch's vectorised code. The exception is the end of a float32 tensor that does not fill a vector, for which torch
+// calls another exponential.
 #include "silu_mul/cpu_kernels.h"
 
 #include "common/vector_math.h"
@@ -13,14 +14,14 @@ namespace {
 constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi), as torch rounds it
 constexpr float kKappa = 0.044715f;
 
-// e^x within one unit in the last place: infinite from 88.73 on, and not below e^-87. A NaN stays one.
+// e^x to 1 ulp: infinity from 88.73 on, and clamped to at least e^-87. NaNs stay NaNs.
 VLMFAST_INLINE Float exponential(Float x) {
   constexpr float kLeast = -87, kMost = 89;
-  constexpr float kShift = 0x1.8p23f;  // a sum with it has the nearest whole number in its last bits
+  constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
   x = x < kLeast ? Float{} + kLeast : x;
   x = x > kMost ? Float{} + kMost : x;
   const Float shifted = x * kLog2E + kShift, whole = shifted - kShift;
-  Float rest = fused(whole, Float{} - 0.693145751953125f, x);  // ln(2) in two parts
+  Float rest = fused(whole, Float{} - 0.693145751953125f, x);  // ln(2) is subtracted in two parts
   rest = fused(whole, Float{} - 1.428606765330187e-06f, rest);
   Float value = fused(Float{} + 0.00019852762f, rest, Float{} + 0.0013930436f);
   value = fused(value, rest, Float{} + 0.008333361f);
@@ -28,11 +29,12 @@ VLMFAST_INLINE Float exponential(Float x) {
   value = fused(value, rest, Float{} + 0.16666667f);
   value = fused(value, rest, Float{} + 0.5f);
   value = 1.0f + fused(rest * rest, value, rest);
-  const Float half = value * (Float)(((Bits)shifted << 23) + 0x3f000000u);  // 2^128 is no float32
+  const Float half = value * (Float)(((Bits)shifted << 23) + 0x3f000000u);  // 2^(n - 1), because 2^128 is no float32
   return half + half;
 }
 
-// The same for results that are rounded to bfloat16, within 1.5e-6 of them: of every bfloat16 SiLU is torch's to the bit.
+// e^x with a relative error of up to 1.5e-6, for results that are rounded to bfloat16. SiLU by it is bit-identical to
+// torch's for every bfloat16.
 VLMFAST_INLINE Float quick_exponential(Float x) {
   constexpr float kLeast = -87, kMost = 89;
   constexpr float kShift = 0x1.8p23f;
@@ -40,7 +42,7 @@ VLMFAST_INLINE Float quick_exponential(Float x) {
   x = x > kMost ? Float{} + kMost : x;
   const Float shifted = fused(x, Float{} + kLog2E, Float{} + kShift), whole = shifted - kShift;
   const Float rest = fused(x, Float{} + kLog2E, -whole);
-  // The polynomial of degree 5 with the least relative error on [-0.5, 0.5] that is 1 at 0.
+  // The degree-5 minimax polynomial in relative error on [-0.5, 0.5] among those that are 1 at 0.
   Float value = fused(Float{} + 0x1.5bba12p-10f, rest, Float{} + 0x1.3cea88p-7f);
   value = fused(value, rest, Float{} + 0x1.c6b752p-5f);
   value = fused(value, rest, Float{} + 0x1.ebf9bcp-3f);
@@ -57,7 +59,7 @@ VLMFAST_INLINE Float activate(Float x) {
   if constexpr (activation == Activation::kSilu) {
     return x / (1.0f + (std::is_same_v<T, BFloat16> ? quick_exponential(-x) : exponential(-x)));
   }
-  constexpr float kOne = 8.664339742f;  // torch's tanh is 1 from here on
+  constexpr float kOne = 8.664339742f;  // from here on torch's tanh is 1
   const Float inner = gelu_inner(x), size = inner < 0.0f ? -inner : inner;
   const Float tanh = size > kOne ? Float{} + 1.0f : 1.0f - 2.0f / (exponential(size + size) + 1.0f);
   return 0.5f * x * (1.0f + (inner < 0.0f ? -tanh : tanh));
@@ -100,7 +102,7 @@ void backward(const SiluMulBackward& args, int64_t begin, int64_t end) {
           z_slope = 2.0f * kBeta * (1.0f + 3.0f * kKappa * value * value);
         }
         const Float power = exponential(-z), part = 1.0f / (1.0f + power);
-        const Float rest = part == 0.0f ? Float{} + 1.0f : power * part;  // 1 - part, without its rounding
+        const Float rest = part == 0.0f ? Float{} + 1.0f : power * part;  // 1 - part, without cancellation
         share.part[i] = part;
         slope.part[i] = part * (1.0f + value * z_slope * rest);
       }

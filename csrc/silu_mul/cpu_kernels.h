@@ -1,4 +1,4 @@
-// The CPU kernels of the gated activation, as cpu.cpp calls them.
+// The interface of the CPU kernels of the gated activation; cpu.cpp calls them.
 #pragma once
 
 #include "common/types.h"
@@ -27,7 +27,7 @@ struct SiluMulBackward {
 };
 
 struct SiluMulKernels {
-  // By the activation.
+  // Indexed by the activation.
   ByDtype<void(const SiluMulForward& args, int64_t begin, int64_t end)> forward[2];
   ByDtype<void(const SiluMulBackward& args, int64_t begin, int64_t end)> backward[2];
 };

@@ -1,6 +1,6 @@
 // The gated activation on CUDA, forward and backward. vlmfast/ops/silu_mul/definition.py defines what is computed.
 //
-// Bound by memory: each element is read and written once, and no thread waits for another.
+// Bound by memory: each element is read and written once, and there are no barriers.
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
@@ -16,13 +16,14 @@ constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float kKappa = 0.044715f;
 constexpr int kThreads = 256;
 
-// A block takes some rows, and of long rows a part: the only row of a decoded token is spread over many blocks.
+// A block takes several short rows, or a part of a long one, so that the single row of a decoded token is spread over
+// many blocks.
 struct Tiles {
-  int64_t along, rows;  // threads of a block along a row, and rows of a block
-  int64_t per_row;      // blocks for a row
+  int64_t along, rows;  // threads along each row, and rows of a block
+  int64_t per_row;      // blocks along a row
 
   explicit Tiles(int64_t vectors) {
-    constexpr int64_t kSegment = 8;  // threads of one 128-byte line
+    constexpr int64_t kSegment = 8;  // threads that cover one 128-byte line
     along = std::clamp<int64_t>((vectors + kSegment - 1) / kSegment * kSegment, kSegment, kThreads);
     rows = kThreads / along;
     per_row = (vectors + along - 1) / along;
@@ -31,7 +32,7 @@ struct Tiles {
   dim3 shape() const { return dim3(along, rows); }
 };
 
-// Calls function(row, column) for the vectors of a thread, whatever the size of the grid.
+// Calls function(row, column) for the vectors of a thread, in a loop over the grid.
 template <int kVec, typename Function>
 __device__ __forceinline__ void for_vectors(int64_t rows, int hidden, int64_t per_row, Function function) {
   const int64_t blocks = (rows + blockDim.y - 1) / blockDim.y * per_row;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
         z_slope = 2.f * kBeta * (1.f + 3.f * kKappa * x * x);
       }
       const float power = expf(-z), share = 1.f / (1.f + power);
-      const float rest = share == 0.f ? 1.f : power * share;  // 1 - share, without its rounding
+      const float rest = share == 0.f ? 1.f : power * share;  // 1 - share, without cancellation
       for_gate.set(i, grads[i] * ups[i] * share * (1.f + x * z_slope * rest));
       for_up.set(i, grads[i] * x * share);
     }
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// Calls function(scalar_t(), width of a vector, activation), the last two as types, for a call that is not empty.
+// Calls function(scalar_t(), vector width, activation), the last two as integral constants. Does nothing for empty
+// tensors.
 template <typename Function>
 void with_types(const SiluMulArguments& args, Activation activation, Function function) {
   if (args.gate.numel() == 0) return;

@@ -1,4 +1,4 @@
-// The gated activation as torch sees it: vlmfast/ops/silu_mul/definition.py defines what is computed.
+// The arguments and schemas of the gated activation. vlmfast/ops/silu_mul/definition.py defines what is computed.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,7 @@ namespace vlmfast {
 
 struct SiluMulArguments {
   Leading rows;
-  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // columns are counted in 32 bits
+  Size hidden = Size("hidden").at_most((int64_t{1} << 30) - 1);  // the CUDA kernels count columns in 32 bits
   FloatDtype dtype;
   View<2> gate, up, grad_output;
 

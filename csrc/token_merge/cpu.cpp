@@ -1,4 +1,4 @@
-// The choice and the merging of tokens on the CPU: arguments, outputs, threads, and which row goes where. The arithmetic
+// The choice and merging of tokens on the CPU: arguments, outputs, threads, and the source of each row. The arithmetic
 // is in cpu_kernels.cpp.
 #include <algorithm>
 #include <memory>
@@ -11,7 +11,7 @@
 namespace vlmfast {
 namespace {
 
-// The slots from the first contextual one on are of tokens that join, those below of the tokens that they join.
+// Slots in [contextual, 2 * contextual) are those of joining tokens, slots in [0, contextual) those of their targets.
 bool is_joining(int64_t slot, int64_t contextual) { return slot >= contextual && slot < 2 * contextual; }
 bool is_target(int64_t slot, int64_t contextual) { return slot >= 0 && slot < contextual; }
 
@@ -26,7 +26,7 @@ void check_kept(const View<2>& kept, int64_t tokens) {
   }
 }
 
-// How many tokens join each contextual one, of the whole batch.
+// Returns how many tokens join each contextual token, for the whole batch.
 std::vector<int64_t> count_joining(const View<2>& slots, int64_t contextual) {
   const int64_t batch = slots.size(0), tokens = slots.size(1);
   std::vector<int64_t> counts(batch * contextual);
@@ -54,7 +54,7 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
       std::copy(keys.begin(), keys.end(), sorted.begin());
       std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<>());
       const uint32_t least = sorted[k - 1];
-      // Of those that have the least score of all kept, the first ones.
+      // Of the tokens with the least kept score, the first ones are kept.
       int64_t equal = k - std::count_if(sorted.begin(), sorted.begin() + k, [&](uint32_t key) { return key > least; });
       int64_t* to = positions + b * k;
       for (int64_t token = 0; token < tokens; ++token) {
@@ -123,7 +123,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
   Tensor y = allocate_output({batch, merged_count, hidden}, hidden_tensor, call.dtype);
   if (y.numel() == 0) return y;
 
-  // Where the row of each token goes: behind those of the same contextual token that are there already.
+  // A counting sort: `first` is the row that each merged row begins with, `joining` lists the rows merged into them.
   const std::vector<int64_t> counts = count_joining(slots, contextual);
   std::vector<const char*> first(rows);
   std::vector<int64_t> ends(rows);
@@ -135,8 +135,8 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
       ends[row + i] = joined;
     }
     for (int64_t c = 0; c < contextual; ++c) {
-      first[row + kept_count + c] = x.at(b);  // for slots that have no target
-      ends[row + kept_count + c] = joined;    // advanced below
+      first[row + kept_count + c] = x.at(b);  // in case that no slot names a target
+      ends[row + kept_count + c] = joined;    // the begin of the range; becomes its end below
       joined += counts[b * contextual + c];
     }
   }
@@ -151,7 +151,7 @@ Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const 
   }
   const MergedRows args{
       merge, hidden, rows, first.data(), ends.data(), joining.data(), static_cast<char*>(y.mutable_data_ptr())};
-  // Each thread has some columns of all rows, because the rows differ in their work.
+  // Threads share out the columns, because the rows differ in the number of tokens merged into them.
   const auto merge_columns = kernels<TokenMergeKernels>().merge[call.dtype];
   const int64_t blocks = padded(hidden) / kBlock;
   parallel_rows(blocks, row_ranges(blocks, kBlock * (rows + joined)), [&](int64_t begin, int64_t end, int64_t) {
@@ -166,7 +166,7 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
   const View<2>& slots = call.slots;
   const int64_t batch = call.batch, tokens = call.tokens, hidden = call.hidden;
   const int64_t kept_count = call.merged_count - contextual;
-  // What each token that joins a contextual one gets of its gradient.
+  // The part of a contextual token's gradient that each token merged into it receives.
   const std::vector<int64_t> counts = count_joining(slots, contextual);
   std::vector<const char*> contextual_grads(batch * contextual);
   std::vector<float> divisors(batch * contextual);
@@ -187,7 +187,7 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t slot = slots.at<int32_t>(b)[token];
-      const char*& source = sources[b * tokens + token];  // null, and so zeros, for a token that went nowhere
+      const char*& source = sources[b * tokens + token];  // null, and so zeros, for a dropped token
       if (is_joining(slot, contextual)) {
         source = args.y + (b * contextual + slot - contextual) * row_bytes;
       } else if (merge == Merge::kMean && is_target(slot, contextual)) {

@@ -8,7 +8,8 @@ namespace {
 
 // ---- the largest scores ----
 
-// The bits of a float grow with it where it is positive and shrink where it is negative.
+// Maps floats to unsigned integers in the same order. The bits of a float increase with positive values and decrease
+// with negative ones.
 VLMFAST_INLINE Bits ordered_bits(Float scores) {
   constexpr uint32_t kSign = 0x80000000u;
   const Bits bits = (Bits)(scores + 0.0f);  // -0 + 0 is 0
@@ -40,20 +41,21 @@ bool order(const void* scores, int64_t count, uint32_t* keys) {
 
 // ---- the most similar targets ----
 
-// Cosines are taken in double precision and then rounded, so that equal targets have one cosine at every level.
+// Cosines are computed in double precision and then rounded, so that equal targets give equal cosines, and so ties, on
+// every instruction set.
 constexpr int kPanel = kTileVectors * kDoubles;
 constexpr int64_t panel_columns(int64_t targets) { return (targets + kPanel - 1) / kPanel * kPanel; }
 
 int64_t packed_targets(int64_t targets, int64_t head_dim) { return panel_columns(targets) * (head_dim + 1); }
 
-// 1 / |row|, or 0 for a row of zeros, whose cosine with all others is then 0.
+// Returns 1 / |row|, or 0 for a row of zeros, whose cosine with every row is then 0.
 template <class T>
 VLMFAST_INLINE double inverse_length(const T* row, int64_t size) {
   const double sum = square_length(row, size);
   return sum > 0 ? 1 / __builtin_sqrt(sum) : 0.0;
 }
 
-// Packs the targets of each sequence, and behind them their inverse lengths.
+// Packs the targets of each sequence, followed by their inverse lengths.
 template <class T>
 void pack_targets(const MergeSlots& args, int64_t batch) {
   const int64_t columns = panel_columns(args.targets);
@@ -119,7 +121,7 @@ void assign(const MergeSlots& args, int64_t begin, int64_t end, double* room) {
 
 // ---- the rows ----
 
-// Adds N rows, in pairs, to the sums of some columns.
+// Adds N rows pairwise, and their total to the sums of some columns.
 template <int N, class T>
 VLMFAST_INLINE void add_rows(const char* const* rows, int64_t first, int64_t size, float* sums) {
   each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {

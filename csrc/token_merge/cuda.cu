@@ -1,15 +1,17 @@
-// Token reduction on CUDA: the best tokens of each row, where the others go, and the tokens themselves, in one launch
-// each. vlmfast/ops/token_merge/definition.py defines what is computed.
+// Token reduction on CUDA: top_tokens chooses the kept tokens, merge_slots decides where the others go, and merge_rows
+// moves and merges the rows, in one launch each. vlmfast/ops/token_merge/definition.py defines what is computed.
 //
 // The five crops of LLaVA-NeXT (577 tokens of 1024 elements, metrics of 64, 27 kept, 5 contextual) are 6 MB of hidden
-// states, two microseconds of traffic, so what counts is how long the longest chain is:
-//   top_tokens    three steps of 256 scores and three barriers for each digit: four for float32, two in half precision
-//   merge_slots   181 blocks of 16 tokens; a target's place and a token's number are searches of log2 k loads
-//   merge_rows    134 blocks; two steps find the members of a row, 16 warps with 8 rows each in flight add them up:
-//                 four steps where 400 of the tokens join one target
-// which is a few microseconds each. Sums are in float32 and in an order that depends on the slots alone. Nothing waits
-// for the host or has a shape that depends on data, so a CUDA graph may hold them. Numbers that no merge_slots would
-// give are never followed out of bounds. A score that is NaN trips a device-side assertion.
+// states, which is two microseconds of traffic, so the time is that of the longest chain of dependent steps:
+//   top_tokens    three steps of 256 scores and three barriers per digit; four digits in float32, two in half precision
+//   merge_slots   181 blocks of 16 tokens; the position of a target and the number of a token are binary searches of
+//                 log2 k loads
+//   merge_rows    134 blocks; two steps find the members of a row, and 16 warps with 8 rows each in flight add them up,
+//                 in four steps if 400 of the tokens join one target
+// This should take a few microseconds each. Sums are accumulated in float32, in an order that depends only on the
+// slots. There is no synchronisation with the host and no data-dependent shape, so the ops can be captured in a CUDA
+// graph. Slots and positions that merge_slots would never produce cause no access out of bounds. A NaN score fails a
+// device-side assertion.
 #include "token_merge/merge_rows.cuh"
 #include "token_merge/ops.h"
 

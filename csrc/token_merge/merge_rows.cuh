@@ -1,5 +1,5 @@
-// Merges tokens as merge_slots has decided, and moves gradients back the same way: one launch each, without atomics on
-// floats and in an order that is the same in every run.
+// Merges tokens into the slots of merge_slots, and moves gradients back: one launch each. Both are deterministic: there
+// are no atomics on floats.
 #pragma once
 
 #include <algorithm>
@@ -9,22 +9,23 @@
 
 namespace vlmfast {
 
-// A row of any length by a warp.
+// One warp per row, of any length.
 template <int kVec>
 using WarpRow = RowPolicy<kVec, kWarp, 1, 1, true>;
 
-// Returns what the sum of the `count` rows that were merged is divided by.
+// Returns the divisor of the sum of the `count` merged rows; under "mean" the target counts as well.
 __device__ __forceinline__ float divisor_of(Merge merge, int count) {
   return merge == Merge::kMean ? 1.f + count : max(count, 1);
 }
 
-// A block for a part of a contextual row, its members spread over the warps; or for kWarps kept rows, one a warp.
+// A block takes a slice of one contextual row, with its members distributed over the warps, or kWarps kept rows, one
+// for each warp.
 struct MergePolicy {
   static constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-  static constexpr int kVectors = 4;     // of a row that is moved, in flight
-  static constexpr int kRows = 8;        // of a sum, in flight
-  static constexpr int kMembers = 2048;  // tokens that are looked through at a time
-  unsigned slices, sums, blocks;         // of a contextual row; of the first kind; of both
+  static constexpr int kVectors = 4;     // in flight for each lane while a row is moved
+  static constexpr int kRows = 8;        // in flight for each warp while rows are summed
+  static constexpr int kMembers = 2048;  // tokens whose slots are scanned at a time
+  unsigned slices, sums, blocks;         // slices per contextual row; blocks of the first kind; blocks of both kinds
 
   MergePolicy(const MergeSizes& sizes, int vec) {
     const int64_t per_row = (sizes.hidden + kWarp * vec - 1) / (kWarp * vec);
@@ -35,7 +36,7 @@ struct MergePolicy {
   }
 };
 
-// Moves a row of `hidden` elements by one warp, changed by change(vector); `from` is null for zeros.
+// Moves a row of `hidden` elements with one warp, after change(vector) on each vector. `from` is null for zeros.
 template <typename Vec, typename scalar_t, typename Change>
 __device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int64_t hidden, Change change) {
   constexpr int kVec = sizeof(Vec) / sizeof(scalar_t), kStep = kWarp * kVec, kVectors = MergePolicy::kVectors;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int
   }
 }
 
-// The tokens that a contextual row is made of, in the order of their positions, and the sums of each warp. Lives in
+// The positions of the tokens merged into a contextual row, in ascending order, and the sums of each warp. Lives in
 // shared memory.
 template <int kColumns>
 struct Members {
@@ -62,7 +63,8 @@ struct Members {
   int positions[MergePolicy::kMembers];
   int target;
 
-  // Collects up to kMembers tokens from `first` on and returns their number: for the whole block, after a barrier.
+  // Scans up to kMembers slots from `first` on, lists the tokens that join slot `number`, and returns how many there
+  // are. Called by the whole block; ends with a barrier.
   __device__ __forceinline__ int list(const int32_t* slots, int first, const MergeSizes& sizes, int number, int& turn) {
     const int end = min(sizes.tokens - first, MergePolicy::kMembers);
     int listed = 0;
@@ -106,11 +108,11 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
                     [](Vec&) {});
       continue;
     }
-    // Neighbouring blocks have neighbouring columns of one contextual row.
+    // Consecutive blocks take adjacent slices of one contextual row.
     const int64_t batch = work / policy.slices / sizes.contextual;
     const int number = work / policy.slices % sizes.contextual;
     const int64_t first_column = int64_t{work % policy.slices} * kColumns, column = first_column + own_column;
-    __syncthreads();  // the row before this one is done
+    __syncthreads();  // all threads are done with the previous row
     if (threadIdx.x == 0) members.target = -1;
     float sums[kVec] = {};
     int count = 0;
@@ -149,11 +151,12 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
   }
 }
 
-// Tokens of one sequence for a block: each counts all slots of it, so there are not more blocks than are of use.
+// A block takes a chunk of the tokens of one sequence. Each block counts all slots of the sequence, so there are only
+// enough blocks to fill the GPU.
 struct MergeBackwardPolicy {
   static constexpr int kBlocksPerMultiprocessor = 4;
-  static constexpr int kCounts = 2048;  // contextual tokens that are counted at a time
-  int64_t chunk, chunks, shared_bytes;  // chunk: tokens; chunks: of a sequence
+  static constexpr int kCounts = 2048;  // contextual tokens whose members are counted at a time
+  int64_t chunk, chunks, shared_bytes;  // chunk: tokens of a block; chunks: blocks of a sequence
 
   MergeBackwardPolicy(const MergeSizes& sizes, int64_t multiprocessors) {
     constexpr int64_t kWarps = MergePolicy::kWarps;
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads)
                                MergeSizes sizes, Merge merge, MergeBackwardPolicy policy) {
   using Vec = Vector<scalar_t, kVec>;
   constexpr int kCounts = MergeBackwardPolicy::kCounts, kThreads = MergePolicy::kThreads;
-  VLMFAST_DYNAMIC_SHARED(int, counts);  // of the tokens that were merged into each contextual one
+  VLMFAST_DYNAMIC_SHARED(int, counts);  // the number of tokens merged into each contextual token
   const int contextual = sizes.contextual;
   for (int64_t work = blockIdx.x; work < sizes.batch * policy.chunks; work += gridDim.x) {
     const int64_t batch = work / policy.chunks, first = work % policy.chunks * policy.chunk;
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads)
     const int32_t* const own_slots = slots.at(batch);
     for (int first_number = 0; first_number == 0 || first_number < contextual; first_number += kCounts) {
       const int numbers = min(kCounts, contextual - first_number);
-      __syncthreads();  // those before these are done
+      __syncthreads();  // all threads are done with the previous counts
       for (int i = threadIdx.x; i < numbers; i += kThreads) counts[i] = 0;
       __syncthreads();
       for (int begin = 0; begin < sizes.tokens; begin += kThreads) {

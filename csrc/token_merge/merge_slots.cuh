@@ -1,6 +1,6 @@
-// Decides where each token goes, in one launch: kept, the target of a contextual token, or merged into the one whose
-// target is nearest. Blocks share nothing: a token finds its number, and a target its place, by a search among the
-// kept positions, which ascend.
+// Decides where each token goes, in one launch: it is kept, is the target of a contextual token, or joins the
+// contextual token whose target is nearest. Blocks do not communicate: binary searches in the ascending kept positions
+// give the number of a token among the others, and the position of a target.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace vlmfast {
 
 struct MergeSizes {
-  int64_t batch, hidden;               // hidden: elements of a row, be it of the metric
-  int tokens, kept_count, contextual;  // of a sequence
+  int64_t batch, hidden;               // hidden: elements of a row of hidden states or of the metric
+  int tokens, kept_count, contextual;  // per sequence
 
   MergeSizes(int64_t batch, int64_t tokens, int64_t hidden, int64_t kept_count, int64_t contextual)
       : batch(batch),
@@ -21,11 +21,12 @@ struct MergeSizes {
         contextual(static_cast<int>(contextual)) {}
 };
 
-// Tokens of one sequence for a block, so many that all multiprocessors have some, and few enough for a thread each.
+// A block takes a chunk of the tokens of one sequence: small enough to occupy all multiprocessors, and at most one
+// token per thread.
 struct SlotPolicy {
-  static constexpr int kThreads = 128, kTargets = 64;  // targets that are looked at before the tokens are read again
+  static constexpr int kThreads = 128, kTargets = 64;  // kTargets: targets per pass over the block's tokens
   static constexpr int kBlocksPerMultiprocessor = 2;
-  int64_t chunk, chunks;  // chunk: tokens; chunks: of a sequence
+  int64_t chunk, chunks;  // chunk: tokens of a block; chunks: blocks of a sequence
 
   SlotPolicy(const MergeSizes& sizes, int64_t rows_per_block, int64_t multiprocessors) {
     const int64_t most = multiprocessors * kBlocksPerMultiprocessor;
@@ -36,30 +37,30 @@ struct SlotPolicy {
   }
 };
 
-// Rows of short metrics stay in registers, and their targets in shared memory; longer ones come from the caches.
+// The rows of a short metric stay in registers, and its targets in shared memory. Longer rows are read from the caches.
 template <int kVec>
 using ShortMetric = RowPolicy<kVec, 8, 2, SlotPolicy::kBlocksPerMultiprocessor>;
 template <int kVec>
 using LongMetric = RowPolicy<kVec, 32, 2, SlotPolicy::kBlocksPerMultiprocessor, true>;
 
-// The positions of a sequence that are kept.
+// The kept positions of a sequence.
 struct KeptTokens {
   const int64_t* positions;  // (count,) ascending
   int count;
 
-  // Returns how many are kept before a position.
+  // Returns how many kept tokens precede a position.
   __device__ __forceinline__ int before(int position) const {
     return count_first(count, [&](int rank) { return positions[rank] < position; });
   }
 
-  // Returns the position of a token that is not kept, by its number among those: within the sequence, whatever the
-  // positions are.
+  // Returns the position of a token that is not kept, given its number among them. The result is within the sequence
+  // whatever the positions are.
   __device__ __forceinline__ int position_of(int number) const {
     return number + count_first(count, [&](int rank) { return positions[rank] <= number + rank; });
   }
 };
 
-// The targets that a block looks at. Lives in shared memory.
+// The targets of one pass of a block. Lives in shared memory.
 template <typename scalar_t, typename Policy>
 struct Targets {
   using Vec = Vector<scalar_t, Policy::kVec>;
@@ -70,10 +71,11 @@ struct Targets {
   float inverse_lengths[kCount];
   alignas(kVectorBytes) scalar_t rows[kStaged ? kCount : 1][kStaged ? Policy::kColumns : 1];
 
-  // Looks up `count` targets, `step` tokens apart from number `first` on, for the whole block.
+  // Finds `count` targets, which are every `step`-th of the tokens that are not kept from number `first` on, and
+  // computes their inverse lengths. Called by the whole block.
   __device__ __forceinline__ void find(const Input<scalar_t, 3>& metric, int64_t batch, KeptTokens kept, int first,
                                        int step, int count, int hidden, RowSum& row_sum) {
-    __syncthreads();  // those before these are done
+    __syncthreads();  // all threads are done with the previous targets
     if (static_cast<int>(threadIdx.x) < count) positions[threadIdx.x] = kept.position_of(first + threadIdx.x * step);
     __syncthreads();
     for (int base = 0; base < count; base += Policy::kRowsPerBlock) {
@@ -97,8 +99,8 @@ struct Targets {
     __syncthreads();
   }
 
-  // Finds the number of the target, of `count` from `first` on, that is nearest to the row of the thread's group: the
-  // first of equal ones. The row's own length changes nothing: its cosines are in the order of these similarities.
+  // Finds the nearest of `count` targets, numbered from `first` on, to the row of the thread's group; ties go to the
+  // lower number. Similarities are not divided by the row's own length, which does not change their order.
   __device__ __forceinline__ void nearest(const Input<scalar_t, 3>& metric, int64_t batch, const scalar_t* row, int end,
                                           int first, int count, RowSum& row_sum, float& best, int& best_target) const {
     Vec kept[Policy::kVectors];
@@ -120,7 +122,7 @@ struct Targets {
       Policy::for_all(end, kept, [&](int column) { return Vec::load(row + column); }, add);
       row_sum.add_up(dot, 0);
       const float similarity = dot[0] * inverse_lengths[target];
-      // a row that is not finite has no cosine: its token goes to the first target
+      // A non-finite row has no cosine, so its token goes to the first target.
       if (similarity > best && similarity < INFINITY) best = similarity, best_target = first + target;
     }
   }
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
     const int count = min(static_cast<int>(policy.chunk), sizes.tokens - first);
     const KeptTokens kept_tokens{kept.at(batch), kept_count};
     int32_t* const own_slots = slots + batch * sizes.tokens;
-    __syncthreads();  // the tokens before these are done
+    __syncthreads();  // all threads are done with the previous tokens
     if (thread < count) {
       const int position = first + thread, rank = kept_tokens.before(position), number = position - rank;
       const bool is_kept = rank < kept_count && kept_tokens.positions[rank] == position;
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
         const int token = base + Policy::group();
         const bool joining = token < count && joins[token];
         if (!__any_sync(kAllLanes, joining)) continue;
-        const int end = joining ? hidden : 0;  // the other tokens of a warp only take part in the shuffles
+        const int end = joining ? hidden : 0;  // other tokens of the warp only take part in the shuffles
         float best = -INFINITY;
         int best_target = 0;
         targets.nearest(metric, batch, metric.at(batch, first + token), end, first_target, target_count, row_sum, best,

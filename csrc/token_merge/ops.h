@@ -1,4 +1,5 @@
-// The token choice and merging ops as torch sees them: vlmfast/ops/token_merge/definition.py defines what they compute.
+// The arguments and schemas of the ops that choose and merge tokens. vlmfast/ops/token_merge/definition.py defines what
+// they compute.
 #pragma once
 
 #include "common/common.h"
@@ -19,7 +20,7 @@ struct TopTokensArguments {
   }
 };
 
-// Rows of all tokens, be it of their hidden states or of a metric, and the positions of those that are kept.
+// The rows of all tokens, which are hidden states or a metric, and the positions of the kept tokens.
 struct MergeArguments {
   Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden = Size("hidden").at_most(kMost);
   Size kept_count{"kept_count"};

@@ -1,5 +1,6 @@
-// Finds the largest scores of each row, in the order of their positions: a radix select by one block per row, in one
-// launch. No sort: eight bits of the order-preserving integers at a time, each step counts what is still undecided.
+// Finds the largest scores of each row and writes their positions in ascending order: a radix select with one block per
+// row, in one launch. Scores are mapped to integers in the same order; each step counts the next eight bits of the
+// scores that are still undecided.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +10,10 @@
 
 namespace vlmfast {
 
-// A thread for each value of a digit, which also takes every kThreads-th position.
+// Each thread owns one value of a digit, and every kThreads-th position.
 struct TopPolicy {
   static constexpr int kThreads = 256, kDigitBits = 8, kDigits = 1 << kDigitBits;
-  static constexpr int64_t kCachedBytes = 40 * 1024;  // keys that stay in shared memory; the rest are made again
+  static constexpr int64_t kCachedBytes = 40 * 1024;  // of keys in shared memory; further keys are recomputed
   static_assert(kThreads == kDigits, "a thread for each value of a digit");
   int64_t batch;
   int tokens, kept_count, cached;
@@ -24,8 +25,8 @@ struct TopPolicy {
         cached(static_cast<int>(std::min(tokens, kCachedBytes / key_bytes))) {}
 };
 
-// Adds one to counters[index], in shared memory, for each lane of the warp that counts. All lanes of the warp call it,
-// and those with one index send one atomic: scores have few first digits, slots few numbers.
+// Adds one to counters[index] in shared memory for each lane of the warp with `counts`. All lanes must call it. Lanes
+// with the same index share one atomic, because leading digits of scores and numbers of slots take few values.
 __device__ __forceinline__ void count_one(int* counters, unsigned index, bool counts) {
   const unsigned lanes = __ballot_sync(kAllLanes, counts);
   if (!counts) return;
@@ -35,7 +36,7 @@ __device__ __forceinline__ void count_one(int* counters, unsigned index, bool co
   }
 }
 
-// Integers in the order of the scores, with one for both zeros.
+// Maps scores to unsigned integers in the same order, with equal keys for 0 and -0.
 template <typename scalar_t>
 struct ScoreKey {
   using Bits = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, uint32_t>;
@@ -50,28 +51,28 @@ struct ScoreKey {
   }
 };
 
-// The smallest key that is kept, and how many of the tokens that have it are.
+// The smallest kept key, and how many of the tokens with this key are kept.
 struct Threshold {
   unsigned key;
   int wanted;
 };
 
-// Counts that the threads of a block share. Lives in shared memory.
+// The counts of a block. Lives in shared memory.
 struct TopShared {
-  int histogram[TopPolicy::kDigits];  // zero between the steps
+  int histogram[TopPolicy::kDigits];  // all zeros between steps
   BlockCount<TopPolicy::kThreads> block_count;
   struct {
     unsigned digit;
     int wanted;
   } decided;
 
-  // Finds the kept_count-th largest of the keys, which key_at(position) gives, digit by digit.
+  // Finds the kept_count-th largest key among key_at(position), digit by digit.
   template <int kBits, typename KeyAt>
   __device__ __forceinline__ Threshold find_threshold(KeyAt key_at, int tokens, int kept_count, int& turn) {
     constexpr int kThreads = TopPolicy::kThreads, kDigits = TopPolicy::kDigits, kDigitBits = TopPolicy::kDigitBits;
     const int lane = threadIdx.x % kWarp;
     unsigned threshold = 0, decided_bits = 0;
-    int wanted = kept_count;  // of the tokens with the digits so far
+    int wanted = kept_count;  // how many tokens to keep of those with the digits decided so far
 #pragma unroll 1
     for (int shift = kBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
       for (int first = 0; first < tokens; first += kThreads) {
@@ -84,7 +85,7 @@ struct TopShared {
       const unsigned digit = kDigits - 1 - threadIdx.x;
       const int count = histogram[digit];
       histogram[digit] = 0;
-      int through = count;  // of this digit and the larger ones
+      int through = count;  // becomes the count of this digit and all larger ones
 #pragma unroll
       for (int offset = 1; offset < kWarp; offset *= 2) {
         const int larger = __shfl_up_sync(kAllLanes, through, offset);
@@ -100,11 +101,11 @@ struct TopShared {
     return {threshold, wanted};
   }
 
-  // Writes the positions of the keys above the threshold, and of the first of those at it: both find their places by
-  // counting.
+  // Writes the positions of all keys above the threshold and of the first ones at the threshold. Prefix counts give the
+  // index of each in the output.
   template <typename KeyAt>
   __device__ __forceinline__ void write_kept(KeyAt key_at, int tokens, Threshold threshold, int64_t* kept, int& turn) {
-    constexpr int kHalf = 16;  // two counts in one number: at most kThreads each
+    constexpr int kHalf = 16;  // packs two counts, of at most kThreads each, into one integer
     int above_before = 0, equal_before = 0;
     for (int first = 0; first < tokens; first += TopPolicy::kThreads) {
       const int position = first + threadIdx.x;
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(TopPolicy::kThreads)
   using Key = ScoreKey<scalar_t>;
   using Bits = typename Key::Bits;
   __shared__ TopShared shared;
-  VLMFAST_DYNAMIC_SHARED(Bits, cache);  // (policy.cached,), each key touched by one thread alone
+  VLMFAST_DYNAMIC_SHARED(Bits,
+                         cache);  // (policy.cached,); each key is accessed by one thread, so no barrier
   int turn = 0;
   shared.histogram[threadIdx.x] = 0;
 
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(TopPolicy::kThreads)
     }
     VLMFAST_DEVICE_ASSERT(numbers, "scores must not be NaN");
     if (policy.kept_count == 0) continue;
-    __syncthreads();  // the histogram is clear
+    __syncthreads();  // the histogram has been cleared
     const auto key_at = [&](int position) -> unsigned {
       return position < policy.cached ? cache[position] : Key::of(row[position]);
     };

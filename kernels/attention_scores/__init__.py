@@ -1,4 +1,4 @@
-"""Scores of tokens from attention in Triton: never a matrix of tokens by tokens."""
+"""Attention scores of tokens in Triton. The attention map is never stored."""
 
 import math
 from typing import Any
@@ -26,10 +26,10 @@ from vlmfast.kernels.common.sorted_search import steps_of
 
 
 def _softness(head_dim: int, scale: float | None) -> tuple[float, float]:
-    """Split the scale into its sign and what a difference of logits is multiplied by in a power of two.
+    """Split the scale into its sign and the positive factor of logit differences in exponents of two.
 
-    The difference is multiplied and not each logit, so that the scale is rounded into a small number. A negative scale
-    is a scale of the negated query.
+    Differences of logits are scaled, not the logits themselves, so that the rounding error is relative to a small
+    number. A negative scale is a positive scale of the negated query.
     """
     factor = head_dim**-0.5 if scale is None else scale
     return math.copysign(1.0, factor), abs(factor) * math.log2(math.e)
@@ -47,7 +47,7 @@ def _row_unsupported(query: Tensor, key: Tensor) -> str | None:
 def _row_attention(
     query: Tensor, key: Tensor, valid: Tensor | None, scale: float | None, left_out: int, parts: int
 ) -> Tensor:
-    """Sum over the heads what one token pays to each, without one column if it is below T, and divide by ``parts``."""
+    """Sum one token's row of attention over the heads, without the column if it is below T, and divide by ``parts``."""
     (batch, heads, head_dim), (key_heads, tokens) = query.shape, key.shape[1:3]
     columns = tokens - (left_out < tokens)
     scores = key.new_empty(batch, columns, dtype=torch.float32)

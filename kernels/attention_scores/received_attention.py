@@ -1,11 +1,12 @@
 """The attention that tokens receive: the normaliser of each row, then the sum of each column, then the means.
 
-The first pass over the logits holds a block of queries and streams the keys, the second holds a block of keys and
-streams the queries. Both multiply tiles of the same shape in the same order, queries from the left: a logit that the
-second rounded in another way would no longer fit the normaliser of its row, where one key may have nearly everything.
+The first pass over the logits keeps a block of queries and streams the keys; the second keeps a block of keys and
+streams the queries. Both multiply tiles of the same shape with the queries on the left, so that their logits are
+bit-identical. Otherwise a logit would not match the normaliser of its row, which matters where one key gets nearly all
+attention.
 
-A block may lie in several segments: it streams from where the first begins to where the last ends, and each token
-counts what is in its own.
+A block may overlap several segments. It streams from the begin of the first to the end of the last, and masks for each
+token what is outside its own.
 """
 
 import functools
@@ -19,15 +20,15 @@ from vlmfast.kernels.common.kernel import aligned, kernel
 from vlmfast.kernels.common.launch import Config, RowsConfig, next_power_of_two
 from vlmfast.kernels.common.sorted_search import count_up_to
 
-MAX_HEAD_DIM = 256  # channels of a head: tiles twice as wide would not fit the shared memory
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # -inf would make NaN of what is subtracted from it
+MAX_HEAD_DIM = 256  # tiles of heads twice as long would not fit into shared memory
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # not -inf, because -inf - -inf is NaN
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedConfig(Config):
-    """Tiles of BLOCK queries and as many keys; COLUMNS channels are multiplied, and then the REST.
+    """The tiles of BLOCK queries and BLOCK keys, whose channels are multiplied in two parts, COLUMNS and REST.
 
-    Two parts, so that 80 channels take 64 + 16 columns of a tensor core and not 128.
+    Two parts let a head of 80 channels take 64 + 16 columns on the tensor cores rather than 128.
     """
 
     BLOCK: int
@@ -38,10 +39,10 @@ class ReceivedConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(head_dim: int, wide: bool) -> "ReceivedConfig":
-        """Give each thread 16 logits of a tile, and three stages where they fit the 99 KiB of an RTX 4090.
+        """Choose 16 logits of a tile per thread, and three stages if they fit into the 99 KiB of an RTX 4090.
 
-        With four warps the compiler spills for the sake of a fourth program per multiprocessor. Float32 is multiplied
-        element by element, out of registers that larger tiles would not leave.
+        With four warps the compiler would spill in order to fit a fourth program on a multiprocessor. Float32 tiles are
+        smaller, because they are multiplied by FMAs out of registers.
         """
         columns = max(16, next_power_of_two(head_dim + 1) // 2)
         rest = max(16, next_power_of_two(head_dim - columns)) if head_dim > columns else 0
@@ -65,7 +66,7 @@ def _load(ptr, token, stride, tokens, first, COUNT: tl.constexpr, HEAD_DIM: tl.c
 def _tile(
     ptr, token, stride, tokens, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Load the channels of a block of tokens, in two parts; AXIS is that of the tokens."""
+    """Load the channels of a block of tokens in two parts; AXIS is the tile's axis of tokens."""
     part = _load(ptr, token, stride, tokens, 0, COLUMNS, HEAD_DIM, AXIS)
     rest = part
     if REST:
@@ -88,9 +89,10 @@ def _logits(query, query_rest, key, key_rest, REST: tl.constexpr):
 
 @triton.jit
 def _segments(bounds_ptr, bounds, token, tokens, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """Find the segments of a block's tokens, and the tokens to stream: (begin, end, first, full, stop).
+    """Return the segment of each token of a block and the range of tokens to stream: (begin, end, first, full, stop).
 
-    From ``first`` to ``full`` all are in the segment of each token of the block, from there to ``stop`` not all are.
+    Tokens from ``first`` to ``full`` are in the segments of all tokens of the block; those from ``full`` to ``stop``
+    may not be and need a mask.
     """
     token = tl.minimum(token, tokens - 1)
     if bounds_ptr is None:
@@ -106,12 +108,12 @@ def _segments(bounds_ptr, bounds, token, tokens, BLOCK: tl.constexpr, STEPS: tl.
 
 @triton.jit
 def _add_exponentials(peak, total, logit, inside, sharpness, MASKED: tl.constexpr):
-    """Take ``logit`` into the largest of each row so far and the sum of the exponentials."""
+    """Update the running maximum of each row and its sum of exponentials with a tile of logits."""
     if MASKED:
         logit = tl.where(inside, logit, LOWEST)
     higher = tl.maximum(peak, tl.max(logit, 1))
     weights = tl.exp2((logit - higher[:, None]) * sharpness)
-    if MASKED:  # a row that has met nothing of its segment would count exp(0)
+    if MASKED:  # in a row without any token of its segment yet, masked logits would count as exp(0)
         weights = tl.where(inside, weights, 0.0)
     return higher, total * tl.exp2((peak - higher) * sharpness) + tl.sum(weights, 1)
 
@@ -138,7 +140,7 @@ def normaliser_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Store the largest logit of each query and the keys of its segment, and 1 / the sum of their exponentials."""
+    """Store, for each query, the maximum of its logits in its segment and 1 / the sum of their exponentials."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -184,7 +186,7 @@ def received_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Add up the attention that the queries of a key's segment pay to it."""
+    """Store the sum of the attention that each key receives from the queries of its segment."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -209,7 +211,7 @@ def received_kernel(
         logit = _logits(query, query_rest, key, key_rest, REST)
         peak = tl.load(peak_ptr + row, mask=row < tokens, other=0.0)
         inverse = tl.load(inverse_ptr + row, mask=row < tokens, other=0.0)
-        difference = tl.minimum(logit - peak[:, None], 0.0)  # of another segment's query it may be large
+        difference = tl.minimum(logit - peak[:, None], 0.0)  # may be > 0 in another segment
         weights = tl.exp2(difference * sharpness) * inverse[:, None]
         received += tl.where((row[:, None] >= begin[None, :]) & (row[:, None] < end[None, :]), weights, 0.0)
     tl.store(received_ptr + head * tokens + column, tl.sum(received, 0), mask=column < tokens)
@@ -219,7 +221,7 @@ def received_kernel(
 def mean_kernel(
     received_ptr, mean_ptr, means, group, count, tokens, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
-    """Store the mean over the heads and each group of tokens, ``count`` numbers in all."""
+    """Store the mean over the heads and over each group of tokens, which is a mean of ``count`` numbers."""
     mean = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, count, BLOCK_COLUMNS):

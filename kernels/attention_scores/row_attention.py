@@ -1,4 +1,4 @@
-"""The attention of one token: the logits of each head and block of tokens, then the weights summed over heads."""
+"""One token's row of attention: first the logits of each head and block of tokens, then the sums over heads."""
 
 import functools
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from vlmfast.kernels.common.launch import Config, next_power_of_two
 
 @dataclass(frozen=True, kw_only=True)
 class LogitsConfig(Config):
-    """The tokens of a program, and the channels that it multiplies at a time."""
+    """The tokens of a program, and the channels that it multiplies per step."""
 
     BLOCK_TOKENS: int
     BLOCK_COLUMNS: int
@@ -20,14 +20,14 @@ class LogitsConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(head_dim: int) -> "LogitsConfig":
-        """Give each thread 16 elements: of four 16-byte loads ptxas waits for two before it asks for the others."""
+        """Choose 16 elements per thread: of four 16-byte loads ptxas would issue two only after the others return."""
         columns = min(256, next_power_of_two(head_dim))
         return LogitsConfig(BLOCK_TOKENS=min(256, 4096 // columns), BLOCK_COLUMNS=columns, num_warps=8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoresConfig(Config):
-    """The tokens of a program, and the heads and partial sums that it reads at a time."""
+    """The tokens of a program, and the heads and partial sums that it reads per step."""
 
     BLOCK_TOKENS: int
     BLOCK_HEADS: int
@@ -36,7 +36,7 @@ class ScoresConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(heads: int) -> "ScoresConfig":
-        """Run 45 programs for five crops of CLIP, whose 0.4 MB of logits are in the L2 cache."""
+        """Choose 45 programs for five crops of CLIP, whose 0.4 MB of logits are in the L2 cache."""
         return ScoresConfig(BLOCK_TOKENS=64, BLOCK_HEADS=min(16, next_power_of_two(heads)), BLOCK_PARTS=16, num_warps=4)
 
 
@@ -64,9 +64,9 @@ def row_logits_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Store the logits of one head's query and a block of its keys, their maximum, and their sum of exponentials.
+    """Store the logits of one head's query with a block of keys, their maximum, and their sum of exponentials.
 
-    So many heads of queries as a ``group`` has share the keys. What is not valid has the lowest logit, and no part.
+    ``group`` query heads share a key head. Invalid tokens get the lowest logit and are not part of the sum.
     """
     query_batch_stride, query_head_stride = aligned(query_batch_stride, ALIGNED), aligned(query_head_stride, ALIGNED)
     key_batch_stride, key_head_stride = aligned(key_batch_stride, ALIGNED), aligned(key_head_stride, ALIGNED)
@@ -115,7 +115,7 @@ def row_scores_kernel(
 ):
     """Add up exp(logit - maximum) / sum over the heads, without the column that is left out, and divide by ``parts``.
 
-    That of the CLS token, or none where it is behind the last one. ``columns`` is the number of those that are stored.
+    The column left out is that of the CLS token; a column past the last one leaves none out. ``columns`` are stored.
     """
     programs = tl.cdiv(columns, BLOCK_TOKENS)
     batch = (tl.program_id(0) // programs).to(tl.int64)
@@ -138,7 +138,7 @@ def row_scores_kernel(
         mask = (head < heads) & (place < columns)
         logit = tl.load(logit_ptr + row * tokens + token, mask=mask, other=LOWEST)
         weight = tl.exp2((logit - peak) * sharpness) / total
-        if MASKED:  # where nothing is seen, the total is 0
+        if MASKED:  # without any valid token the total is 0
             mask &= logit != LOWEST
         score += tl.sum(tl.where(mask, weight, 0.0), 0, keep_dims=True)
     tl.store(score_ptr + batch * columns + place, score / parts, mask=place < columns)

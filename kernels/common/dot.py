@@ -1,4 +1,4 @@
-"""Matrix multiplication of tiles, summed in float32."""
+"""Matrix multiplication of tiles with float32 accumulation."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def dot(a, b, total):
-    """Add a @ b to ``total`` in float32. Float32 operands are multiplied as such, two 16-bit ones without rounding.
+    """Return ``total`` plus a @ b, accumulated in float32. Float32 operands are not rounded to TF32.
 
-    Triton's interpreter multiplies bfloat16 wrongly and leaves the sums to a BLAS that adds up the columns of one tile
-    in several orders, so that equal columns give unequal sums, as no GPU does. There, it is done in float64.
+    Triton's interpreter multiplies bfloat16 wrongly, and its BLAS sums the columns of one tile in different orders, so
+    that equal columns give unequal sums, which no GPU does. The interpreter therefore multiplies in float64.
     """
     left, right = (a.to(tl.float64), b.to(tl.float64)) if _INTERPRETED else (a, b)
     return total + tl.dot(left, right, input_precision="ieee").to(tl.float32)

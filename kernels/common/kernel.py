@@ -1,8 +1,8 @@
-"""What a Triton kernel is compiled for: types, constants and what strides are multiples of; no count of anything.
+"""Controls what Triton kernels are specialised for: dtypes, constants and the alignment of strides, but no sizes.
 
-Left to itself, the JIT compiles a kernel anew for each integer that is 1 or the first multiple of 16: in the middle of
-serving, for a prompt whose length happens to be one, and within the capture of a CUDA graph, where it is an error. And
-of a stride it knows no other divisor, so that rows of 72 elements would be read by two bytes at a time.
+By default, the JIT recompiles a kernel when an integer argument becomes 1 or a multiple of 16. With a size that depends
+on the prompt that happens in the middle of serving, or during the capture of a CUDA graph, where it is an error. The
+JIT also knows no other divisor of a stride than 16, so rows of 72 elements would be read two bytes at a time.
 """
 
 import inspect
@@ -15,9 +15,9 @@ import triton.language as tl
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Make a Triton kernel out of a function: compiled once for all numbers, whatever depends on a prompt.
+    """Make a Triton kernel that is not specialised for the values of its integer arguments.
 
-    What vectors of a row need to know of its strides and sizes, the launch says by `alignment`.
+    A launch passes the alignment of strides and sizes, which vectorised accesses need, as a constant: see `alignment`.
     """
     parameters = inspect.signature(function).parameters.values()
     numbers = [p.name for p in parameters if p.annotation is not tl.constexpr and not p.name.endswith("_ptr")]
@@ -25,23 +25,28 @@ def kernel(function: Callable[..., None]) -> Any:
 
 
 def alignment(*numbers: int) -> int:
-    """Find the largest power of two, up to 16, of which strides and sizes are multiples: a constant of the kernel.
+    """Return the largest power of two up to 16 that divides all strides and sizes: a constant of the kernel.
 
-    Ask only about what a model fixes, such as a row's size, and strides that are multiples of it.
+    Pass only numbers that a model fixes, such as the size of a row and strides that are multiples of it; each new
+    result compiles the kernel again.
     """
     return math.gcd(*numbers, 16)
 
 
 @triton.jit
 def aligned(number, ALIGNED: tl.constexpr):
-    """Return ``number``, a multiple of ALIGNED, as arithmetic that shows the compiler so; a hint could be wrong."""
+    """Return ``number``, a multiple of ALIGNED, by arithmetic from which the compiler infers so.
+
+    Unlike a compiler hint it cannot be false.
+    """
     return number // ALIGNED * ALIGNED
 
 
 def limited(reason: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Say, under `kernel`, why one cannot have as many bytes in flight at every real shape as an H200 needs.
+    """Record why a kernel falls short of the static limits at some real shape; goes under `kernel`.
 
-    Or why it takes more than four instructions for each of them. The report of `make static` shows it.
+    The limits are the bytes in flight that an H200 needs and at most four instructions per byte. The report of `make
+    static` shows the reason.
     """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Ready what every Triton launch needs: operands as rows, a configuration, the device, the reason why it cannot run."""
+"""Shared by all Triton launches: operands as rows, launch configurations, the device, and reasons to decline a call."""
 
 import contextlib
 import functools
@@ -17,22 +17,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Triton compiles an assertion only in debug mode, which would also check every 32-bit operation for overflow.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
 
-MAX_EXTENT = 2**31 - 2**14  # rows and columns are counted in 32 bits, beyond the end by a block; offsets in 64
+MAX_EXTENT = 2**31 - 2**14  # row and column numbers, up to a block past the end, have 32 bits; offsets have 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A launch configuration: ``vars(config)`` are the arguments of a launch that are neither operands nor sizes."""
+    """A launch configuration: ``vars(config)`` are the keyword arguments of a launch."""
 
     num_warps: int
-    # Triton 3.10 changes the default. Contracting a multiplication and an addition only drops a rounding, and no
-    # rounding that Hugging Face makes stands between a multiplication and an addition of ours.
+    # Fixed because Triton 3.10 changes the default. An FMA drops the rounding between a multiplication and an addition,
+    # and Hugging Face rounds to the dtype at none of these places.
     enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig(Config):
-    """What one program holds in registers of rows: some of them, by a power of two of their columns."""
+    """The tile of rows that one program holds in registers: BLOCK_ROWS x BLOCK_COLUMNS, both powers of two."""
 
     BLOCK_ROWS: int
     BLOCK_COLUMNS: int
@@ -40,30 +40,34 @@ class RowsConfig(Config):
 
 @functools.lru_cache
 def config_for(hidden: int) -> RowsConfig:
-    """Move rows, 16 elements a thread: two 16-byte loads in flight for bfloat16. Narrow rows share a program."""
+    """Choose a tile for moving rows: 16 elements per thread, which are two 16-byte loads in flight for bfloat16.
+
+    Narrow rows share a program.
+    """
     columns = min(4096, next_power_of_two(max(hidden, 1)))
     return RowsConfig(BLOCK_ROWS=min(256, 4096 // columns), BLOCK_COLUMNS=columns, num_warps=8)
 
 
 @functools.lru_cache
 def norm_config_for(hidden: int, backward: bool = False) -> RowsConfig:
-    """Give each thread 32 elements, for bfloat16 four 16-byte loads in flight; half as many in the backward.
+    """Choose a tile for a norm: 32 elements per thread, which are four 16-byte loads in flight for bfloat16.
 
-    The backward holds three operands and the weight gradient at once, and has what comes next in flight: `stages_for`.
-    Narrow rows share a program: with one head of 128 channels per program, seven eighths of it would idle.
+    The backward has 16 elements per thread, because it holds three operands and the weight gradient at once; it
+    prefetches the next rows instead, see `stages_for`. Narrow rows share a program: with one head of 128 channels per
+    program, seven eighths of the threads would idle.
     """
     per_thread = 16 if backward else 32
     columns = next_power_of_two(hidden)
-    rows = min(64, max(1, 2048 // columns))  # more would only spread narrow rows over more registers
+    rows = min(64, max(1, 2048 // columns))  # more rows would only take more registers
     warps = min(16, max(4, columns // (32 * per_thread)))
     return RowsConfig(BLOCK_ROWS=rows, BLOCK_COLUMNS=columns, num_warps=warps)
 
 
 def stages_for(step: int, shared: int) -> int:
-    """Say in how many stages a persistent norm loads what it takes at a step, so many bytes: one is the step itself.
+    """Choose the pipeline stages of a persistent norm that loads ``step`` bytes per step; 1 means no prefetch.
 
-    Registers leave few programs a multiprocessor. In two of them copies that pass the registers by, 24 KiB in each, are
-    the 48 KiB in flight that an H200 needs. AMD's shared memory is too small.
+    Register use limits occupancy to two programs per multiprocessor. Each prefetches 24 KiB by asynchronous copies to
+    shared memory, which together are the 48 KiB in flight that an H200 needs. AMD's shared memory is too small.
     """
     ahead = ceil_div(24 << 10, step)
     return 1 + ahead if 64 << 10 < shared >= 2 * ahead * step else 1
@@ -79,7 +83,7 @@ def device_unsupported(x: Tensor) -> str | None:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """View ``x`` as (rows, hidden) with contiguous rows; a copy only if its leading strides are not those of rows."""
+    """View ``x`` as (rows, hidden) with contiguous rows; copies it if its strides do not allow that."""
     return with_contiguous_rows(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1]))
 
 
@@ -89,7 +93,7 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of ``x`` the current one; free where it already is."""
+    """Make the device of ``x`` the current one; costs nothing if it already is."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
@@ -97,17 +101,17 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def properties_of(device: torch.device) -> Any:
-    """Ask for the properties of a GPU, once: each backward would wait for the answer."""
+    """Return the properties of a GPU, cached because a query would delay each backward."""
     return torch.cuda.get_device_properties(device)
 
 
 def processors(x: Tensor) -> int:
-    """Count the multiprocessors of the device of ``x``; a small number in the interpreter, so that loops loop."""
+    """Count the multiprocessors of the device of ``x``; two in the interpreter, so that persistent kernels loop."""
     return properties_of(x.device).multi_processor_count if x.is_cuda else 2
 
 
 def shared_memory(x: Tensor) -> int:
-    """Count the bytes of shared memory that a program may have where ``x`` is; an H100's in the interpreter."""
+    """Return the bytes of shared memory available to a program on the device of ``x``; an H100's in the interpreter."""
     if not x.is_cuda:
         return 227 << 10
     properties = properties_of(x.device)

@@ -1,6 +1,6 @@
-"""The second half of a weight's gradient, for every norm: adds up the float32 rows that the programs left.
+"""The second step of every norm's weight gradient: adds up the float32 partial sums of the programs.
 
-A bounded number of rows added up in a fixed order, where atomics would give other bits on every run.
+The rows are added in a fixed order, so the result is deterministic, which it would not be with atomics.
 """
 
 import functools
@@ -12,12 +12,12 @@ from torch import Tensor
 from vlmfast.kernels.common.kernel import aligned, alignment, kernel
 from vlmfast.kernels.common.launch import RowsConfig, ceil_div, next_power_of_two, on_device
 
-STAGES = 5  # the copies of four steps are 16 KiB in flight and more
+STAGES = 5  # prefetches four steps, which are at least 16 KiB in flight
 
 
 @functools.lru_cache
 def config_for(hidden: int) -> RowsConfig:
-    """Take two sectors of each row at least, and more where there is a program for nearly every multiprocessor."""
+    """Choose at least two sectors (64 bytes) per row, and more if there are still programs for most multiprocessors."""
     return RowsConfig(BLOCK_ROWS=64, BLOCK_COLUMNS=min(64, max(16, next_power_of_two(hidden // 128))), num_warps=4)
 
 
@@ -45,7 +45,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Add up the rows of ``partials``, contiguous and float32, and round once."""
+    """Add up the rows of ``partials``, a contiguous float32 (rows, hidden), and round once to ``dtype``: (hidden,)."""
     rows, hidden = partials.shape
     total = partials.new_empty(hidden, dtype=dtype)
     config = config_for(hidden)

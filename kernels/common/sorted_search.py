@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 def steps_of(size: int) -> int:
-    """Count how often a search halves ``size`` numbers: a constant, so that it is no loop, which would spill.
+    """Return the number of steps of a binary search in ``size`` numbers: a constant, because a loop would spill.
 
-    It is enough for all sizes of 16 bits, so that the number of images or kept tokens does not ask for another kernel.
+    All sizes below 2**16 share one result, so that the number of images or kept tokens compiles no further kernel.
     """
     return 16 if size < 1 << 16 else 31
 
@@ -16,8 +16,8 @@ def steps_of(size: int) -> int:
 def count_up_to(ptr, size, value, GAPS: tl.constexpr, STEPS: tl.constexpr):
     """Count how many of the ``size`` ascending numbers at ``ptr`` are at most ``value`` (a block of int32).
 
-    With GAPS, the numbers less their index are counted. Where the numbers are the members of a set, that is how many of
-    them stand before the ``value``-th number that is not a member.
+    With GAPS, each number minus its index is compared instead. If the numbers are the members of a set, the result is
+    the number of members below the ``value``-th non-member.
     """
     count = tl.full(value.shape, 0, tl.int32)
     for step in tl.static_range(STEPS):

@@ -1,4 +1,4 @@
-"""The novelty of tokens in Triton: two passes over the features, and one for what changed since the frame before."""
+"""The novelty of tokens in Triton: frame_novelty makes two passes over the features, frame_change one."""
 
 import functools
 
@@ -23,14 +23,14 @@ MEAN_CONFIG = RowsConfig(BLOCK_ROWS=16, BLOCK_COLUMNS=256, num_warps=8)  # two l
 
 @functools.lru_cache
 def config_for(hidden: int, together: int) -> RowsConfig:
-    """Give each thread 16 elements at a time; so many rows at least, as the mean is read once for them."""
+    """Choose 16 elements per thread and step, in several rows, because the mean is read once for all rows of a tile."""
     columns = min(2048 // together, next_power_of_two(max(hidden, 1)))
     return RowsConfig(BLOCK_ROWS=min(64, 2048 // columns), BLOCK_COLUMNS=columns, num_warps=4)
 
 
 @triton.jit
 def _novelty(dots, squares, other_squares):
-    """Make one minus the cosine, and the length, of partial sums over columns."""
+    """Return one minus the cosine, and the length, from partial sums over columns."""
     dot, square, other_square = tl.sum(dots, 1), tl.sum(squares, 1), tl.sum(other_squares, 1)
     length = tl.sqrt_rn(square)
     both = tl.where(square == other_square, square, length * tl.sqrt_rn(other_square))
@@ -85,7 +85,7 @@ def frame_novelty_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Store one minus the cosine of some tokens of one frame to its mean, and their lengths."""
+    """Store, for some tokens of a frame, one minus the cosine with the frame's mean, and their lengths."""
     batch_stride, frame_stride = aligned(batch_stride, ALIGNED), aligned(frame_stride, ALIGNED)
     token_stride, hidden = aligned(token_stride, ALIGNED), aligned(hidden, ALIGNED)
     blocks = tl.cdiv(tokens, BLOCK_ROWS)
@@ -124,7 +124,7 @@ def frame_change_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Store one minus the cosine of some tokens to those of the frame before."""
+    """Store, for some tokens, one minus the cosine with the same token of the frame before."""
     batch_stride, frame_stride = aligned(batch_stride, ALIGNED), aligned(frame_stride, ALIGNED)
     token_stride, hidden = aligned(token_stride, ALIGNED), aligned(hidden, ALIGNED)
     blocks = tl.cdiv(tokens, BLOCK_ROWS)

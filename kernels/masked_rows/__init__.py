@@ -1,6 +1,6 @@
-"""Masked rows in Triton. Nothing waits for the device, and no shape depends on data.
+"""Masked rows in Triton, without synchronisation and without data-dependent shapes.
 
-The rows to read and to write follow from an index of the mask: no placeholder row and no invalid row is read.
+An index of the mask says which row is read and which is written; placeholder rows and invalid rows are never read.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ from vlmfast.kernels.masked_rows.mask_ranks import index_of, index_total, order_
 def _rows(
     index_ptr, positions, tokens, rows, batch_stride, token_stride, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr
 ):
-    """Find the positions of a program, their entries in the index and where each begins in a (B, T, D) tensor.
+    """Return the positions of a program, their entries in the index, and their offsets in a (B, T, D) tensor.
 
-    A device-side assertion trips unless the index numbers just as many rows as there are.
+    A device-side assertion fails unless the index numbers exactly as many rows as there are.
     """
     if tl.program_id(0) == 0:
         total = index_total(tl.load(index_ptr + positions - 1))
@@ -59,7 +59,7 @@ def add_or_place_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Copy x, with the rows of ``embeds`` added to the masked rows, or put in their place."""
+    """Copy x, with the rows of ``embeds`` added to the masked rows or in their place."""
     row, rank, offset = _rows(
         index_ptr, positions, tokens, embeds_rows, x_batch_stride, x_token_stride, ALIGNED, BLOCK_ROWS
     )
@@ -97,7 +97,7 @@ def split_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Copy the masked rows of x, and x with zeros in their place."""
+    """Copy the masked rows of x, and the rest of x with zeros in their place."""
     row, rank, offset = _rows(index_ptr, positions, tokens, rows, x_batch_stride, x_token_stride, ALIGNED, BLOCK_ROWS)
     hidden = aligned(hidden, ALIGNED)
     masked = rank >= 0
@@ -165,7 +165,7 @@ def unpack_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Copy the gradient of the slot that a valid token was packed into, zeros where it got none."""
+    """Copy the gradient of the slot that each valid token was packed into; zeros for tokens without a slot."""
     hidden = aligned(hidden, ALIGNED)
     batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -214,7 +214,7 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
 
 
 def _is_empty(mask: Tensor, rows: int) -> bool:
-    """Say whether there is no position, and so no program that could check the number of rows."""
+    """Return whether there are no positions, and so no program that could check the number of rows."""
     if mask.numel() == 0 and rows > 0:
         raise ValueError(f"the mask must be true at as many positions as there are rows, {rows}, got none")
     return mask.numel() == 0

@@ -1,7 +1,7 @@
 """Numbers the positions of a mask.
 
-A program numbers one chunk of a sequence. It counts what comes before its chunk again: a byte per position out of the
-L2 cache, cheaper than a second launch or programs that wait for each other.
+A program numbers one chunk of a sequence. It first counts the mask before its chunk, one byte per position from the L2
+cache, which is cheaper than a second launch or than programs that wait for each other.
 """
 
 import functools
@@ -18,7 +18,7 @@ from vlmfast.kernels.common.launch import Config, ceil_div, next_power_of_two, o
 
 @dataclass(frozen=True, kw_only=True)
 class RanksConfig(Config):
-    """The positions that one program numbers, and those that it counts at a time."""
+    """The number of positions of a chunk, and of those counted per step."""
 
     CHUNK: int
     BLOCK: int
@@ -26,14 +26,14 @@ class RanksConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(positions: int) -> "RanksConfig":
-        """Run about a hundred programs for long masks; count the positions before a chunk by 16 bytes per thread."""
+        """Choose about a hundred programs for long masks, and loads of 16 bytes per thread before a chunk."""
         chunk = min(8192, max(512, next_power_of_two(ceil_div(positions, 128))))
         return RanksConfig(CHUNK=chunk, BLOCK=4096, num_warps=8)
 
 
 @triton.jit
 def _flags(mask_ptr, position, positions, TRUE: tl.constexpr):
-    """Load 1 where the mask is ``TRUE``, 0 elsewhere and behind the end (int32)."""
+    """Load int32 flags: 1 where the mask is ``TRUE``, 0 elsewhere and past the end."""
     return (tl.load(mask_ptr + position, mask=position < positions, other=not TRUE) == TRUE).to(tl.int32)
 
 
@@ -48,7 +48,7 @@ def _count(mask_ptr, start, stop, TRUE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def index_total(last):
-    """Read the number of rows out of the last entry of an index."""
+    """Return the number of rows, given the last entry of an index."""
     return tl.maximum(last + 1, ~last)  # last >= 0 is the rank of the last row, last < 0 the complement of the total
 
 
@@ -59,7 +59,7 @@ def row_index_kernel(
     """Store the index of each sequence of ``positions``: the rank where the mask is ``TRUE``, ~rank elsewhere."""
     chunks = tl.cdiv(positions, CHUNK)
     batch, start = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks) * CHUNK
-    first = 0 if SINGLE else batch * positions  # of which the compiler could not tell whether 16 bytes may begin there
+    first = 0 if SINGLE else batch * positions  # a product would hide from the compiler that loads are aligned
     mask_ptr += first
     position = start + tl.arange(0, CHUNK)
     flag = _flags(mask_ptr, position, positions, TRUE)
@@ -89,7 +89,7 @@ def order_kernel(
 
 
 def index_of(mask: Tensor, true: bool) -> Tensor:
-    """Make the index of each row of ``mask``, of the positions where it is ``true``."""
+    """Make an index of the positions where each row of ``mask`` is ``true``."""
     index = mask.new_empty(mask.shape, dtype=torch.int32)
     if mask.numel() == 0:
         return index

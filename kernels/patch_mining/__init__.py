@@ -1,4 +1,4 @@
-"""Patch-info mining in Triton: a program for each token, which reads the pixels of its block where they lie, twice."""
+"""Patch-info mining in Triton: one program per token, which reads its block of the map twice, without a copy."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def mine_patches_backward_unsupported(_: Tensor, *args: Any) -> str | None:
 def _operands(
     query: Tensor, feature_map: Tensor, scale: int, blocks: Tensor | None, norm_eps: float
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """Return the tensors, the numbers and the constants that both kernels take."""
+    """Return the tensors, sizes and constants that both kernels take."""
     _, tokens, channels = query.shape
     feature_map, blocks = with_contiguous_rows(feature_map), None if blocks is None else with_contiguous_rows(blocks)
     strides = feature_map.stride()[:3]

@@ -1,7 +1,7 @@
 """Two passes over the block of a token: statistics and logits of its pixels, then their weighted sum, or the gradients.
 
-A block is too large for registers, and in the middle of a multiprocessor's shared memory two of them have no room: the
-second pass finds most of it in the L2 cache.
+A block is too large for registers, and the shared memory of a multiprocessor does not hold two of them. The second pass
+therefore reads it again, mostly from the L2 cache.
 """
 
 import functools
@@ -20,7 +20,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True, kw_only=True)
 class MiningConfig(Config):
-    """The pixels of a block, by a power of two, and the channels of them that are read at a time."""
+    """The tile of a program: the pixels of a block, padded to a power of two, and the channels per step."""
 
     PIXELS: int
     BLOCK_CHANNELS: int
@@ -28,7 +28,7 @@ class MiningConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(scale: int, channels: int) -> "MiningConfig":
-        """Give each thread 16 elements: three sums of each are 48 registers."""
+        """Choose 16 elements per thread, because their three sums take 48 registers."""
         pixels = next_power_of_two(scale * scale)
         block = min(2048 // pixels, max(16, next_power_of_two(channels)), 512)
         return MiningConfig(PIXELS=pixels, BLOCK_CHANNELS=block, num_warps=4)
@@ -36,7 +36,7 @@ class MiningConfig(Config):
 
 @triton.jit
 def _place(block_ptr, block_stride, tokens, width, SCALE: tl.constexpr):
-    """Find the image of a program, its token, and the row and column of the map where the token's block begins."""
+    """Return the image and token of a program, and the row and column of the map at which the token's block begins."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     token = (tl.program_id(0) % tokens).to(tl.int64)
     number = token
@@ -58,9 +58,9 @@ def _measure(
     PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Take the mean and inverse deviation of each pixel, its logit, its dot with the gradient, and both rows' sums.
+    """Return each pixel's mean, inverse deviation, logit and dot with the gradient, and the sums of both rows.
 
-    Pixels are taken relative to the mean of channels from all over the row, so that what is left of the mean is small.
+    The mean of a sample of channels is subtracted from the pixels first, so that the remaining mean is small.
     """
     lane = tl.arange(0, BLOCK_CHANNELS)[:, None]
     sampled = tl.minimum(lane * tl.cdiv(channels, BLOCK_CHANNELS), channels - 1).to(tl.int64)
@@ -102,7 +102,7 @@ def _measure(
 
 @triton.jit
 def _softmax(logit, inside):
-    """Return the weights of the pixels."""
+    """Return the softmax weights of the pixels."""
     logit = tl.where(logit == logit, logit, 0.0)
     logit = tl.minimum(tl.maximum(logit, -_MAXIMUM), _MAXIMUM)
     largest = tl.max(tl.where(inside, logit, -_MAXIMUM), 1, keep_dims=True)
@@ -131,7 +131,7 @@ def mine_kernel(
     PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Store what one token mines."""
+    """Store the mined features of one token."""
     map_batch_stride, channel_stride = aligned(map_batch_stride, ALIGNED), aligned(channel_stride, ALIGNED)
     row_stride = aligned(row_stride, ALIGNED)
     batch, token, row, column = _place(block_ptr, block_stride, tokens, width, SCALE)

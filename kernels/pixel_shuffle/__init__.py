@@ -1,6 +1,6 @@
-"""Pixel shuffle and the LayerNorm that follows it in Triton: nothing is read twice.
+"""Pixel shuffle, and the LayerNorm that follows it, in Triton: nothing is read twice.
 
-Patches are numbered token by token, as they lie in the output; where each is in the map, is arithmetic.
+Programs number the patches token by token, as they lie in the output, and compute the position of each in the map.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def pixel_unshuffle(
 
 
 def _copy(patches: Tensor, tokens: Tensor, scale: int, arguments: dict[str, Any], unshuffle: bool) -> None:
-    """Copy between a map of patches and its tokens. Neighbours in memory are copied as one wide patch."""
+    """Copy between a map of patches and its tokens. Patches that are adjacent in both are copied as one wide patch."""
     joined = scale if patches.stride(1) == patches.shape[2] else 1
     channels = joined * patches.shape[2]
     config = config_for(channels)

@@ -1,4 +1,4 @@
-"""Where patches and tokens are: arithmetic, the same for every way through the map of patches."""
+"""The positions of patches and tokens, computed by the same arithmetic for every kernel of the family."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from vlmfast.kernels.common.launch import RowsConfig, next_power_of_two
 
 
 def layout(grid: Sequence[int], scale: int, order: str, input_scale: float) -> dict[str, Any]:
-    """Name as the kernels do the arguments that say how a map of patches is shuffled."""
+    """Return the keyword arguments of a kernel that describe how a map of patches is shuffled."""
     return {
         "height": grid[0] // scale,
         "width": grid[1] // scale,
@@ -24,14 +24,17 @@ def layout(grid: Sequence[int], scale: int, order: str, input_scale: float) -> d
 
 @functools.lru_cache
 def config_for(channels: int) -> RowsConfig:
-    """Copy patches, 16 elements a thread: two 16-byte loads in flight for bfloat16. Few lanes are left without work."""
+    """Choose a tile for copying patches: 16 elements per thread, two 16-byte loads in flight for bfloat16.
+
+    The number of columns is chosen so that few lanes idle.
+    """
     columns = min(512, next_power_of_two(channels))
     return RowsConfig(BLOCK_ROWS=min(256, 4096 // columns), BLOCK_COLUMNS=columns, num_warps=8)
 
 
 @triton.jit
 def locate(patch, height, width, SCALE_Y: tl.constexpr, SCALE_X: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """Find the batch, token, place in the token and position in the map of patches that are numbered token by token.
+    """Return the batch, token, index in the token and position in the map of patches that are numbered token by token.
 
     ``height`` and ``width`` count tokens, each of SCALE_Y x SCALE_X patches.
     """
@@ -47,13 +50,13 @@ def locate(patch, height, width, SCALE_Y: tl.constexpr, SCALE_X: tl.constexpr, B
 
 @triton.jit
 def offset_of(batch, index, batch_stride, stride):
-    """Say where each patch or token of a (B, T, C) tensor begins."""
+    """Return the offset of each patch or token of a (B, T, C) tensor."""
     return batch.to(tl.int64) * batch_stride + index.to(tl.int64) * stride
 
 
 @triton.jit
 def load_scaled(ptr, mask, input_scale, INPUT_SCALED: tl.constexpr):
-    """Load in float32, times ``input_scale`` and rounded to the dtype, as by a multiplication with a Python number."""
+    """Load as float32, times ``input_scale`` and rounded to the dtype, as torch multiplies by a Python number."""
     value = tl.load(ptr, mask=mask, other=0.0)
     scaled = (value.to(tl.float32) * input_scale).to(value.dtype) if INPUT_SCALED else value
     return scaled.to(tl.float32)
@@ -81,7 +84,7 @@ def pixel_shuffle_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Copy the map's patches to the tokens, or back."""
+    """Copy the patches of the map to the tokens, or back."""
     map_batch_stride, map_stride = aligned(map_batch_stride, ALIGNED), aligned(map_stride, ALIGNED)
     tokens_batch_stride, tokens_stride = aligned(tokens_batch_stride, ALIGNED), aligned(tokens_stride, ALIGNED)
     channels = aligned(channels, ALIGNED)

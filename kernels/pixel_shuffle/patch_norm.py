@@ -1,4 +1,4 @@
-"""LayerNorm of tokens that are read out of the map of patches, and stay in registers between their uses."""
+"""LayerNorm of tokens that are read from the map of patches and stay in registers between their uses."""
 
 import functools
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config, next_power_of_two, norm_config_for
 from vlmfast.kernels.pixel_shuffle.patch_map import load_scaled, locate, offset_of
 
-MAX_FORWARD = 16384  # elements that are normalised together, with padding: twice as many would spill registers
-MAX_BACKWARD = 8192  # half of that, for two operands and the gradients of two parameters at once
+MAX_FORWARD = 16384  # padded elements that are normalised together: twice as many would spill
+MAX_BACKWARD = 8192  # less, for two operands and two parameter gradients in registers
 
 
 def padded(patches: int, channels: int) -> int:
-    """Count the elements in registers of ``patches`` x ``channels``: both are rounded up to powers of two."""
+    """Return the elements in registers for ``patches`` x ``channels``, with both rounded up to powers of two."""
     return next_power_of_two(patches) * next_power_of_two(channels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig(Config):
-    """What one program holds in registers: rows of some patches, all their channels."""
+    """The tile of a program: rows x patches x channels."""
 
     BLOCK_ROWS: int
     BLOCK_PATCHES: int
@@ -30,7 +30,7 @@ class NormConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(patches: int, channels: int, backward: bool = False) -> "NormConfig":
-        """Choose rows and warps as for rows that do not lie in patches."""
+        """Choose rows and warps as for a norm of contiguous rows."""
         config = norm_config_for(padded(patches, channels), backward)
         return NormConfig(
             BLOCK_ROWS=config.BLOCK_ROWS,
@@ -48,9 +48,9 @@ def _row_sum(x):
 
 @triton.jit
 def centre(x, mask, size):
-    """Compute (x - mean, mean, variance) of each row, not from its sum of squares: the mean may be far from zero.
+    """Compute (x - mean, mean, variance) of each row in two passes, because the mean may be far from zero.
 
-    What is left after a first mean says how far its rounding was off, in the pass that sums the squares.
+    The pass that sums the squares also sums the centred values, which corrects the rounding error of the first mean.
     """
     mean = _row_sum(x) / size
     centred = tl.where(mask, x - mean, 0.0)
@@ -135,7 +135,7 @@ def pixel_shuffle_norm_backward_kernel(
 ):
     """Store input_scale * r * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * r, g = grad_output * weight.
 
-    A program walks over blocks of rows and keeps its share of the parameters' gradients in registers.
+    A program loops over blocks of rows and accumulates its share of the parameters' gradients in registers.
     """
     grad_output_batch_stride = aligned(grad_output_batch_stride, ALIGNED)
     grad_output_stride, channels = aligned(grad_output_stride, ALIGNED), aligned(channels, ALIGNED)

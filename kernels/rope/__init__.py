@@ -24,7 +24,7 @@ from vlmfast.kernels.rope.forward import qk_norm_rope_kernel
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig(Config):
-    """What a program holds of a head: the two halves that turn, and the rest. Their sizes are constants of a model."""
+    """The tile of a program: heads x (the two rotated halves and the rest), whose sizes are fixed by the model."""
 
     HALF: int
     REST: int
@@ -35,7 +35,7 @@ class RopeConfig(Config):
 
 @functools.lru_cache
 def rope_config_for(heads: int, head_dim: int, rotary_dim: int) -> RopeConfig:
-    """Give each thread 16 elements: loads of 16 bytes from both halves of bfloat16."""
+    """Choose 16 elements per thread: a 16-byte load from each half for bfloat16."""
     rest = head_dim - rotary_dim
     columns = 2 * next_power_of_two(rotary_dim // 2) + (next_power_of_two(rest) if rest else 0)
     most = max(1, 2048 // next_power_of_two(columns))
@@ -132,12 +132,12 @@ def qk_norm_rope_backward(
 
 
 def _heads(x: Tensor) -> Tensor:
-    """View ``x`` as (rows, heads, head_dim) with contiguous heads; a copy only if its strides are not those of rows."""
+    """View ``x`` as (rows, heads, head_dim) with contiguous heads; copies it if its strides do not allow that."""
     return _contiguous_last(x.flatten(0, -3))
 
 
 def _angles(angles: Tensor) -> Tensor:
-    """View the angles as rows, those of one axis after those of another."""
+    """View the angles as rows, with the axes one after another."""
     return _contiguous_last(angles.flatten(0, -2))
 
 
@@ -150,13 +150,13 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
 
 
 def _sections(cos: Tensor, sections: Any) -> tuple[int, int, int]:
-    """Return the rows of an axis, and where the second and the third section begin."""
+    """Return the number of rows per axis, and the first frequencies of the second and the third section."""
     if sections is None:
         return cos.shape[0], 0, 0
     return cos.shape[0] // 3, sections[0], sections[0] + sections[1]
 
 
 def _order(x: Tensor, weight: Tensor | None, variant: str, sections: Any) -> tuple[float, bool, bool]:
-    """Say what is added to the weight, whether there are sections, and whether heads are rounded before the weight."""
+    """Return the offset of the weight, whether there are sections, and whether heads are rounded before the weight."""
     rounded = variant == "llama" and weight is not None and x.dtype != torch.float32
     return 1.0 if variant == "gemma" else -0.0, sections is not None, rounded  # -0.0 changes no number

@@ -1,4 +1,4 @@
-"""Rotary embedding and norm of heads backward: a program walks over blocks of heads and sums the weight gradients."""
+"""The backward of rotary embedding and head norms: a program loops over blocks of heads and sums weight gradients."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mea
 
 @triton.jit
 def _weighted(normed, dtype: tl.constexpr, ROUNDED: tl.constexpr):
-    """Return what the weight multiplied: the rounded head where that is rounded before."""
+    """Return what the forward multiplied by the weight: the normalised head, rounded if ROUNDED."""
     return round_to(normed, dtype) if ROUNDED else normed
 
 
@@ -23,7 +23,7 @@ def _turn_back(
     SECTIONS: tl.constexpr, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):
-    """Turn the gradients of all heads of some rows back, and take those of the norm."""
+    """Rotate the gradients of all heads of some rows back, and compute those of the norm."""
     grad_row_stride, grad_head_stride = aligned(grad_row_stride, ALIGNED), aligned(grad_head_stride, ALIGNED)
     x_row_stride, x_head_stride = aligned(x_row_stride, ALIGNED), aligned(x_head_stride, ALIGNED)
     cos_row_stride, sin_row_stride = aligned(cos_row_stride, ALIGNED), aligned(sin_row_stride, ALIGNED)
@@ -126,7 +126,7 @@ def qk_norm_rope_backward_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Take the gradients of queries, or, in the second half of the grid, of keys."""
+    """Compute the gradients of the queries or, in the second half of the grid, of the keys."""
     if tl.program_id(1) == 0:
         # fmt: off
         _turn_back(

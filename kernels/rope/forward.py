@@ -1,4 +1,4 @@
-"""Norm and rotary embedding of heads: a program takes some heads of a row, which share its angles."""
+"""The norm and rotary embedding of heads: a program takes some heads of one row, which share the row's angles."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,7 @@ def _turn(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Normalise and turn some heads of a row; ANGLE is the dtype of what the angles give."""
+    """Normalise and rotate some heads of a row; ANGLE is the dtype that products with the angles are rounded to."""
     SIZE: tl.constexpr = 2 * HALF + REST
     head = (first_head + tl.arange(0, BLOCK_HEADS)[:, None]).to(tl.int64)
     first, second, rest = load_parts(
@@ -86,7 +86,7 @@ def qk_norm_rope_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Normalise and turn a block of the queries of a row, or of its keys, which follow."""
+    """Normalise and rotate a block of a row's queries or, in the later programs, of its keys."""
     query_row_stride, query_head_stride = aligned(query_row_stride, ALIGNED), aligned(query_head_stride, ALIGNED)
     key_row_stride, key_head_stride = aligned(key_row_stride, ALIGNED), aligned(key_head_stride, ALIGNED)
     cos_row_stride, sin_row_stride = aligned(cos_row_stride, ALIGNED), aligned(sin_row_stride, ALIGNED)

@@ -1,4 +1,4 @@
-"""The heads of a row as a program holds them: the halves of what turns, and the rest; their angles and weights."""
+"""Loads and stores of heads in three parts: the two rotated halves and the rest; and of their angles and weights."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def load_parts(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Load the first and the second half of what turns, and the rest, of some heads."""
+    """Load the two rotated halves and the rest of some heads."""
     column, rest_column = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, BLOCK_REST)[None, :]
     mask, rest_mask = (head < heads) & (column < HALF), (head < heads) & (rest_column < REST)
     ptr += head * head_stride
@@ -39,7 +39,7 @@ def store_parts(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Store what `load_parts` loads."""
+    """Store the parts that `load_parts` loads."""
     column, rest_column = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, BLOCK_REST)[None, :]
     mask, rest_mask = (head < heads) & (column < HALF), (head < heads) & (rest_column < REST)
     dtype = ptr.dtype.element_ty
@@ -61,7 +61,7 @@ def load_angles(
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Load the cosines or sines of both halves, each section of the frequencies from its axis."""
+    """Load the cosines or sines of both halves, with each section of the frequencies from its axis."""
     column = tl.arange(0, BLOCK_HALF)[None, :]
     ptr += (row % angle_rows) * row_stride + column
     if SECTIONS:
@@ -82,7 +82,7 @@ def load_weight(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Load what multiplies the parts of a normalised head. Rounded heads have no offset."""
+    """Load the factors of the parts of a normalised head: the weight plus its offset. ROUNDED implies no offset."""
     first, second, rest = load_parts(ptr, 0, tl.zeros((1, 1), tl.int32), 1, HALF, REST, BLOCK_HALF, BLOCK_REST)
     if not ROUNDED:
         first, second, rest = first + weight_offset, second + weight_offset, rest + weight_offset

@@ -1,4 +1,4 @@
-"""The token merge in Triton, one launch each: `visionzip` is three for a batch."""
+"""The token merge in Triton, one launch per op: `visionzip` takes three for a batch."""
 
 from typing import Any
 

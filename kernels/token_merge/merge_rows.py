@@ -1,7 +1,7 @@
-"""Carries out what `merge_slots` decided, and moves gradients back the same way.
+"""Merges the rows of tokens into the slots of `merge_slots`, and moves gradients back.
 
-Rows are added up by a matrix of zeros and ones, on the tensor cores where they have 16 bits: exact but for the order of
-the sum, and the same on every run.
+Rows are added up by a matmul with a matrix of zeros and ones, on tensor cores if they have 16 bits. The products are
+exact, the sums are in float32, and the result is deterministic.
 """
 
 import functools
@@ -17,7 +17,7 @@ from vlmfast.kernels.token_merge.merge_slots import at
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRowsConfig(Config):
-    """Sums of some targets and columns in registers, and the tokens that are read at a time."""
+    """The tile of sums in registers, targets x columns, and the number of tokens per step."""
 
     BLOCK_TARGETS: int
     BLOCK_COLUMNS: int
@@ -27,9 +27,10 @@ class MergeRowsConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(contextual: int, wide: bool) -> "MergeRowsConfig":
-        """Take columns of two sectors, rather than leave half of a GPU idle.
+        """Choose only two sectors (64 bytes) of columns, because more would leave half of a GPU idle.
 
-        Of 64 targets Triton 3.9 makes a wgmma, whose tile, which has a second use, its pipeline overwrites.
+        With 64 targets Triton 3.9 would emit a wgmma and its pipeline would overwrite the operand tile, which is used a
+        second time.
         """
         return MergeRowsConfig(
             BLOCK_TARGETS=16 if wide or contextual <= 16 else 32,
@@ -59,7 +60,7 @@ def merge_rows_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Copy the kept rows as they are passed, and add up a block of contextual ones, of some columns."""
+    """Compute some columns of a block of contextual rows, and copy the kept rows among the tokens that pass by."""
     x_batch_stride, x_token_stride = aligned(x_batch_stride, ALIGNED), aligned(x_token_stride, ALIGNED)
     hidden = aligned(hidden, ALIGNED)
     column_blocks = tl.cdiv(hidden, BLOCK_COLUMNS)
@@ -88,7 +89,7 @@ def merge_rows_kernel(
         sums = dot(joins.to(tl.float32).to(x.dtype), x, sums)
         count += tl.sum(joins.to(tl.int32), 1)
         place += tl.sum(tl.where(slot[None, :] == target[:, None], position[None, :], 0), 1)
-    if tl.sum(tl.sum((sums != sums).to(tl.int32), 1), 0) > 0:  # 0 times what is not finite is not 0: add row by row
+    if tl.sum(tl.sum((sums != sums).to(tl.int32), 1), 0) > 0:  # 0 times inf or NaN is NaN: add row by row instead
         sums = tl.zeros((BLOCK_TARGETS, BLOCK_COLUMNS), tl.float32)
         for token in range(tokens):
             each = token + tl.zeros((1, 1), tl.int32)
@@ -128,9 +129,9 @@ def merge_rows_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Store the gradient of the row that a token went to, divided by the number of those that share it.
+    """Store the gradient of the row that a token went to, divided by the number of tokens that share the row.
 
-    A program counts them for its own tokens alone, in the slots of their sequence.
+    A program counts that number for its own tokens, by reading all slots of their sequence.
     """
     batch_stride, row_stride = aligned(batch_stride, ALIGNED), aligned(row_stride, ALIGNED)
     hidden = aligned(hidden, ALIGNED)

@@ -1,4 +1,4 @@
-"""Decides where each token goes: kept, the target of a contextual token, or merged into the most similar target."""
+"""Decides where each token goes: it is kept, is the target of a contextual token, or joins the most similar target."""
 
 import functools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vlmfast.kernels.common.sorted_search import count_up_to
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSlotsConfig(Config):
-    """The tokens that are compared with some targets at a time, by some columns of the metric."""
+    """The tile of similarities, tokens x targets, and the number of columns of the metric per step."""
 
     BLOCK_TOKENS: int
     BLOCK_TARGETS: int
@@ -24,11 +24,11 @@ class MergeSlotsConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(contextual: int, metric_dim: int, wide: bool) -> "MergeSlotsConfig":
-        """Take few tokens: 90 programs for five crops, each of which reads all targets out of the L2 cache.
+        """Choose few tokens per program: 90 programs for five crops, each of which reads all targets from the L2 cache.
 
-        Float32 is multiplied element by element, out of registers that larger blocks would not leave. The others have
-        one stage: Triton 3.9 gives the pipeline a buffer too few where a tile that a wgmma reads has a second use, and
-        copies the next targets over those that are still being multiplied.
+        Float32 tiles are smaller, because they are multiplied by FMAs out of registers. 16-bit dtypes have one stage:
+        if a tile that a wgmma reads has a second use, the pipeline of Triton 3.9 has one buffer too few, and copies the
+        next targets over those that are still being multiplied.
         """
         small = wide or contextual <= 16
         return MergeSlotsConfig(
@@ -42,7 +42,7 @@ class MergeSlotsConfig(Config):
 
 @triton.jit
 def at(ptr, row, stride):
-    """Say where each row begins, behind ``ptr``."""
+    """Return the address of each row, behind ``ptr``."""
     return ptr + row.to(tl.int64) * stride
 
 
@@ -68,8 +68,8 @@ def merge_slots_kernel(
 ):
     """Store the slots of a block of tokens; see `merge_slots`.
 
-    The length of a token's own metric changes no argmax, and one of zeros has the same similarity to all. So only the
-    targets are divided by their lengths, after the multiplication, which is exact for 16-bit metrics.
+    The length of a token's own metric does not change its argmax, so only the targets are divided by their lengths.
+    That happens after the multiplication, whose products are exact for 16-bit metrics.
     """
     batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     metric_dim = aligned(metric_dim, ALIGNED)
@@ -81,7 +81,7 @@ def merge_slots_kernel(
     rank = count_up_to(kept_ptr, kept_count, position, False, STEPS)  # of the last kept token up to this one, from 1 on
     is_kept = (tl.load(kept_ptr + rank - 1, mask=rank > 0, other=-1) == position).to(tl.int32)
     left = position - rank
-    wanted = (position < tokens) & (is_kept == 0)  # nothing is read of a kept token's metric
+    wanted = (position < tokens) & (is_kept == 0)  # the metric of a kept token is not read
     best = tl.full((BLOCK_TOKENS,), float("-inf"), tl.float32)
     owner = tl.zeros((BLOCK_TOKENS,), tl.int32)
     for first in range(0, contextual, BLOCK_TARGETS):
@@ -99,7 +99,7 @@ def merge_slots_kernel(
             square += tl.sum(theirs.to(tl.float32) * theirs.to(tl.float32), 0)
         inverse = tl.where(square > 0.0, tl.rsqrt(tl.where(square > 0.0, square, 1.0)), 0.0)
         cosine = similarity * inverse[None, :]
-        # a metric that is not finite has no cosine; of NaN, `max` would return any index
+        # A non-finite metric has no cosine, and `max` of NaNs would return an arbitrary index.
         cosine = tl.where((target < contextual)[None, :] & (tl.abs(cosine) < float("inf")), cosine, float("-inf"))
         highest, index = tl.max(cosine, 1, return_indices=True)
         owner = tl.where(highest > best, first + index, owner)

@@ -1,6 +1,6 @@
 """The ops: one folder per family, whose ``__all__`` lists the ops that are public.
 
-``definition.py`` says what the ops are, ``cases.py`` how they are tested and timed.
+``definition.py`` defines the ops; ``cases.py`` has the calls by which they are tested and timed.
 """
 
 import importlib

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmfast.cases import Cases, Samples, Workloads
 
-CHUNK = 64  # rows of the map: of 16, 32, 64 and 256 the fastest
+CHUNK = 64  # rows of the map at a time: the fastest of 16, 32, 64 and 256
 
 # ---- other ways to compute the same ----
 
@@ -25,10 +25,10 @@ def _factor(query: Tensor, scale: float | None) -> float:
 def cls_row(
     query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0, copied: bool = False
 ) -> Callable[[], Tensor]:
-    """Compute the row alone, by one batched matmul; its logits are rounded to the dtype.
+    """Compute only the one row, by a batched matmul, whose logits are rounded to the dtype.
 
-    Of keys behind a projection it makes a copy that is contiguous, which some matmuls gain by: always where it is
-    ``copied``, otherwise where a batch of several cannot be viewed as one.
+    Keys behind a projection are made contiguous, which some matmuls gain by: always if ``copied``, otherwise only if
+    the batch dimensions cannot be viewed as one.
     """
     factor, cls_index = _factor(query, scale), cls_index % key.shape[2]
     batch, heads, tokens, head_dim = key.shape
@@ -43,7 +43,7 @@ def cls_row(
 
 
 def cls_map(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Callable[[], Tensor]:
-    """Compute all rows, as ``output_attentions`` gives them, of which one is used."""
+    """Compute all rows, as ``output_attentions`` does, and use one of them."""
     factor, rows, cls_index = _factor(query, scale), torch.randn_like(key), cls_index % key.shape[2]
     rows[:, :, cls_index] = query
 
@@ -63,11 +63,11 @@ def _received(
     scale: float | None = None,
     chunk: int | None = None,
 ) -> Callable[[], Tensor]:
-    """Sum the columns of the map, which is made whole or by ``chunk`` rows, so few that they stay in a cache."""
+    """Sum the columns of the map, which is computed whole or in ``chunk`` rows at a time, which stay in a cache."""
     factor, bounds = _factor(query, scale), [0, query.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
 
     def run() -> Tensor:
-        scaled = query * factor  # not the map, which is larger
+        scaled = query * factor  # scaling the map instead would cost more
         received = torch.zeros(query.shape[:2], device=query.device)
         for begin, end in pairwise(bounds):
             columns = key[:, begin:end].transpose(1, 2)
@@ -79,7 +79,7 @@ def _received(
 
 
 def cls_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
-    """Count each head's logits, which wait in float32 for the sums of the whole row; one score per other token out."""
+    """Count each head's float32 logits, stored until the row's sum is known; one score per other token out."""
     batch, heads, tokens, _head_dim = key.shape
     return query.nbytes + key.nbytes + 8 * batch * heads * tokens + 4 * batch * (tokens - 1)
 
@@ -87,7 +87,7 @@ def cls_bytes(query: Tensor, key: Tensor, *_: Any) -> int:
 def last_row(
     query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None
 ) -> Callable[[], Tensor]:
-    """Compute the row alone, by one batched matmul; its logits are rounded to the dtype."""
+    """Compute only the one row, by a batched matmul, whose logits are rounded to the dtype."""
     factor, groups = _factor(query, scale), query.shape[1] // key.shape[1]
 
     def run() -> Tensor:
@@ -112,7 +112,7 @@ def received_bytes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None,
 
 
 def received_flops(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, *_: Any) -> int:
-    """Count the dot products of queries and keys once; the kernels compute them twice rather than keep the map."""
+    """Count the dots of queries and keys once; the kernels compute them twice so as not to store the map."""
     heads, tokens, head_dim = query.shape
     lengths = [tokens] if cu_seqlens is None else cu_seqlens.diff().tolist()
     return 2 * heads * head_dim * sum(length * length for length in lengths)
@@ -137,8 +137,8 @@ def cls_samples(device: str, dtype: torch.dtype) -> Samples:
         query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)
         key = torch.randn(batch, heads, tokens, head_dim, device=device, dtype=dtype)
         yield query, key, *((), (0.5,), (None, -1), (None, tokens // 2))[index % 4]
-    # One token gets nearly everything, and without the maximum taken off it is infinite. The logits are exact: between
-    # two large ones that are nearly equal, their rounding would decide.
+    # One token gets nearly all the weight, and its exponential overflows unless the maximum is subtracted. The logits
+    # are exact, or the rounding of two large ones that are nearly equal would decide between them.
     yield 30 * query.sign(), key.sign()
 
 
@@ -160,7 +160,7 @@ def last_row_samples(device: str, dtype: torch.dtype) -> Samples:
         valid = torch.rand(batch, tokens, device=device) < 0.7
         yield query, key, *((), (valid,), (None, -0.5), (valid, 0.3))[index % 4]
     seen = torch.ones(2, 300, dtype=torch.bool, device=device)
-    seen[0, :290], seen[1] = False, False  # padding of whole blocks, and nothing that is seen
+    seen[0, :290], seen[1] = False, False  # padding of whole blocks; a sequence without valid tokens
     key = torch.randn(2, 1, 300, 64, device=device, dtype=dtype)
     yield torch.randn(2, 3, 64, device=device, dtype=dtype), key, seen
     query = torch.randn(2, 3, 64, device=device, dtype=dtype)
@@ -186,9 +186,9 @@ def received_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT: behind its projection, and contiguous.
+    """Yield CLIP-L/14-336 on one image, and on the five crops of LLaVA-NeXT: keys as projected, and contiguous.
 
-    And EVA-CLIP-g/14, with heads of 88 channels.
+    Also EVA-CLIP-g/14, which has heads of 88 channels.
     """
     for batch, tokens, head_dim in ((1, 577, 64), (1, 257, 88), (5, 577, 64)):
         key = torch.randn(batch, tokens, 16, head_dim, device=device, dtype=dtype).transpose(1, 2)
@@ -197,9 +197,9 @@ def cls_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def last_row_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take LLaVA-1.5-7B with one image, and Qwen2.5-VL-7B with 1296 visual tokens: behind the projection and rotated.
+    """Yield LLaVA-1.5-7B with one image, and Qwen2.5-VL-7B with 1296 visual tokens: keys as projected, and rotated.
 
-    And four prompts of that with padding, in a cache that is longer.
+    Also four padded prompts of the latter, in a cache that is longer.
     """
     for batch, heads, key_heads, tokens in ((1, 32, 32, 640), (1, 28, 4, 1344)):
         query = torch.randn(batch, heads, 128, device=device, dtype=dtype)
@@ -211,7 +211,7 @@ def last_row_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def received_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take an image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP, both in two layouts."""
+    """Yield an image of 1024 visual tokens in Qwen2.5-VL, and five crops of SigLIP, both in two layouts."""
 
     def pair(tokens: int, head_dim: int) -> list[Tensor]:
         return [torch.randn(tokens, 16, head_dim, device=device, dtype=dtype).transpose(0, 1) for _ in range(2)]
@@ -247,7 +247,7 @@ cls_attention = Cases(
     flops=lambda query, key, *_: 2 * key.numel(),
     peers={"torch.bmm": cls_row, "torch.bmm of a copy": partial(cls_row, copied=True), "the whole map": cls_map},
     launches=2,
-    requested=1.25,  # the normaliser's parts are read for each token
+    requested=1.25,  # the parts of the normaliser are read for each block of tokens
 )
 
 _ROW, _KEYS, _VALID = torch.ones(2, 6, 8), torch.ones(2, 3, 5, 8), torch.ones(2, 5, dtype=torch.bool)
@@ -271,7 +271,7 @@ last_row_attention = Cases(
     flops=lambda query, key, *_: 2 * query.numel() * key.shape[2],
     peers={"torch.matmul": last_row},
     launches=2,
-    requested=7.5,  # each of the heads that share keys asks for them; the cache has them
+    requested=7.5,  # every query head reads the keys that it shares with others, from a cache
 )
 
 _QUERY, _BOUNDS = torch.ones(2, 8, 4), torch.tensor([0, 4, 8], dtype=torch.int32)

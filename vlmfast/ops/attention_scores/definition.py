@@ -1,8 +1,8 @@
-"""How much attention each visual token gets: the scores that token reduction chooses by.
+"""Scores of visual tokens by the attention that they receive, by which token reduction chooses.
 
-Upstream asks the tower for its attention maps, which turns flash attention off and stores H T x T numbers. Here the
-queries and keys of one layer are enough: the CLS query needs one row of the map, and a tower without a CLS token the
-sums of its columns, which need the normaliser of each row (H T numbers) and no map.
+Upstream asks the tower for its attention maps, which disables flash attention and stores H x T x T numbers. Here the
+queries and keys of one layer suffice. With a CLS token only its row of the map is computed. Without one, the sums of
+the columns are needed, which take the normalisers of the rows (H x T numbers) but no stored map.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmfast import checks
 from vlmfast.functions import op
 
-ROW_CHUNKS = 16  # the definition holds one of so many parts of the map at a time
+ROW_CHUNKS = 16  # the definition computes the map in this many parts, one at a time
 
 
 # ---- what a call must look like ----
@@ -99,16 +99,16 @@ def _check_received_attention(
 
 @op(check=_check_cls_attention, detached=True)
 def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_index: int = 0) -> Tensor:
-    """Sum over the heads the attention that the CLS token pays to each other token.
+    """Sum over the heads the attention that the CLS token gives to each other token.
 
-    ``softmax(scale * query @ key^T)`` over all T tokens, in float32, the CLS token's own column left out afterwards.
+    ``softmax(scale * query @ key^T)`` over all T tokens, in float32; the CLS token's own column is left out afterwards.
 
     Args:
         query: (B, H, D) float32, float16 or bfloat16, of the CLS token; any strides.
         key: (B, H, T, D) of all tokens, of the dtype of ``query``; any strides, such as those of a transposed
             projection.
         scale: factor of the logits; None for ``D ** -0.5``.
-        cls_index: where the CLS token stands, -T to T - 1.
+        cls_index: the position of the CLS token, -T to T - 1.
 
     Returns:
         (B, T - 1) float32 without a gradient.
@@ -130,20 +130,20 @@ def cls_attention(query: Tensor, key: Tensor, scale: float | None = None, cls_in
 
 @op(check=_check_last_row_attention, detached=True)
 def last_row_attention(query: Tensor, key: Tensor, valid: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Average over the heads the attention that one token of each sequence pays to all tokens.
+    """Average over the heads the attention that one token of each sequence gives to all tokens.
 
-    ``softmax(scale * query @ key^T)`` over the tokens that are valid, in float32: one row of the map, which is never
-    made. Several heads of queries may share a head of keys (GQA), which is not repeated.
+    ``softmax(scale * query @ key^T)`` over the valid tokens, in float32: one row of the map, whose other rows are not
+    computed. Query heads may share key heads (GQA), which are not repeated in memory.
 
     Args:
         query: (B, H, D) float32, float16 or bfloat16, of the token; any strides.
         key: (B, K, T, D) of all tokens, of the dtype of ``query``, K a divisor of H: head h of the queries has head
             ``h // (H / K)`` of the keys. Any strides, such as those of a cache that is longer.
-        valid: (B, T) bool, false at tokens that are not seen, such as padding; None where all are.
+        valid: (B, T) bool, false at masked tokens such as padding; None if there are none.
         scale: factor of the logits; None for ``D ** -0.5``.
 
     Returns:
-        (B, T) float32 without a gradient, 0 at tokens that are not seen.
+        (B, T) float32 without a gradient, 0 at masked tokens.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or a scale that is

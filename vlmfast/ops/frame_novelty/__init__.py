@@ -1,4 +1,4 @@
-"""What is new in the tokens of a video."""
+"""The novelty of the tokens of a video."""
 
 from vlmfast.ops.frame_novelty.definition import frame_change, frame_novelty
 

@@ -13,7 +13,7 @@ from vlmfast.cases import Cases, Samples, Workloads
 
 
 def novelty_in_pytorch(frames: Tensor) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """Compute it as published code does: a mean, the tokens widened, a cosine, and a norm."""
+    """Compute it as published code does: a mean, the tokens widened to float32, a cosine, and a norm."""
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         mean = frames.mean(2, keepdim=True, dtype=torch.float32)
@@ -24,12 +24,12 @@ def novelty_in_pytorch(frames: Tensor) -> Callable[[], tuple[Tensor, Tensor, Ten
 
 
 def change_in_pytorch(frames: Tensor) -> Callable[[], Tensor]:
-    """Compute it as published code does, which widens the tokens."""
+    """Compute it as published code does, which widens the tokens to float32."""
     return lambda: 1 - F.cosine_similarity(frames[:, 1:].float(), frames[:, :-1].float(), dim=3)
 
 
 def novelty_bytes(frames: Tensor) -> int:
-    """Count the tokens twice, and the means, which wait in float32 for the second launch, out and in."""
+    """Count the tokens twice, and the float32 means out of the first launch and into the second."""
     batch, count, tokens, size = frames.shape
     return 2 * frames.nbytes + 8 * batch * count * (size + tokens)
 
@@ -54,7 +54,7 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
     ]
     for shape in shapes:
         yield (torch.randn(shape, device=device, dtype=dtype),)
-    # tokens that stay the same, turn round, come and go
+    # tokens that stay the same, are negated, appear and disappear
     frames = torch.randn(1, 3, 5, 40, device=device, dtype=dtype)
     frames[:, 1, 0] = frames[:, 0, 0]
     frames[:, 1, 1] = -2 * frames[:, 0, 1]
@@ -64,7 +64,7 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take 8 small frames of Qwen2-VL-2B, and 32 of Qwen2.5-VL-7B."""
+    """Yield 8 small frames of Qwen2-VL-2B, and 32 of Qwen2.5-VL-7B."""
     for frames, tokens, size in ((8, 64, 1536), (32, 256, 3584)):
         yield f"{frames}x{tokens}x{size}", (torch.randn(1, frames, tokens, size, device=device, dtype=dtype),)
 
@@ -86,7 +86,7 @@ frame_novelty = Cases(
     flops=lambda frames: 5 * frames.numel(),
     peers={"PyTorch": novelty_in_pytorch},
     launches=2,
-    requested=1.4,  # a mean in float32 is read again for every four tokens
+    requested=1.4,  # the float32 mean is read for every four tokens
 )
 
 frame_change = Cases(
@@ -94,5 +94,5 @@ frame_change = Cases(
     bytes=change_bytes,
     flops=lambda frames: 6 * frames[:, 1:].numel(),
     peers={"PyTorch": change_in_pytorch},
-    requested=2,  # a token is read again when the next frame is held against it
+    requested=2,  # a token is read again for the comparison with the next frame
 )

@@ -1,8 +1,9 @@
-"""How unlike the tokens of a video are to their frame, or to the frame before: what its reduction chooses by.
+"""The dissimilarity of video tokens to their frame, or to the frame before, by which video reduction chooses tokens.
 
-V-CAST holds each token against the mean of its frame and asks for its length as well, EVS against that of its place in
-the frame before. In PyTorch these are eight passes over products and squares in float32, each twice as large as the
-features in half precision. Here the features are read twice, for the mean comes first, and once.
+V-CAST compares each token with the mean of its frame, and also uses its length; EVS compares it with the token in the
+same place of the frame before. In PyTorch these are eight passes over products and squares in float32, each twice as
+large as the features in half precision. Here V-CAST's scores read the features twice, because the mean comes first, and
+those of EVS once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ def _check(frames: Tensor) -> None:
 
 
 def _novelty(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute one minus the cosine of each row to another, and its length, of tensors in float32 or wider."""
+    """Compute one minus the cosine of each row with another, and the row's length, in float32 or wider."""
     squares, other_squares = rows.square().sum(3), others.square().sum(3)
     length = squares.sqrt()
-    # the root of a square may not be what was squared, and a row must be exactly like itself
+    # sqrt(a) * sqrt(a) may differ from a, but the cosine of a row with itself must be exactly 1.
     both = torch.where(squares == other_squares, squares, length * other_squares.sqrt())
     return 1 - torch.where(both == 0, 0, (rows * others).sum(3) / both), length
 
 
 @op(check=_check, detached=True)
 def frame_novelty(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the mean of each frame, one minus the cosine of each of its tokens to that, and their lengths.
+    """Compute the mean of each frame, one minus the cosine of each token with that mean, and the lengths of tokens.
 
     All in float32::
 
@@ -39,7 +40,7 @@ def frame_novelty(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length  = sqrt(sum(token * token))
         novelty = 1 - sum(token * mean) / (length * sqrt(sum(mean * mean)))
 
-    A token or a mean that is nothing has the cosine 0 to anything.
+    A token or a mean of zeros has a cosine of 0 with everything.
 
     Args:
         frames: (B, T, N, D) float32, float16 or bfloat16: N tokens, one at least, of each of T frames; any strides.
@@ -60,15 +61,15 @@ def frame_novelty(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @op(check=_check, detached=True)
 def frame_change(frames: Tensor) -> Tensor:
-    """Compute how much each token of a video changed: one minus its cosine to that of its place in the frame before.
+    """Compute how much each token of a video changed: one minus its cosine with the same token of the frame before.
 
-    Sums are taken in float32. A token that is the same has changed by exactly 0; one that is nothing, or was, by 1.
+    Sums are accumulated in float32. An unchanged token has a change of exactly 0; one that is or was zeros, of 1.
 
     Args:
         frames: (B, T, N, D) float32, float16 or bfloat16: N tokens, one at least, of each of T frames; any strides.
 
     Returns:
-        (B, T - 1, N) float32 without a gradient; (B, 0, N) where there is no frame.
+        (B, T - 1, N) float32 without a gradient; (B, 0, N) if there is no frame.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for another shape.

@@ -22,7 +22,7 @@ def deepstack_upstream(
     method: Any = Qwen3VLTextModel._deepstack_process
     probe = torch.zeros(1, 1, 1)
     method(None, probe, torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1))
-    if probe.item():  # transformers 4.57 writes into its argument
+    if probe.item():  # transformers 4.57 overwrites its argument
         return lambda: method(None, hidden_states.clone(), visual_pos_masks, visual_embeds)
     return lambda: method(None, hidden_states, visual_pos_masks, visual_embeds)
 
@@ -36,7 +36,7 @@ def place_upstream(
 def compact_upstream(
     tokens: Tensor, invalid: Tensor, keep: int, order: Tensor | None = None, pad_left: bool = False
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """Sort, gather, and write zeros through a boolean mask, as 4M does, with an exact key."""
+    """Sort, gather, and write zeros through a boolean mask, as 4M does, but with an exact sort key."""
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
         position = torch.arange(invalid.shape[1], device=invalid.device)
@@ -112,15 +112,15 @@ _SHAPES = [
     ((2, 20, 96), 0.5),
     ((3, 17, 128), 0.8),
     ((2, 21, 1000), 0.3),
-    ((2, 40, 64), 0.0),  # more rows than a program takes
+    ((2, 40, 64), 0.0),  # more rows than one program takes
     ((2, 40, 64), 1.0),
     ((0, 4, 64), 0.5),
     ((2, 0, 64), 0.5),
     ((2, 3, 0), 0.5),
     ((3, 100, 7), 0.5),
     ((1, 2, 12288), 0.5),
-    ((1, 5008, 4), 0.5),  # positions before a chunk are counted in several steps,
-    ((1, 5000, 4), 0.5),  # by two kernels: Triton compiles another one for multiples of 16
+    ((1, 5008, 4), 0.5),  # positions before a chunk are counted in several steps:
+    ((1, 5000, 4), 0.5),  # by two kernels, because Triton specialises for multiples of 16
     ((2, 700, 4), 0.6),
     ((2, 9, 1536), 0.5),  # from here on for what a real shape is compiled to, which rows that fill no block do not fill
     ((1, 5003, 4), 0.5),
@@ -140,7 +140,7 @@ def deepstack_samples(device: str, dtype: torch.dtype) -> Samples:
         embeds = torch.randn(int(mask.sum()), x.shape[2], device=device, dtype=dtype)
         index = (definition.row_index.op.reference(mask),) if number % 2 else ()
         yield x, mask, embeds, *index
-    yield x, mask, torch.randn(embeds.shape, device=device)  # features of a tower kept in float32
+    yield x, mask, torch.randn(embeds.shape, device=device)  # float32 features of a tower
 
 
 def split_samples(device: str, dtype: torch.dtype) -> Samples:
@@ -184,9 +184,9 @@ def _embeds_bad_calls(name: str, mask: str, embeds: str) -> tuple[BadCall, ...]:
 
 
 def _prefills(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Make prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run.
+    """Yield prompts of Qwen3-VL-2B/8B: B x T x D, with the visual tokens of each sequence in one run.
 
-    One of rows whose size is no multiple of 16: the patches of Qwen2.5-VL.
+    One has rows whose size is not a multiple of 16: the patches of Qwen2.5-VL.
     """
     shapes = [(1, 600, 2048, 256), (1, 256, 1176, 64), (2, 2048, 2048, 1600)]
     for batch, tokens, hidden, visual in [*shapes, (8, 4096, 4096, 3200)] if device != "cpu" else shapes:
@@ -201,7 +201,7 @@ def deepstack_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def compact_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take 4M's encoder: the visible tokens of all modalities, in a random order of valid and invalid ones."""
+    """Yield the input of 4M's encoder: tokens of all modalities, valid and invalid ones in random order."""
     for label, x, _ in _prefills(device, dtype):
         yield label, (x, torch.rand(x.shape[:2], device=device) < 0.5, x.shape[1] // 2)
 
@@ -210,7 +210,7 @@ def compact_workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def _index_bytes(mask: Tensor, index: Tensor | None) -> int:
-    """Count an index: one given is read, one made of the mask is written before."""
+    """Count an index: a given one is read; one made from the mask is written and read."""
     return 4 * mask.numel() + (5 * mask.numel() if index is None else 0)
 
 
@@ -287,7 +287,7 @@ row_index = derived(
     ),
     bytes=lambda mask: 5 * mask.numel(),
     peers={"cumsum": index_cumsum},
-    requested=1.75,  # the mask before a chunk is counted again, a byte a position
+    requested=1.75,  # each chunk counts the mask before it, a byte per position
 )
 
 split_rows = derived(

@@ -1,7 +1,7 @@
 """Rows chosen by a mask: added to (DeepStack), replaced (image embeddings) and packed (token compaction).
 
-Upstream finds the rows with ``nonzero`` and boolean indexing, which make the host wait for the device and give shapes
-that depend on data. Here each masked row knows its number, a prefix sum of the mask, and every shape is known.
+Upstream finds the rows with ``nonzero`` and boolean indexing, which synchronise with the device and give data-dependent
+shapes. Here a prefix sum of the mask numbers the masked rows, and all shapes are known in advance.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vlmfast.functions import op
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Put at each masked position the row of its number, (B, T, D); some row or zeros elsewhere."""
-    if isinstance(rows.shape[0], int) and rows.shape[0] == 0:  # a tracer may not know the number (Idefics3)
+    """Return (B, T, D) with the row of its number at each masked position, and any row or zeros elsewhere."""
+    if isinstance(rows.shape[0], int) and rows.shape[0] == 0:  # under a tracer it may be symbolic (Idefics3)
         return rows.new_zeros(*index.shape, rows.shape[1])
     return rows[index.clamp(0, rows.shape[0] - 1)]
 
@@ -145,7 +145,7 @@ def _compact_backward(ctx: Any, grad_tokens: Tensor, *_: None) -> tuple[Tensor]:
     invalid, order = ctx.saved_tensors
     if order is None:
         return (compact_tokens_backward(grad_tokens, invalid, ctx.pad_left),)
-    # any order is one, also with a token taken twice
+    # A given order may be any, even with a token taken twice.
     hidden = grad_tokens.shape[2]
     kept = grad_tokens.masked_fill(invalid.gather(1, order)[..., None], 0)
     grad = grad_tokens.new_zeros(*invalid.shape, hidden)
@@ -157,11 +157,11 @@ def _compact_backward(ctx: Any, grad_tokens: Tensor, *_: None) -> tuple[Tensor]:
 
 @op(check=_check_row_index, exact=True)
 def row_index(mask: Tensor) -> Tensor:
-    """Give each row of a mask its number, once for all ops that use the same mask.
+    """Assign numbers to the rows of a mask, once for all ops that use the same mask.
 
-    A position where the mask is true gets its rank among those, in row-major order over the whole batch. Any other
-    position gets the bitwise complement of the rank that the next one has: a negative number. The last entry thus
-    tells how many rows there are.
+    A position where the mask is true gets its rank among these positions, in row-major order over the batch. Any other
+    position gets the bitwise complement of the rank of the next true one, a negative number. The last entry thus
+    determines the number of rows.
 
     Args:
         mask: (B, T) bool.
@@ -215,7 +215,7 @@ def place_embeddings(inputs_embeds: Tensor, mask: Tensor, image_embeds: Tensor, 
     """Put the image embeddings in the place of the placeholder tokens, out of place.
 
     The i-th row where the mask is true, in row-major order over the batch, becomes the i-th row of ``image_embeds``,
-    rounded to the dtype of ``inputs_embeds``. What stood there before, a NaN included, leaves no trace.
+    rounded to the dtype of ``inputs_embeds``. The previous values there, NaNs included, are ignored.
 
     Args:
         inputs_embeds: (B, T, D) float32, float16 or bfloat16; any strides.
@@ -248,11 +248,11 @@ def split_rows(
         mask: (B, T) bool, true at ``rows`` positions.
         rows: V, the number of masked rows.
         index: what `row_index` gives for ``mask``, if it is at hand.
-        rest: False where the second output is not needed.
+        rest: False if the second output is not needed.
 
     Returns:
         ``(taken, rest)``: (V, D), the masked rows in row-major order, and (B, T, D), ``x`` with zeros in their place,
-        or (0,) where ``rest`` is False. Both contiguous.
+        or (0,) if ``rest`` is False. Both are contiguous.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or on a CPU a mask
@@ -262,7 +262,7 @@ def split_rows(
         The derivative of ``masked_scatter``.
     """
     index = _indexed(mask, rows, index)
-    spare = torch.where(mask, index, rows)  # rows that are not taken go to one row behind the others
+    spare = torch.where(mask, index, rows)  # other rows go to one spare row at the end
     taken = x.new_zeros(rows + 1, x.shape[-1]).index_put((spare,), x)[:rows]
     return taken, x.masked_fill(mask[..., None], 0) if rest else x.new_empty(0)
 
@@ -281,11 +281,11 @@ def compact_tokens(
         invalid: (B, T) bool, true where a token is masked out.
         keep: the length of the result, 0 to T.
         order: the third result of a call with the same ``invalid``, ``keep`` and ``pad_left``, if it is at hand.
-        pad_left: put what is invalid before the valid tokens.
+        pad_left: put invalid tokens before the valid ones.
 
     Returns:
         ``(tokens, invalid, order)``: (B, keep, D) and (B, keep) bool, both contiguous, and (B, keep) int64, the
-        position that each of them had.
+        position of each token in the input.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, or a ``keep`` that
@@ -307,7 +307,7 @@ def compact_tokens(
 
 @op(check=_check_compact_tokens_backward, exact=True)
 def compact_tokens_backward(grad_tokens: Tensor, invalid: Tensor, pad_left: bool = False) -> Tensor:
-    """Bring the gradient of each packed token back to where the token came from: the gradient of `compact_tokens`.
+    """Move the gradient of each packed token back to the token's position: the gradient of `compact_tokens`.
 
     Args:
         grad_tokens: (B, keep, D) float32, float16 or bfloat16; any strides.

@@ -34,7 +34,7 @@ def _call(device: str, dtype: torch.dtype, sizes: tuple[int, int], grid: tuple[i
 
 
 def _blocks(batch: int, tokens: int, kept_count: int, device: str) -> Tensor:
-    """Choose the same number of blocks for each image, others for each."""
+    """Choose as many blocks for each image, but different ones."""
     return torch.rand(batch, tokens, device=device).argsort(1)[:, :kept_count].sort(1).values
 
 
@@ -48,8 +48,8 @@ def samples(device: str, dtype: torch.dtype) -> Samples:
         else:
             blocks = _blocks(sizes[0], grid[0] * grid[1], kept_count, device)
             yield query[:, :kept_count], feature_map, scale, blocks, (1e-5, 1e-6)[index % 2]
-    # The last pixel gets everything: without the maximum taken off its exponential is infinite. Between large logits
-    # that are nearly equal, their rounding would decide.
+    # The last pixel gets all the weight, and its exponential overflows unless the maximum is subtracted. No two large
+    # logits are nearly equal, or their rounding would decide between them.
     _, feature_map, scale = _call(device, dtype, (1, 24), (2, 2), 2)
     yield 30 * block_pixels(feature_map, scale, None)[:, :, -1], feature_map, scale
 
@@ -59,12 +59,12 @@ def _with_gradient(query: Tensor, *rest: Any) -> tuple[Any, ...]:
 
 
 def backward_samples(device: str, dtype: torch.dtype) -> Samples:
-    """Leave out the last one, whose gradients are nothing but noise."""
+    """Leave out the last sample, whose gradients are only rounding noise."""
     return (_with_gradient(*args) for args in list(samples(device, dtype))[:-1])
 
 
 def workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take Mini-Gemini with ConvNeXt-L: a part of a row, a picture, what is left of it, on a GPU the crops of HD."""
+    """Yield maps of Mini-Gemini with ConvNeXt-L: part of a row, an image, a reduced one; on a GPU the crops of HD."""
     sizes, grid, scale = (1, 2880), (24, 24), 8
     query, feature_map, scale = _call(device, dtype, sizes, (1, 8), scale)
     yield "8 tokens", (query * sizes[1] ** -0.5, feature_map, scale)

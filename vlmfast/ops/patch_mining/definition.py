@@ -5,8 +5,8 @@ Upstream projects each pixel to a key and a value. One query reads them, so neit
     q . (W_k n + b_k) = (W_k^T q) . n + constant, which drops out of the softmax
     sum p (W_v n + b_v) = W_v (sum p n) + b_v
 
-What is left is one pass over the map, which is read where it lies. Of 576 tokens, each with 64 pixels of 2880 channels,
-that is 0.4 GFLOP, and 6.8 for the two weights, in place of 435; and there is no permuted copy of 212 MB.
+What is left is attention over the map itself, without a copy. For 576 tokens, each with 64 pixels of 2880 channels,
+that is 0.4 GFLOP, plus 6.8 GFLOP for the two weights, instead of 435 GFLOP, and there is no permuted copy of 212 MB.
 `vlmfast.compat.mgm` does the rest.
 """
 
@@ -84,7 +84,7 @@ def _check_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, feature_map, ctx.scale, blocks, ctx.norm_eps = inputs
-    ctx.save_for_backward(query, feature_map, blocks)  # the weights of 64 pixels are cheaper to compute again
+    ctx.save_for_backward(query, feature_map, blocks)  # recomputing the softmax of 64 pixels is cheaper
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -123,21 +123,21 @@ def _logits(query: Tensor, normed: Tensor) -> Tensor:
 def mine_patches(
     query: Tensor, feature_map: Tensor, scale: int, blocks: Tensor | None = None, norm_eps: float = 1e-5
 ) -> Tensor:
-    """Attend from each token to the pixels of its block of a map, which are normalised over their channels.
+    """Attend from each token to the pixels of its own block of a map, normalised over their channels.
 
     With ``n_j`` the pixels of the token's ``scale`` x ``scale`` block after a LayerNorm without weights::
 
         sum_j softmax_j(nan_to_num(query . n_j)) n_j
 
-    All of it in float32, rounded once. Whatever weights a projection of keys has belong to ``query``, those of a
-    projection of values behind the result.
+    All of it is in float32, rounded once. Projections of keys and values are not part of the op: that of the keys must
+    be applied to ``query``, that of the values to the result.
 
     Args:
         query: (B, T, C) float32, float16 or bfloat16; any strides.
         feature_map: (B, C, height, width) of the dtype of ``query``, both sides divisible by ``scale``; any strides.
         scale: the pixels along each side of a block.
-        blocks: (B, T) int64, ascending, the number of each token's block in raster order; None where there is a token
-            for each.
+        blocks: (B, T) int64, ascending, the number of each token's block in raster order; None if every block has a
+            token.
         norm_eps: added to the variance; finite, not negative.
 
     Returns:
@@ -198,7 +198,7 @@ def mine_patches_backward(
     grad, own = grad_output.to(wide), query.to(wide)
     pixels = block_pixels(feature_map, scale, blocks).to(wide)
     centred = pixels - pixels.mean(-1, keepdim=True)
-    centred = centred - centred.mean(-1, keepdim=True)  # what the mean of large numbers has lost
+    centred = centred - centred.mean(-1, keepdim=True)  # corrects the rounding error of a mean far from zero
     inverse = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm_eps)
     normed = centred * inverse
     logits = _logits(own, normed)

@@ -42,7 +42,7 @@ def shuffle_upstream(
 def one_copy(
     x: Tensor, grid: Sequence[int], scale: int = 2, order: str = "row", input_scale: float = 1.0
 ) -> Callable[[], Tensor]:
-    """Move each patch once, where the code above does so twice or three times."""
+    """Move each patch once; the code above moves it twice or three times."""
     (height, width), (batch, _, channels) = grid, x.shape
     axes = (0, 3, 1, 2, 4, 5) if order == "column" else (0, 1, 3, 2, 4, 5)
 
@@ -94,7 +94,7 @@ def _linear(shuffle: Callable[..., Callable[[], Tensor]], *args: Any) -> Callabl
 
 
 def bare_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Callable[[], Tensor]:
-    """Multiply rows that are shuffled already: the limit."""
+    """Multiply rows that are already shuffled: the limit."""
     rows = torch.randn(x.numel() // weight.shape[1], weight.shape[1], device=x.device).to(x.dtype)
     return lambda: F.linear(rows, weight, bias)
 
@@ -115,7 +115,7 @@ _MAPS = [
     ((2, 0), (4, 4), 2),
     ((2, 5), (3, 2), 1),
     ((2, 272), (6, 10), 2),
-    ((2, 528), (6, 10), 2),  # what a real shape is compiled to, in blocks that it does not fill
+    ((2, 528), (6, 10), 2),  # compiles to the same kernel as a real shape, with partial blocks
 ]
 
 
@@ -133,7 +133,7 @@ def _tokens(x: Tensor, scale: int) -> Tensor:
 def norm_samples(device: str, dtype: torch.dtype) -> Samples:
     for index, (x, grid, scale, order, input_scale) in enumerate(shuffle_samples(device, dtype)):
         if x.shape[2] == 0:
-            continue  # the mean of nothing
+            continue  # the mean of no elements
         size = x.shape[2] * (1 if index // 2 % 3 == 1 else scale**2)
         weight, bias = torch.randn(2, size, device=device, dtype=dtype)
         offset = 10.0 * (index % 2)  # ViT features have rows whose mean is far from zero
@@ -203,7 +203,7 @@ def norm_backward_bytes(grad_output: Tensor, x: Tensor, weight: Tensor, *_: Any)
 
 
 def linear_bytes(x: Tensor, weight: Tensor, *_: Any) -> int:
-    """Count patches and weight in, tokens out; what is between the shuffle and the Linear is left out."""
+    """Count patches and weight in, tokens out; the shuffled rows in between do not count."""
     return x.nbytes + weight.nbytes + x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
 
 
@@ -260,7 +260,7 @@ pixel_shuffle_norm = Cases(
     bytes=lambda x, weight, bias, *_: 2 * x.nbytes + weight.nbytes + bias.nbytes,
     flops=lambda x, *_: 8 * x.numel(),
     upstream=norm_upstream,
-    requested=2.05,  # weight and bias for each row of 4096
+    requested=2.05,  # each row of 4096 loads weight and bias
 )
 
 pixel_shuffle_norm_backward = derived(
@@ -274,7 +274,7 @@ pixel_shuffle_norm_backward = derived(
     bytes=norm_backward_bytes,
     flops=lambda grad_output, x, *_: 16 * x.numel(),
     launches={"triton": 3, "emulated": 2},
-    requested=2.05,  # a weight for each row, in both passes
+    requested=2.05,  # each row loads the weight in both passes
 )
 
 pixel_shuffle_linear = Cases(

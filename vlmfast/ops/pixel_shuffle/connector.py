@@ -3,18 +3,19 @@
 Two designs, counted for one InternVL tile (1024 patches of 1024 channels in bfloat16: 256 tokens of 4096 channels,
 projected to N):
 
-* One pass for the gather, the input scale and the LayerNorm, which reads the tower's output where it lies, then the
-  vendor's matrix multiplication. The pass moves 4.2 MB, where upstream moves 17; the multiplication is 2.1 N MFLOP and
-  reads 8 N kB of weights (N = 3584: 7.5 GFLOP, 29 MB).
-* A matrix multiplication of our own that reads its tiles through the shuffle: `pixel_shuffle_gemm`. It saves half of
-  the pass, or all of it where there is no LayerNorm, and has to be nearly as fast as the vendor's.
+* One pass for the gather, the input scale and the LayerNorm, which reads the tower's output in place, followed by the
+  vendor's matmul. The pass moves 4.2 MB; upstream moves 17 MB. The matmul is 2.1 N MFLOP and reads 8 N kB of weights
+  (N = 3584: 7.5 GFLOP, 29 MB).
+* A matmul of our own that reads its tiles through the shuffle: `pixel_shuffle_gemm`. It saves half of the pass, or all
+  of it without a LayerNorm, but has to be nearly as fast as the vendor's.
 
-`pixel_shuffle_linear` is the first. On a CPU the multiplication takes nearly all of the time, in float32 where the
-processor cannot multiply half-precision numbers (vlmfast/linear.py). Where it can, N = 896 takes 4.2 ms (EPYC with
-AVX-512 and bfloat16 instructions, one thread): oneDNN's multiplication 3.8, the pass 0.22, GELU 0.05, and the pass
-without the LayerNorm 0.05. That is all the second could save, if it were within 1 % of oneDNN. By the data sheet of an
-H100 (3.35 TB/s, 989 TFLOP/s) the pass of the first is 1.3 us beside 7.6 us of multiplication for N = 3584, and beside
-1.9 us for N = 896, unless the tokens stay in the second-level cache. No GPU has timed the second against it.
+`pixel_shuffle_linear` is the first. On a CPU the matmul takes nearly all of the time; it runs in float32 if the
+processor has no half-precision matmul instructions (vlmfast/linear.py). With such instructions N = 896 takes 4.2 ms
+(EPYC with AVX-512 and bfloat16 instructions, one thread): oneDNN's matmul 3.8 ms, the pass 0.22 ms and GELU 0.05 ms.
+The pass without the LayerNorm takes 0.05 ms, which is all that the second design could save, if its matmul were within
+1 % of oneDNN's. By the data sheet of an H100 (3.35 TB/s, 989 TFLOP/s) the pass of the first design takes 1.3 us, and
+the matmul 7.6 us for N = 3584 or 1.9 us for N = 896, unless the tokens stay in the L2 cache. The second design has not
+been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _fused(
     if norm_weight is not None:
         norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
         tokens = pixel_shuffle_norm(x, norm_weight, norm_bias, grid, scale, order, input_scale, norm_eps)
-    elif grid[1] == scale and input_scale == 1.0:  # the patches of a token are neighbours: Qwen-VL's order
+    elif grid[1] == scale and input_scale == 1.0:  # the patches of a token are adjacent, as in Qwen-VL
         tokens = x.reshape(x.shape[0], -1, scale**2 * x.shape[2])
     else:
         tokens = pixel_shuffle(x, grid, scale, order, input_scale)
@@ -109,7 +110,7 @@ def pixel_shuffle_linear(
     norm_eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    """`pixel_shuffle`, a LayerNorm if there is a weight for one, a linear layer and an activation.
+    """Apply `pixel_shuffle`, a LayerNorm if there is a weight for one, a linear layer and an activation.
 
     Args:
         x: (B, height * width, C) float32, float16 or bfloat16, row-major patches; any strides, such as those of a

@@ -27,7 +27,7 @@ def norm_module(weight: Tensor | None = None, eps: float = 1e-6, variant: str = 
         module = Llama4TextL2Norm(eps)  # the body of NanoChatRMSNorm, which transformers 4.57 lacks
         return module
     module = {"llama": Qwen2RMSNorm, "gemma": GemmaRMSNorm, "olmo": Olmo2RMSNorm}[variant](weight.shape[0], eps)
-    del module.weight  # a parameter would be cut off from the weight's own graph
+    del module.weight  # assigned as a tensor below: a parameter would detach the weight
     module.weight = weight if weight.requires_grad else torch.nn.Parameter(weight, requires_grad=False)
     return module
 
@@ -68,7 +68,7 @@ def _torch_functional_add(x: Tensor, residual: Tensor, *norm: Any) -> Callable[[
     return run
 
 
-# ---- the kernels of other projects, each in its fastest documented way of being called; forward only ----
+# ---- the kernels of other projects, each called in its fastest documented way; forward only ----
 
 
 def _liger(
@@ -102,7 +102,7 @@ def _flashinfer(
         return functools.partial(rmsnorm, x, weight, eps)
 
     def run() -> tuple[Tensor, Tensor]:
-        y, hidden = x.clone(), residual.clone()  # it writes over both; a call that keeps them copies them first
+        y, hidden = x.clone(), residual.clone()  # the kernel overwrites both; a caller that keeps them copies them
         fused_add_rmsnorm(y, hidden, weight, eps)
         return y, hidden
 
@@ -115,7 +115,7 @@ def _norm_function(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _layers(norm: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    """Take eight times a residual addition, the norm and a scaling."""
+    """Run eight layers of a residual addition, the norm and a scaling."""
 
     def run() -> Tensor:
         hidden_states = residual = x
@@ -164,7 +164,7 @@ def _samples(device: str, dtype: torch.dtype) -> Samples:
             yield x, weight, (1e-6, 1e-5)[index % 2], variant or "gemma"
     yield (torch.randn(4, 64, device=device, dtype=dtype),)
     yield torch.randn(4, 64, device=device, dtype=dtype), torch.randn(64, device=device, dtype=dtype)
-    for variant in VARIANTS:  # norms kept in float32 by mixed-precision training
+    for variant in VARIANTS:  # float32 weights, as mixed-precision training keeps them
         x, weight = torch.randn(2, 3, 128, device=device, dtype=dtype), torch.randn(128, device=device)
         yield x, weight, 1e-6, variant
 
@@ -177,9 +177,9 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take rows x hidden of Qwen3-VL-2B/8B: a decoded token, a prompt with an image, per-head norms, long prompts.
+    """Yield rows x hidden of Qwen3-VL-2B/8B: a decoded token, a prompt with an image, per-head norms, long prompts.
 
-    Two of sizes that are no multiple of 16: heads of its tower, and patches.
+    Two sizes are not multiples of 16: the heads of its tower, and patches.
     """
     shapes = [(1, 2048), (1, 4096), (600, 2048), (9600, 128), (9600, 72), (600, 1176), (4096, 4096)]
     for rows, hidden in [*shapes, (32768, 4096), (131072, 128)] if device != "cpu" else shapes:
@@ -236,7 +236,7 @@ rms_norm = Cases(
         "vlmfast": lambda x, weight: _layers(_norm_function(weight), x),
         "transformers": lambda x, weight: _layers(norm_module(weight), x),
     },
-    requested=1.55,  # a weight for each row of 2048: as much as the row
+    requested=1.55,  # each row of 2048 loads the weight, which has as many bytes
 )
 
 add_rms_norm = derived(
@@ -253,7 +253,7 @@ add_rms_norm = derived(
     upstream=_upstream_add,
     peers={"F.rms_norm": _torch_functional_add},
     projects=_PROJECTS,
-    requested=1.3,  # a weight for each row
+    requested=1.3,  # each row loads the weight
 )
 
 rms_norm_backward = derived(
@@ -270,5 +270,5 @@ rms_norm_backward = derived(
     flops=lambda grad_output, x, *_: 12 * x.numel(),
     peers={"transformers": _upstream_backward},
     launches=2,
-    requested=1.7,  # a weight for each row, for both passes over it
+    requested=1.7,  # each row loads the weight in both passes
 )

@@ -13,15 +13,16 @@ from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
 from vlmfast.functions import op
 
-_INFINITY = math.inf  # a name of this module is found sooner than one of another
+_INFINITY = math.inf  # a global of this module is faster to look up
 VARIANTS = ("llama", "gemma", "olmo")
-# One of 8 compiled layers of residual, norm and scale takes 4 us for a token of 2048 channels (a CPU with AVX-512), and
-# 8 us with the kernel as a node; 600 tokens take as long. No GPU has timed it, where Inductor fuses norms as well.
+# Each of 8 compiled layers of residual, norm and scale takes 4 us for a token of 2048 channels when inlined, and 8 us
+# with the kernel as a node (a CPU with AVX-512); for 600 tokens the two are equal. Inductor fuses norms on GPUs as
+# well, but that has not been timed.
 INLINED = ("cpu", "cuda")
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Widen ``x`` to the dtype of the arithmetic: float32, or float64 where a test asks for a reference."""
+    """Widen ``x`` to the dtype of the arithmetic: float32, or float64 for the references of tests."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -29,7 +30,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> None:
-    # What nearly every call brings, without the calls below.
+    # The fast path of nearly every call, without the function calls below.
     if (
         type(x) in PLAIN
         and x.dtype in DTYPES
@@ -89,23 +90,23 @@ def _check_backward(
         _check_twin("grad_residual", grad_residual, x)
 
 
-# ---- calls of several dtypes: the native CPU kernels take a weight of float32 beside rows of 16 bits ----
+# ---- calls with several dtypes: the native CPU kernels take a float32 weight with 16-bit rows ----
 
 
 def rms_norm_mixed(x: Tensor, weight: Tensor, *_: Any) -> bool:
-    """Say whether they take a call whose tensors are of several dtypes."""
+    """Return whether the native CPU kernels take a call with tensors of several dtypes."""
     return weight.dtype == torch.float32
 
 
 def add_rms_norm_mixed(x: Tensor, residual: Tensor, *norm: Any) -> bool:
-    """Say so of `add_rms_norm`, whose residual has the dtype of ``x``."""
+    """Return the same for `add_rms_norm`, whose residual must have the dtype of ``x``."""
     return rms_norm_mixed(x, *norm)
 
 
 def rms_norm_backward_mixed(
     grad_output: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any
 ) -> bool:
-    """Say so of `rms_norm_backward`, where the gradient has the dtype of the output."""
+    """Return the same for `rms_norm_backward`, whose gradient must have the dtype of the output."""
     dtype = torch.float32 if variant == "llama" else x.dtype
     return weight is not None and rms_norm_mixed(x, weight) and grad_output.dtype == dtype
 
@@ -115,7 +116,7 @@ def rms_norm_backward_mixed(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.eps, ctx.variant = inputs
-    ctx.save_for_backward(x, weight)  # the inverse rms is cheaper to compute again than to store and load
+    ctx.save_for_backward(x, weight)  # recomputing the inverse rms is cheaper than storing and loading it
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -148,7 +149,7 @@ def _add_backward(ctx: Any, grad_output: Tensor | None, grad_residual: Tensor | 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> Tensor:
     """Divide each row by its root mean square and multiply it by a weight, if there is one.
 
-    The mean square is taken in float32. ``x`` is kept for the backward: until then it must not be changed in place.
+    The mean square is computed in float32. ``x`` is saved for the backward and must not be changed in place before it.
     "llama" rounds the quotient to the dtype of ``x`` before the weight; "olmo" multiplies by the weight and "gemma" by
     ``1 + weight`` in float32, and both round once::
 
@@ -239,11 +240,11 @@ def rms_norm_backward(
         eps: as in the forward.
         variant: as in the forward.
         grad_residual: (..., D) the gradient of `add_rms_norm`'s second output, or None.
-        weight_grad: False where the weight is frozen; its gradient is then skipped.
+        weight_grad: False if the weight is frozen; its gradient is then skipped.
 
     Returns:
-        ``(grad_x, grad_weight)``: (..., D) of the dtype of ``x``, and (D,) of the dtype of ``weight``; (0,) where
-        ``weight_grad`` is False, or where there is no weight, then of the dtype of ``x``.
+        ``(grad_x, grad_weight)``: (..., D) of the dtype of ``x``, and (D,) of the dtype of ``weight``. The second is
+        (0,) if ``weight_grad`` is False or if there is no weight, and in the latter case has the dtype of ``x``.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, eps or a variant that do not fit.

@@ -28,8 +28,8 @@ def _upstream(
     variant: str = "llama",
     sections: Sequence[int] | None = None,
 ) -> Callable[[], Pair]:
-    """Make the lines of an attention between its projections and its cache; their results are seen as the op's are."""
-    cos, sin = cos.detach(), sin.detach()  # made under no_grad
+    """Make upstream's lines between the projections and the cache of an attention, with the op's output layout."""
+    cos, sin = cos.detach(), sin.detach()  # models make angles under no_grad
     norms = [
         (lambda x: x) if weight is None else norm_module(weight, eps, variant) for weight in (query_weight, key_weight)
     ]
@@ -45,7 +45,7 @@ def _upstream(
 
 
 def _turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sections: Sequence[int] | None) -> Pair:
-    """Call what a model calls: the function of Qwen3.5 turns a part of a head, and that of Llama all of it."""
+    """Call the function that a model calls: Qwen3.5's rotates a part of a head, Llama's all of it."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     if sections is not None:  # as apply_multimodal_rotary_pos_emb of transformers 4.57, whose rest is that of Llama
@@ -85,7 +85,7 @@ def _upstream_backward(*args: Any) -> Callable[[], tuple[Tensor, ...]]:
 
 # ---- calls to test, to refuse and to time ----
 
-# Leading sizes, heads of queries and of keys, head_dim, rotary_dim: halves that fill blocks, that do not, and parts.
+# Leading sizes, heads of queries and keys, head_dim, rotary_dim: halves that fill blocks, others, and partial rotation.
 _SHAPES = [
     ((2, 3), 4, 2, 128, 128),
     ((1, 5), 3, 3, 64, 64),
@@ -103,7 +103,7 @@ _VARIANTS = ("llama", None, "gemma", "olmo")
 
 
 def _angle_tables(lead: tuple[int, ...], size: int, device: str, dtype: torch.dtype) -> Pair:
-    """Make angles of which no two are alike, unlike those of a model, whose halves are."""
+    """Make angles that are all different; in a model the two halves of a row are equal."""
     angles = torch.rand(*lead, size, device=device) * 6.3
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -142,7 +142,7 @@ def _backward_samples(device: str, dtype: torch.dtype) -> Samples:
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take tokens, heads of queries and of keys, and head_dim: a decoded token, a prompt with an image, a tower."""
+    """Yield tokens, heads of queries and keys, and head_dim: a decoded token, a prompt with an image, a tower."""
     models = [
         ("Qwen3-VL-2B", 1, 16, 8, 128, "llama"),
         ("Qwen3-VL-2B", 600, 16, 8, 128, "llama"),
@@ -161,7 +161,7 @@ def _workloads(device: str, dtype: torch.dtype) -> Workloads:
 
 
 def _table_bytes(cos: Tensor, sin: Tensor, sections: Sequence[int] | None = None) -> int:
-    """Count both tables; of three axes a row of one is read."""
+    """Count both tables of angles; with three axes, each angle is read from one of them."""
     return (cos.nbytes + sin.nbytes) // (1 if sections is None else 3)
 
 
@@ -174,7 +174,7 @@ def _bytes(*args: Any) -> int:
 
 
 def _backward_bytes(*args: Any) -> int:
-    """Count two operands in, where there is a norm, and one out; the weights' gradients with their partial sums."""
+    """Count one operand in, or two with a norm, and one out; the weights' gradients with their partial sums."""
     call = named(definition.qk_norm_rope_backward, args)
     grads = call.grad_query.nbytes + call.grad_key.nbytes
     moved = 2 * grads + _table_bytes(call.cos, call.sin, call.sections)
@@ -259,7 +259,7 @@ qk_norm_rope = Cases(
     bytes=_bytes,
     flops=lambda query, key, *_: 10 * (query.numel() + key.numel()),
     upstream=_upstream,
-    requested=2.5,  # a weight for each head, and the angles for each group of threads
+    requested=2.5,  # each head loads the weight, and each group of threads the angles
 )
 
 qk_norm_rope_backward = derived(

@@ -33,7 +33,7 @@ def _check(
     variant: str = "llama",
     sections: Sequence[int] | None = None,
 ) -> None:
-    # What nearly every call brings, without the calls below.
+    # The fast path of nearly every call, without the function calls below.
     if (
         sections is None
         and type(query) in PLAIN
@@ -91,7 +91,7 @@ def _check_heads(name: str, value: Tensor) -> None:
 
 
 def _check_same_rows(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless both have heads of one size and dtype at the same tokens; their numbers of heads may differ."""
+    """Raise unless both have the same tokens, head_dim and dtype; their numbers of heads may differ."""
     checks.tensor(name, value)
     expected = (*other.shape[:-2], "heads", other.shape[-1])
     if value.dim() != other.dim() or value.shape[:-2] != other.shape[:-2] or value.shape[-1] != other.shape[-1]:
@@ -197,16 +197,16 @@ def _check_backward(
     checks.one_of("variant", variant, VARIANTS)
 
 
-# ---- calls of several dtypes: the native CPU kernels take angles of float32 beside heads of 16 bits ----
+# ---- calls with several dtypes: the native CPU kernels take float32 angles with 16-bit heads ----
 
 
 def qk_norm_rope_mixed(query: Tensor, *rest: Any) -> bool:
-    """Say whether they take a call whose tensors are of several dtypes: the check lets only angles differ."""
+    """Return whether the native CPU kernels take a call with several dtypes; only those of angles can differ."""
     return True
 
 
 def qk_norm_rope_backward_mixed(grad_query: Tensor, *rest: Any) -> bool:
-    """Say so of `qk_norm_rope_backward`."""
+    """Return the same for `qk_norm_rope_backward`."""
     return True
 
 
@@ -215,10 +215,10 @@ def qk_norm_rope_backward_mixed(grad_query: Tensor, *rest: Any) -> bool:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, query_weight, key_weight, cos, sin, ctx.eps, ctx.variant, ctx.sections = inputs
-    if not any(ctx.needs_input_grad[:4]):  # angles have none
+    if not any(ctx.needs_input_grad[:4]):  # angles have no gradient
         ctx.mark_non_differentiable(*output)
     ctx.like = [(value.shape, value.dtype, value.device) for value in (query, key)]
-    if query_weight is None:  # then the gradients do not depend on them
+    if query_weight is None:  # without norms the gradients do not depend on the heads
         query = key = None
     ctx.save_for_backward(query, key, query_weight, key_weight, cos, sin)
 
@@ -252,35 +252,35 @@ def qk_norm_rope(
     variant: str = "llama",
     sections: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise each head of queries and keys, if there are weights, and turn it by the angles of its token.
+    """Normalise each head of queries and keys, if there are weights, and rotate it by the angles of its token.
 
-    The norm is `rms_norm` of a head, in the order of ``variant``. Of what it gives, ``y``, the first ``rotary_dim``
-    elements are turned and the others stay as they are::
+    The norm is `rms_norm` of a head, with the rounding order of ``variant``. The first ``rotary_dim`` elements of its
+    result ``y`` are rotated, and the others are left as they are::
 
         a, b = the first and the second half of y[..., :rotary_dim]
         y[..., :rotary_dim] = y[..., :rotary_dim] * cos + concatenate(-b, a) * sin
 
-    Each product and the sum are rounded to the dtype of ``cos``, and the result to that of ``query``: angles of float32
-    beside 16-bit heads, as vision towers have them, are one rounding. Angles carry no gradient. For the backward heads
-    that have a norm are kept: until then they must not be changed in place.
+    Each product and the sum are rounded to the dtype of ``cos``, and the result to that of ``query``. With float32
+    angles and 16-bit heads, as in vision towers, only the result is rounded. Angles carry no gradient. Normalised heads
+    are saved for the backward and must not be changed in place before it.
 
     Args:
         query: (..., tokens, heads, head_dim) float32, float16 or bfloat16, as a projection gives it; any strides, so
             that it may be a slice of queries, keys and values in one tensor. head_dim is even and at most 512.
-        key: of the shape of ``query`` but for its number of heads.
-        query_weight: (head_dim,) of the dtype of ``query``, or None, without norms.
-        key_weight: likewise; None where ``query_weight`` is.
-        cos: (..., tokens, rotary_dim) with the leading sizes of ``query``, the first of which may be 1, for all of a
-            batch; of the dtype of ``query`` or float32. With ``sections`` (3, ..., tokens, rotary_dim).
+        key: of the shape of ``query`` except for the number of heads.
+        query_weight: (head_dim,) of the dtype of ``query``, or None for no norms.
+        key_weight: likewise; None if ``query_weight`` is.
+        cos: (..., tokens, rotary_dim) with the leading sizes of ``query``, or 1 as the first for one table for the
+            whole batch; of the dtype of ``query`` or float32. With ``sections`` (3, ..., tokens, rotary_dim).
         sin: of the shape and dtype of ``cos``.
         eps: added to the mean square; finite, not negative.
         variant: "llama", "gemma" or "olmo".
-        sections: how many of the ``rotary_dim / 2`` frequencies turn by the angles of time, height and width, which are
-            the three of the first dimension of ``cos``: three sizes. None where these are combined already.
+        sections: three sizes: how many of the ``rotary_dim / 2`` frequencies use the angles of time, height and width,
+            which are the first dimension of ``cos``. None if ``cos`` and ``sin`` combine these already.
 
     Returns:
-        ``(query, key)``, contiguous, of the shapes and the dtype of the arguments: what attention takes is
-        ``.transpose(-3, -2)`` of them, which is as upstream has it.
+        ``(query, key)``, contiguous, of the shapes and the dtype of the arguments. Attention takes their
+        ``.transpose(-3, -2)``, which has the strides of upstream's.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, sections, eps or a variant that do
@@ -288,8 +288,8 @@ def qk_norm_rope(
 
     Source:
         Qwen3Attention.forward of transformers 5.23 with apply_rotary_pos_emb; apply_rotary_pos_emb of Qwen3.5, which
-        turns a part of a head; apply_rotary_pos_emb_vision of Qwen2-VL, in float32; apply_multimodal_rotary_pos_emb of
-        Qwen2-VL of 4.57, with sections.
+        rotates a part of a head; apply_rotary_pos_emb_vision of Qwen2-VL, in float32; apply_multimodal_rotary_pos_emb
+        of Qwen2-VL of 4.57, with sections.
     """
     cos, sin = _combined(cos, sections), _combined(sin, sections)
     return (
@@ -299,7 +299,7 @@ def qk_norm_rope(
 
 
 def _combined(angles: Tensor, sections: Sequence[int] | None) -> Tensor:
-    """Take the angles of each section of a row from time, height and width, and give the row a dimension of heads."""
+    """Combine the angles of time, height and width by sections, and add a dimension for the heads."""
     angles = angles.detach()
     if sections is not None:
         parts = angles.split_with_sizes([*sections, *sections], -1)
@@ -336,12 +336,12 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of `qk_norm_rope` in float32, and round them once.
 
-    The gradient is turned back by the angles of its token; where there are weights `rms_norm_backward` follows.
+    The gradient is rotated back by the angles of its token; with weights, `rms_norm_backward` follows.
 
     Args:
         grad_query: (..., tokens, heads, head_dim) the gradient of the first output.
         grad_key: the gradient of the second.
-        query: what was normalised, of the shape of ``grad_query``; may be None where there are no weights.
+        query: the input of the forward, of the shape of ``grad_query``; may be None if there are no weights.
         key: likewise.
         query_weight: as in the forward.
         key_weight: as in the forward.
@@ -350,11 +350,11 @@ def qk_norm_rope_backward(
         eps: as in the forward.
         variant: as in the forward.
         sections: as in the forward.
-        weight_grad: False where the weights are frozen; their gradients are then skipped.
+        weight_grad: False if the weights are frozen; their gradients are then skipped.
 
     Returns:
-        ``(grad_query, grad_key, grad_query_weight, grad_key_weight)``; the last two are (0,) where ``weight_grad`` is
-        False or where there are no weights.
+        ``(grad_query, grad_key, grad_query_weight, grad_key_weight)``; the last two are (0,) if ``weight_grad`` is
+        False or if there are no weights.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices, sections, eps or a variant that do
@@ -380,7 +380,7 @@ def qk_norm_rope_backward(
 
 
 def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn a gradient by the opposite angles, in float32 or more."""
+    """Rotate a gradient by the opposite angles, in float32 or wider."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     size = cos.shape[-1]
     grad, cos, sin = grad.to(wide), cos.to(wide), sin.to(wide)

@@ -48,14 +48,14 @@ def _samples(device: str, dtype: torch.dtype) -> Samples:
         for activation in ACTIVATIONS:
             gate = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.5)
             yield gate, torch.randn(shape, device=device, dtype=dtype), activation
-    # from where an exponential is none to where it is infinite
+    # from where the exponential underflows to where it overflows
     yield torch.linspace(-110, 110, 4096, device=device).to(dtype).view(2, -1), torch.ones(2, 2048).to(device, dtype)
     fused = torch.randn(3, 2, 192, device=device, dtype=dtype)
     yield fused.chunk(2, dim=-1)
 
 
 def _workloads(device: str, dtype: torch.dtype) -> Workloads:
-    """Take rows x intermediate of Qwen3-VL-2B/8B: one token, 64, a prompt with an image, a long one; Phi-3's halves."""
+    """Yield rows x intermediate of Qwen3-VL-2B/8B: 1 token, 64, a prompt with an image, a long one; Phi-3's halves."""
     shapes = [(1, 6144), (1, 12288), (64, 6144), (600, 6144), (4096, 12288)]
     for rows, size in shapes[: 4 if device == "cpu" else 5]:
         gate = torch.randn(rows, size, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The product of an activated gate and what it lets through."""
+"""The gated activation of an MLP: activation(gate) * up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmfast.checks import DTYPES
 from vlmfast.functions import op
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-INLINED = ("cpu", "cuda")  # Inductor makes one kernel of upstream's lines as well
+INLINED = ("cpu", "cuda")  # Inductor fuses the definition into one kernel as well
 _BETA, _KAPPA = math.sqrt(2 / math.pi), 0.044715  # GELU's: tanh(beta * (x + kappa * x ** 3))
 
 
@@ -23,7 +23,7 @@ _BETA, _KAPPA = math.sqrt(2 / math.pi), 0.044715  # GELU's: tanh(beta * (x + kap
 
 
 def _check(gate: Tensor, up: Tensor, activation: str = "silu") -> None:
-    # What nearly every call brings, without the calls below.
+    # The fast path of nearly every call, without the function calls below.
     if (
         type(gate) in PLAIN
         and type(up) in PLAIN
@@ -61,7 +61,7 @@ def _check_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation: s
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate, up, ctx.activation = inputs
-    ctx.save_for_backward(gate, up)  # upstream keeps the activated gate as well
+    ctx.save_for_backward(gate, up)  # upstream saves the activated gate too
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
@@ -74,7 +74,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 @op(check=_check, gradients=(_setup_context, _backward), inlined=INLINED)
 def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """Multiply an activated gate by what it lets through, as gated MLPs do between their linear layers.
+    """Multiply an activated gate by the up projection, as gated MLPs do between their linear layers.
 
     ``activation(gate)`` is rounded to the dtype, then multiplied by ``up`` and rounded again::
 

@@ -24,7 +24,7 @@ def merge_plain(
 ) -> Callable[[], Tensor]:
     """Merge a whole batch without a loop or a copy of the rows, in the dtype of the model.
 
-    Each token is added to the row of the target that it is most like, or to one more, which nobody reads.
+    Each joining token is added to the row of its most similar target, and each other token to a spare row.
     """
 
     def run() -> Tensor:
@@ -76,7 +76,7 @@ _SIZES = [
     (2, 0, 16, 16, 0, 0),
     (1, 577, 40, 80, 27, 5),
     (2, 300, 0, 16, 20, 7),
-    (2, 368, 48, 80, 300, 34),  # this one and the one after the next for what a real shape is compiled to
+    (2, 368, 48, 80, 300, 34),  # this and the next but one compile to the same kernel as a real shape
     (2, 64, 48, 32, 6, 16),
     (2, 48, 2064, 16, 10, 5),
     (1, 150, 264, 128, 10, 70),
@@ -105,7 +105,7 @@ def merge_samples(device: str, dtype: torch.dtype) -> Samples:
     for index, (batch, tokens, hidden, size, kept, contextual) in enumerate(_SIZES):
         metric, merge = randn(batch, tokens, size), ((), ("mean",))[index % 2]
         yield randn(batch, tokens, hidden), metric, _chosen(batch, tokens, kept, device), contextual, *merge
-    same = metric[:, :5].repeat(1, 30, 1)  # each target has its double
+    same = metric[:, :5].repeat(1, 30, 1)  # each target occurs several times, so there are ties
     yield randn(1, 150, 8), same, _chosen(1, 150, 10, device), 30, "mean"
     zeros = metric.clone()
     zeros[:, ::3] = 0
@@ -129,8 +129,8 @@ def rows_samples(device: str, dtype: torch.dtype) -> Samples:
     yield hidden, kept[:, :0], one, contextual
 
 
-# (label, B, N, D, M, kept, contextual): the crops of LLaVA-NeXT without their CLS tokens, an image of SigLIP with its
-# heads of 72 channels, and one in Qwen2.5-VL
+# (label, B, N, D, M, kept, contextual): the crops of LLaVA-NeXT without their CLS tokens, an image of SigLIP, which has
+# heads of 72 channels, and an image in Qwen2.5-VL
 _WORKLOADS = [
     ("5x576x1024", 5, 576, 1024, 64, 26, 5),
     ("1x729x1152", 1, 729, 1152, 72, 54, 10),
@@ -158,7 +158,7 @@ def top_bytes(scores: Tensor, k: int) -> int:
 
 
 def slots_bytes(metric: Tensor, kept: Tensor, contextual: int) -> int:
-    """Leave out the metric of kept tokens, which nobody asks for."""
+    """Count kept and metric in, slots out; the metric of kept tokens is not read."""
     compared = metric.shape[0] * (metric.shape[1] - kept.shape[1]) if contextual else 0
     return row_bytes(metric) * compared + kept.nbytes + 4 * metric.shape[0] * metric.shape[1]
 
@@ -170,7 +170,7 @@ def rows_bytes(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, *_:
 
 
 def rows_backward_bytes(grad_tokens: Tensor, slots: Tensor, *_: Any) -> int:
-    """Count each row once in, and out for every token that it was made of."""
+    """Count each row once in, and out once for every token merged into it."""
     return grad_tokens.nbytes + slots.nbytes + slots.numel() * row_bytes(grad_tokens)
 
 
@@ -270,7 +270,7 @@ merge_slots = derived(
     ),
     bytes=slots_bytes,
     flops=lambda metric, kept, contextual: 2 * metric.numel() * contextual,
-    requested=4.8,  # each block of tokens reads all targets
+    requested=4.8,  # every block of tokens reads all targets
 )
 
 merge_rows = derived(
@@ -305,5 +305,5 @@ merge_rows_backward = derived(
     ),
     bytes=rows_backward_bytes,
     flops=lambda grad_tokens, *_: grad_tokens.numel(),
-    requested=3.0,  # a row goes to all tokens that it was made of, and each block counts its slots again
+    requested=3.0,  # a row is read for every token merged into it, and each block counts the slots
 )

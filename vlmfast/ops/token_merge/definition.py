@@ -1,8 +1,8 @@
-"""Fewer visual tokens: the best are kept, and the others are merged into a few by similarity (VisionZip).
+"""Token reduction by VisionZip: the best tokens are kept, and the others are merged into a few by similarity.
 
-Upstream takes about forty small operations for each image. Here it is three passes over a whole batch: which tokens
-are kept, where each other token goes, and the tokens themselves. The second gives one number per token, its slot, so
-that one choice serves several tensors (DeepStack's levels) and backward moves gradients without a search.
+Upstream runs about forty small operations per image. Here a whole batch takes three passes: which tokens are kept,
+where each other token goes, and the merge of the rows. The second gives one number per token, its slot, so that one
+choice serves several tensors (DeepStack's levels) and the backward moves gradients without a search.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MERGES = ("reference", "mean")
 
 
 def _sums(rows: Tensor, slots: Tensor, contextual: int) -> Tensor:
-    """Add up the rows of the tokens that were assigned to each contextual token, (B, C, D); others leave no trace."""
+    """Add up the rows of the tokens assigned to each contextual token: (B, C, D). Other rows are ignored."""
     batch, _, size = rows.shape
     assigned = (slots >= contextual) & (slots < 2 * contextual)
     owner = torch.where(assigned, slots - contextual, contextual).long()
@@ -29,7 +29,7 @@ def _sums(rows: Tensor, slots: Tensor, contextual: int) -> Tensor:
 
 
 def _counts(slots: Tensor, contextual: int, dtype: torch.dtype) -> Tensor:
-    """Count the tokens that were assigned to each contextual token, (B, C, 1)."""
+    """Count the tokens assigned to each contextual token: (B, C, 1)."""
     return _sums(torch.ones_like(slots, dtype=dtype)[..., None], slots, contextual)
 
 
@@ -183,7 +183,7 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
     others = is_kept.argsort(dim=1, stable=True)[:, :left]
     if contextual:
         step = left // contextual
-        # float64, then rounded: a matmul may give the doubles of a target cosines that differ in the last bit
+        # In float64, then rounded: in float32 a matmul may give equal targets cosines that differ in the last bit.
         wide = metric.to(torch.float32 if metric.device.type == "mps" else torch.float64)
         length = wide.norm(dim=2, keepdim=True)
         unit = torch.where(length == 0, 0.0, wide / length).gather(1, others[..., None].expand(-1, -1, wide.shape[2]))
@@ -199,16 +199,16 @@ def merge_slots(metric: Tensor, kept: Tensor, contextual: int) -> Tensor:
 
 @op(check=_check_merge_rows, gradients=(_setup_context, _backward))
 def merge_rows(hidden: Tensor, kept: Tensor, slots: Tensor, contextual: int, merge: str = "reference") -> Tensor:
-    """Carry out what `merge_slots` has decided: the kept rows, then the contextual ones.
+    """Move and merge rows as `merge_slots` has decided: first the kept rows, then the contextual ones.
 
-    Sums are taken in float32 and rounded once.
+    Sums are accumulated in float32 and rounded once.
 
     Args:
         hidden: (B, N, D) float32, float16 or bfloat16; any strides.
         kept: (B, k) int64, as given to `merge_slots`, or (B, 0) for the contextual rows alone.
-        slots: (B, N) int32, what `merge_slots` gave.
+        slots: (B, N) int32, the result of `merge_slots`.
         contextual: C, as given to `merge_slots`.
-        merge: "reference" (the target and the mean of what is merged into it) or "mean" (the mean of both).
+        merge: "reference" (the target plus the mean of the tokens merged into it) or "mean" (the mean of them all).
 
     Returns:
         (B, k + C, D) contiguous, of the dtype of ``hidden``.
@@ -243,7 +243,7 @@ def merge_rows_backward(grad_tokens: Tensor, slots: Tensor, contextual: int, mer
         merge: as in the forward.
 
     Returns:
-        (B, N, D) contiguous; zero for tokens that went nowhere.
+        (B, N, D) contiguous; zero for tokens that were dropped.
 
     Raises:
         TypeError: for a tensor of another dtype. ValueError: for shapes, devices or a ``merge`` that do not fit.
