@@ -15,6 +15,7 @@ import vlmfast
 from tests.helpers.cut_models import Masked
 from tests.helpers.reduce_models import WORD, Talk
 from tests.reduce.test_cuts import HALF, HYBRID, LAYERS, METHOD, PROMPTS, assert_close, logits, patched, talk_of
+from vlmfast import demo_reduce
 from vlmfast.reduce import EvenTokens, FastV, LayerMethod, PyramidDrop, VisionZip, spelling
 from vlmfast.reduce.costs import Shape
 

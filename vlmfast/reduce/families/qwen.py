@@ -50,7 +50,7 @@ def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Meth
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
     encode = base.get_video_features if kind == "video" else base.get_image_features
     levels, attention = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
-    return reduce_encoded(levels, attention, pixels, grids, method, kind)
+    return reduce_encoded(levels, attention, pixels, grids, [method] * len(grids), kind)
 
 
 def reduce_encoded(
@@ -58,17 +58,17 @@ def reduce_encoded(
     attention: BlockAttention,
     pixels: Tensor,
     grids: Sequence[Grid],
-    method: Method,
+    methods: Sequence[Method],
     kind: str = "image",
 ) -> list[ReducedImage]:
-    """Reduce the visual tokens of encoded images or videos, N in all, those of one size at once.
+    """Reduce the visual tokens of encoded images or videos, N in all, those of one size and method at once.
 
     Args:
         levels: the features and DeepStack's, each (N, D), in raster order.
         attention: of the last block.
         pixels: (patches, C), what the tower was given.
         grids: of each image.
-        method: decides.
+        methods: for each image.
         kind: "image" or "video".
 
     Raises:
@@ -78,8 +78,8 @@ def reduce_encoded(
     # images of several sizes ask one after the other
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
 
-    def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
-        members = [number for number, other in enumerate(grids) if other == grid]
+    def reduce_alike(grid: Grid, method: Method) -> Iterable[tuple[int, ReducedImage]]:
+        members = [number for number, other in enumerate(zip(grids, methods, strict=True)) if other == (grid, method)]
 
         def stack(rows: Tensor) -> Tensor:
             """(N, ...) over all images -> (B, N, ...) of those of this size."""
@@ -100,7 +100,11 @@ def reduce_encoded(
         rows = [selection.apply(level) for level in features]
         return zip(members, cut(selection, rows, grid, tokens.count, kind=kind), strict=True)
 
-    images = dict(pair for grid in dict.fromkeys(grids) for pair in reduce_size(grid))
+    kinds: list[tuple[Grid, Method]] = []
+    for kind_of_image in zip(grids, methods, strict=True):
+        if kind_of_image not in kinds:  # methods may be unhashable
+            kinds.append(kind_of_image)
+    images = dict(pair for grid, method in kinds for pair in reduce_alike(grid, method))
     return [images[number] for number in range(len(grids))]
 
 
@@ -139,7 +143,7 @@ def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tup
     attention = tower.blocks[-1].attn
     with recorded(attention=attention, qkv=attention.qkv) as calls:
         output = encode()
-    given, projected = calls["attention"][0], calls["qkv"][1].detach()
+    given, projected = calls["attention"].kwargs, calls["qkv"].output.detach()
     device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     # a tensor for each image, but in DeepStack's levels up to transformers 5.17
