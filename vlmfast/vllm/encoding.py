@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
+from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.towers import EncodedImages, recorded
 from vlmfast.vllm.naming import KEY
@@ -63,8 +64,7 @@ class ReducedEncoder:
 def by_method(methods: Sequence[Method], reduce: Callable[[Method, list[int]], Iterable[Tensor]]) -> list[Tensor]:
     """Reduce the images of each method together, given by ascending numbers, and return them in their order."""
     found: dict[int, Tensor] = {}
-    for method in dict.fromkeys(methods):
-        members = [number for number, other in enumerate(methods) if other == method]
+    for method, members in groups(methods):
         found |= zip(members, reduce(method, members), strict=True)
     return [found[number] for number in range(len(methods))]
 
@@ -101,6 +101,18 @@ class EncodedByRank(EncodedImages):
     def metric(self) -> Tensor:
         """(B, N, head_dim): the mean over all heads of the keys."""
         return mean_over_ranks(super().metric())
+
+
+def check_tower(config: Any) -> None:
+    """Raise unless `encode_crops` knows the tower of this configuration.
+
+    Raises:
+        ValueError: for another one, or features of several layers.
+    """
+    if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"the vision tower must be CLIP or SigLIP, got {config.vision_config.model_type}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer, got {config.vision_feature_layer}")
 
 
 def encode_crops(tower: Any, pixels: Tensor) -> EncodedImages:

@@ -16,7 +16,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmfast.reduce.methods import Method
-from vlmfast.vllm.encoding import ReducedEncoder, by_method, encode_crops
+from vlmfast.vllm.encoding import ReducedEncoder, by_method, check_tower, encode_crops
 from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
 
@@ -41,11 +41,7 @@ class VlmfastLlavaForConditionalGeneration(ReducedEncoder, LlavaForConditionalGe
     """LLaVA-1.5 with fewer visual tokens."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
-        if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-            raise ValueError(f"the vision tower must be CLIP or SigLIP, got {config.vision_config.model_type}")
-        if not isinstance(config.vision_feature_layer, int):
-            raise ValueError(f"vision_feature_layer must be one layer, got {config.vision_feature_layer}")
+        check_tower(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _process_image_input(self, image_input: Any) -> Any:

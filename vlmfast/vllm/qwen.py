@@ -58,7 +58,11 @@ class ReducedQwen(ReducedEncoder, PlacedTokens):
         patches = torch.split(pixels, [count * side**2 for count in counts])
         found: list[Tensor] = []
         for piece in self.pieces(counts):
-            part = {**image_input, "pixel_values": torch.cat(patches[piece]), "image_grid_thw": grid_thw[piece]}
+            part = {
+                "pixel_values": torch.cat(patches[piece]),
+                "image_grid_thw": grid_thw[piece],
+                "type": "pixel_values",
+            }
             found += self._reduce_images(part, grids[piece], methods[piece])
         return found
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlmfast.functions import accepting
 from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
+from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.tokens import Grid, VisualTokens
@@ -78,9 +79,7 @@ def reduce_encoded(
     # images of several sizes ask one after the other
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
 
-    def reduce_alike(grid: Grid, method: Method) -> Iterable[tuple[int, ReducedImage]]:
-        members = [number for number, other in enumerate(zip(grids, methods, strict=True)) if other == (grid, method)]
-
+    def reduce_alike(grid: Grid, method: Method, members: Sequence[int]) -> Iterable[tuple[int, ReducedImage]]:
         def stack(rows: Tensor) -> Tensor:
             """(N, ...) over all images -> (B, N, ...) of those of this size."""
             parts = torch.split(rows, counts)
@@ -100,11 +99,8 @@ def reduce_encoded(
         rows = [selection.apply(level) for level in features]
         return zip(members, cut(selection, rows, grid, tokens.count, kind=kind), strict=True)
 
-    kinds: list[tuple[Grid, Method]] = []
-    for kind_of_image in zip(grids, methods, strict=True):
-        if kind_of_image not in kinds:  # methods may be unhashable
-            kinds.append(kind_of_image)
-    images = dict(pair for grid, method in kinds for pair in reduce_alike(grid, method))
+    alike = groups(list(zip(grids, methods, strict=True)))
+    images = dict(pair for (grid, method), members in alike for pair in reduce_alike(grid, method, members))
     return [images[number] for number in range(len(grids))]
 
 
