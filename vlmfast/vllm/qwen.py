@@ -69,19 +69,23 @@ class ReducedQwen(ReducedEncoder, PlacedTokens):
     def _reduce_images(
         self, image_input: Mapping[str, Any], grids: Sequence[Grid], methods: Sequence[Method]
     ) -> list[Tensor]:
-        """Encode images at once. DeepStack's levels are more channels of a row, which are selected with it."""
+        """Encode images at once. DeepStack's levels are more channels of vLLM's rows."""
         tower = self.visual
         attention = tower.blocks[-1].attn
         with attention_inputs(attention.attn) as seen:
             features = torch.cat(super()._process_image_input(image_input))  # type: ignore[misc]
+        levels = torch.split(features, self.config.vision_config.out_hidden_size, 1)
         query, key = (seen[name].flatten(0, 1) for name in ("query", "key"))  # (1, T, H, head_dim)
         group = tower.spatial_merge_size**2
         bounds = torch.tensor([0, *(math.prod(grid) * group for grid in grids)]).cumsum(0).to(key.device, torch.int32)
         order = raster_order(tower, grids, key.device)
         block = AttentionByRank(query, key, bounds, group, attention.hidden_size_per_attention_head**-0.5, order)
-        images = reduce_encoded([features], block, image_input["pixel_values"], grids, methods)
+        images = reduce_encoded(levels, block, image_input["pixel_values"], grids, methods)
         return [
-            with_places(image.features, torch.stack([image.columns // width, image.columns % width], 1))
+            with_places(
+                torch.cat([image.features, *image.levels], 1),
+                torch.stack([image.columns // width, image.columns % width], 1),
+            )
             for image, (_, _, width) in zip(images, grids, strict=True)
         ]
 

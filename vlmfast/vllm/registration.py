@@ -7,6 +7,7 @@ import importlib
 import logging
 from typing import Any
 
+from vlmfast.vllm import rms_norm
 from vlmfast.vllm.naming import ARCHITECTURES, KEY, PREFIX, configured_method
 
 SUPPORTED = ("0.32",)  # the versions that the tests are run with; the extra `vlmfast[vllm]` says the same
@@ -34,10 +35,11 @@ def register() -> None:
             __version__,
             "; ".join(f"{name}: {problem}" for name, problem in problems.items()) or "all that they override is there",
         )
-    try:
-        _register_models()
-    except (ImportError, AttributeError) as error:
-        logger.warning("vlmfast cannot add its reduced models to vLLM %s: %s", __version__, error)
+    for what, add in (("reduced models", _register_models), ("RMSNorm", rms_norm.register)):
+        try:
+            add()
+        except (ImportError, AttributeError, TypeError) as error:
+            logger.warning("vlmfast cannot add its %s to vLLM %s: %s", what, __version__, error)
 
 
 def _register_models() -> None:
