@@ -49,7 +49,8 @@ def test_answers_are_those_of_hugging_face(name: str, models: Path):
 
 @pytest.mark.parametrize("method", ["even:9", "random:0.3"])
 def test_methods_that_ask_for_no_attention(method: str, models: Path):
-    found = off("qwen3_vl", models, method)
+    # a random choice is told by the pixels, which vLLM would otherwise normalise on the device
+    found = off("qwen3_vl", models, method, mm_device_do_normalize=False)
     assert max(map(max, found)) < TOLERANCE, found
 
 

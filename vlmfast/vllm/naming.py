@@ -9,7 +9,7 @@ import functools
 import json
 from typing import Any
 
-from vlmfast.reduce.methods import LayerMethod, Method
+from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.spelling import parse_method, spell_method
 
 KEY = "vlmfast_reduce"  # in the configuration, and in mm_processor_kwargs of a request
@@ -92,7 +92,7 @@ def checked(method: object) -> Method:
     if isinstance(method, LayerMethod):
         raise ValueError(f"{method} cuts between layers of the language model, whose paged cache holds all or none")
     if not isinstance(method, Method):
-        raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {type(method).__name__}")
+        raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {told(method)}")
     if "image" not in method.takes:
         raise ValueError(f"{method} reduces videos, and vLLM's videos stay as they are: use a method for images")
     return method
