@@ -46,7 +46,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--served-model-name",
         "tiny",
     ]
-    limits = ["--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--port", str(port), "--host", "127.0.0.1"]
+    limits = [
+        "--limit-mm-per-prompt",
+        '{"image": 2, "video": 0}',
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--trust-request-mm-kwargs",
+    ]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options, *limits]
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -5,8 +5,11 @@ Heads of the language models have 64 channels: vLLM's attention on CPUs takes 32
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -104,18 +107,22 @@ def _clip(**others: Any) -> dict[str, Any]:
     )
 
 
-def _llava_parts(tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _llava_parts(
+    tokenizer: Any, side: int = 56, patch: int = 7, **tower: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return what the configuration, the image processor and the processor of both LLaVAs have in common."""
-    features = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": 64}
-    config = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_config": _clip()} | features
-    sizes = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-    tokens = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    tower = _clip(image_size=side, patch_size=patch, **tower)
+    count = (side // patch) ** 2
+    features = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": count}
+    config = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_config": tower} | features
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    tokens = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return config, sizes, tokens
 
 
-def _llava(tokenizer: Any) -> tuple[Any, Any]:
-    parts, sizes, tokens = _llava_parts(tokenizer)
-    text = _text(tokenizer, model_type="llama", architectures=["LlamaForCausalLM"])
+def _llava(tokenizer: Any, text: Mapping[str, Any] = MappingProxyType({}), **tower: Any) -> tuple[Any, Any]:
+    parts, sizes, tokens = _llava_parts(tokenizer, **tower)
+    text = _text(tokenizer, model_type="llama", architectures=["LlamaForCausalLM"], **text)
     images = transformers.CLIPImageProcessor(**sizes)
     return transformers.LlavaConfig(text_config=text, **parts), transformers.LlavaProcessor(images, tokenizer, **tokens)
 
@@ -136,7 +143,7 @@ def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
 def _qwen_processor(tokenizer: Any, release: str, patch: int) -> Any:
     sizes = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     area = (patch * 2) ** 2
-    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": area, "longest_edge": area * 256}, **sizes)
+    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": area, "longest_edge": area * 1280}, **sizes)
     videos = "Qwen3VLVideoProcessor" if release == "Qwen3" else "Qwen2VLVideoProcessor"
     return getattr(transformers, f"{release}VLProcessor" if release == "Qwen3" else f"{release}_VLProcessor")(
         image_processor=images, tokenizer=tokenizer, video_processor=getattr(transformers, videos)(**sizes)
@@ -156,12 +163,35 @@ def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, _qwen_processor(tokenizer, "Qwen2_5", 14)
 
 
-def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
+def _qwen3_vl(tokenizer: Any, text: Mapping[str, Any] = MappingProxyType({}), **tower: Any) -> tuple[Any, Any]:
     rope = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_theta": 1e4}
-    tower = _qwen_tower(16, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])
-    text = _text(tokenizer, head_dim=64, num_hidden_layers=4, rope_parameters=rope)
+    tower = _qwen_tower(16, **{"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]} | tower)
+    text = _text(tokenizer, **{"head_dim": 64, "num_hidden_layers": 4, "rope_parameters": rope} | dict(text))
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **_qwen_ids(tokenizer))
     return config, _qwen_processor(tokenizer, "Qwen3", 16)
 
 
-FAMILIES = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+# with as many tokens as published models have, of fewer and narrower layers: for measurements of speed
+WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
+WIDE_TOWER = {"hidden_size": 256, "intermediate_size": 1024}
+wide_llava = functools.partial(
+    _llava, text=WIDE | {"num_key_value_heads": 12}, side=336, patch=14, num_hidden_layers=7, **WIDE_TOWER
+)
+wide_qwen3_vl = functools.partial(
+    _qwen3_vl,
+    text=WIDE | {"num_key_value_heads": 4},
+    out_hidden_size=768,
+    depth=7,
+    num_position_embeddings=2304,
+    deepstack_visual_indexes=[1, 3, 5],
+    **WIDE_TOWER,
+)
+
+FAMILIES = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "llava_wide": wide_llava,
+    "qwen3_vl_wide": wide_qwen3_vl,
+}
