@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,20 +86,24 @@ def rounds(name: str, other: str | None = None) -> list[list[Request]]:
 
 def hugging_face(folder: Path, method: str, requests: Sequence[Request]) -> list[Answer]:
     """Answer with transformers' model, patched."""
-    model, processor = _loaded(folder)
-    answers = []
+    model, processor = loaded(folder)
+    found = []
     for request in requests:
-        images = list(request.images) or None
-        inputs = processor(text=[request.text], images=images, return_tensors="pt")
+        inputs = processor(text=[request.text], images=list(request.images) or None, return_tensors="pt")
         with vlmfast.patch(model, reduce=parse_method(request.method or method)):
-            out = model.generate(
-                **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
-            )
-        ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        rows = torch.stack([logits[0] for logits in out.logits]).float().log_softmax(-1)
-        kept = out.past_key_values.get_seq_length() - STEPS + 1
-        answers.append(Answer(ids, rows[range(STEPS), ids].tolist(), kept))
-    return answers
+            found.append(answered(model, inputs))
+    return found
+
+
+def answered(model: Any, inputs: Mapping[str, Any]) -> Answer:
+    """Answer with a model of transformers."""
+    out = model.generate(
+        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    rows = torch.stack([logits[0] for logits in out.logits]).float().log_softmax(-1)
+    kept = out.past_key_values.get_seq_length() - STEPS + 1
+    return Answer(ids, rows[range(STEPS), ids].tolist(), kept)
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def engine(folder: Path, method: str | None, **settings: Any) -> Iterator[LLM]:
     """Run vLLM with the reduced model, and clear away after it."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    architecture = _loaded(folder)[0].config.architectures[0]
+    architecture = loaded(folder)[0].config.architectures[0]
     reduction = vlmfast.vllm.reduced(method, architecture) if method else {}
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "block_size": 32}
     limits = {"image": 2, "video": 0} if "Qwen" in architecture else {"image": 2}
@@ -123,14 +127,19 @@ def engine(folder: Path, method: str | None, **settings: Any) -> Iterator[LLM]:
 
 def ask(llm: LLM, requests: Sequence[Request]) -> list[Answer]:
     """Answer all requests at once."""
+    return answers(llm, [request.prompt for request in requests])
+
+
+def answers(llm: LLM, prompts: Sequence[Any]) -> list[Answer]:
+    """Answer prompts as vLLM takes them, all at once."""
     sampling = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, logprobs=0)
-    answers = []
-    for out in llm.generate([request.prompt for request in requests], sampling, use_tqdm=False):
+    found = []
+    for out in llm.generate(list(prompts), sampling, use_tqdm=False):
         (answer,) = out.outputs
         ids = list(answer.token_ids)
         logprobs = [row[token].logprob for row, token in zip(answer.logprobs, ids, strict=True)]
-        answers.append(Answer(ids, logprobs, len(out.prompt_token_ids)))
-    return answers
+        found.append(Answer(ids, logprobs, len(out.prompt_token_ids)))
+    return found
 
 
 def differences(found: Sequence[Answer], expected: Sequence[Answer]) -> list[float]:
@@ -144,6 +153,6 @@ def differences(found: Sequence[Answer], expected: Sequence[Answer]) -> list[flo
 
 
 @functools.cache
-def _loaded(folder: Path) -> tuple[Any, Any]:
+def loaded(folder: Path) -> tuple[Any, Any]:
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     return model, transformers.AutoProcessor.from_pretrained(folder)

@@ -7,11 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers.video_utils import VideoMetadata
 
+import vlmfast
 from tests.vllm import tiny_models
-from tests.vllm.agreement import TOLERANCE, ask, differences, engine, hugging_face, rounds
+from tests.vllm.agreement import (
+    TOLERANCE,
+    answered,
+    answers,
+    ask,
+    differences,
+    engine,
+    hugging_face,
+    loaded,
+    rounds,
+)
+from tests.vllm.own_methods import Last
 from vlmfast.vllm import encoding, positions, processing
 
 ZIP, SHARES = "visionzip:14+4", "visionzip:0.3+0.1"
@@ -57,6 +71,36 @@ def test_methods_that_ask_for_no_attention(method: str, models: Path):
 def test_without_caches(models: Path):
     found = off("llava", models, *CASES["llava"], enable_prefix_caching=False, mm_processor_cache_gb=0)
     assert max(map(max, found)) < TOLERANCE, found
+
+
+def test_videos_stay_as_they_are_beside_images_that_are_reduced(models: Path):
+    """In the order video, image and image, video; the text behind both is at the positions of the full prompt."""
+    method = "tests.vllm.own_methods.Last(keep=0.2)"
+    folder = tiny_models.write("qwen2_5_vl", models)
+    image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
+    frames = np.stack([np.asarray(tiny_models.picture(seed, 112, 84)) for seed in range(4)])
+    details = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    picture = tiny_models.picture(9, 280, 168)
+    texts = [f"user : {video} and {image} what is w5 ?", f"user : {image} and {video} what is w6 ?"]
+    model, processor = loaded(folder)
+    expected, found = [], []
+    for text in texts:
+        metadata = [VideoMetadata(**details)]
+        inputs = processor(
+            text=[text],
+            images=[picture],
+            videos=[frames],
+            video_metadata=metadata,
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        with vlmfast.patch(model, reduce=Last(0.2)):
+            expected.append(answered(model, inputs))
+    with engine(folder, method, limit_mm_per_prompt={"image": 1, "video": 1}) as llm:
+        videos = [(frames, details | {"do_sample_frames": False, "video_backend": "opencv"})]
+        data = {"image": [picture], "video": videos}
+        found = answers(llm, [{"prompt": text, "multi_modal_data": data} for text in texts])
+    assert max(differences(found, expected)) < TOLERANCE, (found, expected)
 
 
 # ---- processes, which find the plugin by its entry point ----

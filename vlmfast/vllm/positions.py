@@ -44,12 +44,15 @@ class PlacedTokens:
     """Mixin of vLLM's models with M-RoPE."""
 
     config: Any
+    language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._make_buffers(vllm_config.scheduler_config.max_num_batched_tokens, None)
-        # a prompt of many large images that are reduced to a few tokens could otherwise leave the table of the rotation
-        self._last_position: int = self.config.text_config.max_position_embeddings - 1
+        # at the end of the longest prompts, images of fewer tokens than rows could leave the table of the rotation
+        modules = self.language_model.modules()
+        tables = [module.cos_sin_cache for module in modules if hasattr(module, "cos_sin_cache")]
+        self._last_position: int = min(len(table) for table in tables) - 1
 
     def _make_buffers(self, tokens: int, device: torch.device | None) -> None:
         """Make what is added to positions, and their sum: of one address for all steps, as CUDA graphs want it."""
