@@ -102,19 +102,20 @@ def test_settings_that_do_not_go_together_are_refused_by_name(name: str, setting
         config(models, name, "even:8", **settings)
 
 
-def test_drafters_are_refused():
+def test_drafters_and_adapters_of_the_tower_are_refused():
     drafting = SimpleNamespace(method="eagle3")
     plain = SimpleNamespace(compile_mm_encoder=False, cudagraph_mm_encoder=False)
     images = SimpleNamespace(mm_encoder_tp_mode="weights", is_multimodal_pruning_enabled=lambda: False)
     parallel = SimpleNamespace(use_ubatching=False, pipeline_parallel_size=1)
     made = SimpleNamespace(
         speculative_config=drafting,
+        lora_config=SimpleNamespace(enable_tower_connector_lora=True),
         compilation_config=plain,
         parallel_config=parallel,
         model_config=SimpleNamespace(multimodal_config=images),
     )
     wrong = [setting for setting, is_wrong, _ in registration._refused(LLAVA, made) if is_wrong]
-    assert wrong == ["speculative_config with method eagle3"]
+    assert wrong == ["speculative_config with method eagle3", "enable_tower_connector_lora"]
 
 
 # ---- another vLLM ----

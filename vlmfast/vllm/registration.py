@@ -99,6 +99,11 @@ def _refused(architecture: str, config: Any) -> list[tuple[str, bool, str]]:
             speculative is not None and speculative.method not in ("ngram", "ngram_gpu", "suffix"),
             "a drafter would get embeddings that carry positions",
         ),
+        (
+            "enable_tower_connector_lora",
+            bool(config.lora_config and config.lora_config.enable_tower_connector_lora),
+            "vLLM counts the tokens of the tower by those that come out of it",
+        ),
         ("dual batch overlap", parallel.use_ubatching, "half batches would get the positions of others"),
         (
             "pipeline_parallel_size > 1",
