@@ -72,9 +72,9 @@ def run(paths: list[str], options: argparse.Namespace) -> None:
         engine_kwargs=settings,
         concurrency=options.workers,
         batch_size=options.batch,
-        apply_chat_template=False,
-        tokenize=False,
-        detokenize=False,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
         **({"placement_group_config": {"bundles": [{"CPU": 1}]}, "accelerator_type": None} if options.cpu else {}),
     )
 
@@ -82,7 +82,7 @@ def run(paths: list[str], options: argparse.Namespace) -> None:
         from PIL import Image
 
         image = Image.open(row["path"]).convert("RGB")
-        sampling = {"temperature": 0, "max_tokens": options.new_tokens, "detokenize": True}
+        sampling = {"temperature": 0, "max_tokens": options.new_tokens}
         return {
             "path": row["path"],
             "prompt": options.prompt,

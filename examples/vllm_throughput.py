@@ -67,7 +67,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     limits = {"image": 1, "video": 0} if "qwen" in model.lower() else {"image": 1}
     llm = LLM(
         model,
-        max_model_len=4096,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
         max_num_seqs=options.requests,
         dtype="bfloat16",
         enforce_eager=True,

@@ -172,15 +172,15 @@ def _qwen3_vl(tokenizer: Any, text: Mapping[str, Any] = MappingProxyType({}), **
 
 
 # with as many tokens as published models have, of fewer and narrower layers: for measurements of speed
-WIDE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
 WIDE_TOWER = {"hidden_size": 256, "intermediate_size": 1024}
 wide_llava = functools.partial(
-    _llava, text=WIDE | {"num_key_value_heads": 12}, side=336, patch=14, num_hidden_layers=7, **WIDE_TOWER
+    _llava, text=WIDE | {"num_key_value_heads": 8}, side=336, patch=14, num_hidden_layers=7, **WIDE_TOWER
 )
 wide_qwen3_vl = functools.partial(
     _qwen3_vl,
     text=WIDE | {"num_key_value_heads": 4},
-    out_hidden_size=768,
+    out_hidden_size=512,
     depth=7,
     num_position_embeddings=2304,
     deepstack_visual_indexes=[1, 3, 5],
