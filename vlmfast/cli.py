@@ -16,6 +16,7 @@ from vlmfast.benchmarks import command as benchmarks
 from vlmfast.console import DEFAULT, DTYPES, CommandError, one_line, positive
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches import scan
+from vlmfast.reduce import spelling
 from vlmfast.registry import order
 
 
@@ -119,7 +120,7 @@ def _add_demo(commands: Any) -> None:
         "--reduce",
         metavar="METHOD",
         type=demo_reduce.parse_method,
-        help=f"then compare with fewer visual tokens: {demo_reduce.usage()}",
+        help=f"then compare with fewer visual tokens: {spelling.usage()}",
     )
     command.add_argument(
         "--overlay",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,47 +14,20 @@ from vlmfast.console import CommandError, one_line, table, writable
 from vlmfast.demo_answers import answer, clocks
 from vlmfast.demo_crops import find_boxes
 from vlmfast.demo_model import Subject
-from vlmfast.reduce import LayerMethod, Method, ReducedImage
+from vlmfast.reduce import LayerMethod, Method, ReducedImage, spelling
 from vlmfast.reduce.drawing import Crop, draw
-from vlmfast.reduce.methods import METHODS
-
-OF_IMAGES = {name: method for name, method in METHODS.items() if "image" in method.takes}
 
 
 def parse_method(text: str) -> Method | LayerMethod:
-    """Make a method from its name and a number, or a share such as 0.1, for each argument that has no default.
-
-    Several numbers with commas between them are a sequence.
+    """Make a method from text, as `vlmfast.reduce.spelling` does, for argparse.
 
     Raises:
         ArgumentTypeError: for anything but such as "visionzip:54+10", "fastv:2:0.5" or "pyramiddrop:8,16:0.5,0.25".
     """
-    name, _, budget = text.partition(":")
-    arguments = re.split("[+:]", budget)
-    known = name in OF_IMAGES and len(arguments) == len(OF_IMAGES[name].required())
-    number = r"(\d+|\d*\.\d+)"
-    if not known or not all(re.fullmatch(rf"{number}(,{number})*", argument) for argument in arguments):
-        raise argparse.ArgumentTypeError(f"must be one of {usage()}, got {text!r}")
-    method: Any = METHODS[name]
     try:
-        found: Method | LayerMethod = method(*map(_argument, arguments))
-    except (TypeError, ValueError) as error:
+        return spelling.parse_method(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return found
-
-
-def _argument(text: str) -> Any:
-    values = [float(number) if "." in number else int(number) for number in text.split(",")]
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def usage() -> str:
-    """Say what `parse_method` takes."""
-    forms = [f"{name}:{'+'.join(method.required()).upper()}" for name, method in sorted(OF_IMAGES.items())]
-    numbers = (
-        "each a number of tokens such as 64 or a share such as 0.1; layers are numbers, with commas between several"
-    )
-    return f"{', '.join(forms)}, {numbers}"
 
 
 def compare(

@@ -16,7 +16,7 @@ from tests.helpers.cut_models import Masked
 from tests.helpers.reduce_models import WORD, Talk
 from tests.reduce.test_cuts import HALF, HYBRID, LAYERS, METHOD, PROMPTS, assert_close, logits, patched, talk_of
 from vlmfast import demo_reduce
-from vlmfast.reduce import EvenTokens, FastV, LayerMethod, PyramidDrop, VisionZip
+from vlmfast.reduce import EvenTokens, FastV, LayerMethod, PyramidDrop, VisionZip, spelling
 from vlmfast.reduce.costs import Shape
 
 TYPES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
@@ -322,10 +322,10 @@ def test_attention_that_passes_by_is_an_error():
 
 
 def test_methods_are_typed_as_others_are():
-    assert demo_reduce.parse_method("fastv:2+0.5") == demo_reduce.parse_method("fastv:2:0.5") == FastV(2, 0.5)
-    assert demo_reduce.parse_method("pyramiddrop:8,16:0.5,0.25") == PyramidDrop((8, 16), (0.5, 0.25))
-    assert demo_reduce.parse_method("pyramiddrop:8:0.5") == PyramidDrop(8, 0.5)
-    assert "fastv:LAYER+KEEP" in demo_reduce.usage()
+    assert spelling.parse_method("fastv:2+0.5") == spelling.parse_method("fastv:2:0.5") == FastV(2, 0.5)
+    assert spelling.parse_method("pyramiddrop:8,16:0.5,0.25") == PyramidDrop((8, 16), (0.5, 0.25))
+    assert spelling.parse_method("pyramiddrop:8:0.5") == PyramidDrop(8, 0.5)
+    assert "fastv:LAYER+KEEP" in spelling.usage()
     for wrong in ("fastv:2", "fastv:0:0.5", "fastv:2:0.5,", "fastv:0.5:0.5", "pyramiddrop:8:2"):
         with pytest.raises(argparse.ArgumentTypeError):
             demo_reduce.parse_method(wrong)

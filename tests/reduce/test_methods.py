@@ -216,10 +216,10 @@ from vlmfast.reduce.methods.method import PruningMethod
 USE = """
 import vlmfast
 from scripts import make_docs
-from vlmfast import demo_reduce
-assert demo_reduce.parse_method("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
+from vlmfast.reduce import spelling
+assert spelling.parse_method("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
 assert "Farthest" in vlmfast.__all__ and "Farthest" in vlmfast.reduce.__all__
-assert "farthest:KEEP" in demo_reduce.usage()
+assert "farthest:KEEP" in spelling.usage()
 assert "| `Farthest(keep)` | Tokens that are unlike each other. |" in make_docs.methods()
 """
 

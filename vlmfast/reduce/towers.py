@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,29 +124,37 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
         inputs["return_dict"] = True  # others return nothing else
     with recorded(query=projection("q"), key=projection("k")) as calls:
         output = tower(pixel_values, output_hidden_states=states, **inputs)
-    query, key = (calls[name][1].detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
+    query, key = (calls[name].output.detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
     features = [output.hidden_states[index] for index in wanted]
     hidden = features[0] if len(features) == 1 else torch.cat(features, -1)
     return EncodedImages(pixel_values, output, hidden, query, key, attention.scale, has_cls(tower))
 
 
+class Call(NamedTuple):
+    """What a module was called with, and what it gave."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
 @contextmanager
-def recorded(**modules: nn.Module) -> Iterator[dict[str, tuple[Any, ...]]]:
-    """Record the keyword arguments and the output of each module, which this thread calls once in the block.
+def recorded(**modules: nn.Module) -> Iterator[dict[str, Call]]:
+    """Record the call of each module, which this thread calls once in the block.
 
     Raises:
         RuntimeError: if the hooks did not run once each. Layers that are compiled by themselves or with their encoder
             share what one of them was traced with, its hooks or their absence.
     """
     thread = threading.get_ident()
-    calls: dict[str, tuple[Any, ...]] = {}
+    calls: dict[str, Call] = {}
     seen: list[str] = []
 
-    def record(name: str, _: nn.Module, __: Any, *rest: Any) -> None:
+    def record(name: str, _: nn.Module, *call: Any) -> None:
         # torch reads its hooks and which of them take keyword arguments one after the other: another thread, caught
         # while this one adds or removes a hook, calls it without them
         if threading.get_ident() == thread:
-            calls[name] = rest  # the keyword arguments and the output
+            calls[name] = Call(*call)
             seen.append(name)
 
     hooks = [

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.host import on_host
+from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.tokens import VisualTokens
@@ -72,7 +73,7 @@ def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str,
     crops = (
         []
         if all(image.makes_smaller for image in packings)
-        else _reduce_crops(encoded, tokens, totals, method, project)
+        else reduce_crops(encoded, tokens, totals, [method] * len(totals), project)
     )
     images, end = [], 0
     for image in packings:
@@ -85,13 +86,20 @@ def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str,
     return images
 
 
-def _reduce_crops(
-    encoded: EncodedImages, tokens: VisualTokens, totals: Sequence[int], method: Method, project: Any
+def reduce_crops(
+    encoded: EncodedImages, tokens: VisualTokens, totals: Sequence[int], methods: Sequence[Method], project: Any
 ) -> list[Crop]:
-    """Reduce each crop by itself, those together of which the model makes as many tokens."""
+    """Reduce each crop by itself, those together that have one method and of which the model makes as many tokens.
+
+    Args:
+        encoded: the crops.
+        tokens: of all of them.
+        totals: how many tokens the model makes of each crop.
+        methods: of each crop.
+        project: the projector.
+    """
     crops: dict[int, Crop] = {}
-    for total in dict.fromkeys(totals):
-        members = [number for number, other in enumerate(totals) if other == total]
+    for (total, method), members in groups(list(zip(totals, methods, strict=True))):
         selection = method.select(tokens.take(members, total))
         rows = project(encoded.reduce(selection, members))
         places = selection.positions().to(rows.device)  # the tower may be on another one

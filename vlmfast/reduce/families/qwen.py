@@ -11,6 +11,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor, nn
 from vlmfast.functions import accepting
 from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
+from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.tokens import Grid, VisualTokens
 from vlmfast.reduce.towers import recorded
-
-Rows = Callable[[], Tensor]
 
 
 def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
@@ -50,12 +50,36 @@ def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Meth
     side: int = base.visual.spatial_merge_size
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
     encode = base.get_video_features if kind == "video" else base.get_image_features
-    levels, scores, metric = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
+    levels, attention = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
+    return reduce_encoded(levels, attention, pixels, grids, [method] * len(grids), kind)
+
+
+def reduce_encoded(
+    levels: Sequence[Tensor],
+    attention: BlockAttention,
+    pixels: Tensor,
+    grids: Sequence[Grid],
+    methods: Sequence[Method],
+    kind: str = "image",
+) -> list[ReducedImage]:
+    """Reduce the visual tokens of encoded images or videos, N in all, those of one size and method at once.
+
+    Args:
+        levels: the features and DeepStack's, each (N, D), in raster order.
+        attention: of the last block.
+        pixels: (patches, C), what the tower was given.
+        grids: of each image.
+        methods: for each image.
+        kind: "image" or "video".
+
+    Raises:
+        ValueError: if the budget of the method does not fit an image.
+    """
     counts = [math.prod(grid) for grid in grids]
+    # images of several sizes ask one after the other
+    scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
 
-    def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
-        members = [number for number, other in enumerate(grids) if other == grid]
-
+    def reduce_alike(grid: Grid, method: Method, members: Sequence[int]) -> Iterable[tuple[int, ReducedImage]]:
         def stack(rows: Tensor) -> Tensor:
             """(N, ...) over all images -> (B, N, ...) of those of this size."""
             parts = torch.split(rows, counts)
@@ -68,29 +92,54 @@ def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Meth
             scores=lambda: stack(scores()),
             metric=lambda: stack(metric()),
             features=features[0].detach,
-            pixels=lambda: stack(pixels.reshape(-1, side**2, pixels.shape[1])),
+            pixels=lambda: stack(pixels.reshape(-1, attention.group, pixels.shape[1])),
             crops=grid[0] if kind == "video" else 1,
         )
         selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)
         rows = [selection.apply(level) for level in features]
         return zip(members, cut(selection, rows, grid, tokens.count, kind=kind), strict=True)
 
-    images = dict(pair for grid in dict.fromkeys(grids) for pair in reduce_size(grid))
+    alike = groups(list(zip(grids, methods, strict=True)))
+    images = dict(pair for (grid, method), members in alike for pair in reduce_alike(grid, method, members))
     return [images[number] for number in range(len(grids))]
 
 
-def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tuple[list[Tensor], Rows, Rows]:
+@dataclass(frozen=True)
+class BlockAttention:
+    """Queries and keys of a tower's last block, of all its images, from which the scores are made when asked for."""
+
+    query: Tensor  # (T, H, head_dim), rotated
+    key: Tensor  # (T, H, head_dim), rotated
+    bounds: Tensor  # (S + 1,) int32, where images, or frames of a video, begin and end
+    group: int  # how many consecutive patches become one visual token
+    scale: float  # of the logits
+    order: Tensor | None  # (N,) the raster positions of the visual tokens, where the block has them in another order
+
+    def scores(self) -> Tensor:
+        """(N,) float32, of a float64 model float64: the attention that the patches of each visual token get."""
+        by_head = self.query.transpose(0, 1), self.key.transpose(0, 1)
+        return self._raster(accepting(received_attention, self.key)(*by_head, self.bounds, self.group, self.scale))
+
+    def metric(self) -> Tensor:
+        """(N, head_dim) float32, of a float64 model float64: the mean key of each visual token."""
+        wide = torch.promote_types(self.key.dtype, torch.float32)
+        return self._raster(self.key.reshape(-1, self.group, *self.key.shape[1:]).mean((1, 2), dtype=wide))
+
+    def _raster(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else torch.empty_like(rows).index_copy(0, self.order, rows)
+
+
+def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tuple[list[Tensor], BlockAttention]:
     """Run the tower, which ``encode`` does.
 
     Returns:
-        Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); (N,), the
-        attention that the patches of each get; and (N, head_dim), their mean key; both float32, of a float64 model
-        float64.
+        Over the N visual tokens of all images in raster order: the features and DeepStack's, each (N, D); and the
+        attention of the last block.
     """
     attention = tower.blocks[-1].attn
     with recorded(attention=attention, qkv=attention.qkv) as calls:
         output = encode()
-    given, projected = calls["attention"][0], calls["qkv"][1].detach()
+    given, projected = calls["attention"].kwargs, calls["qkv"].output.detach()
     device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     # a tensor for each image, but in DeepStack's levels up to transformers 5.17
@@ -100,26 +149,16 @@ def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tup
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision  # type: ignore[attr-defined]
     query, key = rotate(query, key, *(part.to(device) for part in given["position_embeddings"]))
     bounds = given["cu_seqlens"].to(device, torch.int32)  # of images, or frames of a video
-    side = tower.spatial_merge_size
-    group = side**2  # consecutive patches that become one visual token
-    order = None
-    if hasattr(tower, "window_size"):
-        (order,) = to_device(device, window_order(grids, tower.window_size // side // tower.patch_size))
+    order = raster_order(tower, grids, device)
+    return levels, BlockAttention(query, key, bounds, tower.spatial_merge_size**2, attention.scaling, order)
 
-    def raster(rows: Tensor) -> Tensor:
-        return rows if order is None else torch.empty_like(rows).index_copy(0, order, rows)
 
-    @functools.cache
-    def scores() -> Tensor:
-        by_head = query.transpose(0, 1), key.transpose(0, 1)
-        return raster(accepting(received_attention, key)(*by_head, bounds, group, attention.scaling))
-
-    @functools.cache
-    def metric() -> Tensor:
-        wide = torch.promote_types(key.dtype, torch.float32)
-        return raster(key.reshape(-1, group, *key.shape[1:]).mean((1, 2), dtype=wide))
-
-    return levels, scores, metric
+def raster_order(tower: Any, grids: Sequence[Grid], device: torch.device) -> Tensor | None:
+    """Return `window_order` on the device for a tower that has windows, transformers' or one with its attributes."""
+    if not hasattr(tower, "window_size"):
+        return None
+    window = tower.window_size // tower.spatial_merge_size // tower.patch_size
+    return to_device(device, window_order(grids, window))[0]
 
 
 def window_order(grids: Sequence[Grid], window: int) -> Tensor:

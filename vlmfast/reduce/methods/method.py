@@ -82,19 +82,33 @@ class Method(Named):
             raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
         return accepting(top_tokens, scores)(scores, k)
 
+    def counts(self, count: int, has_cls: bool, total: int, crops: int = 1) -> tuple[int, int, bool]:
+        """Return what is left of an image, before it is encoded: tokens kept, tokens merged into, whether a CLS token.
+
+        Args:
+            count: N, its tokens without a CLS token.
+            has_cls: whether there is a CLS token that may be kept.
+            total: how many tokens the model itself makes of it, see `VisualTokens`.
+            crops: the number of crops whose tokens these are.
+
+        Raises:
+            ValueError: if the budget is below 0.
+        """
+        kept, contextual = self.budget(total, has_cls, crops)
+        if kept < 0 or contextual < 0:
+            raise ValueError(f"budget of {self} must be of at least 0 + 0 visual tokens, got {kept} + {contextual}")
+        keep_cls = self.keeps_cls and has_cls and total > 0
+        room = min(count, total - keep_cls)
+        kept = min(kept, room)
+        return kept, min(contextual, room - kept), keep_cls
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Decide for all images at once.
 
         Raises:
             ValueError: if the budget is below 0, or `score` or `choose` return something else than they have to.
         """
-        kept, contextual = self.budget(tokens.total, tokens.has_cls, tokens.crops)
-        if kept < 0 or contextual < 0:
-            raise ValueError(f"budget of {self} must be of at least 0 + 0 visual tokens, got {kept} + {contextual}")
-        keep_cls = self.keeps_cls and tokens.has_cls and tokens.total > 0
-        room = min(tokens.count, tokens.total - keep_cls)
-        kept = min(kept, room)
-        contextual = min(contextual, room - kept)
+        kept, contextual, keep_cls = self.counts(tokens.count, tokens.has_cls, tokens.total, tokens.crops)
         chosen = self._chosen(tokens, kept)
         metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
         slots = accepting(merge_slots, metric)(metric, chosen, contextual)

@@ -1,0 +1,197 @@
+"""Vision-language models with random weights, written to disk with a tokenizer and a processor, as vLLM wants them.
+
+Heads of the language models have 64 channels: vLLM's attention on CPUs takes 32, 64, 80, ... only.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *QWEN]
+WORDS = [*re.findall(r"\S+", "user assistant what is in this image the and : ?"), *(f"w{i}" for i in range(360))]
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+CHAT = (
+    "{%- for m in messages -%}user {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type in ('image', 'image_url') %}IMAGE{% else %} {{ c.text }}{% endif %}{% endfor %}{% endif %}"
+    "{%- endfor %} assistant"
+)
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write the model of a family, once, and return its folder."""
+    folder = folder / name
+    if folder.exists():
+        return folder
+    tokenizer = _tokenizer()
+    config, processor = FAMILIES[name](tokenizer)
+    tokenizer.chat_template = CHAT.replace("IMAGE", placeholder(name))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    config.architectures = [type(model).__name__]
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+            else:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            # attention that prefers some patches clearly
+            in_tower = "vision" in key or "visual" in key
+            if in_tower and any(part in key for part in ("q_proj.weight", "k_proj.weight", "qkv.weight")):
+                parameter.mul_(4.0)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    if "llava" in name:  # as published checkpoints name them, and vLLM knows them; transformers 5.17 writes others
+        weights = load_file(folder / "model.safetensors")
+        old, new = "vision_tower.", "vision_tower.vision_model."
+        weights = {key if new in key else key.replace(old, new): value for key, value in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    processor.save_pretrained(folder)
+    return folder
+
+
+def placeholder(name: str) -> str:
+    """Return what stands for an image in a prompt."""
+    return "<image>" if "llava" in name else "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    """Make a picture of coloured areas with noise."""
+    rng = np.random.default_rng(seed)
+    areas = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    noise = rng.integers(-20, 20, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(areas).astype(int) + noise, 0, 255).astype(np.uint8))
+
+
+def _tokenizer() -> Any:
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(SPECIALS + WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIALS[4:],
+        padding_side="left",
+        model_max_length=8192,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _text(tokenizer: Any, **others: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
+    return sizes | heads | tokens | others
+
+
+def _clip(**others: Any) -> dict[str, Any]:
+    layers = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return (
+        {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 7, "projection_dim": 32} | layers | others
+    )
+
+
+def _llava_parts(
+    tokenizer: Any, side: int = 56, patch: int = 7, **tower: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return what the configuration, the image processor and the processor of both LLaVAs have in common."""
+    tower = _clip(image_size=side, patch_size=patch, **tower)
+    count = (side // patch) ** 2
+    features = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_seq_length": count}
+    config = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>"), "vision_config": tower} | features
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    tokens = {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return config, sizes, tokens
+
+
+def _llava(tokenizer: Any, text: Mapping[str, Any] = MappingProxyType({}), **tower: Any) -> tuple[Any, Any]:
+    parts, sizes, tokens = _llava_parts(tokenizer, **tower)
+    text = _text(tokenizer, model_type="llama", architectures=["LlamaForCausalLM"], **text)
+    images = transformers.CLIPImageProcessor(**sizes)
+    return transformers.LlavaConfig(text_config=text, **parts), transformers.LlavaProcessor(images, tokenizer, **tokens)
+
+
+def _llava_next(tokenizer: Any) -> tuple[Any, Any]:
+    parts, sizes, tokens = _llava_parts(tokenizer)
+    text = _text(tokenizer, model_type="mistral", architectures=["MistralForCausalLM"])
+    images = transformers.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **sizes)
+    config = transformers.LlavaNextConfig(text_config=text, image_grid_pinpoints=PINPOINTS, **parts)
+    return config, transformers.LlavaNextProcessor(images, tokenizer, **tokens)
+
+
+def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return dict(zip(names, map(tokenizer.convert_tokens_to_ids, QWEN), strict=True)) | {"tie_word_embeddings": False}
+
+
+def _qwen_processor(tokenizer: Any, release: str, patch: int) -> Any:
+    sizes = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    area = (patch * 2) ** 2
+    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": area, "longest_edge": area * 1280}, **sizes)
+    videos = "Qwen3VLVideoProcessor" if release == "Qwen3" else "Qwen2VLVideoProcessor"
+    return getattr(transformers, f"{release}VLProcessor" if release == "Qwen3" else f"{release}_VLProcessor")(
+        image_processor=images, tokenizer=tokenizer, video_processor=getattr(transformers, videos)(**sizes)
+    )
+
+
+def _qwen_tower(patch: int, **others: Any) -> dict[str, Any]:
+    layers = {"depth": 4, "hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 96, "num_heads": 2}
+    return layers | {"patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2} | others
+
+
+def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4}
+    tower = _qwen_tower(14, window_size=56, fullatt_block_indexes=[1, 3])
+    text = _text(tokenizer, rope_parameters=rope)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **_qwen_ids(tokenizer))
+    return config, _qwen_processor(tokenizer, "Qwen2_5", 14)
+
+
+def _qwen3_vl(tokenizer: Any, text: Mapping[str, Any] = MappingProxyType({}), **tower: Any) -> tuple[Any, Any]:
+    rope = {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True, "rope_theta": 1e4}
+    tower = _qwen_tower(16, **{"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]} | tower)
+    text = _text(tokenizer, **{"head_dim": 64, "num_hidden_layers": 4, "rope_parameters": rope} | dict(text))
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **_qwen_ids(tokenizer))
+    return config, _qwen_processor(tokenizer, "Qwen3", 16)
+
+
+# with as many tokens as published models have, of fewer and narrower layers: for measurements of speed
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+WIDE_TOWER = {"hidden_size": 256, "intermediate_size": 1024}
+wide_llava = functools.partial(
+    _llava, text=WIDE | {"num_key_value_heads": 8}, side=336, patch=14, num_hidden_layers=7, **WIDE_TOWER
+)
+wide_qwen3_vl = functools.partial(
+    _qwen3_vl,
+    text=WIDE | {"num_key_value_heads": 4},
+    out_hidden_size=512,
+    depth=7,
+    num_position_embeddings=2304,
+    deepstack_visual_indexes=[1, 3, 5],
+    **WIDE_TOWER,
+)
+
+FAMILIES = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "llava_wide": wide_llava,
+    "qwen3_vl_wide": wide_qwen3_vl,
+}

@@ -1,0 +1,127 @@
+"""What the reduced models have in common: methods of images, calls of the tower that fit its memory, its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+from vlmfast.reduce.groups import groups
+from vlmfast.reduce.methods import Method
+from vlmfast.reduce.towers import EncodedImages, recorded
+from vlmfast.vllm.naming import KEY
+from vlmfast.vllm.processing import FIELD, decode_text, method_of
+from vlmfast.vllm.registration import replaces
+
+
+class ReducedEncoder:
+    """Mixin of vLLM's models. A family gives `reduce_images`, and the sizes of images to `in_pieces`."""
+
+    config: Any
+    _methods: Sequence[Method] = ()  # of the images of the call in hand
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__mro__[1:]:
+            if not base.__module__.startswith("vlmfast.") and issubclass(base, nn.Module) and base is not nn.Module:
+                for name in ("embed_multimodal", "_process_image_input"):
+                    replaces(name, base)
+                break
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        # vLLM counts what an encoder puts out, and there is less: without a limit a call gets many times the images
+        self._most_tokens: int = vllm_config.scheduler_config.max_num_encoder_input_tokens
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Encode images, each with its own method."""
+        texts = kwargs.pop(FIELD, None)
+        self._methods = [method_of(self.config, decode_text(row)) for row in texts] if texts is not None else ()
+        try:
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        finally:
+            self._methods = ()
+
+    def methods_of(self, images: int) -> Sequence[Method]:
+        """Return the methods of so many images, which `embed_multimodal` was given."""
+        return self._methods or [method_of(self.config, getattr(self.config, KEY))] * images
+
+    def pieces(self, tokens: Sequence[int]) -> Iterator[slice]:
+        """Cut images of so many tokens each into calls that are as large as those of the model without reduction."""
+        start = held = 0
+        for number, count in enumerate(tokens):
+            if number > start and held + count > self._most_tokens:
+                yield slice(start, number)
+                start, held = number, 0
+            held += count
+        yield slice(start, len(tokens))
+
+
+def by_method(methods: Sequence[Method], reduce: Callable[[Method, list[int]], Iterable[Tensor]]) -> list[Tensor]:
+    """Reduce the images of each method together, given by ascending numbers, and return them in their order."""
+    found: dict[int, Tensor] = {}
+    for method, members in groups(methods):
+        found |= zip(members, reduce(method, members), strict=True)
+    return [found[number] for number in range(len(methods))]
+
+
+def mean_over_ranks(part: Tensor) -> Tensor:
+    """Return the mean over the ranks of tensor parallelism, of which each has as many heads: all choose alike."""
+    size = get_tensor_model_parallel_world_size()
+    return part if size == 1 else tensor_model_parallel_all_reduce(part.contiguous()) / size
+
+
+@contextmanager
+def attention_inputs(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Give, after the block, the queries and keys of vLLM's encoder attention, rotated, whatever its backend.
+
+    Raises:
+        RuntimeError: as `recorded`.
+    """
+    found: dict[str, Tensor] = {}
+    with recorded(attention=attention) as calls:
+        yield found
+    args, kwargs, _ = calls["attention"]
+    found.update(zip(("query", "key"), args, strict=False))
+    found.update({name: kwargs[name] for name in ("query", "key") if name in kwargs})
+
+
+@dataclass(frozen=True)
+class EncodedByRank(EncodedImages):
+    """Encoded images of which a rank has some of the heads."""
+
+    def scores(self) -> Tensor:
+        """(B, N): the mean over all heads of the attention that each patch gets."""
+        return mean_over_ranks(super().scores())
+
+    def metric(self) -> Tensor:
+        """(B, N, head_dim): the mean over all heads of the keys."""
+        return mean_over_ranks(super().metric())
+
+
+def check_tower(config: Any) -> None:
+    """Raise unless `encode_crops` knows the tower of this configuration.
+
+    Raises:
+        ValueError: for another one, or features of several layers.
+    """
+    if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"the vision tower must be CLIP or SigLIP, got {config.vision_config.model_type}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer must be one layer, got {config.vision_feature_layer}")
+
+
+def encode_crops(tower: Any, pixels: Tensor) -> EncodedImages:
+    """Run CLIP or SigLIP once, of which vLLM has built the layers up to the one that the features come from."""
+    inner = tower.vision_model
+    attention = inner.encoder.layers[-1].self_attn
+    with attention_inputs(attention.attn) as seen:
+        hidden = tower(pixels, feature_select_strategy="full")
+    heads = attention.num_heads_per_partition
+    query, key = (seen[name].view(*hidden.shape[:2], heads, -1) for name in ("query", "key"))
+    has_cls = hasattr(inner.embeddings, "class_embedding")
+    return EncodedByRank(pixels, hidden, hidden, query, key, attention.scale, has_cls)

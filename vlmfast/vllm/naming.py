@@ -1,0 +1,108 @@
+"""How a reduced model is named: by an architecture of its own, and by the method in its configuration.
+
+Both are overrides of the Hugging Face configuration, which vLLM takes to every process and machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from vlmfast.reduce.methods import LayerMethod, Method, told
+from vlmfast.reduce.spelling import parse_method, spell_method
+
+KEY = "vlmfast_reduce"  # in the configuration, and in mm_processor_kwargs of a request
+PREFIX = "Vlmfast"
+
+# vLLM's architecture -> our module of its reduced model
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "Qwen2_5_VLForConditionalGeneration": "qwen",
+    "Qwen3VLForConditionalGeneration": "qwen",
+}
+
+
+def reduced(method: str | Method, model: str) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM`` that reduce the visual tokens of each image.
+
+    Args:
+        method: such as ``vlmfast.VisionZip(54, 10)``, or its text, see `vlmfast.reduce.spelling.parse_method`.
+        model: a folder, the name of a repository, or one of vLLM's architectures.
+
+    Raises:
+        TypeError or ValueError: for a method or a model that cannot be served reduced.
+    """
+    text = method if isinstance(method, str) else spell_method(checked(method))
+    architecture = model if model in ARCHITECTURES else _architecture(model)
+    configured_method(architecture, text)
+    return {"hf_overrides": {"architectures": [PREFIX + architecture], KEY: text}}
+
+
+def server_arguments(method: str | Method, model: str) -> list[str]:
+    """Return the same for the command line of vLLM's server, ``["--hf-overrides", JSON]``."""
+    return ["--hf-overrides", json.dumps(reduced(method, model)["hf_overrides"], separators=(",", ":"))]
+
+
+@functools.cache
+def configured_method(architecture: str, text: object) -> Method:
+    """Return the method of a configuration, whose text may name a class of any module.
+
+    Raises:
+        ValueError: as `reduced`, with the setting that is wrong.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f'hf_overrides must have {KEY}, a method such as "visionzip:54+10", got {text!r}')
+    return fitting(architecture, parse_method(text, trusted=True))
+
+
+@functools.lru_cache(256)
+def requested_method(architecture: str, text: str) -> Method:
+    """Return the method that a request names: one of vlmfast's own.
+
+    Raises:
+        ValueError: for anything else, with what it may be.
+    """
+    return fitting(architecture, parse_method(text))
+
+
+def fitting(architecture: str, method: object) -> Method:
+    """Return the method if it leaves a number of tokens that is known before an image is encoded.
+
+    Raises:
+        TypeError or ValueError: if it does not.
+    """
+    found = checked(method)
+    crops = architecture.removeprefix(PREFIX) == "LlavaNextForConditionalGeneration"
+    if crops and getattr(found, "packing", "model") != "published":
+        raise ValueError(
+            f"{found}: how many tokens LLaVA-NeXT's own packing leaves depends on the picture, as chosen padding is "
+            f'left out, and vLLM must know before: use VisionZip with packing="published"'
+        )
+    return found
+
+
+def checked(method: object) -> Method:
+    """Return the method if it is one for images before the language model.
+
+    Raises:
+        TypeError or ValueError: if it is not.
+    """
+    if isinstance(method, LayerMethod):
+        raise ValueError(f"{method} cuts between layers of the language model, whose paged cache holds all or none")
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {told(method)}")
+    if "image" not in method.takes:
+        raise ValueError(f"{method} reduces videos, and vLLM's videos stay as they are: use a method for images")
+    return method
+
+
+def _architecture(model: str) -> str:
+    from transformers import AutoConfig
+
+    names = getattr(AutoConfig.from_pretrained(model), "architectures", None) or []
+    known = [name for name in names if name in ARCHITECTURES]
+    if not known:
+        raise ValueError(f"the model must be one of {', '.join(ARCHITECTURES)}, got {', '.join(names) or 'no name'}")
+    return str(known[0])

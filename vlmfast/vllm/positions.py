@@ -1,0 +1,117 @@
+"""M-RoPE positions of kept tokens: those that they have in the full prompt, which depend on the picture.
+
+Which tokens are kept is known only once the image is encoded, so their rows and columns travel with the embeddings, as
+more channels. All else about positions depends on the image's size alone: `get_mrope_input_positions` gives text its
+final positions, and each token of an image the position of the image's first one. `embed_input_ids` cuts the channels
+off, and `forward` adds them. So prefixes that are cached, chunks that end within images, preempted requests and either
+of vLLM's runners need nothing special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.multimodal.utils import copy_mm_embedding_modality
+
+BASE = 256  # bfloat16 holds integers up to this one: a number is two digits, each a channel
+CHANNELS = 4
+
+
+def with_places(rows: Tensor, places: Tensor) -> Tensor:
+    """(n, D) rows and (n, 2) rows and columns in the grid -> (n, D + CHANNELS)."""
+    digits = torch.stack([places // BASE, places % BASE], -1).flatten(1)
+    return torch.cat([rows, digits.to(rows)], 1)
+
+
+def places_of(rows: Tensor) -> Tensor:
+    """(n, D + CHANNELS) -> (n, 2) int64, what `with_places` was given."""
+    digits = rows[:, -CHANNELS:].round().long().view(len(rows), 2, 2)
+    return digits[..., 0] * BASE + digits[..., 1]
+
+
+def full_tokens(feature: Any, side: int) -> int:
+    """Return how many tokens an item has in the full prompt: an image those of its grid, a video those it has here."""
+    if feature.modality != "image":
+        return int(feature.mm_position.length)
+    return int(feature.data["image_grid_thw"].data.prod()) // side**2
+
+
+class PlacedTokens:
+    """Mixin of vLLM's models with M-RoPE."""
+
+    config: Any
+    language_model: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._make_buffers(vllm_config.scheduler_config.max_num_batched_tokens, None)
+        # at the end of the longest prompts, images of fewer tokens than rows could leave the table of the rotation
+        modules = self.language_model.modules()
+        tables = [module.cos_sin_cache for module in modules if hasattr(module, "cos_sin_cache")]
+        self._last_position: int = min(len(table) for table in tables) - 1
+
+    def _make_buffers(self, tokens: int, device: torch.device | None) -> None:
+        """Make what is added to positions, and their sum: of one address for all steps, as CUDA graphs want it."""
+        self._offsets = torch.zeros(3, tokens, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(3, tokens, dtype=torch.int64, device=device)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Take what is left of the positions of the full prompt, of an image those of its first token."""
+        side = self.config.vision_config.spatial_merge_size
+        tokens: list[int] = []
+        columns: list[int] = []
+        features, done = [], 0
+
+        def copy(end: int) -> None:
+            columns.extend(range(len(tokens), len(tokens) + end - done))
+            tokens.extend(input_tokens[done:end])
+
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            place = feature.mm_position
+            copy(place.offset)
+            start, done = len(tokens), place.offset
+            count = full_tokens(feature, side)
+            features.append(replace(feature, mm_position=replace(place, offset=start, length=count)))
+            if feature.modality == "image":
+                columns += [start] * place.length
+                tokens += [input_tokens[place.offset]] * count
+                done += place.length
+        copy(len(input_tokens))
+        positions, delta = super().get_mrope_input_positions(tokens, features)  # type: ignore[misc]
+        return positions[:, columns], delta + len(tokens) - len(input_tokens)
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        """Keep the places of the tokens for `forward`, and embed them without."""
+        if multimodal_embeddings is not None and len(multimodal_embeddings) and is_multimodal is not None:
+            multimodal_embeddings = self._take_places(input_ids, multimodal_embeddings, is_multimodal)
+        embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embedded
+
+    def _take_places(self, input_ids: Tensor, embeddings: Sequence[Tensor], is_multimodal: Tensor) -> list[Tensor]:
+        count = len(input_ids)
+        self._reserve(count, input_ids.device)
+        mask = is_multimodal.to(input_ids.device, non_blocking=True)
+        places = torch.cat([places_of(rows) for rows in embeddings])
+        self._offsets[1:, :count] = places.new_zeros(count, 2).masked_scatter(mask[:, None], places).T
+        return [copy_mm_embedding_modality(rows, rows[:, :-CHANNELS]) for rows in embeddings]
+
+    def _reserve(self, tokens: int, device: torch.device) -> None:
+        if self._offsets.device != device or self._offsets.shape[1] < tokens:
+            self._make_buffers(max(tokens, self._offsets.shape[1]), device)
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the language model at the final positions. What was added is cleared, also where a graph runs this."""
+        count = positions.shape[-1]
+        self._reserve(count, positions.device)
+        offsets, final = self._offsets[:, :count], self._positions[:, :count]
+        torch.add(positions, offsets, out=final).clamp_(max=self._last_position)
+        offsets.zero_()
+        return super().forward(input_ids, final, *args, **kwargs)  # type: ignore[misc]
