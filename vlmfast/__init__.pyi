@@ -9,6 +9,7 @@ from vlmfast.ops.attention_scores.definition import received_attention as receiv
 from vlmfast.ops.frame_novelty.definition import frame_change as frame_change
 from vlmfast.ops.frame_novelty.definition import frame_novelty as frame_novelty
 from vlmfast.ops.greedy_selection.definition import coverage as coverage
+from vlmfast.ops.greedy_selection.definition import dpp_map as dpp_map
 from vlmfast.ops.greedy_selection.definition import farthest as farthest
 from vlmfast.ops.masked_rows.definition import compact_tokens as compact_tokens
 from vlmfast.ops.masked_rows.definition import deepstack_add as deepstack_add
@@ -30,6 +31,7 @@ from vlmfast.patches.apply import unpatch as unpatch
 from vlmfast.patches.warm_up import Warmup as Warmup
 from vlmfast.patches.warm_up import warmup as warmup
 from vlmfast.reduce.compress import compress_inputs as compress_inputs
+from vlmfast.reduce.methods.cdpruner import CDPruner as CDPruner
 from vlmfast.reduce.methods.divprune import DivPrune as DivPrune
 from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
 from vlmfast.reduce.methods.evs import EVS as EVS

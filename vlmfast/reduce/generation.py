@@ -32,6 +32,7 @@ from vlmfast.reduce.prompt import (
     takes_features,
 )
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.text import MASK
 
 # arguments of `forward` by whose columns its caller finds logits again: `Trainer`, smoothing labels, gives the second
 COUNTED = ("labels", "num_items_in_batch")
@@ -228,9 +229,12 @@ def _replacement(reducer: Reducer, original: Callable[..., Any], short: Callable
 
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        text = kwargs.pop(MASK, None)
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         if not brought(reducer, arguments) and kept_by(arguments.get("past_key_values")) is None:
             return original(self, *args, **kwargs)
+        if text is not None and brought(reducer, arguments):
+            arguments[MASK] = text
         return short(self, arguments)
 
     return method

@@ -21,13 +21,16 @@ from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import Grid, VisualTokens
 from vlmfast.reduce.towers import recorded
 
 Rows = Callable[[], Tensor]
 
 
-def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(
+    base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Encode the images and reduce their visual tokens, those of images of one size at once.
 
     A merged token takes the place of its target. The order stays that of the raster.
@@ -35,23 +38,26 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     Raises:
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
-    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method)
+    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method, texts)
 
 
-def reduce_videos(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_videos(
+    base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Encode the videos and reduce their visual tokens, those of videos of one size at once; otherwise as `reduce`.
 
     The attention of the towers is that of each frame, two of the camera's at a time.
     """
-    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method)
+    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method, texts)
 
 
-def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method) -> list[ReducedImage]:
+def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method, texts: Texts) -> list[ReducedImage]:
     side: int = base.visual.spatial_merge_size
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
     encode = base.get_video_features if kind == "video" else base.get_image_features
     levels, scores, metric = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
     counts = [math.prod(grid) for grid in grids]
+    text = texts(counts)
 
     def reduce_size(grid: Grid) -> Iterable[tuple[int, ReducedImage]]:
         members = [number for number, other in enumerate(grids) if other == grid]
@@ -69,6 +75,7 @@ def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Meth
             metric=lambda: stack(metric()),
             features=features[0].detach,
             pixels=lambda: stack(pixels.reshape(-1, side**2, pixels.shape[1])),
+            text=lambda: text()[members],
             crops=grid[0] if kind == "video" else 1,
         )
         selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)
