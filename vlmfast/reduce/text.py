@@ -85,6 +85,20 @@ def special_ids(model: Any) -> set[int]:
     return found
 
 
+def check_lengths(lengths: Sequence[int], samples: Iterable[int]) -> None:
+    """Raise unless these samples have text.
+
+    Raises:
+        ValueError: if one has none.
+    """
+    for sample in samples:
+        if not lengths[sample]:
+            raise ValueError(
+                f"the method chooses by the text of a prompt, and sample {sample} has none behind its last image: put "
+                f"the question there, or give {MASK}=, true at the columns of the text"
+            )
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def texts_of(embed: Any, ids: Tensor, columns: Tensor, samples: Sequence[int]) -> Text:
     """Look up the text of each image, given the sample that it belongs to.
@@ -93,12 +107,7 @@ def texts_of(embed: Any, ids: Tensor, columns: Tensor, samples: Sequence[int]) -
         ValueError: where a sample has none.
     """
     lengths: list[int] = columns.sum(1).tolist()
-    for sample in dict.fromkeys(samples):
-        if not lengths[sample]:
-            raise ValueError(
-                f"the method chooses by the text of a prompt, and sample {sample} has none behind its last image: put "
-                f"the question there, or give {MASK}=, true at the columns of the text"
-            )
+    check_lengths(lengths, samples)
     longest = max(lengths[sample] for sample in samples)
     index = columns.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     mask = columns.gather(1, index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
 from vlmfast.reduce.kinds import KINDS, is_placeholder
 from vlmfast.reduce.methods import LayerMethod
 from vlmfast.reduce.prompt import named, parameters
+from vlmfast.reduce.text import MASK, check_lengths, special_ids, text_columns
 from vlmfast.torch_internals import is_compiling
 
 IMAGES = (*(kind.pixels for kind in KINDS), "mm_encoder_outputs")
 # of `generate`: these take columns off a cache again, or give it the prompt in pieces
+TEXT: ContextVar[Tensor | None] = ContextVar("vlmfast_text", default=None)  # what a running `generate` was given
 REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 
@@ -44,6 +47,11 @@ class Plan:
         """Each cut: its layer, its method, and which cut of the method it is."""
         return [(layer, method, cut) for method in self.methods for cut, layer in enumerate(method.cut_before)]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether one of them chooses by the text."""
+        return any(method.reads_text for method in self.methods)
+
     def replacements(self) -> dict[type, dict[str, Any]]:
         """Return what the classes of layers and of their attention get: class -> name -> method or property."""
         register()
@@ -57,6 +65,8 @@ class Plan:
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+            if arguments.get(MASK) is None:
+                arguments[MASK] = TEXT.get()
             started = self._start(model, arguments, note)
             if started is None:
                 return original(model, *args, **kwargs)
@@ -74,7 +84,8 @@ class Plan:
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+            text = kwargs.pop(MASK, None)
+            arguments = {**dict(zip(names, args)), **kwargs, MASK: text}  # noqa: B905
             if not named(arguments, IMAGES) and held_by(arguments.get("past_key_values")) is None:
                 return original(self, *args, **kwargs)
             return apart(self, args, kwargs, arguments)
@@ -94,7 +105,11 @@ class Plan:
                     value is not None for value in (arguments.get(name), *(getattr(c, name, None) for c in configs))
                 ):
                     raise ValueError(f"{name} cannot be given where visual tokens are cut between layers")
-            return original(self, *args, **kwargs)
+            token = TEXT.set(kwargs.pop(MASK, None))
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                TEXT.reset(token)
 
         return generate
 
@@ -149,15 +164,33 @@ class Plan:
         visual &= own
         inside = (own.cumsum(1) > 0) & (own.flip(1).cumsum(1).flip(1) > 0)
         right = ~own[:, -1].all() & own[:, 0].all()
-        asked = torch.cat([visual.sum(1), inside.sum(1), right[None]]).tolist()  # the one wait for the device
-        counts, lengths = asked[: len(ids)], asked[len(ids) : -1]
+        text = self._text(model, arguments, ids, own, visual)
+        # the one wait for the device
+        asked = torch.cat([visual.sum(1), inside.sum(1), text.sum(1), right[None]]).tolist()
+        counts, lengths, words = (asked[part * len(ids) : (part + 1) * len(ids)] for part in range(3))
+        if self.reads_text:
+            check_lengths(words, [sample for sample, count in enumerate(counts) if count])
         last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(1)
         left, cuts = counts, {}
         for layer, method, cut in self.cuts:
             kept = [min(before, method.budget(cut, count)) for before, count in zip(left, counts, strict=True)]
             if kept != left:
                 left, cuts[layer] = kept, Cut(method, kept)
-        return Prompt(visual, inside, valid, last, lengths, counts, bool(asked[-1])), cuts
+        return Prompt(visual, inside, valid, last, text, lengths, counts, words, bool(asked[-1])), cuts
+
+    def _text(self, model: Any, arguments: Mapping[str, Any], ids: Tensor, own: Tensor, visual: Tensor) -> Tensor:
+        """(B, T) bool: the text that the visual tokens are chosen by; none where it is not asked for."""
+        if not self.reads_text:
+            return torch.zeros_like(visual)
+        given = arguments.get(MASK)
+        if given is not None:
+            if given.dim() != 2 or given.shape[1] < ids.shape[1] or len(ids) % max(len(given), 1):
+                raise ValueError(
+                    f"{MASK} must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(given.shape)}"
+                )
+            # of the whole prompt, where a part of it is in the cache, and of each sample, where it has several beams
+            given = given[:, -ids.shape[1] :].repeat_interleave(len(ids) // len(given), 0)
+        return text_columns(ids, own, visual, special_ids(model), given)
 
 
 def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,9 +14,12 @@ class LayerMethod(Named):
     """A way to cut visual tokens between two layers of the language model. A new one has `layers` and `budget`.
 
     The layers before a cut see every token, those behind it only what is kept, at the positions that the tokens had.
-    What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut. A file
+    What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut, or, of
+    a method that sets ``reads_text``, by that of the words of its text which say most about its visual tokens. A file
     in this folder with ``class Late(LayerMethod, name="late")`` is all that it takes for ``vlmfast.Late``.
     """
+
+    reads_text: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -27,7 +31,7 @@ class LayerMethod(Named):
         """Return how many of the ``count`` visual tokens that a sample began with are left after that cut."""
 
     def score(self, attention: Tensor) -> Tensor:
-        """Say what each token is worth, given the attention (B, N) that it gets from the last token: that, as it is.
+        """Say what each token is worth, given the attention (B, N) that it gets: that, as it is.
 
         Float32, the mean over the heads. The columns of text are among the N; their worth is not asked for.
         """
