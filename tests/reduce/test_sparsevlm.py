@@ -121,6 +121,7 @@ def test_the_caller_may_say_which_columns_are_text(model_type: str):
     with patched(talk, METHOD):
         assert_close(logits(talk, inputs)[0], want)
         got = [talk.model.generate(**inputs, **GREEDY, num_beams=beams) for beams in (1, 2)]
+        assert torch.equal(talk.model.generate(**inputs, **GREEDY, use_cache=False), got[0])
         talk.model(**talk.batch(PROMPTS[0]), text_mask=torch.ones(1, 3))
         with pytest.raises(ValueError, match=r"text_mask must have the shape of input_ids, \(1, \d+\), got \(1, 2\)"):
             logits(talk, {**inputs, "text_mask": torch.ones(1, 2)})

@@ -13,8 +13,10 @@ from torch import Tensor
 import vlmfast
 from tests.helpers.reduce_models import Talk
 from tests.helpers.tiny_models import IMAGE
+from tests.ops.test_greedy_selection import coverage_by_rule
 from tests.reduce.test_greedy_methods import COUNT, KEEP, cosines, tokens_of
-from vlmfast.reduce import CDPruner, PruningMethod, VisualTokens
+from vlmfast.reduce import EADP, CDPruner, PruningMethod, VisualTokens
+from vlmfast.reduce.methods.eadp import importance
 from vlmfast.reduce.text import Text
 
 TYPES = ["llava", "llava_next", "internvl", "qwen2_5_vl"]
@@ -178,20 +180,85 @@ def test_cdpruner_follows_the_rule():
         assert kept[image].tolist() == sorted(chosen)
 
 
+# ---- EADP ----
+
+
+def blurred(worth: list[float], rows: int, columns: int) -> list[float]:
+    """By a 3 x 3 Gaussian; what is beyond an edge is what is as far on this side of it."""
+
+    def inside(at: int, size: int) -> int:
+        return -at if at < 0 else 2 * size - 2 - at if at >= size else at
+
+    steps = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    total = math.fsum(math.exp(-(dy * dy + dx * dx) / 2) for dy, dx in steps)
+    return [
+        math.fsum(
+            math.exp(-(dy * dy + dx * dx) / 2) * worth[inside(y + dy, rows) * columns + inside(x + dx, columns)]
+            for dy, dx in steps
+        )
+        / total
+        for y in range(rows)
+        for x in range(columns)
+    ]
+
+
+@pytest.mark.parametrize("beta", [1.0, 2])
+def test_eadp_follows_the_rule(beta: float):
+    text = text_of(11, 3)
+    tokens = tokens_of(text=text)
+    kept = EADP(KEEP, beta=beta).select(tokens).kept
+    for image, rows in enumerate(tokens.features().tolist()):
+        words = text.embeddings[image][text.mask[image]].tolist()
+        mean = [math.fsum(column) / len(words) for column in zip(*words, strict=True)]
+        said = [[unlike(row, word) for row in rows] for word in words]
+        entropies = []
+        for own in said:
+            total = math.fsum(math.exp(100 * x) for x in own)
+            shares = [math.exp(100 * x) / total for x in own]
+            entropies.append(-math.fsum(p * math.log(p + 1e-12) for p in shares))
+        counted = sorted(range(len(words)), key=lambda word: entropies[word])[: max(1, int(0.2 * len(words)))]
+        assert len(counted) == (2, 1)[image]
+        heat = [math.exp(-(entropies[word] - entropies[counted[0]]) / (0.01 + 1e-6)) for word in counted]
+        worth = [
+            0.5 * unlike(row, mean)
+            + 0.5 * math.fsum(h * said[word][i] for h, word in zip(heat, counted, strict=True)) / math.fsum(heat)
+            for i, row in enumerate(rows)
+        ]
+        weights = [x**beta for x in blurred(min_max(worth), 3, 6)]
+        got = importance(tokens.features(), text, tokens.grid)[image] ** beta
+        torch.testing.assert_close(got, torch.tensor(weights), rtol=1e-4, atol=1e-5)
+        similarity = [[(1 + cosine) / 2 for cosine in row] for row in cosines(rows)]
+        assert kept[image].tolist() == coverage_by_rule(similarity, KEEP, weights, [1.0] * COUNT)
+
+
+def test_eadp_takes_grids_of_any_kind():
+    features, text = torch.randn(1, 6, 5), text_of(2)
+    for grid in (None, (1, 1, 6), (1, 2, 2)):
+        assert torch.equal(importance(features, text, grid), importance(features, text, None))
+    with pytest.raises(TypeError, match="beta must be a number, got '1'"):
+        EADP(4, beta="1")
+    with pytest.raises(ValueError, match="beta must be finite and not negative"):
+        EADP(4, beta=-1)
+
+
+# ---- both ----
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("method", [CDPruner(0.25), EADP(0.5)], ids=str)
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
-def test_another_question_keeps_other_tokens(model_type: str):
+def test_another_question_keeps_other_tokens(model_type: str, method: PruningMethod):
     """The same in a batch as alone, and gone where it is said that the text is another."""
     talk = Talk.of(model_type)
-    prompts = ((10, 1, 11, 12), (10, 1, 40, 50, 60))
-    with vlmfast.patch(talk.model, exclude="*", reduce=CDPruner(0.25)) as patch:
-        alone = []
-        for prompt in prompts:
-            talk.model(**talk.batch(prompt))
-            alone.append(patch.images[0].kept[0].tolist())
+    with vlmfast.patch(talk.model, exclude="*", reduce=method) as patch:
+        found = {}
+        for words in ((11, 12), (40, 50, 60), (21, 33), (55, 14), (37, 38, 39), (26, 60)):
+            talk.model(**talk.batch((10, 1, *words)))
+            found.setdefault(tuple(patch.images[0].kept[0].tolist()), (10, 1, *words))
+        prompts, alone = list(found.values())[:2], [list(kept) for kept in found][:2]
         talk.model(**talk.batch(*prompts))
         assert [image.kept[0].tolist() for image in patch.images] == alone
-        assert alone[0] != alone[1]
+        assert len(alone) == 2
         both = talk.batch(*prompts)
         talk.model(**both, text_mask=both["input_ids"] == 10)
         assert patch.images[0].kept[0].tolist() == patch.images[1].kept[0].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -65,8 +66,11 @@ class Plan:
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
-            if arguments.get(MASK) is None:
-                arguments[MASK] = TEXT.get()
+            if arguments.get(MASK) is None and (text := TEXT.get()) is not None:
+                ids = arguments.get("input_ids")
+                # without a cache words that were generated come with each step
+                more = 0 if ids is None else max(ids.shape[1] - text.shape[1], 0)
+                arguments[MASK] = nn.functional.pad(text, (0, more))
             started = self._start(model, arguments, note)
             if started is None:
                 return original(model, *args, **kwargs)
@@ -86,7 +90,9 @@ class Plan:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             text = kwargs.pop(MASK, None)
             arguments = {**dict(zip(names, args)), **kwargs, MASK: text}  # noqa: B905
-            if not named(arguments, IMAGES) and held_by(arguments.get("past_key_values")) is None:
+            if not _images(arguments) and held_by(arguments.get("past_key_values")) is None:
+                if not is_compiling():
+                    _warn_of_embeddings(arguments)
                 return original(self, *args, **kwargs)
             return apart(self, args, kwargs, arguments)
 
@@ -142,8 +148,7 @@ class Plan:
     def _prompt(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Prompt | None, dict[int, Cut]]:
         """Find the visual tokens of a call, and what is left of them after each cut that leaves any out."""
         ids = arguments.get("input_ids")
-        images = named(arguments, IMAGES)
-        if not images or (ids is not None and ids.shape[1] == 1):
+        if not _images(arguments) or (ids is not None and ids.shape[1] == 1):
             return None, {}
         if not isinstance(ids, Tensor):
             raise ValueError("input_ids must be given beside images where visual tokens are cut between layers")
@@ -226,6 +231,23 @@ def layers_of(model: Any) -> nn.ModuleList:
     """Return the layers of the language model."""
     layers: nn.ModuleList = model.base_model.language_model.layers
     return layers
+
+
+def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what brings images or videos; `generate` has an empty ``mm_encoder_outputs`` for prompts of text."""
+    given = named(arguments, IMAGES)
+    return {name: value for name, value in given.items() if not isinstance(value, Mapping) or value}
+
+
+def _warn_of_embeddings(arguments: Mapping[str, Any]) -> None:
+    """Say that nothing is cut of embeddings, among which visual tokens are not told from words."""
+    embeddings = arguments.get("inputs_embeds")
+    if arguments.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.shape[1] > 1:
+        warnings.warn(
+            "no visual tokens are cut between layers of a prompt that is given as inputs_embeds, as by compress_inputs "
+            "under transformers 5.17: give input_ids, and the method of compress_inputs to vlmfast.patch",
+            stacklevel=3,
+        )
 
 
 def cache_of(output: Any) -> Any:
