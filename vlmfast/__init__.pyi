@@ -9,6 +9,7 @@ from vlmfast.ops.attention_scores.definition import received_attention as receiv
 from vlmfast.ops.frame_novelty.definition import frame_change as frame_change
 from vlmfast.ops.frame_novelty.definition import frame_novelty as frame_novelty
 from vlmfast.ops.greedy_selection.definition import coverage as coverage
+from vlmfast.ops.greedy_selection.definition import dpp_map as dpp_map
 from vlmfast.ops.greedy_selection.definition import farthest as farthest
 from vlmfast.ops.masked_rows.definition import compact_tokens as compact_tokens
 from vlmfast.ops.masked_rows.definition import deepstack_add as deepstack_add
@@ -30,13 +31,16 @@ from vlmfast.patches.apply import unpatch as unpatch
 from vlmfast.patches.warm_up import Warmup as Warmup
 from vlmfast.patches.warm_up import warmup as warmup
 from vlmfast.reduce.compress import compress_inputs as compress_inputs
+from vlmfast.reduce.methods.cdpruner import CDPruner as CDPruner
 from vlmfast.reduce.methods.divprune import DivPrune as DivPrune
+from vlmfast.reduce.methods.eadp import EADP as EADP
 from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
 from vlmfast.reduce.methods.evs import EVS as EVS
 from vlmfast.reduce.methods.fastv import FastV as FastV
 from vlmfast.reduce.methods.pyramid_drop import PyramidDrop as PyramidDrop
 from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens
 from vlmfast.reduce.methods.scope import SCOPE as SCOPE
+from vlmfast.reduce.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmfast.reduce.methods.vcast import VCAST as VCAST
 from vlmfast.reduce.methods.visionzip import VisionZip as VisionZip
 from vlmfast.registry import explain as explain

@@ -31,11 +31,14 @@ std::vector<float> weights_of(const View<2>& view, int64_t batch, int64_t tokens
   return weights;
 }
 
-// The distances of one image's tokens, in rows that are computed when they are asked for: those of the few tokens that
-// a choice needs, a tile of them at a time.
-class Distances {
+enum class Told { kCosines, kDistances };
+
+// The cosines of one image's tokens, or their distances, in rows that are computed when they are asked for: those of the
+// few tokens that a choice needs, a tile of them at a time.
+class Likeness {
  public:
-  Distances(const TokenRows& rows, Dtype dtype) : rows_(rows), dtype_(dtype), row_of_(rows.tokens) {
+  Likeness(const TokenRows& rows, Dtype dtype, Told told)
+      : rows_(rows), dtype_(dtype), told_(told), row_of_(rows.tokens) {
     panels_.columns = table_.panel_columns;
     panels_.count = (rows.tokens + panels_.columns - 1) / panels_.columns;
     columns_ = panels_.count * panels_.columns;
@@ -49,6 +52,8 @@ class Distances {
 
   // The row of a token, null where it has not been computed.
   const float* row(int64_t token) const { return row_of_[token]; }
+
+  bool has_direction(int64_t token) const { return inverse_[token] != 0; }
 
   // Computes the row of the token that is worth most, and with it those of the next ones, up to `most` of those that
   // are not taken: they come cheaper together, and are asked for next, as a rule. Returns which.
@@ -67,6 +72,7 @@ class Distances {
     table_.pack_tile[dtype_](rows_, order_.data(), count, tile_.get());
     on_panels(count, [&](int64_t begin, int64_t end) {
       table_.cosines(panels_, rows_.size, tile_.get(), order_.data(), count, begin, end, to.data());
+      if (told_ == Told::kCosines) return;
       for (float* row : to) {
         for (int64_t column = begin * panels_.columns; column < end * panels_.columns; ++column) {
           const float distance = 1.0f - row[column];
@@ -87,6 +93,7 @@ class Distances {
   const GreedySelectionKernels& table_ = kernels<GreedySelectionKernels>();
   const TokenRows rows_;
   const Dtype dtype_;
+  const Told told_;
   int64_t columns_;
   TokenPanels panels_;
   std::unique_ptr<float[]> elements_, inverse_, tile_;
@@ -97,7 +104,7 @@ class Distances {
 
 // Finds the token whose nearest other one is farthest. The distance to a few others bounds that to all from above, so
 // a token that is worth most by its bound is the one, once it has been compared with all.
-int64_t first_farthest(Distances& distances, const float* weights, int64_t tokens) {
+int64_t first_farthest(Likeness& distances, const float* weights, int64_t tokens) {
   constexpr float kLargest = 2.0f;
   std::vector<float> nearest(tokens, kLargest), worth(tokens);
   while (true) {
@@ -119,7 +126,7 @@ int64_t first_farthest(Distances& distances, const float* weights, int64_t token
 void choose_farthest(const TokenRows& rows, Dtype dtype, int64_t k, const float* weights, bool first_by_quality,
                      int64_t* positions) {
   const int64_t tokens = rows.tokens;
-  Distances distances(rows, dtype);
+  Likeness distances(rows, dtype, Told::kDistances);
   const std::vector<float> alike(first_by_quality ? 0 : tokens, 1.0f);
   int64_t best = first_farthest(distances, first_by_quality ? weights : alike.data(), tokens);
   std::vector<float> nearest(distances.row(best), distances.row(best) + tokens), worth(tokens);
@@ -139,21 +146,73 @@ void choose_farthest(const TokenRows& rows, Dtype dtype, int64_t k, const float*
   }
 }
 
-Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
-                bool first_by_quality) {
-  const FarthestArguments call(features_tensor, k, quality_tensor);
+// Calls choose(rows, dtype, weights, positions) for each image.
+template <class Choose>
+Tensor choose_by_features(const FeatureArguments& call, const Tensor& features_tensor, int64_t k,
+                          const char* weights_name, const Choose& choose) {
   const int64_t batch = call.batch, tokens = call.tokens;
-  const std::vector<float> weights = weights_of(call.quality, batch, tokens, "quality");
+  const std::vector<float> weights = weights_of(call.quality, batch, tokens, weights_name);
   Tensor chosen = allocate({batch, k}, features_tensor, Dtype::kInt64);
   if (chosen.numel() == 0) return chosen;
   int64_t* const positions = static_cast<int64_t*>(chosen.mutable_data_ptr());
   parallel_rows(batch, row_ranges(batch, tokens * call.size), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t b = begin; b < end; ++b) {
       const TokenRows rows{tokens, call.size, call.features.at(b), call.features.stride(1) * call.features.width()};
-      choose_farthest(rows, call.dtype, k, weights.data() + b * tokens, first_by_quality, positions + b * k);
+      choose(rows, call.dtype, weights.data() + b * tokens, positions + b * k);
     }
   });
   return chosen;
+}
+
+Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
+                bool first_by_quality) {
+  const FeatureArguments call(features_tensor, k, quality_tensor, "quality");
+  return choose_by_features(call, features_tensor, k, "quality",
+                            [&](const TokenRows& rows, Dtype dtype, const float* weights, int64_t* positions) {
+    choose_farthest(rows, dtype, k, weights, first_by_quality, positions);
+  });
+}
+
+// ---- dpp_map ----
+
+constexpr int64_t kAhead = 12;  // rows of cosines that are computed together, most of which are asked for later
+
+void choose_diverse(const TokenRows& rows, Dtype dtype, int64_t k, const float* relevance, int64_t* positions) {
+  const int64_t tokens = rows.tokens;
+  const auto& table = kernels<GreedySelectionKernels>();
+  Likeness cosines(rows, dtype, Told::kCosines);
+  std::vector<float> left(tokens), worth(tokens);
+  const std::unique_ptr<float[]> shares(new float[k * tokens]);
+  for (int64_t token = 0; token < tokens; ++token) left[token] = cosines.has_direction(token) ? 1.0f : 0.0f;
+  for (int64_t step = 0; step < k; ++step) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      if (worth[token] != kTaken) worth[token] = relevance[token] * left[token] * relevance[token];
+    }
+    const int64_t best = first_largest(worth);
+    if (!(worth[best] > 0)) {  // nothing new is left: the most relevant ones
+      std::vector<int64_t> others;
+      for (int64_t token = 0; token < tokens; ++token) {
+        if (worth[token] != kTaken) others.push_back(token);
+      }
+      std::stable_sort(others.begin(), others.end(), [&](int64_t a, int64_t b) { return relevance[a] > relevance[b]; });
+      std::copy_n(others.begin(), k - step, positions + step);
+      break;
+    }
+    positions[step] = best;
+    if (step == k - 1) break;
+    if (cosines.row(best) == nullptr) cosines.compute(worth, std::min(kAhead, k - 1 - step));
+    table.take_off(cosines.row(best), best, step, tokens, kNothingNew, shares.get(), left.data());
+    worth[best] = kTaken;
+  }
+  std::sort(positions, positions + k);
+}
+
+Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& relevance_tensor) {
+  const FeatureArguments call(features_tensor, k, relevance_tensor, "relevance");
+  return choose_by_features(call, features_tensor, k, "relevance",
+                            [&](const TokenRows& rows, Dtype dtype, const float* weights, int64_t* positions) {
+    choose_diverse(rows, dtype, k, weights, positions);
+  });
 }
 
 // ---- coverage ----

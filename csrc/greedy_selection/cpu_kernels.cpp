@@ -92,6 +92,20 @@ void cosines(const TokenPanels& panels, int64_t size, const float* tile, const i
   }
 }
 
+void take_off(const float* cosines, int64_t best, int64_t step, int64_t tokens, float least, float* shares,
+              float* left) {
+  const float inverse = 1 / __builtin_sqrtf(left[best]);
+  each_block(tokens, VLMFAST_LAMBDA(int64_t offset, auto count) {
+    Block rest = load(cosines + offset, count);
+    for (const float* earlier = shares; earlier != shares + step * tokens; earlier += tokens) {
+      rest = rest - load(earlier + offset, count) * earlier[best];
+    }
+    const Block share = rest * inverse, now = load(left + offset, count) - share * share;
+    store(shares + step * tokens + offset, share, count);
+    store(left + offset, each_part([&](int i) { return now.part[i] >= least ? now.part[i] : Float{}; }), count);
+  });
+}
+
 // What is not finite covers nothing.
 VLMFAST_INLINE Float sound(Float similarity) {
   return similarity <= __FLT_MAX__ && similarity >= -__FLT_MAX__ ? similarity : Float{};
@@ -137,14 +151,8 @@ void cover(const void* similarity, int64_t rows, float* covered) {
 
 template <>
 GreedySelectionKernels kernels_at<GreedySelectionKernels, CpuLevel::VLMFAST_ISA>() {
-  return {kPanel,
-          kTogether,
-          VLMFAST_BY_DTYPE(widen),
-          VLMFAST_BY_DTYPE(pack_panels),
-          VLMFAST_BY_DTYPE(pack_tile),
-          cosines,
-          VLMFAST_BY_DTYPE(gain),
-          VLMFAST_BY_DTYPE(cover)};
+  return {kPanel,  kTogether, VLMFAST_BY_DTYPE(widen), VLMFAST_BY_DTYPE(pack_panels), VLMFAST_BY_DTYPE(pack_tile),
+          cosines, take_off,  VLMFAST_BY_DTYPE(gain),  VLMFAST_BY_DTYPE(cover)};
 }
 
 }  // namespace vlmfast

@@ -33,6 +33,11 @@ struct GreedySelectionKernels {
   // Compares them with the tokens of some panels: to[i] is the row of token i, count * columns cosines.
   void (*cosines)(const TokenPanels& panels, int64_t size, const float* tile, const int32_t* tokens, int64_t count,
                   int64_t begin, int64_t end, float* const* to);
+  // Takes off, from what is left of each token, the part that it shares with a chosen one and with none of those before
+  // it. Of these there are `step`, and the parts that tokens share with them are rows of `shares`; so will be these. Less
+  // than `least` is nothing.
+  void (*take_off)(const float* cosines, int64_t best, int64_t step, int64_t tokens, float least, float* shares,
+                   float* left);
   // Adds up, times their weights, how much better a token's similarities would cover the rows. What is covered better
   // already adds no more, to the last bit: the sum is in one order.
   ByDtype<float(const void* similarity, int64_t rows, const float* covered, const float* weights)> gain;

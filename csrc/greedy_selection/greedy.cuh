@@ -24,14 +24,16 @@ __device__ __forceinline__ void for_own(int tokens, Function function) {
   for (int token = threadIdx.x; token < tokens; token += GreedyPolicy::kThreads) function(token);
 }
 
-// The best token that a thread has seen: the first of those that are worth most. What is worth 0 has a key of 1.
+// The best token that a thread has seen: the first of those that are worth most. What is worth 0 has a key of 1; what is
+// offered ahead of others has the highest bit, which no number from 0 on has.
 struct Best {
   unsigned key = 0, token = ~0u;
 
-  __device__ __forceinline__ void offer(float worth, int candidate) {
+  __device__ __forceinline__ void offer(float worth, int candidate, bool ahead = false) {
     unsigned bits;
     worth += 0.f;  // -0 + 0 is 0
     memcpy(&bits, &worth, sizeof bits);
+    bits = ahead ? bits | 1u << 31 : bits;
     if (bits + 1 > key) {
       key = bits + 1;
       token = candidate;

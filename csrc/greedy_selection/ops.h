@@ -10,16 +10,19 @@ namespace vlmfast {
 constexpr int64_t kMost = 1 << 20;  // tokens and elements of a row, which are counted in 32 bits
 
 constexpr float kSame = 0x1p-20f;  // a smaller distance is what float32 makes of a token and its double
+// What is left of a token beside those that are chosen, as a share of its square: less is what float32 makes of nothing.
+constexpr float kNothingNew = 0x1p-14f;
 
-struct FarthestArguments {
+struct FeatureArguments {
   Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), size = Size("features").at_most(kMost);
   FloatDtype dtype, quality_dtype;
   View<3> features;
   View<2> quality;
 
-  FarthestArguments(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor)
+  FeatureArguments(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
+                   const char* quality_name)
       : features("features", features_tensor, {batch, tokens, size}, dtype),
-        quality("quality", quality_tensor, {batch, tokens}, quality_dtype) {
+        quality(quality_name, quality_tensor, {batch, tokens}, quality_dtype) {
     check_within("k", k, 0, tokens);
   }
 };
@@ -43,4 +46,5 @@ struct CoverageArguments {
 
 #define VLMFAST_OPS(OP)                                                                                   \
   OP(farthest, "(Tensor features, SymInt k, Tensor? quality=None, bool first_by_quality=True) -> Tensor") \
-  OP(coverage, "(Tensor similarity, SymInt k, Tensor? row_weights=None, Tensor? quality=None) -> Tensor")
+  OP(coverage, "(Tensor similarity, SymInt k, Tensor? row_weights=None, Tensor? quality=None) -> Tensor") \
+  OP(dpp_map, "(Tensor features, SymInt k, Tensor? relevance=None) -> Tensor")

@@ -15,6 +15,7 @@ from vlmfast.kernels.common.launch import (
     with_contiguous_rows,
 )
 from vlmfast.kernels.greedy_selection.coverage import CoverageConfig, coverage_kernel
+from vlmfast.kernels.greedy_selection.dpp_map import DppMapConfig, dpp_map_kernel
 from vlmfast.kernels.greedy_selection.farthest import FarthestConfig, farthest_kernel
 from vlmfast.kernels.greedy_selection.gram import GramConfig, gram_kernel
 from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS
@@ -27,6 +28,9 @@ def farthest_unsupported(features: Tensor, *_: Any) -> str | None:
     if max(size, batch * ceil_div(tokens, GramConfig.BLOCK_TOKENS) ** 2) > MAX_EXTENT:
         return f"{batch} images of {tokens} tokens of {size} elements are more than 32 bits can count"
     return device_unsupported(features)
+
+
+dpp_map_unsupported = farthest_unsupported
 
 
 def coverage_unsupported(similarity: Tensor, *_: Any) -> str | None:
@@ -71,6 +75,22 @@ def farthest(features: Tensor, k: int, quality: Tensor | None = None, first_by_q
             *(gram(features), weights, chosen, tokens, k, stride),
             FIRST_BY_QUALITY=first_by_quality,
             **vars(FarthestConfig.config_for(tokens)),
+            **ASSERTING,
+        )
+    return chosen
+
+
+def dpp_map(features: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+    batch, tokens, _ = features.shape
+    chosen = features.new_empty(batch, k, dtype=torch.int64)
+    if batch * tokens == 0:
+        return chosen
+    shares = features.new_empty(batch, k, tokens, dtype=torch.float32)
+    weights, stride = _weights(relevance)
+    with on_device(features):
+        dpp_map_kernel[(batch,)](
+            *(gram(features), weights, shares, chosen, tokens, k, stride),
+            **vars(DppMapConfig.config_for(tokens)),
             **ASSERTING,
         )
     return chosen

@@ -29,6 +29,8 @@ def far_calls() -> Iterator[Call]:
     rows = far_rows()
     yield "farthest", (rows[None], 2)
     yield "farthest", (rows[:, None], 1)
+    yield "dpp_map", (rows[None], 2)
+    yield "dpp_map", (rows[:, None], 1)
     yield "coverage", (rows[None], 2)
     yield "coverage", (rows[:, None], 1)
 
@@ -38,6 +40,7 @@ def weighed_calls(dtype: torch.dtype) -> Iterator[Call]:
     features = greedy._signs(2, 40, 64, "cpu").to(dtype)
     quality = greedy._eighths(2, 40, device="cpu")
     yield "farthest", (features, 9, quality)
+    yield "dpp_map", (torch.eye(40, 64).repeat(2, 1, 1).to(dtype), 9, quality)
     similarity = torch.randint(-8, 33, (2, 40, 30)) / 16
     yield "coverage", (similarity.to(dtype), 9, quality[:, :30].bfloat16(), quality.half())
 
@@ -48,6 +51,8 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
         quality[0, 33] = bad
         with pytest.raises(RuntimeError, match="quality must be finite and not negative"):
             kernels("farthest", torch.eye(40)[None].to(dtype), 0, quality)
+        with pytest.raises(RuntimeError, match="relevance must be finite and not negative"):
+            kernels("dpp_map", torch.eye(40)[None].to(dtype), 0, quality)
         with pytest.raises(RuntimeError, match="quality must be finite and not negative"):
             kernels("coverage", torch.eye(40)[None].to(dtype), 0, None, quality)
         with pytest.raises(RuntimeError, match="row_weights must be finite and not negative"):
@@ -98,6 +103,18 @@ FAULTS = [
     ),
     Fault(
         "the first part alone", "gram.cuh", "first_depth += Tile::kDepth", "first_depth += 64 * Tile::kDepth", DIFFER
+    ),
+    Fault("nothing new ahead of others", "dpp_map.cuh", "token, worth > 0.f)", "token)", DIFFER),
+    Fault("relevance once", "dpp_map.cuh", "worth = own * left[token] * own", "worth = left[token] * own", DIFFER),
+    Fault("roundings are new", "dpp_map.cuh", "now < kNothingNew ?", "now < 0.f ?", DIFFER),
+    Fault("the last share alone", "dpp_map.cuh", "for (int i = 0; i < step;", "for (int i = 1; i < step;", DIFFER),
+    Fault("shares of another length", "dpp_map.cuh", "share = rest * scale", "share = rest", DIFFER),
+    Fault(
+        "left of the best one asked for too late",
+        "dpp_map.cuh",
+        "      __syncthreads();  // nobody asks what is left of the best one\n",
+        "",
+        UNORDERED,
     ),
     Fault("what is not finite covers", "coverage.cuh", "fabsf(similarity) < INFINITY ?", "true ?", DIFFER),
     Fault(

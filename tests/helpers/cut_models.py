@@ -37,13 +37,17 @@ class Masked:
         visual = [column for column, token in enumerate(ids) if token in (IMAGE, VIDEO)]
         left = list(visual)
         for layer, kept in self.cuts.items():
-            row = self._attention(layer - 1)[-1].tolist()
+            row = self.row(layer - 1).tolist()
             ranked = sorted(left, key=lambda column: (-row[column], column))
             number = min(kept(len(visual)), len(left))
             if number < len(left):
                 self.near = min(self.near, row[ranked[number - 1]] - row[ranked[number]]) if number else self.near
             left = sorted(ranked[:number])
             self.dropped[layer] = set(visual) - set(left)
+
+    def row(self, layer: int) -> Tensor:
+        """Return what each column is worth behind a layer: the attention that the last one pays to it."""
+        return self._attention(layer)[-1]
 
     def inputs(self, tail: list[int]) -> dict[str, Tensor]:
         inputs = self.talk.batch(self.prompt)

@@ -19,6 +19,7 @@ from tests.helpers.tiny_models import IMAGE, VISION_END, VISION_START, pixels
 from vlmfast.reduce import EvenTokens, Method, ReducedImage, VisionZip
 from vlmfast.reduce.families import REDUCERS
 from vlmfast.reduce.methods import CLASSES
+from vlmfast.reduce.text import Text
 
 WORD = 7  # token ids from here on are text
 EACH_TYPE = tuple(REDUCERS)
@@ -144,7 +145,8 @@ class ByHand:
         base, ids = talk.model.base_model, talk.ids(*prompt) + (tail or [])
         numbers = [part for part in prompt if part < 3]
         reduce = REDUCERS[talk.model_type].reduce
-        images: list[ReducedImage] = reduce(base, talk.vision(*numbers), method) if numbers else []
+        texts = by_hand(talk, ids)
+        images: list[ReducedImage] = reduce(base, talk.vision(*numbers), method, texts) if numbers else []
         columns, rows, at = [], [], 0
         levels: list[list[Tensor]] = [[] for _ in (images[0].levels if images else ())]
         embed = base.get_input_embeddings()
@@ -201,6 +203,26 @@ class ByHand:
             found.append(WORD + int(logits[-1][WORD:].argmax()))
             self.then(found[-1])
         return found, torch.stack(logits)
+
+
+def question(talk: Talk, ids: list[int]) -> list[int]:
+    """Return the words behind the last image of a prompt: neither the configuration's marks nor padding."""
+    marks = {0, 1, 2, *([VISION_START, VISION_END] if talk.model_type.startswith("qwen") else [])}
+    last = max(at for at, token in enumerate(ids) if token == IMAGE)
+    return [token for token in ids[last + 1 :] if token not in marks]
+
+
+def by_hand(talk: Talk, ids: list[int]) -> Any:
+    """Make what gives a reducer the text of each image of one prompt."""
+
+    def text(totals: list[int]) -> Any:
+        def of() -> Text:
+            words = torch.tensor([question(talk, ids)] * len(totals))
+            return Text(talk.model.base_model.get_input_embeddings()(words).detach(), torch.ones_like(words).bool())
+
+        return of
+
+    return text
 
 
 def rope(talk: Talk, ids: Tensor, vision: dict[str, Tensor]) -> Tensor:

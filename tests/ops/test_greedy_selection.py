@@ -181,6 +181,82 @@ def test_coverage_of_many(backend: str):
         assert torch.equal(vlmfast.coverage(similarity, 5), OPS["coverage"].reference(similarity, 5))
 
 
+# ---- dpp_map ----
+
+
+def dpp_by_rule(rows: list[list[float]], k: int, relevance: list[float]) -> list[int]:
+    """Choose for one image what makes the determinant of the kernel largest; only where something new is left."""
+    unit = (
+        torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float64), dim=1) * torch.tensor(relevance)[:, None]
+    )
+    kernel, chosen = unit @ unit.T, list[int]()
+    while len(chosen) < k:
+        left = [j for j in range(len(rows)) if j not in chosen]
+        # of equal ones the first: to nine digits
+        volumes = [float(f"{kernel[[*chosen, j]][:, [*chosen, j]].det():.8e}") for j in left]
+        chosen.append(left[volumes.index(max(volumes))])
+    return sorted(chosen)
+
+
+def test_dpp_map_follows_the_rule(backend: str):
+    features, relevance = torch.randn(3, 23, 12), torch.rand(3, 23)
+    relevance[0] = 1
+    got = vlmfast.dpp_map(features, 7, relevance)
+    for image in range(3):
+        assert got[image].tolist() == dpp_by_rule(features[image].tolist(), 7, relevance[image].tolist())
+    assert torch.equal(vlmfast.dpp_map(features[:1], 7), got[:1])
+
+
+def test_dpp_map_is_the_begin_of_a_longer_one(backend: str):
+    """Also behind the tokens that add up to all others, from which on relevance tells."""
+    features, relevance = torch.randn(2, 14, 6), torch.rand(2, 14)
+    before: list[set[int]] = [set(), set()]
+    for k in range(1, 15):
+        now = [set(row) for row in vlmfast.dpp_map(features, k, relevance).tolist()]
+        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True))
+        if k == 6:
+            first = now
+        for own, new, worth in zip(first if k > 6 else now, now, relevance.tolist(), strict=True):
+            others = sorted((j for j in range(14) if j not in own), key=lambda j: -worth[j])
+            assert new - own == set(others[: k - len(own)])
+        before = now
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_doubles_have_nothing_new(backend: str, dtype: torch.dtype):
+    """Five directions, four times, of several lengths: after five tokens relevance tells, of equal ones the order."""
+    rows = torch.randn(5, 37)
+    features = torch.cat([rows, rows, rows * 4, rows / 2])[None].to(dtype)
+    for k in range(1, 6):
+        assert max(vlmfast.dpp_map(features, k)[0].tolist()) < 5
+    for k in range(5, 21):
+        assert vlmfast.dpp_map(features, k)[0].tolist() == list(range(k))
+    relevance = torch.tensor([[2.0] * 5 + [1.0] * 5 + [0.5] * 5 + [1.5] * 5]).to(dtype)
+    assert vlmfast.dpp_map(features, 8, relevance)[0].tolist() == [0, 1, 2, 3, 4, 15, 16, 17]
+
+
+def test_another_order_is_as_likely(backend: str):
+    features, relevance, order = torch.randn(1, 40, 12), torch.rand(1, 40), torch.randperm(40)
+    want = set(vlmfast.dpp_map(features, 9, relevance)[0].tolist())
+    got = vlmfast.dpp_map(features[:, order], 9, relevance[:, order])
+    assert set(order[got[0]].tolist()) == want
+
+
+def test_rows_without_a_direction_are_the_last_ones(backend: str):
+    features = torch.eye(6, 8)[None].clone()
+    features[0, 2], features[0, 4, 1], features[0, 5, 0] = 0, torch.inf, torch.nan
+    assert vlmfast.dpp_map(features, 3).tolist() == [[0, 1, 3]]
+    assert vlmfast.dpp_map(features, 4, torch.tensor([[1.0, 1, 5, 1, 5, 2]])).tolist() == [[0, 1, 2, 3]]
+    assert vlmfast.dpp_map(features, 2, torch.tensor([[0.0, 0, 0, 1, 0, 0]])).tolist() == [[0, 3]]
+
+
+def test_dpp_map_of_many(backend: str):
+    """More than one step of the loops of a block; and of one, by one, and of none."""
+    features = _signs(1, 1030, 5, "cpu")
+    relevance = torch.rand(1, 1030)
+    assert torch.equal(vlmfast.dpp_map(features, 3, relevance), OPS["dpp_map"].reference(features, 3, relevance))
+
+
 # ---- all of them ----
 
 
@@ -190,6 +266,8 @@ def native_calls() -> list[tuple[str, tuple[Tensor | int, ...]]]:
     return [
         ("farthest", (features, 20)),
         ("farthest", (features[:1], 20, torch.rand(1, 200))),
+        ("dpp_map", (features, 20)),
+        ("dpp_map", (features[:1], 20, torch.rand(1, 200))),
         ("coverage", (similarity, 20)),
         ("coverage", (similarity[:1], 20, torch.rand(1, 300), torch.rand(1, 200))),
     ]

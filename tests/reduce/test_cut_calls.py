@@ -56,6 +56,17 @@ def test_loss_and_gradients_are_those_of_the_masked_model(model_type: str):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompt_of_embeddings_is_not_cut_in_silence():
+    """As compress_inputs gives it under transformers 5.17."""
+    talk = talk_of("llava")
+    embeddings = talk.model.get_input_embeddings()(talk.batch(PROMPTS[0])["input_ids"])
+    with patched(talk):
+        with pytest.warns(UserWarning, match="no visual tokens are cut between layers of a prompt .* as inputs_embeds"):
+            talk.model.generate(inputs_embeds=embeddings, max_new_tokens=2)
+        with pytest.warns(UserWarning, match="inputs_embeds"):
+            talk.model(inputs_embeds=embeddings)
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_logits_to_keep_are_those_of_the_last_columns(model_type: str):
     talk = talk_of(model_type)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import vlmfast
 from tests.helpers.reduce_models import EACH_TYPE, Talk
@@ -18,12 +17,12 @@ from vlmfast.reduce.families import REDUCERS
 COUNT, KEEP = 18, 7
 
 
-def tokens_of(**given: Tensor) -> VisualTokens:
+def tokens_of(**given: Any) -> VisualTokens:
     """Make two images of random tokens; a method that reads the wrong input chooses other tokens."""
     lazy: dict[str, Any] = {name: lambda: None for name in ("metric", "pixels")}
     shown = {"features": torch.randn(2, COUNT, 5), "scores": torch.rand(2, COUNT), "hidden": torch.randn(2, COUNT, 6)}
     shown |= given
-    lazy |= {name: lambda value=shown[name]: value for name in ("features", "scores")}
+    lazy |= {name: lambda value=shown[name]: value for name in ("features", "scores", "text") if name in shown}
     return VisualTokens(hidden=shown["hidden"], grid=(1, 3, 6), **lazy)
 
 

@@ -18,7 +18,7 @@ import vlmfast.vllm
 from tests.vllm import tiny_models
 from tests.vllm.own_methods import Last
 from tests.vllm.tiny_models import picture, placeholder
-from vlmfast.reduce import EVS, DivPrune, FastV, PyramidDrop, VisionZip
+from vlmfast.reduce import EVS, CDPruner, DivPrune, FastV, PyramidDrop, VisionZip
 from vlmfast.vllm import KEY, encoding, naming, positions, processing, registration
 
 LLAVA, NEXT, QWEN = (f"{name}ForConditionalGeneration" for name in ("Llava", "LlavaNext", "Qwen3VL"))
@@ -60,6 +60,7 @@ def test_arguments_are_the_same_for_a_server(models: Path):
     ("method", "model", "message"),
     [
         (FastV(2, 0.5), LLAVA, "FastV.* cuts between layers"),
+        (CDPruner(8), LLAVA, "CDPruner.* chooses by the question"),
         ("pyramiddrop:8:0.5", QWEN, "PyramidDrop.* cuts between layers"),
         (PyramidDrop(2, 0.5), QWEN, "cuts between layers"),
         (EVS(0.5), QWEN, "EVS.* reduces videos"),

@@ -101,13 +101,14 @@ def squeezed(present: Tensor, lengths: Sequence[int], right: bool) -> Columns:
     return Columns(index, present.gather(1, index), present.shape[1], padded=min(lengths) < longest)
 
 
-def new_images(
-    images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int], mismatch: str
-) -> list[list[ReducedImage]]:
-    """Return the images that belong to the new part of each sample.
+def dealt(
+    totals: Sequence[int], cached: Sequence[int], new: Sequence[int], mismatch: str
+) -> list[tuple[list[int], list[int]]]:
+    """Return the numbers of the images that belong to each sample: in the part that is in the cache, and after it.
 
     Args:
-        images: in the order of their placeholders over the batch: those of the new parts, or of the whole prompts.
+        totals: of placeholders of each image, in their order over the batch: those of the new parts, or of the whole
+            prompts.
         cached: how many placeholders each sample has in the part that is in the cache.
         new: how many it has after that.
         mismatch: how the message begins where they do not fit.
@@ -115,24 +116,33 @@ def new_images(
     Raises:
         ValueError: if they do not fit.
     """
-    whole = sum(image.total for image in images) != sum(new)
-    waiting, found = list(images), []
+    whole = sum(totals) != sum(new)
+    at, found = 0, []
     for sample, (before, after) in enumerate(zip(cached, new, strict=True)):
-        for placeholders in (before, after) if whole else (after,):
-            taken: list[ReducedImage] = []
-            while waiting and sum(image.total for image in taken) < placeholders:
-                taken.append(waiting.pop(0))
-            if sum(image.total for image in taken) != placeholders:
+        parts: list[list[int]] = []
+        for placeholders in (before if whole else 0, after):
+            begin, missing = at, placeholders
+            while missing > 0 and at < len(totals):
+                missing -= totals[at]
+                at += 1
+            if missing:
                 raise ValueError(
                     f"{mismatch}: sample {sample} has {placeholders} placeholders, and the next images make "
-                    f"{[image.total for image in taken + waiting]}"
+                    f"{list(totals[begin:])}"
                 )
-        found.append(taken)
-    if waiting:
-        raise ValueError(
-            f"{mismatch}: {sum(cached) + sum(new)} placeholders, and images of {[image.total for image in images]}"
-        )
+            parts.append(list(range(begin, at)))
+        found.append((parts[0], parts[1]))
+    if at < len(totals):
+        raise ValueError(f"{mismatch}: {sum(cached) + sum(new)} placeholders, and images of {list(totals)}")
     return found
+
+
+def new_images(
+    images: Sequence[ReducedImage], cached: Sequence[int], new: Sequence[int], mismatch: str
+) -> list[list[ReducedImage]]:
+    """Return the images that belong to the new part of each sample, as `dealt` says."""
+    numbers = dealt([image.total for image in images], cached, new, mismatch)
+    return [[images[number] for number in own] for _, own in numbers]
 
 
 def without_gaps(positions: Tensor, columns: Columns) -> Tensor:

@@ -16,6 +16,7 @@ from vlmfast.reduce.generation import reducible
 from vlmfast.reduce.kinds import KINDS, brought, check_takes
 from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.prompt import ShortenedPrompt, shorten, takes_features
+from vlmfast.reduce.text import MASK
 
 
 def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
         model: a Hugging Face model with its head, also inside PEFT, accelerate or DistributedDataParallel.
         inputs: the arguments of ``forward`` by name: ``input_ids``, ``pixel_values`` and what goes with it, and
             perhaps ``attention_mask``, ``labels``, ``position_ids``, ``mm_token_type_ids``. Others are passed on.
+            ``text_mask`` (B, L) tells a method that chooses by text which columns are.
         method: how visual tokens are reduced.
 
     Returns:
@@ -55,7 +57,7 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
     host, reducer = reducible(hugging_face_model(model))
     check_takes(reducer, method, type(host).__name__)
     if not brought(reducer, inputs):
-        return dict(inputs)
+        return {name: value for name, value in inputs.items() if name != MASK}
     base = host.base_model
     prompt, short = shorten(host, reducer, method, inputs)
     if not takes_features(type(base)):

@@ -57,6 +57,17 @@ def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def padding_mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Make the mask as ``generate`` does: padding is told by its id, unless that also ends a text."""
+    names = "pad_token_id", "eos_token_id"
+    # as an argument, None is an answer
+    pad, end = (arguments[name] if name in arguments else setting(model, arguments, name) for name in names)
+    if pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
+        return None
+    ids: Tensor = arguments["input_ids"]
+    return ids.ne(pad).long()
+
+
 def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
     """Return ``max_length`` and ``min_length``, which count the full prompt, unless new tokens are counted."""
     config = arguments.get("generation_config")

@@ -19,11 +19,12 @@ from vlmfast.reduce.cuts.plan import Plan, cache_of, planned
 from vlmfast.reduce.cuts.report import Cuts
 from vlmfast.reduce.encoded_images import features_of, forward_with_features
 from vlmfast.reduce.families import REDUCERS, Reducer
-from vlmfast.reduce.full_prompt import fitted, setting
+from vlmfast.reduce.full_prompt import fitted, padding_mask, setting
 from vlmfast.reduce.kinds import KINDS, brought, check_takes, lacking
 from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
+    asking,
     check,
     named,
     parameters,
@@ -32,6 +33,7 @@ from vlmfast.reduce.prompt import (
     takes_features,
 )
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.text import MASK
 
 # arguments of `forward` by whose columns its caller finds logits again: `Trainer`, smoothing labels, gives the second
 COUNTED = ("labels", "num_items_in_batch")
@@ -155,7 +157,11 @@ class Reduction:
             The prompt, without gradients, and the arguments of the call.
         """
         method: Any = self.method
+        reads_text = self.plan is not None and self.plan.reads_text
+        text = asking(model, arguments) if reads_text else None
         prompt, short = shorten(model, self.reducer, method, arguments, cached)
+        if text is not None:
+            short[MASK] = prompt.columns.take(text.long(), 0)
         prompt, note = prompt.detach(), self._note_of(model)
         if any(prompt.samples) and note is not None:
             note.prompt, note.cuts = prompt, None
@@ -228,9 +234,12 @@ def _replacement(reducer: Reducer, original: Callable[..., Any], short: Callable
 
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        text = kwargs.pop(MASK, None)
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         if not brought(reducer, arguments) and kept_by(arguments.get("past_key_values")) is None:
             return original(self, *args, **kwargs)
+        if text is not None and brought(reducer, arguments):
+            arguments[MASK] = text
         return short(self, arguments)
 
     return method
@@ -351,7 +360,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
             return original(model, **_continued(arguments, cached))
         check(arguments)
         if given is None:
-            arguments["attention_mask"] = _mask(model, arguments)
+            arguments["attention_mask"] = padding_mask(model, arguments)
         with torch.no_grad():
             prompt, short = reduction.shorten(model, arguments, _known(cache, cached, arguments["input_ids"]))
         short |= fitted(model, arguments, prompt)
@@ -365,17 +374,6 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
             return sequences
         output.sequences = sequences
         return output
-
-
-def _mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Make the mask as ``generate`` does: padding is told by its id, unless that also ends a text."""
-    names = "pad_token_id", "eos_token_id"
-    # as an argument, None is an answer
-    pad, end = (arguments[name] if name in arguments else setting(model, arguments, name) for name in names)
-    if pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
-        return None
-    ids: Tensor = arguments["input_ids"]
-    return ids.ne(pad).long()
 
 
 def _known(cache: Any, cached: ShortenedPrompt | None, ids: Tensor) -> ShortenedPrompt | None:

@@ -41,7 +41,7 @@ class Kind:
         """Return the id of their placeholders, or -1 in a model that has none."""
         return getattr(config, f"{self.name}_token_id", -1)
 
-    def reduce(self, reducer: Reducer) -> Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None:
+    def reduce(self, reducer: Reducer) -> Callable[..., list[ReducedImage]] | None:
         """Return what encodes and reduces them, or None where they can only stay as they are."""
         return reducer.reduce if self.name == "image" else reducer.reduce_videos
 

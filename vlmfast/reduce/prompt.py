@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.modules import at_hand
-from vlmfast.reduce.columns import Columns, drop_columns, new_images, without_gaps
+from vlmfast.reduce.columns import Columns, dealt, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
-from vlmfast.reduce.kinds import KINDS, Kind, method_of_each
+from vlmfast.reduce.kinds import KINDS, Kind, is_placeholder, method_of_each
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.text import MASK, Text, Texts, special_ids, text_columns, texts_of
 
 FILLS = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # padding value of each input
 # arguments that describe the columns of a prompt and are not rewritten here
@@ -137,11 +139,11 @@ def shorten(
     full_mask = torch.ones_like(ids) if given is None else given
     methods = method_of_each(reducer, method, arguments)
     start = 0 if cached is None else cached.columns.total
-    samples, visual = _encode_all(base, reducer, methods, arguments, start)
+    samples, visual = _encode_all(model, reducer, methods, arguments, start)
     columns = drop_columns(full_mask[:, start:].bool(), *visual)
     if cached is not None:
         columns = cached.columns.then(columns)
-    names = {"input_ids", "position_ids", "second_per_grid_ts"}
+    names = {"input_ids", "position_ids", "second_per_grid_ts", MASK}
     names = names.union(*(_vision(base, kind, arguments) for kind in methods))
     short = {name: value for name, value in arguments.items() if name not in names}
     short["input_ids"] = columns.take(ids, _padding(model))
@@ -187,30 +189,60 @@ def _vision(base: Any, kind: Kind, arguments: Mapping[str, Any]) -> dict[str, An
     return named(arguments, [*parameters(kind.encoder(type(base))), kind.pixels])
 
 
+def asking(model: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """(B, L) bool: the columns of a prompt with the text that asks about its images, see `text_columns`."""
+    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    return text_columns(ids, mask, is_placeholder(ids, model.config), special_ids(model), arguments.get(MASK))
+
+
 def _encode_all(
-    base: Any, reducer: Reducer, methods: Mapping[Kind, Method], arguments: Mapping[str, Any], start: int
+    model: Any, reducer: Reducer, methods: Mapping[Kind, Method], arguments: Mapping[str, Any], start: int
 ) -> tuple[list[list[ReducedImage]], list[tuple[Tensor, list[ReducedImage]]]]:
     """Encode the images and videos of each sample that are not among the first ``start`` columns, which are cached.
 
     Returns:
         Those of each sample, and those of each kind with where their placeholders are in the other columns.
     """
-    ids: Tensor = arguments["input_ids"]
+    base, ids = model.base_model, arguments["input_ids"]
     samples: list[list[ReducedImage]] = [[] for _ in ids]
     visual = []
     places = [ids == kind.placeholder(base.config) for kind in methods]
     counts = [place[:, part].sum(1) for place in places for part in (slice(start), slice(start, None))]
     asked: list[list[int]] = torch.stack(counts).tolist() if counts else []
     for kind, place, cached, new in zip(methods, places, asked[::2], asked[1::2], strict=True):
-        found = _encode(base, reducer, kind, methods[kind], _vision(base, kind, arguments), cached, new)
+        vision, texts = _vision(base, kind, arguments), _texts(model, kind, arguments, cached, new)
+        found = _encode(base, reducer, kind, methods[kind], vision, texts, cached, new)
         samples = [before + own for before, own in zip(samples, found, strict=True)]
         if own := [image for sample in found for image in sample]:
             visual.append((place[:, start:], own))
     return samples, visual
 
 
+def _texts(model: Any, kind: Kind, arguments: Mapping[str, Any], cached: list[int], new: list[int]) -> Texts:
+    """Make what gives the text of each image, where a method asks for it."""
+
+    def of(totals: Sequence[int]) -> Callable[[], Text]:
+        def text() -> Text:
+            numbers = dealt(totals, cached, new, kind.mismatch)
+            samples = [sample for sample, parts in enumerate(numbers) for part in parts for _ in part]
+            embed = model.base_model.get_input_embeddings()
+            return texts_of(embed, arguments["input_ids"], asking(model, arguments), samples)
+
+        return functools.cache(text)
+
+    return of
+
+
 def _encode(
-    base: Any, reducer: Reducer, kind: Kind, method: Method, vision: dict[str, Any], cached: list[int], new: list[int]
+    base: Any,
+    reducer: Reducer,
+    kind: Kind,
+    method: Method,
+    vision: dict[str, Any],
+    texts: Texts,
+    cached: list[int],
+    new: list[int],
 ) -> list[list[ReducedImage]]:
     """Encode the images of each sample, given its numbers of placeholders in the cache and after that."""
     reduce = kind.reduce(reducer)
@@ -219,7 +251,7 @@ def _encode(
     if not any((*cached, *new)):
         raise ValueError(f"{kind.mismatch}: there are {kind.name}s and no placeholders")
     with at_hand(base):  # such as the newline of LLaVA-NeXT
-        images = reduce(base, vision, method)
+        images = reduce(base, vision, method, texts)
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
@@ -246,6 +278,10 @@ def check(arguments: Mapping[str, Any]) -> None:
             f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, where visual tokens are reduced, "
             f"got {got}"
         )
+    text = arguments.get(MASK)
+    if text is not None and getattr(text, "shape", None) != ids.shape:
+        got = tuple(text.shape) if isinstance(text, Tensor) else f"a {type(text).__name__}"
+        raise ValueError(f"{MASK} must have the shape of input_ids, {tuple(ids.shape)}, got {got}")
     for name in named(arguments, REFUSED):
         raise ValueError(f"{name} cannot be given where visual tokens are reduced: it belongs to the full prompt")
     if isinstance(arguments.get("logits_to_keep"), Tensor):

@@ -12,18 +12,20 @@ from torch import Tensor
 
 from vlmfast.functions import accepting
 from vlmfast.ops.token_merge import merge_rows, top_tokens
+from vlmfast.reduce.text import Text, unknown
 
 Grid = tuple[int, int, int]  # frames, rows and columns of visual tokens
 
 
-LAZY = ("scores", "metric", "features", "pixels")
+LAZY = ("scores", "metric", "features", "pixels", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """The visual tokens of B images, or crops of images, of one size: N each, without a CLS token.
 
-    ``scores``, ``metric``, ``features`` and ``pixels`` are functions, computed when a method first asks and then kept.
+    ``scores``, ``metric``, ``features``, ``pixels`` and ``text`` are functions, computed when a method first asks and
+    then kept.
 
     Attributes:
         hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
@@ -33,6 +35,8 @@ class VisualTokens:
         metric: gives (B, N, M), the keys, averaged over the heads: they tell how alike two tokens are.
         features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
         pixels: gives (B, ...), what the tower was given of each image: the same alone and in any batch.
+        text: gives the `Text` that asks about each, in the embeddings of the language model: what follows the last
+            image of its sample, or what ``text_mask`` of the call says. Raises ValueError where there is none.
         has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
         crops: the number of crops whose tokens these are, where the crops of an image are reduced together; of a video
             its frames.
@@ -46,6 +50,7 @@ class VisualTokens:
     metric: Callable[[], Tensor]
     features: Callable[[], Tensor]
     pixels: Callable[[], Tensor]
+    text: Callable[[], Text] = unknown
     has_cls: bool = False
     crops: int = 1
     total: int = -1
@@ -66,13 +71,16 @@ class VisualTokens:
     def by_frame(self) -> VisualTokens:
         """Return the frames of B videos of T frames as B * T images."""
         frames = self.crops
-        rows: dict[str, Any] = {name: functools.partial(_framed, getattr(self, name), frames) for name in LAZY}
+        rows: dict[str, Any] = {
+            name: functools.partial(_framed, getattr(self, name), frames) for name in LAZY if name != "text"
+        }
         return replace(
             self,
             hidden=_framed(lambda: self.hidden, frames),
             grid=self.grid and (1, *self.grid[1:]),
             crops=1,
             total=self.total // frames,
+            text=lambda: self.text().repeat(frames),
             **rows,
         )
 
@@ -92,7 +100,7 @@ class VisualTokens:
         return self.hidden.device
 
 
-def _taken(rows: Callable[[], Tensor], images: list[int]) -> Tensor:
+def _taken(rows: Callable[[], Any], images: list[int]) -> Any:
     return rows()[images]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vlmfast.functions import accepting
 from vlmfast.ops.attention_scores import cls_attention, received_attention
+from vlmfast.reduce.text import Text, unknown
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
 
@@ -60,13 +61,16 @@ class EncodedImages:
         """The patches along a side of an image, which is square."""
         return math.isqrt(self.patches.shape[1])
 
-    def visual_tokens(self, features: Callable[[], Tensor], has_cls: bool, total: int) -> VisualTokens:
+    def visual_tokens(
+        self, features: Callable[[], Tensor], has_cls: bool, total: int, text: Callable[[], Text] = unknown
+    ) -> VisualTokens:
         """Describe the patches for a method, where each is a visual token.
 
         Args:
             features: gives them projected.
             has_cls: whether the method may keep the CLS token.
             total: how many tokens the model makes of each image.
+            text: gives the text of each.
         """
         return VisualTokens(
             hidden=self.patches,
@@ -75,6 +79,7 @@ class EncodedImages:
             metric=self.metric,
             features=lambda: features().detach(),
             pixels=lambda: self.pixels,
+            text=text,
             has_cls=has_cls,
             total=total,
         )

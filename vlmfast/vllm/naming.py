@@ -95,6 +95,11 @@ def checked(method: object) -> Method:
         raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {told(method)}")
     if "image" not in method.takes:
         raise ValueError(f"{method} reduces videos, and vLLM's videos stay as they are: use a method for images")
+    if method.reads_text:
+        raise ValueError(
+            f"{method} chooses by the question, and vLLM encodes an image without one, and keeps it for others: use a "
+            f"method that does not read the text"
+        )
     return method
 
 

@@ -67,6 +67,32 @@ def coverage_loop(
     return run
 
 
+def dpp_map_loop(features: Tensor, k: int, relevance: Tensor | None = None) -> Callable[[], Tensor]:
+    """Choose for a whole batch at once, in float32: a matmul, then one of few rows and six operations a step."""
+    images = torch.arange(len(features), device=features.device)
+
+    def run() -> Tensor:
+        unit = F.normalize(features.float(), dim=2)
+        kernel = unit @ unit.transpose(1, 2)
+        if relevance is not None:
+            kernel = kernel * (relevance[:, :, None] * relevance[:, None]).float()
+        left = kernel.diagonal(dim1=1, dim2=2).clone()
+        shares = kernel.new_zeros(len(kernel), k, kernel.shape[1])
+        chosen: list[Tensor] = []
+        for step in range(k):
+            best = left.argmax(1)
+            chosen.append(best)
+            row = kernel[images, best]
+            if step:
+                row = row - torch.bmm(shares[images, :step, best][:, None], shares[:, :step])[:, 0]
+            share = torch.div(row, left[images, best].sqrt()[:, None], out=shares[:, step])
+            left = torch.addcmul(left, share, share, value=-1).clamp_(min=1e-8)
+            left.scatter_(1, torch.stack(chosen, 1), -1.0)
+        return torch.stack(chosen, 1).sort(1).values
+
+    return run
+
+
 # ---- numbers for which every order of the sums gives the same choice ----
 
 
@@ -140,6 +166,28 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
         yield _decided(definition.farthest.op.reference, _begin_of(draw, 2))
 
 
+def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
+    """Yield tokens that are alike or have nothing in common, of which all numbers are exact, and others."""
+    for index, (batch, tokens, size, k) in enumerate(_SIZES):
+        features = torch.zeros(batch, tokens, size, device=device)
+        if size:
+            places = torch.randint(0, size, (batch, tokens, 1), device=device)
+            lengths = 2.0 ** torch.randint(-3, 4, places.shape, device=device)
+            features.scatter_(2, places, lengths * (1 - 2 * torch.randint(0, 2, places.shape, device=device)))
+            features[:, 3::7] = 0
+        relevance = _eighths(batch, tokens, device=device)
+        yield features.to(dtype), k, *((), (relevance.to(dtype),), (relevance,))[index % 3]
+    for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8), ((1, 40, 8), 20), ((1, 300, 64), 50)):
+
+        def draw(shape: tuple[int, ...] = shape, k: int = chosen) -> Args:
+            features = torch.randn(shape, device=device, dtype=dtype)
+            return features, k, torch.rand(shape[:2], device=device).to(dtype)
+
+        yield _decided(definition.dpp_map.op.reference, draw)
+        if shape[1] < 100 and shape[2] > 8:
+            yield _decided(definition.dpp_map.op.reference, _begin_of(draw, 2))
+
+
 # B, N, R, k
 _COVERAGES = [
     (1, 1, 1, 1),
@@ -185,6 +233,11 @@ def farthest_workloads(device: str, dtype: torch.dtype) -> Workloads:
         yield f"{batch}x{tokens}x{size}", (torch.randn(batch, tokens, size, device=device, dtype=dtype), k)
 
 
+def dpp_map_workloads(device: str, dtype: torch.dtype) -> Workloads:
+    for label, (features, k) in farthest_workloads(device, dtype):
+        yield label, (features, k, torch.rand(features.shape[:2], device=device))
+
+
 def coverage_workloads(device: str, dtype: torch.dtype) -> Workloads:
     """Yield cosines as SCOPE takes them, in float32 whatever the model's dtype: each token is like some others."""
     for batch, tokens, _, k in _WORKLOADS:
@@ -200,6 +253,12 @@ def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *mor
     """Count features in, and out the matrix of their products, all of which the first choice reads again."""
     batch, tokens = features.shape[:2]
     return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
+
+
+def dpp_map_bytes(features: Tensor, k: int, relevance: Tensor | None = None) -> int:
+    """Count features in, and out the matrix of their products, of which the rows of chosen tokens are read again."""
+    batch, tokens = features.shape[:2]
+    return features.nbytes + 4 * batch * tokens * (tokens + 3 * k) + (0 if relevance is None else relevance.nbytes)
 
 
 def coverage_bytes(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> int:
@@ -236,6 +295,23 @@ farthest = Cases(
     bytes=farthest_bytes,
     flops=lambda features, k, *_: 2 * features.numel() * features.shape[1],
     peers={"loop": farthest_loop},
+    launches=2,
+    compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
+)
+
+dpp_map = Cases(
+    samples=dpp_map_samples,
+    good_call={"features": _FEATURES, "k": 1, "relevance": _QUALITY},
+    bad_calls=(
+        ("features", _FEATURES[0], ValueError, r"features must have shape \(B, N, D\), got \(5, 8\)"),
+        ("relevance", _QUALITY[0], ValueError, r"relevance must have shape \(B, N\), got \(5,\)"),
+        ("relevance", _QUALITY[:, :4], ValueError, r"relevance must have the first two sizes of features, \(2, 5\)"),
+        *(*_BAD_K, *_bad_weights("relevance", _QUALITY)),
+    ),
+    workloads=dpp_map_workloads,
+    bytes=dpp_map_bytes,
+    flops=lambda features, k, *_: 2 * features.numel() * features.shape[1] + features[..., 0].numel() * k * k,
+    peers={"loop": dpp_map_loop},
     launches=2,
     compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
 )

@@ -14,16 +14,22 @@ from vlmfast import checks
 from vlmfast.functions import op
 
 SAME = 2.0**-20  # a smaller distance is what float32 makes of a token and its double: it counts as 0
+NOTHING_NEW = 2.0**-14  # a smaller share of a token's square is what float32 makes of nothing
 
 
-def _distances(features: Tensor) -> Tensor:
-    """Return 1 less the cosine of each two tokens, (B, N, N) float32."""
+def _cosines(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosine of each two tokens, (B, N, N) float32, and which tokens have a direction, (B, N)."""
     # float64, then rounded: a matmul may give equal rows cosines that differ in the last bit
     wide = features.to(torch.float32 if features.device.type == "mps" else torch.float64)
     square = wide.square().sum(2, keepdim=True)
     usable = (square.float() > 0) & square.float().isfinite()
     unit = torch.where(usable, wide / square.sqrt(), 0.0)
-    distance = 1 - (unit @ unit.transpose(1, 2)).float()
+    return (unit @ unit.transpose(1, 2)).float(), usable[..., 0]
+
+
+def _distances(features: Tensor) -> Tensor:
+    """Return 1 less the cosine of each two tokens, (B, N, N) float32."""
+    distance = 1 - _cosines(features)[0]
     return torch.where(distance < SAME, 0.0, distance)
 
 
@@ -55,6 +61,15 @@ def _check_farthest(features: Tensor, k: int, quality: Tensor | None = None, fir
         checks.tensor("quality", quality, "BN")
         checks.same_tokens("quality", quality, "features", features)
         _check_weights("quality", quality)
+
+
+def _check_dpp_map(features: Tensor, k: int, relevance: Tensor | None = None) -> None:
+    checks.tensor("features", features, "BND")
+    checks.within("k", k, features.shape[1], "the tokens of a row")
+    if relevance is not None:
+        checks.tensor("relevance", relevance, "BN")
+        checks.same_tokens("relevance", relevance, "features", features)
+        _check_weights("relevance", relevance)
 
 
 def _check_coverage(
@@ -161,4 +176,51 @@ def coverage(similarity: Tensor, k: int, row_weights: Tensor | None = None, qual
         best = gain.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
         chosen = chosen.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
         covered = torch.maximum(covered, wide.gather(1, best[..., None].expand(-1, -1, rows)))
+    return _positions(chosen, k)
+
+
+@op(check=_check_dpp_map, exact=True, detached=True)
+def dpp_map(features: Tensor, k: int, relevance: Tensor | None = None) -> Tensor:
+    """Choose ``k`` tokens that are relevant and unlike each other: those that a determinantal point process favours.
+
+    Its kernel is the cosine of each two tokens times the relevance of both. Each time the token is chosen that makes
+    the determinant of the chosen ones largest: that whose relevance, squared, times what of its square those before it
+    do not add up to, is most. That is found row by row of the kernel, of which only the rows of chosen tokens are
+    needed. Of equal ones the lower position wins. Sums are in float32, whatever the dtype; less than 2 ** -14 of a
+    token is one of their roundings and counts as nothing. Where nothing new is left, as with more tokens than
+    dimensions, the most relevant ones follow. Features of zeros, and those that are not finite, have nothing new.
+
+    Args:
+        features: (B, N, D) float32, float16 or bfloat16; any strides. Their lengths are of no account.
+        k: how many, 0 to N.
+        relevance: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
+
+    Returns:
+        (B, k) int64, ascending. Those of k are among those of k + 1.
+
+    Raises:
+        TypeError: for a tensor of another dtype. ValueError: for shapes or devices that do not fit, a ``k`` out of
+            range, or on a CPU a relevance that is negative or not finite; on a GPU that trips a device-side assertion.
+
+    Source:
+        The fast greedy inference of Chen, Zhang and Zhou (NeurIPS 2018), as CDPruner uses it. That chooses a token
+        twice, or gives NaN, where nothing new is left.
+    """
+    cosine, usable = _cosines(features)
+    left = usable.to(torch.float32 if features.device.type == "mps" else torch.float64)
+    weight = _weights("relevance", relevance)
+    weight = torch.ones_like(left) if weight is None else weight.to(left.dtype)
+    chosen = torch.zeros_like(usable)
+    shares = left.new_zeros(*left.shape[:1], 0, left.shape[1])  # of each token, with each that is chosen
+    for _ in range(k):
+        worth = (weight * left * weight).masked_fill(chosen, 0.0)
+        worth = torch.where(worth.amax(1, keepdim=True) > 0, worth, weight)
+        best = worth.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
+        chosen = chosen.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
+        row, own = cosine.take_along_dim(best[..., None], 1)[:, 0], left.gather(1, best)
+        row = row - (shares.take_along_dim(best[:, None], 2) * shares).sum(1)
+        share = torch.where(own > 0, row / own.sqrt(), 0.0)
+        left = left - share.square()
+        left = torch.where(left < NOTHING_NEW, 0.0, left)
+        shares = torch.cat([shares, share[:, None]], 1)
     return _positions(chosen, k)

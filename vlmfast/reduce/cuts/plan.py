@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,12 @@ from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
 from vlmfast.reduce.kinds import KINDS, is_placeholder
 from vlmfast.reduce.methods import LayerMethod
 from vlmfast.reduce.prompt import named, parameters
+from vlmfast.reduce.text import MASK, check_lengths, special_ids, text_columns
 from vlmfast.torch_internals import is_compiling
 
 IMAGES = (*(kind.pixels for kind in KINDS), "mm_encoder_outputs")
 # of `generate`: these take columns off a cache again, or give it the prompt in pieces
+TEXT: ContextVar[Tensor | None] = ContextVar("vlmfast_text", default=None)  # what a running `generate` was given
 REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 
@@ -44,6 +48,11 @@ class Plan:
         """Each cut: its layer, its method, and which cut of the method it is."""
         return [(layer, method, cut) for method in self.methods for cut, layer in enumerate(method.cut_before)]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether one of them chooses by the text."""
+        return any(method.reads_text for method in self.methods)
+
     def replacements(self) -> dict[type, dict[str, Any]]:
         """Return what the classes of layers and of their attention get: class -> name -> method or property."""
         register()
@@ -57,6 +66,11 @@ class Plan:
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+            if arguments.get(MASK) is None and (text := TEXT.get()) is not None:
+                ids = arguments.get("input_ids")
+                # without a cache words that were generated come with each step
+                more = 0 if ids is None else max(ids.shape[1] - text.shape[1], 0)
+                arguments[MASK] = nn.functional.pad(text, (0, more))
             started = self._start(model, arguments, note)
             if started is None:
                 return original(model, *args, **kwargs)
@@ -74,8 +88,11 @@ class Plan:
 
         @functools.wraps(original)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-            if not named(arguments, IMAGES) and held_by(arguments.get("past_key_values")) is None:
+            text = kwargs.pop(MASK, None)
+            arguments = {**dict(zip(names, args)), **kwargs, MASK: text}  # noqa: B905
+            if not _images(arguments) and held_by(arguments.get("past_key_values")) is None:
+                if not is_compiling():
+                    _warn_of_embeddings(arguments)
                 return original(self, *args, **kwargs)
             return apart(self, args, kwargs, arguments)
 
@@ -94,7 +111,11 @@ class Plan:
                     value is not None for value in (arguments.get(name), *(getattr(c, name, None) for c in configs))
                 ):
                     raise ValueError(f"{name} cannot be given where visual tokens are cut between layers")
-            return original(self, *args, **kwargs)
+            token = TEXT.set(kwargs.pop(MASK, None))
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                TEXT.reset(token)
 
         return generate
 
@@ -127,8 +148,7 @@ class Plan:
     def _prompt(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Prompt | None, dict[int, Cut]]:
         """Find the visual tokens of a call, and what is left of them after each cut that leaves any out."""
         ids = arguments.get("input_ids")
-        images = named(arguments, IMAGES)
-        if not images or (ids is not None and ids.shape[1] == 1):
+        if not _images(arguments) or (ids is not None and ids.shape[1] == 1):
             return None, {}
         if not isinstance(ids, Tensor):
             raise ValueError("input_ids must be given beside images where visual tokens are cut between layers")
@@ -149,15 +169,33 @@ class Plan:
         visual &= own
         inside = (own.cumsum(1) > 0) & (own.flip(1).cumsum(1).flip(1) > 0)
         right = ~own[:, -1].all() & own[:, 0].all()
-        asked = torch.cat([visual.sum(1), inside.sum(1), right[None]]).tolist()  # the one wait for the device
-        counts, lengths = asked[: len(ids)], asked[len(ids) : -1]
+        text = self._text(model, arguments, ids, own, visual)
+        # the one wait for the device
+        asked = torch.cat([visual.sum(1), inside.sum(1), text.sum(1), right[None]]).tolist()
+        counts, lengths, words = (asked[part * len(ids) : (part + 1) * len(ids)] for part in range(3))
+        if self.reads_text:
+            check_lengths(words, [sample for sample, count in enumerate(counts) if count])
         last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(1)
         left, cuts = counts, {}
         for layer, method, cut in self.cuts:
             kept = [min(before, method.budget(cut, count)) for before, count in zip(left, counts, strict=True)]
             if kept != left:
                 left, cuts[layer] = kept, Cut(method, kept)
-        return Prompt(visual, inside, valid, last, lengths, counts, bool(asked[-1])), cuts
+        return Prompt(visual, inside, valid, last, text, lengths, counts, words, bool(asked[-1])), cuts
+
+    def _text(self, model: Any, arguments: Mapping[str, Any], ids: Tensor, own: Tensor, visual: Tensor) -> Tensor:
+        """(B, T) bool: the text that the visual tokens are chosen by; none where it is not asked for."""
+        if not self.reads_text:
+            return torch.zeros_like(visual)
+        given = arguments.get(MASK)
+        if given is not None:
+            if given.dim() != 2 or given.shape[1] < ids.shape[1] or len(ids) % max(len(given), 1):
+                raise ValueError(
+                    f"{MASK} must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(given.shape)}"
+                )
+            # of the whole prompt, where a part of it is in the cache, and of each sample, where it has several beams
+            given = given[:, -ids.shape[1] :].repeat_interleave(len(ids) // len(given), 0)
+        return text_columns(ids, own, visual, special_ids(model), given)
 
 
 def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
@@ -193,6 +231,23 @@ def layers_of(model: Any) -> nn.ModuleList:
     """Return the layers of the language model."""
     layers: nn.ModuleList = model.base_model.language_model.layers
     return layers
+
+
+def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what brings images or videos; `generate` has an empty ``mm_encoder_outputs`` for prompts of text."""
+    given = named(arguments, IMAGES)
+    return {name: value for name, value in given.items() if not isinstance(value, Mapping) or value}
+
+
+def _warn_of_embeddings(arguments: Mapping[str, Any]) -> None:
+    """Say that nothing is cut of embeddings, among which visual tokens are not told from words."""
+    embeddings = arguments.get("inputs_embeds")
+    if arguments.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.shape[1] > 1:
+        warnings.warn(
+            "no visual tokens are cut between layers of a prompt that is given as inputs_embeds, as by compress_inputs "
+            "under transformers 5.17: give input_ids, and the method of compress_inputs to vlmfast.patch",
+            stacklevel=3,
+        )
 
 
 def cache_of(output: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ class Cut:
     kept: list[int]  # the visual tokens of each sample that are left
 
 
+class Raters(NamedTuple):
+    """The words of a sample by which its visual tokens are chosen."""
+
+    columns: Tensor  # (L,) int64, of all words of its text
+    weights: Tensor  # (L,), the same for each rater, 0 for the others; together 1
+
+
 @dataclass
 class Prompt:
     """The new columns of a call that brings images.
@@ -36,8 +43,10 @@ class Prompt:
         inside: (B, T) bool, without the padding at an end.
         valid: (B, past + T) bool, what the last token may see; None for everything.
         last: (B,) int64, the last column that is not padding.
+        text: (B, T) bool, the text, where a method chooses by it.
         lengths: of each sample, without the padding at an end.
         counts: the visual tokens of each sample.
+        words: the columns of the text of each.
         right: whether padding is on the right.
     """
 
@@ -45,8 +54,10 @@ class Prompt:
     inside: Tensor
     valid: Tensor | None
     last: Tensor
+    text: Tensor
     lengths: list[int]
     counts: list[int]
+    words: list[int]
     right: bool
 
     def left(self, kept: list[int]) -> list[int]:
@@ -79,6 +90,8 @@ class Run:
     def __post_init__(self) -> None:
         self._numbers = {layer: number for number, layer in enumerate(self.layers)}
         self._row: Tensor | None = None
+        self._raters: list[Raters | None] = []
+        self._reading = False  # whether text chooses in the layer that is tapped
         self._given: tuple[Any, ...] = ()
         self._changed: dict[str, Any] = {}
 
@@ -95,13 +108,17 @@ class Run:
                 f"visual tokens cannot be cut between layers of {type(layer).__name__}: they are not given "
                 f"hidden_states and, by name, position_embeddings"
             )
+        if number == 0 and any(cut.method.reads_text for cut in self.cuts.values()):
+            self._raters = raters(hidden, self.prompt)  # type: ignore[arg-type]
         if number in self.cuts:
             hidden = self._cut(number, hidden)
         elif number in self.held:
             self._enter(number)
         if self.keys is not None:
             kwargs = {**kwargs, **self._rewritten(kwargs)}
-        self.tapped = layer.self_attn if number + 1 in self.cuts else None  # type: ignore[assignment]
+        following = self.cuts.get(number + 1)
+        self.tapped = None if following is None else layer.self_attn  # type: ignore[assignment]
+        self._reading = following is not None and following.method.reads_text
         output = original(layer, hidden, **kwargs)
         if number == len(self.layers) - 1 and self.now is not None:
             # a column that was left out has what the last one before it has: it says what comes next
@@ -110,20 +127,47 @@ class Run:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Take the attention of the last token of each sample."""
+        """Take the attention of the last token of each sample, or of the words that say most about visual tokens."""
         prompt: Any = self.prompt
         now, keys, last = self.now, self.keys, prompt.last
-        if now is not None:
-            last = now.latest().gather(1, last[:, None])[:, 0]
+        latest = None if now is None else now.latest()
+        if latest is not None:
+            last = latest.gather(1, last[:, None])[:, 0]
         samples = torch.arange(len(last), device=last.device)
         columns = self.at.past + self.at.tokens if keys is None else keys.index.shape[1]
         valid = prompt.valid
         if keys is not None:
             valid = keys.valid if valid is None else keys.take(valid, 0)
         row = accepting(last_row_attention, key)
+        if self._reading:
+            self._row = self._of_raters(query, key[:, :, :columns], valid, latest, scale)
+            return
         valid = None if valid is None else valid.to(key.device)
         found = row(query[samples.to(query.device), :, last.to(query.device)], key[:, :, :columns], valid, scale)
         self._row = found.to(last.device)
+
+    def _of_raters(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, latest: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """(B, N): the attention that the raters of each sample pay on average, each to what is before it."""
+        batch, columns = len(key), key.shape[2]
+        index = torch.arange(columns, device=key.device).expand(batch, -1)
+        index = index if self.keys is None else self.keys.index.to(key.device)
+        found = torch.zeros(batch, columns, dtype=torch.promote_types(key.dtype, torch.float32), device=key.device)
+        for sample, weighed in enumerate(self._raters):
+            if weighed is None:
+                continue
+            words = weighed.columns
+            rows = words if latest is None else latest[sample, words]
+            seen = index[sample] <= self.at.past + words[:, None].to(key.device)
+            if valid is not None:
+                seen = seen & valid[sample].to(key.device)
+            keys = key[sample].expand(len(words), -1, -1, -1)  # the same ones for all, in one place
+            attention = accepting(last_row_attention, key)(
+                query[sample, :, rows.to(query.device)].transpose(0, 1), keys, seen, scale
+            )
+            found[sample] = weighed.weights.to(attention) @ attention
+        return found.to(self.prompt.last.device)  # type: ignore[union-attr]
 
     def _cut(self, number: int, hidden: Tensor) -> Tensor:
         """Leave out columns at the input of a layer."""
@@ -173,6 +217,29 @@ class Run:
             keys: Any = self.keys
             self._given, self._changed = given, rewritten(kwargs, self.now, keys, self.at)
         return self._changed
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def raters(hidden: Tensor, prompt: Prompt) -> list[Raters | None]:
+    """Weigh the words of each sample by what they say about its visual tokens, given the embeddings (B, T, D).
+
+    Returns:
+        Those of each sample, None where it has no visual tokens.
+    """
+    found: list[Raters | None] = []
+    for sample, (count, words) in enumerate(zip(prompt.counts, prompt.words, strict=True)):
+        if not count:
+            found.append(None)
+            continue
+        flags = torch.stack([prompt.text[sample], prompt.visual[sample]]).to(torch.uint8)
+        order = flags.argsort(dim=1, descending=True, stable=True)
+        text, visual = order[0, :words].to(hidden.device), order[1, :count].to(hidden.device)
+        rows = hidden[sample].to(torch.promote_types(hidden.dtype, torch.float32))
+        shares = (rows[visual] @ rows[text].mT).softmax(1).mean(0)
+        chosen = shares > shares.mean()
+        chosen = chosen | ~chosen.any()
+        found.append(Raters(text, chosen / chosen.sum()))
+    return found
 
 
 def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:

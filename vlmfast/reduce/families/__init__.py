@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from vlmfast.reduce.families import internvl, llava, llava_next, llava_videos, qwen
-from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
@@ -15,10 +13,11 @@ from vlmfast.reduce.reduced_image import ReducedImage
 class Reducer:
     """How the images and videos of one type of model are reduced."""
 
-    # (the base model, the vision inputs, the method) -> the images in prompt order; the tower runs once, as configured
-    reduce: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]]
+    # (the base model, the vision inputs, the method, what gives the text of images) -> the images in prompt order; the
+    # tower runs once, as configured
+    reduce: Callable[..., list[ReducedImage]]
     # the same of its videos, or None: those of such a model stay as they are
-    reduce_videos: Callable[[Any, Mapping[str, Any], Method], list[ReducedImage]] | None = None
+    reduce_videos: Callable[..., list[ReducedImage]] | None = None
     videos_end_with_newline: bool = False  # they are then one tensor (videos, tokens, D), not a list
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import VisualTokens
 from vlmfast.reduce.towers import encode, vision_setting
 
 
-def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts) -> list[ReducedImage]:
     """Encode the tiles and reduce each with a budget of its own.
 
     Each tile counts as an image: their order is that of the prompt, and the model is not told which tiles make up an
@@ -51,6 +52,7 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduce
         metric=lambda: shuffle(encoded.metric()).view(*hidden.shape[:2], -1, encoded.key.shape[3]).mean(2),
         features=lambda: project(hidden).detach(),
         pixels=lambda: pixels,
+        text=texts([hidden.shape[1]] * len(hidden)),
     )
     selection = method.select(tokens)
     # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were

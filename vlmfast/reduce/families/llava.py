@@ -8,10 +8,11 @@ from typing import Any
 
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.towers import encode, vision_setting
 
 
-def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(base: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts) -> list[ReducedImage]:
     """Encode all images at once, reduce what the projector gets, and project what is left.
 
     Where the tower has a CLS token that the model does not use (``vision_feature_select_strategy="default"``), a method
@@ -31,7 +32,8 @@ def reduce(base: Any, inputs: Mapping[str, Any], method: Method) -> list[Reduced
         )
     project = base.multi_modal_projector
     total = (encoded.hidden if uses_first else encoded.patches).shape[1]
-    tokens = encoded.visual_tokens(lambda: project(encoded.patches), encoded.has_cls, total)
+    text = texts([total] * len(encoded.hidden))
+    tokens = encoded.visual_tokens(lambda: project(encoded.patches), encoded.has_cls, total, text)
     selection = method.select(tokens)
     if uses_first and encoded.has_cls:
         selection = replace(selection, keep_cls=True)

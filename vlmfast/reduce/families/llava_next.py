@@ -23,6 +23,7 @@ from vlmfast.host import on_host
 from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import VisualTokens
 from vlmfast.reduce.towers import EncodedImages, encode, vision_setting
 
@@ -31,27 +32,33 @@ NEWLINE, MIXED = -1, -2
 Packer = Callable[[Tensor, Tensor], Tensor]  # crops (T, patches, C) and a newline (C,) -> one image (L, C)
 
 
-def reduce_next(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_next(
+    model: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Reduce the images of LLaVA-NeXT and LLaVA-NeXT-Video, packed as the method's ``packing`` says, if it has one.
 
     The model's own packing has no place for a CLS token: it is left out, and the whole budget goes to patches.
     """
     strategy = vision_setting(model, inputs, "vision_feature_select_strategy")
     packing = getattr(method, "packing", "model")
-    return _reduce(model, inputs, method, packing, vision_feature_select_strategy=strategy)
+    return _reduce(model, inputs, method, texts, packing, vision_feature_select_strategy=strategy)
 
 
-def reduce_onevision(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_onevision(
+    model: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Reduce the images of LLaVA-OneVision, always in the model's own packing.
 
     With ``vision_aspect_ratio="anyres_max_9"`` the model makes a grid of more than about 9 crops smaller, so that a
     token is made of several patches: `Packing.reduce` takes such an image, with the budget of all its crops.
     """
     ratio = vision_setting(model, inputs, "vision_aspect_ratio")
-    return _reduce(model, inputs, method, "model", vision_aspect_ratio=ratio)
+    return _reduce(model, inputs, method, texts, "model", vision_aspect_ratio=ratio)
 
 
-def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str, **settings: Any) -> list[ReducedImage]:
+def _reduce(
+    model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts, packing: str, **settings: Any
+) -> list[ReducedImage]:
     sizes: list[list[int]] = on_host(torch.as_tensor(inputs["image_sizes"])).tolist()
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
     config, grid_of = model.config, _upstream(model).get_anyres_image_grid_shape
@@ -68,7 +75,10 @@ def _reduce(model: Any, inputs: Mapping[str, Any], method: Method, packing: str,
     # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
     projected = functools.cache(lambda: project(encoded.patches))
     published = packing == "published"
-    tokens = encoded.visual_tokens(projected, encoded.has_cls and published, side**2)
+    text = texts([len(image.numbers) for image in packings])
+    image_of_crop = [number for number, count in enumerate(counts) for _ in range(count)]
+    keeps_cls = encoded.has_cls and published
+    tokens = encoded.visual_tokens(projected, keeps_cls, side**2, lambda: text()[image_of_crop])
     totals = [total for image in packings for total in (image.shown if published else [side**2] * image.crops)]
     crops = (
         []
@@ -271,6 +281,7 @@ class Packing:
             metric=lambda: as_packed(tokens.metric()[crops]),
             features=packed.detach,
             pixels=lambda: tokens.pixels()[None, crops],
+            text=lambda: tokens.text()[crops.start : crops.start + 1],
             crops=len(features),
         )
         selection = method.select(whole)

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from vlmfast.reduce.families.llava_next import encode_crops
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import VisualTokens
 from vlmfast.reduce.towers import EncodedImages
 
 Pool = Callable[[Tensor], Tensor]  # (frames, patches, M) -> (frames, tokens, M)
 
 
-def reduce_next(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_next(
+    model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Reduce the videos of LLaVA-NeXT-Video, between the pooling and the projector."""
 
     def mean(patches: Tensor) -> Tensor:
@@ -33,14 +36,17 @@ def reduce_next(model: Any, inputs: Mapping[str, Any], method: Method) -> list[R
 
     encoded = _encode(model, inputs)
     hidden = model.vision_resampler(encoded.patches)
-    return _reduce(inputs, method, encoded, hidden, mean, model.multi_modal_projector)
+    return _reduce(inputs, method, texts, encoded, hidden, mean, model.multi_modal_projector)
 
 
-def reduce_onevision(model: Any, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_onevision(
+    model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Reduce the videos of LLaVA-OneVision, which pools what the projector gives. The newline at their end stays."""
     encoded = _encode(model, inputs)
     hidden = model.apply_pooling(model.multi_modal_projector(encoded.patches))
-    videos = _reduce(inputs, method, encoded, hidden, model.apply_pooling, nn.Identity())
+    with_newline: Texts = lambda totals: texts([total + 1 for total in totals])  # noqa: E731
+    videos = _reduce(inputs, method, with_newline, encoded, hidden, model.apply_pooling, nn.Identity())
     return [
         replace(
             video,
@@ -61,13 +67,20 @@ def _encode(model: Any, inputs: Mapping[str, Any]) -> EncodedImages:
 
 
 def _reduce(
-    inputs: Mapping[str, Any], method: Method, encoded: EncodedImages, hidden: Tensor, pool: Pool, project: Any
+    inputs: Mapping[str, Any],
+    method: Method,
+    texts: Texts,
+    encoded: EncodedImages,
+    hidden: Tensor,
+    pool: Pool,
+    project: Any,
 ) -> list[ReducedImage]:
     """Reduce videos, all of one number of frames.
 
     Args:
         inputs: with their pixels.
         method: how.
+        texts: what gives the text of videos.
         encoded: what the tower made of their frames.
         hidden: (frames, tokens, C), pooled.
         pool: pools scores and metric.
@@ -88,6 +101,7 @@ def _reduce(
         metric=lambda: whole(pool(encoded.metric())),
         features=lambda: project(whole(hidden)).detach(),
         pixels=lambda: pixels,
+        text=texts([frames * hidden.shape[1]] * videos),
         crops=frames,
     )
     selection = method.select_videos(tokens)

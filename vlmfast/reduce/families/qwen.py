@@ -23,11 +23,14 @@ from vlmfast.ops.attention_scores import received_attention
 from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import Grid, VisualTokens
 from vlmfast.reduce.towers import recorded
 
 
-def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce(
+    base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Encode the images and reduce their visual tokens, those of images of one size at once.
 
     A merged token takes the place of its target. The order stays that of the raster.
@@ -35,23 +38,25 @@ def reduce(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[R
     Raises:
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
-    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method)
+    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method, texts)
 
 
-def reduce_videos(base: nn.Module, inputs: Mapping[str, Any], method: Method) -> list[ReducedImage]:
+def reduce_videos(
+    base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
     """Encode the videos and reduce their visual tokens, those of videos of one size at once; otherwise as `reduce`.
 
     The attention of the towers is that of each frame, two of the camera's at a time.
     """
-    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method)
+    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method, texts)
 
 
-def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method) -> list[ReducedImage]:
+def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method, texts: Texts) -> list[ReducedImage]:
     side: int = base.visual.spatial_merge_size
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
     encode = base.get_video_features if kind == "video" else base.get_image_features
     levels, attention = _encode(base.visual, functools.partial(encode, pixels, grid_thw, return_dict=True), grids)
-    return reduce_encoded(levels, attention, pixels, grids, [method] * len(grids), kind)
+    return reduce_encoded(levels, attention, pixels, grids, [method] * len(grids), kind, texts)
 
 
 def reduce_encoded(
@@ -61,6 +66,7 @@ def reduce_encoded(
     grids: Sequence[Grid],
     methods: Sequence[Method],
     kind: str = "image",
+    texts: Texts = unknown_texts,
 ) -> list[ReducedImage]:
     """Reduce the visual tokens of encoded images or videos, N in all, those of one size and method at once.
 
@@ -71,6 +77,7 @@ def reduce_encoded(
         grids: of each image.
         methods: for each image.
         kind: "image" or "video".
+        texts: gives the text that asks about each image.
 
     Raises:
         ValueError: if the budget of the method does not fit an image.
@@ -78,6 +85,7 @@ def reduce_encoded(
     counts = [math.prod(grid) for grid in grids]
     # images of several sizes ask one after the other
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
+    text = texts(counts)
 
     def reduce_alike(grid: Grid, method: Method, members: Sequence[int]) -> Iterable[tuple[int, ReducedImage]]:
         def stack(rows: Tensor) -> Tensor:
@@ -93,6 +101,7 @@ def reduce_encoded(
             metric=lambda: stack(metric()),
             features=features[0].detach,
             pixels=lambda: stack(pixels.reshape(-1, attention.group, pixels.shape[1])),
+            text=lambda: text()[members],
             crops=grid[0] if kind == "video" else 1,
         )
         selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)

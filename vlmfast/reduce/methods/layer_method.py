@@ -13,7 +13,8 @@ class LayerMethod(Named):
     """A way to cut visual tokens between two layers of the language model. A new one has `layers` and `budget`.
 
     The layers before a cut see every token, those behind it only what is kept, at the positions that the tokens had.
-    What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut. A file
+    What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut, or, of
+    a method that sets ``reads_text``, by that of the words of its text which say most about its visual tokens. A file
     in this folder with ``class Late(LayerMethod, name="late")`` is all that it takes for ``vlmfast.Late``.
     """
 
@@ -27,7 +28,7 @@ class LayerMethod(Named):
         """Return how many of the ``count`` visual tokens that a sample began with are left after that cut."""
 
     def score(self, attention: Tensor) -> Tensor:
-        """Say what each token is worth, given the attention (B, N) that it gets from the last token: that, as it is.
+        """Say what each token is worth, given the attention (B, N) that it gets: that, as it is.
 
         Float32, the mean over the heads. The columns of text are among the N; their worth is not asked for.
         """

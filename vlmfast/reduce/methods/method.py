@@ -41,6 +41,7 @@ class Named(metaclass=Registering):
     """What all methods have in common: a name to type, arguments to give it, and what it is for."""
 
     takes: ClassVar[tuple[str, ...]] = ("image", "video")  # what it reduces; the rest of a prompt stays as it is
+    reads_text: ClassVar[bool] = False  # whether it chooses by the question, so that it needs the prompt
 
     @classmethod
     def required(cls) -> list[str]:
