@@ -19,10 +19,10 @@ from vlmfast.demo_reduce import crops_of
 from vlmfast.reduce.caches import held_by
 from vlmfast.reduce.drawing import Crop, draw
 from vlmfast.reduce.measures import Kept, kept_of_all, watched
-from vlmfast.reduce.methods import METHODS, LayerMethod, Method
+from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.methods.even_tokens import EvenTokens
 from vlmfast.reduce.methods.smaller_image import SmallerImage
-from vlmfast.reduce.spelling import Reducing, at_budget, parse, spell
+from vlmfast.reduce.spelling import Reducing, every, parse, spell
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
 SHARE = 0.25  # of the visual tokens, unless another is asked for
@@ -117,10 +117,7 @@ def _asked(subject: Subject, items: list[Any]) -> list[Reducing]:
         if not isinstance(given, (int, float)):
             asked.append(given)
             continue
-        for method in METHODS.values():
-            if "image" in method.takes:
-                found = at_budget(method, given, subject.visual_tokens or 1, max(2, levels))
-                asked += [] if found is None else [found]
+        asked += every("image", given, subject.visual_tokens or 1, max(2, levels))
     return asked
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmfast.reduce.methods import METHODS, LayerMethod, Method, Named
@@ -129,3 +130,28 @@ def at_budget(method: type[Named], keep: int | float, total: int, layer: int) ->
     }
     arguments = known.get(tuple(method.required()))
     return None if arguments is None else method(*arguments)
+
+
+def every(kind: str, keep: int | float, total: int, layer: int, frames: int = 1) -> list[Any]:
+    """Make every registered method that reduces images, or videos, at one budget, and with each switch that it has on.
+
+    Those whose arguments `at_budget` does not know are left out.
+
+    Args:
+        kind: "image" or "video".
+        keep: a number of tokens, of videos for each frame, or a share of them.
+        total: the number of visual tokens.
+        layer: as `at_budget`.
+        frames: of a video.
+    """
+    found = []
+    for method in METHODS.values():
+        if kind not in method.takes:
+            continue
+        whole = issubclass(method, LayerMethod) and isinstance(keep, int)
+        made = at_budget(method, keep * frames if whole else keep, total, layer)
+        if made is None:
+            continue
+        parameters = inspect.signature(method).parameters.values()
+        found += [made, *(replace(made, **{p.name: True}) for p in parameters if p.default is False)]
+    return found
