@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmfast.compat
-from vlmfast.benchmarks import report
+from vlmfast.benchmarks import coverage, report
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
@@ -217,6 +217,12 @@ def methods() -> str:
     return table(("method", "what it does"), 2, rows)
 
 
+def coverage_table() -> str:
+    """Make the table of what methods keep of photographs."""
+    head, rows = coverage.rows_of(json.loads((RESULTS / "coverage.json").read_text()))
+    return table(tuple(head), 1, rows)
+
+
 def model_types() -> str:
     """Make docs/families.md: which methods are replaced in each model type and release, and why others are not."""
     seen = json.loads((ROOT / "docs" / "families.json").read_text())
@@ -277,10 +283,10 @@ def _verdict(body: Body | None) -> str:
     return f"left alone: {body.says}" if body.function is None else f"`{body.function.__name__}`"
 
 
-def filled(path: Path, name: str, text: str) -> str:
-    """Return a page with the text put between the marks of that name."""
-    marked = re.compile(rf"(<!-- {name}: made by `make docs` -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-    return marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", path.read_text())
+def filled(path: Path, **texts: str) -> str:
+    """Return a page with each text put between the marks of its name."""
+    marked = re.compile(r"(<!-- (\w+): made by `make docs` -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+    return marked.sub(lambda match: f"{match[1]}{texts[match[2]]}\n{match[3]}", path.read_text())
 
 
 def main() -> int:
@@ -288,10 +294,10 @@ def main() -> int:
     wanted = {
         PAGE: page(),
         STUB: stub(),
-        README: filled(README, "figures", figures()),
+        README: filled(README, figures=figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
         ROOT / "docs" / "families.md": model_types(),
-        REDUCTION: filled(REDUCTION, "methods", methods()),
+        REDUCTION: filled(REDUCTION, methods=methods(), coverage=coverage_table()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:

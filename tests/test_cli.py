@@ -15,7 +15,7 @@ from PIL import Image
 import vlmfast
 from tests.conftest import shortens_prompts
 from tests.helpers.tiny_types import build
-from vlmfast import demo_answers
+from vlmfast import demo_answers, demo_compare
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
@@ -148,7 +148,7 @@ def test_a_bug_is_an_exception_and_leaves_the_ops_as_they_were(checkpoint, overr
         (["--model", "LLAVA", "--prompt", "what is <image>"], "--prompt: must be without <image>"),
         (["--model", "LLAVA", "--layers", "1"], "--layers: is of the random model"),
         (["--model", "PICTURE model.png 9"], "there is no directory"),
-        (["--overlay", "kept.png"], "--overlay: there is nothing to draw without --reduce"),
+        (["--overlay", "kept.png"], "--overlay: there is nothing to draw without --reduce or --compare"),
         (["--model", "./no-such-model"], "there is no directory ./no-such-model"),
         (["--model", "EMPTY"], "cannot load"),
         (["--device", "tpu9"], "cannot use tpu9"),
@@ -245,6 +245,38 @@ def test_demo_cuts_between_layers(checkpoint, capsys, tmp_path):
     assert "FastV(layer=1, keep=0.5): visual tokens of the last prompt 16 in layer 0, 8 in layer 1" in output
     assert "nothing is drawn" in output
     assert not picture.exists()
+
+
+def test_demo_compares_methods(checkpoint, capsys, tmp_path):
+    """Of 16 visual tokens; what a method between layers leaves is that of its last layer."""
+    if not shortens_prompts():
+        pytest.skip("this transformers is too old")
+    sheet = tmp_path / "sheet.png"
+    methods = ["scope:4", "smaller:9", "fastv:1:0.5", "even:0.5+fastv:1:2", "pyramiddrop:7:0.5"]
+    command = ["demo", "--model", str(checkpoint), *SHORT, "--compare", *methods, "--overlay", str(sheet)]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    number = r"+\d+\.\d\d ms "
+    assert re.search(rf"all tokens +16 {number} +\d", output)
+    share = r"+\d+\.\d% +\d\.\d{3} +\d\.\d{3} "
+    for name, tokens in (("scope:4", 4), ("fastv:1:0.5", 8), ("even:0.5+fastv:1:2", 2)):
+        assert re.search(rf"{re.escape(name)} +{tokens} {share}{number} +\d+\.\d\dx +\d", output), name
+    assert re.search(rf"smaller:9 +9 {number} +\d+\.\d\dx", output)  # the tower has seen another picture
+    assert re.search("left out pyramiddrop:7:0.5: layer must be below 2", output)
+    with Image.open(sheet) as drawn:
+        assert drawn.width == 3 * demo_compare.PANEL
+        assert drawn.height > 2 * demo_compare.CAPTION
+
+
+def test_compare_is_refused_before_the_run(checkpoint, capsys, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        main(["demo", "--compare", "scop:4"])
+    assert "argument --compare: unknown method 'scop'; known: " in capsys.readouterr().err
+    monkeypatch.setattr("vlmfast.demo._load", lambda *_: pytest.fail("found out too late"))
+    assert main(["demo", "--compare", "--overlay", str(tmp_path / "no" / "such.png")]) == 2
+    assert "--overlay: cannot write" in one_error(capsys.readouterr().err)
+    assert main(["demo", "--compare", "64", "--reduce", "even:4"]) == 2
+    assert "--compare: not beside --reduce" in one_error(capsys.readouterr().err)
 
 
 @pytest.mark.thorough

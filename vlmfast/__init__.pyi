@@ -40,6 +40,7 @@ from vlmfast.reduce.methods.fastv import FastV as FastV
 from vlmfast.reduce.methods.pyramid_drop import PyramidDrop as PyramidDrop
 from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens
 from vlmfast.reduce.methods.scope import SCOPE as SCOPE
+from vlmfast.reduce.methods.smaller_image import SmallerImage as SmallerImage
 from vlmfast.reduce.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmfast.reduce.methods.vcast import VCAST as VCAST
 from vlmfast.reduce.methods.visionzip import VisionZip as VisionZip

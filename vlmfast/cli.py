@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import vlmfast
-from vlmfast import demo, demo_reduce, info
+from vlmfast import demo, demo_compare, demo_reduce, info
 from vlmfast.backends import loader
 from vlmfast.benchmarks import command as benchmarks
 from vlmfast.console import DEFAULT, DTYPES, CommandError, one_line, positive
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches import scan
-from vlmfast.reduce import spelling
+from vlmfast.reduce.spelling import usage
 from vlmfast.registry import order
 
 
@@ -120,11 +120,20 @@ def _add_demo(commands: Any) -> None:
         "--reduce",
         metavar="METHOD",
         type=demo_reduce.parse_method,
-        help=f"then compare with fewer visual tokens: {spelling.usage()}",
+        help=f"then compare with fewer visual tokens: {usage()}",
+    )
+    command.add_argument(
+        "--compare",
+        metavar="METHOD",
+        nargs="*",
+        type=demo_compare.item,
+        help="instead, put methods side by side, written as for --reduce: what each keeps, time and cache, and a "
+        "picture. A number or share in place of a method: every method that is known, with so many tokens; default: "
+        f"{demo_compare.SHARE}",
     )
     command.add_argument(
         "--overlay",
         metavar="FILE",
         type=Path,
-        help="where --reduce draws which tokens were kept; default: reduced.png",
+        help="where --reduce or --compare draws which tokens were kept; default: reduced.png, compared.png",
     )

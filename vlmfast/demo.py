@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlmfast import demo_reduce
+from vlmfast import demo_compare, demo_reduce
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.console import CommandError, console, cpu_capabilities, facts, one_line, table, usable_device
 from vlmfast.demo_answers import Answer, Clock, answer, clocks, compare, patched
@@ -27,7 +27,7 @@ def run(options: Namespace) -> int:
     """Print the comparison; 0 if patched and original generate the same tokens, 1 if not."""
     out = console()
     device = usable_device(options.device)
-    path = options.overlay or Path("reduced.png")
+    path = options.overlay or Path("reduced.png" if options.compare is None else "compared.png")
     _check(options, path)
     picture = open_image(options.image)
     subject = _load(options, device, picture)
@@ -35,6 +35,9 @@ def run(options: Namespace) -> int:
         with patched(subject.model, reduce=options.reduce):
             pass  # refused now, if it is
     _describe(out, subject, options)
+    if options.compare is not None:
+        demo_compare.compare(out, subject, options.compare, picture, path, options.repeats)
+        return 0
     with patched(subject.model) as applied:
         out.print(applied.report(), markup=False, soft_wrap=True)
 
@@ -61,10 +64,12 @@ def run(options: Namespace) -> int:
 
 def _check(options: Namespace, path: Path) -> None:
     """Refuse options that say nothing beside the others, and a picture that could not be drawn after the run."""
-    if options.reduce is not None:
+    if options.reduce is not None and options.compare is not None:
+        raise CommandError("--compare: not beside --reduce, whose method it can take as well")
+    if options.reduce is not None or options.compare is not None:
         demo_reduce.check_overlay(path)
     elif options.overlay is not None:
-        raise CommandError("--overlay: there is nothing to draw without --reduce")
+        raise CommandError("--overlay: there is nothing to draw without --reduce or --compare")
     if options.model is not None and options.layers is not None:
         raise CommandError("--layers: is of the random model, not of --model")
 

@@ -14,25 +14,24 @@ from vlmfast.console import CommandError, one_line, table, writable
 from vlmfast.demo_answers import answer, clocks
 from vlmfast.demo_crops import find_boxes
 from vlmfast.demo_model import Subject
-from vlmfast.reduce import LayerMethod, Method, ReducedImage, spelling
+from vlmfast.reduce import ReducedImage
 from vlmfast.reduce.drawing import Crop, draw
+from vlmfast.reduce.spelling import Reducing, parse, spell
 
 
-def parse_method(text: str) -> Method | LayerMethod:
-    """Make a method from text, as `vlmfast.reduce.spelling` does, for argparse.
+def parse_method(text: str) -> Reducing:
+    """Make methods of what was typed, as `vlmfast.reduce.spelling.parse` does.
 
     Raises:
-        ArgumentTypeError: for anything but such as "visionzip:54+10", "fastv:2:0.5" or "pyramiddrop:8,16:0.5,0.25".
+        ArgumentTypeError: for what it refuses.
     """
     try:
-        return spelling.parse_method(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def compare(
-    out: Console, subject: Subject, method: Method | LayerMethod, picture: Any, path: Path, repeats: int
-) -> None:
+def compare(out: Console, subject: Subject, method: Reducing, picture: Any, path: Path, repeats: int) -> None:
     """Print the time to the first token and the size of the cache before and after, and draw what was kept."""
     options = {"reduce": method}
     with out.status("measuring"):
@@ -56,7 +55,8 @@ def compare(
     rows.add_row("KV cache", *(f"{number / 1e6:.2f} MB" for number in size), f"{size[0] / size[1]:.2f}")
     times = demo_answers.compare([(before.first, after.first) for before, after in pairs])
     rows.add_row("first token, median (range)", *times)
-    out.print(f"Fewer visual tokens, which changes the answer: {method}", markup=False, soft_wrap=True)
+    named = method if not isinstance(method, list) else spell(method)
+    out.print(f"Fewer visual tokens, which changes the answer: {named}", markup=False, soft_wrap=True)
     out.print(rows)
     if not reduced.images:
         out.print(f"{reduced.report}; nothing is drawn, as other layers see other tokens", markup=False, soft_wrap=True)
@@ -78,6 +78,15 @@ def check_overlay(path: Path) -> None:
 
 def _draw(picture: Any, images: list[ReducedImage], process: Callable[[Any], Any] | None, path: Path) -> None:
     """Draw each crop where it lies in the picture: over one copy of it those that do not overlap."""
+    crops = crops_of(images, process, picture)
+    try:
+        draw(picture, crops).save(path)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--overlay: cannot write {path}: {one_line(error)}") from error
+
+
+def crops_of(images: list[ReducedImage], process: Callable[[Any], Any] | None, picture: Any) -> list[Crop]:
+    """Return what is to be drawn of the images of a prompt that shows one picture, each crop where it lies."""
     crops = [
         Crop(kept, image.grid, merged)
         for image in images
@@ -85,7 +94,4 @@ def _draw(picture: Any, images: list[ReducedImage], process: Callable[[Any], Any
     ]
     if process is not None and (boxes := find_boxes(process, picture.size)) is not None:
         crops = [crop._replace(box=box) for crop, box in zip(crops, boxes, strict=False) if box is not None]
-    try:
-        draw(picture, crops).save(path)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--overlay: cannot write {path}: {one_line(error)}") from error
+    return crops

@@ -293,6 +293,8 @@ def test_reduced_gradients_and_undo():
 
 
 def test_reduced_refusals():
+    with pytest.raises(ValueError, match=r"SmallerImage\(keep=2\) cannot make the pictures of Mini-Gemini smaller"):
+        mgm.patch(uneven(), reduce=vlmfast.SmallerImage(2))
     with pytest.raises(TypeError, match=r"reduce must be a method such as .* got int"):
         mgm.patch(uneven(), reduce=64)
     model = uneven()

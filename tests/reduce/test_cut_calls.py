@@ -333,10 +333,10 @@ def test_attention_that_passes_by_is_an_error():
 
 
 def test_methods_are_typed_as_others_are():
-    assert spelling.parse_method("fastv:2+0.5") == spelling.parse_method("fastv:2:0.5") == FastV(2, 0.5)
-    assert spelling.parse_method("pyramiddrop:8,16:0.5,0.25") == PyramidDrop((8, 16), (0.5, 0.25))
-    assert spelling.parse_method("pyramiddrop:8:0.5") == PyramidDrop(8, 0.5)
-    assert "fastv:LAYER+KEEP" in spelling.usage()
+    assert spelling.parse("fastv:2+0.5") == spelling.parse("fastv:2:0.5") == FastV(2, 0.5)
+    assert spelling.parse("pyramiddrop:8,16:0.5,0.25") == PyramidDrop((8, 16), (0.5, 0.25))
+    assert spelling.parse("pyramiddrop:8:0.5") == PyramidDrop(8, 0.5)
+    assert "fastv:LAYER:KEEP" in spelling.usage()
     for wrong in ("fastv:2", "fastv:0:0.5", "fastv:2:0.5,", "fastv:0.5:0.5", "pyramiddrop:8:2"):
         with pytest.raises(argparse.ArgumentTypeError):
             demo_reduce.parse_method(wrong)

@@ -217,7 +217,7 @@ USE = """
 import vlmfast
 from scripts import make_docs
 from vlmfast.reduce import spelling
-assert spelling.parse_method("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
+assert spelling.parse("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
 assert "Farthest" in vlmfast.__all__ and "Farthest" in vlmfast.reduce.__all__
 assert "farthest:KEEP" in spelling.usage()
 assert "| `Farthest(keep)` | Tokens that are unlike each other. |" in make_docs.methods()

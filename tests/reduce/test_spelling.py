@@ -1,117 +1,81 @@
-"""Methods as text, and how many tokens they leave, which is known before an image is encoded."""
+"""Methods as they are typed, and what is measured of their choices."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from types import ModuleType
+import re
 
 import pytest
 import torch
 
-from vlmfast.reduce import (
-    SCOPE,
-    DivPrune,
-    EvenTokens,
-    FastV,
-    Method,
-    PruningMethod,
-    PyramidDrop,
-    RandomTokens,
-    VisionZip,
-    VisualTokens,
-)
-from vlmfast.reduce.spelling import parse_method, spell_method
-
-METHODS = (
-    VisionZip(54, 10),
-    VisionZip(0.3, 0.1, merge="mean", packing="model"),
-    DivPrune(64, centered=True),
-    SCOPE(0.2, alpha=0.5),
-    EvenTokens(1.0),
-    RandomTokens(8, seed=3),
-    FastV(2, 0.5),
-    PyramidDrop((8, 16), (0.5, 0.25)),
-)
-
-
-@dataclass(frozen=True)
-class Own(PruningMethod):
-    """A user's method."""
-
-    power: int = 1
-
-    def score(self, tokens: VisualTokens) -> torch.Tensor:
-        return tokens.scores() ** self.power
-
-
-@pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_text_makes_the_method_again(method):
-    assert parse_method(spell_method(method)) == method
-
-
-def test_a_method_of_another_module_is_imported_for_a_configuration_and_never_for_a_request(monkeypatch):
-    module = ModuleType("somebodys_methods")
-    module.Own = Own  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "somebodys_methods", module)
-    monkeypatch.setattr(Own, "__module__", "somebodys_methods")
-    text = spell_method(Own(8, power=2))
-    assert text == "somebodys_methods.Own(keep=8, power=2)"
-    assert parse_method(text, trusted=True) == Own(8, power=2)
-    with pytest.raises(ValueError, match=r"must name one of .*VisionZip.* got somebodys_methods\.Own"):
-        parse_method(text)
+import vlmfast
+from vlmfast.reduce import Selection, VisualTokens
+from vlmfast.reduce.measures import kept, watched
+from vlmfast.reduce.methods import METHODS
+from vlmfast.reduce.spelling import at_budget, parse, spell, usage, written
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "methods"),
     [
-        ("DivPrune(keep=print)", "literal"),
-        ("DivPrune(**{'keep': 3})", "literal"),
-        ("DivPrune(", "literal"),
-        ("(3)", "literal"),
-        ("DivPrune(keep=3, other=4)", "unexpected keyword argument 'other'"),
-        ("DivPrune(keep=-3)", "keep must be an int of at least 0"),
-        ("os.system('true')", "must name one of"),
-        ("visionzip:54", "must be one of .*visionzip:DOMINANT"),
+        ("visionzip:54+10", vlmfast.VisionZip(54, 10)),
+        ("visionzip:0.4:0.1:merge=mean", vlmfast.VisionZip(0.4, 0.1, merge="mean")),
+        ("divprune:64:centered=True", vlmfast.DivPrune(64, centered=True)),
+        ("divprune:keep=64", vlmfast.DivPrune(64)),
+        ("SCOPE:64:alpha=0.5", vlmfast.SCOPE(64, 0.5)),
+        ("pyramiddrop:8,16:0.5,0.25", vlmfast.PyramidDrop((8, 16), (0.5, 0.25))),
+        ("scope:0.3+fastv:8:0.5", [vlmfast.SCOPE(0.3), vlmfast.FastV(8, 0.5)]),
+        ("visionzip:54+10+fastv:2+64", [vlmfast.VisionZip(54, 10), vlmfast.FastV(2, 64)]),
     ],
 )
-def test_other_text_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_method(text)
+def test_what_is_typed(text: str, methods: object):
+    assert parse(text) == methods
 
 
-def test_trusted_text_names_a_method():
-    for text, message in (("os.system('true')", "os.system is no method"), ("nowhere.Own(3)", "no method nowhere.Own")):
-        with pytest.raises(ValueError, match=message):
-            parse_method(text, trusted=True)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scop:64", ["unknown method 'scop'", "known: ", "scope", "visionzip", "written as scope:64"]),
+        ("visionzip:54", ["visionzip is written visionzip:DOMINANT:CONTEXTUAL[:merge=reference]", "'contextual'"]),
+        ("divprune:64:center=True", ["divprune is written divprune:KEEP[:centered=False]", "center=True"]),
+        ("divprune:64:centered=1", ["divprune is written", "centered must be a bool"]),
+        ("scope:0.3+fastv:8,0.5", ["fastv is written fastv:LAYER:KEEP", "'fastv:8,0.5'"]),
+        ("even:", ["even is written even:KEEP"]),
+        ("evs:0.5", ["evs reduces videos, not images"]),
+        ("even:-1", ["keep must be an int of at least 0"]),
+    ],
+)
+def test_what_is_not_understood(text: str, words: list[str]):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        parse(text)
+    assert all(word in str(error.value) for word in words)
 
 
-def test_methods_that_other_processes_cannot_find_are_not_written(monkeypatch):
-    class Plain(Method):
-        def budget(self, count, has_cls, crops=1):
-            return 1, 0
+@pytest.mark.parametrize("keep", [16, 0.25])
+def test_every_method_is_typed_and_has_a_budget(keep: float):
+    """Read from the register: what `at_budget` makes is typed as it is spelled, and the help names it."""
+    for name, cls in METHODS.items():
+        method = at_budget(cls, keep, 64, 2)
+        if method is not None:
+            assert parse(spell(method), cls.takes[0]) == method
+        assert all(written(cls) in usage(kind) for kind in cls.takes), name
+    assert at_budget(METHODS["pyramiddrop"], 64, 260, 2).budget(0, 260) == 64
+    assert spell([vlmfast.SCOPE(0.3), vlmfast.DivPrune(4, centered=True)]) == "scope:0.3+divprune:4:centered=True"
 
-    with pytest.raises(TypeError, match="must be a dataclass"):
-        spell_method(Plain())
-    monkeypatch.setattr(Own, "__module__", "__main__")
-    with pytest.raises(TypeError, match="module that can be imported"):
-        spell_method(Own(3))
 
-
-@pytest.mark.parametrize("has_cls", [False, True])
-@pytest.mark.parametrize("method", [VisionZip(5, 3), VisionZip(40, 3), EvenTokens(0.5), DivPrune(40)], ids=repr)
-def test_counts_are_what_is_left(method, has_cls):
-    rows = torch.randn(2, 16, 4)
-    tokens = VisualTokens(
-        hidden=rows,
-        grid=(1, 4, 4),
-        scores=lambda: rows.mean(2),
-        metric=lambda: rows,
-        features=lambda: rows,
-        pixels=lambda: rows,
-        has_cls=has_cls,
-    )
-    selection = method.select(tokens)
-    counts = method.counts(16, has_cls, 16)
-    assert counts == (selection.kept.shape[1], selection.contextual, selection.keep_cls)
-    assert sum(counts) <= 16
+def test_what_is_kept():
+    """Two of four tokens: 0.7 of the attention, and each of the others at 60 degrees or at a right angle."""
+    rows = torch.tensor([[[1.0, 0.0], [0.5, 3**0.5 / 2], [0.0, -1.0], [2.0, 0.0]]])
+    scores = torch.tensor([[0.4, 0.1, 0.2, 0.3]])
+    none = dict.fromkeys(("metric", "features", "pixels"), lambda: rows)
+    tokens = VisualTokens(hidden=rows, grid=(1, 2, 2), scores=lambda: scores, **none)
+    found = kept(tokens, torch.tensor([[0, 3]]))
+    assert found.attention == pytest.approx(0.7)
+    assert found.coverage == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert found.worst == pytest.approx(0)
+    method = vlmfast.SCOPE(2)
+    noting, seen = watched(method)
+    selection: Selection = noting.select(tokens)
+    assert noting == method
+    assert seen[0][0] is tokens
+    assert torch.equal(seen[0][1].kept, selection.kept)
+    assert "select" not in vars(method)

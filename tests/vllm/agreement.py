@@ -17,7 +17,7 @@ from vllm import LLM, SamplingParams
 
 import vlmfast.vllm
 from tests.vllm.tiny_models import picture, placeholder
-from vlmfast.reduce.spelling import parse_method
+from vlmfast.reduce.spelling import parse
 from vlmfast.vllm import KEY
 
 STEPS = 16
@@ -90,7 +90,7 @@ def hugging_face(folder: Path, method: str, requests: Sequence[Request]) -> list
     found = []
     for request in requests:
         inputs = processor(text=[request.text], images=list(request.images) or None, return_tensors="pt")
-        with vlmfast.patch(model, reduce=parse_method(request.method or method)):
+        with vlmfast.patch(model, reduce=parse(request.method or method)):
             found.append(answered(model, inputs))
     return found
 

@@ -16,6 +16,7 @@ from vlmfast.patches.mining import mine, norm_and_linear
 from vlmfast.patches.plan import difference
 from vlmfast.patches.projects import Named
 from vlmfast.reduce.methods import Method, told
+from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.towers import EncodedImages, encode
 
@@ -59,6 +60,8 @@ def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
     """
     if reduce is not None and not isinstance(reduce, Method):
         raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {told(reduce)}")
+    if isinstance(reduce, SmallerImage):
+        raise ValueError(f"{reduce} cannot make the pictures of Mini-Gemini smaller: they have a finer map")
 
     def reduction(modules: list[nn.Module]) -> Reduction | None:
         found = None if reduce is None else Reduction(reduce, tuple(dict.fromkeys(map(type, modules))))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.families import Reducer, no_crops
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.methods.even_tokens import EvenTokens
+from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
@@ -66,6 +67,8 @@ def check_takes(reducer: Reducer, method: Method, name: str) -> None:
     """
     if not any(kind.name in method.takes and kind.reduce(reducer) is not None for kind in KINDS):
         raise ValueError(f"{method} reduces {_names(method.takes)}, and those of {name} cannot be reduced")
+    if isinstance(method, SmallerImage) and reducer.shrink is None:
+        raise ValueError(no_crops(method, name))
 
 
 def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any]) -> dict[Kind, Method]:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from vlmfast.modules import at_hand
 from vlmfast.reduce.columns import Columns, dealt, drop_columns, new_images, without_gaps
 from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.families.shrinking import smaller_grids
 from vlmfast.reduce.kinds import KINDS, Kind, is_placeholder, method_of_each
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.text import MASK, Text, Texts, special_ids, text_columns, texts_of
 
@@ -169,7 +171,11 @@ def shorten(
         short["attention_mask"] = mask
     deltas = None if cached is None else cached.rope_deltas
     if any(samples) or arguments.get("position_ids") is not None:
-        positions, deltas = _positions(base, arguments, full_mask, mask, columns, deltas)
+        positions, deltas = (
+            _smaller_positions(base, arguments, short, mask, method)
+            if isinstance(method, SmallerImage) and hasattr(base, "get_rope_index")
+            else _positions(base, arguments, full_mask, mask, columns, deltas)
+        )
         if positions is not None:
             short["position_ids"] = positions
     elif deltas is not None:
@@ -251,7 +257,10 @@ def _encode(
     if not any((*cached, *new)):
         raise ValueError(f"{kind.mismatch}: there are {kind.name}s and no placeholders")
     with at_hand(base):  # such as the newline of LLaVA-NeXT
-        images = reduce(base, vision, method, texts)
+        if isinstance(method, SmallerImage):
+            images = reducer.reduce_smaller(base, vision, method)
+        else:
+            images = reduce(base, vision, method, texts)
     for image in images:
         if image.features.shape[0] > image.total:
             raise ValueError(
@@ -321,6 +330,21 @@ def _positions(
     deltas = deltas + full_mask.sum(1, keepdim=True) - mask.sum(1, keepdim=True)
     text = (mask.cumsum(1) - 1).clamp(min=0)
     return torch.cat([text[None], columns.take(found, 0)]), deltas
+
+
+def _smaller_positions(
+    base: Any, arguments: Mapping[str, Any], short: Mapping[str, Any], mask: Tensor, method: SmallerImage
+) -> tuple[Tensor, Tensor]:
+    """Return the M-RoPE positions and ``rope_deltas`` of a prompt whose pictures are smaller, as if it came so."""
+    if arguments.get("position_ids") is not None:
+        raise ValueError(f"position_ids cannot be given beside {method}: they are those of the pictures as they were")
+    names = parameters(type(base).get_rope_index)
+    own = {**named(arguments, names), **named(short, names), "attention_mask": mask}
+    if own.get("image_grid_thw") is not None:
+        own["image_grid_thw"] = smaller_grids(base, own["image_grid_thw"], method)
+    found, deltas = base.get_rope_index(**own)
+    text = (mask.cumsum(1) - 1).clamp(min=0)
+    return torch.cat([text[None], found]), deltas
 
 
 def positions_after(mask: Tensor, rope_deltas: Tensor) -> Tensor:

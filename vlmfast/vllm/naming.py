@@ -10,7 +10,8 @@ import json
 from typing import Any
 
 from vlmfast.reduce.methods import LayerMethod, Method, told
-from vlmfast.reduce.spelling import parse_method, spell_method
+from vlmfast.reduce.methods.smaller_image import SmallerImage
+from vlmfast.reduce.spelling import parse, spell_call
 
 KEY = "vlmfast_reduce"  # in the configuration, and in mm_processor_kwargs of a request
 PREFIX = "Vlmfast"
@@ -28,13 +29,13 @@ def reduced(method: str | Method, model: str) -> dict[str, Any]:
     """Return the arguments of ``vllm.LLM`` that reduce the visual tokens of each image.
 
     Args:
-        method: such as ``vlmfast.VisionZip(54, 10)``, or its text, see `vlmfast.reduce.spelling.parse_method`.
+        method: such as ``vlmfast.VisionZip(54, 10)``, or its text, see `vlmfast.reduce.spelling.parse`.
         model: a folder, the name of a repository, or one of vLLM's architectures.
 
     Raises:
         TypeError or ValueError: for a method or a model that cannot be served reduced.
     """
-    text = method if isinstance(method, str) else spell_method(checked(method))
+    text = method if isinstance(method, str) else spell_call(checked(method))
     architecture = model if model in ARCHITECTURES else _architecture(model)
     configured_method(architecture, text)
     return {"hf_overrides": {"architectures": [PREFIX + architecture], KEY: text}}
@@ -54,7 +55,7 @@ def configured_method(architecture: str, text: object) -> Method:
     """
     if not isinstance(text, str):
         raise ValueError(f'hf_overrides must have {KEY}, a method such as "visionzip:54+10", got {text!r}')
-    return fitting(architecture, parse_method(text, trusted=True))
+    return fitting(architecture, parse(text, trusted=True))
 
 
 @functools.lru_cache(256)
@@ -64,7 +65,7 @@ def requested_method(architecture: str, text: str) -> Method:
     Raises:
         ValueError: for anything else, with what it may be.
     """
-    return fitting(architecture, parse_method(text))
+    return fitting(architecture, parse(text))
 
 
 def fitting(architecture: str, method: object) -> Method:
@@ -95,6 +96,8 @@ def checked(method: object) -> Method:
         raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {told(method)}")
     if "image" not in method.takes:
         raise ValueError(f"{method} reduces videos, and vLLM's videos stay as they are: use a method for images")
+    if isinstance(method, SmallerImage):
+        raise ValueError(f"{method} changes the picture, not its tokens: give vLLM's processor a smaller picture")
     if method.reads_text:
         raise ValueError(
             f"{method} chooses by the question, and vLLM encodes an image without one, and keeps it for others: use a "

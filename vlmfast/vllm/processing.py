@@ -17,7 +17,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.processor import PromptUpdate
 
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.spelling import spell_method
+from vlmfast.reduce.spelling import spell_call
 from vlmfast.vllm.naming import KEY, configured_method, requested_method
 from vlmfast.vllm.registration import replaces
 
@@ -80,7 +80,7 @@ class ReducedProcessor:
         Identities are keys of the processor cache, the encoder cache, prefix-cache blocks, and of whatever engines
         share (KV connectors, disaggregated encoders).
         """
-        spelled = spell_method(self.method)
+        spelled = spell_call(self.method)
         return {
             modality: [_digest(value, spelled) for value in values] if modality == "image" else values
             for modality, values in super()._get_mm_hashes(inputs).items()  # type: ignore[misc]

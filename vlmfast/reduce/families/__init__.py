@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from vlmfast.reduce.families import internvl, llava, llava_next, llava_videos, qwen
+from vlmfast.reduce.families import internvl, llava, llava_next, llava_videos, qwen, shrinking
+from vlmfast.reduce.families.shrinking import Shrunk
+from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.reduced_image import ReducedImage
 
 
@@ -19,14 +22,32 @@ class Reducer:
     # the same of its videos, or None: those of such a model stay as they are
     reduce_videos: Callable[..., list[ReducedImage]] | None = None
     videos_end_with_newline: bool = False  # they are then one tensor (videos, tokens, D), not a list
+    # what makes its pictures smaller before the tower, or None where their size tells how many crops there are
+    shrink: Callable[[Any, Mapping[str, Any], SmallerImage], Shrunk] | None = None
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
+    def reduce_smaller(self, base: Any, inputs: Mapping[str, Any], method: SmallerImage) -> list[ReducedImage]:
+        """Make the pictures smaller and encode them; their tokens take the first placeholders."""
+        if self.shrink is None:
+            raise ValueError(no_crops(method, type(base).__name__))
+        smaller = self.shrink(base, inputs, method)
+        images = self.reduce(base, smaller.inputs, method)
+        return [replace(image, total=image.total + fewer) for image, fewer in zip(images, smaller.fewer, strict=True)]
 
-QWEN = Reducer(qwen.reduce, qwen.reduce_videos)
+
+def no_crops(method: SmallerImage, name: str) -> str:
+    """Say why the pictures of the model of that name cannot be made smaller here."""
+    return (
+        f"{method} cannot make the pictures of {name} smaller, which are seen as crops, more of them the larger they "
+        f"are: give its processor a smaller picture"
+    )
+
+
+QWEN = Reducer(qwen.reduce, qwen.reduce_videos, shrink=shrinking.of_qwen)
 
 REDUCERS: Mapping[str, Reducer] = {
-    "internvl": Reducer(internvl.reduce, one_tensor=True),
-    "llava": Reducer(llava.reduce),
+    "internvl": Reducer(internvl.reduce, shrink=shrinking.of_fixed_size, one_tensor=True),
+    "llava": Reducer(llava.reduce, shrink=shrinking.of_fixed_size),
     "llava_next": Reducer(llava_next.reduce_next),
     "llava_next_video": Reducer(llava_next.reduce_next, llava_videos.reduce_next),
     "llava_onevision": Reducer(
@@ -38,5 +59,5 @@ REDUCERS: Mapping[str, Reducer] = {
     "qwen3_5_moe": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
-    "vipllava": Reducer(llava.reduce, one_tensor=True),
+    "vipllava": Reducer(llava.reduce, shrink=shrinking.of_fixed_size, one_tensor=True),
 }

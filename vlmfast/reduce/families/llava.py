@@ -24,7 +24,8 @@ def reduce(base: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = 
     layer = vision_setting(base, inputs, name)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     uses_first = inputs.get("vision_feature_select_strategy", strategy) != "default"
-    encoded = encode(base.vision_tower, inputs["pixel_values"], layer)
+    resized = {name: inputs[name] for name in ("interpolate_pos_encoding",) if name in inputs}
+    encoded = encode(base.vision_tower, inputs["pixel_values"], layer, **resized)
     if not encoded.has_cls and not uses_first:
         raise ValueError(
             'vision_feature_select_strategy must be "full", got "default", which leaves out a CLS token: the vision '

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmfast.reduce.methods.layer_method import LayerMethod, check_layer
 from vlmfast.reduce.methods.method import check_share
@@ -24,7 +23,7 @@ class SparseVLM(LayerMethod, name="sparsevlm"):
     Args:
         keep: how many visual tokens of each sample are left behind each cut, those of all its images together: for
             each an int, or a float as the share of those that it began with, rounded down; none more than before it.
-            Or 192, 128, 96 or 64: what is published for LLaVA-1.5's 576 tokens.
+            Or 192, 128, 96 or 64: what is published for LLaVA-1.5's 576 tokens, in three cuts.
         layers: the first layers that see fewer tokens, counted from 0; published, the layers 2, 6 and 15 choose.
 
     Raises:
@@ -38,22 +37,24 @@ class SparseVLM(LayerMethod, name="sparsevlm"):
         recycling of dropped tokens.
     """
 
-    keep: int | Sequence[int | float]
-    layers: Sequence[int] = (3, 7, 16)
+    keep: Any  # int | float | Sequence[int | float]; a tuple once it is made, and so are layers
+    layers: Any = (3, 7, 16)  # int | Sequence[int]
     reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, int) and self.keep in PUBLISHED:
-            object.__setattr__(self, "keep", PUBLISHED[self.keep])
-        if not isinstance(self.keep, (list, tuple)):
+        layers: Any = (self.layers,) if isinstance(self.layers, int) else self.layers  # a single cut
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(f"layers must be an int or a sequence of them, got {layers!r}")
+        keep: Any = (self.keep,) if isinstance(self.keep, (int, float)) and len(layers) == 1 else self.keep
+        if isinstance(keep, int) and keep in PUBLISHED:
+            keep = PUBLISHED[keep]
+        if not isinstance(keep, (list, tuple)):
             raise TypeError(
                 f"keep must be one of {', '.join(map(str, PUBLISHED))}, or a number or share for each of layers, got "
-                f"{self.keep!r}"
+                f"{keep!r}"
             )
-        if not isinstance(self.layers, (list, tuple)):
-            raise TypeError(f"layers must be a sequence, got {self.layers!r}")
-        for name in ("keep", "layers"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "keep", tuple(keep))
+        object.__setattr__(self, "layers", tuple(layers))
         for layer in self.layers:
             check_layer("layers", layer)
         for value in self.keep:
@@ -76,7 +77,7 @@ class SparseVLM(LayerMethod, name="sparsevlm"):
 
     def budget(self, cut: int, count: int) -> int:
         """Round down, but keep at least one unless none are asked for."""
-        value = self.keep[cut]  # type: ignore[index]
+        value = self.keep[cut]
         if isinstance(value, int):
             return min(value, count)
         return max(int(value * count), min(1, count) if value > 0 else 0)
