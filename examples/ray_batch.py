@@ -70,6 +70,7 @@ def run(paths: list[str], options: argparse.Namespace) -> None:
     config = vLLMEngineProcessorConfig(
         model_source=options.model,
         engine_kwargs=settings,
+        log_engine_metrics=False,  # Ray's recorder of them does not load beside vLLM 0.32
         concurrency=options.workers,
         batch_size=options.batch,
         chat_template_stage=False,
