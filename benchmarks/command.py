@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from vlmfast.benchmarks import digits, gpu_report, launches, modes, peers, published
+from vlmfast.benchmarks import digits, digits_models, gpu_report, launches, modes, peers, published
 from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
 from vlmfast.console import DEFAULT, DTYPES, positive, seconds, seed
 
@@ -61,14 +61,17 @@ def add(commands: Any) -> None:
         "--rehearse", action="store_true", help="with this CPU in the place of a GPU, less of each step"
     )
 
-    command = _add(
-        benches, "digits", digits.run, "accuracy against token budget, of a small LLaVA trained from scratch"
-    )
+    text = "accuracy against token budget, of small models trained from scratch on pictures and videos"
+    command = _add(benches, "digits", digits.run, text)
+    task = _one_of("task", digits_models.TASKS)
+    command.add_argument("tasks", metavar="TASK", nargs="*", type=task, help="pictures or videos; default: both")
     command.add_argument("--out", type=Path, default=digits.RESULTS, help="folder of the results")
-    command.add_argument("--steps", type=positive, default=2000, help=f"of the training; {DEFAULT}")
-    command.add_argument("--batch", type=positive, default=64, help=f"pictures per step; {DEFAULT}")
-    command.add_argument("--seed", type=seed, default=0, help=DEFAULT)
-    command.add_argument("--test-pictures", type=positive, default=500, help=DEFAULT)
+    what = "folder that keeps trained models, and has those that need not be trained again"
+    command.add_argument("--weights", metavar="FOLDER", type=Path, help=what)
+    command.add_argument("--steps", type=positive, help="of a training; default: that of the task")
+    command.add_argument("--batch", type=positive, help="samples of a step; default: that of the task")
+    command.add_argument("--seeds", metavar="SEED", nargs="+", type=seed, default=[0, 1, 2], help=DEFAULT)
+    command.add_argument("--test-samples", metavar="N", type=positive, default=150, help=DEFAULT)
 
 
 def _add(benches: Any, name: str, run: Callable[[Any], int], text: str, more: str = "") -> argparse.ArgumentParser:

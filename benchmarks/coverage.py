@@ -64,6 +64,8 @@ def build(layers: int = 12) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": layers}
     model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=PATCH)).eval()
+    if not hasattr(model.encoder.layer[0].attention, "q_proj"):
+        raise CommandError("the comparison needs transformers 5.23, whose DINOv2 projects queries as CLIP does")
     for layer in model.encoder.layer:  # under the names that CLIP has, and `encode` looks for
         layer.attention.num_heads, layer.attention.scale = 6, layer.attention.scaling
     return model

@@ -1,221 +1,195 @@
-"""Accuracy against token budget, of a small LLaVA trained from scratch.
+"""Accuracy against token budget, of small models trained from scratch.
 
-    python -m vlmfast bench digits [--out FOLDER]
+    python -m vlmfast bench digits [--weights FOLDER] [--out FOLDER]
 
-Random weights cannot show what a reduction of tokens costs, so here a model is trained for a few minutes: on pictures
-composed of scikit-learn's digits, which are scans of handwriting, and questions about them. Some quarters of a picture
-hold a digit, somewhere; "what is in this quarter?" is answered by one of ten digits or by "nothing". The scans of the
-test pictures are not among those of the training. The CLS token gets a signal of its own, which digits are present, as
-contrastive pre-training gives it one: a CLS token that learns nothing attends to nothing.
+Random weights cannot show what a reduction of tokens costs, so here models are trained for a few minutes each: a LLaVA
+on pictures composed of scans of handwritten digits, which is asked what a quarter of the picture holds, one of ten
+digits or nothing; and a Qwen2-VL on videos of digits that move, which is asked which of them came first, second and
+third. The scans of the test are not among those of the training. Every registered method is measured, with several
+seeds, which tell weights, pictures and videos.
 
-It says how the methods compare on this task. It says nothing about the accuracy of real models on real benchmarks.
+It says how the methods compare on these tasks. It says nothing about the accuracy of real models on real benchmarks.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
 
 import vlmfast
 from vlmfast.benchmarks import report
+from vlmfast.benchmarks.digits_data import ANSWER, NOTHING, Batch
+from vlmfast.benchmarks.digits_models import LEARNING_RATE, TASKS, TRAININGS, Task, Training, trained
 from vlmfast.console import CommandError, console, needed, writable
+from vlmfast.reduce.spelling import every, spell
 
 RESULTS = Path(__file__).parent / "results"
-SIDE, PATCH, DIGIT = 64, 8, 16  # pixels
-PATCHES = (SIDE // PATCH) ** 2
-QUARTERS = 4
-OCCUPIED = 0.75  # the chance that a quarter holds a digit
-PAD, BOS, EOS, IMAGE = range(4)
-QUESTION = 4  # + quarter
-ANSWER = QUESTION + QUARTERS  # + digit; + 10 for nothing
-NOTHING = 10
-LEARNING_RATE = 3e-3
-BUDGETS = (48, 32, 24, 16, 12, 8, 6, 4)
-METHODS = ("VisionZip", "RandomTokens", "EvenTokens")
-
-
-class Digits:
-    """Draws pictures from one part of the scans."""
-
-    def __init__(self, train: bool, seed: int) -> None:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        data = load_digits()
-        split = train_test_split(data.images, data.target, test_size=0.25, random_state=0, stratify=data.target)
-        images, labels = split[0::2] if train else split[1::2]
-        scans = torch.tensor(images, dtype=torch.float32)[:, None] / 16
-        self.scans = F.interpolate(scans, size=(DIGIT, DIGIT), mode="bilinear")[:, 0]
-        self.labels = torch.tensor(labels)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Draw digits anywhere in their quarter on the grid of the patches, on a noisy ground.
-
-        Returns:
-            The pixels, (batch, 3, SIDE, SIDE), and what each quarter holds, (batch, QUARTERS): a digit or NOTHING.
-        """
-        generator, half = self.generator, SIDE // 2
-        canvas = 0.15 * torch.rand(batch, SIDE, SIDE, generator=generator)
-        chosen = torch.randint(len(self.labels), (batch, QUARTERS), generator=generator)
-        occupied = torch.rand(batch, QUARTERS, generator=generator) < OCCUPIED
-        place = PATCH * torch.randint((half - DIGIT) // PATCH + 1, (batch, QUARTERS, 2), generator=generator)
-        for picture, quarter in occupied.nonzero().tolist():
-            y, x = (place[picture, quarter] + half * torch.tensor([quarter // 2, quarter % 2])).tolist()
-            canvas[picture, y : y + DIGIT, x : x + DIGIT] += self.scans[chosen[picture, quarter]]
-        pixels = ((canvas - 0.2) / 0.4)[:, None].expand(-1, 3, -1, -1).contiguous()
-        return pixels, torch.where(occupied, self.labels[chosen], NOTHING)
-
-
-def questions(contents: Tensor, order: Tensor) -> Tensor:
-    """Return the ids of one prompt per picture, which asks for quarters in the given order, (batch, n)."""
-    asked = torch.stack([QUESTION + order, ANSWER + contents.gather(1, order)], 2).flatten(1)
-    return torch.cat([torch.tensor([BOS, *[IMAGE] * PATCHES]).expand(len(order), -1), asked], 1)
-
-
-def _positions(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Return positions of prompts whose text comes sooner or later behind the image, by up to a share of its tokens.
-
-    Real models know prompts of every length. One that has only ever met its questions 64 positions behind the image's
-    first token is at a loss when they come sooner, whatever the tokens hold.
-    """
-    sooner = torch.randint(1 + int(share * (PATCHES - 4)), (len(ids), 1), generator=generator)
-    position = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    return torch.where(position <= PATCHES, position, position - sooner)
-
-
-def build(seed: int) -> nn.Module:
-    """Build a LLaVA on a CLIP tower, as wide as a few minutes on two cores allow."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(seed)
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(**wide, num_hidden_layers=4, image_size=SIDE, patch_size=PATCH, projection_dim=64)
-    ids = {"vocab_size": ANSWER + NOTHING + 1, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    text = LlamaConfig(**wide, num_hidden_layers=2, max_position_embeddings=512, **ids)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
-    return LlavaForConditionalGeneration(config)
-
-
-def train(model: nn.Module, options: Namespace, console: Console) -> list[float]:
-    """Train answers and, from the CLS token, presence; return the mean loss of the answers of every hundred steps."""
-    data = Digits(train=True, seed=options.seed)
-    presence = nn.Linear(model.config.vision_config.hidden_size, NOTHING)
-    optimiser = torch.optim.AdamW([*model.parameters(), *presence.parameters()], lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, options.steps, pct_start=0.1)
-    cls: list[Tensor] = []
-    tower = model.model.vision_tower
-    hook = tower.register_forward_hook(lambda module, args, output: cls.append(output.pooler_output))
-    losses = []
-    model.train()
-    for step in track(range(options.steps), "training", console=console):
-        pixels, contents = data.draw(options.batch)
-        ids = questions(contents, torch.rand(options.batch, QUARTERS, generator=data.generator).argsort(1))
-        labels = torch.full_like(ids, -100)
-        labels[:, PATCHES + 2 :: 2] = ids[:, PATCHES + 2 :: 2]
-        share = min(1.0, step / (0.6 * options.steps))  # all at once, it learns in several times as many steps
-        loss = model(
-            input_ids=ids,
-            pixel_values=pixels,
-            labels=labels,
-            position_ids=_positions(ids, share, data.generator),
-            attention_mask=torch.ones_like(ids),  # without one, positions that go back begin a new sequence
-        ).loss
-        present = F.one_hot(contents, NOTHING + 1)[..., :NOTHING].amax(1).float()
-        optimiser.zero_grad()
-        (loss + F.binary_cross_entropy_with_logits(presence(cls.pop()), present)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(loss.item())
-    hook.remove()
-    hundreds = [losses[end - 100 : end] for end in range(100, len(losses) + 1, 100)]
-    return [round(sum(hundred) / 100, 4) for hundred in hundreds]
+BUDGETS = {"pictures": (32, 16, 8, 4), "videos": (4, 2, 1)}  # of a picture's 64 tokens, of a frame's 16
+KINDS = {"pictures": "image", "videos": "video"}
+LAYER = 1  # at whose input methods cut that do so between the two layers
+ALL = "all tokens"
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pixels: Tensor, contents: Tensor, method: Any = None) -> dict[str, float]:
-    """Return the share of right answers: of all, and of those about a quarter that holds a digit."""
-    model.eval()
-    hits = torch.empty(contents.shape, dtype=torch.bool)
-    for quarter in range(QUARTERS):
-        ids = questions(contents, torch.full((len(contents), 1), quarter))[:, :-1]
-        for some in torch.arange(len(contents)).split(100):
-            inputs = {"input_ids": ids[some], "attention_mask": torch.ones_like(ids[some])}
-            inputs["pixel_values"] = pixels[some]
-            if method is not None:
-                inputs = vlmfast.compress_inputs(model, inputs, method)
-            answers = model(**inputs).logits[:, -1].argmax(1) - ANSWER
-            hits[some, quarter] = answers == contents[some, quarter]
-    return {"all": float(hits.float().mean()), "digits": float(hits[contents != NOTHING].float().mean())}
+def accuracy(task: Task, model: Any, drawn: Batch, method: Any = None) -> tuple[float, float]:
+    """Return the share of right answers to questions about a digit, and how many visual tokens a prompt has left."""
+    hits, left = [], []
+    for start in range(0, len(drawn.contents), 50):
+        part = slice(start, start + 50)
+        some = Batch(drawn.pixels[part], drawn.contents[part], drawn.places[part])
+        for inputs, answers in task.questions_in_turn(some):
+            if method is None:
+                logits = model(**inputs).logits
+                left.append(float(task.tokens))
+            else:
+                with vlmfast.patch(model, exclude="*", reduce=method) as patched:
+                    logits = model(**inputs).logits
+                left.append(_left(patched, method, task))
+            right = logits[:, -1].argmax(1) - ANSWER == answers
+            hits.append(right[answers != NOTHING])
+    return float(torch.cat(hits).float().mean()), statistics.mean(left)
 
 
-def measure(model: nn.Module, pixels: Tensor, contents: Tensor, console: Console) -> list[dict[str, Any]]:
-    """Return one record for each method and budget, the whole picture first."""
-    records = [{"method": "all tokens", "tokens": PATCHES, **accuracy(model, pixels, contents)}]
-    for budget in track(BUDGETS, "measuring", console=console):
-        contextual = max(1, round(budget / 6.4))  # VisionZip merges into a sixth, as published (54 + 10)
-        zipped = vlmfast.VisionZip(dominant=budget - contextual, contextual=contextual)
-        for method in (zipped, vlmfast.RandomTokens(budget), vlmfast.EvenTokens(budget)):
-            record = {"method": type(method).__name__, "tokens": budget, "settings": repr(method)}
-            records.append(record | accuracy(model, pixels, contents, method))
-    return records
+def _left(patched: Any, method: Any, task: Task) -> float:
+    """Return the visual tokens of a prompt, on average; those of the last layer where layers differ."""
+    shown = patched.images + patched.videos
+    if shown:
+        return statistics.mean(image.features.shape[0] for image in shown)
+    return float(method.budget(0, task.tokens))
 
 
-def show(console: Console, found: dict[str, Any], path: Path) -> None:
-    """Print a line for each budget, and draw accuracy over the number of tokens."""
+def measure(task: Task, model: Any, drawn: Batch, out: Console) -> list[dict[str, Any]]:
+    """Return one record for each method and budget, all tokens first."""
+    found = [{"method": ALL, "tokens": task.patches, "left": task.tokens, "right": accuracy(task, model, drawn)[0]}]
+    refused = set()
+    for budget in track(BUDGETS[task.name], f"measuring {task.name}", console=out):
+        for method in every(KINDS[task.name], budget, task.tokens, LAYER, task.drawer.frames):
+            try:
+                right, left = accuracy(task, model, drawn, method)
+            except ValueError as error:
+                refused.add(f"{spell(method).partition(':')[0]}: {error}")
+                continue
+            record = {"method": _label(method), "tokens": budget, "settings": spell(method)}
+            found.append(record | {"left": round(left, 2), "right": right})
+    for reason in sorted(refused):
+        out.print(f"left out {reason}", markup=False, soft_wrap=True)
+    return found
+
+
+def _label(method: Any) -> str:
+    """Name a method by its class and the switches that are on, the same for every budget."""
+    on = [name for name, value in vars(method).items() if value is True]
+    return " ".join([type(method).__name__, *(f"({name})" for name in on)])
+
+
+def joined(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Join the records of several seeds: right answers are then a list, one of each."""
+    return [
+        {**records[0], "left": round(statistics.mean(r["left"] for r in records), 2)}
+        | {"right": [round(record["right"], 4) for record in records]}
+        for records in zip(*runs, strict=True)
+    ]
+
+
+# ---- show ----
+
+
+def rows_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Make the table of a task: its head, and a row for each method, with the mean over seeds and their range in %."""
+    whole, *reduced = found["records"]
+    budgets = list(dict.fromkeys(record["tokens"] for record in reduced))
+    by_method: dict[str, dict[int, str]] = {}
+    for record in reduced:
+        by_method.setdefault(record["method"], {})[record["tokens"]] = spread(record["right"])
+    of = "of each frame" if found["task"] == "videos" else "left"
+    head = [f"{found['task']}: tokens {of}", *map(str, (whole["tokens"], *budgets))]
+    rows = [
+        [method, spread(whole["right"]) if number == 0 else "", *(cells.get(budget, "") for budget in budgets)]
+        for number, (method, cells) in enumerate(by_method.items())
+    ]
+    return head, rows
+
+
+def spread(shares: list[float]) -> str:
+    """Write shares in %: their mean and, in brackets, the lowest and the highest."""
+    low, middle, high = (round(100 * share) for share in (min(shares), statistics.mean(shares), max(shares)))
+    return str(middle) if len(shares) == 1 else f"{middle} ({low} to {high})"
+
+
+def show(out: Console, tasks: list[dict[str, Any]], path: Path) -> None:
+    """Print a table of each task, and draw accuracy over the number of tokens."""
     from matplotlib.figure import Figure
 
-    whole, *reduced = found["records"]
-    lines = {name: [record["digits"] for record in reduced if record["method"] == name] for name in METHODS}
-    console.print("right answers about a quarter that holds a digit (chance is 10%)")
-    rows = zip((PATCHES, *BUDGETS), *([whole["digits"], *line] for line in lines.values()), strict=True)
-    shown = [(None, [str(tokens), *(f"{share:.1%}" for share in shares)]) for tokens, *shares in rows]
-    report.show_table(console, ("tokens", *METHODS), 1, shown)
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(whole["digits"], color="grey", linestyle="--", label=f"all {PATCHES} tokens")
-    for name, line in lines.items():
-        axes.plot(BUDGETS, line, marker="o", label=name)
-    axes.axhline(0.1, color="lightgrey", linestyle=":", label="chance")
-    axes.set(xscale="log", xlabel="visual tokens", ylabel="right answers", ylim=(0, 1))
-    axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
-    axes.set_xticks([], minor=True)
-    title = f"Which digit is in this quarter? ({found['test_pictures']} test pictures, small LLaVA trained on them)"
-    axes.set_title(title, size=9)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(5.4 * len(tasks), 4.2), layout="constrained")
+    for axes, found in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        head, rows = rows_of(found)
+        out.print(f"{found['question']} right answers in %, mean (lowest-highest) of {len(found['seeds'])} seeds")
+        report.show_table(out, head, 1, [(None, row) for row in rows])
+        whole, *reduced = found["records"]
+        axes.axhline(statistics.mean(whole["right"]), color="grey", linestyle="--", label=ALL)
+        for number, method in enumerate(dict.fromkeys(record["method"] for record in reduced)):
+            own = [record for record in reduced if record["method"] == method]
+            tokens = [record["tokens"] for record in own]
+            mean, low, high = ([f(record["right"]) for record in own] for f in (statistics.mean, min, max))
+            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            axes.plot(tokens, mean, marker="o", markersize=3, label=method, **style)
+            axes.fill_between(tokens, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.axhline(0.1, color="lightgrey", linestyle=":", label="chance")
+        budgets = sorted({record["tokens"] for record in reduced})
+        axes.set(xscale="log", xlabel=head[0], ylabel="right answers", ylim=(0, 1))
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.set_xticks([], minor=True)
+        axes.set_title(f"{found['question']} ({found['model']}, {len(found['seeds'])} seeds)", size=9)
+        axes.legend(frameon=False, fontsize=6)
+    figure.savefig(path, dpi=130)
+
+
+# ---- the command ----
 
 
 def run(options: Namespace) -> int:
     """Train and measure as the command line says, and write ``digits.json`` and ``digits.png``."""
     out = console()
-    if not options.out.is_dir():
-        raise CommandError(f"--out: there is no folder {options.out}")
+    for name, folder in (("--out", options.out), ("--weights", options.weights)):
+        if folder is not None and not folder.is_dir():
+            raise CommandError(f"{name}: there is no folder {folder}")
     for name in ("digits.json", "digits.png"):
         writable("--out", options.out / name)
     for package in ("transformers", "sklearn", "matplotlib"):
         needed(package, "bench digits")
-    model = build(options.seed)
-    losses = train(model, options, out)
-    training = {"steps": options.steps, "batch": options.batch, "learning_rate": LEARNING_RATE, "seed": options.seed}
-    pictures = Digits(train=False, seed=options.seed + 1).draw(options.test_pictures)
-    found = {
-        "environment": report.environment("cpu"),
-        "training": {**training, "loss_every_100_steps": losses},
-        "test_pictures": options.test_pictures,
-        "records": measure(model, *pictures, out),
-    }
-    (options.out / "digits.json").write_text(json.dumps(found, indent=1) + "\n")
-    show(out, found, options.out / "digits.png")
+    path = options.out / "digits.json"
+    known = json.loads(path.read_text())["tasks"] if options.tasks and path.exists() and path.stat().st_size else []
+    tasks = {found["task"]: found for found in known}  # those that are not measured again stay
+    for name in options.tasks or TASKS:
+        task, usual = TASKS[name], TRAININGS[name]
+        training = Training(options.steps or usual.steps, options.batch or usual.batch)
+        losses, runs = [], []
+        for seed in options.seeds:
+            model, lost = trained(task, training, seed, options.weights, out)
+            losses.append(lost)
+            drawn = task.drawer(train=False, seed=1000 + seed).draw(options.test_samples)
+            runs.append(measure(task, model, drawn, out))
+        settings = {"steps": training.steps, "batch": training.batch, "learning_rate": LEARNING_RATE}
+        tasks[name] = {
+            "task": name,
+            "environment": report.environment("cpu"),
+            "question": task.question,
+            "model": f"{model.config.model_type}, {sum(p.numel() for p in model.parameters())} parameters",
+            "seeds": options.seeds,
+            "training": {**settings, "loss_every_100_steps": losses},
+            "test_samples": options.test_samples,
+            "records": joined(runs),
+        }
+    ordered = [tasks[name] for name in TASKS if name in tasks]
+    path.write_text(json.dumps({"tasks": ordered}, indent=1) + "\n")
+    show(out, ordered, options.out / "digits.png")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmfast.compat
-from vlmfast.benchmarks import coverage, report
+from vlmfast.benchmarks import coverage, digits, report
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
@@ -223,6 +223,22 @@ def coverage_table() -> str:
     return table(tuple(head), 1, rows)
 
 
+def digits_tables() -> str:
+    """Make the tables of right answers about digits."""
+    tables = [digits.rows_of(found) for found in json.loads((RESULTS / "digits.json").read_text())["tasks"]]
+    return "\n\n".join(table(tuple(head), 1, rows) for head, rows in tables)
+
+
+def projector_table() -> str:
+    """Make the table of what tuning the projector wins back."""
+    rows = []
+    for record in json.loads((RESULTS / "projector.json").read_text())["records"]:
+        gains = [after - before for before, after in zip(record["before"], record["after"], strict=True)]
+        shares = [digits.spread(record[name]) for name in ("all tokens", "before", "after")]
+        rows.append([f"{record['tokens']} of 64", *shares, digits.spread(gains)])
+    return table(("tokens", "all tokens", "reduced", "projector tuned", "gain"), 1, rows)
+
+
 def model_types() -> str:
     """Make docs/families.md: which methods are replaced in each model type and release, and why others are not."""
     seen = json.loads((ROOT / "docs" / "families.json").read_text())
@@ -297,7 +313,13 @@ def main() -> int:
         README: filled(README, figures=figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
         ROOT / "docs" / "families.md": model_types(),
-        REDUCTION: filled(REDUCTION, methods=methods(), coverage=coverage_table()),
+        REDUCTION: filled(
+            REDUCTION,
+            methods=methods(),
+            coverage=coverage_table(),
+            digits=digits_tables(),
+            projector=projector_table(),
+        ),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:

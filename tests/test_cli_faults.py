@@ -65,7 +65,7 @@ def test_a_backend_of_another_name_in_the_environment():
         ["bench", "models", "--budget", "nan"],
         ["bench", "gpu", "--limit", "soon"],
         ["bench", "digits", "--steps", "0"],
-        ["bench", "digits", "--seed", "99999999999"],
+        ["bench", "digits", "--seeds", "99999999999"],
     ],
 )
 def test_numbers_that_are_none(arguments, capsys):
