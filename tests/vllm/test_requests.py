@@ -66,7 +66,7 @@ def test_arguments_are_the_same_for_a_server(models: Path):
         (EVS(0.5), QWEN, "EVS.* reduces videos"),
         (DivPrune(64), NEXT, "DivPrune.*depends on the picture"),
         (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture"),
-        ("visionzip:54", LLAVA, "must be one of"),
+        ("visionzip:54", LLAVA, "visionzip is written visionzip:DOMINANT:CONTEXTUAL"),
     ],
 )
 def test_methods_that_cannot_be_served_are_refused_by_name(method: Any, model: str, message: str):
