@@ -132,7 +132,11 @@ def test_fifty_requests_at_once(server: str):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("fastv:2:0.5", "cuts between layers"), ("os.system('true')", "must name one of"), ("even", "even is written even:KEEP")],
+    [
+        ("fastv:2:0.5", "cuts between layers"),
+        ("os.system('true')", "must name one of"),
+        ("even", "even is written even:KEEP"),
+    ],
 )
 def test_a_method_that_cannot_be_served_is_a_bad_request(server: str, method: str, message: str):
     client = openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=300)
