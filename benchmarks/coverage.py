@@ -155,12 +155,8 @@ def chosen(tokens: VisualTokens, budget: int) -> dict[str, Kept]:
     """Measure what each registered method keeps that chooses from these tokens: spelled -> what it keeps."""
     found = {}
     for method in every("image", budget, tokens.count, 2):
-        if not isinstance(method, Method) or isinstance(method, SmallerImage):
-            continue
-        try:
+        if isinstance(method, Method) and not isinstance(method, SmallerImage) and not method.reads_text:
             found[spell(method)] = kept(tokens, method.select(tokens).positions())
-        except (ValueError, NotImplementedError):  # it asks for what a tower alone has not, such as a question
-            continue
     return found
 
 

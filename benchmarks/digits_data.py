@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Batch:
     places: Tensor
 
 
-class Drawer:
+class Drawer(abc.ABC):
     """Draws from one part of the scans, so that those of the test are not among those of the training."""
 
     side: int  # pixels
@@ -51,9 +52,9 @@ class Drawer:
         self.labels = torch.tensor(labels)
         self.generator = torch.Generator().manual_seed(seed)
 
+    @abc.abstractmethod
     def draw(self, batch: int) -> Batch:
         """Draw a batch."""
-        raise NotImplementedError
 
     def _canvas(self, batch: int) -> tuple[Tensor, Tensor]:
         """Return a noisy ground, the same in all frames, and what its patches show: nothing."""

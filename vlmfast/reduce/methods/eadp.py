@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import coverage
-from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.methods.method import PruningMethod, check_power
 from vlmfast.reduce.methods.relevance import scaled, unlikeness
 from vlmfast.reduce.text import Text
 from vlmfast.reduce.tokens import Grid, VisualTokens
@@ -49,10 +49,7 @@ class EADP(PruningMethod, name="eadp"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)):
-            raise TypeError(f"beta must be a number, got {self.beta!r}")
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta must be finite and not negative, got {self.beta}")
+        check_power("beta", self.beta)
 
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
         """Choose by the features and the text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -182,6 +183,18 @@ def share(value: float, count: int, crops: int, least: int = 0) -> int:
 def _check_tensor(what: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} must return a tensor, got {type(value).__name__}")
+
+
+def check_power(name: str, value: object) -> None:
+    """Raise unless a value can be the power of something that is 0 or more.
+
+    Raises:
+        TypeError: for what is no number. ValueError: for a negative one, or one that is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 def check_share(name: str, value: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import coverage
-from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.methods.method import PruningMethod, check_power
 from vlmfast.reduce.tokens import VisualTokens
 
 
@@ -36,10 +35,7 @@ class SCOPE(PruningMethod, name="scope"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be finite and not negative, got {self.alpha}")
+        check_power("alpha", self.alpha)
 
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
         """Choose by the cosines of the tokens, and by their attention."""
