@@ -158,9 +158,9 @@ def tune_digits(weights: Path, out: Path, steps: int, batch: int) -> dict[str, A
     """Tune the LLaVA of ``bench digits`` for each seed, and count right answers before and after."""
     from rich.console import Console
     from transformers import default_data_collator
-    from vlmfast.benchmarks.digits_models import PICTURES, TRAININGS, trained
 
     from vlmfast.benchmarks.digits import accuracy
+    from vlmfast.benchmarks.digits_models import PICTURES, TRAININGS, trained
 
     training, console = TRAININGS["pictures"], Console(quiet=True)
     seeds = sorted(
