@@ -37,6 +37,7 @@ from vlmfast.reduce.methods.eadp import EADP as EADP
 from vlmfast.reduce.methods.even_tokens import EvenTokens as EvenTokens
 from vlmfast.reduce.methods.evs import EVS as EVS
 from vlmfast.reduce.methods.fastv import FastV as FastV
+from vlmfast.reduce.methods.flashvid import FlashVID as FlashVID
 from vlmfast.reduce.methods.pyramid_drop import PyramidDrop as PyramidDrop
 from vlmfast.reduce.methods.random_tokens import RandomTokens as RandomTokens
 from vlmfast.reduce.methods.scope import SCOPE as SCOPE

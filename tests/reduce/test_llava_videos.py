@@ -13,7 +13,7 @@ from tests.helpers.patches_models import tiny
 from tests.helpers.reduce_models import clone
 from tests.helpers.tiny_models import VIDEO
 from tests.helpers.video_models import left_of
-from vlmfast import EVS, VCAST, EvenTokens, RandomTokens, VisionZip
+from vlmfast import EVS, VCAST, EvenTokens, FlashVID, RandomTokens, VisionZip
 from vlmfast.reduce import Method
 from vlmfast.reduce.families import REDUCERS
 
@@ -59,7 +59,7 @@ def test_dropped_tokens_are_masked_ones(name: str, method: Method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [EVS(1.0), VCAST(1.0), EvenTokens(1.0)], ids=str)
+@pytest.mark.parametrize("method", [EVS(1.0), VCAST(1.0), FlashVID(1.0), EvenTokens(1.0)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_everything_changes_no_bit(name: str, method: Method):
     model, inputs = built(name), inputs_of(name)
@@ -70,9 +70,10 @@ def test_keeping_everything_changes_no_bit(name: str, method: Method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [VCAST(0.5), FlashVID(0.5)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_beams_and_shortened_inputs_are_the_same(name: str):
-    model, inputs, method = built(name), inputs_of(name), VCAST(0.5)
+def test_beams_and_shortened_inputs_are_the_same(name: str, method: Method):
+    model, inputs = built(name), inputs_of(name)
     options = {"max_new_tokens": 3, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
     with vlmfast.patch(model, reduce=method):
         want = model.generate(**clone(inputs), **options)

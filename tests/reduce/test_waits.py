@@ -15,7 +15,7 @@ from vlmfast.benchmarks import counting
 
 EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
 GREEDY = (vlmfast.DivPrune(0.5), vlmfast.DivPrune(0.5, centered=True), vlmfast.SCOPE(0.5), vlmfast.SCOPE(0.5, 2.0))
-OF_VIDEOS = vlmfast.EVS(0.4), vlmfast.VCAST(0.3)
+OF_VIDEOS = vlmfast.EVS(0.4), vlmfast.VCAST(0.3), vlmfast.FlashVID(0.3)
 EACH = [
     (name, method)
     for name in ("llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")

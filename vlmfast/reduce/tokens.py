@@ -120,6 +120,7 @@ class Selection:
         contextual: C, the number of tokens that the others are merged into.
         merge: "reference" or "mean", see `vlmfast.merge_tokens`.
         keep_cls: whether the CLS token is kept as well, in front.
+        weights: (B, N), what each token that is merged is multiplied by before, or None for 1.
     """
 
     kept: Tensor
@@ -127,9 +128,13 @@ class Selection:
     contextual: int
     merge: str = "reference"
     keep_cls: bool = False
+    weights: Tensor | None = None
 
     def apply(self, hidden: Tensor) -> Tensor:
         """(B, N, D) -> (B, k + C, D): the kept rows in the order of their positions, then the merged ones."""
+        if self.weights is not None:
+            weights = torch.where(self.slots < 0, 1, self.weights)  # the kept ones stay as they are
+            hidden = (hidden * weights[..., None]).to(hidden.dtype)
         return accepting(merge_rows, hidden)(hidden, self.kept, self.slots, self.contextual, self.merge)
 
     def positions(self) -> Tensor:
