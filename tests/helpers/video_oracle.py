@@ -1,4 +1,4 @@
-"""Second implementations of EVS, V-CAST and FlashVID, from their rules: plain float64 loops over one video at a time."""
+"""Second implementations of EVS, V-CAST and FlashVID, from their rules: float64 loops over one video at a time."""
 
 from __future__ import annotations
 

@@ -80,25 +80,19 @@ class FlashVID(VideoMethod, name="flashvid"):
         is_kept.scatter_(1, chosen, torch.ones_like(chosen, dtype=torch.bool))
         free = ~is_kept.view(frames.shape[:3])
         segments = _segments(frames)
-        ones = torch.ones_like(segments)
-        length = _in_group(ones, segments)
-        # a segment's share of the clusters, by its frames; each of its frames knows it
-        budget = _of_segments(contextual, length, segments)
-        parent = _links(frames, free, segments, (length * free[:, :1].sum(2) - budget))
-        root = parent
-        for _ in range((tokens.crops - 1).bit_length()):
-            root = root.gather(1, root)
-        chains = _Chains(parent, root, self.merge)
-        is_root = (root == _own(root)) & free.flatten(1)
-        quotas = _quotas(is_root.view_as(free).sum(2), budget, segments)
-        centers, nearest = _peaks(chains.rows(frames.flatten(1, 2)).view_as(frames), is_root.view_as(free), quotas)
-        number = centers.cumsum(1) - 1
-        goes_to = nearest.gather(1, root)  # the peak of each token
-        slots = contextual + number.gather(1, goes_to)
-        slots = torch.where(centers.gather(1, goes_to), slots, -kept - 1)  # a frame may have no peak
-        slots = torch.where(centers, number, slots)
+        length = _in_group(torch.ones_like(segments), segments)
+        budget = _budgets(contextual, length, segments)
+        parent = _links(frames, free, segments, length * free[:, :1].sum(2) - budget)
+        chains = _Chains(parent, _roots(parent, tokens.crops), self.merge)
+        begins = chains.begin() & free.flatten(1)
+        quotas = _quotas(begins.view_as(free).sum(2), budget, segments)
+        is_peak, nearest = _peaks(chains.rows(frames.flatten(1, 2)).view_as(frames), begins.view_as(free), quotas)
+        peak = nearest.gather(1, chains.root)
+        number = is_peak.cumsum(1) - 1
+        slots = torch.where(is_peak, number, contextual + number.gather(1, peak))
+        slots = torch.where(is_peak.gather(1, peak), slots, -kept - 1)  # dropped: a frame may have no peak
         slots = torch.where(is_kept, is_kept.cumsum(1) - 1 - kept, slots)
-        weights = chains.weights(goes_to, is_root, ~is_kept) if self.merge == "reference" else None
+        weights = chains.weights(peak, begins, ~is_kept) if self.merge == "reference" else None
         return Selection(chosen, slots.int(), contextual, merge="mean", weights=weights)
 
 
@@ -109,6 +103,10 @@ class _Chains:
     parent: Tensor
     root: Tensor
     merge: str
+
+    def begin(self) -> Tensor:
+        """(B, N) bool: where a chain begins, be it of one token."""
+        return self.root == _own(self.root)
 
     def divisor(self) -> Tensor:
         """(B, N): what the sum of a chain is divided by, at its root."""
@@ -122,9 +120,9 @@ class _Chains:
         sums = torch.zeros_like(rows).scatter_add(1, self.root[..., None].expand_as(rows), rows)
         return sums / self.divisor()[..., None]
 
-    def weights(self, goes_to: Tensor, is_root: Tensor, free: Tensor) -> Tensor:
+    def weights(self, peak: Tensor, begins: Tensor, free: Tensor) -> Tensor:
         """(B, N): what a row is multiplied by so that the mean of a cluster's tokens is that of its merged chains."""
-        chains, tokens = (_in_group(are.long(), goes_to) for are in (is_root, free))
+        chains, tokens = (_in_group(are.long(), peak) for are in (begins, free))
         return tokens / (chains.clamp(min=1) * self.divisor().gather(1, self.root))
 
 
@@ -157,8 +155,8 @@ def _dealt(total: Tensor, part: Tensor, whole: Tensor, groups: Tensor) -> Tensor
     return rounded + (_ranks((total * part % whole).double() / whole, groups) < left)
 
 
-def _of_segments(total: int, length: Tensor, segments: Tensor) -> Tensor:
-    """(B, T): how many of the clusters of a video each frame's segment has, by its length."""
+def _budgets(total: int, length: Tensor, segments: Tensor) -> Tensor:
+    """(B, T): how many of the clusters of a video each frame's segment has, by its length in frames."""
     first = segments.diff(dim=1, prepend=segments.new_full((len(segments), 1), -1)) > 0
     alone = torch.zeros_like(segments)
     dealt = _dealt(alone + total, length * first, alone + segments.shape[1], alone)
@@ -196,6 +194,13 @@ def _links(frames: Tensor, free: Tensor, segments: Tensor, most: Tensor) -> Tens
     return torch.where(linked, (starts + target).view(batch, -1), _own(groups))
 
 
+def _roots(parent: Tensor, frames: int) -> Tensor:
+    """(B, N): where the chain of each token begins, at most ``frames - 1`` links away: each step doubles the way."""
+    for _ in range((frames - 1).bit_length()):
+        parent = parent.gather(1, parent)
+    return parent
+
+
 def _quotas(roots: Tensor, budget: Tensor, segments: Tensor) -> Tensor:
     """(B, T) int64: how many clusters each frame has, by the chains that begin in it: one, where there are enough."""
     least = ((roots > 0) & (_in_group((roots > 0).long(), segments) <= budget)).long()
@@ -203,23 +208,23 @@ def _quotas(roots: Tensor, budget: Tensor, segments: Tensor) -> Tensor:
     return least + _dealt(budget - all_least, roots - least, all_roots - all_least, segments)
 
 
-def _peaks(rows: Tensor, is_root: Tensor, quotas: Tensor) -> tuple[Tensor, Tensor]:
+def _peaks(rows: Tensor, begins: Tensor, quotas: Tensor) -> tuple[Tensor, Tensor]:
     """Find the densest places among the chains of each frame that are apart from each other.
 
     Args:
         rows: (B, T, n, D), the merged chains, of which those count that begin in a frame.
-        is_root: (B, T, n), which do.
+        begins: (B, T, n), which do.
         quotas: (B, T), how many to find.
 
     Returns:
         (B, N) bool, which tokens are peaks; and (B, N) int64, the peak of its frame that is nearest to each chain.
     """
-    batch, count, n, size = rows.shape
+    _, count, n, size = rows.shape
     squares = rows.square().sum(3)
-    apart = squares[..., None] + squares[:, :, None] - 2 * rows @ rows.mT
+    apart = squares[..., None] + squares[:, :, None] - 2 * (rows @ rows.mT)
     apart = (apart.clamp_(min=0) / size).nan_to_num(torch.finfo(rows.dtype).max)
     apart.diagonal(dim1=2, dim2=3).zero_()
-    is_other = is_root[:, :, None, :]
+    is_other = begins[:, :, None, :]
     close = apart.masked_fill(~is_other, torch.inf).topk(min(NEIGHBOURS, n), dim=3, largest=False).values
     neighbours = quotas.clamp(1, NEIGHBOURS)[..., None, None]
     counted = torch.arange(close.shape[3], device=rows.device) < neighbours
@@ -229,9 +234,9 @@ def _peaks(rows: Tensor, is_root: Tensor, quotas: Tensor) -> tuple[Tensor, Tenso
     mine, other = density[..., None], density[..., None, :]
     denser = ((other > mine) | ((other == mine) & before)) & is_other
     distance = apart.sqrt()
-    farthest_apart = distance.masked_fill(~(is_other & is_root[..., None]), 0).amax((2, 3), keepdim=True)
+    farthest_apart = distance.masked_fill(~(is_other & begins[..., None]), 0).amax((2, 3), keepdim=True)
     height = density * torch.where(denser, distance, farthest_apart).amin(3)
-    order = height.masked_fill(~is_root, -1.0).argsort(dim=2, descending=True, stable=True)
+    order = height.masked_fill(~begins, -1.0).argsort(dim=2, descending=True, stable=True)
     is_peak = order.argsort(dim=2) < quotas[..., None]
     nearest = apart.masked_fill(~is_peak[:, :, None, :], torch.inf).argmin(3)
     nearest = torch.where(is_peak, token, nearest)
