@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-matrix check check-cuda bench static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-matrix check check-cuda bench static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -48,6 +48,22 @@ $(VLLM_VENV)/built: pyproject.toml $(SOURCES)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python tests/vllm/torchvision_shim.py install
 	VLMFAST_REQUIRE_EXTENSION=1 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# lmms-eval 0.7.3 asks for a module that filelock has lost since
+LMMS_EVAL_VENV ?= .venvs/lmms-eval
+LMMS_EVAL ?= lmms-eval==0.7.3 filelock==3.20.0
+
+test-lmms-eval: $(LMMS_EVAL_VENV)/built    ## reduced models inside lmms-eval: a minute or two
+	OMP_NUM_THREADS=1 $(LMMS_EVAL_VENV)/bin/python -m pytest --confcutdir=tests/lmms_eval tests/lmms_eval
+
+$(LMMS_EVAL_VENV)/built: pyproject.toml
+	@echo "Installing lmms-eval into $(LMMS_EVAL_VENV): about 2.5 GB"
+	$(PYTHON) -m venv $(LMMS_EVAL_VENV)
+	$(LMMS_EVAL_VENV)/bin/pip install --quiet "setuptools>=77" wheel pytest
+	$(LMMS_EVAL_VENV)/bin/pip install --quiet "$(TORCH)" $(TRANSFORMERS) $(LMMS_EVAL)
+	$(LMMS_EVAL_VENV)/bin/python tests/vllm/torchvision_shim.py install
+	CXX=false $(LMMS_EVAL_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .  # pure Python
 	touch $@
 
 check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc for sm_90

@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
     import tests.vllm.conftest  # noqa: F401  # settings of vLLM on CPUs
     import vlmfast.vllm
-    from tests.vllm.tiny_models import picture, placeholder, write
+    from tests.helpers.written_models import picture, placeholder, write
 
     name = options.model
     model = str(write(f"{name}_wide", Path(os.environ["VLMFAST_MODELS"]))) if name in SIZES else name

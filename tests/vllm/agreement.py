@@ -16,7 +16,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 import vlmfast.vllm
-from tests.vllm.tiny_models import picture, placeholder
+from tests.helpers.written_models import picture, placeholder
 from vlmfast.reduce.spelling import parse
 from vlmfast.vllm import KEY
 

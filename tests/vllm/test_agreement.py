@@ -13,7 +13,7 @@ import torch
 from transformers.video_utils import VideoMetadata
 
 import vlmfast
-from tests.vllm import tiny_models
+from tests.helpers import written_models
 from tests.vllm.agreement import (
     TOLERANCE,
     answered,
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def off(name: str, models: Path, method: str, other: str | None = None, **settings: object) -> list[list[float]]:
     """Return how far the answers are off, those of two rounds of requests."""
-    folder = tiny_models.write(name, models)
+    folder = written_models.write(name, models)
     found = []
     expected = [hugging_face(folder, method, requests) for requests in rounds(name, other)]
     with engine(folder, method, **settings) as llm:
@@ -76,11 +76,11 @@ def test_without_caches(models: Path):
 def test_videos_stay_as_they_are_beside_images_that_are_reduced(models: Path):
     """In the order video, image and image, video; the text behind both is at the positions of the full prompt."""
     method = "tests.vllm.own_methods.Last(keep=0.2)"
-    folder = tiny_models.write("qwen2_5_vl", models)
+    folder = written_models.write("qwen2_5_vl", models)
     image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
-    frames = np.stack([np.asarray(tiny_models.picture(seed, 112, 84)) for seed in range(4)])
+    frames = np.stack([np.asarray(written_models.picture(seed, 112, 84)) for seed in range(4)])
     details = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
-    picture = tiny_models.picture(9, 280, 168)
+    picture = written_models.picture(9, 280, 168)
     texts = [f"user : {video} and {image} what is w5 ?", f"user : {image} and {video} what is w6 ?"]
     model, processor = loaded(folder)
     expected, found = [], []
@@ -122,7 +122,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("name", "ranks"), [("llava", 1), ("llava", 2), ("qwen3_vl", 2)])
 def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, tmp_path: Path):
-    tiny_models.write(name, models)
+    written_models.write(name, models)
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
     command = [sys.executable, str(script), name, str(models), str(ranks)]

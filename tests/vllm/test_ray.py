@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm import tiny_models
+from tests.helpers import written_models
 
 pytest.importorskip("ray")
 pyarrow = pytest.importorskip("pyarrow.parquet")
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_batches_are_answered_once(tmp_path: Path):
-    model = tiny_models.write("llava", tmp_path / "models")
+    model = written_models.write("llava", tmp_path / "models")
     pictures, answers = tmp_path / "pictures", tmp_path / "answers"
     pictures.mkdir()
     for number in range(10):
-        tiny_models.picture(number, 64 + number, 80).save(pictures / f"{number}.png")
+        written_models.picture(number, 64 + number, 80).save(pictures / f"{number}.png")
     (pictures / "broken.png").write_bytes(b"no picture")
     first = run(model, pictures, answers)
     assert "11 pictures, 0 answered before" in first
@@ -37,7 +37,7 @@ def test_batches_are_answered_once(tmp_path: Path):
     lost = len(pyarrow.read_table(file))
     file.write_bytes(file.read_bytes()[:100])
     (pictures / "broken.png").unlink()
-    tiny_models.picture(10, 64, 80).save(pictures / "10.png")
+    written_models.picture(10, 64, 80).save(pictures / "10.png")
     second = run(model, pictures, answers)
     assert f"11 pictures, {10 - lost} answered before" in second
     assert f"{lost + 1} answered now; 0 could not be read" in second

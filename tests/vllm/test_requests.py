@@ -15,9 +15,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import PlaceholderRange
 
 import vlmfast.vllm
-from tests.vllm import tiny_models
+from tests.helpers import written_models
+from tests.helpers.written_models import picture, placeholder
 from tests.vllm.own_methods import Last
-from tests.vllm.tiny_models import picture, placeholder
 from vlmfast.reduce import EVS, CDPruner, DivPrune, FastV, PyramidDrop, VisionZip
 from vlmfast.vllm import KEY, encoding, naming, positions, processing, registration
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(models: Path, name: str, method: str, **settings: Any) -> Any:
-    folder = tiny_models.write(name, models)
+    folder = written_models.write(name, models)
     return EngineArgs(str(folder), **vlmfast.vllm.reduced(method, str(folder)) | settings).create_engine_config()
 
 
@@ -47,7 +47,7 @@ def ids(processor: Any, prompt: str, images: list[Any], **options: Any) -> list[
 
 
 def test_arguments_are_the_same_for_a_server(models: Path):
-    folder = str(tiny_models.write("llava", models))
+    folder = str(written_models.write("llava", models))
     given = vlmfast.vllm.reduced(DivPrune(64, centered=True), folder)
     overrides = {"architectures": [f"Vlmfast{LLAVA}"], KEY: "DivPrune(keep=64, centered=True)"}
     assert given == {"hf_overrides": overrides} == vlmfast.vllm.reduced("DivPrune(64, True)", LLAVA) | given

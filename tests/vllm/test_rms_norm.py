@@ -10,7 +10,7 @@ from vllm import ir
 
 import vlmfast
 import vlmfast.vllm
-from tests.vllm import tiny_models
+from tests.helpers import written_models
 from tests.vllm.agreement import TOLERANCE, ask, differences, engine, hugging_face, rounds
 from vlmfast.vllm import rms_norm
 
@@ -39,7 +39,7 @@ def test_it_is_as_good_as_native(dtype: torch.dtype):
 
 
 def test_an_engine_that_uses_it_answers_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = tiny_models.write("llava", tmp_path)
+    folder = written_models.write("llava", tmp_path)
     requests = rounds("llava")[0]
     expected = hugging_face(folder, "visionzip:14+4", requests)
     calls: list[tuple[int, ...]] = []

@@ -19,8 +19,8 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.vllm import tiny_models
-from tests.vllm.tiny_models import picture
+from tests.helpers import written_models
+from tests.helpers.written_models import picture
 from vlmfast.vllm import KEY, server_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ REQUESTS = 50
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tiny_models.write("qwen3_vl", tmp_path_factory.mktemp("models"))
+    folder = written_models.write("qwen3_vl", tmp_path_factory.mktemp("models"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -19,7 +19,7 @@ NUMBER = re.compile(r"-?(\d+|\d*\.\d+|\d+\.)")
 EXAMPLE = "scope:64, visionzip:54:10, divprune:0.1:centered=True, pyramiddrop:8,16:0.5,0.25 or scope:0.3+fastv:8:0.5"
 
 
-def parse(text: str, kind: str = "image", trusted: bool = False) -> Reducing:
+def parse(text: str, kind: str | None = "image", trusted: bool = False) -> Reducing:
     """Make a method, or several that are one behind the other, from text.
 
     Args:
@@ -27,7 +27,7 @@ def parse(text: str, kind: str = "image", trusted: bool = False) -> Reducing:
             number of tokens, a share of them such as 0.1, True or False, a word, or several numbers with commas between
             them. Between two methods there is a plus sign; between two numbers it stands for the colon, as in "54+10".
             Or a call as Python shows it, with literal arguments: "DivPrune(keep=64, centered=True)".
-        kind: "image" or "video", what the method has to reduce.
+        kind: "image" or "video", what the method has to reduce, or None for either.
         trusted: whether a call may name a class of any module ("my_package.methods.Farthest(keep=64)"), which is then
             imported. The text of a request must not.
 
@@ -40,13 +40,13 @@ def parse(text: str, kind: str = "image", trusted: bool = False) -> Reducing:
     return methods[0] if len(methods) == 1 else methods
 
 
-def _one(text: str, kind: str) -> Method | LayerMethod:
+def _one(text: str, kind: str | None) -> Method | LayerMethod:
     name, *given = re.split(r"[:+]", text)
     if name.lower() not in METHODS:
         raise ValueError(f"unknown method {name!r}; known: {', '.join(_names(kind))}; written as {EXAMPLE}")
     method: Any = METHODS[name.lower()]
     form = f"{name.lower()} is written {written(method)}"
-    if kind not in method.takes:
+    if kind is not None and kind not in method.takes:
         taken = " and ".join(f"{other}s" for other in method.takes)
         raise ValueError(f"{name.lower()} reduces {taken}, not {kind}s; known: {', '.join(_names(kind))}")
     signature = inspect.signature(method)
@@ -117,8 +117,8 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _names(kind: str) -> list[str]:
-    return sorted(name for name, method in METHODS.items() if kind in method.takes)
+def _names(kind: str | None) -> list[str]:
+    return sorted(name for name, method in METHODS.items() if kind is None or kind in method.takes)
 
 
 def written(method: type[Named]) -> str:

@@ -1,4 +1,4 @@
-"""Vision-language models with random weights, written to disk with a tokenizer and a processor, as vLLM wants them.
+"""Vision-language models with random weights, written to disk with a tokenizer and a processor, for whoever reads them.
 
 Heads of the language models have 64 channels: vLLM's attention on CPUs takes 32, 64, 80, ... only.
 """
