@@ -1,7 +1,7 @@
 """Let torchvision of PyPI, a CUDA build, be imported beside torch +cpu, where its C++ ops cannot be loaded.
 
-It registers fakes of two ops, which must exist; its transforms are Python. `make test-vllm` and `test-lmms-eval` put it into their
-environments: python torchvision_shim.py install.
+It registers fakes of two ops, which must exist; its transforms are Python. `make test-vllm` and `make
+test-lmms-eval` put it into their environments: python torchvision_shim.py install.
 """
 
 from __future__ import annotations
