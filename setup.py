@@ -29,16 +29,16 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 
-# torch 2.10 is the first release whose stable ABI has parallel_for and strings.
-COMMON_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{CSRC}"]
-CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall"]
+COMPILED = runpy.run_path(str(ROOT / "vlmfast" / "architectures.py"))
+CXX_FLAGS = [*COMPILED["CXX_FLAGS"], f"-I{CSRC}", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # The kernels reproduce torch's arithmetic bit for bit, so the compiler may not fuse multiply and add on its own.
 KERNEL_FLAGS = ["-fno-math-errno", "-ffp-contract=off"]
-CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = runpy.run_path(str(ROOT / "vlmfast" / "architectures.py"))["CUDA"]
+CUDA_FLAGS = [*COMPILED["NVCC_FLAGS"], f"-I{CSRC}"]
+CUDA_ARCHITECTURES = COMPILED["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time.
+# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time. Only quick_bfloat16.h has
+# code for the last level.
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
     "v3": "-march=x86-64-v3",
@@ -101,7 +101,11 @@ def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
     for source in sorted(CSRC.glob("*/*.cpp")):
         variants = [include_flags(torch)]
         if source.stem.endswith("_kernels"):
-            variants = [[*KERNEL_FLAGS, *flags.split(), f"-DVLMFAST_ISA={level}"] for level, flags in levels.items()]
+            variants = [
+                [*KERNEL_FLAGS, *flags.split(), f"-DVLMFAST_ISA={level}"]
+                for level, flags in levels.items()
+                if level != "v4_bf16" or "quick_bfloat16.h" in source.read_text()
+            ]
         commands += [[*compiler, *CXX_FLAGS, *flags, "-c", str(source)] for flags in variants]
     return commands
 

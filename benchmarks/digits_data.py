@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PATCH, DIGIT = 8, 16  # pixels
-NOTHING = 10  # where a digit could be and is none
+NOTHING = 10  # the answer for a place without a digit
 PAD, BOS, EOS, IMAGE, VIDEO, START, END = range(7)
 QUESTION = 7  # + quarter, or + ordinal number
 ANSWER = QUESTION + 4  # + digit; + 10 for nothing
@@ -20,7 +20,7 @@ OCCUPIED = 0.75  # the chance that a quarter holds a digit
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures, or videos, and what is to be seen in them.
+    """Pictures, or videos, and what they show.
 
     Attributes:
         pixels: (B, T, side, side), grey.
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Drawer(abc.ABC):
-    """Draws from one part of the scans, so that those of the test are not among those of the training."""
+    """Draws pictures from a part of the scans, so that training and test can use different ones."""
 
     side: int  # pixels
     frames: int
@@ -57,7 +57,7 @@ class Drawer(abc.ABC):
         """Draw a batch."""
 
     def _canvas(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Return a noisy ground, the same in all frames, and what its patches show: nothing."""
+        """Return a noisy background, the same in all frames, and what its patches show: nothing."""
         ground = 0.15 * torch.rand(batch, 1, self.side, self.side, generator=self.generator)
         per_side = self.side // PATCH
         nothing = torch.full((batch, self.frames, per_side, per_side), NOTHING)
@@ -80,7 +80,7 @@ class Pictures(Drawer):
     side, frames, questions = 64, 1, 4
 
     def draw(self, batch: int) -> Batch:
-        """Draw pictures; what each quarter holds is their contents."""
+        """Draw pictures, whose contents are those of their quarters."""
         half, generator = self.side // PATCH // 2, self.generator
         canvas, shown = self._canvas(batch)
         chosen = torch.randint(len(self.labels), (batch, self.questions), generator=generator)

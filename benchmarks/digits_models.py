@@ -1,8 +1,8 @@
 """Small vision-language models, trained from scratch in minutes, that answer questions about digits.
 
-The tower gets a signal of its own, as pre-training gives it one: which digit each patch shows, of pictures in which
-quarter it is, and from the CLS token which digits are present. Without the first two a training is a matter of luck,
-and a CLS token that learns nothing attends to nothing. Questions come behind the image, as in all families.
+The tower has its own losses, in place of pre-training: for each patch the digit that it shows and, in pictures, its
+quarter, and for the CLS token the digits that are present. Without the first two, training succeeds by chance only;
+without the last one, the CLS token does not learn to attend. Questions come behind the image, as in all families.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ IDS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked about what, and the model that answers.
+    """Questions about pictures or videos, and the model that answers them.
 
     Attributes:
         name: "pictures" or "videos".
-        question: what is asked, for a reader.
-        drawer: draws what it is asked about.
-        placeholder: id that stands for a visual token.
+        question: the question in words.
+        drawer: draws the pictures or videos.
+        placeholder: the id of a visual token.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Task:
 
     @property
     def patches(self) -> int:
-        """The visual tokens of a frame."""
+        """The number of visual tokens of a frame."""
         return (self.drawer.side // PATCH) ** 2
 
     @property
     def tokens(self) -> int:
-        """All visual tokens."""
+        """The number of visual tokens of a sample."""
         return self.drawer.frames * self.patches
 
     def build(self, seed: int) -> Any:
@@ -67,7 +67,7 @@ class Task:
         return _llava(self.drawer.side) if self.name == "pictures" else _qwen2_vl()
 
     def inputs(self, batch: Batch, order: Tensor) -> dict[str, Tensor]:
-        """Make the inputs of one prompt for each sample, which asks in the given order, (B, n), with all answers."""
+        """Make one prompt for each sample, with all questions in the given order, (B, n), and their answers."""
         asked = torch.stack([QUESTION + order, ANSWER + batch.contents.gather(1, order)], 2).flatten(1)
         shown = [data.BOS, data.START, *[self.placeholder] * self.tokens, data.END]
         ids = torch.cat([torch.tensor(shown).expand(len(order), -1), asked], 1)
@@ -82,7 +82,7 @@ class Task:
         return inputs | {"pixel_values_videos": rows, "video_grid_thw": grid, "mm_token_type_ids": types}
 
     def questions_in_turn(self, batch: Batch) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Give the inputs that end with a question, for each question, and the answers."""
+        """Yield, for each question, the inputs that end with it, and the answers."""
         for question in range(self.drawer.questions):
             inputs = self.inputs(batch, torch.full((len(batch.contents), 1), question))
             columns = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -121,7 +121,7 @@ def _qwen2_vl() -> Any:
 
 @dataclass(frozen=True)
 class Training:
-    """How long a model is trained: samples of each step, and steps."""
+    """The length of a training: steps, and samples per step."""
 
     steps: int
     batch: int
@@ -131,7 +131,7 @@ TRAININGS = {"pictures": Training(600, 32), "videos": Training(1000, 16)}
 
 
 def trained(task: Task, training: Training, seed: int, folder: Path | None, out: Console) -> tuple[Any, list[float]]:
-    """Return a model and the losses of its training, which a folder keeps, or has kept before."""
+    """Return a trained model and its losses, which are loaded from the folder or stored in it, if there is one."""
     model = task.build(seed)
     path = None if folder is None else folder / f"{task.name}-{training.steps}x{training.batch}-{seed}.pt"
     if path is not None and path.exists():
@@ -145,7 +145,7 @@ def trained(task: Task, training: Training, seed: int, folder: Path | None, out:
 
 
 def train(task: Task, model: Any, training: Training, seed: int, out: Console) -> list[float]:
-    """Train answers and what the tower shows; return the mean loss of the answers of every hundred steps."""
+    """Train the answers and the tower; return the mean loss of the answers over every hundred steps."""
     steps, batch = training.steps, training.batch
     drawer = task.drawer(train=True, seed=seed)
     heads = nn.ModuleList([nn.Linear(CHANNELS, count) for count in (NOTHING + 1, NOTHING, task.drawer.questions)])
@@ -177,12 +177,12 @@ def train(task: Task, model: Any, training: Training, seed: int, out: Console) -
 
 @contextmanager
 def _tower_outputs(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Note the features and the pooled output that the tower gives."""
+    """Record the features and the pooled output of the tower."""
     outputs: list[tuple[Tensor, Tensor]] = []
     base = model.base_model
     tower = base.vision_tower if hasattr(base, "vision_tower") else base.visual
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:  # LLaVA puts other things into it
+    def note(module: nn.Module, args: Any, output: Any) -> None:  # LLaVA's output has other fields too
         states = output.last_hidden_state if output.hidden_states is None else output.hidden_states[-2]
         outputs.append((states, output.pooler_output))
 
@@ -194,7 +194,7 @@ def _tower_outputs(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _tower_loss(heads: nn.ModuleList, states: Tensor, pooled: Tensor, drawn: Batch) -> Tensor:
-    """Return the loss of what each patch shows and, of pictures, of where it is and which digits are present."""
+    """Return the loss for what each patch shows and, in pictures, for its quarter and the digits that are present."""
     if states.dim() == 2:  # of Qwen-VL: the patches of all frames of all samples
         return F.cross_entropy(heads[0](states), drawn.places.flatten())
     shown = F.cross_entropy(heads[0](states[:, 1:]).flatten(0, 1), drawn.places.flatten())
@@ -206,11 +206,11 @@ def _tower_loss(heads: nn.ModuleList, states: Tensor, pooled: Tensor, drawn: Bat
 
 
 def _positions(ids: Tensor, task: Task, progress: float, generator: torch.Generator) -> Tensor:
-    """Return positions of prompts whose text comes sooner or later behind the image, by up to its number of tokens.
+    """Return positions of prompts whose text begins earlier, by a random number up to that of the image's tokens.
 
-    Real models know prompts of every length. One that has only ever met its questions 64 positions behind the image's
-    first token is at a loss when they come sooner, whatever the tokens hold. All at once, it learns in several times
-    as many steps: in the first 60 % of the training the difference grows.
+    Real models are trained on prompts of every length. A model that has only seen questions 64 positions behind the
+    image's first token fails when they come earlier, whatever tokens are left. With the full range from the start,
+    training takes several times as many steps, so the range grows during the first 60 % of the training.
     """
     most = int(min(1.0, progress / 0.6) * (task.tokens - 4))
     sooner = torch.randint(1 + most, (len(ids), 1), generator=generator)

@@ -3,9 +3,9 @@
     pip install "ray[data]" vllm vlmfast
     python examples/ray_batch.py MODEL METHOD PICTURES ANSWERS --prompt "USER: <image> What is this? ASSISTANT:"
 
-Each worker has an engine of its own. It can be stopped and started again: pictures whose answers are in ANSWERS are not
-asked again. Pictures that cannot be read are named at the end, and tried again by the next run. On several machines
-vlmfast must be installed on each, as vLLM: the method travels in the model's configuration.
+Each worker has its own engine. A run can be stopped and started again: pictures with answers in ANSWERS are left out.
+Pictures that cannot be read are named at the end, and the next run tries them again. With several machines, install
+vlmfast and vLLM on each; the method travels in the model's configuration.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def answered(folder: Path) -> set[str]:
-    """Return the pictures with answers. A file that was being written when a run was stopped is removed."""
+    """Return the pictures with answers, and remove a file that a stopped run did not finish."""
     import pyarrow
     import pyarrow.parquet
 
@@ -58,7 +58,7 @@ def answered(folder: Path) -> set[str]:
 
 
 def run(paths: list[str], options: argparse.Namespace) -> None:
-    """Answer, and write each block of answers as it is ready."""
+    """Answer, and write each block of answers when it is ready."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 

@@ -1,16 +1,16 @@
-r"""Tune the projector of a vision-language model to fewer visual tokens, and nothing else of it.
+r"""Tune only the projector of a vision-language model to fewer visual tokens.
 
     python examples/tune_projector.py --model llava-hf/llava-1.5-7b-hf --data llava.json --images FOLDER \
         --reduce visionzip:54:10 --out FOLDER
     python examples/tune_projector.py --digits WEIGHTS --out FOLDER
 
-A projector that was trained on all tokens is given other ones once they are reduced: VisionZip's authors win back 1 to
-3 points by tuning it alone. The data are in LLaVA's format, a JSON list of {"image": name, "conversations": [{"from":
-"human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}, ...]}. What is trained is transformers'
-`Trainer`, on a model that `vlmfast.patch` has patched; what is saved is the projector, as ``projector.pt``.
+A projector was trained on all tokens, and reduced ones differ: VisionZip's authors gain 1 to 3 points by tuning it. The
+data are in LLaVA's format, a JSON list of {"image": name, "conversations": [{"from": "human", "value": "<image>\nWhat
+is it?"}, {"from": "gpt", "value": "A cat."}, ...]}. Training is by transformers' `Trainer`, on a patched model; only
+the projector is saved, as ``projector.pt``.
 
-With ``--digits`` it is the small LLaVA of ``python -m vlmfast bench digits --weights WEIGHTS``: right answers before
-and after the tuning, for 8 and 16 of 64 tokens and every seed that WEIGHTS holds, are written to ``projector.json``.
+With ``--digits`` the model is the small LLaVA of ``python -m vlmfast bench digits --weights WEIGHTS``: the accuracy
+before and after tuning, for 8 and 16 of 64 tokens and every seed in WEIGHTS, is written to ``projector.json``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch import Tensor, nn
 import vlmfast
 from vlmfast.reduce.spelling import parse
 
-IGNORED = -100  # the label of what is not to be answered
+IGNORED = -100  # the label of tokens that are not part of an answer
 DIGITS = (8, 16)  # tokens
 
 
 def projector_of(model: Any) -> nn.Module:
-    """Return what maps visual features to the language model.
+    """Return the projector of visual features to the language model.
 
     Raises:
         ValueError: for a model in which it has another name.
@@ -58,7 +58,7 @@ def tune(
     """Train the projector with reduced images, by transformers' `Trainer`; return the losses that it logs.
 
     Args:
-        model: with its head; nothing but its projector is changed.
+        model: the model with its head; only its projector is changed.
         method: how visual tokens are reduced.
         data: one sample each.
         collate: makes a batch of samples, with ``labels`` of the full prompts.
@@ -114,7 +114,7 @@ class Conversations(torch.utils.data.Dataset[dict[str, Any]]):
         return dict(inputs)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Pad prompts on the right, and put what belongs to the images one behind the other."""
+        """Pad prompts on the right, and concatenate the tensors of images."""
         longest = max(sample["input_ids"].shape[1] for sample in samples)
         fills = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED}
         columns = [name for name, value in samples[0].items() if value.shape == samples[0]["input_ids"].shape]
@@ -137,14 +137,14 @@ def answer_labels(ids: Tensor, tokenizer: Any, spans: list[tuple[str, str]]) -> 
     Args:
         ids: of a prompt with one image, which is in front of the first answer.
         tokenizer: of its text.
-        spans: what comes before each answer, and that with the answer.
+        spans: for each answer the text before it, and the text up to its end.
     """
     labels = torch.full_like(ids, IGNORED)
 
     def length(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    image = ids.shape[1] - length(spans[-1][1])  # the processor has put many tokens for one
+    image = ids.shape[1] - length(spans[-1][1])  # the processor has replaced one token by many
     for before, after in spans:
         part = slice(image + length(before), image + length(after))
         labels[0, part] = ids[0, part]

@@ -1,11 +1,11 @@
-"""Requests a second of vLLM with all and with fewer visual tokens, on the CPU or a GPU.
+"""Measure the requests per second of vLLM with all and with fewer visual tokens, on a CPU or a GPU.
 
     python examples/vllm_throughput.py llava visionzip:54+10         # 576 tokens a picture
     python examples/vllm_throughput.py qwen3_vl visionzip:0.15+0.05  # of 1020
     python examples/vllm_throughput.py MODEL METHOD                  # a folder or the name of a repository
 
-The first two are random models with as many tokens as published ones and fewer, narrower layers. Each engine is a
-process; full and reduced ones take turns. Times are wall and CPU time of that process, after a warm-up.
+The first two are random models with as many tokens as published ones, but fewer and narrower layers. Each engine is a
+process; full and reduced ones take turns. Times are wall and CPU time of that process after a warm-up.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Run one engine, and return tokens of a prompt, and seconds for each request."""
+    """Run one engine, and return the tokens of a prompt and the seconds for each request."""
     from vllm import LLM, SamplingParams
 
     import tests.vllm.conftest  # noqa: F401  # settings of vLLM on CPUs

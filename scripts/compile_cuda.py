@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from vlmfast.architectures import CUDA as ARCHITECTURES
+from vlmfast.architectures import NVCC_FLAGS
 
 CSRC = Path(__file__).parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Xptxas", "-v", "-c"]
 
 # The three lines that `ptxas -v` prints about one kernel.
 ENTRY = re.compile(
@@ -148,7 +148,8 @@ def compile_all(nvcc: str, architectures: Sequence[int] = ARCHITECTURES) -> dict
         print("compile_cuda: there is no cuobjdump beside nvcc or in Triton: widths of accesses are not looked at")
 
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
-    nvcc_command = [nvcc, *FLAGS, *targets, f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    includes = [f"-I{CSRC}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    nvcc_command = [nvcc, *NVCC_FLAGS, "-Xptxas", "-v", "-c", *targets, *includes]
 
     def compile_one(source: Path) -> dict[str, dict[int, Usage]]:
         with tempfile.TemporaryDirectory() as directory:

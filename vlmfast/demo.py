@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
     subject = _load(options, device, picture)
     if options.reduce is not None:
         with patched(subject.model, reduce=options.reduce):
-            pass  # refused now, if it is
+            pass  # patching refuses bad arguments now, before the run
     _describe(out, subject, options)
     if options.compare is not None:
         demo_compare.compare(out, subject, options.compare, picture, path, options.repeats)
@@ -63,7 +63,7 @@ def run(options: Namespace) -> int:
 
 
 def _check(options: Namespace, path: Path) -> None:
-    """Refuse options that say nothing beside the others, and a picture that could not be drawn after the run."""
+    """Refuse options that have no effect beside the others, and a picture that could not be written after the run."""
     if options.reduce is not None and options.compare is not None:
         raise CommandError("--compare: not beside --reduce, whose method it can take as well")
     if options.reduce is not None or options.compare is not None:
@@ -97,7 +97,7 @@ def _quick_dtype(device: torch.device) -> torch.dtype:
 
 
 def _as_it_is(subject: Subject, new_tokens: int) -> Answer:
-    """Answer by the model as it is; what fails there is not vlmfast's."""
+    """Answer by the unpatched model; an error there is not vlmfast's."""
     try:
         return answer(subject, new_tokens, None)
     except Exception as error:
@@ -106,7 +106,7 @@ def _as_it_is(subject: Subject, new_tokens: int) -> Answer:
 
 @dataclass
 class Calls:
-    """How often an op was called on one backend, and why the backends before it refused the first call."""
+    """The number of calls of an op on one backend, and why the backends before it declined the first one."""
 
     number: int
     refusals: list[str]

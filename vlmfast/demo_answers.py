@@ -1,4 +1,4 @@
-"""What the demo measures: answers of ``generate``, by the model as it is or patched, one or in pairs."""
+"""Answers of ``generate`` by the unpatched and the patched model, singly or in pairs, with their times."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vlmfast.reduce import ReducedImage
 
 
 class Clock:
-    """A streamer of ``generate`` that notes when the host had the prompt, which comes first, and each new token."""
+    """A streamer of ``generate`` that notes the time of the prompt, which comes first, and of each new token."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.arrivals: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
-        """Note the time; the tokens are on the host already."""
+        """Note the time; the tokens are already on the host."""
         self.arrivals.append(time.perf_counter())
 
     def end(self) -> None:
@@ -47,14 +47,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one ``generate`` gave, and when."""
+    """The output of one ``generate``, and its times."""
 
     tokens: list[int]
     logits: Tensor  # (new tokens, vocabulary) float32, on the CPU
     cache: Any
     images: list[ReducedImage]
     clock: Clock
-    report: str = ""  # what became of the visual tokens
+    report: str = ""  # of the reduction of visual tokens
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def patched(model: Any, **options: Any) -> Iterator[Patch]:
     """Patch the model for a block, with these arguments of `patch`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a skipped site is in the report
+            warnings.simplefilter("ignore")  # the report has the skipped sites
             applied = patch(model, **options)
     except (ValueError, RuntimeError) as error:
         raise CommandError(f"{'--reduce: ' if options else ''}{error}") from error
@@ -95,7 +95,7 @@ def answer(subject: Subject, new_tokens: int, options: dict[str, Any] | None) ->
 def clocks(
     subject: Subject, new_tokens: int, repeats: int, *variants: dict[str, Any] | None
 ) -> list[tuple[Clock, Clock]]:
-    """Time two variants, one right after the other; the order changes so that neither gains by its place."""
+    """Time two variants, one right after the other, in alternating order."""
     pairs = []
     for turn in range(repeats):
         times = {which: answer(subject, new_tokens, variants[which]).clock for which in (turn % 2, 1 - turn % 2)}
@@ -104,9 +104,9 @@ def clocks(
 
 
 def compare(seconds: list[tuple[float, float]]) -> tuple[str, str, str]:
-    """Format both columns of times and the ratio; pairs, because both runs of one met the machine in the same state.
+    """Format both columns of times and the ratio, by pairs, whose two runs met the machine in the same state.
 
-    One pair has no ratio: nobody could tell it from the noise of the machine.
+    One pair gives no ratio: it could be noise.
     """
 
     def spread(values: list[float], unit: str) -> str:

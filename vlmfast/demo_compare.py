@@ -33,7 +33,7 @@ Choices = list[tuple[VisualTokens, Tensor]]
 
 
 def item(text: str) -> Reducing | int | float:
-    """Parse what ``--compare`` takes: a method, or a number or share of tokens at which every method is run.
+    """Parse an item of ``--compare``: a method, or a number or share of tokens for every method.
 
     Raises:
         ArgumentTypeError: for anything else.
@@ -54,16 +54,16 @@ def item(text: str) -> Reducing | int | float:
 
 @dataclass
 class Row:
-    """What is known of one method, or of all tokens.
+    """The results of one method, or of all tokens.
 
     Attributes:
-        name: as it is typed.
-        reduce: what `vlmfast.patch` is given.
-        tokens: how many visual tokens the language model sees; of layers, the last one.
-        kept: what of them, where the tower tells.
-        crops: what is drawn.
-        cached: bytes of the cache.
-        seconds: to the first token, of each round.
+        name: the text of the method.
+        reduce: the argument of `vlmfast.patch`.
+        tokens: the number of visual tokens in the language model, in its last layer if layers differ.
+        kept: the measures of the choice, if the tower gives scores.
+        crops: the crops to draw.
+        cached: the bytes of the cache.
+        seconds: the time to the first token in each round.
     """
 
     name: str
@@ -101,7 +101,7 @@ def compare(out: Console, subject: Subject, items: list[Any], picture: Any, path
     with out.status("measuring"):
         for turn in range(rounds):
             start = turn % len(rows)
-            for row in rows[start:] + rows[:start]:  # interleaved: no method gains by its place
+            for row in rows[start:] + rows[:start]:  # in rotating order, so that no method gains by its place
                 row.seconds.append(answer(subject, 1, row.options).clock.first)
     _print(out, rows, refused, rounds)
     _draw(picture, rows[1:], path)
@@ -109,7 +109,7 @@ def compare(out: Console, subject: Subject, items: list[Any], picture: Any, path
 
 
 def _asked(subject: Subject, items: list[Any]) -> list[Reducing]:
-    """Return the methods that were asked for: every one that is known, where a budget was."""
+    """Return the wanted methods; for a budget, every registered one."""
     config = subject.model.config
     levels = len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     asked: list[Reducing] = []
@@ -122,7 +122,7 @@ def _asked(subject: Subject, items: list[Any]) -> list[Reducing]:
 
 
 def _fill(row: Row, subject: Subject, picture: Any, whole: Choices) -> None:
-    """Answer once, which is the warm-up too, and note what was kept."""
+    """Answer once, which is also the warm-up, and note what was kept."""
     methods = row.reduce if isinstance(row.reduce, list) else [row.reduce]
     seen: list[tuple[VisualTokens, Selection]] = []
     if isinstance(methods[0], Method) and not isinstance(methods[0], SmallerImage):
@@ -145,7 +145,7 @@ def _fill(row: Row, subject: Subject, picture: Any, whole: Choices) -> None:
 
 
 def _whole(subject: Subject) -> Choices:
-    """Return the visual tokens of the picture as a method before the language model sees them."""
+    """Return the visual tokens of the picture as a method before the language model gets them."""
     method, seen = watched(EvenTokens(1.0))
     try:
         answer(subject, 1, {"reduce": method})
@@ -155,7 +155,7 @@ def _whole(subject: Subject) -> Choices:
 
 
 def _behind_the_cuts(subject: Subject, answered: Answer) -> Tensor:
-    """Return which of the placeholders of the prompt the last layer sees."""
+    """Return the placeholders of the prompt that the last layer sees."""
     ids = subject.inputs["input_ids"][0].cpu()
     config = subject.model.config
     mark = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)

@@ -1,4 +1,4 @@
-"""Which parts of a picture the crops of a processor show, found by what it makes of pictures whose pixels are known."""
+"""Finds the parts of a picture that a processor's crops show, by processing pictures with known pixels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vlmfast.reduce.drawing import Box
 
 
 def find_boxes(process: Callable[[Any], Any], size: tuple[int, int]) -> list[Box | None] | None:
-    """Find where the crops lie that a processor makes of a picture of that size.
+    """Find the boxes of a processor's crops in a picture of that size.
 
-    Whatever it does is seen in what comes out: it may resize, cut, tile, pad and normalise, as long as each pixel of a
-    crop comes from the pixels of one place.
+    The processor may resize, cut, tile, pad and normalise, as long as each pixel of a crop comes from the pixels of one
+    place.
 
     Args:
-        process: makes of a picture a mapping with ``pixel_values``.
+        process: maps a picture to a mapping with ``pixel_values``.
         size: (width, height) of the picture.
 
     Returns:
-        The box of each crop, None for one that is padding alone; or None where there are no crops, but patches of the
-        whole picture, as those of Qwen-VL are.
+        The box of each crop, None for one that is all padding; or None if there are no crops but patches of the whole
+        picture, as in Qwen-VL.
     """
     from PIL import Image
 
@@ -41,7 +41,7 @@ def find_boxes(process: Callable[[Any], Any], size: tuple[int, int]) -> list[Box
         seen.append(pixels.flatten(0, -4).double())
     black, white, known = seen
     span = white - black
-    shown = span.abs() > span.abs().amax() / 2  # padding is the same in all
+    shown = span.abs() > span.abs().amax() / 2  # padding is equal in all pictures
     place = (known - black) / torch.where(shown, span, 1)
     boxes: list[Box | None] = []
     for crop, mask in zip(place, shown, strict=True):
@@ -57,7 +57,7 @@ def find_boxes(process: Callable[[Any], Any], size: tuple[int, int]) -> list[Box
 def _ends(place: Tensor, shown: Tensor, length: int) -> tuple[float, float] | None:
     """Fit a line to the places of a crop's rows, as shares of a picture's length: where the crop begins and ends.
 
-    The rows at the rim are left out: there is nothing beyond them to interpolate with. One row tells no line.
+    The first and last rows are left out, because they are not interpolated. One row determines no line.
     """
     if length == 1:  # no place differs from another
         return (0.0, 1.0) if bool(shown.any()) else None

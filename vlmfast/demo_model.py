@@ -1,4 +1,4 @@
-"""What the demo runs: a checkpoint, or a random Qwen3-VL for which nothing has to be downloaded; and its prompt."""
+"""The model of the demo, a checkpoint or a random Qwen3-VL that needs no download, and its prompt."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Subject:
     inputs: Any  # the BatchFeature of one prompt, on the model's device
     image_size: tuple[int, int]
     decode: Callable[[list[int]], str]
-    process: Callable[[Any], Any] | None = None  # gives the BatchFeature of another image with the same prompt
+    process: Callable[[Any], Any] | None = None  # makes the BatchFeature of another image with the same prompt
 
     @property
     def visual_tokens(self) -> int | None:
-        """Return how many tokens of the prompt stand for the image, where the configuration tells."""
+        """Return the number of the prompt's tokens that stand for the image, if the configuration names them."""
         config = self.model.config
         token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
         return None if token is None else int((self.inputs["input_ids"] == token).sum())
@@ -44,7 +44,7 @@ class Subject:
 def open_image(path: Path) -> Any:
     """Open the image at ``path`` as transformers does: turned as its EXIF orientation says, in RGB.
 
-    Grey of 16 bits becomes grey of 8, where transformers leaves it to Pillow, which clips nearly all of it to white.
+    Grey of 16 bits is scaled to 8; Pillow, and so transformers, clips nearly all of it to white.
     """
     from PIL import Image, ImageOps
     from transformers.image_utils import load_image
@@ -54,7 +54,7 @@ def open_image(path: Path) -> Any:
         if image.mode.startswith("I"):
             image = image.convert("I").point(lambda level: level * (255 / 65535)).convert("L")
         return load_image(image)
-    except Exception as error:  # a broken file makes Pillow's readers raise anything
+    except Exception as error:  # with a broken file, Pillow's readers raise any exception
         raise CommandError(f"--image: cannot read the image {path}: {one_line(error)}") from error
 
 
@@ -66,7 +66,7 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
         raise CommandError(f"--model: there is no directory {name}")
     try:
         config = AutoConfig.from_pretrained(name)
-        with torch.device("meta"):  # say so before the weights are downloaded
+        with torch.device("meta"):  # to fail before the weights are downloaded
             if all(site.body is None for site in find_sites(AutoModelForImageTextToText.from_config(config))):
                 raise CommandError(f"--model: vlmfast knows no method of {name}, which is of type {config.model_type}")
         processor = AutoProcessor.from_pretrained(name)
@@ -90,7 +90,7 @@ def checkpoint(name: str, image: Any, prompt: str, device: torch.device, dtype: 
 
 
 def _check_prompt(prompt: str, *placeholders: str | None) -> None:
-    """Refuse a prompt that is no text, or in which something stands for an image, which the demo puts in front."""
+    """Refuse a prompt that is not text, or that has a placeholder, which the demo puts in front itself."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -102,27 +102,27 @@ def _check_prompt(prompt: str, *placeholders: str | None) -> None:
 def _processed(process: Callable[[Any], Any], image: Any) -> Any:
     try:
         return process(image)
-    except Exception as error:  # whatever others' code raises
+    except Exception as error:  # other libraries raise any exception
         raise CommandError(f"the processor refuses the image or the prompt: {one_line(error)}") from error
 
 
 def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.dtype, layers: int) -> Subject:
     """Build a Qwen3-VL with random weights.
 
-    It is as narrow as the smallest vision-language models are (SmolVLM-256M has this width and depth), with a vision
-    tower of the width of ViT-S; image processing, DeepStack and generation are those of every Qwen3-VL.
+    It is as narrow as the smallest vision-language models (SmolVLM-256M has this width and depth), with a vision tower
+    as wide as ViT-S; image processing, DeepStack and generation are those of every Qwen3-VL.
     """
     import transformers
     from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-    # without torchvision: a class of its own in transformers 5, the plain one before
+    # a class that needs no torchvision: in transformers 5 a separate one
     processor_class = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
     image_processor = processor_class(patch_size=16, merge_size=2, temporal_patch_size=2)
     _check_prompt(prompt, IMAGE, VIDEO)
     inputs = _processed(lambda picture: image_processor(images=[picture], return_tensors="pt"), image)
     tokenizer = _tokenizer(prompt)
     pad, _, start, image_token, end, video_token = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    # without an end: generate as many tokens as asked for
+    # no end of text, so that it generates as many tokens as requested
     ends = {"pad_token_id": pad, "bos_token_id": None, "eos_token_id": None}
     text = llama(576, layers, 9, 3, 1536, head_dim=64, vocab_size=VOCABULARY, tie_word_embeddings=False, **ends)
     sizes = {"out_hidden_size": 576, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -150,11 +150,11 @@ def random_qwen3_vl(image: Any, prompt: str, device: torch.device, dtype: torch.
 
 
 def _initialise(model: Any) -> None:
-    """Set random weights, the same in every transformers, whose answer has many tokens and none that rounding chooses.
+    """Set random weights, the same in every transformers, whose answer varies and does not depend on rounding.
 
-    With the usual initialisation the answer repeats one or two tokens, because the last token hardly changes the state
-    of the model; large embeddings change that. And the logits are near ties, where a trained model has clear
-    favourites; output rows of different lengths make some.
+    With the usual initialisation the answer repeats one or two tokens, because the last token hardly changes the hidden
+    state: large embeddings change that. And logits are nearly equal, unlike a trained model's: output rows of different
+    lengths change that.
     """
     torch.manual_seed(5)  # of 24 seeds the one whose tokens win by the widest margin: 6% of the logit or more
     embedding, output = model.get_input_embeddings().weight, model.lm_head.weight
@@ -165,7 +165,7 @@ def _initialise(model: Any) -> None:
 
 
 def _tokenizer(prompt: str) -> Any:
-    """Make a tokenizer of whole words: those of the prompt, and pseudo-words that nobody takes for an answer."""
+    """Make a tokenizer of whole words: those of the prompt, and pseudo-words that do not look like an answer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

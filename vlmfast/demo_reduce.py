@@ -20,10 +20,10 @@ from vlmfast.reduce.spelling import Reducing, parse, spell
 
 
 def parse_method(text: str) -> Reducing:
-    """Make methods of what was typed, as `vlmfast.reduce.spelling.parse` does.
+    """Parse methods as `vlmfast.reduce.spelling.parse` does, for argparse.
 
     Raises:
-        ArgumentTypeError: for what it refuses.
+        ArgumentTypeError: for a text that it refuses.
     """
     try:
         return parse(text)
@@ -42,9 +42,9 @@ def compare(out: Console, subject: Subject, method: Reducing, picture: Any, path
         except ValueError as error:
             raise CommandError(f"--reduce: {one_line(error)}") from error
     caches.append(reduced.cache)
-    total = sum(image.total for image in reduced.images)  # some models have the tiles of a picture as images
+    total = sum(image.total for image in reduced.images)  # some models take the tiles of a picture as images
     shown = sum(len(image.columns) for image in reduced.images)
-    # of a layer, or their mean where layers have other tokens
+    # the columns of a layer, or their mean if layers differ
     cached = [sum(layer.get_seq_length() for layer in cache.layers) / len(cache.layers) for cache in caches]
     size = [sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) for cache in caches]
     rows = table("", "all tokens", "reduced", "ratio")
@@ -68,7 +68,7 @@ def compare(out: Console, subject: Subject, method: Reducing, picture: Any, path
 
 
 def check_overlay(path: Path) -> None:
-    """Refuse a file of which Pillow cannot make a picture."""
+    """Refuse a file name whose format Pillow cannot write."""
     from PIL import Image
 
     writable("--overlay", path)
@@ -77,7 +77,7 @@ def check_overlay(path: Path) -> None:
 
 
 def _draw(picture: Any, images: list[ReducedImage], process: Callable[[Any], Any] | None, path: Path) -> None:
-    """Draw each crop where it lies in the picture: over one copy of it those that do not overlap."""
+    """Draw each crop at its place in the picture; crops that do not overlap share one copy."""
     crops = crops_of(images, process, picture)
     try:
         draw(picture, crops).save(path)
@@ -86,7 +86,7 @@ def _draw(picture: Any, images: list[ReducedImage], process: Callable[[Any], Any
 
 
 def crops_of(images: list[ReducedImage], process: Callable[[Any], Any] | None, picture: Any) -> list[Crop]:
-    """Return what is to be drawn of the images of a prompt that shows one picture, each crop where it lies."""
+    """Return the crops to draw for a prompt that shows one picture, each with its box."""
     crops = [
         Crop(kept, image.grid, merged)
         for image in images

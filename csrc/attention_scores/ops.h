@@ -10,10 +10,8 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // elements of heads, tokens and bounds are counted in 32 bits
-
 struct ClsArguments {
-  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kHalfInt);
   Size tokens = Size("tokens").at_least(1);
   FloatDtype dtype;
   View<3> query;
@@ -29,7 +27,7 @@ struct ClsArguments {
 };
 
 struct LastRowArguments {
-  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
+  Size batch{"batch"}, heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kHalfInt);
   Size key_heads = Size("key heads").at_least(1), tokens = Size("tokens").at_least(1);
   FloatDtype dtype;
   View<3> query;
@@ -46,8 +44,8 @@ struct LastRowArguments {
 };
 
 struct ReceivedArguments {
-  Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kMost);
-  Size tokens = Size("tokens").at_most(kMost), bounds = Size("segments + 1").at_most(kMost);
+  Size heads = Size("heads").at_least(1), head_dim = Size("head_dim").at_least(1).at_most(kHalfInt);
+  Size tokens = Size("tokens").at_most(kHalfInt), bounds = Size("segments + 1").at_most(kHalfInt);
   FloatDtype dtype;
   View<3> query, key;
   View<1> cu_seqlens;

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/cuda_compat.h"
+#include "common/types.h"
 
 namespace vlmfast {
 
@@ -26,6 +27,19 @@ __device__ __forceinline__ scalar_t from_float(float value) {
 template <typename scalar_t>
 __device__ __forceinline__ float round_to(float value) {
   return to_float(from_float<scalar_t>(value));
+}
+
+// ---- RMS norms ----
+
+// The variant is a run-time argument: a uniform branch is cheap, and a template argument would triple the kernels.
+__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
+  return variant == Variant::kGemma ? 1.f + weight : weight;
+}
+
+// Returns the normalised value as the weight multiplies it: rounded for "llama".
+template <typename scalar_t>
+__device__ __forceinline__ float weighted_value(Variant variant, float normed) {
+  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
 }
 
 // ---- vectors ----

@@ -50,13 +50,26 @@ const Kernels& kernels() {
   static const Kernels table = [] {
     [[maybe_unused]] const CpuLevel level = choose_cpu_level();
 #if defined(__x86_64__)
-    if (level == CpuLevel::v4_bf16) return kernels_at<Kernels, CpuLevel::v4_bf16>();
-    if (level == CpuLevel::v4) return kernels_at<Kernels, CpuLevel::v4>();
+    if constexpr (kHasBf16Level<Kernels>) {
+      if (level == CpuLevel::v4_bf16) return kernels_at<Kernels, CpuLevel::v4_bf16>();
+    }
+    if (level >= CpuLevel::v4) return kernels_at<Kernels, CpuLevel::v4>();
     if (level == CpuLevel::v3) return kernels_at<Kernels, CpuLevel::v3>();
 #endif
     return kernels_at<Kernels, CpuLevel::baseline>();
   }();
   return table;
+}
+
+inline void check_ascending(const char* name, const View<2>& positions, int64_t end) {
+  for (int64_t row = 0; row < positions.size(0); ++row) {
+    const int64_t* const own = positions.at<int64_t>(row);
+    int64_t before = -1;
+    for (int64_t i = 0; i < positions.size(1); before = own[i++]) {
+      STD_TORCH_CHECK(before < own[i] && own[i] < end, name, " must be ascending within 0 and ", end - 1,
+                      " in each row");
+    }
+  }
 }
 
 // Below this many elements, one thread finishes sooner than it takes to wake a second.

@@ -41,6 +41,9 @@ enum class TokenOrder { kRow, kColumn };
 // The value of a contextual token: its target plus the mean of the tokens merged into it, or the mean of them all.
 enum class Merge { kReference, kMean };
 
+// The longest head that rotary embedding takes: one stays in the registers of a few threads.
+constexpr int kMaxHeadDim = 512;
+
 // Long sums are accumulated in levels, each of which adds kSumStep sums of the level below. The rounding error then
 // grows with the logarithm of the number of terms.
 constexpr int kSumLevels = 3;
@@ -54,8 +57,10 @@ constexpr int64_t partial_size(int64_t size) { return padded(size) * kSumLevels;
 using SumPartials = void(int64_t size, const float* partials, int64_t count, void* sums);
 
 // The instruction sets that each csrc/*/*_kernels.cpp is compiled for: the x86-64 microarchitecture levels, and v4 with
-// AVX512-BF16. Other architectures have only the baseline.
+// AVX512-BF16 if it includes quick_bfloat16.h. Other architectures have only the baseline.
 enum class CpuLevel { baseline, v3, v4, v4_bf16 };
+template <class Kernels>
+constexpr bool kHasBf16Level = false;
 
 // Returns the kernels of a family compiled for one level. Each *_kernels.cpp specialises it for its own struct.
 template <class Kernels, CpuLevel level>

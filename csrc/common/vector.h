@@ -40,9 +40,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// A bfloat16 whose blocks keep the elements in memory order, as blocks of float32 do. Kernels that combine the two use
-// it.
+// A bfloat16 whose blocks keep the elements in memory order, as blocks of float32 do. Kernels use it that combine the
+// two, or that tell the elements of a last block from its padding.
 struct OrderedBFloat16 : BFloat16 {};
+template <class T>
+using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
 
 template <class V, class T>
 VLMFAST_INLINE V load_unaligned(const T* from) {
@@ -160,6 +162,7 @@ VLMFAST_INLINE Float round_to_bfloat16(Float value) { return (Float)(bfloat16_bi
 
 // ---- float16 ----
 
+#define VLMFAST_HALF_INLINE VLMFAST_INLINE
 #if defined(__AVX512F__)
 constexpr bool kHalfInstructions = true;
 typedef __m256i Halves;
@@ -175,6 +178,8 @@ VLMFAST_INLINE Float from_halves(Halves halves) { return (Float)_mm256_cvtph_ps(
 VLMFAST_INLINE Halves to_halves(Float value) { return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
 #else
 constexpr bool kHalfInstructions = false;
+#undef VLMFAST_HALF_INLINE  // with a copy of these conversions at each use, kernels take minutes to compile
+#define VLMFAST_HALF_INLINE inline __attribute__((noinline))
 typedef uint16_t Halves __attribute__((vector_size(kRegisterBytes / 2)));
 
 VLMFAST_INLINE Float from_halves(Halves halves) {
@@ -197,15 +202,18 @@ VLMFAST_INLINE Halves to_halves(Float value) {
 }
 #endif
 
-VLMFAST_INLINE Block load(const Float16* from) {
+VLMFAST_HALF_INLINE Block load(const Float16* from) {
   return each_part([&](int i) { return from_halves(load_unaligned<Halves>(from + i * kLanes)); });
 }
-VLMFAST_INLINE void store(Float16* to, const Block& block) {
+VLMFAST_HALF_INLINE void store(Float16* to, const Block& block) {
 #pragma GCC unroll 8
   for (int i = 0; i < kParts; ++i) {
     const Halves halves = to_halves(block.part[i]);
     std::memcpy(to + i * kLanes, &halves, sizeof(halves));
   }
+}
+VLMFAST_HALF_INLINE Block round_to_float16(const Block& block) {
+  return each_part([&](int i) { return from_halves(to_halves(block.part[i])); });
 }
 
 // ---- any element type ----
@@ -236,10 +244,14 @@ VLMFAST_INLINE Block round_to(const Block& block) {
   if constexpr (std::is_base_of_v<BFloat16, T>) {
     return each_part([&](int i) { return round_to_bfloat16(block.part[i]); });
   } else if constexpr (std::is_same_v<T, Float16>) {
-    return each_part([&](int i) { return from_halves(to_halves(block.part[i])); });
+    return round_to_float16(block);
   } else {
     return block;
   }
+}
+template <class T>
+VLMFAST_INLINE Block round_if(bool rounded, const Block& block) {
+  return rounded ? round_to<T>(block) : block;
 }
 
 // ---- rows: whole blocks, then the first `count` elements of the last one ----

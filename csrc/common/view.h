@@ -82,6 +82,9 @@ class FloatDtype {
 
 // ---- sizes ----
 
+// The most that kernels count in 32 bits, and the most that they may also double.
+constexpr int64_t kMostInt = (int64_t{1} << 31) - 1, kHalfInt = kMostInt / 2;
+
 // A size that several tensors of a call share: given as a number, or bound by the first tensor.
 class Size {
  public:

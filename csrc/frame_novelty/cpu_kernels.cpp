@@ -6,10 +6,6 @@
 namespace vlmfast {
 namespace {
 
-// The element type of rows, with blocks in memory order like those of the float32 mean.
-template <class T>
-using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
-
 template <class T>
 VLMFAST_INLINE const T* row_of(const FrameRows& rows, int64_t batch, int64_t frame, int64_t token) {
   return static_cast<const T*>(rows.data) + batch * rows.batch_stride + frame * rows.frame_stride +
@@ -61,7 +57,7 @@ VLMFAST_INLINE void mean_of(const T* first, const FrameRows& rows, float* mean) 
 
 template <class T>
 void novelty(const FrameNovelty& args, int64_t begin, int64_t end) {
-  using Own = Ordered<T>;
+  using Own = Ordered<T>;  // as the float32 mean is
   const FrameRows rows = args.rows;
   for (int64_t frame = begin; frame < end; ++frame) {
     const Own* own = row_of<Own>(rows, frame / rows.frames, frame % rows.frames, 0);

@@ -1,16 +1,17 @@
-// Chooses tokens that cover all rows. What a token adds only shrinks, so each warp looks again only at those of its
-// tokens whose bound is above all others of the warp: a few a step.
+// Chooses tokens that cover all rows. The gain of a token, how much it adds to the cover, only shrinks, so an earlier
+// gain is an upper bound. In each step a warp recomputes only the few gains whose bounds are above all others of the
+// warp.
 #pragma once
 
 #include "greedy_selection/greedy.cuh"
 
 namespace vlmfast {
 
-// What the threads know of the tokens and rows of an image.
+// The state of an image.
 struct CoverageState {
   float *weight, *covered;  // (rows,)
-  float *quality, *bound;   // (tokens,); bound: of what a token adds, kTaken of one that is chosen
-  float* step;              // (tokens,): when a token was looked at; whole numbers
+  float *quality, *bound;   // (tokens,); bound: of the gain, or kTaken
+  float* step;              // (tokens,): the step that computed the gain
 
   static int64_t size(int64_t tokens, int64_t rows) { return 2 * rows + 3 * tokens; }
   __device__ __forceinline__ CoverageState(float* numbers, int tokens, int rows)
@@ -21,11 +22,11 @@ struct CoverageState {
         step(bound + tokens) {}
 };
 
-// What is not finite covers nothing.
+// Returns the similarity, or 0 if it is not finite: then it covers nothing.
 __device__ __forceinline__ float sound(float similarity) { return fabsf(similarity) < INFINITY ? similarity : 0.f; }
 
-// Adds up, on all lanes of a warp, how much better a token's similarities would cover the rows. In one order, so that a
-// row that is covered better already adds no more, to the last bit.
+// Adds up, on all lanes of a warp, how much better a token would cover the rows. The order of the sum is fixed, so that
+// gains never grow, to the last bit.
 template <typename scalar_t>
 __device__ __forceinline__ float gain_of(const scalar_t* similarity, const CoverageState& state, int rows) {
   float gain = 0.f;
@@ -38,7 +39,7 @@ __device__ __forceinline__ float gain_of(const scalar_t* similarity, const Cover
   return gain;
 }
 
-// Finds the token of the warp that adds most. A token's bound is known to one lane alone.
+// Finds the token of the warp with the highest gain. Only one lane reads and writes a token's bound.
 template <typename scalar_t>
 __device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarity, int64_t batch,
                                              const CoverageState& state, int tokens, int rows, int step) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(GreedyPolicy::kThreads)
                           "quality must be finite and not negative");
     for_own(rows, [&](int row) { state.covered[row] = 0.f; });
     if (policy.k == 0) continue;
-    __syncthreads();  // the weights of all are there
+    __syncthreads();  // all weights are written
     for (int token = threadIdx.x / kWarp + threadIdx.x % kWarp * GreedyPolicy::kWarps; token < tokens;
          token += GreedyPolicy::kThreads) {
       state.bound[token] = INFINITY;

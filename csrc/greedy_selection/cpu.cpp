@@ -1,4 +1,4 @@
-// The greedy choices on the CPU: arguments, threads, and which token comes next. The arithmetic is in cpu_kernels.cpp.
+// Greedy choices on the CPU: arguments, threads, and which token comes next. The arithmetic is in cpu_kernels.cpp.
 #include "common/cpu.h"
 
 #include <algorithm>
@@ -15,12 +15,12 @@ namespace {
 
 constexpr float kTaken = -1.0f;  // less than anything is worth
 
-// The index of the largest number, of equal ones the first.
+// Returns the index of the largest number, the first of equal ones.
 int64_t first_largest(const std::vector<float>& worth) {
   return std::max_element(worth.begin(), worth.end()) - worth.begin();
 }
 
-// The weights of each token of a batch, all 1 where there are none.
+// Returns the weights of a batch as float32, all 1 where none are given.
 std::vector<float> weights_of(const View<2>& view, int64_t batch, int64_t tokens, const char* name) {
   std::vector<float> weights(batch * tokens, 1.0f);
   const auto& table = kernels<GreedySelectionKernels>();
@@ -33,8 +33,8 @@ std::vector<float> weights_of(const View<2>& view, int64_t batch, int64_t tokens
 
 enum class Told { kCosines, kDistances };
 
-// The cosines of one image's tokens, or their distances, in rows that are computed when they are asked for: those of the
-// few tokens that a choice needs, a tile of them at a time.
+// The cosines, or distances, of one image's tokens. A choice needs the rows of few tokens, so rows are computed when
+// they are first needed, a tile of them at a time.
 class Likeness {
  public:
   Likeness(const TokenRows& rows, Dtype dtype, Told told)
@@ -50,13 +50,13 @@ class Likeness {
     on_panels(1, [&](int64_t begin, int64_t end) { table_.pack_panels[dtype_](rows_, panels_, begin, end); });
   }
 
-  // The row of a token, null where it has not been computed.
+  // Returns the row of a token, or null if it has not been computed.
   const float* row(int64_t token) const { return row_of_[token]; }
 
   bool has_direction(int64_t token) const { return inverse_[token] != 0; }
 
-  // Computes the row of the token that is worth most, and with it those of the next ones, up to `most` of those that
-  // are not taken: they come cheaper together, and are asked for next, as a rule. Returns which.
+  // Computes the rows of the tokens that are worth most, up to `most` of those that are not taken, and returns these
+  // tokens. Rows are cheaper together, and the next best tokens are usually needed next.
   const std::vector<int32_t>& compute(const std::vector<float>& worth, int64_t most) {
     order_.clear();
     for (int32_t token = 0; token < rows_.tokens; ++token) {
@@ -102,8 +102,8 @@ class Likeness {
   std::vector<int32_t> order_;
 };
 
-// Finds the token whose nearest other one is farthest. The distance to a few others bounds that to all from above, so
-// a token that is worth most by its bound is the one, once it has been compared with all.
+// Finds the token whose nearest other token is farthest. The least distance to some of the others is an upper bound, so
+// the token with the highest bound is the one once it has been compared with all others.
 int64_t first_farthest(Likeness& distances, const float* weights, int64_t tokens) {
   constexpr float kLargest = 2.0f;
   std::vector<float> nearest(tokens, kLargest), worth(tokens);
@@ -175,7 +175,7 @@ Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Te
 
 // ---- dpp_map ----
 
-constexpr int64_t kAhead = 12;  // rows of cosines that are computed together, most of which are asked for later
+constexpr int64_t kAhead = 12;  // rows of cosines that are computed together; most of them are needed later
 
 void choose_diverse(const TokenRows& rows, Dtype dtype, int64_t k, const float* relevance, int64_t* positions) {
   const int64_t tokens = rows.tokens;
@@ -189,7 +189,7 @@ void choose_diverse(const TokenRows& rows, Dtype dtype, int64_t k, const float* 
       if (worth[token] != kTaken) worth[token] = relevance[token] * left[token] * relevance[token];
     }
     const int64_t best = first_largest(worth);
-    if (!(worth[best] > 0)) {  // nothing new is left: the most relevant ones
+    if (!(worth[best] > 0)) {  // the chosen tokens span all others: take the most relevant ones
       std::vector<int64_t> others;
       for (int64_t token = 0; token < tokens; ++token) {
         if (worth[token] != kTaken) others.push_back(token);
@@ -217,18 +217,18 @@ Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Ten
 
 // ---- coverage ----
 
-// What a token would add to the cover when it was last looked at: no more than that now.
+// The gain of a token, how much it adds to the cover, in an earlier step: an upper bound of its gain now.
 struct Bound {
   float gain;
   int32_t token;
-  int32_t step;  // when it was looked at
+  int32_t step;  // the step that computed the gain
 
-  // The order of a heap: what adds most is on top, of equal ones the first.
+  // The order of a heap: the highest gain is on top, the first of equal ones.
   bool operator<(const Bound& other) const { return gain != other.gain ? gain < other.gain : token > other.token; }
 };
 
-// Chooses for one image. What a token adds only shrinks, in float32 too, so only those are looked at again whose bound is
-// above all others: a few a step.
+// Chooses for one image. Gains only shrink, in float32 too, so a step recomputes only the few gains whose bounds are
+// above all others.
 void choose_covering(const View<3>& similarity, int64_t b, int64_t k, const float* weights, const float* quality,
                      int64_t* positions) {
   const int64_t tokens = similarity.size(1), rows = similarity.size(2);

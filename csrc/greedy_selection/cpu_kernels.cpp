@@ -1,4 +1,4 @@
-// The greedy choices on the CPU, compiled once per instruction set (see types.h).
+// The arithmetic of the greedy choices on the CPU, compiled once per instruction set (see types.h).
 #include "greedy_selection/cpu_kernels.h"
 
 #include "common/vector_math.h"
@@ -7,7 +7,7 @@ namespace vlmfast {
 namespace {
 
 constexpr int kPanel = kTileVectors * kLanes;
-constexpr int kTogether = 24;    // rows that meet a part of a panel
+constexpr int kTogether = 24;    // rows that are multiplied with a part of a panel
 constexpr int64_t kDepth = 512;  // elements of a part: a multiple of kChain
 static_assert(kTogether % kTileRows == 0);
 
@@ -35,7 +35,7 @@ bool widen(const void* weights, int64_t count, float* to) {
   return any == 0;
 }
 
-// 1 / |row|, or 0 where the square of |row| is no number of float32 above 0.
+// Returns 1 / |row|, or 0 if the square of |row| is 0 or not finite in float32.
 template <class T>
 VLMFAST_INLINE float inverse_length(const T* row, int64_t size) {
   const float square = static_cast<float>(square_length(row, size));
@@ -60,8 +60,8 @@ void pack_tile(const TokenRows& rows, const int32_t* tokens, int64_t count, floa
                      1.0f, to);
 }
 
-// Part by part: one of a panel stays in the nearest cache while all rows meet it. The lengths are multiplied first, so
-// that the cosine of i and j has the bits of that of j and i.
+// Multiplies part by part: a part of a panel stays in the L1 cache while all rows are multiplied with it. The inverse
+// lengths are multiplied first, so that the cosine of i and j has the same bits as that of j and i.
 void cosines(const TokenPanels& panels, int64_t size, const float* tile, const int32_t* tokens, int64_t count,
              int64_t begin, int64_t end, float* const* to) {
   for (int64_t depth = 0; depth == 0 || depth < size; depth += kDepth) {
@@ -106,7 +106,7 @@ void take_off(const float* cosines, int64_t best, int64_t step, int64_t tokens, 
   });
 }
 
-// What is not finite covers nothing.
+// Returns the similarity, or 0 if it is not finite: then it covers nothing.
 VLMFAST_INLINE Float sound(Float similarity) {
   return similarity <= __FLT_MAX__ && similarity >= -__FLT_MAX__ ? similarity : Float{};
 }
@@ -115,17 +115,8 @@ VLMFAST_INLINE Block sound(const Block& similarity) {
 }
 
 template <class T>
-struct OrderedOf {
-  typedef T Type;
-};
-template <>
-struct OrderedOf<BFloat16> {
-  typedef OrderedBFloat16 Type;
-};
-
-template <class T>
 float gain(const void* similarity, int64_t rows, const float* covered, const float* weights) {
-  const auto* const from = static_cast<const typename OrderedOf<T>::Type*>(similarity);
+  const auto* const from = static_cast<const Ordered<T>*>(similarity);
   Block sums = {};
   each_block(rows, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block better = sound(load(from + offset, count)) - load(covered + offset, count);
@@ -140,7 +131,7 @@ float gain(const void* similarity, int64_t rows, const float* covered, const flo
 
 template <class T>
 void cover(const void* similarity, int64_t rows, float* covered) {
-  const auto* const from = static_cast<const typename OrderedOf<T>::Type*>(similarity);
+  const auto* const from = static_cast<const Ordered<T>*>(similarity);
   each_block(rows, VLMFAST_LAMBDA(int64_t offset, auto count) {
     const Block now = load(covered + offset, count), new_ones = sound(load(from + offset, count));
     store(covered + offset, each_part([&](int i) { return larger(new_ones.part[i], now.part[i]); }), count);

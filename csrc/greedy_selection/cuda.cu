@@ -1,16 +1,17 @@
-// The greedy choices on CUDA. vlmfast/ops/greedy_selection/definition.py defines what is computed.
+// Greedy choices on CUDA. vlmfast/ops/greedy_selection/definition.py defines what is computed.
 //
-// A choice is a chain of k steps, each of which waits for the one before it: one block walks along it, for each image.
-// So what counts is what a step reads and how long its reductions take, not the bytes of a call.
-//   farthest    first the products of all tokens: five crops of 576 tokens of 1024 elements are 405 blocks of tensor
-//               cores, 3.4 GFLOP, and 6.6 MB of float32 that stay in the L2 cache. The first token looks at all 1.3 MB of
-//               its crop, at what one multiprocessor can read; each further one at a row of them, 2.3 KB, and at two
-//               warp reductions behind one barrier.
-//   dpp_map     the same products; each token costs a row of them, and of the shares of all before it what one thread
-//               after the other reads: of the 64th of 576 tokens 147 KB, from the L2 cache.
-//   coverage    the first step reads all of the similarity, 0.7 MB of half precision for 576 tokens; each further one the
-//               rows of some tokens for each of 16 warps, 1.2 KB each, at two warp reductions a token and two barriers.
-// Nothing waits for the host or has a shape that depends on data, so a CUDA graph may hold them.
+// A choice is a chain of k steps, each of which needs the one before it. One block per image takes the steps, so what
+// counts is the time of a step, what it reads and how long its reductions take, rather than the bytes of a call.
+//   farthest    A first kernel computes the Gram matrices: for five crops of 576 tokens of 1024 elements, 405 blocks do
+//               3.4 GFLOP on tensor cores and write 6.6 MB of float32, which stay in the L2 cache. The first step reads
+//               the 1.3 MB of a crop, which one multiprocessor does slowly. Each further one reads a row, 2.3 KB, and
+//               does two warp reductions with one barrier.
+//   dpp_map     The same matrices. A step reads a row and the shares of all earlier choices, for the 64th of 576 tokens
+//               147 KB from the L2 cache.
+//   coverage    The first step reads all of the similarity, 0.7 MB of half precision for 576 tokens. In each further
+//               one, 16 warps each read the rows of some tokens, 1.2 KB each, with two warp reductions per token and
+//               two barriers.
+// No launch waits for the host or has a shape that depends on data, so a CUDA graph can capture them.
 #include "greedy_selection/coverage.cuh"
 #include "greedy_selection/dpp_map.cuh"
 #include "greedy_selection/farthest.cuh"
@@ -20,7 +21,7 @@
 namespace vlmfast {
 namespace {
 
-// Writes the products of each two tokens of an image, (batch, tokens, tokens), into a buffer, and returns its numbers.
+// Writes the Gram matrices, (batch, tokens, tokens), into a buffer, and returns the buffer's data.
 float* gram(const DeviceScope& scope, const View<3>& features, const Tensor& buffer) {
   float* const products = scope.output<float>(buffer);
   const GramPolicy policy(features.size(0), features.size(1), features.size(2));
@@ -34,34 +35,29 @@ float* gram(const DeviceScope& scope, const View<3>& features, const Tensor& buf
   return products;
 }
 
-Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
-                bool first_by_quality) {
-  const FeatureArguments args(features_tensor, k, quality_tensor, "quality");
+// Chooses by the Gram matrices. The kernel's state has `rows` floats per token; `last` are its last arguments.
+template <typename Kernel, typename... Last>
+Tensor choose(Kernel kernel, int64_t rows, const Tensor& features_tensor, int64_t k,
+              const std::optional<Tensor>& weights_tensor, const char* weights_name, Last... last) {
+  const FeatureArguments args(features_tensor, k, weights_tensor, weights_name);
   Tensor chosen = allocate({args.batch, k}, features_tensor, Dtype::kInt64);
   if (args.batch * args.tokens == 0) return chosen;
   const DeviceScope scope(features_tensor);
   const Tensor buffer = float_buffer(args.batch * args.tokens * args.tokens, features_tensor);
   const float* const products = gram(scope, args.features, buffer);
-  const Tensor state = float_buffer(args.batch * FarthestState::kRows * args.tokens, features_tensor);
+  const Tensor state = float_buffer(args.batch * rows * args.tokens, features_tensor);
   const GreedyPolicy policy(args.batch, args.tokens, k);
-  launch_blocks(scope, farthest_kernel, policy.batch, GreedyPolicy::kThreads, 0, products,
-                as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), policy,
-                first_by_quality);
+  launch_blocks(scope, kernel, policy.batch, GreedyPolicy::kThreads, 0, products, as_weights(scope, args.quality),
+                scope.output<float>(state), scope.output<int64_t>(chosen), policy, last...);
   return chosen;
 }
 
-Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& relevance_tensor) {
-  const FeatureArguments args(features_tensor, k, relevance_tensor, "relevance");
-  Tensor chosen = allocate({args.batch, k}, features_tensor, Dtype::kInt64);
-  if (args.batch * args.tokens == 0) return chosen;
-  const DeviceScope scope(features_tensor);
-  const Tensor buffer = float_buffer(args.batch * args.tokens * args.tokens, features_tensor);
-  const float* const products = gram(scope, args.features, buffer);
-  const Tensor state = float_buffer(args.batch * DppState::size(args.tokens, k), features_tensor);
-  const GreedyPolicy policy(args.batch, args.tokens, k);
-  launch_blocks(scope, dpp_map_kernel, policy.batch, GreedyPolicy::kThreads, 0, products,
-                as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), policy);
-  return chosen;
+Tensor farthest(const Tensor& features, int64_t k, const std::optional<Tensor>& quality, bool first_by_quality) {
+  return choose(farthest_kernel, FarthestState::kRows, features, k, quality, "quality", first_by_quality);
+}
+
+Tensor dpp_map(const Tensor& features, int64_t k, const std::optional<Tensor>& relevance) {
+  return choose(dpp_map_kernel, DppState::rows(k), features, k, relevance, "relevance");
 }
 
 Tensor coverage(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,

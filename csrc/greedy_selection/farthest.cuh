@@ -1,11 +1,11 @@
-// Chooses tokens that are far from each other, out of the products of each two of them.
+// Chooses tokens that are far from each other, given the Gram matrix of the tokens.
 #pragma once
 
 #include "greedy_selection/greedy.cuh"
 
 namespace vlmfast {
 
-// 1 over the root of a square; 0 for one that no direction has.
+// Returns the inverse of the length, given its square; 0 for a token without a direction.
 __device__ __forceinline__ float inverse_length(float square) {
   return square > 0.f && square < INFINITY ? 1.f / sqrtf(square) : 0.f;
 }
@@ -20,7 +20,7 @@ __device__ __forceinline__ float distance_of(float cosine) {
   return distance < kSame ? 0.f : distance;
 }
 
-// What the threads know of their tokens: each its own, but for the lengths.
+// The state of an image. A thread reads that of its own tokens, and the lengths of all.
 struct FarthestState {
   float *inverse, *weight, *nearest;  // (tokens,)
 
@@ -30,7 +30,7 @@ struct FarthestState {
 };
 
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
-    farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens)
+    farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens), the Gram matrices
                     Weights quality,                     // (batch, tokens), or none
                     float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)
                     int64_t* __restrict__ chosen,        // (batch, k)
@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
                           "quality must be finite and not negative");
     if (policy.k == 0) continue;
     for_own(tokens, [&](int token) { state.inverse[token] = inverse_length(product[token * (int64_t{tokens} + 1)]); });
-    __syncthreads();  // all lengths are known
+    __syncthreads();  // all lengths are written
     Best own;
     for_own(tokens, [&](int token) {
       const float inverse = state.inverse[token];

@@ -1,5 +1,5 @@
-// Multiplies each two tokens of an image, a square of them for a block: in half precision on tensor cores, else with
-// plain multiply-adds.
+// Computes the Gram matrices of the tokens of images, a square of a matrix per block: in half precision on tensor
+// cores, in float32 with plain multiply-adds.
 #pragma once
 
 #include "common/common.cuh"
@@ -20,12 +20,13 @@ struct GramPolicy {
   }
 };
 
-// The products of a square, a part of their elements at a time: each warp has 16 rows of them.
+// Computes a square from a part of the elements at a time. Each warp has 16 rows of the square.
 template <typename scalar_t_>
 struct GramTile {
   using scalar_t = scalar_t_;
   static constexpr int kTile = GramPolicy::kTile, kDepth = 64;
-  static constexpr int kPitch = kDepth + 8;  // rows begin four banks apart: the loads of a warp meet in none
+  static constexpr int kPitch =
+      kDepth + 8;  // rows begin four banks apart, so that the loads of a warp have no bank conflicts
   alignas(kVectorBytes) scalar_t rows[kTile][kPitch], others[kTile][kPitch];
 
   __device__ __forceinline__ static unsigned pair(const scalar_t* from) {
@@ -61,7 +62,7 @@ struct GramTile<float> {
   alignas(kVectorBytes) float rows[kTile][kPitch], others[kTile][kPitch];
 
   __device__ __forceinline__ void multiply(float (&sums)[8][4]) const {
-    float part[8][4] = {};  // on its own: the error grows with the length of a part
+    float part[8][4] = {};  // summed by itself, so that the error grows only with the length of a part
 #pragma unroll 4
     for (int depth = 0; depth < kDepth; ++depth) {
 #pragma unroll
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(GramPolicy::kThreads)
     };
     float sums[8][4] = {};
     for (int first_depth = 0; first_depth < policy.size; first_depth += Tile::kDepth) {
-      __syncthreads();  // the elements before these are done
+      __syncthreads();  // the elements before these have been read
       fetch(first_row, first_depth, shared->rows);
       fetch(first_other, first_depth, shared->others);
       __syncthreads();

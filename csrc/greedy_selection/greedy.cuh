@@ -1,4 +1,4 @@
-// What the greedy choices share: one block for an image, whose threads each look after some of its tokens.
+// Shared by the greedy choices: one block per image, each thread of which owns some of the tokens.
 #pragma once
 
 #include "common/common.cuh"
@@ -18,14 +18,14 @@ struct GreedyPolicy {
 
 constexpr float kTaken = -1.f;  // less than anything is worth
 
-// Calls function(token) for those of the thread.
+// Calls function(token) for the thread's tokens.
 template <typename Function>
 __device__ __forceinline__ void for_own(int tokens, Function function) {
   for (int token = threadIdx.x; token < tokens; token += GreedyPolicy::kThreads) function(token);
 }
 
-// The best token that a thread has seen: the first of those that are worth most. What is worth 0 has a key of 1; what is
-// offered ahead of others has the highest bit, which no number from 0 on has.
+// The best token that a thread has been offered: the first of those that are worth most. Keys are in the order of
+// worth, and 1 for a worth of 0. The highest bit, which is not set in numbers from 0 on, puts a token ahead of others.
 struct Best {
   unsigned key = 0, token = ~0u;
 
@@ -40,7 +40,7 @@ struct Best {
     }
   }
 
-  // Takes the best of a warp.
+  // Becomes the best of a warp.
   __device__ __forceinline__ void take_best_of_warp() {
     const unsigned most = __reduce_max_sync(kAllLanes, key);
     token = __reduce_min_sync(kAllLanes, key == most ? token : ~0u);
@@ -70,7 +70,7 @@ struct BlockBest {
   }
 };
 
-// Weights of each token of a batch, or of each row, of any dtype; 1 where there is no data.
+// The weights of a batch's tokens or rows, of any dtype; without data all are 1.
 struct Weights {
   const void* data = nullptr;
   int64_t stride = 0;  // in elements
@@ -95,7 +95,7 @@ inline Weights as_weights(const DeviceScope& scope, const View<2>& view) {
   return weights;
 }
 
-// Reads those of an image into `to`; returns whether a choice can be made by those that the thread has read.
+// Copies the weights of an image to `to`; returns whether those that the thread copied are finite and not negative.
 __device__ __forceinline__ bool read_weights(const Weights& weights, int64_t batch, int count, float* to) {
   bool sound = true;
   for_own(count, [&](int i) {

@@ -1,4 +1,5 @@
-// The greedy choices of tokens as torch sees them: vlmfast/ops/greedy_selection/definition.py defines what they compute.
+// The arguments and schemas of the greedy choices. vlmfast/ops/greedy_selection/definition.py defines what the ops
+// compute.
 #pragma once
 
 #include "common/common.h"
@@ -9,8 +10,8 @@ namespace vlmfast {
 
 constexpr int64_t kMost = 1 << 20;  // tokens and elements of a row, which are counted in 32 bits
 
-constexpr float kSame = 0x1p-20f;  // a smaller distance is what float32 makes of a token and its double
-// What is left of a token beside those that are chosen, as a share of its square: less is what float32 makes of nothing.
+constexpr float kSame = 0x1p-20f;  // a smaller distance is a rounding error
+// A smaller rest of a token's unit square is a rounding error.
 constexpr float kNothingNew = 0x1p-14f;
 
 struct FeatureArguments {

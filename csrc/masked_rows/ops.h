@@ -9,14 +9,12 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // positions of a mask are counted in 32 bits
-
 struct MaskArguments {
   Size batch{"batch"}, tokens{"tokens"};
   View<1> mask;
 
   explicit MaskArguments(const Tensor& mask_tensor) : mask("mask", mask_tensor, {{batch, tokens}}, Dtype::kBool) {
-    check_within("the positions of mask", mask.size(0), 0, kMost);
+    check_within("the positions of mask", mask.size(0), 0, kMostInt);
   }
 };
 
@@ -32,7 +30,7 @@ struct MaskedRowsArguments {
       : x(x_name, x_tensor, {{batch, tokens}, hidden}, dtype),
         mask(mask_name, mask_tensor, {{batch, tokens}}, Dtype::kBool),
         index("index", index_tensor, {{batch, tokens}}, Dtype::kInt32) {
-    check_within("the positions of a mask", rows(), 0, kMost);
+    check_within("the positions of a mask", rows(), 0, kMostInt);
   }
 
   int64_t rows() const { return x.size(0); }
@@ -67,7 +65,7 @@ struct SplitArguments : MaskedRowsArguments {
 };
 
 struct CompactArguments {
-  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden{"hidden"}, kept_count;
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMostInt), hidden{"hidden"}, kept_count;
   FloatDtype dtype;
   View<2> x;
   View<1> invalid, order;
@@ -83,7 +81,7 @@ struct CompactArguments {
 };
 
 struct CompactGradientArguments {
-  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden{"hidden"}, kept_count{"keep"};
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kMostInt), hidden{"hidden"}, kept_count{"keep"};
   FloatDtype dtype;
   View<1> invalid;
   View<2> grad;

@@ -12,19 +12,8 @@
 namespace vlmfast {
 namespace {
 
-void check_blocks(const View<2>& blocks, int64_t total) {
-  for (int64_t image = 0; image < blocks.size(0); ++image) {
-    const int64_t* const numbers = blocks.at<int64_t>(image);
-    int64_t before = -1;
-    for (int64_t i = 0; i < blocks.size(1); before = numbers[i++]) {
-      STD_TORCH_CHECK(before < numbers[i] && numbers[i] < total, "blocks must be ascending within 0 and ", total - 1,
-                      " in each row");
-    }
-  }
-}
-
 Mining arguments(const MiningArguments& call, int64_t scale, double eps, void* y) {
-  if (call.blocks) check_blocks(call.blocks, call.total);
+  if (call.blocks) check_ascending("blocks", call.blocks, call.total);
   const auto rows = [](const View<3>& view) { return TokenRows{view.data(), view.stride(0), view.stride(1)}; };
   return {call.tokens,
           call.channels,

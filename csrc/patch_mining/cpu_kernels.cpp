@@ -15,11 +15,6 @@ constexpr int64_t kTogether = 32;  // channels summed before they are added to t
 constexpr int64_t kAhead = 16;
 constexpr float kMaximum = 0x1.fffffep127f;
 
-// The element type of pixels, with blocks in memory order, so that pixels can be told from the padding of the last
-// block.
-template <class T>
-using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
-
 // The buffers of a token in the workspace: rows of `size` floats, one per pixel, and rows of `channels` floats.
 struct Token {
   int64_t pixels, size;  // pixels of the block, and their number padded

@@ -7,10 +7,8 @@
 
 namespace vlmfast {
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // channels and blocks are counted in 32 bits
-
 struct MiningArguments {
-  Size batch{"batch"}, channels = Size("channels").at_least(1).at_most(kMost), height{"height"}, width{"width"};
+  Size batch{"batch"}, channels = Size("channels").at_least(1).at_most(kHalfInt), height{"height"}, width{"width"};
   Size tokens{"tokens"};
   FloatDtype dtype;
   View<4> feature_map;
@@ -32,7 +30,7 @@ struct MiningArguments {
     total = height / scale * columns;
     STD_TORCH_CHECK(blocks_tensor.has_value() || tokens == total, "query must have a token for each of ", total,
                     " blocks, got ", int64_t{tokens});
-    check_within("the number of blocks", total, 0, kMost);
+    check_within("the number of blocks", total, 0, kHalfInt);
   }
 };
 

@@ -11,8 +11,6 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // patches are counted in 32 bits
-
 // The grid of patches of an image, and how they are joined into tokens.
 struct PatchGrid {
   int64_t height, width, scale;
@@ -22,10 +20,10 @@ struct PatchGrid {
     STD_TORCH_CHECK(grid.size() == 2, "grid must be (height, width), got ", grid.size(), " numbers");
     height = grid[0];
     width = grid[1];
-    check_within("scale", scale, 1, 46340);  // the largest number whose square is within kMost
+    check_within("scale", scale, 1, 46340);  // the largest number whose square is within kMostInt
     STD_TORCH_CHECK(height >= 0 && width >= 0 && height % scale == 0 && width % scale == 0,
                     "grid must be divisible by scale, ", scale, ", got (", height, ", ", width, ")");
-    STD_TORCH_CHECK(width == 0 || height <= kMost / width, "grid must have fewer than 2^31 patches");
+    STD_TORCH_CHECK(width == 0 || height <= kMostInt / width, "grid must have fewer than 2^31 patches");
   }
 
   int64_t patches() const { return height * width; }
@@ -41,7 +39,7 @@ struct GridArguments {
 
   explicit GridArguments(const PatchGrid& patch_grid)
       : grid(patch_grid),
-        batch(Size("batch").at_most(kMost / std::max<int64_t>(grid.patches(), 1))),
+        batch(Size("batch").at_most(kMostInt / std::max<int64_t>(grid.patches(), 1))),
         patches("patches", grid.patches()),
         tokens("tokens", grid.tokens()) {}
 };

@@ -35,12 +35,6 @@ VLMFAST_INLINE Block load_weight(const Weight* weight, float weight_offset, Coun
   return rounded ? load(weight, count) : weight_offset + load(weight, count);
 }
 
-// Returns the normalised block as the weight multiplies it: rounded to T for "llama".
-template <class T, bool rounded>
-VLMFAST_INLINE Block before_weight(const Block& normed) {
-  return rounded ? round_to<T>(normed) : normed;
-}
-
 // ---- forward ----
 
 // Returns a bound on the nonzero inputs of a row: if none is smaller in magnitude, no rounding of the row meets a
@@ -163,7 +157,7 @@ VLMFAST_INLINE void scale(const Rows& rows, const float (&inverse_rms)[N]) {
       } else if constexpr (quick) {
         Quick<T>::template store<false>(to, normed[n] * w, count);
       } else {
-        store(to, before_weight<T, rounded>(normed[n]) * w, count);
+        store(to, round_if<T>(rounded, normed[n]) * w, count);
       }
     }
   });
@@ -238,7 +232,7 @@ VLMFAST_INLINE void backward_rows(const RmsNormBackward& args, int64_t row, int6
         result = result + load(grad_residual + n * args.grad_residual_row_stride + offset, count);
       }
       store(grad_x + n * hidden + offset, result, count);
-      weight_grad = weight_grad + grad * before_weight<T, rounded>(normed);
+      weight_grad = weight_grad + grad * round_if<T>(rounded, normed);
     }
     if (partial != nullptr) store(partial + offset, weight_grad);
   });
@@ -260,7 +254,7 @@ void backward(const RmsNormBackward& args, int64_t begin, int64_t end, float* pa
 
 // The types of rows and weight. Beside a float32 weight, bfloat16 rows must be loaded in memory order.
 template <class T, bool wide_weight>
-using Row = std::conditional_t<wide_weight && std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
+using Row = std::conditional_t<wide_weight, Ordered<T>, T>;
 template <class T, bool wide_weight>
 using WeightOf = std::conditional_t<wide_weight, float, T>;
 

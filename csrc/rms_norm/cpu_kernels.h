@@ -39,5 +39,7 @@ struct RmsNormKernels {
   ByDtype<void(const RmsNormBackward& args, int64_t begin, int64_t end, float* partial)> backward[2][2];
   ByDtype<SumPartials> sum_partials;  // indexed by the dtype of the weight
 };
+template <>
+inline constexpr bool kHasBf16Level<RmsNormKernels> = true;
 
 }  // namespace vlmfast

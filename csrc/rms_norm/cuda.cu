@@ -12,21 +12,10 @@
 namespace vlmfast {
 namespace {
 
-// The variant is a run-time argument: a uniform branch is cheap, and a template argument would triple the kernels.
-__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
-  return variant == Variant::kGemma ? 1.f + weight : weight;
-}
-
 // Loads a vector of the weight, or zeros if there is no weight.
 template <typename Vec, typename scalar_t>
 __device__ __forceinline__ Vec load_weight(const scalar_t* weight, int column) {
   return weight == nullptr ? Vec{} : Vec::load(weight + column);
-}
-
-// Returns the normalised value as the weight multiplies it: rounded for "llama".
-template <typename scalar_t>
-__device__ __forceinline__ float weighted_value(Variant variant, float normed) {
-  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
 }
 
 template <typename scalar_t, typename Policy, bool kHasResidual>

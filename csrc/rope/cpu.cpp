@@ -83,6 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(const Tensor& g
   const RopeBackward args{
       static_cast<float>(eps),
       weight_offset(variant),
+      norm_of(call, variant) == HeadNorm::kTwice,
       call.head_dim,
       kernel_angles(call),
       {kernel_heads(call.query, query_output, call.query_x), kernel_heads(call.key, key_output, call.key_x)}};
@@ -91,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward(const Tensor& g
   const int64_t ranges = row_ranges(call.rows, row_size(call)), partial = weight_grad ? partial_size(call.head_dim) : 0;
   const std::unique_ptr<float[]> partials(new float[2 * ranges * partial]());
   const auto of_range = [&](int part, int64_t range) { return &partials[(part * ranges + range) * partial]; };
-  const auto backward = table.backward[static_cast<int>(norm_of(call, variant))][call.dtype];
+  const auto backward = table.backward[call.has_norm() ? 1 : 0][call.dtype];
   parallel_rows(call.rows, ranges, [&](int64_t begin, int64_t end, int64_t range) {
     float* const own[2] = {weight_grad ? of_range(0, range) : nullptr, weight_grad ? of_range(1, range) : nullptr};
     backward(args, begin, end, own);

@@ -10,7 +10,6 @@
 namespace vlmfast {
 namespace {
 
-constexpr int kMaxHeadDim = 512;
 constexpr int kMaxHalf = kMaxHeadDim / 2 + kBlock;  // with room for the overlapping last block
 
 // Calls function(place, offset, count) on the blocks of `size` elements. The last block ends with the last element and
@@ -28,59 +27,14 @@ VLMFAST_INLINE void each_block_of(int64_t size, const F& function) {
   }
 }
 
-// If float16 is converted in software, the conversions are not inlined: with a copy at each use the file takes minutes
-// to compile.
-template <class T>
-constexpr bool kSoftware = std::is_same_v<T, Float16> && !kHalfInstructions;
-
-template <class T, class Count>
-__attribute__((noinline)) void load_block(const T* from, Count count, Block& to) {
-  to = load(from, count);
-}
-template <class T, class Count>
-__attribute__((noinline)) void store_block(T* to, const Block& block, Count count) {
-  store(to, block, count);
-}
-template <class T>
-__attribute__((noinline)) void round_block(Block& block) {
-  block = round_to<T>(block);
-}
-
-template <class T, class Count>
-VLMFAST_INLINE Block read(const T* from, Count count) {
-  if constexpr (kSoftware<T>) {
-    Block block;
-    load_block(from, count, block);
-    return block;
-  } else {
-    return load(from, count);
-  }
-}
-template <class T, class Count>
-VLMFAST_INLINE void write(T* to, const Block& block, Count count) {
-  if constexpr (kSoftware<T>) {
-    store_block(to, block, count);
-  } else {
-    store(to, block, count);
-  }
-}
-template <class T, bool rounded>
-VLMFAST_INLINE Block round_if(Block block) {
-  if constexpr (rounded && kSoftware<T>) {
-    round_block<T>(block);
-    return block;
-  }
-  return rounded ? round_to<T>(block) : block;
-}
-
 // Widens a block of elements and stores it in the order in which blocks of T are loaded.
 template <class T, class From, class Count>
 VLMFAST_INLINE void widen_as(const From* from, float* to, Count count) {
   if constexpr (std::is_same_v<T, From> || !std::is_same_v<T, BFloat16>) {
-    store(to, read(from, count));
+    store(to, load(from, count));
   } else {
     float ordered[kBlock];
-    store(ordered, read(from, count));
+    store(ordered, load(from, count));
     for (int i = 0; i < kBlock; ++i) to[place<T>(i)] = ordered[i];
   }
 }
@@ -135,7 +89,7 @@ VLMFAST_INLINE const Angle* combine(const RopeAngles& angles, const void* data, 
 }
 
 template <class T, class Angle>
-VLMFAST_INLINE void load_angles(const RopeAngles& angles, int64_t row, RowAngles& to) {
+void load_angles(const RopeAngles& angles, int64_t row, RowAngles& to) {
   Angle joined[kMaxHeadDim];
   const int64_t half = angles.rotary_dim / 2, own = row % angles.rows;
   widen_halves<T>(combine(angles, angles.cos, angles.cos_row_stride, own, joined), half, to.cos);
@@ -149,22 +103,22 @@ template <class T, HeadNorm norm, bool rounded, bool whole>
 VLMFAST_INLINE void turn_head(const T* x, T* y, int64_t size, int64_t half, const Widened& weight,
                               const RowAngles& angles, float inverse_rms) {
   const auto normed = VLMFAST_LAMBDA(int64_t offset, const float* w, auto count)->Block {
-    const Block value = read(x + offset, count);
+    const Block value = load(x + offset, count);
     if constexpr (norm == HeadNorm::kNone) return value;
-    return round_if<T, true>(round_if < T, norm == HeadNorm::kTwice > (value * inverse_rms) * load(w));
+    return round_to<T>(round_if<T>(norm == HeadNorm::kTwice, value * inverse_rms) * load(w));
   };
   each_block_of<whole>(half, VLMFAST_LAMBDA(int64_t place, int64_t offset, auto count) {
     const Block first = normed(offset, weight.half[0] + place, count);
     const Block second = normed(half + offset, weight.half[1] + place, count);
-    const Block left = round_if<T, rounded>(first * load(angles.cos[0] + place)) -
-                       round_if<T, rounded>(second * load(angles.sin[0] + place));
-    write(y + offset, left, count);
-    const Block right = round_if<T, rounded>(second * load(angles.cos[1] + place)) +
-                        round_if<T, rounded>(first * load(angles.sin[1] + place));
-    write(y + half + offset, right, count);
+    const Block left = round_if<T>(rounded, first * load(angles.cos[0] + place)) -
+                       round_if<T>(rounded, second * load(angles.sin[0] + place));
+    store(y + offset, left, count);
+    const Block right = round_if<T>(rounded, second * load(angles.cos[1] + place)) +
+                        round_if<T>(rounded, first * load(angles.sin[1] + place));
+    store(y + half + offset, right, count);
   });
   each_block_of<whole>(size - 2 * half, VLMFAST_LAMBDA(int64_t place, int64_t offset, auto count) {
-    write(y + 2 * half + offset, normed(2 * half + offset, weight.rest + place, count), count);
+    store(y + 2 * half + offset, normed(2 * half + offset, weight.rest + place, count), count);
   });
 }
 
@@ -179,7 +133,7 @@ VLMFAST_INLINE void turn_heads(const T* x, int64_t stride, T* y, Size size, int6
     torch_sum<T>(size, sums, VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[N]) {
       VLMFAST_UNROLL
       for (int n = 0; n < N; ++n) {
-        const Block value = read(x + n * stride + offset, count);
+        const Block value = load(x + n * stride + offset, count);
         total[n] = total[n] + value * value;
       }
     });
@@ -233,61 +187,59 @@ void forward(const RopeForward& args, int64_t begin, int64_t end) {
   RowAngles angles;
   for (int64_t row = begin; row < end; ++row) {
     load_angles<T, Angle>(args.angles, row, angles);
-    turn_row<T, norm, rounded>(args.parts[0], row, head_dim, half, weights[0], angles, args.eps);
-    turn_row<T, norm, rounded>(args.parts[1], row, head_dim, half, weights[1], angles, args.eps);
+    for (int part = 0; part < 2; ++part) {
+      turn_row<T, norm, rounded>(args.parts[part], row, head_dim, half, weights[part], angles, args.eps);
+    }
   }
 }
 
 // ---- backward: nothing is rounded in between, so blocks can be in memory order ----
 
-template <class T>
-using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;
-
 // Rotates the gradient of a head back, into float32.
 template <class T>
 VLMFAST_INLINE void turn_back(const T* grad, int64_t size, int64_t half, const RowAngles& angles, float* to) {
   each_block_of<false>(half, VLMFAST_LAMBDA(int64_t place, int64_t offset, auto count) {
-    const Block first = read(grad + offset, count), second = read(grad + half + offset, count);
+    const Block first = load(grad + offset, count), second = load(grad + half + offset, count);
     store(to + offset, first * load(angles.cos[0] + place) + second * load(angles.sin[1] + place), count);
     store(to + half + offset, second * load(angles.cos[1] + place) - first * load(angles.sin[0] + place), count);
   });
   each_block_of<false>(size - 2 * half, VLMFAST_LAMBDA(int64_t, int64_t offset, auto count) {
-    store(to + 2 * half + offset, read(grad + 2 * half + offset, count), count);
+    store(to + 2 * half + offset, load(grad + 2 * half + offset, count), count);
   });
 }
 
 // Computes the gradient of a head from that of its normalised output, and adds the head's share of the weight gradient
 // to `partial` unless it is null.
-template <class T, bool rounded>
-VLMFAST_INLINE void norm_back(const float* grad, const T* x, const float* weight, int64_t size, float eps, T* grad_x,
-                              float* partial) {
+template <class T>
+VLMFAST_INLINE void norm_back(const float* grad, const T* x, const float* weight, int64_t size, float eps, bool rounded,
+                              T* grad_x, float* partial) {
   float sums[2], inverse_rms[1];
   torch_sum<T>(size, sums, VLMFAST_LAMBDA(int64_t offset, auto count, Block(&total)[2]) {
-    const Block value = read(x + offset, count);
+    const Block value = load(x + offset, count);
     total[0] = total[0] + value * value;
     total[1] = total[1] + load(grad + offset, count) * load(weight + offset, count) * value;
   });
   inverse_roots(sums, size, eps, inverse_rms);
   const float projection = sums[1] / static_cast<float>(size) * inverse_rms[0];
   each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
-    const Block own = load(grad + offset, count), normed = read(x + offset, count) * inverse_rms[0];
-    write(grad_x + offset, (own * load(weight + offset, count) - normed * projection) * inverse_rms[0], count);
+    const Block own = load(grad + offset, count), normed = load(x + offset, count) * inverse_rms[0];
+    store(grad_x + offset, (own * load(weight + offset, count) - normed * projection) * inverse_rms[0], count);
     if (partial != nullptr) {
-      store(partial + offset, load(partial + offset) + own * round_if<T, rounded>(normed));
+      store(partial + offset, load(partial + offset) + own * round_if<T>(rounded, normed));
     }
   });
 }
 
-template <class Element, HeadNorm norm>
+template <class Element, bool normed>
 void backward(const RopeBackward& args, int64_t begin, int64_t end, float* const (&partials)[2]) {
   using T = Ordered<Element>;
   const int64_t half = args.angles.rotary_dim / 2, size = args.head_dim;
   alignas(64) float weights[2][kMaxHeadDim], grad[kMaxHeadDim];
-  if constexpr (norm != HeadNorm::kNone) {
+  if constexpr (normed) {
     for (int part = 0; part < 2; ++part) {
       each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
         const T* weight = static_cast<const T*>(args.parts[part].weight) + offset;
-        store(weights[part] + offset, args.weight_offset + read(weight, count), count);
+        store(weights[part] + offset, args.weight_offset + load(weight, count), count);
       });
     }
   }
@@ -305,15 +257,15 @@ void backward(const RopeBackward& args, int64_t begin, int64_t end, float* const
         const T* from = static_cast<const T*>(heads.x) + row * heads.row_stride + head * heads.head_stride;
         T* to = static_cast<T*>(heads.y) + (row * heads.heads + head) * size;
         turn_back(from, size, half, angles, grad);
-        if constexpr (norm == HeadNorm::kNone) {
-          each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
-            write(to + offset, load(grad + offset, count), count);
-          });
-        } else {
+        if constexpr (normed) {
           const T* x =
               static_cast<const T*>(heads.normed) + row * heads.normed_row_stride + head * heads.normed_head_stride;
-          norm_back<T, norm == HeadNorm::kTwice>(grad, x, weights[part], size, args.eps, to, partials[part]);
+          norm_back(grad, x, weights[part], size, args.eps, args.rounded, to, partials[part]);
           if (partials[part] != nullptr) carry(partials[part], size, ++added[part]);
+        } else {
+          each_block(size, VLMFAST_LAMBDA(int64_t offset, auto count) {
+            store(to + offset, load(grad + offset, count), count);
+          });
         }
       }
     }
@@ -326,10 +278,6 @@ constexpr auto forward_of = forward < T,
                norm == HeadNorm::kTwice &&std::is_same_v<T, float> ? HeadNorm::kOnce : norm,
                !wide && !std::is_same_v < T, float >>
     ;
-template <class T, HeadNorm norm>
-constexpr auto backward_of = backward < T,
-               norm == HeadNorm::kTwice &&std::is_same_v<T, float> ? HeadNorm::kOnce : norm > ;
-
 template <class T>
 constexpr auto sum_partials_of = sum_partials<Ordered<T>>;
 
@@ -340,8 +288,7 @@ constexpr auto sum_partials_of = sum_partials<Ordered<T>>;
 template <>
 RopeKernels kernels_at<RopeKernels, CpuLevel::VLMFAST_ISA>() {
   return {{VLMFAST_FORWARD(HeadNorm::kNone), VLMFAST_FORWARD(HeadNorm::kOnce), VLMFAST_FORWARD(HeadNorm::kTwice)},
-          {VLMFAST_BY_DTYPE(backward_of, HeadNorm::kNone), VLMFAST_BY_DTYPE(backward_of, HeadNorm::kOnce),
-           VLMFAST_BY_DTYPE(backward_of, HeadNorm::kTwice)},
+          {VLMFAST_BY_DTYPE(backward, false), VLMFAST_BY_DTYPE(backward, true)},
           VLMFAST_BY_DTYPE(sum_partials_of)};
 }
 

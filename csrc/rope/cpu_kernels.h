@@ -40,6 +40,7 @@ struct RopeBackwardHeads : RopeHeads {
 
 struct RopeBackward {
   float eps, weight_offset;
+  bool rounded;  // whether normalised heads are rounded before the weight
   int64_t head_dim;
   RopeAngles angles;
   RopeBackwardHeads parts[2];
@@ -48,8 +49,9 @@ struct RopeBackward {
 struct RopeKernels {
   // Indexed by the norm, whether angles are wide, and the dtype of heads.
   ByDtype<void(const RopeForward& args, int64_t begin, int64_t end)> forward[3][2];
-  // partials: the partial sums of the weight gradients of queries and of keys (see types.h), or null.
-  ByDtype<void(const RopeBackward& args, int64_t begin, int64_t end, float* const (&partials)[2])> backward[3];
+  // Indexed by whether there is a norm, and the dtype. partials: the partial sums of the weight gradients of queries and
+  // of keys (see types.h), or null.
+  ByDtype<void(const RopeBackward& args, int64_t begin, int64_t end, float* const (&partials)[2])> backward[2];
   ByDtype<SumPartials> sum_partials;
 };
 

@@ -106,16 +106,6 @@ struct Pairs {
   }
 };
 
-__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
-  return variant == Variant::kGemma ? 1.f + weight : weight;
-}
-
-// Returns the normalised value as the weight multiplies it: rounded for "llama".
-template <typename scalar_t>
-__device__ __forceinline__ float weighted_value(Variant variant, float normed) {
-  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
-}
-
 // Calls function(head) for the heads of the thread's group, equally often in every group of a block: `head` is -1 past
 // the last one, so that all groups reach the shuffles and barriers of a sum.
 template <typename Policy, typename Function>

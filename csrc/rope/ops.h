@@ -8,8 +8,6 @@
 
 namespace vlmfast {
 
-constexpr int kMaxHeadDim = 512;
-
 // ---- arguments, checked once for the CPU and CUDA ----
 
 // The angles of the rows. With sections there are three tables, of time, height and width, and each section of the

@@ -15,17 +15,6 @@ namespace {
 bool is_joining(int64_t slot, int64_t contextual) { return slot >= contextual && slot < 2 * contextual; }
 bool is_target(int64_t slot, int64_t contextual) { return slot >= 0 && slot < contextual; }
 
-void check_kept(const View<2>& kept, int64_t tokens) {
-  for (int64_t b = 0; b < kept.size(0); ++b) {
-    const int64_t* const positions = kept.at<int64_t>(b);
-    int64_t before = -1;
-    for (int64_t i = 0; i < kept.size(1); before = positions[i++]) {
-      STD_TORCH_CHECK(before < positions[i] && positions[i] < tokens, "kept must be ascending within 0 and ",
-                      tokens - 1, " in each row");
-    }
-  }
-}
-
 // Returns how many tokens join each contextual token, for the whole batch.
 std::vector<int64_t> count_joining(const View<2>& slots, int64_t contextual) {
   const int64_t batch = slots.size(0), tokens = slots.size(1);
@@ -68,7 +57,7 @@ Tensor top_tokens(const Tensor& scores_tensor, int64_t k) {
 
 Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64_t contextual) {
   const MergeSlotsArguments call(metric_tensor, kept_tensor, contextual);
-  check_kept(call.kept, call.tokens);
+  check_ascending("kept", call.kept, call.tokens);
   const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, head_dim = call.hidden;
   const int64_t left = tokens - kept_count, joining = left - contextual;
   Tensor slots = allocate({batch, tokens}, metric_tensor, Dtype::kInt32);
@@ -115,7 +104,7 @@ Tensor merge_slots(const Tensor& metric_tensor, const Tensor& kept_tensor, int64
 Tensor merge_rows(const Tensor& hidden_tensor, const Tensor& kept_tensor, const Tensor& slots_tensor,
                   int64_t contextual, Merge merge) {
   const MergeRowsArguments call(hidden_tensor, kept_tensor, slots_tensor, contextual);
-  check_kept(call.kept, call.tokens);
+  check_ascending("kept", call.kept, call.tokens);
   const View<3>& x = call.rows;
   const View<2>& slots = call.slots;
   const int64_t batch = call.batch, tokens = call.tokens, kept_count = call.kept_count, hidden = call.hidden;

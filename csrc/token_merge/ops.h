@@ -8,10 +8,8 @@ namespace vlmfast {
 
 // ---- arguments, checked once for the CPU and CUDA ----
 
-constexpr int64_t kMost = (int64_t{1} << 30) - 1;  // positions, slots and columns of a metric are counted in 32 bits
-
 struct TopTokensArguments {
-  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost);
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kHalfInt);
   FloatDtype dtype;
   View<2> scores;
 
@@ -22,7 +20,7 @@ struct TopTokensArguments {
 
 // The rows of all tokens, which are hidden states or a metric, and the positions of the kept tokens.
 struct MergeArguments {
-  Size batch{"batch"}, tokens = Size("tokens").at_most(kMost), hidden = Size("hidden").at_most(kMost);
+  Size batch{"batch"}, tokens = Size("tokens").at_most(kHalfInt), hidden = Size("hidden").at_most(kHalfInt);
   Size kept_count{"kept_count"};
   FloatDtype dtype;
   View<3> rows;
@@ -51,8 +49,8 @@ struct MergeRowsArguments : MergeArguments {
 };
 
 struct MergeGradientArguments {
-  Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kMost), hidden{"hidden"};
-  Size tokens = Size("tokens").at_most(kMost);
+  Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kHalfInt), hidden{"hidden"};
+  Size tokens = Size("tokens").at_most(kHalfInt);
   FloatDtype dtype;
   View<3> grad;
   View<2> slots;

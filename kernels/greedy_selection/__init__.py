@@ -1,4 +1,4 @@
-"""The greedy choices in Triton: one program for each image, and before it, where needed, the products of all tokens."""
+"""Greedy choices in Triton: one program per image, after a kernel that computes the Gram matrix where one is needed."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def coverage_unsupported(similarity: Tensor, *_: Any) -> str | None:
 
 
 def _weights(weights: Tensor | None) -> tuple[Tensor | None, int]:
-    """Return weights in contiguous rows, and how far apart these are."""
+    """Return weights in contiguous rows, and the stride of these."""
     if weights is None:
         return None, 0
     weights = with_contiguous_rows(weights)
@@ -51,7 +51,7 @@ def _weights(weights: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def gram(features: Tensor) -> Tensor:
-    """Return the products of each two tokens of an image, (B, N, N) float32."""
+    """Return the Gram matrix of each image, (B, N, N) float32."""
     batch, tokens, size = features.shape
     features = with_contiguous_rows(features)
     products = features.new_empty(batch, tokens, tokens, dtype=torch.float32)

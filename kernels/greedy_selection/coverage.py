@@ -1,8 +1,9 @@
 """Chooses tokens that cover all rows.
 
-What a token adds only shrinks. So of each of 32 groups of tokens the one with the highest bound is looked at again, all
-of them at once, until what is best of all has just been looked at: most steps read 32 rows of the similarity once or
-twice, 37 KB each time for 576 rows in half precision, in place of all 0.7 MB.
+The gain of a token, how much it adds to the cover, only shrinks, so an earlier gain is an upper bound (lazy greedy
+selection). The tokens are in 32 groups. A step recomputes the gain of the token with the highest bound of each group,
+all 32 at once, until the best token of all has a gain of this step. Most steps read 32 rows of the similarity once or
+twice, 37 KB each time for 576 rows in half precision, instead of all 0.7 MB.
 """
 
 import functools
@@ -18,7 +19,7 @@ from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS, load_weights, st
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageConfig(Config):
-    """All tokens of an image for one program, in groups; some rows at a time."""
+    """One program holds all tokens of an image, in groups, and takes some rows at a time."""
 
     MEMBERS: int
     GROUPS: int
@@ -27,7 +28,7 @@ class CoverageConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(tokens: int) -> "CoverageConfig":
-        """Take one of two sizes, so that the tokens of an image do not ask for another kernel."""
+        """Return one of two sizes, so that few numbers of tokens compile another kernel."""
         groups = 32
         block, warps = (1024, 8) if tokens <= 1024 else (MAX_TOKENS, 16)
         return CoverageConfig(
@@ -37,14 +38,14 @@ class CoverageConfig(Config):
 
 @triton.jit
 def sound(similarity):
-    """Return the similarity as float32, 0 of one that is not finite: it covers nothing."""
+    """Return the similarity as float32, or 0 if it is not finite: then it covers nothing."""
     wide = similarity.to(tl.float32)
     return tl.where(tl.abs(wide) < float("inf"), wide, 0.0)
 
 
 @triton.jit
 def gains_of(similarity_ptr, weight_ptr, covered_ptr, token, there, token_stride, rows, BLOCK_ROWS: tl.constexpr):
-    """Add up how much better each of some tokens would cover the rows, times their weights."""
+    """Add up how much better each of some tokens would cover the rows, times the weights of the rows."""
     gain = tl.zeros(token.shape, tl.float32)
     for start in range(0, rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
@@ -75,7 +76,7 @@ def coverage_kernel(
     GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Store the k tokens of one image, ascending; how well each row is covered goes to memory in between."""
+    """Store the k tokens of one image, ascending. How well each row is covered is kept in memory."""
     batch = tl.program_id(0).to(tl.int64)
     similarity_ptr += batch * batch_stride
     covered_ptr += batch * rows
@@ -95,7 +96,7 @@ def coverage_kernel(
     tl.debug_barrier()
 
     bound = tl.where(position < tokens, float("inf"), -1.0)  # -1: chosen, or no token
-    seen = tl.full((MEMBERS, GROUPS), -1, tl.int32)  # in which step
+    seen = tl.full((MEMBERS, GROUPS), -1, tl.int32)  # the step that computed the gain
     for step in range(k):
         best, is_new = -1, 0
         while is_new == 0:
@@ -106,7 +107,7 @@ def coverage_kernel(
             gain = quality * gains_of(
                 similarity_ptr, weight_ptr, covered_ptr, token, open_, token_stride, rows, BLOCK_ROWS
             )
-            gain = tl.where(gain == gain, gain, 0.0)  # a sum that overflowed, times nothing: it would never be found
+            gain = tl.where(gain == gain, gain, 0.0)  # infinity times 0: a NaN would never be found
             looked_at = (member == index[None, :]) & open_[None, :]
             bound = tl.where(looked_at, gain[None, :], bound)
             seen = tl.where(looked_at, step, seen)
@@ -114,7 +115,7 @@ def coverage_kernel(
             best = tl.min(tl.min(tl.where(bound == most, position, MEMBERS * GROUPS), 0), 0)
             is_new = tl.max(tl.max(tl.where((position == best) & (seen == step), 1, 0), 0), 0)
         bound = tl.where(position == best, -1.0, bound)
-        tl.debug_barrier()  # nobody reads what covered the rows before
+        tl.debug_barrier()  # all reads of the old cover are done
         for start in range(0, rows, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             mask = row < rows

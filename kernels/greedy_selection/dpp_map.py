@@ -1,8 +1,8 @@
-"""Chooses the most likely tokens of a determinantal point process, out of the products of each two tokens.
+"""Chooses the most likely tokens of a determinantal point process, given the Gram matrix of the tokens.
 
-A share is the part of a token that it has in common with a chosen one and with none of those before it; what is left of
-its square is less by the square of each. A choice reads a row of the products and the shares with all that were chosen
-before, of the 64th of 576 tokens 147 KB, which the program that wrote them has in the L2 cache.
+This is an incremental Cholesky decomposition: the shares of a chosen token are its row of the factor, and the square of
+each share is subtracted from what is left of the square of its token. A step reads a row of the Gram matrix and all
+earlier shares, 147 KB for the 64th of 576 tokens, which are in the L2 cache because the same program wrote them.
 """
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from vlmfast.kernels.common.kernel import kernel
 from vlmfast.kernels.greedy_selection.farthest import cosine_of, inverse_length
 from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
 
-_NOTHING_NEW = tl.constexpr(2.0**-14)  # a smaller share of a square is a rounding
+_NOTHING_NEW = tl.constexpr(2.0**-14)  # a smaller rest of a unit square is a rounding error
 
 
 @dataclass(frozen=True, kw_only=True)
 class DppMapConfig(GreedyConfig):
-    """As `GreedyConfig`, by some earlier choices at a time."""
+    """As `GreedyConfig`; the rows are the shares of earlier choices."""
 
 
 @triton.jit
 def shared(
     share_ptr, step, best, position, there, tokens, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr
 ):
-    """Add up the products of the shares of a token and of all tokens with those that are chosen."""
+    """Return the dot products of the shares of one token and of all tokens, over the earlier choices."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, step, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
@@ -50,7 +50,7 @@ def dpp_map_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store the k tokens of one image, ascending; shares go to memory in between."""
+    """Store the k tokens of one image, ascending. The shares are kept in memory."""
     batch = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, BLOCK)
     there = position < tokens
@@ -80,5 +80,5 @@ def dpp_map_kernel(
         new_ptr += tokens
         left -= share * share
         left = tl.where(left < _NOTHING_NEW, 0.0, left)
-        tl.debug_barrier()  # the shares of all tokens are there
+        tl.debug_barrier()  # the shares of all tokens are written
     store_taken(chosen_ptr + batch * k, tl.where(taken == 1, 1, 0), position)

@@ -1,7 +1,7 @@
-"""Chooses tokens that are far from each other, out of the products of each two of them.
+"""Chooses tokens that are far from each other, given the Gram matrix of the tokens.
 
-The first token looks at all products, 1.3 MB for 576 tokens; each further one costs a row of them, 2.3 KB, and the time
-of two reductions over a program.
+The first choice reads the whole matrix, 1.3 MB for 576 tokens. Each further one reads a row of it, 2.3 KB, and takes
+the time of two reductions over a program.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import triton.language as tl
 from vlmfast.kernels.common.kernel import kernel
 from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
 
-_SAME = tl.constexpr(2.0**-20)  # a smaller distance is a rounding
+_SAME = tl.constexpr(2.0**-20)  # a smaller distance is a rounding error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +22,21 @@ class FarthestConfig(GreedyConfig):
 
 @triton.jit
 def inverse_length(square):
-    """Divide 1 by the root of a square; 0 for one that no direction has."""
+    """Return the inverse of the length, given its square; 0 for a token without a direction."""
     sound = (square > 0.0) & (square < float("inf"))
     return tl.where(sound, tl.div_rn(1.0, tl.sqrt_rn(tl.where(sound, square, 1.0))), 0.0)
 
 
 @triton.jit
 def cosine_of(product, inverse, other_inverse):
-    """Return the cosine of two tokens; 0 where one of them has no direction."""
+    """Return the cosine of two tokens, or 0 where one of them has no direction."""
     both = inverse * other_inverse
     return tl.where(both != 0.0, product * both, 0.0)
 
 
 @triton.jit
 def distance_of(cosine):
-    """Return 1 less a cosine, or 0 of a token and its double."""
+    """Return one minus the cosine, or 0 for tokens that are alike."""
     distance = 1.0 - cosine
     return tl.where(distance < _SAME, 0.0, distance)
 

@@ -1,5 +1,7 @@
-"""Multiplies each two tokens of an image: in half precision on tensor cores, where five crops of 576 tokens of 1024
-elements are 3.4 GFLOP and 6.6 MB of float32, which stay in the L2 cache for the choice that reads some rows of them.
+"""Computes the Gram matrix of the tokens of an image, in half precision on tensor cores.
+
+Five crops of 576 tokens of 1024 elements take 3.4 GFLOP. Their matrices are 6.6 MB of float32, which stay in the L2
+cache for the choice that reads some rows of them.
 """
 
 import functools
@@ -15,7 +17,7 @@ from vlmfast.kernels.common.launch import Config
 
 @dataclass(frozen=True, kw_only=True)
 class GramConfig(Config):
-    """A square of tokens for a program, some columns of them at a time."""
+    """A program computes a square of the matrix, from some columns of the tokens at a time."""
 
     BLOCK_TOKENS: ClassVar[int] = 64
     BLOCK: int
@@ -25,7 +27,7 @@ class GramConfig(Config):
     @staticmethod
     @functools.lru_cache
     def config_for(wide: bool) -> "GramConfig":
-        """Take few columns of float32, which are multiplied element by element, out of registers."""
+        """Return the configuration; float32, which is multiplied in registers, takes fewer columns."""
         block = GramConfig.BLOCK_TOKENS
         return GramConfig(BLOCK=block, BLOCK_COLUMNS=16 if wide else 32, STAGES=3, num_warps=4)
 
@@ -43,7 +45,7 @@ def gram_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store one square of the products."""
+    """Store one square of the Gram matrix."""
     batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     size = aligned(size, ALIGNED)
     blocks = tl.cdiv(tokens, BLOCK)

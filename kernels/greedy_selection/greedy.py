@@ -1,4 +1,4 @@
-"""What the greedy choices share: an image's tokens in the registers of one program."""
+"""Shared by the greedy choices, which hold the tokens of an image in the registers of one program."""
 
 import functools
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import triton.language as tl
 
 from vlmfast.kernels.common.launch import Config
 
-MAX_TOKENS = 4096  # all in the registers of one program
+MAX_TOKENS = 4096  # that fit in the registers of one program
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyConfig(Config):
-    """All tokens of an image for one program, by some rows at a time."""
+    """One program holds all tokens of an image, and takes some rows at a time."""
 
     BLOCK: int
     ROWS: int
@@ -22,9 +22,9 @@ class GreedyConfig(Config):
     @classmethod
     @functools.lru_cache
     def config_for(cls, tokens: int) -> "GreedyConfig":
-        """Take one of two sizes, so that the tokens of an image do not ask for another kernel.
+        """Return one of two sizes, so that few numbers of tokens compile another kernel.
 
-        More rows at a step, or more steps in flight, would spill registers on AMD.
+        More rows or stages would spill registers on AMD.
         """
         block, warps = (1024, 8) if tokens <= 1024 else (MAX_TOKENS, 16)
         return cls(BLOCK=block, ROWS=2 if warps == 8 else 1, STAGES=3, num_warps=warps)
@@ -32,19 +32,19 @@ class GreedyConfig(Config):
 
 @triton.jit
 def load_weights(ptr, position, there):
-    """Load what each token of an image is worth, 0 where there is none; 1 for each where nothing says it."""
+    """Load the weights of tokens as float32, 0 where there is no token; without a pointer, all weights are 1."""
     return tl.where(there, 1.0, 0.0) if ptr is None else tl.load(ptr + position, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def usable(weight):
-    """Tell whether a choice can be made by these weights: finite, and none below 0."""
+    """Tell whether all weights are finite and none is below 0."""
     return tl.min(((weight >= 0.0) & (weight < float("inf"))).to(tl.int32), 0) == 1
 
 
 @triton.jit
 def best_of(worth, taken):
-    """Find the position of the largest number of those that are not taken, of equal ones the first."""
+    """Return the position of the largest number among the tokens that are not taken, the first of equal ones."""
     return tl.argmax(tl.where(taken != 0, -1.0, worth), 0)
 
 

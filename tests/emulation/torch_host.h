@@ -23,7 +23,8 @@ class DeviceScope {
   template <typename scalar_t, int rank>
   Input<scalar_t, rank> input(const View<rank>& view) const {
     const int64_t width = view.width(), row_bytes = view.size(rank - 1) * width;
-    const int64_t rows = rank > 1 ? view.size(rank - 2) : 1, pitch = rank > 1 ? view.stride(rank - 2) * width : row_bytes;
+    const int64_t rows = rank > 1 ? view.size(rank - 2) : 1;
+    const int64_t pitch = rank > 1 ? view.stride(rank - 2) * width : row_bytes;
     int64_t groups = 1;
     for (int dim = 0; dim < rank - 2; ++dim) groups *= view.size(dim);
     for (int64_t group = 0; group < groups; ++group) {

@@ -55,39 +55,11 @@ def test_farthest_follows_the_rule(backend: str, first_by_quality: bool):
         assert got[image].tolist() == want
 
 
-def test_a_choice_is_the_begin_of_a_longer_one(backend: str):
-    features, quality = _signs(2, 14, 70, "cpu"), torch.rand(2, 14)
-    before: list[set[int]] = [set(), set()]
-    for k in range(15):
-        now = [set(row) for row in vlmfast.farthest(features, k, quality).tolist()]
-        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True)) or k == 0
-        before = now
-    assert before == [set(range(14))] * 2
-
-
-def test_another_order_of_the_tokens_chooses_the_same(backend: str):
-    features, quality, order = torch.randn(1, 40, 12), torch.rand(1, 40), torch.randperm(40)
-    want = set(vlmfast.farthest(features, 9, quality)[0].tolist())
-    got = vlmfast.farthest(features[:, order], 9, quality[:, order])
-    assert set(order[got[0]].tolist()) == want
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_are_of_no_account(backend: str, dtype: torch.dtype):
     features = torch.randn(1, 40, 12).to(dtype)
     scale = 2.0 ** torch.randint(-6, 7, (1, 40, 1))
     assert torch.equal(vlmfast.farthest(features * scale.to(dtype), 9), vlmfast.farthest(features, 9))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_doubles_come_last_and_in_order(backend: str, dtype: torch.dtype):
-    """Five directions, four times, of several lengths: after five tokens all that is left is worth nothing."""
-    rows = torch.randn(5, 37)
-    features = torch.cat([rows, rows, rows * 4, rows / 2])[None].to(dtype)
-    for k in range(1, 6):
-        assert max(vlmfast.farthest(features, k)[0].tolist()) < 5
-    for k in range(5, 21):
-        assert vlmfast.farthest(features, k)[0].tolist() == list(range(k))
 
 
 def test_rows_without_a_direction_are_like_nothing(backend: str):
@@ -138,16 +110,6 @@ def test_coverage_is_near_the_best(backend: str):
         for rows, chosen in zip(similarity.tolist(), vlmfast.coverage(similarity, k).tolist(), strict=True):
             best = max(covers(rows, [1.0] * 12, list(each)) for each in itertools.combinations(range(9), k))
             assert covers(rows, [1.0] * 12, chosen) >= (1 - 1 / math.e) * best
-
-
-def test_coverage_is_the_begin_of_a_longer_one(backend: str):
-    similarity, quality = torch.randint(-4, 9, (2, 14, 20)).float(), torch.randint(0, 5, (2, 14)).float()
-    before: list[set[int]] = [set(), set()]
-    for k in range(1, 15):
-        now = [set(row) for row in vlmfast.coverage(similarity, k, None, quality).tolist()]
-        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True))
-        before = now
-    assert before == [set(range(14))] * 2
 
 
 def test_another_order_of_tokens_and_rows_covers_the_same(backend: str):
@@ -222,24 +184,11 @@ def test_dpp_map_is_the_begin_of_a_longer_one(backend: str):
         before = now
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_doubles_have_nothing_new(backend: str, dtype: torch.dtype):
-    """Five directions, four times, of several lengths: after five tokens relevance tells, of equal ones the order."""
-    rows = torch.randn(5, 37)
-    features = torch.cat([rows, rows, rows * 4, rows / 2])[None].to(dtype)
-    for k in range(1, 6):
-        assert max(vlmfast.dpp_map(features, k)[0].tolist()) < 5
-    for k in range(5, 21):
-        assert vlmfast.dpp_map(features, k)[0].tolist() == list(range(k))
-    relevance = torch.tensor([[2.0] * 5 + [1.0] * 5 + [0.5] * 5 + [1.5] * 5]).to(dtype)
+def test_relevance_tells_where_nothing_new_is_left(backend: str):
+    """Five directions, four times: after five tokens the most relevant ones, of equal ones the first."""
+    features = torch.randn(1, 5, 37).repeat(1, 4, 1)
+    relevance = torch.tensor([2.0, 1.0, 0.5, 1.5]).repeat_interleave(5)[None]
     assert vlmfast.dpp_map(features, 8, relevance)[0].tolist() == [0, 1, 2, 3, 4, 15, 16, 17]
-
-
-def test_another_order_is_as_likely(backend: str):
-    features, relevance, order = torch.randn(1, 40, 12), torch.rand(1, 40), torch.randperm(40)
-    want = set(vlmfast.dpp_map(features, 9, relevance)[0].tolist())
-    got = vlmfast.dpp_map(features[:, order], 9, relevance[:, order])
-    assert set(order[got[0]].tolist()) == want
 
 
 def test_rows_without_a_direction_are_the_last_ones(backend: str):
@@ -257,7 +206,38 @@ def test_dpp_map_of_many(backend: str):
     assert torch.equal(vlmfast.dpp_map(features, 3, relevance), OPS["dpp_map"].reference(features, 3, relevance))
 
 
-# ---- all of them ----
+# ---- several of them ----
+
+
+@pytest.mark.parametrize("name", ["farthest", "coverage"])
+def test_a_choice_is_the_begin_of_a_longer_one(backend: str, name: str):
+    rows, quality = torch.randint(-4, 9, (2, 14, 20)).float(), torch.randint(0, 5, (2, 14)).float()
+    before: list[set[int]] = [set(), set()]
+    for k in range(1, 15):
+        now = [set(row) for row in getattr(vlmfast, name)(rows, k, quality=quality).tolist()]
+        assert all(len(new) == k and old < new for old, new in zip(before, now, strict=True))
+        before = now
+    assert before == [set(range(14))] * 2
+
+
+@pytest.mark.parametrize("name", ["farthest", "dpp_map"])
+def test_another_order_of_the_tokens_chooses_the_same(backend: str, name: str):
+    features, weights, order = torch.randn(1, 40, 12), torch.rand(1, 40), torch.randperm(40)
+    want = set(getattr(vlmfast, name)(features, 9, weights)[0].tolist())
+    got = getattr(vlmfast, name)(features[:, order], 9, weights[:, order])
+    assert set(order[got[0]].tolist()) == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["farthest", "dpp_map"])
+def test_doubles_come_last_and_in_order(backend: str, name: str, dtype: torch.dtype):
+    """Five directions, four times, of several lengths: after five tokens all others are worth nothing."""
+    rows = torch.randn(5, 37)
+    features = torch.cat([rows, rows, rows * 4, rows / 2])[None].to(dtype)
+    for k in range(1, 6):
+        assert max(getattr(vlmfast, name)(features, k)[0].tolist()) < 5
+    for k in range(5, 21):
+        assert getattr(vlmfast, name)(features, k)[0].tolist() == list(range(k))
 
 
 def native_calls() -> list[tuple[str, tuple[Tensor | int, ...]]]:

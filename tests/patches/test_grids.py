@@ -97,6 +97,18 @@ def test_what_the_caller_has_computed_is_taken(name: str, monkeypatch: pytest.Mo
         assert not torch.equal(leaves(tower(pixels, grid))[0], want[0])
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_on_two_devices_computes_as_upstream_does(name: str):
+    tower = tower_of(name).to("meta")
+    needs(tower, "encode")
+    pixels = torch.empty(4, 8, device="meta")
+    assert grids._is_on_one_device(tower, pixels)
+    for block in (tower.patch_embed, tower.blocks[-1], tower.merger):
+        block.to_empty(device="cpu")
+        assert not grids._is_on_one_device(tower, pixels)
+        block.to("meta")
+
+
 # ---- waits ----
 
 

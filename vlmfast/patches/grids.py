@@ -7,10 +7,11 @@ copied to the device.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfast.host import is_traced, on_host, to_device, to_host
 from vlmfast.patches.segments import tell_segments
@@ -29,11 +30,14 @@ def encode(self: Any, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) ->
 
 
 def _is_on_one_device(self: Any, hidden_states: Tensor) -> bool:
-    """Tell whether a tower lies on one device other than the host, and nothing is being traced."""
+    """Tell whether a tower lies on one device other than the host, and nothing is being traced.
+
+    One weight of each block is looked at: to ask all weights takes as long as upstream's own waits.
+    """
     if hidden_states.is_cpu or is_traced():
         return False
-    parts = self.patch_embed, self.merger
-    return {weight.device for part in parts for weight in part.parameters()} == {hidden_states.device}
+    parts = (part for child in self.children() for part in (child if isinstance(child, nn.ModuleList) else [child]))
+    return {weight.device for part in parts for weight in islice(part.parameters(), 1)} == {hidden_states.device}
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType
 
 from torch import nn
 
@@ -55,8 +54,11 @@ def _site(cls: type, method: str, modules: list[nn.Module]) -> Iterator[Site]:
             reason = difference(cls, base.__name__, body) or _obstacle(cls, method, modules)
             yield Site(f"{base.__name__}.{method}", method, modules, body, reason)
             return
-    if method == "forward" and "RMSNorm" not in cls.__name__ and not _may_be_known(inspect.unwrap(function).__code__):
-        return
+    if method == "forward":
+        code = inspect.unwrap(function).__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if not may_be_known(cls.__name__, names, bool(code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))):
+            return
     name = site_name(cls, method)
     try:
         found = source(cls, method)
@@ -96,11 +98,14 @@ def _origin(method: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined]
 
 
-def _may_be_known(code: CodeType) -> bool:
-    """Tell whether a forward takes at most two tensors, or begins with the parameters of a longer known one."""
-    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    is_short = code.co_argcount + code.co_kwonlyargcount <= 3 and not starred
-    return is_short or code.co_varnames[: min(3, code.co_argcount)] in BEGINNINGS
+def may_be_known(class_name: str, parameters: Sequence[str], starred: bool) -> bool:
+    """Tell whether to read the source of a forward, by its class and its parameters, which include self.
+
+    A known one is an RMSNorm's, takes at most two tensors, or is longer and begins with known parameters. `starred`:
+    it also takes ``*args`` or ``**kwargs``.
+    """
+    is_short = len(parameters) <= 3 and not starred
+    return "RMSNorm" in class_name or is_short or tuple(parameters[:3]) in BEGINNINGS
 
 
 def difference(cls: type, class_name: str, body: Body) -> str | None:

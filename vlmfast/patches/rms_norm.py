@@ -31,10 +31,7 @@ def t5_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """
     if self.weight.dtype != hidden_states.dtype:
         return _upstream(self, hidden_states)
-    try:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-    except TypeError:
-        return _upstream(self, hidden_states)
+    return _normalise(self, hidden_states, self.weight, self.variance_epsilon)
 
 
 def gemma_rms_norm(self: Any, x: Tensor) -> Tensor:
@@ -59,20 +56,14 @@ def gemma4_rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 def plain_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace NanoChatRMSNorm.forward and Llama4TextL2Norm's, which have no weight."""
-    try:
-        return rms_norm(x, None, self.eps)
-    except TypeError:
-        return _upstream(self, x)
+    return _normalise(self, x, None, self.eps)
 
 
 def grouped_rms_norm(self: Any, x: Tensor) -> Tensor:
     """Replace Qwen4ExpTextRMSNorm.forward: as Gemma's; upstream's method runs where it normalises groups."""
     if self.group_size is not None:
         return _upstream(self, x)
-    try:
-        return rms_norm(x, self.weight, self.eps, "gemma")
-    except TypeError:
-        return _upstream(self, x)
+    return _normalise(self, x, self.weight, self.eps, "gemma")
 
 
 def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmfast.console import CommandError, needed, version, writable
-from vlmfast.patches.bodies import BEGINNINGS, BODIES, Body
-from vlmfast.patches.plan import find_sites, is_like
+from vlmfast.patches.bodies import BODIES, Body
+from vlmfast.patches.plan import find_sites, is_like, may_be_known
 from vlmfast.patches.upstream import Source, Text, closure
 
 KNOWN = {(body.method, body.key): body for body in BODIES}
@@ -118,7 +118,10 @@ def scan(folder: Path | None = None) -> list[Found]:
                 definition = module.method(class_name, method)
                 if definition is None:
                     continue
-                if method == "forward" and "RMSNorm" not in class_name and not _may_be_known(definition[0].args):
+                parameters = definition[0].args
+                named = [each.arg for each in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)]
+                starred = parameters.vararg is not None or parameters.kwarg is not None
+                if method == "forward" and not may_be_known(class_name, named, starred):
                     continue
                 source = module.source(class_name, method)
                 body = KNOWN.get((method, source.digest))
@@ -126,14 +129,6 @@ def scan(folder: Path | None = None) -> list[Found]:
                     site = f"{path.stem.removeprefix('modeling_')}.{class_name}.{method}"
                     found.append(Found(site, source.digest, body))
     return found
-
-
-def _may_be_known(arguments: ast.arguments) -> bool:
-    """Do for parsed parameters what `vlmfast.patches.plan._may_be_known` does for a code object."""
-    positional = [*arguments.posonlyargs, *arguments.args]
-    starred = arguments.vararg is not None or arguments.kwarg is not None
-    is_short = len(positional) + len(arguments.kwonlyargs) <= 3 and not starred
-    return is_short or tuple(each.arg for each in positional[:3]) in BEGINNINGS
 
 
 def model_types() -> dict[str, list[str] | str]:

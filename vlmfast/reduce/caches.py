@@ -1,8 +1,8 @@
-"""A cache that keeps the shortened prompt it holds, so that the next turn may be given the full ids again.
+"""A cache that remembers which shortened prompt it holds, so that the next turn can be given the full ids again.
 
-Its class becomes a subclass of the same name. Copies keep the prompt as well, and repeating or selecting rows, or
-cropping, does the same to the prompt. A model that is not patched cannot go on from it: it would count columns that are
-not there.
+Its class becomes a subclass of the same name. Copies keep the prompt too. Repeating, selecting and cropping rows of the
+cache does the same to the prompt. A model that is not patched cannot continue from it, because it would count columns
+that are not there.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from vlmfast.reduce.prompt import ShortenedPrompt
 
 
 class Extended:
-    """A base of the class of a cache that remembers what its own class cannot know; that class is the last base."""
+    """A base that adds memory to the class of a cache, which is the last base of the new class."""
 
     original_class: ClassVar[type]
     mixins: ClassVar[tuple[type, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by the original class, as nobody could import this one."""
+        """Copy and pickle by the original class, because this one cannot be imported."""
         return _restored, (self.original_class, self.mixins), vars(self)
 
     def __iter__(self) -> Any:
-        """Refuse: layers are iterated over to make another cache of them, which would not know the prompt."""
+        """Refuse: who iterates makes another cache of the layers, which would not know the prompt."""
         raise RuntimeError(
             "past_key_values holds a prompt whose visual tokens were reduced, which a cache made of its layers would "
             "not know: copy it with copy.deepcopy, or read past_key_values.layers"
@@ -39,15 +39,15 @@ class Extended:
 
 
 class HoldsCuts(Extended):
-    """A cache whose layers hold different columns, as visual tokens were cut between them."""
+    """A cache whose layers hold different columns, because visual tokens were cut between them."""
 
-    held_columns: Mapping[int, Columns]  # layer -> the columns of it and of those behind it, up to the next
+    held_columns: Mapping[int, Columns]  # layer -> its columns, and those of the layers up to the next key
 
     def _select(self, samples: Sequence[int]) -> None:
         self.held_columns = {layer: columns.select(list(samples)) for layer, columns in self.held_columns.items()}
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Write, if the model that does knows the columns."""
+        """Write, if the model that writes knows the columns."""
         if RUN.get() is None:
             raise RuntimeError(
                 "past_key_values holds a prompt whose visual tokens were cut between layers: only a model patched with "
@@ -56,62 +56,62 @@ class HoldsCuts(Extended):
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row, also of the columns."""
+        """Repeat each row of the cache and of the columns."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         rows = len(next(iter(self.held_columns.values())).index)
         self._select([row for row in range(rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Select rows, also of the columns."""
+        """Select rows of the cache and of the columns."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         rows = torch.arange(len(next(iter(self.held_columns.values())).index))
         self._select(rows[indices.cpu() if isinstance(indices, Tensor) else list(indices)].tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows, also of the columns."""
+        """Reorder the rows of the cache and of the columns."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.held_columns = {layer: columns.reorder(beam_idx) for layer, columns in self.held_columns.items()}
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: layers hold different columns, of which a number taken off the end would be another one in each."""
+        """Refuse: to crop to one length would remove different tokens from each layer."""
         raise RuntimeError("past_key_values cannot be cropped where its visual tokens were cut between layers")
 
     def reset(self) -> None:
-        """Forget the columns as well."""
+        """Reset the cache and forget the columns."""
         super().reset()  # type: ignore[misc]
         _without(self, HoldsCuts)
         del self.held_columns
 
 
 class KeepsPrompt(Extended):
-    """A cache that keeps a prompt."""
+    """A cache that remembers a shortened prompt."""
 
     shortened_prompt: ShortenedPrompt
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row, also of the prompt."""
+        """Repeat each row of the cache and of the prompt."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Select rows, also of the prompt."""
+        """Select rows of the cache and of the prompt."""
         selected = self.shortened_prompt.select(indices)
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.shortened_prompt = selected
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows, also of the prompt."""
+        """Reorder the rows of the cache and of the prompt."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self.shortened_prompt = self.shortened_prompt.select(beam_idx)
 
     def reset(self) -> None:
-        """Forget the prompt as well."""
+        """Reset the cache and forget the prompt."""
         super().reset()  # type: ignore[misc]
         release(self)
 
 
 def _refuse(self: KeepsPrompt, *args: Any, **kwargs: Any) -> Any:
-    """Take the place of what a model calls to write: `lent` takes the prompt off while a patched one runs."""
+    """Replace the methods that a model writes with; `lent` restores them while a patched model runs."""
     raise RuntimeError(
         "past_key_values holds a prompt whose visual tokens were reduced: only a model patched with reduce=... can "
         "continue it"
@@ -129,14 +129,14 @@ def _extended(cls: Any, mixins: tuple[type, ...]) -> Any:
 
 
 def _with(cache: Any, mixin: type) -> None:
-    """Give the cache a base more."""
+    """Add a base to the class of the cache."""
     if not isinstance(cache, mixin):
         cls, mixins = (cache.original_class, cache.mixins) if isinstance(cache, Extended) else (type(cache), ())
         cache.__class__ = _extended(cls, (mixin, *mixins))
 
 
 def _without(cache: Any, mixin: type) -> None:
-    """Take a base away again."""
+    """Remove that base again."""
     mixins = tuple(other for other in cache.mixins if other is not mixin)
     cache.__class__ = _extended(cache.original_class, mixins) if mixins else cache.original_class
 
@@ -147,31 +147,31 @@ def _restored(cls: type, mixins: tuple[type, ...]) -> Any:
 
 
 def held_by(cache: Any) -> Mapping[int, Columns] | None:
-    """Return the columns that layers of the cache hold, where visual tokens were cut between them."""
+    """Return the columns that the layers of the cache hold, or None if nothing was cut between them."""
     return getattr(cache, "held_columns", None)
 
 
 def hold(cache: Any, columns: Mapping[int, Columns]) -> None:
-    """Have the cache, if there is one, remember which columns its layers hold."""
+    """Make the cache, if there is one, remember which columns its layers hold."""
     if cache is not None:
         _with(cache, HoldsCuts)
         cache.held_columns = columns
 
 
 def kept_by(cache: Any) -> ShortenedPrompt | None:
-    """Return the prompt that the cache keeps."""
+    """Return the prompt that the cache remembers, or None."""
     return getattr(cache, "shortened_prompt", None)
 
 
 def keep(cache: Any, prompt: ShortenedPrompt) -> None:
-    """Have the cache, if there is one, keep the prompt."""
+    """Make the cache, if there is one, remember the prompt."""
     if cache is not None:
         _with(cache, KeepsPrompt)
         cache.shortened_prompt = prompt
 
 
 def release(cache: Any) -> ShortenedPrompt | None:
-    """Make the cache as it was before it kept a prompt, and return the prompt."""
+    """Turn the cache into one of its original class, and return the prompt that it remembered."""
     if not isinstance(cache, KeepsPrompt):
         return None
     _without(cache, KeepsPrompt)
@@ -181,9 +181,9 @@ def release(cache: Any) -> ShortenedPrompt | None:
 
 @contextmanager
 def lent(cache: Any) -> Iterator[ShortenedPrompt | None]:
-    """Release the cache for a block, after which it keeps the prompt again unless it was given another one.
+    """Release the cache within a block; afterwards it remembers the prompt again, unless it was given another one.
 
-    The prompt is as long as the cache, which may have been cropped.
+    If the cache was cropped, the prompt is too.
 
     Raises:
         ValueError: if what was cropped away is not text at the end of the prompt.

@@ -1,4 +1,4 @@
-"""Which columns of a prompt stay when the visual tokens are reduced, and where the images of a batch belong."""
+"""Which columns of a prompt stay when visual tokens are reduced, and which images belong to which sample."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Columns:
-    """A short prompt, told by the columns of the full one."""
+    """A short prompt, described by the columns of the full prompt that it keeps."""
 
-    index: Tensor  # (B, N) int64, the column of the full prompt that each column of the short one was
-    valid: Tensor  # (B, N) bool, false where the short prompt has padding of its own or of the full one
-    total: int  # L, the columns of the full prompt
-    padded: bool = True  # whether there may be padding, which the host knows without asking for ``valid``
+    index: Tensor  # (B, N) int64, for each column of the short prompt its column in the full one
+    valid: Tensor  # (B, N) bool, false at padding
+    total: int  # L, the number of columns of the full prompt
+    padded: bool = True  # whether there may be padding; known without a wait for ``valid``
 
     @property
     def dropped(self) -> int:
@@ -31,7 +31,7 @@ class Columns:
         return rows.gather(-1, index).masked_fill(~valid, fill)
 
     def then(self, other: Columns) -> Columns:
-        """Return those of two prompts, one after the other."""
+        """Return the columns of two prompts, one after the other."""
         index = torch.cat([self.index, other.index + self.total], 1)
         valid = torch.cat([self.valid, other.valid], 1)
         return Columns(index, valid, self.total + other.total, self.padded or other.padded)
@@ -47,34 +47,33 @@ class Columns:
         return Columns(self.index.to(device), self.valid.to(device), self.total, self.padded)
 
     def reorder(self, samples: Tensor) -> Columns:
-        """Return the columns of these samples, told by a tensor, without asking the device."""
+        """Return the columns of these samples, given as a tensor, without waiting for the device."""
         rows = samples.to(self.index.device)
         return Columns(self.index[rows], self.valid[rows], self.total, self.padded)
 
     def latest(self) -> Tensor:
-        """(B, L) int64: the column of the short prompt that each of the full one is, or the last one before it."""
+        """(B, L) int64: for each column of the full prompt its column in the short one, or the last one before it."""
         own = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
         found = own.new_zeros(own.shape[0], self.total).scatter(1, self.index, own.masked_fill(~self.valid, 0))
         return found.cummax(1).values
 
     def of(self, other: Columns) -> Columns:
-        """Return these columns of the columns of another, told by the full prompt."""
+        """Return these columns, which count in the short prompt of another, as columns of the full prompt."""
         index, valid = (rows.gather(1, self.index) for rows in (other.index, other.valid))
         return Columns(index, valid & self.valid, other.total, self.padded or other.padded)
 
     @classmethod
     def all(cls, like: Tensor) -> Columns:
-        """Return every column of (B, L)."""
+        """Return all columns of a prompt (B, L)."""
         index = torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
         return cls(index, torch.ones_like(index, dtype=torch.bool), like.shape[1], padded=False)
 
 
 def drop_columns(mask: Tensor, *visual: tuple[Tensor, Sequence[ReducedImage]]) -> Columns:
-    """Leave out the placeholders that the images do not keep, and the padding that no sample needs any more.
+    """Leave out the placeholders that the images do not keep, and padding that no sample needs any longer.
 
-    Where the images keep all of theirs, nothing is left out. A masked placeholder is no padding: its image is encoded
-    and takes its place. Samples that are shorter than the longest one are padded on the left, or on the right if the
-    prompt was.
+    If the images keep all placeholders, nothing is left out. A masked placeholder is not padding, because its image is
+    encoded too. Shorter samples are padded on the left, or on the right if the prompt was.
 
     Args:
         mask: (B, L) bool, false at padding.
@@ -83,7 +82,7 @@ def drop_columns(mask: Tensor, *visual: tuple[Tensor, Sequence[ReducedImage]]) -
     """
     if all(len(image.columns) == image.total for _, images in visual for image in images):
         return Columns.all(mask)
-    # only padding at an end is left out: a gap within a prompt is the caller's business, and so is a masked image
+    # only padding at an end is left out: the caller meant a gap within a prompt, and a masked image
     present = (mask.cumsum(1) > 0) & (mask.flip(1).cumsum(1).flip(1) > 0)
     for is_image, images in visual:
         flags = [mask.new_zeros(image.total).index_fill(0, image.columns.to(mask.device), True) for image in images]
@@ -94,7 +93,7 @@ def drop_columns(mask: Tensor, *visual: tuple[Tensor, Sequence[ReducedImage]]) -
 
 
 def squeezed(present: Tensor, lengths: Sequence[int], right: bool) -> Columns:
-    """Keep what is ``present`` (B, L), of which each sample has so many, with padding on the left or ``right``."""
+    """Keep the columns that are ``present`` (B, L), ``lengths`` of each sample, padded on the left or ``right``."""
     longest = max(lengths)
     order = present.to(torch.uint8).argsort(dim=1, stable=True, descending=right)
     index = order[:, :longest] if right else order[:, order.shape[1] - longest :]
@@ -104,14 +103,14 @@ def squeezed(present: Tensor, lengths: Sequence[int], right: bool) -> Columns:
 def dealt(
     totals: Sequence[int], cached: Sequence[int], new: Sequence[int], mismatch: str
 ) -> list[tuple[list[int], list[int]]]:
-    """Return the numbers of the images that belong to each sample: in the part that is in the cache, and after it.
+    """Return the numbers of the images of each sample: those in the cached part, and those after it.
 
     Args:
-        totals: of placeholders of each image, in their order over the batch: those of the new parts, or of the whole
-            prompts.
-        cached: how many placeholders each sample has in the part that is in the cache.
+        totals: the number of placeholders of each image, in the order of the batch, for the new parts or for the
+            whole prompts.
+        cached: how many placeholders each sample has in the cached part.
         new: how many it has after that.
-        mismatch: how the message begins where they do not fit.
+        mismatch: how the error message begins.
 
     Raises:
         ValueError: if they do not fit.
@@ -146,9 +145,9 @@ def new_images(
 
 
 def without_gaps(positions: Tensor, columns: Columns) -> Tensor:
-    """(B, L) positions of the full prompt -> (B, N) of the short one, counted on where a token was left out.
+    """(B, L) positions of the full prompt -> (B, N) of the short one, without gaps where tokens were left out.
 
-    Positions may begin anew within a row, as those of packed samples do: each run is counted for itself.
+    Positions may restart within a row, as in packed samples: each run is counted by itself.
     """
     kept = torch.zeros_like(positions, dtype=torch.bool).scatter(1, columns.index, columns.valid)
     left_out = (~kept).cumsum(1)

@@ -1,4 +1,4 @@
-"""The inputs of a model with fewer visual tokens, for callers with a loop of their own."""
+"""Inputs with fewer visual tokens for a model that is not patched, for callers with their own loop."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
 
 
 class _Telling(dict[str, Any]):
-    """Encoded images which tell a model with M-RoPE, when it asks for them, where their prompt goes on.
+    """Encoded images that set the ``rope_deltas`` of a model with M-RoPE when it reads them.
 
-    As its own prefill tells it: the model keeps this for one prompt, the last one that it has run.
+    The model's own prefill does the same: it remembers them for one prompt, the last one that it ran.
     """
 
     base: ClassVar[weakref.ref[Any] | None]  # None where it was loaded
@@ -91,16 +91,16 @@ class _Telling(dict[str, Any]):
         return super().get(key, default)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Telling:
-        """Tell the same model."""
+        """Refer to the same model."""
         return type(self)(copy.deepcopy(dict(self), memo))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle without the model, and without a class that nobody could import."""
+        """Pickle without the model, and as a class that can be imported."""
         return _loaded, (self.rope_deltas, dict(self))
 
 
 def _telling(base: weakref.ref[Any] | None, rope_deltas: Tensor) -> type[_Telling]:
-    """Make a class: what moves inputs to a device makes another mapping of the same one."""
+    """Make a class for one model, because code that moves inputs to a device makes another mapping of their class."""
     return type("_Telling", (_Telling,), {"base": base, "rope_deltas": rope_deltas})
 
 

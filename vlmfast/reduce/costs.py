@@ -1,4 +1,4 @@
-"""What a prompt costs a language model: the operations of its prefill and the bytes of its cache."""
+"""The cost of a prompt in a language model: operations of the prefill, and bytes of the cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer does with each token.
+    """The cost of a token in a layer.
 
     Attributes:
-        weights: the weights that a token is multiplied with.
-        attention: channels of all heads of queries; 0 where nothing attends.
-        cached: bytes of keys and values of a token.
+        weights: the number of weights that a token is multiplied with.
+        attention: channels of all query heads; 0 for a layer without attention.
+        cached: bytes of the keys and values of a token.
     """
 
     weights: int
@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model, by its layers."""
+    """The layers of a language model."""
 
     layers: tuple[Layer, ...]
 
@@ -42,17 +42,17 @@ class Shape:
         found = []
         for layer in model.base_model.language_model.layers:
             dtypes = [x.dtype for x in layer.parameters()]
-            # quantised weights are no numbers of that width
+            # quantised weights are packed: their dtype is not that of the cache
             width = next((d for d in dtypes if d.is_floating_point and d.itemsize > 1), dtypes[0]).itemsize
             attends = getattr(layer, "self_attn", None) is not None
             found.append(Layer(_weights(layer, active), heads * size * attends, cached * width * attends))
         return cls(tuple(found))
 
     def operations(self, samples: int, columns: Sequence[int]) -> int:
-        """Count the floating-point operations of a prefill in which each layer has so many columns.
+        """Count the floating-point operations of a prefill, given the number of columns in each layer.
 
-        Two for each weight and token, and four for each channel of a query and each key that it sees. Norms, positions,
-        the head and the vision tower do not count; a padded column does, as it is computed.
+        Two per weight and token, and four per channel of a query and key that it sees. Norms, positions, the head and
+        the vision tower are not counted; padding is, because it is computed.
         """
         parts = (
             2 * number * layer.weights + 4 * layer.attention * (number * (number + 1) // 2)
@@ -72,13 +72,13 @@ class Shape:
 
 
 def _weights(layer: nn.Module, active: float) -> int:
-    """Count what a token is multiplied with: linear layers, and of experts the share that it is given to."""
+    """Count the weights that a token is multiplied with: of linear layers, and of the share of experts that it uses."""
     count = 0.0
     for name, module in layer.named_modules():
-        if hasattr(module, "base_layer"):  # of an adapter, which counts itself
+        if hasattr(module, "base_layer"):  # the layer inside is counted by itself
             continue
         own = [number for number in map(vars(module).get, ("in_features", "out_features")) if isinstance(number, int)]
-        if len(own) == 2:  # also of what is quantised
+        if len(own) == 2:  # of quantised layers too
             count += own[0] * own[1] * (active if ".experts." in f".{name}." else 1)
         else:
             stacked = (x.numel() for x in module.parameters(recurse=False) if x.dim() == 3)

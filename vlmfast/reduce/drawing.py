@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KEPT, MERGED = (0, 158, 115), (230, 159, 0)  # green and orange that colour-blind eyes tell apart
+KEPT, MERGED = (0, 158, 115), (230, 159, 0)  # green and orange that differ for colour-blind people too
 DIMMED = 0.3  # contrast of dropped tokens
-TOUCH = 2  # pixels by which crops that lie side by side may seem to overlap, where they were found by measuring
+TOUCH = 2  # crops side by side may seem to overlap by so many pixels, because their boxes are measured
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an image; outside of it where padded
 
 
 class Crop(NamedTuple):
-    """What of an image a tower was shown, and which of its tokens were kept; the arguments are those of `overlay`."""
+    """The part of an image that a tower saw, and the tokens that were kept; the arguments are those of `overlay`."""
 
     kept: Tensor | Iterable[int]
     grid: Sequence[int]
@@ -55,7 +55,7 @@ def overlay(
 
 
 def draw(image: Any, crops: Iterable[Crop]) -> Any:
-    """Draw crops over an image as `overlay` does, over one copy of it all that do not overlap.
+    """Draw crops over an image as `overlay` does; crops that do not overlap share one copy of the image.
 
     Returns:
         The copies, one below the other, in the order of their first crops.

@@ -1,4 +1,4 @@
-"""A ``forward`` that takes encoded images, for a transformers whose own does not (5.17)."""
+"""A ``forward`` that takes encoded images, for transformers 5.17, whose own does not."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class _Encoded:
     output: Any
 
     def size(self, dim: int) -> int:
-        """Answer LLaVA-NeXT, which asks whether there are images."""
+        """Return a size that tells LLaVA-NeXT that there are images."""
         return 1
 
 
 def forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
-    """Have a ``forward`` of transformers 5.17 take ``mm_encoder_outputs``, as later ones do: a shortened prompt."""
+    """Make a ``forward`` of transformers 5.17 take a shortened prompt as ``mm_encoder_outputs``, as later ones do."""
     signature = inspect.signature(original)
     *others, last = signature.parameters.values()  # that is **kwargs
     added = inspect.Parameter("mm_encoder_outputs", inspect.Parameter.KEYWORD_ONLY, default=None)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, mm_encoder_outputs: ShortenedPrompt | None = None, **kwargs: Any) -> Any:
-        # generate passes it to every step, of which only a prompt has several tokens
+        # generate passes it to every step; only a prompt has several tokens
         if mm_encoder_outputs is not None and kwargs["input_ids"].shape[1] > 1:
             samples = mm_encoder_outputs.samples
             times = kwargs["input_ids"].shape[0] // len(samples)  # beams
@@ -48,7 +48,7 @@ def forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Cal
 
 
 def features_of(cls: type, kind: Kind) -> Callable[..., Any]:
-    """Have a ``get_image_features`` or ``get_video_features`` pass on what is encoded already."""
+    """Make a ``get_image_features`` or ``get_video_features`` return what is already encoded."""
     original = kind.encoder(cls)
 
     @functools.wraps(original)

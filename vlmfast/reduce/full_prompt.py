@@ -1,4 +1,4 @@
-"""What ``generate`` is given that counts from the caller's prompt, made to fit a shortened one."""
+"""Arguments of ``generate`` that count columns of the caller's prompt, changed to fit a shortened one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTS = (
 
 
 def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) -> dict[str, Any]:
-    """Return the arguments of ``generate`` that have to change: lengths, and whatever of the caller's is shown the ids.
+    """Return the arguments of ``generate`` that have to change: lengths, and callables that are given the ids.
 
     Args:
         model: the model, for its ``generation_config``.
@@ -46,21 +46,21 @@ def fitted(model: Any, arguments: Mapping[str, Any], prompt: ShortenedPrompt) ->
 
 
 def _allowing(allowed: Callable[..., Any], prompt: ShortenedPrompt, rows: int, beams: int) -> Callable[..., Any]:
-    """Show a ``prefix_allowed_tokens_fn`` the full prompt, given the rows of a sample and of a number it is told."""
+    """Wrap a ``prefix_allowed_tokens_fn``, so that it gets the full prompt."""
     return lambda number, ids: allowed(number, prompt.lengthen(ids[None], [number * beams // rows])[0])
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """Return what is in force: an argument, or that of the first configuration that has one."""
+    """Return the value in force: the argument, or else that of the first configuration that has one."""
     configs = (arguments.get("generation_config"), model.generation_config)
     values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 
 def padding_mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Make the mask as ``generate`` does: padding is told by its id, unless that also ends a text."""
+    """Make the mask as ``generate`` does: padding is known by its id, unless the same id ends a text."""
     names = "pad_token_id", "eos_token_id"
-    # as an argument, None is an answer
+    # None is a valid argument
     pad, end = (arguments[name] if name in arguments else setting(model, arguments, name) for name in names)
     if pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
         return None
@@ -69,7 +69,7 @@ def padding_mask(model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str, Any]:
-    """Return ``max_length`` and ``min_length``, which count the full prompt, unless new tokens are counted."""
+    """Return ``max_length`` and ``min_length`` for the short prompt, unless only new tokens are counted."""
     config = arguments.get("generation_config")
     own = copy.deepcopy(config)
     changed: dict[str, Any] = {}
@@ -87,10 +87,10 @@ def _lengths(model: Any, arguments: Mapping[str, Any], dropped: int) -> dict[str
 
 
 def _told(functions: Iterable[Any], prompt: ShortenedPrompt, rows: int) -> list[Any]:
-    """Return processors or criteria that are shown the full prompt, of which each sample has so many rows.
+    """Return processors or criteria that get the full prompt; each sample has ``rows`` rows.
 
-    ``generate`` knows transformers' own by their classes: of these the numbers of columns are made smaller, and the
-    function of the caller's that one of them has is shown the full prompt.
+    ``generate`` recognises transformers' own by their classes. So these stay, with smaller numbers of columns, and a
+    caller's function inside one of them gets the full prompt.
     """
     from transformers import PrefixConstrainedLogitsProcessor
 
@@ -111,7 +111,7 @@ def _told(functions: Iterable[Any], prompt: ShortenedPrompt, rows: int) -> list[
 
 
 class _Told:
-    """A processor or a criterion of the caller's, shown the full prompt in place of the short one."""
+    """A caller's processor or criterion, which gets the full prompt instead of the short one."""
 
     def __init__(self, function: Callable[..., Any], prompt: ShortenedPrompt) -> None:
         self.function, self.prompt = function, prompt
@@ -126,7 +126,7 @@ class _Told:
 
 
 class _Streamer:
-    """A streamer that is told the caller's prompt in place of the short one."""
+    """A streamer that gets the caller's prompt instead of the short one."""
 
     def __init__(self, streamer: Any, prompt: ShortenedPrompt) -> None:
         self.streamer, self.prompt = streamer, prompt

@@ -35,35 +35,35 @@ from vlmfast.reduce.prompt import (
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.text import MASK
 
-# arguments of `forward` by whose columns its caller finds logits again: `Trainer`, smoothing labels, gives the second
+# with these arguments the caller counts columns of the logits; `Trainer` passes the second to smooth labels
 COUNTED = ("labels", "num_items_in_batch")
 
 
 @dataclass
 class Note:
-    """What became of the last prompt of a model that had images, without gradients."""
+    """The result of the last prompt with images of a model, without gradients."""
 
     prompt: ShortenedPrompt | None = None
     cuts: Cuts | None = None
 
 
-NOTES: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()  # of each model that a patch reports of
+NOTES: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()  # the note of each patched model
 
 
 @dataclass
 class Reduction:
-    """How the prompts of a patched model are shortened, and what became of the last one."""
+    """How the prompts of a patched model are shortened, and the result for the last one."""
 
-    model_class: type[Any]  # with the head
-    base_class: type[Any]  # without it
+    model_class: type[Any]  # of the model with its head
+    base_class: type[Any]  # of the model without its head
     reducer: Reducer
-    method: Method | None  # before the language model
-    plan: Plan | None  # between its layers
+    method: Method | None  # acts before the language model
+    plan: Plan | None  # cuts between its layers
     shape: Shape  # of the language model
-    note: Note  # of the model that is reported of: copies of it run this reduction as well
+    note: Note  # of the patched model; its copies run this reduction too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reduction:
-        """Report of the copy of the model, where it is copied as well."""
+        """Report about the copy of the model, if that is copied too."""
         twin = replace(self, note=replace(self.note))
         for model in [model for model, note in NOTES.items() if note is self.note and id(model) in memo]:
             NOTES[memo[id(model)]] = twin.note
@@ -76,7 +76,7 @@ class Reduction:
 
     @property
     def images(self) -> list[ReducedImage]:
-        """The images of the last prompt that had any, or any videos."""
+        """The images of the last prompt that had images or videos."""
         return [] if self.last is None else self.last.images
 
     @property
@@ -108,7 +108,7 @@ class Reduction:
         return found
 
     def report(self) -> str:
-        """Return the methods, and what they did to the last prompt."""
+        """Return the methods, and their effect on the last prompt."""
         lines = [] if self.method is None else [f"{self.method}: {self._shortened()}"]
         if self.plan is not None:
             methods = ", ".join(map(str, self.plan.methods))
@@ -119,7 +119,7 @@ class Reduction:
         return "\n  ".join(lines)
 
     def _costs(self) -> str:
-        """Say what the last prompt costs the language model, as it was and as it is."""
+        """Say what the last prompt costs the language model, before and after."""
         layers, cuts = len(self.shape.layers), self.note.cuts
         samples, total = (0, 0) if self.last is None else self.last.ids.shape
         after = [0 if self.last is None else self.last.columns.index.shape[1]] * layers
@@ -141,7 +141,7 @@ class Reduction:
         )
 
     def note_cuts(self, model: Any, cuts: Cuts) -> None:
-        """Note for the report what was cut."""
+        """Note the cuts for the report."""
         if (note := self._note_of(model)) is not None:
             note.cuts = cuts
 
@@ -154,7 +154,7 @@ class Reduction:
         """Shorten the prompt, and note it for the report.
 
         Returns:
-            The prompt, without gradients, and the arguments of the call.
+            The prompt, without gradients, and the new arguments of the call.
         """
         method: Any = self.method
         reads_text = self.plan is not None and self.plan.reads_text
@@ -169,16 +169,17 @@ class Reduction:
 
 
 def shortening(model: Any, methods: object) -> Reduction:
-    """Say how prompts of this model are shortened with these methods: its `Reduction.replacements` do it.
+    """Make the `Reduction` of this model by these methods, whose `replacements` shorten prompts.
 
     Args:
-        model: a Hugging Face model with its head, perhaps in the wrapper of PEFT.
+        model: a Hugging Face model with its head, perhaps inside PEFT.
         methods: how visual tokens are reduced: a method, or a list of which the first may act before the language
             model and the others between its layers.
 
     Raises:
-        TypeError: if one of ``methods`` is none. ValueError: if the visual tokens of the model cannot be reduced, or
-            not by these methods together. RuntimeError: if a method to be replaced is hidden by one on the instance.
+        TypeError: if one of ``methods`` is not a method. ValueError: if the visual tokens of the model cannot be
+            reduced, or not by these methods together. RuntimeError: if an attribute of the instance hides a Python
+            method that must be replaced.
     """
     given = list(methods) if isinstance(methods, (list, tuple)) else [methods]
     for method in given:
@@ -206,7 +207,7 @@ def shortening(model: Any, methods: object) -> Reduction:
 
 
 def reducible(host: Any) -> tuple[Any, Reducer]:
-    """Return a model whose visual tokens can be reduced, out of the wrapper of PEFT if it is in one, and its reducer.
+    """Return the model whose visual tokens can be reduced, without PEFT's wrapper, and its reducer.
 
     Raises:
         ValueError: if they cannot.
@@ -217,10 +218,10 @@ def reducible(host: Any) -> tuple[Any, Reducer]:
     name = type(model).__name__
     base = getattr(model, "base_model", None)
     model_type: str = model.config.model_type
-    if not model_type.startswith(tuple(REDUCERS)):  # "qwen3_vl_text" is a part of a model whose tokens can be
+    if not model_type.startswith(tuple(REDUCERS)):  # such as "qwen3_vl_text", the language model alone
         known = ", ".join(REDUCERS)
         raise ValueError(f"the visual tokens of {name} cannot be reduced; those of these families can: {known}")
-    if not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # what decoding goes on from
+    if not hasattr(GenerationMixin, "_prepare_position_ids_for_generation"):  # which decoding needs
         raise ValueError("reduce needs transformers 5.17 or later")
     is_whole = base not in (None, model) and hasattr(base, "get_image_features") and hasattr(model, "generate")
     if model_type not in REDUCERS or not is_whole:
@@ -229,7 +230,7 @@ def reducible(host: Any) -> tuple[Any, Reducer]:
 
 
 def _replacement(reducer: Reducer, original: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
-    """Have ``short`` take the calls that bring images or go on from a shortened prompt, with arguments by name."""
+    """Make ``short`` take the calls with images and those after a shortened prompt, with arguments by name."""
     names = parameters(original)
 
     @functools.wraps(original)
@@ -262,7 +263,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
                 raise ValueError("images in a forward call after a cached prompt cannot be reduced: use generate")
             prompt, short = shorten(model, arguments, None)
             output = _lengthened(model, original, arguments, short, prompt.columns)
-            if not getattr(model, "_is_replica", False):  # DataParallel makes a cache of the layers of its replicas'
+            if not getattr(model, "_is_replica", False):  # DataParallel makes another cache of its replicas' layers
                 keep(cache_of(output) if cache is None else cache, prompt.without_images())
             return output
 
@@ -273,10 +274,10 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
 def _lengthened(
     model: Any, original: Callable[..., Any], arguments: Mapping[str, Any], short: dict[str, Any], columns: Columns
 ) -> Any:
-    """Run the short prompt; where the caller counts columns, give each of the full prompt logits.
+    """Run the short prompt; if the caller counts columns, return logits for every column of the full prompt.
 
-    They say what comes after that column, as those of the last column before it do for one that was left out: labels,
-    metrics and log probabilities of the full prompt find theirs where they look for them.
+    A column that was left out gets the logits of the last column before it, which predict the same next token. So
+    labels, metrics and log probabilities of the full prompt stay aligned.
     """
     last = arguments.get("logits_to_keep")
     if not last and not named(arguments, COUNTED):
@@ -284,7 +285,7 @@ def _lengthened(
     rows = columns.latest()
     if last:
         rows, seen = rows[:, -last:], columns.index.shape[1]
-        # a sample alone has no padding behind it, and the device need not be asked
+        # a single sample has no padding behind it, so there is no need to wait for the device
         first = max(0, seen - last) if len(rows) == 1 else int(rows.min())
         short["logits_to_keep"], rows = seen - first, rows - first
 
@@ -302,9 +303,9 @@ def _lengthened(
 
 
 def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, Any]:
-    """Return the arguments of a step after a shortened prompt: its mask, which counts on from the full prompt.
+    """Return the arguments of a step after a shortened prompt, with a mask for the short prompt.
 
-    With M-RoPE also its positions, which transformers would count on from the last prompt that the model saw.
+    With M-RoPE also with positions, which transformers would count from the last prompt that the model ran.
     """
     given, columns = arguments.get("attention_mask"), cached.columns
     tokens = arguments["input_ids" if arguments.get("input_ids") is not None else "inputs_embeds"].shape[1]
@@ -326,7 +327,7 @@ def _continued(arguments: dict[str, Any], cached: ShortenedPrompt) -> dict[str, 
 
 
 def _with_images(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Have ``generate`` refuse placeholders without images after a cache: it may be made of a shorter one's layers."""
+    """Make ``generate`` refuse placeholders without images after a cache, which may hold a shortened prompt."""
     names = parameters(original)
 
     @functools.wraps(original)
@@ -350,11 +351,11 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments.pop("inputs")
     cache = arguments.get("past_key_values")
-    with lent(cache) as cached:  # the steps count on from the short prompt
+    with lent(cache) as cached:  # the steps continue from the short prompt
         ids, given = arguments.get("input_ids"), arguments.get("attention_mask")
         if (
             ids is not None and isinstance(given, Tensor) and given.shape[1] > ids.shape[1]
-        ):  # the ids of what follows alone
+        ):  # only the ids of what follows
             if cached is None or brought(reduction.reducer, arguments):
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))
@@ -366,7 +367,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         short |= fitted(model, arguments, prompt)
         output = original(model, **short)
         sequences = prompt.lengthen(output if isinstance(output, Tensor) else output.sequences)
-        # a cache has a row for each beam, also for those that are not returned
+        # a cache has a row for each beam, even if it is not returned
         rows = max(setting(model, arguments, "num_beams") or 1, sequences.shape[0] // prompt.ids.shape[0])
         prompt = prompt.without_images().repeat(rows)
         keep(cache if isinstance(output, Tensor) else cache_of(output), prompt)
@@ -377,7 +378,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
 
 
 def _known(cache: Any, cached: ShortenedPrompt | None, ids: Tensor) -> ShortenedPrompt | None:
-    """Say what the cache holds of these ids: a prompt and what was generated after it, or all that is in it."""
+    """Return what the cache holds of these ids: a shortened prompt and its answer, or everything in the cache."""
     past = 0 if cache is None else cache.get_seq_length()
     if not past:
         return None

@@ -1,4 +1,4 @@
-"""What can be reduced at once: images, or crops, of one size and method."""
+"""Groups of images or crops that can be reduced together: those of one size and method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def groups(kinds: Sequence[T]) -> list[tuple[T, list[int]]]:
-    """Return each kind with the ascending numbers of its members. Kinds need no hash, which methods may lack."""
+    """Return each kind with the ascending numbers of its members; kinds need not be hashable, as methods may not be."""
     found: list[tuple[T, list[int]]] = []
     for number, kind in enumerate(kinds):
         for other, members in found:

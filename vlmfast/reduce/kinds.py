@@ -1,4 +1,4 @@
-"""What a prompt shows, images and videos, and which of them a method reduces."""
+"""Images and videos, the two kinds of input that a prompt shows, and which of them a method reduces."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Kind:
-    """Images or videos: the names that transformers gives what belongs to them."""
+    """Images or videos, and the names of their arguments in transformers."""
 
     name: str
     pixels: str  # the argument that brings them
 
     @property
     def one(self) -> str:
-        """The name with its article."""
+        """The name with its indefinite article."""
         return f"{'an' if self.name == 'image' else 'a'} {self.name}"
 
     @property
     def mismatch(self) -> str:
-        """Upstream's words, which handlers look for."""
+        """The beginning of upstream's message, which callers may look for."""
         return f"{self.name.capitalize()} features and {self.name} tokens do not match"
 
     def encoder(self, base: Any) -> Callable[..., Any]:
-        """Return what encodes them, of a base model or its class."""
+        """Return the encoding method of a base model or its class."""
         found: Callable[..., Any] = getattr(base, f"get_{self.name}_features")
         return found
 
     def placeholder(self, config: Any) -> int:
-        """Return the id of their placeholders, or -1 in a model that has none."""
+        """Return the id of the placeholders, or -1 for a model without any."""
         return getattr(config, f"{self.name}_token_id", -1)
 
     def reduce(self, reducer: Reducer) -> Callable[..., list[ReducedImage]] | None:
-        """Return what encodes and reduces them, or None where they can only stay as they are."""
+        """Return the function that encodes and reduces this kind, or None if it cannot be reduced."""
         return reducer.reduce if self.name == "image" else reducer.reduce_videos
 
     def of(self, samples: Sequence[Sequence[ReducedImage]]) -> list[list[ReducedImage]]:
-        """Return those of each sample that are of this kind."""
+        """Return those of each sample that have this kind."""
         return [[image for image in sample if image.kind == self.name] for sample in samples]
 
 
@@ -60,7 +60,7 @@ def brought(reducer: Reducer, arguments: Mapping[str, Any]) -> list[Kind]:
 
 
 def check_takes(reducer: Reducer, method: Method, name: str) -> None:
-    """Raise unless the model of that name has something that the method reduces.
+    """Raise unless the model of that name has a kind that the method reduces.
 
     Raises:
         ValueError: if it has not.
@@ -72,7 +72,7 @@ def check_takes(reducer: Reducer, method: Method, name: str) -> None:
 
 
 def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any]) -> dict[Kind, Method]:
-    """Return the method for each kind that a call brings: this one, or one that leaves all tokens.
+    """Return the method for each kind that a call brings: this one, or one that keeps all tokens.
 
     Raises:
         ValueError: if there is nothing that the method reduces.
@@ -95,7 +95,7 @@ def is_placeholder(ids: Tensor, config: Any, kinds: Iterable[Kind] = KINDS) -> T
 
 
 def lacking(ids: Tensor, config: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """(B, L) bool: true at the placeholders of what a call does not bring."""
+    """(B, L) bool: true at the placeholders of kinds that a call does not bring."""
     return is_placeholder(ids, config, [kind for kind in KINDS if arguments.get(kind.pixels) is None])
 
 

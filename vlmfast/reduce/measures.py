@@ -1,4 +1,4 @@
-"""What a choice of visual tokens keeps, by numbers that need no answer: of the attention, and of all that is seen."""
+"""Measures of a choice of visual tokens that need no answers: the attention that it keeps, and its coverage."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vlmfast.reduce.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True)
 class Kept:
-    """What a choice keeps.
+    """The measures of a choice.
 
     Attributes:
-        attention: the share of the attention that the tokens get in the tower which is paid to the kept ones.
-        coverage: the mean over all tokens of the cosine to the kept one that is most like it.
-        worst: the same over the twentieth of the tokens that is covered least.
+        attention: the share of the tower's attention that goes to the kept tokens.
+        coverage: the mean over all tokens of the cosine to the nearest kept token.
+        worst: the same over the 5 % of the tokens that are covered least.
     """
 
     attention: float
@@ -34,13 +34,13 @@ def kept(tokens: VisualTokens, positions: Tensor) -> Kept:
 
     Args:
         tokens: of B images.
-        positions: (B, k) of those that are kept, at least one of each image.
+        positions: (B, k), those of the kept tokens, at least one of each image.
     """
     return kept_of_all([(tokens, positions)])
 
 
 def kept_of_all(choices: Iterable[tuple[VisualTokens, Tensor]]) -> Kept:
-    """Measure choices together, such as those of crops of which a model shows other numbers of tokens."""
+    """Measure several choices together, such as those of crops with different numbers of tokens."""
     paid, cosines = [], []
     for tokens, positions in choices:
         scores = tokens.scores().double()
@@ -54,7 +54,7 @@ def kept_of_all(choices: Iterable[tuple[VisualTokens, Tensor]]) -> Kept:
 
 
 def watched(method: Method) -> tuple[Method, list[tuple[VisualTokens, Selection]]]:
-    """Return a copy of a method, and the list in which it notes what it was shown and what it chose."""
+    """Return a copy of a method, and the list to which it appends the tokens that it gets and what it selects."""
     seen: list[tuple[VisualTokens, Selection]] = []
 
     def select(tokens: VisualTokens) -> Selection:

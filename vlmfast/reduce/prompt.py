@@ -1,4 +1,4 @@
-"""A prompt rewritten before the language model sees it: fewer placeholders, and what goes beside them as short."""
+"""Rewrites a prompt before the language model sees it: fewer placeholders, and shorter arguments beside them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ REFUSED = ("inputs_embeds", "mm_encoder_outputs", "shift_labels", "cu_seq_lens_q
 
 @dataclass(frozen=True)
 class ShortenedPrompt:
-    """A prompt whose visual tokens were reduced: its cache keeps this, and reports are made of it."""
+    """A prompt whose visual tokens were reduced; its cache remembers it, and reports describe it."""
 
     ids: Tensor  # (B, L) the full prompt
     columns: Columns  # those that the language model sees
-    rope_deltas: Tensor | None  # (B, 1) from the end of the short prompt to the next position; None: the model counts
-    # the images of each sample and then its videos, without those that were in the cache before
+    rope_deltas: Tensor | None  # (B, 1) from the end of the short prompt to the next position, or None
+    # the images and then the videos of each sample, without those that were already in the cache
     samples: list[list[ReducedImage]]
 
     @property
@@ -49,7 +49,7 @@ class ShortenedPrompt:
         return self.of_kind("video")
 
     def of_kind(self, kind: str) -> list[ReducedImage]:
-        """All that are of one kind."""
+        """All images or videos of one kind."""
         return [image for sample in self.samples for image in sample if image.kind == kind]
 
     def lengthen(self, ids: Tensor, samples: Sequence[int] | None = None) -> Tensor:
@@ -66,22 +66,22 @@ class ShortenedPrompt:
         return replace(self, samples=[[image.detach() for image in sample] for sample in self.samples])
 
     def without_images(self) -> ShortenedPrompt:
-        """Return what a cache needs of it: features are large, and a cache holds what was made of them."""
+        """Return it without images, for a cache: features are large, and the cache holds their keys and values."""
         return replace(self, samples=[[] for _ in self.samples])
 
     def repeat(self, times: int) -> ShortenedPrompt:
-        """Return it with each sample so many times."""
+        """Return it with each sample repeated."""
         return self if times == 1 else self.select(torch.arange(len(self.ids)).repeat_interleave(times))
 
     def select(self, samples: Tensor | Sequence[int]) -> ShortenedPrompt:
-        """Return the prompt of these samples, told by numbers or by a mask."""
+        """Return the prompt of these samples, given as numbers or as a mask."""
         chosen = samples.cpu() if isinstance(samples, Tensor) else list(samples)
         rows: list[int] = torch.arange(len(self.ids))[chosen].tolist()
         deltas = None if self.rope_deltas is None else self.rope_deltas[rows]
         return ShortenedPrompt(self.ids[rows], self.columns.select(rows), deltas, [self.samples[row] for row in rows])
 
     def crop(self, held: int) -> ShortenedPrompt:
-        """Return what a cache holds of it that was cropped to so many columns of the short prompt.
+        """Return what a cache holds of it after cropping to ``held`` columns of the short prompt.
 
         Raises:
             ValueError: if other columns than these were cropped away, as a reduced image ends among them.
@@ -100,17 +100,17 @@ class ShortenedPrompt:
 
 
 def named(arguments: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return those of the arguments that have one of the names and are given."""
+    """Return the arguments that have one of these names and are not None."""
     return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the parameters of its own signature."""
+    """Return the names of a function's own parameters."""
     return [name for name in inspect.signature(function).parameters if name not in ("self", "kwargs")]
 
 
 def takes_features(base_class: type[Any]) -> bool:
-    """Tell whether these models take images that are encoded already, as ``mm_encoder_outputs``."""
+    """Tell whether these models take encoded images, as ``mm_encoder_outputs``."""
     return "mm_encoder_outputs" in inspect.signature(base_class.forward).parameters
 
 
@@ -125,14 +125,14 @@ def shorten(
 
     Args:
         model: a model with its head.
-        reducer: of its type.
+        reducer: the reducer of its type.
         method: how visual tokens are reduced.
         arguments: those of ``forward`` or ``generate``, by name, with ``input_ids`` of the full prompt.
-        cached: what the cache among them holds, or None where it is empty.
+        cached: the prompt that the cache holds, or None if it is empty.
 
     Returns:
-        The prompt, and the arguments with which the model sees it short: without the vision inputs, and where there are
-        images with ``mm_encoder_outputs``. These are the prompt itself in a transformers that has no such argument.
+        The prompt, and the arguments for the short one: without the vision inputs, and with ``mm_encoder_outputs`` if
+        there are images. In a transformers without that argument, its value is the prompt itself.
     """
     check(arguments)
     base = model.base_model
@@ -156,7 +156,7 @@ def shorten(
                 f"{name} must have the shape of input_ids, {tuple(ids.shape)}, where visual tokens are reduced, got "
                 f"{tuple(rows.shape)}"
             )
-        # those of the first turn may be given again: what follows its images is text
+        # the ones of the first turn may be given again: only text follows its images
         rows = nn.functional.pad(rows, (0, missing), value=FILLS[name])
         short[name] = columns.take(rows, FILLS[name])
         if name == "labels" and arguments.get("num_items_in_batch") is not None:
@@ -191,12 +191,12 @@ def shorten(
 
 
 def _vision(base: Any, kind: Kind, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the encoder of a kind takes; up to transformers 5.17 some call videos pixel_values."""
+    """Return the arguments of a kind's encoder; up to transformers 5.17 some call videos pixel_values."""
     return named(arguments, [*parameters(kind.encoder(type(base))), kind.pixels])
 
 
 def asking(model: Any, arguments: Mapping[str, Any]) -> Tensor:
-    """(B, L) bool: the columns of a prompt with the text that asks about its images, see `text_columns`."""
+    """(B, L) bool: the columns of the text that asks about a prompt's images, see `text_columns`."""
     ids, mask = arguments["input_ids"], arguments.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     return text_columns(ids, mask, is_placeholder(ids, model.config), special_ids(model), arguments.get(MASK))
@@ -205,10 +205,10 @@ def asking(model: Any, arguments: Mapping[str, Any]) -> Tensor:
 def _encode_all(
     model: Any, reducer: Reducer, methods: Mapping[Kind, Method], arguments: Mapping[str, Any], start: int
 ) -> tuple[list[list[ReducedImage]], list[tuple[Tensor, list[ReducedImage]]]]:
-    """Encode the images and videos of each sample that are not among the first ``start`` columns, which are cached.
+    """Encode the images and videos of each sample behind the first ``start`` columns, which are cached.
 
     Returns:
-        Those of each sample, and those of each kind with where their placeholders are in the other columns.
+        The images and videos of each sample, and those of each kind with the places of their placeholders.
     """
     base, ids = model.base_model, arguments["input_ids"]
     samples: list[list[ReducedImage]] = [[] for _ in ids]
@@ -226,7 +226,7 @@ def _encode_all(
 
 
 def _texts(model: Any, kind: Kind, arguments: Mapping[str, Any], cached: list[int], new: list[int]) -> Texts:
-    """Make what gives the text of each image, where a method asks for it."""
+    """Make the function that returns the text of each image, for methods that read it."""
 
     def of(totals: Sequence[int]) -> Callable[[], Text]:
         def text() -> Text:
@@ -250,10 +250,10 @@ def _encode(
     cached: list[int],
     new: list[int],
 ) -> list[list[ReducedImage]]:
-    """Encode the images of each sample, given its numbers of placeholders in the cache and after that."""
+    """Encode the images of each sample, given its numbers of placeholders in the cache and after it."""
     reduce = kind.reduce(reducer)
     if reduce is None or (any(cached) and not any(new)):
-        return [[] for _ in new]  # what is in the cache is not encoded again
+        return [[] for _ in new]  # cached images are not encoded again
     if not any((*cached, *new)):
         raise ValueError(f"{kind.mismatch}: there are {kind.name}s and no placeholders")
     with at_hand(base):  # such as the newline of LLaVA-NeXT
@@ -298,7 +298,7 @@ def check(arguments: Mapping[str, Any]) -> None:
 
 
 def _padding(model: Any) -> int:
-    """Return a token id to pad with, which is never that of a placeholder."""
+    """Return a token id for padding that is not a placeholder's."""
     visual = [kind.placeholder(model.config) for kind in KINDS]
     configs = getattr(model, "generation_config", None), model.config.get_text_config()
     choices = (getattr(config, "pad_token_id", None) for config in configs)
@@ -308,10 +308,10 @@ def _padding(model: Any) -> int:
 def _positions(
     base: Any, arguments: Mapping[str, Any], full_mask: Tensor, mask: Tensor, columns: Columns, deltas: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the positions of the short prompt, or None where the model counts them itself, and its ``rope_deltas``.
+    """Return the positions of the short prompt, or None if the model counts them itself, and its ``rope_deltas``.
 
-    With M-RoPE a token stays where it was in the full prompt, and what follows the prompt goes on from there. In other
-    models the tokens that are left are numbered anew.
+    With M-RoPE tokens keep their positions in the full prompt, and what follows continues from there. In other models
+    the tokens that are left are counted again.
     """
     given = arguments.get("position_ids")
     if not hasattr(base, "get_rope_index"):
@@ -320,13 +320,13 @@ def _positions(
     if given is not None:
         rows = columns.take(given, 0)
         if given.dim() == 3 and given.shape[0] == 4:
-            # the first row numbers the text alone: transformers tells packed samples by its gaps
+            # the first row counts the text alone: gaps in it mean packed samples to transformers
             rows[0] = without_gaps(given[0], columns)
         return rows, deltas
     if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
         raise ValueError("mm_token_type_ids must be given beside images: they tell the positions")
     found, deltas = base.get_rope_index(**{**named(arguments, names), "attention_mask": full_mask})
-    # from the end of the short prompt the next position is further away
+    # the next position is further away from the end of the short prompt
     deltas = deltas + full_mask.sum(1, keepdim=True) - mask.sum(1, keepdim=True)
     text = (mask.cumsum(1) - 1).clamp(min=0)
     return torch.cat([text[None], columns.take(found, 0)]), deltas
@@ -335,7 +335,7 @@ def _positions(
 def _smaller_positions(
     base: Any, arguments: Mapping[str, Any], short: Mapping[str, Any], mask: Tensor, method: SmallerImage
 ) -> tuple[Tensor, Tensor]:
-    """Return the M-RoPE positions and ``rope_deltas`` of a prompt whose pictures are smaller, as if it came so."""
+    """Return the M-RoPE positions and ``rope_deltas`` of a prompt with smaller pictures."""
     if arguments.get("position_ids") is not None:
         raise ValueError(f"position_ids cannot be given beside {method}: they are those of the pictures as they were")
     names = parameters(type(base).get_rope_index)
@@ -348,7 +348,7 @@ def _smaller_positions(
 
 
 def positions_after(mask: Tensor, rope_deltas: Tensor) -> Tensor:
-    """(B, N) mask of a short prompt and of text after it -> (4, B, N) positions, of which those of the text are right.
+    """(B, N) mask of a short prompt and the text after it -> (4, B, N) positions, which are valid for the text only.
 
     As in transformers the first row counts the tokens, and the others are the positions of M-RoPE.
     """
@@ -357,16 +357,16 @@ def positions_after(mask: Tensor, rope_deltas: Tensor) -> Tensor:
 
 
 def image_output(base: Any, reducer: Reducer, samples: list[list[ReducedImage]], times: int = 1) -> Any:
-    """Return reduced images as ``get_image_features`` of the base model does, each sample so many times; or videos."""
+    """Return reduced images or videos in the form of ``get_image_features``, with each sample ``times`` times."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     images = [image for sample in samples for _ in range(times) for image in sample]
     rows: Any = [image.features for image in images]
     if images[0].kind == "video":
-        if reducer.videos_end_with_newline:  # they are of one size, and up to 5.17 forward itself puts it there
+        if reducer.videos_end_with_newline:  # videos have one size, and up to 5.17 forward itself appends it
             rows = torch.stack(rows if takes_features(type(base)) else [row[:-1] for row in rows])
     elif reducer.one_tensor:
-        # images of several sizes are cut into blocks of one size, none of which belongs to two images
+        # images of several sizes are split into blocks of one size, none of which spans two images
         size = max(1, math.gcd(*(row.shape[0] for row in rows)))
         rows = torch.cat(rows).view(-1, size, rows[0].shape[1])
     module = sys.modules[type(base).__module__]

@@ -17,14 +17,14 @@ class ReducedImage:
     """One image, or one video, of a prompt after its tokens were reduced.
 
     Attributes:
-        features: (n, D), what the language model gets, in the order of the prompt.
-        columns: (n,) int64, ascending: which of the image's placeholders in the prompt stay, so also whose positions.
-        total: how many placeholders the image has in the prompt that the processor made.
-        levels: the DeepStack features, each (n, D), where the model has them.
+        features: (n, D), for the language model, in the order of the prompt.
+        columns: (n,) int64, ascending: which of the image's placeholders stay, with their positions.
+        total: the number of placeholders of the image in the full prompt.
+        levels: the DeepStack features, each (n, D), if the model has them.
         grid: (height, width) of the visual tokens of each crop, for `vlmfast.reduce.overlay`.
         kept: for each crop, or frame of a video, the positions of the kept tokens in its grid, in raster order.
-        merged: for each of them the positions of the targets of the merged ones. Where LLaVA-OneVision makes an image
-            smaller, its tokens are those of no crop but the overview's: these three are about that alone.
+        merged: for each of these the positions of the targets that others were merged into. If LLaVA-OneVision makes an
+            image smaller, grid, kept and merged describe the overview alone.
         kind: "image" or "video".
     """
 
@@ -51,13 +51,13 @@ def cut(
     in_raster_order: bool = True,
     kind: str = "image",
 ) -> list[ReducedImage]:
-    """Make the images of what a selection leaves of B images of one size.
+    """Make `ReducedImage`s from the selected tokens of B images of one size.
 
     Args:
-        selection: of their tokens.
+        selection: the selection of their tokens.
         features: (B, n, D) at each level, DeepStack's after the first, in the order of `Selection.apply`. Without
             ``in_raster_order`` a CLS token may stand in front.
-        grid: of each image.
+        grid: the grid of each image.
         total: how many placeholders each image has.
         in_raster_order: whether each row takes the placeholder of its token, a merged one that of its target; otherwise
             the rows stay in their order and take the first placeholders.
@@ -91,7 +91,7 @@ def _by_frame(positions: Tensor, grid: Grid) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class ByFrame(Sequence[Tensor]):
-    """Positions in a grid, frame by frame: how many a frame has is asked of the device when it is wanted."""
+    """Positions in a grid, frame by frame; their number in a frame is read from the device when it is first needed."""
 
     positions: Tensor
     grid: Grid

@@ -13,14 +13,14 @@ from typing import Any
 
 from vlmfast.reduce.methods import CLASSES, METHODS, LayerMethod, Method, Named
 
-Reducing = Method | LayerMethod | list[Method | LayerMethod]  # what `vlmfast.patch` takes as ``reduce``
+Reducing = Method | LayerMethod | list[Method | LayerMethod]  # the argument ``reduce`` of `vlmfast.patch`
 
 NUMBER = re.compile(r"-?(\d+|\d*\.\d+|\d+\.)")
 EXAMPLE = "scope:64, visionzip:54:10, divprune:0.1:centered=True, pyramiddrop:8,16:0.5,0.25 or scope:0.3+fastv:8:0.5"
 
 
 def parse(text: str, kind: str | None = "image", trusted: bool = False) -> Reducing:
-    """Make a method, or several that are one behind the other, from text.
+    """Make a method, or several methods in sequence, from text.
 
     Args:
         text: the name of a method and, each behind a colon, its arguments, in their order or as ``name=value``: a
@@ -122,7 +122,7 @@ def _names(kind: str | None) -> list[str]:
 
 
 def written(method: type[Named]) -> str:
-    """Say how a method is typed: its name, its arguments in capitals, and in brackets those that have a default."""
+    """Return the form of a method in text: its name, arguments in capitals, and those with a default in brackets."""
     name = next(name for name, cls in METHODS.items() if cls is method)
     required = "".join(f":{argument.upper()}" for argument in method.required())
     parameters = inspect.signature(method).parameters.values()
@@ -131,7 +131,7 @@ def written(method: type[Named]) -> str:
 
 
 def usage(kind: str = "image") -> str:
-    """Say what `parse` takes."""
+    """Describe the text that `parse` takes."""
     forms = ", ".join(written(METHODS[name]) for name in _names(kind))
     return (
         f"{forms}: numbers of tokens such as 64, or shares such as 0.1; layers are numbers; several have commas "
@@ -140,7 +140,7 @@ def usage(kind: str = "image") -> str:
 
 
 def spell(methods: Method | LayerMethod | Sequence[Method | LayerMethod]) -> str:
-    """Say how a method is typed that `parse` gives, with the arguments that are not its defaults."""
+    """Return the text from which `parse` makes the method, with the arguments that are not defaults."""
     if not isinstance(methods, (Method, LayerMethod)):
         return "+".join(map(spell, methods))
     name = next((name for name, cls in METHODS.items() if cls is type(methods)), type(methods).__name__)
@@ -159,8 +159,8 @@ def spell_call(method: Method | LayerMethod) -> str:
     """Return the call that `parse` makes the method from: the same for equal methods, in every process.
 
     Raises:
-        TypeError: for a method that is no dataclass, so that its arguments are not known, or that is defined in a
-            function or in a script, which other processes do not find.
+        TypeError: for a method that is not a dataclass, so that its arguments are unknown, or that is defined in a
+            function or a script, which other processes cannot import.
     """
     cls = type(method)
     if not dataclasses.is_dataclass(method):
@@ -176,13 +176,13 @@ def spell_call(method: Method | LayerMethod) -> str:
 
 
 def at_budget(method: type[Named], keep: int | float, total: int, layer: int) -> Any:
-    """Make a method that keeps so many visual tokens, or None where its arguments are none that are known here.
+    """Make a method that keeps ``keep`` visual tokens, or return None for a class with unknown arguments.
 
     Args:
         method: a class of the register.
         keep: a number of tokens, or a share of them. VisionZip merges into a sixth of it, as published (54 + 10).
         total: the number of visual tokens.
-        layer: the layer at whose input a method cuts that does so between layers. Those before it see all tokens.
+        layer: the layer at whose input a `LayerMethod` cuts. Layers before it see all tokens.
     """
     merged = max(1, round(keep / 6.4)) if isinstance(keep, int) else keep / 6.4
     share = keep if isinstance(keep, float) else math.ceil(1e4 * keep / total) / 1e4  # of which so many are whole
@@ -200,16 +200,16 @@ def at_budget(method: type[Named], keep: int | float, total: int, layer: int) ->
 
 
 def every(kind: str, keep: int | float, total: int, layer: int, frames: int = 1) -> list[Any]:
-    """Make every registered method that reduces images, or videos, at one budget, and with each switch that it has on.
+    """Make every registered method that reduces images, or videos, at one budget, also with each of its switches on.
 
-    Those whose arguments `at_budget` does not know are left out.
+    Methods whose arguments `at_budget` does not know are left out.
 
     Args:
         kind: "image" or "video".
-        keep: a number of tokens, of videos for each frame, or a share of them.
+        keep: a number of tokens, for videos per frame, or a share of them.
         total: the number of visual tokens.
         layer: as `at_budget`.
-        frames: of a video.
+        frames: the number of frames of a video.
     """
     found = []
     for method in METHODS.values():

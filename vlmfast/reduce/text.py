@@ -1,4 +1,4 @@
-"""The text of a prompt that asks about its images: which columns it has, and what a method sees of it."""
+"""The text of a prompt that asks about its images: its columns, and its embeddings for a method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MASK = "text_mask"  # the argument of a call that says otherwise
+MASK = "text_mask"  # the argument of a call that gives the columns instead
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,19 @@ class Text:
     """The text that goes with each of B images.
 
     Attributes:
-        embeddings: (B, L, D), of the model's table, without a gradient; L is the length of the longest text.
-        mask: (B, L) bool, false behind the end of a shorter one.
+        embeddings: (B, L, D), the input embeddings, without a gradient; L is the length of the longest text.
+        mask: (B, L) bool, false at padding.
     """
 
     embeddings: Tensor
     mask: Tensor
 
     def __getitem__(self, images: Any) -> Text:
-        """Return that of some images."""
+        """Return the text of some images."""
         return Text(self.embeddings[images], self.mask[images])
 
     def repeat(self, times: int) -> Text:
-        """Return it for so many crops or frames of each image."""
+        """Return it with each text repeated, for crops or frames."""
         return Text(self.embeddings.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
 
     def mean(self) -> Tensor:
@@ -38,11 +38,13 @@ class Text:
         return self.embeddings.to(wide).masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
 
 
-Texts = Callable[[Sequence[int]], Callable[[], Text]]  # placeholders of each image -> what gives the text of each
+Texts = Callable[
+    [Sequence[int]], Callable[[], Text]
+]  # placeholders of each image -> a function that returns their text
 
 
 def unknown() -> Text:
-    """Refuse: these tokens were made without a prompt."""
+    """Raise, because these tokens were made without a prompt."""
     raise ValueError(
         "the text of the prompt is not known here: a method that chooses by it needs a model of transformers and "
         "vlmfast.patch(model, reduce=...) or vlmfast.compress_inputs"
@@ -50,22 +52,22 @@ def unknown() -> Text:
 
 
 def unknown_texts(totals: Sequence[int]) -> Callable[[], Text]:
-    """Give what refuses."""
+    """Return the function that raises."""
     return unknown
 
 
 def text_columns(ids: Tensor, mask: Tensor, visual: Tensor, special: Iterable[int], given: Tensor | None) -> Tensor:
     """(B, L) bool: the columns of the text that asks about the images of each sample.
 
-    That is what follows the last of its images and videos up to its end, without padding and without the tokens that
-    the configuration has a name for, such as those that begin and end a text; or what the caller says.
+    That is everything behind the last image or video, without padding and tokens that the configuration names, such as
+    those that begin and end a text; or what the caller gives.
 
     Args:
         ids: (B, L) of the prompt.
         mask: (B, L), false at padding.
         visual: (B, L) bool, true at the placeholders of images and videos.
-        special: ids that are no text.
-        given: (B, L), what the caller says, or None.
+        special: ids that are not text.
+        given: (B, L), the caller's mask, or None.
     """
     if given is not None:
         return given.to(ids.device, torch.bool) & ~visual
@@ -74,7 +76,7 @@ def text_columns(ids: Tensor, mask: Tensor, visual: Tensor, special: Iterable[in
 
 
 def special_ids(model: Any) -> set[int]:
-    """Return the ids that a model's configurations have a name for: each ``*_token_id`` of them."""
+    """Return the ids that a model's configurations name: every ``*_token_id``."""
     configs = model.config, model.config.get_text_config(), getattr(model, "generation_config", None)
     found: set[int] = set()
     for config in configs:

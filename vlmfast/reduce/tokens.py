@@ -1,4 +1,4 @@
-"""What a method may ask about visual tokens, and what it answers."""
+"""The input and the result of a method: visual tokens, and a selection of them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class VisualTokens:
     then kept.
 
     Attributes:
-        hidden: (B, N, C), the rows that are kept and merged: before the projector, but after the merger of Qwen-VL.
+        hidden: (B, N, C), the rows to keep and merge: before the projector, in Qwen-VL after the merger.
         grid: (frames, rows, columns) of the N tokens, in raster order; None for the crops of an image together.
         scores: gives (B, N) float32, of a float64 model float64, the attention that each token gets: from the CLS
             token, or from all of its image.
         metric: gives (B, N, M), the keys, averaged over the heads: they tell how alike two tokens are.
-        features: gives (B, N, D), the tokens as the language model would see them, without a gradient.
-        pixels: gives (B, ...), what the tower was given of each image: the same alone and in any batch.
+        features: gives (B, N, D), the tokens as the language model gets them, without a gradient.
+        pixels: gives (B, ...), the tower's input for each image: the same alone and in any batch.
         text: gives the `Text` that asks about each, in the embeddings of the language model: what follows the last
             image of its sample, or what ``text_mask`` of the call says. Raises ValueError where there is none.
         has_cls: whether the tower has a CLS token, which then stands in front of those that are kept.
@@ -62,7 +62,7 @@ class VisualTokens:
             object.__setattr__(self, "total", self.count)
 
     def take(self, images: list[int], total: int) -> VisualTokens:
-        """Return those of these images, given by ascending numbers, of each of which the model makes ``total``."""
+        """Return the tokens of these images, given as ascending numbers; the model makes ``total`` of each."""
         if len(images) == self.batch:
             return replace(self, total=total)
         rows: dict[str, Any] = {name: functools.partial(_taken, getattr(self, name), images) for name in LAZY}
@@ -112,11 +112,11 @@ def _framed(rows: Callable[[], Tensor], frames: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a method has decided for B images of N tokens; it applies to any tensor with a row for each token.
+    """The choice of a method for B images of N tokens, which applies to any tensor with a row for each token.
 
     Attributes:
         kept: (B, k) int64, the positions of the tokens that are kept, ascending.
-        slots: (B, N) int32, where each token goes, as `vlmfast.ops.token_merge.merge_slots` says it.
+        slots: (B, N) int32, where each token goes, see `vlmfast.ops.token_merge.merge_slots`.
         contextual: C, the number of tokens that the others are merged into.
         merge: "reference" or "mean", see `vlmfast.merge_tokens`.
         keep_cls: whether the CLS token is kept as well, in front.
@@ -138,16 +138,16 @@ class Selection:
         return accepting(merge_rows, hidden)(hidden, self.kept, self.slots, self.contextual, self.merge)
 
     def positions(self) -> Tensor:
-        """(B, k + C) int64: where the rows that `apply` gives stood, the merged ones at their targets."""
+        """(B, k + C) int64: the positions of the rows of `apply`; a merged row has that of its target."""
         is_target = (self.slots >= 0) & (self.slots < self.contextual)
         targets = top_tokens(is_target.float(), self.contextual)
         return torch.cat([self.kept, targets], 1)
 
     def of_videos(self, frames: int) -> Selection:
-        """Return what this, decided for B * T frames of n tokens, leaves of B videos of T * n tokens."""
+        """Return this selection of B * T frames of n tokens as one of B videos of T * n tokens."""
         tokens, contextual = self.slots.shape[1], self.contextual
         frame = torch.arange(len(self.kept), device=self.kept.device)[:, None] % frames
-        # the targets of all frames come first, and then what is assigned to them
+        # the slots of all targets come first, then those of the tokens assigned to them
         moved = self.slots + (frame + (self.slots >= contextual) * (frames - 1)) * contextual
         return replace(
             self,

@@ -1,8 +1,8 @@
-"""A vision tower, run once, and what a method needs to know of its attention: queries and keys of one layer, by hooks.
+"""Runs a vision tower once, and records by hooks what a method needs: the queries and keys of one layer.
 
-Every layer keeps the attention that it is configured with. This is for towers whose attention has a projection for the
-queries and one for the keys: CLIP, SigLIP, InternVL. With a CLS token, the first one, its attention gives the scores,
-otherwise the attention that a token gets from all tokens of its image.
+Layers run with their configured attention. Towers must have separate projections for queries and keys: CLIP, SigLIP,
+InternVL. The scores are the attention of the CLS token, the first one; without it, the attention that a token gets from
+all tokens of its image.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from vlmfast.reduce.tokens import Selection, VisualTokens
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """What a tower made of B images, or crops of images, of T tokens each, a CLS token included."""
+    """The output of a tower for B images, or crops of images, of T tokens each, including a CLS token."""
 
-    pixels: Tensor  # (B, ...), what the tower was given
-    output: Any  # of the tower
-    hidden: Tensor  # (B, T, C), the hidden states that were asked for; those of several layers side by side
+    pixels: Tensor  # (B, ...), the input of the tower
+    output: Any  # the output of the tower
+    hidden: Tensor  # (B, T, C), the wanted hidden states; those of several layers side by side
     query: Tensor  # (B, T, H, head_dim), the queries of the scored layer, without a gradient
     key: Tensor  # (B, T, H, head_dim), its keys, without a gradient
     scale: float  # of its logits
@@ -58,19 +58,19 @@ class EncodedImages:
 
     @property
     def side(self) -> int:
-        """The patches along a side of an image, which is square."""
+        """The number of patches along a side of an image, which is square."""
         return math.isqrt(self.patches.shape[1])
 
     def visual_tokens(
         self, features: Callable[[], Tensor], has_cls: bool, total: int, text: Callable[[], Text] = unknown
     ) -> VisualTokens:
-        """Describe the patches for a method, where each is a visual token.
+        """Make the `VisualTokens` of towers whose patches are the visual tokens.
 
         Args:
-            features: gives them projected.
+            features: gives the projected patches.
             has_cls: whether the method may keep the CLS token.
-            total: how many tokens the model makes of each image.
-            text: gives the text of each.
+            total: the number of tokens that the model makes of each image.
+            text: gives the text about each.
         """
         return VisualTokens(
             hidden=self.patches,
@@ -85,15 +85,15 @@ class EncodedImages:
         )
 
     def reduce(self, selection: Selection, images: list[int] | None = None) -> Tensor:
-        """(B, n, C): the rows of a selection over the patches, with the CLS token in front where it is kept.
+        """(B, n, C): the rows of a selection, with the CLS token in front if it is kept.
 
         Args:
             selection: for all images, or for some of them.
-            images: their numbers, ascending.
+            images: the numbers of these images, ascending.
         """
         hidden = self.hidden if images is None or len(images) == len(self.hidden) else self.hidden[images]
         rows = selection.apply(hidden[:, int(self.has_cls) :])
-        # a linear layer rounds once more where its input is not contiguous: rows are laid out as upstream's would be
+        # a linear layer rounds differently if its input is not contiguous, so rows are laid out as upstream's
         if not self.has_cls:
             return rows if self.hidden.is_contiguous() else rows.mT.contiguous().mT
         rows = torch.cat([hidden[:, :1], rows], 1)
@@ -105,28 +105,28 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
 
     Args:
         tower: the vision tower.
-        pixel_values: its images, or crops of images.
+        pixel_values: the images, or crops of images.
         feature_layer: which of ``hidden_states`` the model takes its features from, one or several, as in its
             ``config.vision_feature_layer``. The scored layer is the one that they come out of; of several the last one.
         inputs: the tower's other arguments.
 
     Raises:
-        ValueError: for a layer that the tower has not, the input of the first one, or a tower whose attention is not
-            known here. RuntimeError: as `recorded`.
+        ValueError: for a layer that the tower does not have, the input of the first one, or a tower with another kind
+            of attention. RuntimeError: as `recorded`.
     """
     wanted = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     attention: Any = _attention(tower, wanted)
 
     def projection(letter: str) -> Any:
-        # InternVL normalises what it projects; without that its modules are identities
+        # InternVL can normalise queries and keys; otherwise these modules are identities
         return getattr(attention, f"{letter}_norm", None) or getattr(attention, f"{letter}_proj")
 
-    # an older transformers takes a list for something else
+    # older releases of transformers do not take a list
     capturing = sys.modules.get("transformers.utils.output_capturing")
     states = wanted if hasattr(capturing, "select_hidden_states") else True
     takes = inspect.signature(type(tower).forward).parameters.values()
     if any(parameter.name == "return_dict" or parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
-        inputs["return_dict"] = True  # others return nothing else
+        inputs["return_dict"] = True  # some towers return nothing else
     with recorded(query=projection("q"), key=projection("k")) as calls:
         output = tower(pixel_values, output_hidden_states=states, **inputs)
     query, key = (calls[name].output.detach().unflatten(-1, (attention.num_heads, -1)) for name in ("query", "key"))
@@ -136,7 +136,7 @@ def encode(tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence
 
 
 class Call(NamedTuple):
-    """What a module was called with, and what it gave."""
+    """The arguments and the output of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -145,11 +145,11 @@ class Call(NamedTuple):
 
 @contextmanager
 def recorded(**modules: nn.Module) -> Iterator[dict[str, Call]]:
-    """Record the call of each module, which this thread calls once in the block.
+    """Record the call of each module, which this thread must call once within the block.
 
     Raises:
         RuntimeError: if the hooks did not run once each. Layers that are compiled by themselves or with their encoder
-            share what one of them was traced with, its hooks or their absence.
+            share one trace, with or without hooks.
     """
     thread = threading.get_ident()
     calls: dict[str, Call] = {}
@@ -179,7 +179,7 @@ def recorded(**modules: nn.Module) -> Iterator[dict[str, Call]]:
 
 
 def vision_setting(model: nn.Module, inputs: Mapping[str, Any], name: str) -> Any:
-    """Return an argument of the model's ``get_image_features`` if it is given, else the configuration's value."""
+    """Return an argument of the model's ``get_image_features`` if it is given, or else the configuration's value."""
     value = inputs.get(name)
     return getattr(model.config, name) if value is None else value
 

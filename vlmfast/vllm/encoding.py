@@ -1,4 +1,4 @@
-"""What the reduced models have in common: methods of images, calls of the tower that fit its memory, its attention."""
+"""Shared by the reduced models: the methods of images, calls of the tower that fit its memory, and its attention."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vlmfast.vllm.registration import replaces
 
 
 class ReducedEncoder:
-    """Mixin of vLLM's models. A family gives `reduce_images`, and the sizes of images to `in_pieces`."""
+    """Mixin for vLLM's models. A family defines `reduce_images`, and passes the sizes of images to `pieces`."""
 
     config: Any
-    _methods: Sequence[Method] = ()  # of the images of the call in hand
+    _methods: Sequence[Method] = ()  # of the images of the current call
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -34,7 +34,7 @@ class ReducedEncoder:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        # vLLM counts what an encoder puts out, and there is less: without a limit a call gets many times the images
+        # vLLM counts the encoder's output, which is shorter here: without a limit a call gets many times the images
         self._most_tokens: int = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -47,11 +47,11 @@ class ReducedEncoder:
             self._methods = ()
 
     def methods_of(self, images: int) -> Sequence[Method]:
-        """Return the methods of so many images, which `embed_multimodal` was given."""
+        """Return the methods of ``images`` images, those that `embed_multimodal` was given."""
         return self._methods or [method_of(self.config, getattr(self.config, KEY))] * images
 
     def pieces(self, tokens: Sequence[int]) -> Iterator[slice]:
-        """Cut images of so many tokens each into calls that are as large as those of the model without reduction."""
+        """Split images, given their numbers of tokens, into calls as large as those of the model without reduction."""
         start = held = 0
         for number, count in enumerate(tokens):
             if number > start and held + count > self._most_tokens:
@@ -62,7 +62,7 @@ class ReducedEncoder:
 
 
 def by_method(methods: Sequence[Method], reduce: Callable[[Method, list[int]], Iterable[Tensor]]) -> list[Tensor]:
-    """Reduce the images of each method together, given by ascending numbers, and return them in their order."""
+    """Reduce the images of each method together, given as ascending numbers, and return all in their order."""
     found: dict[int, Tensor] = {}
     for method, members in groups(methods):
         found |= zip(members, reduce(method, members), strict=True)
@@ -70,14 +70,14 @@ def by_method(methods: Sequence[Method], reduce: Callable[[Method, list[int]], I
 
 
 def mean_over_ranks(part: Tensor) -> Tensor:
-    """Return the mean over the ranks of tensor parallelism, of which each has as many heads: all choose alike."""
+    """Return the mean over the ranks of tensor parallelism, which have equally many heads, so that all choose alike."""
     size = get_tensor_model_parallel_world_size()
     return part if size == 1 else tensor_model_parallel_all_reduce(part.contiguous()) / size
 
 
 @contextmanager
 def attention_inputs(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Give, after the block, the queries and keys of vLLM's encoder attention, rotated, whatever its backend.
+    """Record the rotated queries and keys of vLLM's encoder attention within a block, for any backend.
 
     Raises:
         RuntimeError: as `recorded`.
@@ -92,7 +92,7 @@ def attention_inputs(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class EncodedByRank(EncodedImages):
-    """Encoded images of which a rank has some of the heads."""
+    """Encoded images whose heads are divided over the ranks."""
 
     def scores(self) -> Tensor:
         """(B, N): the mean over all heads of the attention that each patch gets."""
@@ -116,7 +116,7 @@ def check_tower(config: Any) -> None:
 
 
 def encode_crops(tower: Any, pixels: Tensor) -> EncodedImages:
-    """Run CLIP or SigLIP once, of which vLLM has built the layers up to the one that the features come from."""
+    """Run CLIP or SigLIP once; vLLM has built their layers up to the one that gives the features."""
     inner = tower.vision_model
     attention = inner.encoder.layers[-1].self_attn
     with attention_inputs(attention.attn) as seen:

@@ -21,14 +21,14 @@ from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
 
 class Info(FullBudget, LlavaProcessingInfo):
-    """What vLLM asks about images."""
+    """The processing info of images."""
 
 
 class Processor(ReducedProcessor, LlavaMultiModalProcessor):
-    """Fewer placeholders."""
+    """A processor that makes fewer placeholders."""
 
     def rows(self, method: Method, count: int, size: Any) -> int:
-        """Count a CLS token where the method keeps it, or where the model uses it."""
+        """Count a CLS token if the method keeps it or the model uses it."""
         config = self.info.get_hf_config()
         has_cls = config.vision_config.model_type == "clip_vision_model"
         uses_cls = has_cls and config.vision_feature_select_strategy == "full"
@@ -52,7 +52,7 @@ class VlmfastLlavaForConditionalGeneration(ReducedEncoder, LlavaForConditionalGe
         return [rows for piece in pieces for rows in self.reduce_images(pixels[piece], methods[piece])]
 
     def reduce_images(self, pixels: Tensor, methods: Sequence[Method]) -> list[Tensor]:
-        """Encode images at once, reduce what the projector gets, and project what is left."""
+        """Encode images at once, reduce the input of the projector, and project what is left."""
         encoded = encode_crops(self.vision_tower, pixels)
         uses_cls = encoded.has_cls and self.config.vision_feature_select_strategy == "full"
         total = encoded.hidden.shape[1] - (encoded.has_cls and not uses_cls)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT inside vLLM, in VisionZip's published packing: that leaves a number of tokens which the size tells."""
+"""LLaVA-NeXT inside vLLM, in VisionZip's published packing, whose number of tokens depends on the size alone."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def packing_of(config: Any, height: int, width: int) -> Packing:
 
 
 class Info(FullBudget, LlavaNextProcessingInfo):
-    """What vLLM asks about images."""
+    """The processing info of images."""
 
 
 class Processor(ReducedProcessor, LlavaNextMultiModalProcessor):
-    """Fewer placeholders."""
+    """A processor that makes fewer placeholders."""
 
     def rows(self, method: Method, count: int, size: Any) -> int:
-        """Count what is left of each crop, of what the model shows of it."""
+        """Count the tokens that are left of what the model shows of each crop."""
         config = self.info.get_hf_config()
         packing = packing_of(config, size.height, size.width)
         has_cls = config.vision_feature_select_strategy == "default"

@@ -1,6 +1,6 @@
-"""How a reduced model is named: by an architecture of its own, and by the method in its configuration.
+"""The name of a reduced model: its own architecture, and the method in its configuration.
 
-Both are overrides of the Hugging Face configuration, which vLLM takes to every process and machine.
+Both override the Hugging Face configuration, which vLLM sends to every process and machine.
 """
 
 from __future__ import annotations

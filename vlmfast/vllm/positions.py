@@ -1,10 +1,10 @@
 """M-RoPE positions of kept tokens: those that they have in the full prompt, which depend on the picture.
 
 Which tokens are kept is known only once the image is encoded, so their rows and columns travel with the embeddings, as
-more channels. All else about positions depends on the image's size alone: `get_mrope_input_positions` gives text its
-final positions, and each token of an image the position of the image's first one. `embed_input_ids` cuts the channels
-off, and `forward` adds them. So prefixes that are cached, chunks that end within images, preempted requests and either
-of vLLM's runners need nothing special.
+additional channels. All else about positions depends on the image's size alone: `get_mrope_input_positions` gives text
+its final positions, and each token of an image the position of the image's first token. `embed_input_ids` removes the
+channels, and `forward` adds them to the positions. So cached prefixes, chunks that end within images, preempted
+requests and both of vLLM's runners work without special code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
-BASE = 256  # bfloat16 holds integers up to this one: a number is two digits, each a channel
+BASE = 256  # bfloat16 is exact for integers up to this one: a number is two digits, a channel each
 CHANNELS = 4
 
 
@@ -28,20 +28,20 @@ def with_places(rows: Tensor, places: Tensor) -> Tensor:
 
 
 def places_of(rows: Tensor) -> Tensor:
-    """(n, D + CHANNELS) -> (n, 2) int64, what `with_places` was given."""
+    """(n, D + CHANNELS) -> (n, 2) int64, the places given to `with_places`."""
     digits = rows[:, -CHANNELS:].round().long().view(len(rows), 2, 2)
     return digits[..., 0] * BASE + digits[..., 1]
 
 
 def full_tokens(feature: Any, side: int) -> int:
-    """Return how many tokens an item has in the full prompt: an image those of its grid, a video those it has here."""
+    """Return the number of tokens of an item in the full prompt: all of an image's grid, or those of a video here."""
     if feature.modality != "image":
         return int(feature.mm_position.length)
     return int(feature.data["image_grid_thw"].data.prod()) // side**2
 
 
 class PlacedTokens:
-    """Mixin of vLLM's models with M-RoPE."""
+    """Mixin for vLLM's models with M-RoPE."""
 
     config: Any
     language_model: Any
@@ -49,18 +49,18 @@ class PlacedTokens:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._make_buffers(vllm_config.scheduler_config.max_num_batched_tokens, None)
-        # at the end of the longest prompts, images of fewer tokens than rows could leave the table of the rotation
+        # in the longest prompts, an image with fewer tokens than rows could exceed the table of angles
         modules = self.language_model.modules()
         tables = [module.cos_sin_cache for module in modules if hasattr(module, "cos_sin_cache")]
         self._last_position: int = min(len(table) for table in tables) - 1
 
     def _make_buffers(self, tokens: int, device: torch.device | None) -> None:
-        """Make what is added to positions, and their sum: of one address for all steps, as CUDA graphs want it."""
+        """Make the buffers of the added places and of the sums, at addresses that stay, as CUDA graphs need."""
         self._offsets = torch.zeros(3, tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros(3, tokens, dtype=torch.int64, device=device)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Take what is left of the positions of the full prompt, of an image those of its first token."""
+        """Return the positions of the full prompt for the tokens that are left; in images, that of the first."""
         side = self.config.vision_config.spatial_merge_size
         tokens: list[int] = []
         columns: list[int] = []
@@ -87,7 +87,7 @@ class PlacedTokens:
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """Keep the places of the tokens for `forward`, and embed them without."""
+        """Store the places of the tokens for `forward`, and embed the tokens without them."""
         if multimodal_embeddings is not None and len(multimodal_embeddings) and is_multimodal is not None:
             multimodal_embeddings = self._take_places(input_ids, multimodal_embeddings, is_multimodal)
         embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
@@ -108,7 +108,7 @@ class PlacedTokens:
             self._make_buffers(max(tokens, self._offsets.shape[1]), device)
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the language model at the final positions. What was added is cleared, also where a graph runs this."""
+        """Run the language model at the final positions, and clear the places, also when a CUDA graph runs this."""
         count = positions.shape[-1]
         self._reserve(count, positions.device)
         offsets, final = self._offsets[:, :count], self._positions[:, :count]

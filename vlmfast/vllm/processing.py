@@ -1,4 +1,4 @@
-"""What happens to a request before it reaches the engine: which method, how many placeholders, what caches go by."""
+"""The processing of a request before the engine: its method, its placeholders, and its keys in caches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _asked: ContextVar[str] = ContextVar("method of the request in hand")
 
 
 class ReducedProcessor:
-    """Mixin of vLLM's multimodal processors. A family says in `rows` how many tokens are left."""
+    """Mixin for vLLM's multimodal processors. A family computes in `rows` how many tokens are left."""
 
     info: Any
 
@@ -46,20 +46,20 @@ class ReducedProcessor:
         """Return how many tokens a method leaves of an image of ``count`` tokens.
 
         Args:
-            method: of the request.
-            count: what the model itself makes of it.
-            size: width and height of the image, where the processor was given it.
+            method: the method of the request.
+            count: the number of tokens that the model itself makes of it.
+            size: width and height of the image, if the processor was given the image.
         """
         return sum(method.counts(count, False, count))
 
     @property
     def method(self) -> Method:
-        """The method of the request in hand."""
+        """The method of the current request."""
         config = self.info.get_hf_config()
         return method_of(config, _asked.get(getattr(config, KEY)))
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """Process a request with its method, which is none of the arguments of transformers' processors.
+        """Process a request with its method, which transformers' processors do not take.
 
         Raises:
             ValueError: for a method that cannot be served, or an image that is encoded already.
@@ -75,7 +75,7 @@ class ReducedProcessor:
             return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Have the identity of an image say how it was reduced.
+        """Add the method to the identity of an image.
 
         Identities are keys of the processor cache, the encoder cache, prefix-cache blocks, and of whatever engines
         share (KV connectors, disaggregated encoders).
@@ -116,7 +116,7 @@ class ReducedProcessor:
 
 
 class FullBudget:
-    """Mixin of vLLM's processing info: a request may ask for all tokens, so that memory is planned for full images."""
+    """Mixin for vLLM's processing info, which plans memory for full images: a request may ask for all tokens."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Return the tokens of the largest image."""
@@ -124,7 +124,7 @@ class FullBudget:
 
 
 def method_of(config: Any, text: str) -> Method:
-    """Return the method of that text: that of the configuration, which may be a user's own, or a request's."""
+    """Return the method of a text, which is that of the configuration, perhaps a user's own, or of a request."""
     (architecture,) = config.architectures
     own = text == getattr(config, KEY)
     return configured_method(architecture, text) if own else requested_method(architecture, text)

@@ -33,7 +33,7 @@ from vlmfast.vllm.processing import ReducedProcessor
 
 @dataclass(frozen=True)
 class AttentionByRank(BlockAttention):
-    """The attention of a block of which a rank has some of the heads."""
+    """The attention of a block whose heads are divided over the ranks."""
 
     def scores(self) -> Tensor:
         """(N,): the mean over all heads."""
@@ -45,7 +45,7 @@ class AttentionByRank(BlockAttention):
 
 
 class ReducedQwen(ReducedEncoder, PlacedTokens):
-    """Mixin of the models."""
+    """Mixin for both models."""
 
     visual: Any
 
@@ -69,7 +69,7 @@ class ReducedQwen(ReducedEncoder, PlacedTokens):
     def _reduce_images(
         self, image_input: Mapping[str, Any], grids: Sequence[Grid], methods: Sequence[Method]
     ) -> list[Tensor]:
-        """Encode images at once. DeepStack's levels are more channels of vLLM's rows."""
+        """Encode images at once; vLLM keeps DeepStack's levels as additional channels."""
         tower = self.visual
         attention = tower.blocks[-1].attn
         with attention_inputs(attention.attn) as seen:
@@ -95,11 +95,11 @@ class ReducedQwen(ReducedEncoder, PlacedTokens):
 
 
 class Processor2(ReducedProcessor, Qwen2_5_VLMultiModalProcessor):
-    """Fewer placeholders in Qwen2.5-VL."""
+    """A processor of Qwen2.5-VL that makes fewer placeholders."""
 
 
 class Processor3(ReducedProcessor, Qwen3VLMultiModalProcessor):
-    """Fewer placeholders in Qwen3-VL."""
+    """A processor of Qwen3-VL that makes fewer placeholders."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

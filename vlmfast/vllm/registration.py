@@ -1,4 +1,4 @@
-"""What vLLM calls in every process: names of reduced models, and whether this vLLM is one they were written for."""
+"""Registers the reduced models in every process of vLLM, and checks that they were written for this vLLM."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class UnsupportedVllmError(RuntimeError):
 
 
 def register() -> None:
-    """Register the reduced models, lazily, and vlmfast's RMSNorm; perhaps more than once.
+    """Register the reduced models, lazily, and vlmfast's RMSNorm; calling it again does no harm.
 
-    It does not raise, so that other models are served as before: what is missing in another vLLM is a warning here,
-    and an error when a reduced model is asked for.
+    It does not raise, so that other models are served as before. If something is missing in another vLLM, that is a
+    warning here, and an error when a reduced model is loaded.
     """
     from vllm import __version__
 
@@ -57,7 +57,7 @@ def _register_models() -> None:
 
 
 def _verify(architecture: str, upstream: Any, vllm_config: Any) -> None:
-    """Refuse a configuration that a reduced model cannot be served with, and then do what vLLM does with its own.
+    """Refuse a configuration that a reduced model does not work with, and then check it as vLLM does its own model's.
 
     Raises:
         ValueError: with the setting that is wrong. UnsupportedVllmError: as `missing`.
@@ -73,7 +73,7 @@ def _verify(architecture: str, upstream: Any, vllm_config: Any) -> None:
 
 
 def _refused(architecture: str, config: Any) -> list[tuple[str, bool, str]]:
-    """Return settings, whether this configuration has them, and why not."""
+    """Return the settings that do not work, whether this configuration has them, and why."""
     multimodal, compilation, parallel = (
         config.model_config.multimodal_config,
         config.compilation_config,
@@ -115,7 +115,7 @@ def _refused(architecture: str, config: Any) -> list[tuple[str, bool, str]]:
 
 @functools.cache
 def missing(module: str) -> str:
-    """Say what the installed vLLM lacks for a module of reduced models, or nothing."""
+    """Say what the installed vLLM lacks for a module of reduced models; an empty text if nothing."""
     try:
         importlib.import_module(f"vlmfast.vllm.{module}")
     except (ImportError, AttributeError, UnsupportedVllmError) as error:
@@ -126,7 +126,7 @@ def missing(module: str) -> str:
 
 
 def replaces(name: str, base: type) -> None:
-    """Raise unless the class of vLLM has what is overridden here.
+    """Raise unless vLLM's class has the method that is overridden here.
 
     Raises:
         UnsupportedVllmError: if it has not.

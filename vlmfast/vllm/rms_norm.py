@@ -25,7 +25,7 @@ def supported(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: i
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-    """(..., D) -> (..., D), as vLLM defines it, of a call that is `supported`."""
+    """(..., D) -> (..., D), as vLLM defines it, for a call that is `supported`."""
     if weight is None:
         raise TypeError("weight must be a tensor, got None")
     return vlmfast.rms_norm(x, weight, eps=epsilon)

@@ -1,4 +1,4 @@
-"""What a layer is given beside hidden states, made to fit the columns that are left."""
+"""The other arguments of a layer, beside hidden states, for the columns that are left."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from vlmfast.reduce.columns import Columns, without_gaps
 
 @dataclass(frozen=True)
 class At:
-    """Where a call of the model stands.
+    """The position and the setting of a call of the model.
 
     Attributes:
-        past: the columns that the cache held before, as layers below the first cut count them.
-        tokens: those of the call.
-        width: the columns of a cache of a fixed size, or None.
-        implementation: the model's attention.
+        past: the number of columns in the cache before the call, in layers before the first cut.
+        tokens: the number of tokens of the call.
+        width: the number of columns of a cache of fixed size, or None.
+        implementation: the model's ``attn_implementation``.
     """
 
     past: int
@@ -34,9 +34,9 @@ def rewritten(given: Mapping[str, Any], now: Columns | None, keys: Columns, at: 
 
     Args:
         given: its arguments by name, for all columns.
-        now: the columns of this call that are left, None for all of them.
+        now: the columns of this call that are left, or None for all.
         keys: those of the cache and of this call that are left; where text follows a prompt, those of the prompt.
-        at: where the call stands.
+        at: the call.
     """
     changed: dict[str, Any] = {}
     if now is not None:
@@ -44,7 +44,7 @@ def rewritten(given: Mapping[str, Any], now: Columns | None, keys: Columns, at: 
         changed["position_embeddings"] = tuple(take_rows(part, now.index) for part in angles)
         positions = given.get("position_ids")
         if isinstance(positions, Tensor):
-            # angles are made already: this tells flash attention, by its gaps, where packed samples begin
+            # the angles are computed already; flash attention finds the beginnings of packed samples by gaps in these
             rows = positions.expand(*positions.shape[:-2], len(now.index), -1)
             own = now.to(rows.device)
             changed["position_ids"] = without_gaps(rows, own) if rows.dim() == 2 else own.take(rows, 0)
@@ -57,14 +57,14 @@ def rewritten(given: Mapping[str, Any], now: Columns | None, keys: Columns, at: 
 
 
 def valid_columns(mask: object) -> Tensor | None:
-    """(B, N) bool: the columns that the last token may see, told by a mask of any kind; None for all of them.
+    """(B, N) bool: the columns that the last token may see, from a mask of any kind; None for all.
 
     Raises:
-        ValueError: for a mask that does not tell.
+        ValueError: for a mask of another shape.
     """
     if mask is None:
         return None
-    if isinstance(mask, dict):  # one for each kind of layers, as `generate` makes them for a static cache
+    if isinstance(mask, dict):  # one mask per kind of layer, as `generate` makes them for a static cache
         return valid_columns(mask.get("full_attention"))
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         got = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
@@ -79,12 +79,12 @@ def valid_columns(mask: object) -> Tensor | None:
 
 def take_rows(hidden: Tensor, index: Tensor) -> Tensor:
     """(B, T, D) -> (B, n, D): the rows of these columns."""
-    index = index.to(hidden.device)  # layers may be on several
+    index = index.to(hidden.device)  # layers may be on several devices
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def _mask(mask: Tensor, now: Columns | None, keys: Columns, width: int | None) -> Tensor:
-    """Take the rows of queries and the columns of keys that are left; what follows the prompt follows them."""
+    """Select the rows of queries and the columns of keys that are left, and those that follow the prompt."""
     batch, keys = len(keys.index), keys.to(mask.device)
     now = None if now is None else now.to(mask.device)
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
@@ -102,7 +102,7 @@ def _mask(mask: Tensor, now: Columns | None, keys: Columns, width: int | None) -
 
 
 def _made(now: Columns | None, keys: Columns, at: At) -> Tensor:
-    """Make the mask that the model did without, as no sample has padding: samples that were cut may have some.
+    """Make a mask where the model needs none, because no sample has padding: samples that were cut may have some.
 
     Eager attention always has one.
     """
@@ -114,5 +114,7 @@ def _made(now: Columns | None, keys: Columns, at: At) -> Tensor:
         return valid.long()
     rows = torch.arange(at.past, total, device=device).expand(batch, -1)
     if now is not None:
-        rows = torch.where(now.valid, at.past + now.index, total)  # padding sees all, as a row must see something
+        rows = torch.where(
+            now.valid, at.past + now.index, total
+        )  # padding sees all columns, because a row must see at least one
     return (index[:, None, None] <= rows[:, None, :, None]) & valid[:, None, None]

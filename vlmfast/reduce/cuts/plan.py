@@ -1,4 +1,4 @@
-"""Where a model's visual tokens are cut, what of it cannot be, and the methods of its classes that do it."""
+"""Where visual tokens are cut between layers, which cuts are impossible, and the replaced methods that make them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Plan:
     """Where visual tokens are cut in the language model of one type of model.
 
     Attributes:
-        methods: in the order of their layers.
+        methods: the methods, in the order of their layers.
         layers: the classes of its layers.
         attentions: the classes of their attention.
     """
@@ -45,30 +45,30 @@ class Plan:
 
     @property
     def cuts(self) -> list[tuple[int, LayerMethod, int]]:
-        """Each cut: its layer, its method, and which cut of the method it is."""
+        """All cuts: the layer, the method, and the number of the cut within the method."""
         return [(layer, method, cut) for method in self.methods for cut, layer in enumerate(method.cut_before)]
 
     @property
     def reads_text(self) -> bool:
-        """Whether one of them chooses by the text."""
+        """Whether one of the methods chooses by the text."""
         return any(method.reads_text for method in self.methods)
 
     def replacements(self) -> dict[type, dict[str, Any]]:
-        """Return what the classes of layers and of their attention get: class -> name -> method or property."""
+        """Return the replacements in the classes of layers and attention: class -> name -> method or property."""
         register()
         found: dict[type, dict[str, Any]] = {cls: {"__call__": _calling(cls.__call__)} for cls in self.layers}
         return found | {cls: {"config": CONFIG} for cls in self.attentions}
 
     def forward(self, original: Callable[..., Any], note: Callable[[Any, Cuts], None]) -> Callable[..., Any]:
-        """Make the ``forward`` of the model with its head, which tells what it does to each prompt with images."""
+        """Make the ``forward`` of the model with its head, which gives ``note`` the cuts of prompts with images."""
         names = parameters(original)
-        # Layers are compiled without a run, which would not be told of: what is cut is run as it is written.
+        # Compiled layers would be traced without a run, so a call that cuts runs uncompiled.
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
             if arguments.get(MASK) is None and (text := TEXT.get()) is not None:
                 ids = arguments.get("input_ids")
-                # without a cache words that were generated come with each step
+                # without a cache, each step has the generated words too
                 more = 0 if ids is None else max(ids.shape[1] - text.shape[1], 0)
                 arguments[MASK] = nn.functional.pad(text, (0, more))
             started = self._start(model, arguments, note)
@@ -99,7 +99,7 @@ class Plan:
         return forward
 
     def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a ``generate`` that refuses what it cannot do."""
+        """Make a ``generate`` that refuses arguments which do not work with cuts."""
         names = parameters(original)
 
         @functools.wraps(original)
@@ -120,7 +120,7 @@ class Plan:
         return generate
 
     def _start(self, model: Any, arguments: Mapping[str, Any], note: Callable[[Any, Cuts], None]) -> Run | None:
-        """Look at a call; None where it neither cuts nor goes on from what was cut."""
+        """Return the run of a call, or None if it neither cuts nor continues from a prompt that was cut."""
         cache = arguments.get("past_key_values")
         held: Held = held_by(cache) or {}
         prompt, cuts = self._prompt(model, arguments)
@@ -137,7 +137,7 @@ class Plan:
                 f"layers, got {implementation}"
             )
         width = getattr(cache.layers[-1], "max_cache_len", None) if cache is not None and cache.layers else None
-        # a step with a static cache does not ask the device how much that holds
+        # a step with a static cache must not wait for the device to learn how much it holds
         past = 0 if cache is None or (width is not None and not cuts) else int(cache.get_seq_length())
         if held and width is None:
             _check_held(cache, held, past)
@@ -146,7 +146,7 @@ class Plan:
         return Run(layers_of(model), held, at, cuts, prompt if cuts else None)
 
     def _prompt(self, model: Any, arguments: Mapping[str, Any]) -> tuple[Prompt | None, dict[int, Cut]]:
-        """Find the visual tokens of a call, and what is left of them after each cut that leaves any out."""
+        """Find the visual tokens of a call, and how many are left after each cut that leaves any out."""
         ids = arguments.get("input_ids")
         if not _images(arguments) or (ids is not None and ids.shape[1] == 1):
             return None, {}
@@ -184,7 +184,7 @@ class Plan:
         return Prompt(visual, inside, valid, last, text, lengths, counts, words, bool(asked[-1])), cuts
 
     def _text(self, model: Any, arguments: Mapping[str, Any], ids: Tensor, own: Tensor, visual: Tensor) -> Tensor:
-        """(B, T) bool: the text that the visual tokens are chosen by; none where it is not asked for."""
+        """(B, T) bool: the text that the visual tokens are chosen by; all false if no method reads it."""
         if not self.reads_text:
             return torch.zeros_like(visual)
         given = arguments.get(MASK)
@@ -202,8 +202,8 @@ def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
     """Say how visual tokens of this model are cut by these methods, one after the other.
 
     Raises:
-        ValueError: for layers that the model has not, that are not of the kind that can go on with fewer tokens, or
-            that are not in order, or for a cut that would find nothing to cut.
+        ValueError: for layers that the model does not have, that cannot continue with fewer tokens, or that are not in
+            order, and for a cut that would never leave anything out.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     found = getattr(getattr(model.base_model, "language_model", None), "layers", None)
@@ -234,13 +234,13 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def _images(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what brings images or videos; `generate` has an empty ``mm_encoder_outputs`` for prompts of text."""
+    """Return the arguments that bring images or videos; for text, `generate` passes empty ``mm_encoder_outputs``."""
     given = named(arguments, IMAGES)
     return {name: value for name, value in given.items() if not isinstance(value, Mapping) or value}
 
 
 def _warn_of_embeddings(arguments: Mapping[str, Any]) -> None:
-    """Say that nothing is cut of embeddings, among which visual tokens are not told from words."""
+    """Warn that nothing is cut of ``inputs_embeds``, in which visual tokens cannot be told from words."""
     embeddings = arguments.get("inputs_embeds")
     if arguments.get("input_ids") is None and isinstance(embeddings, Tensor) and embeddings.shape[1] > 1:
         warnings.warn(
@@ -251,7 +251,7 @@ def _warn_of_embeddings(arguments: Mapping[str, Any]) -> None:
 
 
 def cache_of(output: Any) -> Any:
-    """Find the cache in what a model returned."""
+    """Return the cache in a model's output."""
     values: Iterable[Any] = (
         output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     )
@@ -259,7 +259,7 @@ def cache_of(output: Any) -> Any:
 
 
 def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the call of a layer: around its hooks, and outside of what gradient checkpointing runs again."""
+    """Make the ``__call__`` of a layer, which is outside its hooks and of what gradient checkpointing runs again."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = None if is_compiling() else RUN.get()
@@ -269,7 +269,7 @@ def _calling(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_held(cache: Any, held: Held, past: int) -> None:
-    """Refuse a cache of which columns were taken off: its layers would not tell which."""
+    """Refuse a cache that was cropped: its layers do not know which columns were removed."""
     layer = min(held)
     columns = held[layer]
     if past < columns.total or cache.get_seq_length(layer) != columns.index.shape[1] + past - columns.total:
@@ -279,7 +279,7 @@ def _check_held(cache: Any, held: Held, past: int) -> None:
 
 
 def _check_kinds(config: Any, first: int, name: str) -> None:
-    """Refuse layers whose attention does not see all that is before a token."""
+    """Refuse layers whose attention does not see everything before a token."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -294,7 +294,7 @@ def _check_kinds(config: Any, first: int, name: str) -> None:
 
 
 def _check_budgets(plan: Plan) -> None:
-    """Refuse a cut of which one can tell that the one before leaves nothing for it to cut."""
+    """Refuse a cut that keeps at least as many tokens as the cut before it."""
     for (_, method, cut), (_, after, last) in zip(plan.cuts, plan.cuts[1:], strict=False):
         if method is not after and all(after.budget(last, count) >= method.budget(cut, count) for count in (64, 4096)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What cuts between layers did to a prompt, for the report."""
+"""The effect of cuts between layers on a prompt, for the report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlmfast.reduce.cuts.run import Cut, Prompt
 
 @dataclass(frozen=True)
 class Cuts:
-    """What was cut of the last prompt that had images.
+    """The cuts of the last prompt with images.
 
     Attributes:
-        samples: of the batch.
-        visual: layer -> the visual tokens of all samples that it and those behind it have, up to the next.
-        columns: layer -> the columns of a sample likewise, padding and what was in the cache before included.
-        layers: how many layers there are.
+        samples: the number of samples of the batch.
+        visual: layer -> the number of visual tokens of all samples in it and in the layers up to the next key.
+        columns: layer -> the number of columns of a sample, with padding and the cache before the prompt.
+        layers: the number of layers.
     """
 
     samples: int
@@ -26,7 +26,7 @@ class Cuts:
 
     @classmethod
     def of(cls, prompt: Prompt, cuts: Mapping[int, Cut], past: int, layers: int) -> Cuts:
-        """Tell what a call does."""
+        """Describe the cuts of a call."""
         visual, columns = {0: sum(prompt.counts)}, {0: past + prompt.visual.shape[1]}
         for layer, cut in sorted(cuts.items()):
             visual[layer] = sum(cut.kept)
@@ -34,7 +34,7 @@ class Cuts:
         return cls(len(prompt.counts), visual, columns, layers)
 
     def columns_of_layers(self) -> list[int]:
-        """Return the columns of each layer."""
+        """Return the number of columns in each layer."""
         found: list[int] = []
         for layer in range(self.layers):
             found.append(self.columns.get(layer, found[-1] if found else 0))

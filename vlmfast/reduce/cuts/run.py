@@ -16,22 +16,22 @@ from vlmfast.reduce.columns import Columns, squeezed
 from vlmfast.reduce.cuts.masks import At, rewritten, take_rows
 from vlmfast.reduce.methods import LayerMethod
 
-Held = Mapping[int, Columns]  # layer -> the columns of it and of those behind it, up to the next
+Held = Mapping[int, Columns]  # layer -> its columns, and those of the layers up to the next key
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a call cuts at the input of a layer."""
+    """A cut of a call, at the input of a layer."""
 
     method: LayerMethod
-    kept: list[int]  # the visual tokens of each sample that are left
+    kept: list[int]  # the number of visual tokens of each sample that are left
 
 
 class Raters(NamedTuple):
     """The words of a sample by which its visual tokens are chosen."""
 
     columns: Tensor  # (L,) int64, of all words of its text
-    weights: Tensor  # (L,), the same for each rater, 0 for the others; together 1
+    weights: Tensor  # (L,), equal for all raters, 0 for other words; their sum is 1
 
 
 @dataclass
@@ -39,14 +39,14 @@ class Prompt:
     """The new columns of a call that brings images.
 
     Attributes:
-        visual: (B, T) bool, the visual tokens that are cut; not those that are masked.
-        inside: (B, T) bool, without the padding at an end.
+        visual: (B, T) bool, the visual tokens that may be cut: not the masked ones.
+        inside: (B, T) bool, everything but the padding at an end.
         valid: (B, past + T) bool, what the last token may see; None for everything.
         last: (B,) int64, the last column that is not padding.
-        text: (B, T) bool, the text, where a method chooses by it.
-        lengths: of each sample, without the padding at an end.
-        counts: the visual tokens of each sample.
-        words: the columns of the text of each.
+        text: (B, T) bool, the text, if a method chooses by it.
+        lengths: the length of each sample, without the padding at an end.
+        counts: the number of visual tokens of each sample.
+        words: the columns of the text of each sample.
         right: whether padding is on the right.
     """
 
@@ -61,20 +61,20 @@ class Prompt:
     right: bool
 
     def left(self, kept: list[int]) -> list[int]:
-        """Return how long each sample is with so many visual tokens left."""
+        """Return the length of each sample with ``kept`` visual tokens left."""
         return [length - count + own for length, count, own in zip(self.lengths, self.counts, kept, strict=True)]
 
 
 @dataclass
 class Run:
-    """A call: layers are called by it, one after the other.
+    """A call of the language model, which calls the layers one after the other.
 
     Attributes:
-        layers: of the language model.
-        held: what the cache holds; layers before its first one have all columns.
-        at: where the call stands.
-        cuts: the cuts to make, by the layer at whose input they are made.
-        prompt: the new columns, where there are cuts.
+        layers: the layers of the language model.
+        held: the columns that the cache holds; layers before the first key hold all.
+        at: the position and the setting of the call.
+        cuts: layer -> the cut at its input.
+        prompt: the new columns, or None without cuts.
     """
 
     layers: nn.ModuleList
@@ -83,7 +83,7 @@ class Run:
     cuts: dict[int, Cut] = field(default_factory=dict)
     prompt: Prompt | None = None
     tapped: nn.Module | None = None
-    made: dict[int, Columns] = field(default_factory=dict)  # what the cache will hold
+    made: dict[int, Columns] = field(default_factory=dict)  # the columns that the cache will hold
     now: Columns | None = None  # the columns of this call that the layer sees, None for all
     keys: Columns | None = None  # those of the cache as well, None for all
 
@@ -98,7 +98,7 @@ class Run:
     def call(
         self, layer: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Call a layer, with the columns that it still has."""
+        """Call a layer with the columns that are left for it."""
         number = self._numbers.get(layer)
         if number is None:
             return original(layer, *args, **kwargs)
@@ -121,7 +121,7 @@ class Run:
         self._reading = following is not None and following.method.reads_text
         output = original(layer, hidden, **kwargs)
         if number == len(self.layers) - 1 and self.now is not None:
-            # a column that was left out has what the last one before it has: it says what comes next
+            # a column that was left out gets the output of the last one before it, which predicts the same next token
             output = take_rows(output, self.now.latest())
         return output
 
@@ -149,7 +149,7 @@ class Run:
     def _of_raters(
         self, query: Tensor, key: Tensor, valid: Tensor | None, latest: Tensor | None, scale: float | None
     ) -> Tensor:
-        """(B, N): the attention that the raters of each sample pay on average, each to what is before it."""
+        """(B, N): the mean attention of the raters of each sample, each to the columns before it."""
         batch, columns = len(key), key.shape[2]
         index = torch.arange(columns, device=key.device).expand(batch, -1)
         index = index if self.keys is None else self.keys.index.to(key.device)
@@ -162,7 +162,7 @@ class Run:
             seen = index[sample] <= self.at.past + words[:, None].to(key.device)
             if valid is not None:
                 seen = seen & valid[sample].to(key.device)
-            keys = key[sample].expand(len(words), -1, -1, -1)  # the same ones for all, in one place
+            keys = key[sample].expand(len(words), -1, -1, -1)  # a view: all raters see the same keys
             attention = accepting(last_row_attention, key)(
                 query[sample, :, rows.to(query.device)].transpose(0, 1), keys, seen, scale
             )
@@ -193,7 +193,7 @@ class Run:
         return take_rows(hidden, here.index)
 
     def _enter(self, number: int) -> None:
-        """Go on with the columns that this layer has."""
+        """Set the columns of this layer."""
         before = max((layer for layer in self.held if layer <= number), default=None)
         self._given = ()
         if self.prompt is None:
@@ -205,13 +205,13 @@ class Run:
         self.keys = self.made[number] = past.then(new)
 
     def _up_to_here(self, layer: int) -> Columns:
-        """Return what a layer holds, with the text since."""
+        """Return the columns that a layer holds, and those of the text after them."""
         held = self.held[layer]
         since = held.index.new_empty(len(held.index), self.at.past - held.total)
         return held.then(Columns.all(since))
 
     def _rewritten(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Make the other arguments fit, once for the layers that are given the same."""
+        """Fit the other arguments to the columns, once for all layers that get the same ones."""
         given = tuple(kwargs.get(name) for name in ("attention_mask", "position_ids", "position_embeddings"))
         if len(self._given) != 3 or any(a is not b for a, b in zip(given, self._given, strict=True)):
             keys: Any = self.keys
@@ -224,7 +224,7 @@ def raters(hidden: Tensor, prompt: Prompt) -> list[Raters | None]:
     """Weigh the words of each sample by what they say about its visual tokens, given the embeddings (B, T, D).
 
     Returns:
-        Those of each sample, None where it has no visual tokens.
+        The raters of each sample, None for one without visual tokens.
     """
     found: list[Raters | None] = []
     for sample, (count, words) in enumerate(zip(prompt.counts, prompt.words, strict=True)):
@@ -248,8 +248,8 @@ def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def chosen(scores: Tensor, visual: Tensor, kept: list[int]) -> Tensor:
-    """(B, N) scores -> (B, N) bool: so many visual tokens of each sample, of equal ones those that come first."""
-    # below whatever a method makes of the attention, be it a logarithm of nothing
+    """(B, N) scores -> (B, N) bool: the ``kept`` best visual tokens of each sample, the first of equal ones."""
+    # below every score of a method, even the logarithm of 0
     worth = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~visual, -torch.inf)
     found = torch.zeros_like(visual)
     for count in sorted(set(kept)):

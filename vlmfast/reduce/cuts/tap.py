@@ -1,8 +1,9 @@
-"""Queries and keys of one attention, as its attention function gets them: turned by their positions, with the cache.
+"""Queries and keys of one attention as its attention function gets them, after the rotary embedding and the cache.
 
-The attention reads the name of its function in its ``config``. While a run wants to see it, a property of the class
-that a patch gives it shows a configuration with another name, under which a function is registered that looks and then
-calls the one that the model is configured with. Nothing is kept on the module, and masks are made for the real one.
+The attention reads the name of its function from its ``config``. A patch makes that a property of its class. While a
+run taps the attention, the property returns a configuration with another name, under which a function is registered
+that looks at queries and keys and then calls the configured function. Nothing is stored on the module, and masks are
+made for the configured function.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ NAME = "vlmfast_tap"
 
 
 class Watching(Protocol):
-    """What runs a language model whose tokens are cut."""
+    """An object that runs a language model and cuts its tokens."""
 
-    tapped: nn.Module | None  # the attention that it wants to see
+    tapped: nn.Module | None  # the attention to look at
 
     def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Look at (B, H, T, D) queries and (B, K, N, D) keys."""
@@ -32,12 +33,12 @@ class Watching(Protocol):
         """Call a layer."""
 
 
-# what runs in this thread, and in nothing that it starts
+# the run of this thread, and not of threads that it starts
 RUN: ContextVar[Watching | None] = ContextVar("vlmfast_run", default=None)
 
 
 class _Tapped:
-    """A configuration that names the function which looks."""
+    """A configuration that names the function which looks at queries and keys."""
 
     _attn_implementation = NAME
 
@@ -65,7 +66,7 @@ CONFIG = property(_config, _set_config)
 
 @functools.cache
 def register() -> None:
-    """Have transformers know the function."""
+    """Register the function with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _look)

@@ -14,20 +14,20 @@ from vlmfast.reduce.reduced_image import ReducedImage
 
 @dataclass(frozen=True)
 class Reducer:
-    """How the images and videos of one type of model are reduced."""
+    """The functions that reduce the images and videos of one type of model."""
 
-    # (the base model, the vision inputs, the method, what gives the text of images) -> the images in prompt order; the
-    # tower runs once, as configured
+    # (the base model, the vision inputs, the method, a function that returns the text of images) -> the images in
+    # prompt order; the tower runs once, as configured
     reduce: Callable[..., list[ReducedImage]]
-    # the same of its videos, or None: those of such a model stay as they are
+    # the same for videos, or None if videos are not reduced
     reduce_videos: Callable[..., list[ReducedImage]] | None = None
     videos_end_with_newline: bool = False  # they are then one tensor (videos, tokens, D), not a list
-    # what makes its pictures smaller before the tower, or None where their size tells how many crops there are
+    # makes pictures smaller before the tower, or None if the number of crops depends on their size
     shrink: Callable[[Any, Mapping[str, Any], SmallerImage], Shrunk] | None = None
     one_tensor: bool = False  # whether get_image_features gives images as one tensor (images, tokens, D), not as a list
 
     def reduce_smaller(self, base: Any, inputs: Mapping[str, Any], method: SmallerImage) -> list[ReducedImage]:
-        """Make the pictures smaller and encode them; their tokens take the first placeholders."""
+        """Make the pictures smaller and encode them; their tokens take the first placeholders of each."""
         if self.shrink is None:
             raise ValueError(no_crops(method, type(base).__name__))
         smaller = self.shrink(base, inputs, method)

@@ -1,4 +1,4 @@
-"""Token reduction of InternVL, whose visual tokens are made of 2 x 2 patches each."""
+"""Token reduction of InternVL, each of whose visual tokens consists of 2 x 2 patches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vlmfast.reduce.towers import encode, vision_setting
 
 
 def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts) -> list[ReducedImage]:
-    """Encode the tiles and reduce each with a budget of its own.
+    """Encode the tiles and reduce each with its own budget.
 
     Each tile counts as an image: their order is that of the prompt, and the model is not told which tiles make up an
     image. The frames of a video are tiles as well.
 
-    A token's score and metric are the means over its patches, of the attention that the CLS token pays to them and of
-    their keys. Tokens are merged where they are first whole: after the pixel shuffle, before the projector. There is no
-    CLS token among them, so the whole budget goes to patches.
+    A token's score and metric are means over its patches: of the attention of the CLS token to them, and of their keys.
+    Tokens are merged after the pixel shuffle, which joins their patches, and before the projector. The CLS token is not
+    among them, so the whole budget goes to patches.
     """
     layer = vision_setting(model, inputs, "vision_feature_layer")
     pixels: Tensor = inputs["pixel_values"]
@@ -55,5 +55,5 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts =
         text=texts([hidden.shape[1]] * len(hidden)),
     )
     selection = method.select(tokens)
-    # the placeholders are all alike: those stay whose tokens stay, so that a token is where its patches were
+    # all placeholders are alike: the ones of the kept tokens stay, so that tokens keep their places
     return cut(selection, [project(selection.apply(hidden))], grid, tokens.count)

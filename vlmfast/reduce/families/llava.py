@@ -1,4 +1,4 @@
-"""The images of LLaVA-1.5 and ViP-LLaVA: one image is one run of the vision tower, and each patch a visual token."""
+"""The images of LLaVA-1.5 and ViP-LLaVA: the tower sees an image as a whole, and each patch is a visual token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vlmfast.reduce.towers import encode, vision_setting
 
 
 def reduce(base: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts) -> list[ReducedImage]:
-    """Encode all images at once, reduce what the projector gets, and project what is left.
+    """Encode all images at once, reduce the input of the projector, and project what is left.
 
     Where the tower has a CLS token that the model does not use (``vision_feature_select_strategy="default"``), a method
     may keep it in front; where the model uses it, it stays.
     """
     config: Any = base.config
-    # ViP-LLaVA, which takes several, speaks of vision_feature_layers up to transformers 5.17
+    # up to transformers 5.17 ViP-LLaVA, which takes several layers, has vision_feature_layers
     name = "vision_feature_layer" if hasattr(config, "vision_feature_layer") else "vision_feature_layers"
     layer = vision_setting(base, inputs, name)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
@@ -38,6 +38,6 @@ def reduce(base: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = 
     selection = method.select(tokens)
     if uses_first and encoded.has_cls:
         selection = replace(selection, keep_cls=True)
-    # the positions of these models are counted anew, so that only the number of columns matters
+    # these models count positions again, so only the number of columns matters
     rows = project(encoded.reduce(selection))
     return cut(selection, [rows], (1, encoded.side, encoded.side), total, in_raster_order=False)

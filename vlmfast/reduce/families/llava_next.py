@@ -4,8 +4,8 @@ Each crop is reduced by itself, with a budget of its own, before the projector. 
 lay them side by side, cut off the padding, and put a learned token after each row (a newline). Which patch goes where
 is found by running the model's own packing on the numbers of the patches. Videos are in llava_videos.py.
 
-LLaVA-OneVision makes a grid that is too large, that of a large photograph, smaller by interpolation. A token is not one
-patch then, and the image is reduced as a whole, after its packing.
+LLaVA-OneVision interpolates the grid of a large photograph to a smaller one. Then a token is not one patch, and the
+image is reduced as a whole, after packing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _reduce(
 
     encoded = encode_crops(model, inputs, counts, side)
     project = model.multi_modal_projector
-    # of all crops at once, as the model has it: a projector may round otherwise for another number of rows
+    # all crops at once, as in the model: with other numbers of rows a projector may round differently
     projected = functools.cache(lambda: project(encoded.patches))
     published = packing == "published"
     text = texts([len(image.numbers) for image in packings])
@@ -99,13 +99,13 @@ def _reduce(
 def reduce_crops(
     encoded: EncodedImages, tokens: VisualTokens, totals: Sequence[int], methods: Sequence[Method], project: Any
 ) -> list[Crop]:
-    """Reduce each crop by itself, those together that have one method and of which the model makes as many tokens.
+    """Reduce each crop by itself; crops with the same method and number of tokens are computed together.
 
     Args:
         encoded: the crops.
-        tokens: of all of them.
-        totals: how many tokens the model makes of each crop.
-        methods: of each crop.
+        tokens: the visual tokens of all crops.
+        totals: the number of tokens that the model makes of each crop.
+        methods: the method of each crop.
         project: the projector.
     """
     crops: dict[int, Crop] = {}
@@ -139,7 +139,7 @@ def encode_crops(model: nn.Module, inputs: Mapping[str, Any], counts: list[int],
 
 
 def _crop_counts(model: nn.Module, sizes: list[list[int]], images_of_prompt: Any) -> list[int]:
-    """Return how many crops each image has. LLaVA-OneVision does not crop the images of a prompt that has several."""
+    """Return the number of crops of each image; LLaVA-OneVision does not crop the images of a prompt with several."""
     config: Any = model.config
     count = _upstream(model).image_size_to_num_patches
     numbers = [] if images_of_prompt is None else [int(number) for number in images_of_prompt]
@@ -151,7 +151,7 @@ def _crop_counts(model: nn.Module, sizes: list[list[int]], images_of_prompt: Any
 
 
 def _upstream(model: nn.Module) -> Any:
-    """Find the module of transformers that the model's class comes from, also where a subclass replaced the class."""
+    """Return the module of transformers that defines the model's class, or the class that it derives from."""
     names = [cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models.")]
     return sys.modules[names[0]]
 
@@ -165,14 +165,14 @@ def packer(pack: Callable[..., Any], size: list[int], **settings: Any) -> Packer
 
 
 def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
-    """Run a model's packing of one image on the numbers of its patches, those of so many crops.
+    """Run a model's packing of one image on the numbers of its patches.
 
     Returns:
         (L,) int64 on the CPU: numbers, `NEWLINE`, and `MIXED` for a token made of several patches, as there are where
         the model makes the image smaller.
     """
     numbers = torch.arange(crops * patches, dtype=torch.float64).view(crops, patches)
-    # a mean of numbers may be a number as well, but then it is not the root of the mean of their squares
+    # a mean may be an integer too, but then it differs from the root of the mean of the squares
     channels = torch.stack([numbers, numbers**2], -1)
     newline = torch.tensor([float(NEWLINE), float(NEWLINE) ** 2], dtype=torch.float64)
     first, square = pack(channels, newline).unbind(1)
@@ -181,7 +181,7 @@ def pack_numbers(pack: Packer, crops: int, patches: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Crop:
-    """What is left of one crop."""
+    """One crop after reduction."""
 
     rows: Tensor  # (r, D), projected: the CLS token where it is kept, the kept patches, the contextual tokens
     places: Tensor  # (k + C,) int64, where the patches stood in the crop, a contextual token at its target
@@ -216,7 +216,7 @@ class Packing:
 
     @property
     def shown(self) -> list[int]:
-        """How many patches of each crop the model shows: those that it does not cut off as padding."""
+        """The number of patches of each crop that the model does not cut off as padding."""
         return (self.numbers[self.numbers >= 0] // self.side**2).bincount(minlength=self.crops).tolist()
 
     def as_published(self, crops: Sequence[Crop]) -> ReducedImage:

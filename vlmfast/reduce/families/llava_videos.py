@@ -1,7 +1,7 @@
-"""The videos of LLaVA-NeXT-Video and LLaVA-OneVision, whose frames are images of which 2 x 2 patches or so are pooled.
+"""The videos of LLaVA-NeXT-Video and LLaVA-OneVision, which pool the patches of each frame, mostly 2 x 2 to a token.
 
-A token's score and metric are pooled from its patches, as the features are in LLaVA-OneVision, and as means where
-LLaVA-NeXT-Video may take the largest or a convolution.
+A token's score and metric are pooled from its patches: in LLaVA-OneVision like the features, in LLaVA-NeXT-Video always
+as means, even if it pools features by the maximum or a convolution.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def reduce_next(
 def reduce_onevision(
     model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
 ) -> list[ReducedImage]:
-    """Reduce the videos of LLaVA-OneVision, which pools what the projector gives. The newline at their end stays."""
+    """Reduce the videos of LLaVA-OneVision, which pools the projector's output. The newline at their end stays."""
     encoded = _encode(model, inputs)
     hidden = model.apply_pooling(model.multi_modal_projector(encoded.patches))
     with_newline: Texts = lambda totals: texts([total + 1 for total in totals])  # noqa: E731
@@ -75,16 +75,16 @@ def _reduce(
     pool: Pool,
     project: Any,
 ) -> list[ReducedImage]:
-    """Reduce videos, all of one number of frames.
+    """Reduce videos, which all have the same number of frames.
 
     Args:
-        inputs: with their pixels.
-        method: how.
-        texts: what gives the text of videos.
-        encoded: what the tower made of their frames.
-        hidden: (frames, tokens, C), pooled.
+        inputs: the vision inputs.
+        method: the method.
+        texts: a function that returns the text of videos.
+        encoded: the frames, encoded.
+        hidden: (frames, tokens, C), the pooled states.
         pool: pools scores and metric.
-        project: what is to be done with the rows that are left.
+        project: computes the features from the rows that are left.
     """
     pixels: Tensor = inputs["pixel_values_videos"]
     videos, frames = pixels.shape[:2]

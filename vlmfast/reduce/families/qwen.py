@@ -1,8 +1,8 @@
 """The reducer of Qwen-VL, whose towers have no CLS token and merge squares of patches into visual tokens.
 
 A visual token's score is the attention that its patches get in the last block from the patches of their image. The
-tower runs once, its attention as configured: hooks keep what the block projects and how it rotates that. Upstream
-(VisionZip for Qwen2.5-VL) mixes all images of a call where flash attention is on; here its segments are kept apart.
+tower runs once, with its configured attention; hooks record the block's projections and angles. With flash attention,
+upstream (VisionZip for Qwen2.5-VL) mixes all images of a call; here images are kept apart.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from vlmfast.reduce.towers import recorded
 def reduce(
     base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
 ) -> list[ReducedImage]:
-    """Encode the images and reduce their visual tokens, those of images of one size at once.
+    """Encode the images and reduce their visual tokens; images of one size are computed together.
 
-    A merged token takes the place of its target. The order stays that of the raster.
+    A merged token takes the place of its target. The raster order stays.
 
     Raises:
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
@@ -44,9 +44,9 @@ def reduce(
 def reduce_videos(
     base: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
 ) -> list[ReducedImage]:
-    """Encode the videos and reduce their visual tokens, those of videos of one size at once; otherwise as `reduce`.
+    """Encode the videos and reduce their visual tokens, as `reduce` does for images.
 
-    The attention of the towers is that of each frame, two of the camera's at a time.
+    The tower attends within each frame, which is two frames of the camera.
     """
     return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method, texts)
 
@@ -68,28 +68,28 @@ def reduce_encoded(
     kind: str = "image",
     texts: Texts = unknown_texts,
 ) -> list[ReducedImage]:
-    """Reduce the visual tokens of encoded images or videos, N in all, those of one size and method at once.
+    """Reduce the visual tokens of encoded images or videos, N in all; those of one size and method together.
 
     Args:
-        levels: the features and DeepStack's, each (N, D), in raster order.
-        attention: of the last block.
-        pixels: (patches, C), what the tower was given.
-        grids: of each image.
-        methods: for each image.
+        levels: the features, then those of DeepStack, each (N, D), in raster order.
+        attention: the attention of the last block.
+        pixels: (patches, C), the input of the tower.
+        grids: the grid of each image.
+        methods: the method of each image.
         kind: "image" or "video".
-        texts: gives the text that asks about each image.
+        texts: a function that returns the text about each image.
 
     Raises:
         ValueError: if the budget of the method does not fit an image.
     """
     counts = [math.prod(grid) for grid in grids]
-    # images of several sizes ask one after the other
+    # images of each size read it in turn
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
     text = texts(counts)
 
     def reduce_alike(grid: Grid, method: Method, members: Sequence[int]) -> Iterable[tuple[int, ReducedImage]]:
         def stack(rows: Tensor) -> Tensor:
-            """(N, ...) over all images -> (B, N, ...) of those of this size."""
+            """(N, ...) of all images -> (B, N, ...) of the images of this size."""
             parts = torch.split(rows, counts)
             return torch.stack([parts[number] for number in members])
 
@@ -115,7 +115,7 @@ def reduce_encoded(
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """Queries and keys of a tower's last block, of all its images, from which the scores are made when asked for."""
+    """Queries and keys of a tower's last block for all images; scores are computed when first needed."""
 
     query: Tensor  # (T, H, head_dim), rotated
     key: Tensor  # (T, H, head_dim), rotated
@@ -151,7 +151,7 @@ def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tup
     given, projected = calls["attention"].kwargs, calls["qkv"].output.detach()
     device = projected.device
     found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-    # a tensor for each image, but in DeepStack's levels up to transformers 5.17
+    # a tensor for each image, except for the levels of DeepStack up to transformers 5.17
     levels = [(level if isinstance(level, Tensor) else torch.cat(level)).to(device) for level in found]
 
     query, key, _ = projected.reshape(projected.shape[0], 3, attention.num_heads, -1).unbind(1)  # (T, H, D)
@@ -163,7 +163,7 @@ def _encode(tower: Any, encode: Callable[[], Any], grids: Sequence[Grid]) -> tup
 
 
 def raster_order(tower: Any, grids: Sequence[Grid], device: torch.device) -> Tensor | None:
-    """Return `window_order` on the device for a tower that has windows, transformers' or one with its attributes."""
+    """Return `window_order` on the device if the tower has windows, otherwise None."""
     if not hasattr(tower, "window_size"):
         return None
     window = tower.window_size // tower.spatial_merge_size // tower.patch_size
@@ -173,8 +173,8 @@ def raster_order(tower: Any, grids: Sequence[Grid], device: torch.device) -> Ten
 def window_order(grids: Sequence[Grid], window: int) -> Tensor:
     """Return the raster positions of visual tokens in the order of Qwen2.5-VL's encoder, (N,) int64 over all images.
 
-    It goes window by window in each frame. A window is ``window`` tokens wide and high, at the right and lower edge
-    perhaps fewer.
+    The order goes window by window in each frame. A window is ``window`` tokens wide and high, or fewer at the right
+    and lower edges.
     """
     parts = [torch.empty(0, dtype=torch.int64)]
     start = 0

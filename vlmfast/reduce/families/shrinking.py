@@ -1,4 +1,4 @@
-"""Pictures made smaller before the vision tower, for `vlmfast.SmallerImage`: the vision inputs of each family."""
+"""Smaller pictures for `vlmfast.SmallerImage`: changes the vision inputs of each family before the tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmfast.reduce.methods.smaller_image import SmallerImage
 
 @dataclass(frozen=True)
 class Shrunk:
-    """The vision inputs of smaller pictures, and how many tokens fewer each has."""
+    """The vision inputs of smaller pictures, and the number of tokens that each loses."""
 
     inputs: dict[str, Any]
     fewer: list[int]
@@ -27,7 +27,7 @@ def of_fixed_size(base: Any, inputs: Mapping[str, Any], method: SmallerImage) ->
     pixels: Tensor = inputs["pixel_values"]
     patch = base.config.vision_config.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
-    # of InternVL a token is a square of patches
+    # in InternVL a token is a square of patches
     side = patch * round(1 / getattr(base.config, "downsample_ratio", 1))
     rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
     height, width = method.grid(rows, columns, square=True)
@@ -37,7 +37,7 @@ def of_fixed_size(base: Any, inputs: Mapping[str, Any], method: SmallerImage) ->
 
 
 def of_qwen(base: Any, inputs: Mapping[str, Any], method: SmallerImage) -> Shrunk:
-    """Make the pictures of Qwen-VL smaller, which come as rows of patches, and tell their new sizes."""
+    """Make the pictures of Qwen-VL smaller, which are rows of patches, and change the grids accordingly."""
     vision = base.visual
     merge, patch = vision.spatial_merge_size, vision.config.patch_size
     pixels: Tensor = inputs["pixel_values"]
@@ -72,7 +72,7 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 def _picture(rows: Tensor, grid: tuple[int, int], merge: int, patch: int) -> Tensor:
     """Undo what the processor of Qwen-VL does with a picture, (patches, C * times * patch**2) -> (times, C, H, W).
 
-    A picture is so many times the same frame. Patches are in the order of tokens, each of which has merge**2.
+    A picture is repeated as ``times`` equal frames. Patches are in the order of tokens, merge**2 in each.
     """
     cells = rows.view(*grid, merge, merge, 3, -1, patch, patch)
     return cells.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(

@@ -1,4 +1,4 @@
-"""The ways to reduce visual tokens: every file of this folder adds its own, under the names they give themselves."""
+"""The methods to reduce visual tokens; every file of this folder registers its own by name."""
 
 import importlib
 import pkgutil

@@ -22,8 +22,8 @@ class DivPrune(PruningMethod, name="divprune"):
 
     Args:
         keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
-        centered: Cen-Prune: the mean of an image's tokens is taken off, and a token that is unlike all others counts
-            for more.
+        centered: Cen-Prune: the mean of an image's tokens is subtracted, and tokens that are unlike all others get a
+            larger weight.
 
     Raises:
         TypeError or ValueError: for a ``keep`` that is neither. TypeError: for a ``centered`` that is no bool.
@@ -52,10 +52,10 @@ class DivPrune(PruningMethod, name="divprune"):
 
 
 def distinctiveness(rows: Tensor) -> Tensor:
-    """Say how unlike all others of its image each token is, (B, N, D) -> (B, N): 1 for the least alike, 0 for the most.
+    """Return how unlike the others of its image each token is, (B, N, D) -> (B, N), from 0 to 1.
 
-    That is the mean of its cosines with the others, which takes no matrix of them: the cosines of a token with all add
-    up to its product with the sum of all directions. Where tokens do not differ in it, it is 1 for all.
+    That is the mean of its cosines to the others, negated and scaled: the sum of a token's cosines is its dot product
+    with the sum of all unit vectors, so no matrix is needed. If all means are equal, it is 1 for all tokens.
     """
     unit = F.normalize(rows, dim=2)
     alike = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2) / max(rows.shape[1] - 1, 1)

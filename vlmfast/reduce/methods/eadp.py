@@ -17,9 +17,9 @@ from vlmfast.reduce.methods.relevance import scaled, unlikeness
 from vlmfast.reduce.text import Text
 from vlmfast.reduce.tokens import Grid, VisualTokens
 
-SHARPNESS = 100.0  # of the softmax over visual tokens whose entropy is that of a word
-WORDS = 0.2  # the share of them that counts
-WARMTH = 0.01 + 1e-6  # of the softmax over these
+SHARPNESS = 100.0  # of the softmax over visual tokens, whose entropy ranks the words
+WORDS = 0.2  # the share of the words that counts
+WARMTH = 0.01 + 1e-6  # of the softmax over these words
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class EADP(PruningMethod, name="eadp"):
 
 
 def importance(features: Tensor, text: Text, grid: Grid | None) -> Tensor:
-    """(B, N), from 0 to 1: what each token is worth to the text."""
+    """(B, N), from 0 to 1: the importance of each token for the text."""
     whole = unlikeness(features, text.mean()[:, None])[..., 0]
     words, mask = unlikeness(features, text.embeddings), text.mask.to(features.device)
     shares = (SHARPNESS * words).softmax(1)
     entropy = (-shares * (shares + 1e-12).log()).sum(1).masked_fill(~mask, torch.inf)
-    # of equal ones the first
+    # the first of equal ones
     rank = entropy.argsort(dim=1, stable=True).argsort(dim=1)
     counted = rank < (mask.sum(1, keepdim=True) * WORDS).floor().clamp(min=1)
     weights = (-entropy / WARMTH).masked_fill(~counted, -torch.inf).softmax(1)
@@ -75,7 +75,7 @@ def importance(features: Tensor, text: Text, grid: Grid | None) -> Tensor:
 
 
 def smoothed(worth: Tensor, grid: Grid | None) -> Tensor:
-    """(B, N): each with its neighbours, by a 3 x 3 Gaussian; as it is where there is no grid of at least 2 x 2."""
+    """(B, N): smoothed by a 3 x 3 Gaussian, if there is a grid of at least 2 x 2."""
     if grid is None or math.prod(grid) != worth.shape[1] or min(grid[1:]) < 2:
         return worth
     near = math.exp(-0.5)

@@ -1,4 +1,4 @@
-"""A way to reduce visual tokens inside the language model: layers from a certain one on no longer see some of them."""
+"""The base of methods that reduce visual tokens between the layers of the language model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlmfast.reduce.methods.method import Named
 
 
 class LayerMethod(Named):
-    """A way to cut visual tokens between two layers of the language model. A new one has `layers` and `budget`.
+    """A method that cuts visual tokens between two layers of the language model, by `cut_before` and `budget`.
 
     The layers before a cut see every token, those behind it only what is kept, at the positions that the tokens had.
     What is kept is chosen in each sample by the attention that its last token pays in the layer before the cut, or, of

@@ -1,4 +1,4 @@
-"""A way to reduce visual tokens, and the register of those that have a name."""
+"""The bases of the methods to reduce visual tokens, and the register of methods by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlmfast.host import to_device
 from vlmfast.ops.token_merge import merge_slots, top_tokens
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
-METHODS: dict[str, type[Named]] = {}  # by the names that they gave themselves
+METHODS: dict[str, type[Named]] = {}  # by name
 
 
 class Registering(abc.ABCMeta):
-    """Take ``name="best"`` beside the bases of a class; that of Python 3.10 confuses it with the name of the class."""
+    """Take ``name="best"`` beside the bases of a class, which Python 3.10 confuses with the name of the class."""
 
     def __new__(
         mcs,
@@ -39,9 +39,9 @@ class Registering(abc.ABCMeta):
 
 
 class Named(metaclass=Registering):
-    """What all methods have in common: a name to type, arguments to give it, and what it is for."""
+    """The base of all methods, which have a name to type and arguments."""
 
-    takes: ClassVar[tuple[str, ...]] = ("image", "video")  # what it reduces; the rest of a prompt stays as it is
+    takes: ClassVar[tuple[str, ...]] = ("image", "video")  # the kinds that it reduces; others stay as they are
     reads_text: ClassVar[bool] = False  # whether it chooses by the question, so that it needs the prompt
 
     @classmethod
@@ -52,18 +52,18 @@ class Named(metaclass=Registering):
 
 
 class Method(Named):
-    """A way to reduce visual tokens before the language model. A new one has `budget`, and `score` or `choose`.
+    """A method that reduces visual tokens before the language model, by `budget`, and `score` or `choose`.
 
     A file in this folder with ``class Best(PruningMethod, name="best")`` is all that it takes for ``vlmfast.Best``,
     ``python -m vlmfast demo --reduce best:64`` (a number or share for each argument without a default) and the tests.
     """
 
     keeps_cls: ClassVar[bool] = False  # whether a CLS token is kept as well, in front
-    trusted: ClassVar[bool] = False  # whether what `choose` returns needs no check, for which a GPU is waited
+    trusted: ClassVar[bool] = False  # whether `choose` needs no check, which waits for a GPU
 
     @abc.abstractmethod
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
-        """Return how many of ``count`` tokens are kept, and how many the others are merged into; a CLS token aside.
+        """Return how many of ``count`` tokens are kept, and how many the others are merged into, without a CLS token.
 
         Where they are the tokens of several crops together, a number of tokens counts for each, see `share`. Of an
         image that has fewer tokens than this, all are kept.
@@ -74,9 +74,9 @@ class Method(Named):
         return tokens.scores()
 
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
-        """(B, k) int64, ascending: the tokens that are kept: those of the highest score, unless it says otherwise.
+        """(B, k) int64, ascending: the tokens that are kept; here those with the highest scores.
 
-        On the device of the tokens, or on the CPU, where they are checked without waiting for the device.
+        They are on the device of the tokens, or on the CPU, where a check does not wait for the device.
         """
         scores, shape = self.score(tokens), (tokens.batch, tokens.count)
         _check_tensor(f"score of {self}", scores)
@@ -85,7 +85,7 @@ class Method(Named):
         return accepting(top_tokens, scores)(scores, k)
 
     def counts(self, count: int, has_cls: bool, total: int, crops: int = 1) -> tuple[int, int, bool]:
-        """Return what is left of an image, before it is encoded: tokens kept, tokens merged into, whether a CLS token.
+        """Return, before encoding, how many tokens of an image are kept and merged into, and whether a CLS token is.
 
         Args:
             count: N, its tokens without a CLS token.
@@ -125,7 +125,7 @@ class Method(Named):
         return self.select(tokens.by_frame()).of_videos(tokens.crops)
 
     def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
-        """Return what `choose` does, on the device of the tokens, and check it where it is not the one above."""
+        """Return the result of `choose` on the device of the tokens, and check it if the method overrides `choose`."""
         chosen = self.choose(tokens, k)
         _check_tensor(f"choose of {self}", chosen)
         if chosen.shape != (tokens.batch, k):
@@ -148,7 +148,7 @@ class Method(Named):
 
 @dataclass(frozen=True)
 class PruningMethod(Method):
-    """A method that keeps some of the tokens and drops the others. A new one has `score` or `choose`, and no more.
+    """A method that keeps some of the tokens and drops the others, by `score` or `choose`.
 
     Args:
         keep: how many tokens are kept for each image: an int, or a float as the share of its visual tokens.
