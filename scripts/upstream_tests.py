@@ -2,11 +2,12 @@
 
     python scripts/upstream_tests.py CHECKOUT [MODEL_TYPE ...] [--reduce even:1.0] [-k EXPRESSION]
 
-CHECKOUT is a source tree of the installed transformers, a checkout or an unpacked source distribution, with its
-``tests`` folder, which needs ``pip install parameterized requests``. A source distribution has no tests of its models:
-its common tests run on the tiny models of our own tests. Every test runs three times: unpatched, with `vlmfast.patch(model)`, and with
-``reduce=EvenTokens(1.0)``, which keeps all tokens. A model is patched at its first call or ``generate``, after it was
-loaded and moved. The exit code is 1 if a test fails patched for another reason than a refusal that README or docs name.
+CHECKOUT is a source tree of the installed transformers with its ``tests`` folder: a checkout, or an unpacked source
+distribution. The latter has no tests of single models; its common tests then run on tiny models of our own tests. Both
+need ``pip install parameterized requests``. Every test runs three times: unpatched, with `vlmfast.patch(model)`, and
+with ``reduce=EvenTokens(1.0)``, which keeps all tokens. A model is patched at its first call or ``generate``, after it
+was loaded and moved. The exit code is 1 if a test fails patched for another reason than a refusal that README or docs
+name.
 
 This file is also the pytest plugin that patches the models.
 """
@@ -90,7 +91,7 @@ def run(checkout: Path, model_types: Sequence[str], mode: str, more: list[str]) 
     else:
         testers = ROOT / "tests" / "helpers" / "upstream_testers.py"
         tests = [f"{testers}::{name}" for name in model_types]
-        options += ["--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]  # which are of our own tests
+        options += ["--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]  # ours are for our own tests
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
