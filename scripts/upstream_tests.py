@@ -2,10 +2,12 @@
 
     python scripts/upstream_tests.py CHECKOUT [MODEL_TYPE ...] [--reduce even:1.0] [-k EXPRESSION]
 
-CHECKOUT is a source tree of the installed transformers, with its ``tests`` folder, which needs ``pip install
-parameterized requests``. Every test runs three times: unpatched, with `vlmfast.patch(model)`, and with
-``reduce=EvenTokens(1.0)``, which keeps all tokens. A model is patched at its first call or ``generate``, after it was
-loaded and moved. The exit code is 1 if a test fails patched for another reason than a refusal that README or docs name.
+CHECKOUT is a source tree of the installed transformers with its ``tests`` folder: a checkout, or an unpacked source
+distribution. The latter has no tests of single models; its common tests then run on tiny models of our own tests. Both
+need ``pip install parameterized requests``. Every test runs three times: unpatched, with `vlmfast.patch(model)`, and
+with ``reduce=EvenTokens(1.0)``, which keeps all tokens. A model is patched at its first call or ``generate``, after it
+was loaded and moved. The exit code is 1 if a test fails patched for another reason than a refusal that README or docs
+name.
 
 This file is also the pytest plugin that patches the models.
 """
@@ -29,6 +31,8 @@ MODEL_TYPES = (
 )
 MODE = "VLMFAST_UPSTREAM_TESTS"  # environment variable: "none", "patch", or a method in the demo's syntax
 OUTCOMES = "VLMFAST_UPSTREAM_OUTCOMES"  # environment variable: the file that the plugin appends outcomes to
+CHECKOUT = "VLMFAST_UPSTREAM_CHECKOUT"  # environment variable: the source tree
+ROOT = Path(__file__).parents[1]
 REFUSALS = ("visual tokens are reduced", "cannot be reduced")  # words in the messages of refusals by design
 
 
@@ -56,7 +60,7 @@ def pytest_configure() -> None:
 def _patch(model: Any) -> None:
     """Patch a whole model; with a reduction method, only a model that has a head."""
     import vlmfast
-    from vlmfast.demo_reduce import parse_method
+    from vlmfast.reduce.spelling import parse
 
     for module in model.modules():
         module.__dict__["_vlmfast_tried"] = True  # sub-models are patched with the whole model, not by themselves
@@ -66,7 +70,7 @@ def _patch(model: Any) -> None:
     if mode == "patch":
         vlmfast.patch(model)
     elif hasattr(model, "generate") and model.base_model is not model:
-        vlmfast.patch(model, reduce=parse_method(mode))
+        vlmfast.patch(model, reduce=parse(mode))
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -81,17 +85,21 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 def run(checkout: Path, model_types: Sequence[str], mode: str, more: list[str]) -> dict[str, tuple[str, str]]:
     """Run the tests in one mode, and map each test to (outcome, message)."""
-    files = [f"tests/models/{name}/test_modeling_{name}.py" for name in model_types]
+    options = ["-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"]
+    if (checkout / "tests" / "models").exists():
+        tests = [f"tests/models/{name}/test_modeling_{name}.py" for name in model_types]
+    else:
+        testers = ROOT / "tests" / "helpers" / "upstream_testers.py"
+        tests = [f"{testers}::{name}" for name in model_types]
+        options += ["--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]  # ours are for our own tests
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
         outcomes.touch()
-        path = os.pathsep.join(
-            [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        )
+        path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
         subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider", *files, *more],
+            [sys.executable, "-m", "pytest", *options, *tests, *more],
             cwd=checkout,
-            env={**os.environ, "PYTHONPATH": path, MODE: mode, OUTCOMES: str(outcomes)},
+            env={**os.environ, "PYTHONPATH": path, MODE: mode, OUTCOMES: str(outcomes), CHECKOUT: str(checkout)},
             stdout=subprocess.DEVNULL,
             check=False,
         )

@@ -33,7 +33,7 @@ from tests.helpers.patches_models import (
 )
 from tests.helpers.thorough import REPEATED, first_of
 from tests.helpers.tiny_types import TINY_LANGUAGE, TINY_VISUAL
-from vlmfast.ops.rms_norm import definition
+from vlmfast.patches import rms_norm
 from vlmfast.patches.plan import find_sites
 from vlmfast.patches.upstream import site_name
 
@@ -271,14 +271,19 @@ def test_gradients_are_no_worse(model_type: str, dtype: torch.dtype, monkeypatch
 
 
 class Recorder:
-    """A backend of torch.compile that runs graphs unchanged, and records the number of our norms in each run."""
+    """A backend of torch.compile that runs graphs unchanged, and records the number of our norms in each run.
+
+    It also records our ops in the graphs.
+    """
 
     def __init__(self) -> None:
         self.ran: list[int] = []
+        self.ops: list[str] = []
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: list):
-        roots = [node for node in module.graph.nodes if node.target is torch.rsqrt]  # one per definition of a norm
-        ours = sum(definition.__file__ in node.meta["stack_trace"] for node in roots)
+        roots = [node for node in module.graph.nodes if node.target is torch.rsqrt]  # one per norm
+        ours = sum(rms_norm.__file__ in node.meta["stack_trace"] for node in roots)
+        self.ops += [str(node.target) for node in module.graph.nodes if str(node.target).startswith("vlmfast.")]
 
         def run(*args):
             self.ran.append(ours)
@@ -323,3 +328,4 @@ def test_compiled_model_is_compiled_anew_after_patch_and_undo(recorder: Recorder
     assert_same(logits(compiled, inputs), want)
     assert recorder.ran
     assert sum(recorder.ran) == 0
+    assert recorder.ops == []  # upstream's own lines were compiled: their guards are fewer than those of an op

@@ -21,7 +21,6 @@ from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.residual import NORMS
 from vlmfast.patches.upstream import names_of
-from vlmfast.torch_internals import is_compiling
 
 Attended = tuple[Tensor, "Tensor | None"]
 Told = Callable[[Any], dict[str, Any]]
@@ -209,13 +208,6 @@ def _attend(
     Returns:
         The output (B, T, D) and the attention weights, as the attention function returns them.
     """
-    # Inductor fuses upstream's own lines, and can trace only upstream's lookup of the attention function.
-    if is_compiling():
-        told = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs, **(cached or {})}
-        compiled: Attended = self.original_class.forward(
-            self, hidden_states, position_embeddings=position_embeddings, **told
-        )
-        return compiled
     shape, size = hidden_states.shape[:-1], self.head_dim
     heads, gate = (*shape, -1, size), None
     if kind.gated:

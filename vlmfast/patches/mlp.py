@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vlmfast.modules import is_bare, project
 from vlmfast.ops.silu_mul import silu_mul
-from vlmfast.torch_internals import is_compiling
 
 
 def gated_mlp(self: Any, x: Tensor) -> Tensor:
@@ -40,11 +39,10 @@ def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
 def activation_of(act_fn: nn.Module) -> str | None:
     """Return the name by which `silu_mul` knows the activation.
 
-    None where the op has no such activation, where the module has a hook, and under torch.compile, which fuses
-    upstream's lines itself.
+    None where the op has no such activation, and where the module has a hook.
     """
     kind = type(act_fn)
-    if is_compiling() or not isinstance(act_fn, nn.Module) or not is_bare(act_fn):
+    if not isinstance(act_fn, nn.Module) or not is_bare(act_fn):
         return None
     if kind is nn.SiLU:
         return None if act_fn.inplace else "silu"

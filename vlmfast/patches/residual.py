@@ -72,8 +72,7 @@ def obstacle(norm: nn.Module) -> str | None:
 
 def add_then_norm(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return ``norm(residual + hidden_states)`` and the sum."""
-    # torch.compile fuses upstream's own lines.
-    found = _fused(residual, hidden_states, norm) if not is_compiling() and is_bare(norm) else None
+    found = _fused(residual, hidden_states, norm) if is_bare(norm) else None
     if found is not None:
         return found
     hidden_states = residual + hidden_states
@@ -86,7 +85,7 @@ def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -
     Nothing is attached where a gradient is needed: the gradient of the sum, which a hook or a user may ask for, would
     lack the part that comes through the norm. Nor in inference mode, whose tensors do not record in-place changes.
     """
-    following = None if is_compiling() else layer.__dict__.get(FOLLOWING)
+    following = layer.__dict__.get(FOLLOWING)
     if following is not None and not torch.is_inference_mode_enabled():
         norm = following.norm()
         if norm is not None and not _needs_gradient(norm, residual, hidden_states):
@@ -100,7 +99,7 @@ def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -
 
 def taken(norm: nn.Module, x: Tensor) -> Tensor | None:
     """Detach and return the result of this norm from its input; None where there is none, or the input has changed."""
-    left = None if is_compiling() else getattr(x, LEFT, None)
+    left = getattr(x, LEFT, None)
     if left is None or left[0] is not norm:
         return None
     delattr(x, LEFT)

@@ -17,8 +17,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vlmfast.modules import made_around
-from vlmfast.patches import rms_norm
+from vlmfast.patches import attention, layers, mlp, rms_norm
 from vlmfast.patches.residual import FOLLOWING
+from vlmfast.torch_internals import is_compiling
+
+# Modules of replacements that torch.compile does not see: Inductor fuses upstream's own lines, which have fewer guards,
+# and only upstream's lookup of the attention function can be traced. Norms, which are not wrapped, do the same.
+_COMPILED_AS_UPSTREAM = (attention.__name__, layers.__name__, mlp.__name__)
 
 
 class PatchedType(type):
@@ -92,7 +97,7 @@ def patched_class(cls: type, methods: Mapping[str, Any]) -> type:
     passing = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     itself: list[type] = []
     replacing = {
-        name: method if isinstance(method, property) else _while_patched(itself, name, method)
+        name: method if isinstance(method, property) else _while_patched(itself, cls, name, method)
         for name, method in methods.items()
     }
     # Members go in as the class is created, when transformers wraps ``forward`` for gradient checkpointing.
@@ -108,19 +113,23 @@ def _type_over(kind: type) -> type:
     return PatchedType if kind is type else type(PatchedType.__name__, (PatchedType, kind), {})
 
 
-def _while_patched(itself: list[type], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _while_patched(itself: list[type], cls: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a replacement that stops acting when its patch is undone, even if a caller captured the bound method.
 
     Callers that keep ``model.forward`` are partials, wrappers and compilers. Once the module is no longer an instance
     of the class in ``itself`` (a list, filled after the class is made), the method of its present class runs. Norms do
     not check, because that would make a norm of one row 5 to 20% slower: a captured forward of a norm keeps calling the
-    op, with the weights of its module.
+    op, with the weights of its module. Where torch.compile traces, the method of ``cls``, the original class, may run.
     """
     if function.__module__ == rms_norm.__name__:
         return function
 
+    as_upstream = function.__module__ in _COMPILED_AS_UPSTREAM
+
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if as_upstream and is_compiling():
+            return getattr(cls, name)(self, *args, **kwargs)
         if isinstance(self, itself[0]):
             return function(self, *args, **kwargs)
         return getattr(type(self), name)(self, *args, **kwargs)
