@@ -105,10 +105,10 @@ def steps(talk: Talk, model: Any, batches: list[tuple[int, ...]], method: Method
 
 
 @functools.cache
-def alone(model_type: str, method: Method | None) -> Trained:
-    """Train the unpatched model in this process, on the samples of both."""
+def alone(model_type: str, method: Method | None, *batches: tuple[int, ...]) -> Trained:
+    """Train the unpatched model in this process."""
     talk = Talk.of(model_type)
-    losses = steps(talk, talk.model, [(FIRST[model_type],), (1,)], method)
+    losses = steps(talk, talk.model, list(batches), method)
     return losses, weights(talk.model)
 
 
@@ -166,7 +166,7 @@ WAYS = [replicated, sharded, sharded_with_checkpoints]
 def test_each_with_its_own_samples(wrap: Callable, patch_first: bool, method: Method | None, model_type: str):
     if method is not None and not shortens_prompts():
         pytest.skip("prompts can be shortened from transformers 5.17 on")
-    losses, trained = alone(model_type, method)
+    losses, trained = alone(model_type, method, (FIRST[model_type],), (1,))
     for rank, (own, found, report) in enumerate(on_two_processes(train, model_type, wrap, patch_first, method)):
         assert_losses_alike(own, losses[rank::RANKS])
         assert_trained_alike(found, trained, start(model_type))
@@ -176,7 +176,7 @@ def test_each_with_its_own_samples(wrap: Callable, patch_first: bool, method: Me
 
 
 def test_gradients_that_are_not_averaged_would_be_noticed():
-    _, trained = alone("llava", None)
+    _, trained = alone("llava", None, (FIRST["llava"],), (1,))
     for _, found, _ in on_two_processes(train, "llava", not_at_all, True, None):
         with pytest.raises(AssertionError, match="off by"):
             assert_trained_alike(found, trained, start("llava"))
@@ -200,7 +200,10 @@ PLANS: dict[str, Any] = {
 
 
 def in_slices(rank: int, folder: str, model_type: str, method: Method | None) -> Any:
-    """Load each process's part of the weights, patch, train on the samples of both processes, and generate."""
+    """Load each process's part of the weights, patch, train, and generate.
+
+    A step has one batch: transformers' hook for the norms of queries and keys sums what is accumulated once more.
+    """
     from transformers.distributed import DistributedConfig
 
     how = DistributedConfig(tp_size=RANKS, tp_plan=PLANS[model_type])
@@ -210,7 +213,7 @@ def in_slices(rank: int, folder: str, model_type: str, method: Method | None) ->
     layer = model.model.language_model.layers[0]
     assert layer.self_attn.q_proj.weight.to_local().shape[0] == layer.self_attn.q_proj.weight.shape[0] // RANKS
     talk = Talk.of(model_type)
-    losses = steps(talk, model, [(FIRST[model_type],), (1,)])
+    losses = steps(talk, model, [(FIRST[model_type], 1)])
     return losses, weights(model), answer(talk, model)
 
 
@@ -225,7 +228,7 @@ def test_each_with_a_slice_of_the_weights(model_type: str, method: Method | None
     pytest.importorskip("transformers.distributed")
     talk = Talk.of(model_type)
     talk.model.save_pretrained(tmp_path)
-    losses, trained = alone(model_type, method)
+    losses, trained = alone(model_type, method, (FIRST[model_type], 1))
     with torch.no_grad():
         for name, parameter in talk.model.named_parameters():
             parameter.copy_(torch.from_numpy(trained[name]))
