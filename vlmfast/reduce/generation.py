@@ -96,13 +96,13 @@ class Reduction:
             forward, generate = self.plan.forward(forward, self.note_cuts), self.plan.generate(generate)
         found.setdefault(base, {})["forward"] = refusing(base.forward, self.reducer, cls.__name__)
         if self.method is None:
-            return {**found, cls: {"forward": entered(forward), "generate": generate}}
+            return {**found, cls: {"forward": forward, "generate": generate}}
         if not takes_features(base):
             forward = forward_with_features(forward, self.reducer)
             kinds = [kind for kind in KINDS if kind.reduce(self.reducer) is not None]
             found[base] |= {f"get_{kind.name}_features": features_of(base, kind) for kind in kinds}
         found[cls] = {
-            "forward": entered(_forward(self, forward)),
+            "forward": _forward(self, forward),
             "generate": _replacement(
                 self.reducer, _with_images(generate), functools.partial(_short_generate, self, generate)
             ),
@@ -257,7 +257,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
 
     def short_forward(model: Any, arguments: dict[str, Any]) -> Any:
         cache = arguments.get("past_key_values")
-        with lent(cache) as cached:
+        with lent(cache) as cached, entered():
             if not brought(reduction.reducer, arguments) and cached is not None:
                 return original(model, **_continued(arguments, cached))
             if cache is not None and cache.get_seq_length():

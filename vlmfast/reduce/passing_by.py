@@ -7,7 +7,8 @@ below: TRL's `SFTTrainer` and Liger do. Such a model would be trained on full pr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,20 +20,14 @@ from vlmfast.torch_internals import is_compiling
 _INSIDE: ContextVar[bool] = ContextVar("vlmfast_inside", default=False)  # a forward that shortens prompts
 
 
-def entered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Have the ``forward`` of the model with its head note that it runs."""
-
-    @functools.wraps(forward)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
-            return forward(self, *args, **kwargs)
-        token = _INSIDE.set(True)
-        try:
-            return forward(self, *args, **kwargs)
-        finally:
-            _INSIDE.reset(token)
-
-    return method
+@contextmanager
+def entered() -> Iterator[None]:
+    """Note for the block that a call came through the ``forward`` of the model with its head."""
+    token = _INSIDE.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
 
 
 def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callable[..., Any]:
@@ -50,8 +45,8 @@ def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callab
         if kinds := brought(reducer, {**dict(zip(names, args)), **kwargs}):  # noqa: B905
             raise RuntimeError(
                 f"{kinds[0].pixels} came to {type(self).__name__} without the forward of {head} that reduces visual "
-                "tokens: where a trainer replaces that forward (TRL's SFTTrainer and Liger do, for their losses), patch "
-                "without reduce, and shorten each batch by vlmfast.compress_inputs"
+                "tokens: where a trainer replaces that forward (TRL's SFTTrainer and Liger do, for their losses), "
+                "patch without reduce, and shorten each batch by vlmfast.compress_inputs"
             )
         return forward(self, *args, **kwargs)
 
