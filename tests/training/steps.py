@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import vlmfast
 from tests.helpers.reduce_models import WORD, Talk
-from vlmfast.reduce import EvenTokens
+from vlmfast.reduce import EvenTokens, Method
 
 MODELS = ("qwen3_vl", "llava")
 METHOD = EvenTokens(0.5)  # chooses by place, so that a rounding never changes what is kept
@@ -39,6 +40,22 @@ def descend(model: Any) -> None:
             if parameter.grad is not None:
                 parameter -= RATE * parameter.grad
                 parameter.grad = None
+
+
+def steps(talk: Talk, model: Any, batches: list[tuple[int, ...]], method: Method | None = None) -> list[float]:
+    """Descend twice along the mean gradient of the batches; return their losses. A method shortens them beforehand."""
+    losses = []
+    model.train()
+    for _ in range(2):
+        for batch in batches:
+            inputs = samples(talk, *batch)
+            if method is not None:
+                inputs = vlmfast.compress_inputs(talk.model, inputs, method)
+            loss = model(**inputs).loss
+            (loss / len(batches)).backward()
+            losses.append(loss.item())
+        descend(model)
+    return losses
 
 
 def assert_trained_alike(got: Weights, want: Weights, before: Weights) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import multiprocessing
 import os
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,14 +19,15 @@ from tests.conftest import shortens_prompts
 from tests.helpers.patches_models import patched
 from tests.helpers.reduce_models import Talk
 from tests.helpers.thorough import first_of
+from tests.training.processes import RANKS, on_two_processes
 from tests.training.steps import (
     METHOD,
     MODELS,
     Weights,
     assert_losses_alike,
     assert_trained_alike,
-    descend,
     samples,
+    steps,
     weights,
 )
 from vlmfast.reduce import Method
@@ -37,71 +35,11 @@ from vlmfast.reduce import Method
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or not dist.is_gloo_available(), reason="needs fork and gloo")
 
-RANKS, SECONDS = 2, 120
 FIRST = {"llava": 0, "qwen3_vl": 2}  # a prompt of the first process; that of the second is 1
 Trained = tuple[list[float], Weights]
 
 
-def on_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call ``function(rank, *arguments)`` in two forks of this process that form a group; return both results."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    port = _free_port()
-
-    def run(rank: int) -> None:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-        try:
-            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS / 2))
-            results.put((rank, function(rank, *arguments)))
-            dist.barrier()
-        except BaseException:
-            results.put((rank, traceback.format_exc()))
-        finally:
-            dist.destroy_process_group()
-
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    try:
-        found: dict[int, Any] = {}
-        while len(found) < RANKS:
-            rank, result = results.get(timeout=SECONDS)
-            assert not isinstance(result, str), f"process {rank}:\n{result}"
-            found[rank] = result
-        for process in processes:
-            process.join(SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    return [found[rank] for rank in range(RANKS)]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
 # ---- training ----
-
-
-def steps(talk: Talk, model: Any, batches: list[tuple[int, ...]], method: Method | None = None) -> list[float]:
-    """Descend twice along the mean gradient of the batches; return their losses. A method shortens them beforehand."""
-    losses = []
-    model.train()
-    for _ in range(2):
-        for batch in batches:
-            inputs = samples(talk, *batch)
-            if method is not None:
-                inputs = vlmfast.compress_inputs(talk.model, inputs, method)
-            loss = model(**inputs).loss
-            (loss / len(batches)).backward()
-            losses.append(loss.item())
-        descend(model)
-    return losses
 
 
 @functools.cache

@@ -1,0 +1,71 @@
+"""DeepSpeed's ZeRO-3 on two processes: `make test-training` runs this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+
+import vlmfast
+from tests.helpers.patches_models import patched
+from tests.helpers.reduce_models import Talk
+from tests.training.processes import RANKS, on_two_processes
+from tests.training.steps import (
+    METHOD,
+    MODELS,
+    RATE,
+    Weights,
+    assert_losses_alike,
+    assert_trained_alike,
+    samples,
+    weights,
+)
+from tests.training.steps import steps as train_alone
+from vlmfast.reduce import Method
+
+FIRST = {"llava": 0, "qwen3_vl": 2}
+
+
+def train(rank: int, model_type: str, patch_first: bool, method: Method | None) -> tuple[list[float], Weights]:
+    import deepspeed
+
+    talk = Talk.of(model_type)
+    model = talk.model.train()
+    if patch_first:
+        vlmfast.patch(model, reduce=method)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), RATE), config=config, dist_init_required=False
+    )
+    if not patch_first:
+        vlmfast.patch(engine, reduce=method)
+    assert patched(model)
+    assert all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+    losses = []
+    for _ in range(2):
+        loss = engine(**samples(talk, FIRST[model_type] if rank == 0 else 1)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return losses, weights(model)
+
+
+@pytest.mark.parametrize("patch_first", [True, False], ids=["patched first", "patched last"])
+@pytest.mark.parametrize("method", [None, METHOD], ids=["all tokens", "half of them"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_zero_3(model_type: str, patch_first: bool, method: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    talk = Talk.of(model_type)
+    before = weights(talk.model)
+    losses = train_alone(talk, talk.model, [(FIRST[model_type],), (1,)], method)
+    for rank, (own, found) in enumerate(on_two_processes(train, model_type, patch_first, method)):
+        assert_losses_alike(own, losses[rank::RANKS])
+        assert_trained_alike(found, weights(talk.model), before)
