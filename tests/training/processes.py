@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +40,15 @@ def on_two_processes(function: Callable[..., Any], *arguments: Any) -> list[Any]
         process.start()
     try:
         found: dict[int, Any] = {}
+        deadline = time.monotonic() + SECONDS
         while len(found) < RANKS:
-            rank, result = results.get(timeout=SECONDS)
+            try:
+                rank, result = results.get(timeout=1)
+            except queue.Empty:
+                codes = [process.exitcode for process in processes]
+                assert not any(codes), f"exit codes {codes}"
+                assert time.monotonic() < deadline, "a process hangs"
+                continue
             assert not isinstance(result, str), f"process {rank}:\n{result}"
             found[rank] = result
         for process in processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from tests.helpers.reduce_models import Talk
 from tests.training.processes import RANKS, on_two_processes
 from tests.training.steps import (
     METHOD,
-    MODELS,
     RATE,
     Weights,
     assert_losses_alike,
@@ -27,6 +27,12 @@ from tests.training.steps import steps as train_alone
 from vlmfast.reduce import Method
 
 FIRST = {"llava": 0, "qwen3_vl": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_before_the_forks() -> None:
+    for name in ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.compile_fx"):
+        importlib.import_module(name)  # DeepSpeed needs them
 
 
 def train(rank: int, model_type: str, patch_first: bool, method: Method | None) -> tuple[list[float], Weights]:
@@ -58,11 +64,14 @@ def train(rank: int, model_type: str, patch_first: bool, method: Method | None) 
         return losses, weights(model)
 
 
-@pytest.mark.parametrize("patch_first", [True, False], ids=["patched first", "patched last"])
-@pytest.mark.parametrize("method", [None, METHOD], ids=["all tokens", "half of them"])
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(
+    ("model_type", "patch_first", "method"),
+    [("qwen3_vl", True, None), ("llava", False, None), ("llava", True, METHOD), ("qwen3_vl", False, METHOD)],
+)
 def test_zero_3(model_type: str, patch_first: bool, method: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    # By shared memory it would have to be compiled, for minutes: gloo remains. `deepspeed.comm.torch` is torch itself.
+    monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     talk = Talk.of(model_type)
     before = weights(talk.model)
     losses = train_alone(talk, talk.model, [(FIRST[model_type],), (1,)], method)
