@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 import vlmfast
 from tests.helpers.patches_models import patched
 from tests.helpers.reduce_models import Talk
-from tests.training.processes import RANKS, on_two_processes
+from tests.training.processes import on_two_processes
 from tests.training.steps import (
     METHOD,
     RATE,
@@ -35,12 +35,12 @@ def imported_before_the_forks() -> None:
         importlib.import_module(name)  # DeepSpeed needs them
 
 
-def train(rank: int, model_type: str, patch_first: bool, method: Method | None) -> tuple[list[float], Weights]:
+def train(rank: int, model_type: str, when: str, method: Method | None) -> tuple[list[float], Weights]:
     import deepspeed
 
     talk = Talk.of(model_type)
     model = talk.model.train()
-    if patch_first:
+    if when == "first":
         vlmfast.patch(model, reduce=method)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -50,13 +50,16 @@ def train(rank: int, model_type: str, patch_first: bool, method: Method | None) 
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=torch.optim.SGD(model.parameters(), RATE), config=config, dist_init_required=False
     )
-    if not patch_first:
+    if when == "last":
         vlmfast.patch(engine, reduce=method)
-    assert patched(model)
+    assert bool(patched(model)) == (when != "never")
     assert all(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
     losses = []
     for _ in range(2):
-        loss = engine(**samples(talk, FIRST[model_type] if rank == 0 else 1)).loss
+        inputs = samples(talk, FIRST[model_type] if rank == 0 else 1)
+        if when == "never" and method is not None:
+            inputs = vlmfast.compress_inputs(engine, inputs, method)
+        loss = engine(**inputs).loss
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -65,16 +68,20 @@ def train(rank: int, model_type: str, patch_first: bool, method: Method | None) 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "patch_first", "method"),
-    [("qwen3_vl", True, None), ("llava", False, None), ("llava", True, METHOD), ("qwen3_vl", False, METHOD)],
+    ("model_type", "when", "method"),
+    [("qwen3_vl", "first", None), ("llava", "last", None), ("llava", "first", METHOD), ("qwen3_vl", "last", METHOD)],
 )
-def test_zero_3(model_type: str, patch_first: bool, method: Any, monkeypatch: pytest.MonkeyPatch):
+def test_zero_3(model_type: str, when: str, method: Any, monkeypatch: pytest.MonkeyPatch):
+    """The first losses are those of one process; the steps are DeepSpeed's, and those of an unpatched model."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     # By shared memory it would have to be compiled, for minutes: gloo remains. `deepspeed.comm.torch` is torch itself.
     monkeypatch.setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     talk = Talk.of(model_type)
     before = weights(talk.model)
-    losses = train_alone(talk, talk.model, [(FIRST[model_type],), (1,)], method)
-    for rank, (own, found) in enumerate(on_two_processes(train, model_type, patch_first, method)):
-        assert_losses_alike(own, losses[rank::RANKS])
-        assert_trained_alike(found, weights(talk.model), before)
+    alone = train_alone(talk, talk.model, [(FIRST[model_type],), (1,)], method)
+    plain = on_two_processes(train, model_type, "never", method)
+    for rank, (own, found) in enumerate(on_two_processes(train, model_type, when, method)):
+        losses, trained = plain[rank]
+        assert own[0] == pytest.approx(alone[rank], rel=1e-5)
+        assert_losses_alike(own, losses)
+        assert_trained_alike(found, trained, before)
