@@ -36,11 +36,11 @@ def ask(talk: Talk, number: int) -> list[list[int]]:
 
 
 def visit(talk: Talk, number: int, method: Any) -> Said:
-    """Patch, answer, undo and answer again; return what was said, and which columns of the prompt were kept."""
+    """Patch, answer, undo and answer again; return what was said, the report, and which columns were kept."""
     with vlmfast.patch(talk.model, reduce=method) as patch:
         answers = [ask(talk, number)]
         last = None if patch.reduction is None else patch.reduction.last
-        kept = [] if last is None else last.columns.index.tolist()
+        kept = [patch.report(), *([] if last is None else last.columns.index.tolist())]
         assert patched(talk.model)
     assert not patched(talk.model)
     return [*answers, ask(talk, number)], kept
@@ -87,7 +87,7 @@ def test_eight_threads_with_models_of_their_own():
     talks[4:] = [Talk.of(talk.model_type, layers=4) for talk in talks[4:]]
     methods = [METHODS[(index + index // 4) % len(METHODS)] for index in range(8)]
     rounds = [
-        [(index + turn, method) for turn, method in enumerate((methods[index], METHODS[(index + 1) % 3]))]
+        [(index + turn, method) for turn, method in enumerate((methods[index], METHODS[(index + 1) % 4]))]
         for index in range(8)
     ]
     want = [[visit(talk, *each) for each in turns] for talk, turns in zip(talks, rounds, strict=True)]
