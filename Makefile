@@ -9,7 +9,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-matrix check check-cuda bench static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-matrix check check-cuda bench \
+	static gpu-report docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -64,6 +65,23 @@ $(LMMS_EVAL_VENV)/built: pyproject.toml
 	$(LMMS_EVAL_VENV)/bin/pip install --quiet "$(TORCH)" $(TRANSFORMERS) $(LMMS_EVAL)
 	$(LMMS_EVAL_VENV)/bin/python tests/vllm/torchvision_shim.py install
 	CXX=false $(LMMS_EVAL_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .  # pure Python
+	touch $@
+
+# DeepSpeed's setup.py asks for the torch that is installed
+TRAINING_VENV ?= .venvs/training
+TRAINING ?= trl==1.16.0 datasets==5.2.0 liger-kernel==0.8.5 deepspeed==0.19.8
+
+test-training: $(TRAINING_VENV)/built      ## training with TRL, Liger and DeepSpeed's ZeRO-3, on the CPU: a few minutes
+	OMP_NUM_THREADS=1 $(TRAINING_VENV)/bin/python -m pytest tests/training
+
+$(TRAINING_VENV)/built: pyproject.toml $(SOURCES)
+	@echo "Installing torch, transformers, TRL, Liger and DeepSpeed into $(TRAINING_VENV): about 1.5 GB"
+	$(PYTHON) -m venv $(TRAINING_VENV)
+	$(TRAINING_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(TRAINING_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(TRAINING_VENV)/bin/pip install --quiet $(TRANSFORMERS) triton numpy pillow rich "pytest<9.2" accelerate peft
+	DS_BUILD_OPS=0 $(TRAINING_VENV)/bin/pip install --quiet --no-build-isolation $(TRAINING)
+	VLMFAST_REQUIRE_EXTENSION=1 $(TRAINING_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc for sm_90

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -112,6 +113,26 @@ def test_accelerate_takes_its_wrapper_off_and_leaves_ours():
         model = accelerate.Accelerator(cpu=True).unwrap_model(wrapped, keep_fp32_wrapper=False)
         assert tokens(model, inputs) < full
     assert tokens(model, inputs) == full
+
+
+def loss_of_its_own(self: Any, **inputs: Any) -> Any:
+    """Run the model below, as TRL's `SFTTrainer` and Liger do for their losses."""
+    return self.base_model(**inputs)
+
+
+@pytest.mark.parametrize("method", [METHOD, vlmfast.FastV(1, 0.5)], ids=["before", "between the layers"])
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl"])
+def test_a_forward_that_passes_by_is_refused(model_type: str, method: Any):
+    talk = Talk.of(model_type)
+    inputs = talk.batch(*PROMPTS)
+    patch = vlmfast.patch(talk.model, reduce=method)
+    talk.model(**inputs)
+    talk.model.forward = MethodType(loss_of_its_own, talk.model)
+    with pytest.raises(RuntimeError, match=r"pixel_values came to \w+Model without the forward of \w+Generation"):
+        talk.model(**inputs)
+    talk.model(**talk.batch((10, 11, 12)))
+    patch.undo()
+    talk.model(**inputs)
 
 
 # ---- wrapped before the patch ----

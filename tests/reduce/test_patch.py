@@ -16,7 +16,6 @@ import vlmfast
 from tests.helpers.patches_models import cast, patched, state, tiny
 from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
 from vlmfast.reduce import EvenTokens, Method, Selection, VisualTokens, generation
-from vlmfast.reduce.prompt import takes_features
 
 METHOD = METHODS[0]
 EACH_DOUBLE = [name for name in EACH_TYPE if not name.endswith("_moe")]  # torch._grouped_mm has no float64
@@ -128,10 +127,8 @@ def test_report_and_images():
     assert not any(image.features.requires_grad for image in patch.images)
     patch.undo()
     alone = vlmfast.patch(talk.model, exclude="*", reduce=METHOD)
-    # Up to transformers 5.17 the base model encodes the images, so it is patched as well.
-    ours = [talk.model] if takes_features(type(talk.model.model)) else [talk.model, talk.model.model]
-    assert patched(talk.model) == ours
-    assert repr(alone) == f"<Patch of llava: {len(ours)} module{'s' * (len(ours) > 1)}, 0 sites>"
+    assert patched(talk.model) == [talk.model, talk.model.model]  # the latter to refuse images of other callers
+    assert repr(alone) == "<Patch of llava: 2 modules, 0 sites>"
 
 
 # ---- refusals ----

@@ -110,7 +110,9 @@ def method_of(cls: type, name: str) -> FunctionType | None:
         if name in vars(base):
             value = vars(base)[name]
             value = getattr(value, "fget", getattr(value, "__func__", value))
-            return value if isinstance(value, FunctionType) and not _is_framework(base.__module__) else None
+            # FSDP2's subclass of a layer has a forward of its own: transformers wraps that of every class of a layer.
+            framework = _is_framework(base.__module__) and _is_framework(getattr(value, "__module__", "torch."))
+            return value if isinstance(value, FunctionType) and not framework else None
     return None
 
 
@@ -120,7 +122,11 @@ def names_of(cls: type, method: str) -> dict[str, Any]:
 
 
 def site_name(cls: type, method: str) -> str:
-    """Return a site's name: "<model folder>.<Class>.<method>" in transformers, elsewhere with the full module name."""
+    """Return a site's name: "<model folder>.<Class>.<method>" in transformers, elsewhere with the full module name.
+
+    A class that torch derives, such as FSDP2's of a sharded layer, has the names of the class that it derives it from.
+    """
+    cls = next((base for base in cls.__mro__[:-1] if not _is_framework(base.__module__)), cls)
     module = cls.__module__
     if module.startswith("transformers.models."):
         module = module.rpartition(".")[2].removeprefix("modeling_")

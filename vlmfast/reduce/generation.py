@@ -22,6 +22,7 @@ from vlmfast.reduce.families import REDUCERS, Reducer
 from vlmfast.reduce.full_prompt import fitted, padding_mask, setting
 from vlmfast.reduce.kinds import KINDS, brought, check_takes, lacking
 from vlmfast.reduce.methods import LayerMethod, Method, told
+from vlmfast.reduce.passing_by import entered, refusing
 from vlmfast.reduce.prompt import (
     ShortenedPrompt,
     asking,
@@ -93,12 +94,13 @@ class Reduction:
         if self.plan is not None:
             found = self.plan.replacements()
             forward, generate = self.plan.forward(forward, self.note_cuts), self.plan.generate(generate)
+        found.setdefault(base, {})["forward"] = refusing(base.forward, self.reducer, cls.__name__)
         if self.method is None:
             return {**found, cls: {"forward": forward, "generate": generate}}
         if not takes_features(base):
             forward = forward_with_features(forward, self.reducer)
             kinds = [kind for kind in KINDS if kind.reduce(self.reducer) is not None]
-            found[base] = {f"get_{kind.name}_features": features_of(base, kind) for kind in kinds}
+            found[base] |= {f"get_{kind.name}_features": features_of(base, kind) for kind in kinds}
         found[cls] = {
             "forward": _forward(self, forward),
             "generate": _replacement(
@@ -256,7 +258,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
 
     def short_forward(model: Any, arguments: dict[str, Any]) -> Any:
         cache = arguments.get("past_key_values")
-        with lent(cache) as cached:
+        with lent(cache) as cached, entered():
             if not brought(reduction.reducer, arguments) and cached is not None:
                 return original(model, **_continued(arguments, cached))
             if cache is not None and cache.get_seq_length():

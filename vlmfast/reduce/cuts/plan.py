@@ -19,6 +19,7 @@ from vlmfast.reduce.cuts.run import Cut, Held, Prompt, Run
 from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
 from vlmfast.reduce.kinds import KINDS, is_placeholder
 from vlmfast.reduce.methods import LayerMethod
+from vlmfast.reduce.passing_by import entered
 from vlmfast.reduce.prompt import named, parameters
 from vlmfast.reduce.text import MASK, check_lengths, special_ids, text_columns
 from vlmfast.torch_internals import is_compiling
@@ -65,6 +66,7 @@ class Plan:
         # Compiled layers would be traced without a run, so a call that cuts runs uncompiled.
         whole = torch.compiler.disable(original)  # type: ignore[no-untyped-call]
 
+        @entered()
         def run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
             if arguments.get(MASK) is None and (text := TEXT.get()) is not None:
                 ids = arguments.get("input_ids")

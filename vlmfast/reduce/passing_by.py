@@ -1,0 +1,53 @@
+"""Refuse images that pass by the ``forward`` that shortens prompts.
+
+A trainer may replace that ``forward`` on the instance, by one that computes a loss from the hidden states of the model
+below: TRL's `SFTTrainer` and Liger do. Such a model would be trained on full prompts without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from vlmfast.reduce.families import Reducer
+from vlmfast.reduce.kinds import brought
+from vlmfast.reduce.prompt import parameters
+from vlmfast.torch_internals import is_compiling
+
+_INSIDE: ContextVar[bool] = ContextVar("vlmfast_inside", default=False)  # a forward that shortens prompts
+
+
+@contextmanager
+def entered() -> Iterator[None]:
+    """Note for the block that a call came through the ``forward`` of the model with its head."""
+    token = _INSIDE.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callable[..., Any]:
+    """Have the ``forward`` of the model below refuse images that do not come through the model with its head.
+
+    Raises:
+        RuntimeError: by the method, which names the model with its head as ``head``.
+    """
+    names = parameters(forward)
+
+    @functools.wraps(forward)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or _INSIDE.get():
+            return forward(self, *args, **kwargs)
+        if kinds := brought(reducer, {**dict(zip(names, args)), **kwargs}):  # noqa: B905
+            raise RuntimeError(
+                f"{kinds[0].pixels} came to {type(self).__name__} without the forward of {head} that reduces visual "
+                "tokens: where a trainer replaces that forward (TRL's SFTTrainer and Liger do, for their losses), "
+                "patch without reduce, and shorten each batch by vlmfast.compress_inputs"
+            )
+        return forward(self, *args, **kwargs)
+
+    return method
