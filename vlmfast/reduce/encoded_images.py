@@ -16,7 +16,7 @@ from vlmfast.reduce.prompt import ShortenedPrompt, image_output
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """Encoded images or videos on their way through the ``pixel_values`` of a forward."""
 
     output: Any
@@ -40,7 +40,7 @@ def forward_with_features(original: Callable[..., Any], reducer: Reducer) -> Cal
             times = kwargs["input_ids"].shape[0] // len(samples)  # beams
             for kind in KINDS:
                 if any(own := kind.of(samples)):
-                    kwargs[kind.pixels] = _Encoded(image_output(self.base_model, reducer, own, times))
+                    kwargs[kind.pixels] = Encoded(image_output(self.base_model, reducer, own, times))
         return original(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*others, added, last])  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def features_of(cls: type, kind: Kind) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, _Encoded):
+            if isinstance(value, Encoded):
                 return value.output
         return original(self, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from vlmfast.reduce.encoded_images import Encoded
 from vlmfast.reduce.families import Reducer
 from vlmfast.reduce.kinds import brought
 from vlmfast.reduce.prompt import parameters
@@ -42,7 +43,9 @@ def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callab
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() or _INSIDE.get():
             return forward(self, *args, **kwargs)
-        if kinds := brought(reducer, {**dict(zip(names, args)), **kwargs}):  # noqa: B905
+        arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
+        kinds = [kind for kind in brought(reducer, arguments) if not isinstance(arguments[kind.pixels], Encoded)]
+        if kinds:
             raise RuntimeError(
                 f"{kinds[0].pixels} came to {type(self).__name__} without the forward of {head} that reduces visual "
                 "tokens: where a trainer replaces that forward (TRL's SFTTrainer and Liger do, for their losses), "
