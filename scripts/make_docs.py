@@ -8,14 +8,14 @@ import operator
 import re
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import docs_methods
 
 import vlmfast.compat
 from vlmfast.benchmarks import coverage, digits, report
 from vlmfast.patches.bodies import BODIES, Body
-from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "ops.md"
 STUB = ROOT / "vlmfast" / "__init__.pyi"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-REDUCTION = ROOT / "docs" / "token_reduction.md"
+CHOOSING, TRAINING = ROOT / "docs" / "choosing.md", ROOT / "docs" / "training.md"
 HEAD = """# Ops
 
 Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable in its floating-point
@@ -63,11 +63,6 @@ tower than the default configuration: what is known in it is replaced as well. I
 and mask is replaced."""
 
 
-def signature(name: str, function: Callable[..., Any]) -> str:
-    """Return the signature as in source code, without the quotes that `inspect` puts around annotations."""
-    return name + re.sub(r"(: |-> )(['\"])(.*?)\2(?=,|\)| =|$)", r"\1\3", str(inspect.signature(function)))
-
-
 def page() -> str:
     """Make docs/ops.md."""
     around = [name for name in vlmfast.__all__ if name not in OPS and inspect.isfunction(getattr(vlmfast, name))]
@@ -83,7 +78,14 @@ def section(name: str) -> str:
     text = inspect.getdoc(function)
     inlined = OPS[name].inlined if name in OPS else ()
     more = f"\nA compiled graph has its definition on: {', '.join(inlined)}.\n" if inlined else ""
-    return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n{more}"
+    first, _, rest = text.partition("\n")
+    parts = (
+        f"## `{name}`",
+        f"```python\n{docs_methods.signature(name, function)}\n```",
+        first,
+        docs_methods.markdown(rest),
+    )
+    return "\n\n".join(part for part in parts if part) + f"\n{more}"
 
 
 Run = dict[str, Any]
@@ -206,17 +208,6 @@ def stub() -> str:
     return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])
 
 
-def methods() -> str:
-    """Make the table of token reduction methods."""
-    rows = []
-    for method in METHODS.values():
-        parameters = inspect.signature(method).parameters.values()
-        shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
-        first, *_ = inspect.getdoc(method).splitlines()
-        rows.append([f"`{method.__name__}({', '.join(shown)})`", first])
-    return table(("method", "what it does"), 2, rows)
-
-
 def coverage_table() -> str:
     """Make the table of what methods keep of photographs."""
     head, rows = coverage.rows_of(json.loads((RESULTS / "coverage.json").read_text()))
@@ -313,13 +304,9 @@ def main() -> int:
         README: filled(README, figures=figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
         ROOT / "docs" / "families.md": model_types(),
-        REDUCTION: filled(
-            REDUCTION,
-            methods=methods(),
-            coverage=coverage_table(),
-            digits=digits_tables(),
-            projector=projector_table(),
-        ),
+        ROOT / "docs" / "methods.md": docs_methods.page(),
+        CHOOSING: filled(CHOOSING, coverage=coverage_table(), digits=digits_tables()),
+        TRAINING: filled(TRAINING, projector=projector_table()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 KEPT, MERGED = (0, 158, 115), (230, 159, 0)  # green and orange that colour-blind eyes tell apart
 DIMMED = 0.3  # contrast of dropped tokens
+PANEL = 480  # pixels of width
+CAPTION = 22  # pixels of height
 TOUCH = 2  # pixels by which crops that lie side by side may seem to overlap, where they were found by measuring
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an image; outside of it where padded
@@ -74,6 +76,34 @@ def draw(image: Any, crops: Iterable[Crop]) -> Any:
     for index, panel_image in enumerate(drawn):
         whole.paste(panel_image, (0, index * height))
     return whole
+
+
+def sheet(image: Any, panels: Sequence[tuple[str, Sequence[Crop]]], width: int = PANEL) -> Any:
+    """Draw several choices over one image each, as `draw` does, three side by side, with a caption below each.
+
+    Args:
+        image: a PIL image.
+        panels: the caption and the crops of each, at least one.
+        width: of each, in pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    made = []
+    for caption, crops in panels:
+        drawn = draw(image, crops)
+        drawn = drawn.resize((width, max(1, round(drawn.height * width / drawn.width))))
+        panel = Image.new("RGB", (width, drawn.height + CAPTION), "white")
+        panel.paste(drawn, (0, 0))
+        ImageDraw.Draw(panel).text((4, drawn.height + 4), caption, fill="black")
+        made.append(panel)
+    across = min(len(made), 3)
+    lines = [made[start : start + across] for start in range(0, len(made), across)]
+    heights = [max(panel.height for panel in line) for line in lines]
+    result = Image.new("RGB", (across * width, sum(heights)), "white")
+    for number, line in enumerate(lines):
+        for place, panel in enumerate(line):
+            result.paste(panel, (place * width, sum(heights[:number])))
+    return result
 
 
 def _overlap(one: Box | None, other: Box | None) -> bool:
