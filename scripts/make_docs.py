@@ -33,9 +33,9 @@ devices that its entry names; exporters get its definition.
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
 
-Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote. Each row shows
-the median times of interleaved rounds in one run. Rows with a `date` of their own in the JSON are from a later run on
-the same machine, and replace rows whose peers had been refused by too narrow a comparison.
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json FILE` wrote. Each row
+shows the median times of interleaved rounds in one run. Rows with a `date` of their own in the JSON are from a later
+run on the same machine, and replace rows whose peers had been refused by too narrow a comparison.
 
 The last column is the time of each peer or limit divided by that of vlmfast: below 1, the other is faster. "copy" moves
 as many bytes as the op; in runs before 2026-11-28 it read memory that had never been written, and is up to a quarter
