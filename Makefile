@@ -78,7 +78,7 @@ gpu-report:                  ## on a machine with a GPU: build, GPU tests, bench
 	$(PYTHON) -m vlmfast bench gpu  # the machine's own Python and CUDA torch: nothing is downloaded
 
 # material's banner about MkDocs 2 is no finding
-SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs: $(VENV)/built $(VENV)/tools          ## regenerate pages, and build the site of all of them into site/
 	$(BIN)/python scripts/make_docs.py

@@ -240,7 +240,7 @@ def show(tower: nn.Module, file: Path, folder: Path, budget: int = 64) -> Path:
         count = selection.kept.shape[1]
         panels.append((name, [Crop(positions[:count], (side, side), positions[count:])]))
     path = folder / f"kept_{file.stem}.jpg"
-    sheet(square_of(file), panels, SIDE).save(path, quality=72, optimize=True)
+    sheet(square_of(file), panels, SIDE, most=2).save(path, quality=72, optimize=True)
     return path
 
 

@@ -81,11 +81,27 @@ def section(name: str) -> str:
     first, _, rest = text.partition("\n")
     parts = (
         f"## `{name}`",
-        f"```python\n{docs_methods.signature(name, function)}\n```",
+        f"```python\n{broken(docs_methods.signature(name, function))}\n```",
         first,
         docs_methods.markdown(rest),
     )
     return "\n\n".join(part for part in parts if part) + f"\n{more}"
+
+
+def broken(text: str, width: int = 88) -> str:
+    """Put the arguments of a long signature on lines of their own."""
+    if len(text) <= width:
+        return text
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter == ")":
+            parts.append("")
+        parts[-1] += letter
+        if depth == 1 and letter in "(,":
+            parts.append("")
+    first, *arguments, last = (part.strip() for part in parts)
+    return "\n".join([first, *(f"    {argument.removesuffix(',')}," for argument in arguments), last])
 
 
 Run = dict[str, Any]

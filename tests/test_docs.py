@@ -159,6 +159,29 @@ CHECKS = {
 }
 
 
+# ---- what is generated ----
+
+
+def test_what_a_method_reads_is_what_it_asks_for(monkeypatch):
+    """The page of methods says it of a method by letting it choose."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    page = importlib.import_module("docs_methods")
+    reads = {
+        vlmfast.EvenTokens: [],
+        vlmfast.RandomTokens: ["pixels"],
+        vlmfast.SCOPE: ["rows of the tower", "attention in the tower"],
+        vlmfast.VisionZip: ["attention in the tower", "keys of the tower"],
+        vlmfast.VCAST: ["tokens as the language model sees them"],
+        vlmfast.FastV: ["attention of the last token"],
+        vlmfast.SparseVLM: ["attention of the words of the question"],
+    }
+    assert {method: page.read(method) for method in reads} == reads
+    said = "A rule.\n\nArgs:\n    a, b: one\n        and ``more``: yes.\n    c: two.\n\nSource:\n    A\n    paper."
+    assert page.markdown(said) == (
+        "A rule.\n\n**Args**\n\n- `a, b`: one and `more`: yes.\n- `c`: two.\n\n**Source**: A paper."
+    )
+
+
 # ---- command lines ----
 
 

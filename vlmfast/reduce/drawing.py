@@ -78,13 +78,14 @@ def draw(image: Any, crops: Iterable[Crop]) -> Any:
     return whole
 
 
-def sheet(image: Any, panels: Sequence[tuple[str, Sequence[Crop]]], width: int = PANEL) -> Any:
-    """Draw several choices over one image each, as `draw` does, three side by side, with a caption below each.
+def sheet(image: Any, panels: Sequence[tuple[str, Sequence[Crop]]], width: int = PANEL, most: int = 3) -> Any:
+    """Draw several choices over one image each, as `draw` does, side by side, with a caption below each.
 
     Args:
         image: a PIL image.
         panels: the caption and the crops of each, at least one.
         width: of each, in pixels.
+        most: how many stand side by side.
     """
     from PIL import Image, ImageDraw
 
@@ -94,9 +95,9 @@ def sheet(image: Any, panels: Sequence[tuple[str, Sequence[Crop]]], width: int =
         drawn = drawn.resize((width, max(1, round(drawn.height * width / drawn.width))))
         panel = Image.new("RGB", (width, drawn.height + CAPTION), "white")
         panel.paste(drawn, (0, 0))
-        ImageDraw.Draw(panel).text((4, drawn.height + 4), caption, fill="black")
+        ImageDraw.Draw(panel).text((4, drawn.height + 2), caption, fill="black", font_size=15)
         made.append(panel)
-    across = min(len(made), 3)
+    across = min(len(made), most)
     lines = [made[start : start + across] for start in range(0, len(made), across)]
     heights = [max(panel.height for panel in line) for line in lines]
     result = Image.new("RGB", (across * width, sum(heights)), "white")
