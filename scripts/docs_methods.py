@@ -98,7 +98,7 @@ def page() -> str:
     """Make docs/methods.md: a table of all, and a section for each."""
     rows, sections = [], {name: [f"## {title}", says] for name, (title, says) in KINDS.items()}
     for method in sorted(METHODS.values(), key=lambda method: method.__name__.lower()):
-        first, rest = (inspect.getdoc(method) or "").split("\n", 1)
+        first, _, rest = (inspect.getdoc(method) or "").partition("\n")
         called = f"[`{method.__name__}`](#{method.__name__.lower()})"
         rows.append(f"| {called} | `{written(method)}` | {KINDS[kind(method)][0].lower()} | {first} |")
         facts = [

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import docs_methods
-
 import vlmfast.compat
+from scripts import docs_methods
 from vlmfast.benchmarks import coverage, digits, report
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.registry import OPS
