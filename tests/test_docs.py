@@ -115,7 +115,7 @@ def check_first_page(names: dict[str, Any], output: str, vllm: Any) -> None:
     """Check what the comments of README say."""
     assert "runs" in output
     assert names["x"].grad.shape == names["x"].shape
-    assert names["short"]["input_ids"].shape[1] == names["inputs"]["input_ids"].shape[1] - 12
+    assert names["short"]["attention_mask"].shape[1] == names["inputs"]["attention_mask"].shape[1] - 12
     start = names["inputs"]["input_ids"]
     assert torch.equal(names["ids"][:, : start.shape[1]], start)
 
