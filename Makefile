@@ -50,11 +50,11 @@ $(VLLM_VENV)/built: pyproject.toml $(SOURCES)
 	VLMFAST_REQUIRE_EXTENSION=1 $(VLLM_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# the interpreters to try the wheels under
+# the interpreters to try the wheels under; with INSTALLED=1 they have the dependencies, and nothing is downloaded
 PYTHONS ?= $(PYTHON)
 
 test-wheel: $(VENV)/installed $(VENV)/tools ## sdist, pure and native wheel, each tried in a fresh environment under PYTHONS
-	$(BIN)/python scripts/test_wheel.py --python $(PYTHONS) --torch "$(TORCH)"
+	$(BIN)/python scripts/test_wheel.py --python $(PYTHONS) $(if $(INSTALLED),--installed,--torch "$(TORCH)")
 
 check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CUDA sources through nvcc for sm_90
 	$(BIN)/ruff format --check .

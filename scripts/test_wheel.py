@@ -1,12 +1,14 @@
 """Build what a release has, and try each wheel as a user would: in a fresh environment, outside of the checkout.
 
     python scripts/test_wheel.py --python python3.10 python3.13 --torch torch==2.13.0
+    python scripts/test_wheel.py --python ENVIRONMENT/bin/python --installed
 
 The sdist is made of a copy of the tree. Of it come two wheels: one without a compiler, pure Python for every platform,
 and one with, for every Python on this platform. Each must have exactly the files of the package; a library that stands
 in the tree, as an editable installation leaves it there, must not come in. Each is then installed with its
-dependencies, under every Python that is given, and asked for its version, its backends, an op and `vlmfast info`.
-Objects that were compiled are kept in build/test-wheel.
+dependencies, under every Python that is given, and asked for its version, its backends, an op and `vlmfast info`. With
+``--installed`` nothing is downloaded: dependencies are those that each Python has. PyPI's torch for Linux is of CUDA
+and takes 4 GB. Objects that were compiled are kept in build/test-wheel.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ RESULTS = "vlmfast/benchmarks/results/"  # of which only the file that is read b
 LIBRARY = "vlmfast/_C.so"
 
 PROBE = """
-import json, torch, vlmfast
+import json, platform, torch, transformers, vlmfast
 from vlmfast import backends
 from vlmfast.demo_model import PHOTOGRAPH
 
@@ -42,6 +44,9 @@ print(json.dumps({
     "error": float((vlmfast.rms_norm(x, weight, eps=1e-6) - expected).abs().max()),
     "runs": next(l for l in vlmfast.explain(vlmfast.rms_norm, x, weight).splitlines() if l.endswith(": runs")),
     "photograph": PHOTOGRAPH.exists(),
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
 }))
 """
 
@@ -140,7 +145,23 @@ def programs_without_compilers() -> Mapping[str, str]:
     return {"PATH": str(Path(sys.executable).parent), "CXX": "", "NVCC": "", "CUDA_HOME": ""}
 
 
-def try_wheel(wheel: Path, python: str, torch: str, native: bool) -> str:
+def install(wheel: Path, python: str, torch: str | None, folder: Path) -> str:
+    """Make a fresh environment with a wheel, and return its Python; without ``torch`` dependencies are ``python``'s."""
+    run([python, "-m", "venv", "env"], folder)
+    fresh = str(folder / "env" / "bin" / "python")
+    pip = [fresh, "-m", "pip"]
+    if torch is not None:
+        run([*pip, "install", "--quiet", torch, str(wheel)], folder)
+        run([*pip, "check"], folder)
+        return fresh
+    packages = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    there, here = (run([program, "-c", packages], folder).strip() for program in (python, fresh))
+    Path(here, "dependencies.pth").write_text(f"{there}\n")  # behind what is installed here
+    run([*pip, "install", "--quiet", "--no-deps", "--ignore-installed", str(wheel)], folder)
+    return fresh
+
+
+def try_wheel(wheel: Path, python: str, torch: str | None, native: bool) -> str:
     """Install a wheel into a fresh environment, use it there, and say what it is.
 
     Raises:
@@ -148,12 +169,8 @@ def try_wheel(wheel: Path, python: str, torch: str, native: bool) -> str:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run([python, "-m", "venv", "env"], folder)
-        programs = folder / "env" / "bin"
-        pip = [str(programs / "python"), "-m", "pip"]
-        run([*pip, "install", "--quiet", torch, str(wheel)], folder)
-        run([*pip, "check"], folder)
-        found = json.loads(run([str(programs / "python"), "-I", "-c", PROBE], folder, OMP_NUM_THREADS="1"))
+        fresh = install(wheel, python, torch, folder)
+        found = json.loads(run([fresh, "-I", "-c", PROBE], folder, OMP_NUM_THREADS="1"))
         version = wheel.name.split("-")[1]
         check(Path(found["file"]).is_relative_to(folder.resolve()), f"{found['file']} was imported")
         check(found["version"] == version, f"version {found['version']} in {wheel.name}")
@@ -161,14 +178,11 @@ def try_wheel(wheel: Path, python: str, torch: str, native: bool) -> str:
         check(found["runs"].strip().startswith("native" if native else "torch"), f"{wheel.name}: {found['runs']}")
         check(found["error"] < 1e-5, f"{wheel.name}: rms_norm is wrong by {found['error']}")
         check(found["photograph"], f"{wheel.name} has no photograph")
-        shown = run([str(programs / "vlmfast"), "info"], folder, COLUMNS="200", OMP_NUM_THREADS="1")
+        shown = run([str(Path(fresh).with_name("vlmfast")), "info"], folder, COLUMNS="200", OMP_NUM_THREADS="1")
         check(version in shown and "broken" not in shown, f"vlmfast info:\n{shown}")
         check(("the extension is not built" in shown) != native, f"vlmfast info:\n{shown}")
-        what = json.loads(run([*pip, "list", "--format", "json"], folder))
-        versions = {package["name"]: package["version"] for package in what}
-        release = run([python, "-c", "import platform; print(platform.python_version())"], folder).strip()
     kind = "native" if native else "pure"
-    return f"{kind}, Python {release}, torch {versions['torch']}, transformers {versions['transformers']}: works"
+    return f"{kind}, Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}: works"
 
 
 def wheels(folder: Path, tree: Path) -> Iterator[tuple[Path, bool]]:
@@ -188,6 +202,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to try the wheels under")
     parser.add_argument("--torch", default="torch", help="what to install for it, such as torch==2.13.0")
+    parser.add_argument("--installed", action="store_true", help="install no dependencies: take those of each Python")
     options = parser.parse_args()
     folder = ROOT / "build" / "test-wheel"
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +217,7 @@ def main() -> int:
         print(f"{sdist.name}, {sdist.stat().st_size / 1e6:.1f} MB: has the sources", flush=True)
         for wheel, native in wheels(folder, unpack(sdist, folder)):
             for python in options.python:
-                print(try_wheel(wheel, python, options.torch, native), flush=True)
+                print(try_wheel(wheel, python, None if options.installed else options.torch, native), flush=True)
     except WheelError as failure:
         print(f"test_wheel: {failure}", file=sys.stderr)
         return 1
