@@ -9,8 +9,8 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-matrix check check-cuda bench \
-	static gpu-report docs clean
+.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-wheel test-matrix \
+	check check-cuda bench static gpu-report docs docs-serve clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -84,12 +84,19 @@ $(TRAINING_VENV)/built: pyproject.toml $(SOURCES)
 	VLMFAST_REQUIRE_EXTENSION=1 $(TRAINING_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs, CUDA sources through nvcc for sm_90
+# the interpreters to try the wheels under; with INSTALLED=1 they have the dependencies, and nothing is downloaded
+PYTHONS ?= $(PYTHON)
+
+test-wheel: $(VENV)/installed $(VENV)/tools ## sdist, pure and native wheel, each tried in a fresh environment under PYTHONS
+	$(BIN)/python scripts/test_wheel.py --python $(PYTHONS) $(if $(INSTALLED),--installed,--torch "$(TORCH)")
+
+check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CUDA sources through nvcc for sm_90
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --no-cache .  # its cache does not know that a file of one of our packages came or went
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
 	$(BIN)/python scripts/make_docs.py --check
+	$(SITE)
 	$(BIN)/python scripts/compile_cuda.py sm_90
 
 check-cuda: $(VENV)/built $(VENV)/tools    ## CUDA sources through nvcc for every GPU: after a change to them
@@ -104,8 +111,15 @@ static: $(VENV)/built $(VENV)/tools        ## count traffic, registers and width
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
 	$(PYTHON) -m vlmfast bench gpu  # the machine's own Python and CUDA torch: nothing is downloaded
 
-docs: $(VENV)/built $(VENV)/tools          ## regenerate docs/ops.md
+# material's banner about MkDocs 2 is no finding
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs: $(VENV)/built $(VENV)/tools          ## regenerate pages, and build the site of all of them into site/
 	$(BIN)/python scripts/make_docs.py
+	$(SITE)
+
+docs-serve: $(VENV)/tools                  ## show the site on this machine while pages are written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 $(VENV)/installed: pyproject.toml
 	@echo "Installing torch and transformers into $(VENV): about 1 GB"
@@ -116,7 +130,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed
-	$(BIN)/pip install --quiet "pytest<9.2" pytest-xdist accelerate peft onnx onnxscript matplotlib ruff mypy clang-format==20.1.8 nox
+	$(BIN)/pip install --quiet "pytest<9.2" pytest-xdist accelerate peft onnx onnxscript matplotlib ruff mypy clang-format==20.1.8 nox "mkdocs-material>=9.6" build
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
@@ -125,4 +139,4 @@ $(VENV)/built: $(VENV)/installed $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info vlmfast/_C*.so $(VENV)/built gpu-report
+	rm -rf build dist site *.egg-info vlmfast/_C*.so $(VENV)/built gpu-report

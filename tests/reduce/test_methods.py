@@ -215,12 +215,14 @@ from vlmfast.reduce.methods.method import PruningMethod
 """
 USE = """
 import vlmfast
-from scripts import make_docs
+from scripts import docs_methods
 from vlmfast.reduce import spelling
 assert spelling.parse("farthest:0.25") == vlmfast.Farthest(0.25) == vlmfast.reduce.Farthest(keep=0.25)
 assert "Farthest" in vlmfast.__all__ and "Farthest" in vlmfast.reduce.__all__
 assert "farthest:KEEP" in spelling.usage()
-assert "| `Farthest(keep)` | Tokens that are unlike each other. |" in make_docs.methods()
+row = "| `farthest:KEEP` | before the language model | Tokens that are unlike each other. |"
+page = docs_methods.page()
+assert row in page and "Reads: tokens as the language model sees them" in page.split("### Farthest")[1]
 """
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 KEPT, MERGED = (0, 158, 115), (230, 159, 0)  # green and orange that differ for colour-blind people too
 DIMMED = 0.3  # contrast of dropped tokens
+PANEL = 480  # pixels of width
+CAPTION = 22  # pixels of height
 TOUCH = 2  # crops side by side may seem to overlap by so many pixels, because their boxes are measured
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of an image; outside of it where padded
@@ -74,6 +76,35 @@ def draw(image: Any, crops: Iterable[Crop]) -> Any:
     for index, panel_image in enumerate(drawn):
         whole.paste(panel_image, (0, index * height))
     return whole
+
+
+def sheet(image: Any, panels: Sequence[tuple[str, Sequence[Crop]]], width: int = PANEL, most: int = 3) -> Any:
+    """Draw several choices over one image each, as `draw` does, side by side, with a caption below each.
+
+    Args:
+        image: a PIL image.
+        panels: the caption and the crops of each, at least one.
+        width: of each, in pixels.
+        most: how many stand side by side.
+    """
+    from PIL import Image, ImageDraw
+
+    made = []
+    for caption, crops in panels:
+        drawn = draw(image, crops)
+        drawn = drawn.resize((width, max(1, round(drawn.height * width / drawn.width))))
+        panel = Image.new("RGB", (width, drawn.height + CAPTION), "white")
+        panel.paste(drawn, (0, 0))
+        ImageDraw.Draw(panel).text((4, drawn.height + 2), caption, fill="black", font_size=15)
+        made.append(panel)
+    across = min(len(made), most)
+    lines = [made[start : start + across] for start in range(0, len(made), across)]
+    heights = [max(panel.height for panel in line) for line in lines]
+    result = Image.new("RGB", (across * width, sum(heights)), "white")
+    for number, line in enumerate(lines):
+        for place, panel in enumerate(line):
+            result.paste(panel, (place * width, sum(heights[:number])))
+    return result
 
 
 def _overlap(one: Box | None, other: Box | None) -> bool:
