@@ -148,7 +148,7 @@ class Selection:
         tokens, contextual = self.slots.shape[1], self.contextual
         frame = torch.arange(len(self.kept), device=self.kept.device)[:, None] % frames
         # the slots of all targets come first, then those of the tokens assigned to them
-        moved = self.slots + (frame + (self.slots >= contextual) * (frames - 1)) * contextual
+        moved = self.slots + torch.where(self.slots < contextual, frame, frame + frames - 1) * contextual
         return replace(
             self,
             kept=(self.kept + frame * tokens).view(len(self.kept) // frames, frames * self.kept.shape[1]),

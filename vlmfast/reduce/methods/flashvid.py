@@ -159,7 +159,7 @@ def _budgets(total: int, length: Tensor, segments: Tensor) -> Tensor:
     """(B, T): how many of the clusters of a video each frame's segment has, by its length in frames."""
     first = segments.diff(dim=1, prepend=segments.new_full((len(segments), 1), -1)) > 0
     alone = torch.zeros_like(segments)
-    dealt = _dealt(alone + total, length * first, alone + segments.shape[1], alone)
+    dealt = _dealt(alone + total, torch.where(first, length, 0), alone + segments.shape[1], alone)
     return _in_group(torch.where(first, dealt, 0), segments)
 
 

@@ -100,7 +100,7 @@ class Method(Named):
         if kept < 0 or contextual < 0:
             raise ValueError(f"budget of {self} must be of at least 0 + 0 visual tokens, got {kept} + {contextual}")
         keep_cls = self.keeps_cls and has_cls and total > 0
-        room = min(count, total - keep_cls)
+        room = min(count, total - 1 if keep_cls else total)
         kept = min(kept, room)
         return kept, min(contextual, room - kept), keep_cls
 
