@@ -64,7 +64,7 @@ $(LMMS_EVAL_VENV)/built: pyproject.toml
 	$(LMMS_EVAL_VENV)/bin/pip install --quiet "setuptools>=77" wheel pytest
 	$(LMMS_EVAL_VENV)/bin/pip install --quiet "$(TORCH)" $(TRANSFORMERS) $(LMMS_EVAL)
 	$(LMMS_EVAL_VENV)/bin/python tests/vllm/torchvision_shim.py install
-	CXX=false $(LMMS_EVAL_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .  # pure Python
+	CXX=none $(LMMS_EVAL_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .  # pure Python
 	touch $@
 
 # DeepSpeed's setup.py asks for the torch that is installed

@@ -37,8 +37,8 @@ CUDA_FLAGS = [*COMPILED["NVCC_FLAGS"], f"-I{CSRC}"]
 CUDA_ARCHITECTURES = COMPILED["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time. Only quick_bfloat16.h has
-# code for the last level.
+# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time. Only families
+# whose header says `kHasBf16Level` have code for the last level.
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
     "v3": "-march=x86-64-v3",
@@ -104,7 +104,7 @@ def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
             variants = [
                 [*KERNEL_FLAGS, *flags.split(), f"-DVLMFAST_ISA={level}"]
                 for level, flags in levels.items()
-                if level != "v4_bf16" or "quick_bfloat16.h" in source.read_text()
+                if level != "v4_bf16" or "kHasBf16Level" in source.with_suffix(".h").read_text()
             ]
         commands += [[*compiler, *CXX_FLAGS, *flags, "-c", str(source)] for flags in variants]
     return commands

@@ -141,8 +141,19 @@ def check_wheel(wheel: Path, tree: Path, native: bool) -> None:
 
 
 def programs_without_compilers() -> Mapping[str, str]:
-    """Return the variables of an environment in which only Python is found."""
-    return {"PATH": str(Path(sys.executable).parent), "CXX": "", "NVCC": "", "CUDA_HOME": ""}
+    """Return the variables of an environment that has no compilers."""
+    return {"CXX": "none", "NVCC": "none", "CUDA_HOME": ""}
+
+
+def absolute(python: str) -> str:
+    """Return the path of an interpreter, for commands that run in other folders. A link stays: it leads out of a venv.
+
+    Raises:
+        WheelError: if there is none.
+    """
+    found = shutil.which(python)
+    check(found is not None, f"there is no interpreter {python}")
+    return os.path.abspath(str(found))
 
 
 def install(wheel: Path, python: str, torch: str | None, folder: Path) -> str:
@@ -216,7 +227,7 @@ def main() -> int:
             check_sdist(sdist, copy)
         print(f"{sdist.name}, {sdist.stat().st_size / 1e6:.1f} MB: has the sources", flush=True)
         for wheel, native in wheels(folder, unpack(sdist, folder)):
-            for python in options.python:
+            for python in map(absolute, options.python):
                 print(try_wheel(wheel, python, None if options.installed else options.torch, native), flush=True)
     except WheelError as failure:
         print(f"test_wheel: {failure}", file=sys.stderr)

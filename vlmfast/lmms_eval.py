@@ -27,13 +27,14 @@ class Reducing:
 
         Args:
             args: what its own class takes.
-            reduce: a method as `vlmfast.reduce.spelling.parse` reads it; without one the model stays as it is.
+            reduce: a method as `vlmfast.reduce.spelling.parse` reads it; without one the model stays as it is. In
+                ``--model_args`` one with commas stands in quotes, which lmms-eval leaves in the text.
             kwargs: what its own class takes.
 
         Raises:
             ValueError: for a method that is not known, before the model is loaded, or one that does not fit the model.
         """
-        method = parse(reduce, kind=None) if reduce is not None else None
+        method = parse(reduce.strip("'\""), kind=None) if reduce is not None else None
         super().__init__(*args, **kwargs)
         if method is not None:
             self.patch = vlmfast.patch(self.model, reduce=method)  # type: ignore[attr-defined]

@@ -40,8 +40,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// A bfloat16 whose blocks keep the elements in memory order, as blocks of float32 do. Kernels use it that combine the
-// two, or that tell the elements of a last block from its padding.
+// A bfloat16 whose blocks keep the elements in memory order, as blocks of float32 do: for kernels that combine the two,
+// or that tell the elements of a last block from its padding.
 struct OrderedBFloat16 : BFloat16 {};
 template <class T>
 using Ordered = std::conditional_t<std::is_same_v<T, BFloat16>, OrderedBFloat16, T>;

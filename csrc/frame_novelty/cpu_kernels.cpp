@@ -57,7 +57,7 @@ VLMFAST_INLINE void mean_of(const T* first, const FrameRows& rows, float* mean) 
 
 template <class T>
 void novelty(const FrameNovelty& args, int64_t begin, int64_t end) {
-  using Own = Ordered<T>;  // as the float32 mean is
+  using Own = Ordered<T>;  // in memory order, like the mean
   const FrameRows rows = args.rows;
   for (int64_t frame = begin; frame < end; ++frame) {
     const Own* own = row_of<Own>(rows, frame / rows.frames, frame % rows.frames, 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def evaluate(model: str, folder: Path, task: Path, *more: str) -> subprocess.Com
     command = [sys.executable, "-m", "lmms_eval", "--model", model, "--tasks", "twenty_pictures", "--batch_size", "1"]
     arguments = ",".join((f"pretrained={folder}", "device_map=cpu", *more))
     command += ["--model_args", arguments, "--include_path", str(task), "--force_simple", "--device", "cpu"]
+    shutil.rmtree(task / "out", ignore_errors=True)  # lmms-eval's exit code is 0 on errors
     command += ["--output_path", str(task / "out"), "--log_samples"]
     environment = {
         **os.environ,
@@ -72,9 +74,9 @@ def evaluate(model: str, folder: Path, task: Path, *more: str) -> subprocess.Com
 
 
 def answers(task: Path) -> list[str]:
-    """Return what the newest run answered, in the order of the pictures."""
-    newest = max((task / "out").rglob("*samples*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    samples = sorted((json.loads(line) for line in newest.read_text().splitlines()), key=lambda one: one["doc_id"])
+    """Return what the last run answered, in the order of the pictures."""
+    [written] = (task / "out").rglob("*samples*.jsonl")
+    samples = sorted((json.loads(line) for line in written.read_text().splitlines()), key=lambda one: one["doc_id"])
     return [sample["filtered_resps"] for sample in samples]
 
 
@@ -112,7 +114,7 @@ def test_reduce_is_one_argument(task: Path, tmp_path: Path):
 
 
 def test_an_unknown_method_is_refused_before_the_model_is_loaded(task: Path, tmp_path: Path):
-    run = evaluate("llava_hf", tmp_path / "there is no model", task, "reduce=best:9")  # its exit code is 0 on errors
+    run = evaluate("llava_hf", tmp_path / "there is no model", task, "reduce=best:9")
     assert "unknown method 'best'; known: " in run.stdout + run.stderr
 
 

@@ -97,6 +97,14 @@ def test_remote_code_that_says_something_else_is_left_alone(remote: ModuleType):
     assert patched(model) == [model.layers[-1]]
 
 
+def test_a_method_of_torch_that_others_replaced_is_no_part_of_a_body(monkeypatch: pytest.MonkeyPatch):
+    """Extensions for other devices replace `nn.Module.to`, which bodies name when they convert a tensor."""
+    norm = type(tiny("qwen3_vl")[0].model.language_model.norm)
+    want, original = upstream.source(norm, "forward"), nn.Module.to
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    assert upstream.source(norm, "forward") == want
+
+
 def test_plain_module_around_known_parts():
     model, inputs = tiny("llava")
     parts = nn.ModuleDict({"norm": model.model.language_model.norm, "layers": model.model.language_model.layers})

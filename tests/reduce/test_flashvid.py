@@ -97,6 +97,17 @@ def test_keeping_everything_changes_no_bit():
         assert torch.equal(selection.apply(flat).take_along_dim(order[..., None], 1), flat)
 
 
+def test_what_is_merged_in_half_precision_and_its_gradient():
+    """Rows are merged as in float32, and their gradient is that of the weighted sums."""
+    rows, scores = (part[2:] for part in videos((9, 12, 16)))
+    selection = selected(FlashVID(0.3), rows.bfloat16(), scores)
+    flat = rows.bfloat16().flatten(1, 2)
+    got, want = selection.apply(flat), selection.apply(flat.float())
+    torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=2**-7)
+    leaf = flat.double().requires_grad_()
+    torch.autograd.gradcheck(selection.apply, leaf, nondet_tol=0.0, fast_mode=True)
+
+
 def test_the_cases_are_hard_enough():
     """Chains are long and branch, clusters have several chains, thresholds rise, frames are left without a cluster."""
     longest, most, widest, dropped = 0, 0, 0.0, 0

@@ -133,7 +133,7 @@ def test_a_video_is_reduced_as_alone(name: str, method: Method):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [FlashVID(0.4), VisionZip(dominant=0.4, contextual=0.1)], ids=str)
+@pytest.mark.parametrize("method", [EVS(0.4), FlashVID(0.4), VisionZip(dominant=0.4, contextual=0.1)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_turns_go_on_from_the_cache(name: str, method: Method):
     """A turn, then one about another video and image, equal the whole conversation in one call."""

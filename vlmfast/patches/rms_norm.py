@@ -72,6 +72,8 @@ def gated_rms_norm(self: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
 
     The class of transformers 4.57 has no ``activation``: it is always SiLU.
     """
+    if is_compiling():
+        return _upstream(self, hidden_states, gate)
     from transformers.activations import ACT2FN  # imported here, so that `import vlmfast` does not need transformers
 
     try:

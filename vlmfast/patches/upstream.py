@@ -110,8 +110,8 @@ def method_of(cls: type, name: str) -> FunctionType | None:
         if name in vars(base):
             value = vars(base)[name]
             value = getattr(value, "fget", getattr(value, "__func__", value))
-            # FSDP2's subclass of a layer has a forward of its own: transformers wraps that of every class of a layer.
-            framework = _is_framework(base.__module__) and _is_framework(getattr(value, "__module__", "torch."))
+            # FSDP2's subclass of a layer is the layer's, though torch makes it: transformers wraps its forward.
+            framework = all(_is_framework(cls.__module__) for cls in base.__mro__[:-1])
             return value if isinstance(value, FunctionType) and not framework else None
     return None
 

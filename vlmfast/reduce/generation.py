@@ -94,7 +94,9 @@ class Reduction:
         if self.plan is not None:
             found = self.plan.replacements()
             forward, generate = self.plan.forward(forward, self.note_cuts), self.plan.generate(generate)
-        found.setdefault(base, {})["forward"] = refusing(base.forward, self.reducer, cls.__name__)
+        found.setdefault(base, {})["forward"] = refusing(
+            base.forward, self.reducer, cls.__name__, self.method is not None
+        )
         if self.method is None:
             return {**found, cls: {"forward": forward, "generate": generate}}
         if not takes_features(base):

@@ -1,7 +1,8 @@
 """Refuse images that pass by the ``forward`` that shortens prompts.
 
 A trainer may replace that ``forward`` on the instance, by one that computes a loss from the hidden states of the model
-below: TRL's `SFTTrainer` and Liger do. Such a model would be trained on full prompts without a word.
+below: TRL's `SFTTrainer` and Liger do. Such a model would be trained on full prompts without a word. Within a graph of
+torch.compile nothing is refused.
 """
 
 from __future__ import annotations
@@ -31,13 +32,20 @@ def entered() -> Iterator[None]:
         _INSIDE.reset(token)
 
 
-def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callable[..., Any]:
+def refusing(forward: Callable[..., Any], reducer: Reducer, whole: str, shortens: bool) -> Callable[..., Any]:
     """Have the ``forward`` of the model below refuse images that do not come through the model with its head.
 
+    Args:
+        forward: of the model below.
+        reducer: of the model.
+        whole: the name of the class of the model with its head.
+        shortens: whether a method reduces the tokens before the language model, so that `compress_inputs` can.
+
     Raises:
-        RuntimeError: by the method, which names the model with its head as ``head``.
+        RuntimeError: by the method that is returned.
     """
     names = parameters(forward)
+    instead = ", and shorten each batch by vlmfast.compress_inputs" if shortens else ""
 
     @functools.wraps(forward)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,9 +55,9 @@ def refusing(forward: Callable[..., Any], reducer: Reducer, head: str) -> Callab
         kinds = [kind for kind in brought(reducer, arguments) if not isinstance(arguments[kind.pixels], Encoded)]
         if kinds:
             raise RuntimeError(
-                f"{kinds[0].pixels} came to {type(self).__name__} without the forward of {head} that reduces visual "
+                f"{kinds[0].pixels} came to {type(self).__name__} without the forward of {whole} that reduces visual "
                 "tokens: where a trainer replaces that forward (TRL's SFTTrainer and Liger do, for their losses), "
-                "patch without reduce, and shorten each batch by vlmfast.compress_inputs"
+                f"patch without reduce{instead}; to call {type(self).__name__} itself, undo the patch"
             )
         return forward(self, *args, **kwargs)
 

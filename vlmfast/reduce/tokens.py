@@ -120,7 +120,7 @@ class Selection:
         contextual: C, the number of tokens that the others are merged into.
         merge: "reference" or "mean", see `vlmfast.merge_tokens`.
         keep_cls: whether the CLS token is kept as well, in front.
-        weights: (B, N), what each token that is merged is multiplied by before, or None for 1.
+        weights: (B, N), the factor of each token that is merged, or None for 1.
     """
 
     kept: Tensor
@@ -154,4 +154,5 @@ class Selection:
             kept=(self.kept + frame * tokens).view(len(self.kept) // frames, frames * self.kept.shape[1]),
             slots=torch.where(self.slots < 0, self.slots, moved).int().view(len(self.kept) // frames, frames * tokens),
             contextual=frames * contextual,
+            weights=None if self.weights is None else self.weights.view(-1, frames * tokens),
         )

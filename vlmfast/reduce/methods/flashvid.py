@@ -1,4 +1,4 @@
-"""FlashVID: of each frame the tokens that matter and differ; the others merged along time, then within frames."""
+"""FlashVID: keeps the tokens of a frame that matter and differ, and merges the others along time and within frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmfast.reduce.methods.video_method import VideoMethod, frames_of
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
 SAME_SCENE = 0.9  # the cosine of the means of two frames below which a segment ends
-LEAST_SEGMENTS = 8  # of a video, if it has as many frames
+LEAST_SEGMENTS = 8  # a shorter video has a segment for each frame
 SAME_TOKEN = 0.8  # the cosine above which a token is linked to one of the frame before
 NEIGHBOURS = 7  # that tell how dense the tokens are around one
 
@@ -30,7 +30,8 @@ class FlashVID(VideoMethod, name="flashvid"):
     Seven tenths of a frame's budget, rounded up, are kept: each time the token that is least like those chosen before,
     times its attention. The video is cut into segments where the means of two frames differ. In a segment, a token that
     is not kept is linked to the one most like it in the frame before, and such chains are merged. The tokens that are
-    then left of a frame are clustered around the peaks of their density, and each cluster is merged.
+    then left of a frame are clustered around the peaks of their density, and each cluster is merged. A frame whose
+    segment has fewer clusters than frames may get none: what is left of it is dropped.
 
     Args:
         keep: how many tokens are left of each frame, on average over a video: an int, or a float as the share of all
@@ -64,7 +65,7 @@ class FlashVID(VideoMethod, name="flashvid"):
     def choose(self, tokens: VisualTokens, k: int) -> Tensor:
         """Choose in each frame by attention and diversity."""
         frames, each = frames_of(tokens).flatten(0, 1), k // tokens.crops
-        chosen = accepting(farthest, frames)(frames, each, tokens.scores().view(frames.shape[:2]))
+        chosen = accepting(farthest, frames)(frames, each, tokens.scores().reshape(frames.shape[:2]))
         starts = torch.arange(tokens.crops, device=chosen.device)[:, None] * frames.shape[1]
         return (chosen.view(tokens.batch, tokens.crops, each) + starts).flatten(1)
 
@@ -92,7 +93,7 @@ class FlashVID(VideoMethod, name="flashvid"):
         slots = torch.where(is_peak, number, contextual + number.gather(1, peak))
         slots = torch.where(is_peak.gather(1, peak), slots, -kept - 1)  # dropped: a frame may have no peak
         slots = torch.where(is_kept, is_kept.cumsum(1) - 1 - kept, slots)
-        weights = chains.weights(peak, begins, ~is_kept) if self.merge == "reference" else None
+        weights = chains.weights(peak, begins, ~is_kept, frames.dtype) if self.merge == "reference" else None
         return Selection(chosen, slots.int(), contextual, merge="mean", weights=weights)
 
 
@@ -120,9 +121,9 @@ class _Chains:
         sums = torch.zeros_like(rows).scatter_add(1, self.root[..., None].expand_as(rows), rows)
         return sums / self.divisor()[..., None]
 
-    def weights(self, peak: Tensor, begins: Tensor, free: Tensor) -> Tensor:
+    def weights(self, peak: Tensor, begins: Tensor, free: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, N): what a row is multiplied by so that the mean of a cluster's tokens is that of its merged chains."""
-        chains, tokens = (_in_group(are.long(), peak) for are in (begins, free))
+        chains, tokens = (_in_group(are.to(dtype), peak) for are in (begins, free))
         return tokens / (chains.clamp(min=1) * self.divisor().gather(1, self.root))
 
 
@@ -147,7 +148,7 @@ def _ranks(values: Tensor, groups: Tensor) -> Tensor:
 def _dealt(total: Tensor, part: Tensor, whole: Tensor, groups: Tensor) -> Tensor:
     """(B, M) int64: ``total * part / whole`` of each, rounded so that a group gets its total: largest remainder.
 
-    All are integers, and total and whole are the same for all of a group.
+    Integers, of which ``total`` and ``whole`` are those of the group.
     """
     whole = whole.clamp(min=1)
     rounded = total * part // whole
@@ -168,8 +169,8 @@ def _segments(frames: Tensor) -> Tensor:
     means = F.normalize(frames.mean(2), dim=2)
     alike = (means[:, 1:] * means[:, :-1]).sum(2).nan_to_num(-1.0)
     least = min(LEAST_SEGMENTS, frames.shape[1]) - 1
-    cuts = (alike < SAME_SCENE) | (_ranks(-alike, torch.zeros_like(alike, dtype=torch.int64)) < least)
-    return F.pad(cuts.long().cumsum(1), (1, 0))
+    ends = (alike < SAME_SCENE) | (_ranks(-alike, torch.zeros_like(alike, dtype=torch.int64)) < least)
+    return F.pad(ends.long().cumsum(1), (1, 0))
 
 
 def _links(frames: Tensor, free: Tensor, segments: Tensor, most: Tensor) -> Tensor:
@@ -212,8 +213,8 @@ def _peaks(rows: Tensor, begins: Tensor, quotas: Tensor) -> tuple[Tensor, Tensor
     """Find the densest places among the chains of each frame that are apart from each other.
 
     Args:
-        rows: (B, T, n, D), the merged chains, of which those count that begin in a frame.
-        begins: (B, T, n), which do.
+        rows: (B, T, n, D), the merged chains, each in the place where it begins.
+        begins: (B, T, n) bool, where a chain begins.
         quotas: (B, T), how many to find.
 
     Returns:
