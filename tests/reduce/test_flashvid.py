@@ -108,6 +108,15 @@ def test_what_is_merged_in_half_precision_and_its_gradient():
     torch.autograd.gradcheck(selection.apply, leaf, nondet_tol=0.0, fast_mode=True)
 
 
+def test_weights_of_frames_are_those_of_their_videos():
+    slots = torch.tensor([[-1, 0, 1], [0, -1, 1], [-1, 0, 1], [0, 1, -1]]).int()
+    kept = torch.tensor([[0], [1], [0], [2]])
+    of_frames = Selection(kept, slots, 1, merge="mean", weights=torch.rand(4, 3))
+    frames = torch.randn(4, 3, 5)
+    want = of_frames.apply(frames).view(2, 2, 2, 5).transpose(1, 2).reshape(2, 4, 5)  # kept ones, then merged ones
+    assert torch.equal(of_frames.of_videos(2).apply(frames.view(2, 6, 5)), want)
+
+
 def test_the_cases_are_hard_enough():
     """Chains are long and branch, clusters have several chains, thresholds rise, frames are left without a cluster."""
     longest, most, widest, dropped = 0, 0, 0.0, 0
