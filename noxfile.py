@@ -7,11 +7,13 @@ from pathlib import Path
 
 import nox
 
+from vlmfast.releases import KNOWN
+
 nox.options.default_venv_backend = "none"  # use the environment that runs nox, with its torch and the extension
 
 
 @nox.session
-@nox.parametrize("transformers", [nox.param(release, id=release) for release in ("4.57.6", "5.17.0", "5.23.0")])
+@nox.parametrize("transformers", [nox.param(release, id=release) for release in KNOWN])
 def matrix(session: nox.Session, transformers: str) -> None:
     """Test patches, command line and references, or what is given, under one release of transformers.
 

@@ -39,7 +39,7 @@ from vlmfast.reduce.spelling import every, spell
 from vlmfast.reduce.tokens import Selection, VisualTokens
 from vlmfast.reduce.towers import encode
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent  # vlmfast/benchmarks is a link
 SIDE, PATCH = 336, 14  # pixels
 BUDGETS = (192, 128, 64, 32)
 LAYER = -2  # as in LLaVA

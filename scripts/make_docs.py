@@ -158,9 +158,9 @@ def figures_of(run: Run, compiled: Run) -> str:
     return (
         f"Measured on {where['date'][:10]}: {where['device']} ({place}), {dtype}, torch {where['torch']},\n"
         f"transformers {where['transformers']}, by `python -m vlmfast bench`. Above 1 is faster than the other; the\n"
-        "last column is the time over that of a copy of as many bytes. PyTorch has the fastest\n"
-        "lines that were found; torch.compile has the definition alone; in the graph of a model,\n"
-        "norms are upstream's own lines.\n\n"
+        'last column is the time over that of a copy of as many bytes. "x PyTorch" compares\n'
+        'with the fastest plain PyTorch that was found, "x torch.compile" with the definition,\n'
+        "compiled by itself. In a compiled model norms are left to Inductor.\n\n"
     ) + table(("op", "shape", "time", "x transformers", "x PyTorch", "x torch.compile", "time / copy"), 2, rows)
 
 

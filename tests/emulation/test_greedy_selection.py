@@ -80,7 +80,7 @@ FAULTS = [
         UNNOTICED,
     ),
     Fault("a token is its own neighbour", "farthest.cuh", "if (other != token)", "if (true)", DIFFER),
-    Fault("lengths unknown", "farthest.cuh", "    __syncthreads();  // all lengths are known\n", "", UNORDERED),
+    Fault("lengths unknown", "farthest.cuh", "    __syncthreads();  // all lengths are written\n", "", UNORDERED),
     Fault("quality of the first token", "farthest.cuh", "first_by_quality ? distance", "true ? distance", DIFFER),
     Fault(
         "quality of the others", "farthest.cuh", "own.offer(nearest * state.weight[token]", "own.offer(nearest", DIFFER
@@ -90,7 +90,7 @@ FAULTS = [
     Fault(
         "tile read while it is written",
         "gram.cuh",
-        "      __syncthreads();  // the elements before these are done\n",
+        "      __syncthreads();  // the elements before these have been read\n",
         "",
         UNORDERED,
     ),
@@ -112,7 +112,7 @@ FAULTS = [
     Fault(
         "left of the best one asked for too late",
         "dpp_map.cuh",
-        "      __syncthreads();  // nobody asks what is left of the best one\n",
+        "      __syncthreads();  // all threads have read left_of_best\n",
         "",
         UNORDERED,
     ),
@@ -136,7 +136,7 @@ FAULTS = [
     Fault(
         "weights read before they are there",
         "coverage.cuh",
-        "    __syncthreads();  // the weights of all are there\n",
+        "    __syncthreads();  // all weights are written\n",
         "",
         UNORDERED,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
 import warnings
 from types import MethodType
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import vlmfast
+from tests.conftest import shortens_prompts
 from tests.helpers.patches_models import (
     assert_same,
     logits,
@@ -336,3 +338,23 @@ def test_no_warning_without_cause():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vlmfast.patch(tiny("internvl")[0]).undo()
+
+
+# ---- a transformers that is too new ----
+
+
+def test_a_newer_transformers_is_said(monkeypatch: pytest.MonkeyPatch):
+    model, _ = tiny("llava")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.24.0.dev0")
+    with pytest.warns(
+        UserWarning, match=r"transformers 5\.24\.0\.dev0 is newer than 5\.23\.0, the newest release that"
+    ):
+        vlmfast.patch(model).undo()
+    if shortens_prompts():
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="cut between layers under transformers up to"):
+            vlmfast.patch(model, reduce=vlmfast.FastV(1, 0.5))
+    for known in ("5.23.4", "4.57.6"):
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", known)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vlmfast.patch(model).undo()

@@ -21,6 +21,7 @@ from vlmfast.patches.swap import PatchedModule, is_swapped, patched_class, set_c
 from vlmfast.reduce.generation import shortening
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.releases import KNOWN, newer_transformers
 
 # Original class -> name of a method -> its replacement, or name of an attribute -> the property that replaces it.
 Replacements = dict[type, dict[str, Any]]
@@ -189,6 +190,12 @@ def patch(
             model is patched already, or nothing in it could be replaced.
     """
     _check_unpatched(model)
+    if version := newer_transformers():
+        warnings.warn(
+            f"transformers {version} is newer than {KNOWN[-1]}, the newest release that vlmfast was tested with: what "
+            "changed since is left alone, and the report cannot name all of it",
+            stacklevel=2,
+        )
     label = next(filter(None, map(_model_type, model.modules())), type(model).__name__)
     sites = find_sites(model)
     reduction = None if reduce is None else shortening(hugging_face_model(model), reduce)

@@ -22,6 +22,7 @@ from vlmfast.reduce.methods import LayerMethod
 from vlmfast.reduce.passing_by import entered
 from vlmfast.reduce.prompt import named, parameters
 from vlmfast.reduce.text import MASK, check_lengths, special_ids, text_columns
+from vlmfast.releases import KNOWN, newer_transformers
 from vlmfast.torch_internals import is_compiling
 
 IMAGES = (*(kind.pixels for kind in KINDS), "mm_encoder_outputs")
@@ -205,8 +206,13 @@ def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
 
     Raises:
         ValueError: for layers that the model does not have, that cannot continue with fewer tokens, or that are not in
-            order, and for a cut that would never leave anything out.
+            order, for a cut that would never leave anything out, and for a transformers that is too new.
     """
+    if version := newer_transformers():
+        raise ValueError(
+            f"visual tokens are cut between layers under transformers up to {KNOWN[-1]}, got {version}, whose layers "
+            "may take their caches otherwise"
+        )
     name, config = type(model).__name__, model.config.get_text_config()
     found = getattr(getattr(model.base_model, "language_model", None), "layers", None)
     if not isinstance(found, nn.ModuleList):
