@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import json
+import re
 import sys
 from typing import Any
 from unittest import mock
@@ -17,8 +19,9 @@ import torch
 from torch import nn
 
 import vlmfast
+from scripts import export_hub_kernel
 from tests.helpers.tiny_types import build
-from vlmfast import hub
+from vlmfast import hub, registry
 from vlmfast.patches import rms_norm as norms
 from vlmfast.patches.swap import PatchedModule
 from vlmfast.patches.upstream import source
@@ -212,6 +215,57 @@ def test_kernels_missing_or_old_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.integrations.hub_kernels", None)
     with pytest.raises(ImportError, match=r"transformers 5\.17 or later, and the version of kernels that it takes"):
         hub.kernel_config()
+
+
+# ---- the repository for the Hub ----
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Export for Triton's interpreter, and for a GPU if the tests have one."""
+    export_hub_kernel.export(tmp_path, export_hub_kernel.BACKENDS)
+    return tmp_path
+
+
+def test_an_export_stands_alone(exported):
+    """Each op that Triton launches is in it, with the bits of vlmfast's launcher and no import of vlmfast."""
+    from vlmfast.kernels.rms_norm import rms_norm
+
+    build = exported / "build/torch-cuda"
+    texts = {path: path.read_text() for path in build.rglob("*.py")}
+    assert not [path for path, text in texts.items() if re.search(r"^\s*(from|import) vlmfast", text, re.MULTILINE)]
+    metadata = json.loads((build / "metadata.json").read_text())
+    spec = importlib.util.spec_from_file_location(metadata["id"], build / "__init__.py")
+    kernel = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {metadata["id"]: kernel}):
+        spec.loader.exec_module(kernel)
+        x, weight = torch.randn(5, 96), torch.randn(96)
+        assert torch.equal(kernel.rms_norm(x, weight, 1e-5, "olmo"), rms_norm(x, weight, 1e-5, "olmo"))
+    assert not torch.equal(rms_norm(x, weight, 1e-2, "olmo"), rms_norm(x, weight, 1e-5, "olmo"))
+    launched = {name for name, op in registry.OPS.items() if op.compose is None and not op.backend("triton").absent}
+    assert {*kernel.__all__} == {*launched, "layers"}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("model_type", "name", "layer"), [("llama", "RMSNorm", "LlamaRMSNorm"), ("olmo2", "RMSNorm", "OlmoRMSNorm")]
+)
+def test_layers_of_an_export_are_mapped(exported, model_type, name, layer):
+    import kernels
+
+    model, inputs = made(model_type)
+    before = logits(model, inputs)
+    repository = kernels.LocalLayerRepository(exported, layer_name=layer)
+    with kernels.use_kernel_mapping({name: {"cpu": repository}}, inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
+    launcher = sys.modules[repository.load().__module__]
+    with mock.patch.object(launcher, "rms_norm", wraps=launcher.rms_norm) as launch:
+        torch.testing.assert_close(logits(model, inputs), before)
+    assert launch.call_count >= 5
+    for module in model.modules():  # float64 is none of its dtypes
+        if type(module).__name__.endswith("RMSNorm"):
+            x = torch.randn(3, module.weight.shape[0], dtype=torch.float64)
+            assert torch.equal(module(x), type(module).forward(module, x))
 
 
 # ---- models that are patched as they are built ----
