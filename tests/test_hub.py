@@ -21,6 +21,7 @@ from torch import nn
 import vlmfast
 from scripts import export_hub_kernel
 from tests.helpers.tiny_types import build
+from tests.test_docs import blocks
 from vlmfast import hub, registry
 from vlmfast.patches import rms_norm as norms
 from vlmfast.patches.swap import PatchedModule
@@ -86,11 +87,16 @@ def test_a_body_is_known_where_kernels_made_a_module_of_its_function(monkeypatch
 # ---- mapped layers ----
 
 
-def kernelized(model: nn.Module) -> nn.Module:
-    import kernels
+def page() -> dict[str, Any]:
+    """Return what docs/patch.md defines for `kernels`; the test of the page cannot call it."""
+    [code] = [text for heading, text in blocks("docs/patch.md", "python") if heading == "Hugging Face `kernels`"]
+    names: dict[str, Any] = {"vlmfast": vlmfast, "torch": torch}
+    exec(code, names)
+    return names
 
-    with kernels.use_kernel_mapping(hub.kernel_mapping(), inherit_mapping=False):
-        return kernels.kernelize(model, mode=kernels.Mode.INFERENCE)
+
+def kernelized(model: nn.Module) -> nn.Module:
+    return page()["map_layers"](model)
 
 
 @pytest.fixture
@@ -190,16 +196,17 @@ def test_mapped_layers_compile():
 @needs_kernels
 @pytest.mark.usefixtures("rotary_restored")
 def test_from_pretrained_uses_kernels(tmp_path, counted, recwarn, caplog):
-    """`use_kernels=True` takes the configuration, warns of no layer, and survives a change of mode."""
-    model, inputs = made("llava")
-    model.save_pretrained(tmp_path)
-    load = transformers.AutoModelForImageTextToText.from_pretrained
-    mapped = load(tmp_path, dtype=torch.float32, use_kernels=True, kernel_config=hub.kernel_config())
+    """`use_kernels=True`, as docs/patch.md has it, warns of no layer and survives a change of mode."""
+    saved, inputs = made("llava", torch.bfloat16)
+    saved.save_pretrained(tmp_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    before = logits(model, inputs)
+    mapped = page()["load"](tmp_path)
     mapped.train()
     mapped.eval()
     assert "No kernel mapping" not in caplog.text + "".join(str(warning.message) for warning in recwarn)
-    assert torch.equal(logits(mapped, inputs), logits(model, inputs))
-    assert counted == {"norm": 5, "rotary": 4}  # the unmapped model shares the function
+    assert torch.equal(logits(mapped, inputs), before)
+    assert counted == {"norm": 5, "rotary": 2}
 
 
 def test_kernels_missing_or_old_is_said(monkeypatch):
