@@ -135,6 +135,10 @@ def rotary_restored():
         ("llava", {"norm": 5, "rotary": 2}),
         ("qwen3_vl", {"norm": 9, "rotary": 2}),
         ("qwen2_5_vl", {"norm": 10, "rotary": 2}),
+        (
+            "qwen3_5",
+            {"norm": 8, "rotary": 0},
+        ),  # norms of two names, one with a gate; the function turns a part of a head
         ("gemma3", {"norm": 0, "rotary": 2}),  # its norm is not decorated
         ("olmo2", {"norm": 9, "rotary": 0}),  # weight in float32; its function rounds elsewhere
     ],
@@ -185,12 +189,26 @@ def test_a_mapped_model_does_not_hide_attention_from_a_patch():
 
 @needs_kernels
 @pytest.mark.usefixtures("rotary_restored")
-def test_mapped_layers_compile():
-    model, inputs = made("llava")
-    before = logits(model, inputs)
+def test_a_compiled_graph_has_the_lines_of_upstream():
+    """Inductor fuses them; a lookup of the body would break the graph, which `fullgraph` refuses."""
+    model, _ = made("llama")
+    turn = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    norm, x, heads, angles = model.model.norm, torch.randn(2, 5, 64), torch.randn(2, 4, 5, 16), torch.randn(1, 5, 16)
+    before = norm(x), *turn(heads, heads, angles, angles)
+    norm = kernelized(model).model.norm
+    graphs: list[str] = []
+
+    def keep(graph: Any, example: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    def both(x: Any, heads: Any, angles: Any) -> Any:
+        return norm(x), *turn(heads, heads, angles, angles)
+
     torch._dynamo.reset()
-    compiled = torch.compile(kernelized(model), backend="eager")
-    torch.testing.assert_close(logits(compiled, inputs), before)
+    torch.testing.assert_close(torch.compile(both, backend=keep, fullgraph=True)(x, heads, angles), before)
+    assert len(graphs) == 1
+    assert "vlmfast" not in graphs[0]
 
 
 @needs_kernels

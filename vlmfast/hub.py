@@ -182,16 +182,14 @@ class _Patching(type):
             warnings.warn(f"{cls.__name__} is not patched: {error}", stacklevel=2)
         return built
 
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, cls.model)
-
 
 def register(*model_types: str) -> None:
     """Let ``from_pretrained`` build models of these types as `vlmfast.patch` leaves them, until `unregister`.
 
     For programs that load the model themselves. Models with a head, as of ``AutoModelForImageTextToText``, get a
     patched model inside, such as ``LlavaModel``; ``AutoModel`` makes that one directly, and unpatched. What cannot be
-    patched is built as before, with a warning.
+    patched is built as before, with a warning. Every load takes seconds longer, for transformers then looks for the
+    class in all of its modules.
 
     Args:
         *model_types: one or several ``config.model_type``, such as ``"llava"`` or ``"qwen3_vl"``.
