@@ -225,6 +225,7 @@ def test_from_pretrained_uses_kernels(tmp_path, counted, recwarn, caplog):
     assert "No kernel mapping" not in caplog.text + "".join(str(warning.message) for warning in recwarn)
     assert torch.equal(logits(mapped, inputs), before)
     assert counted == {"norm": 5, "rotary": 2}
+    assert mapped.kernel_config.inherit_mapping is False  # on a GPU, transformers' own mapping would download others
 
 
 def test_kernels_missing_or_old_is_said(monkeypatch):
