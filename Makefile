@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-wheel test-matrix \
-	check check-cuda bench static gpu-report docs docs-serve clean
+	hub-kernel check check-cuda bench static gpu-report docs docs-serve clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: before and after patching
@@ -82,6 +82,24 @@ $(TRAINING_VENV)/built: pyproject.toml $(SOURCES)
 	$(TRAINING_VENV)/bin/pip install --quiet $(TRANSFORMERS) triton numpy pillow rich "pytest<9.2" accelerate peft
 	DS_BUILD_OPS=0 $(TRAINING_VENV)/bin/pip install --quiet --no-build-isolation $(TRAINING)
 	VLMFAST_REQUIRE_EXTENSION=1 $(TRAINING_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# each transformers takes its own versions of kernels: 5.17 takes 0.16, 5.23 takes 0.18
+HUB_VENV ?= .venvs/hub
+HUB ?= transformers==5.17.0 kernels==0.16.1
+
+hub-kernel: $(HUB_VENV)/built              ## the Triton kernels as a repository for the Hub, in build/hub-kernel; vlmfast under Hugging Face kernels
+	rm -rf build/hub-kernel
+	$(HUB_VENV)/bin/python scripts/export_hub_kernel.py build/hub-kernel
+	OMP_NUM_THREADS=1 $(HUB_VENV)/bin/python -m pytest tests/test_hub.py
+
+$(HUB_VENV)/built: pyproject.toml $(SOURCES)
+	@echo "Installing torch, transformers and kernels into $(HUB_VENV): about 1 GB"
+	$(PYTHON) -m venv $(HUB_VENV)
+	$(HUB_VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(HUB_VENV)/bin/pip install --quiet "$(TORCH)"
+	$(HUB_VENV)/bin/pip install --quiet $(HUB) triton numpy pillow rich "pytest<9.2"
+	VLMFAST_REQUIRE_EXTENSION=1 $(HUB_VENV)/bin/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # the interpreters to try the wheels under; with INSTALLED=1 they have the dependencies, and nothing is downloaded

@@ -35,5 +35,5 @@ def matrix(session: nox.Session, transformers: str) -> None:
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", os.environ.get("JOBS", "2"), "-m", "not thorough")
     ops = (f"tests/ops/test_{name}.py" for name in ("deepstack", "deepstack_levels", "repack"))
     definitions = "tests/ops/test_generated.py::test_definition_equals_hugging_face"
-    everything = ("tests/patches", "tests/reduce", "tests/test_cli.py", *ops, definitions)
+    everything = ("tests/patches", "tests/reduce", "tests/test_cli.py", "tests/test_hub.py", *ops, definitions)
     session.run(*pytest, *(session.posargs or everything), env=environment)

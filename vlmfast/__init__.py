@@ -1,6 +1,6 @@
 """vlmfast: fused kernels for vision-language models, and drop-in patches for Hugging Face transformers."""
 
-from vlmfast import backends, compat, reduce
+from vlmfast import backends, compat, hub, reduce
 from vlmfast.deepstack_hooks import deepstack, deepstack_levels
 from vlmfast.ops import PUBLIC
 from vlmfast.patches import Patch, Warmup, patch, unpatch, warmup
@@ -22,6 +22,7 @@ __all__ = [
     "deepstack",
     "deepstack_levels",
     "explain",
+    "hub",
     "patch",
     "reduce",
     "repack",

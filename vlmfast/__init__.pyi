@@ -1,5 +1,6 @@
 # Made by `make docs`.
 from vlmfast import compat as compat
+from vlmfast import hub as hub
 from vlmfast import reduce as reduce
 from vlmfast.deepstack_hooks import deepstack as deepstack
 from vlmfast.deepstack_hooks import deepstack_levels as deepstack_levels

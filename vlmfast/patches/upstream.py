@@ -93,7 +93,7 @@ def source(cls: type, method: str) -> Source:
     """
 
     def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
-        function = method_of(cls, name) if is_method else place.get(name)
+        function = method_of(cls, name) if is_method else function_behind(place.get(name))
         if not isinstance(function, FunctionType):
             return None
         function = inspect.unwrap(function)
@@ -114,6 +114,21 @@ def method_of(cls: type, name: str) -> FunctionType | None:
             framework = all(_is_framework(cls.__module__) for cls in base.__mro__[:-1])
             return value if isinstance(value, FunctionType) and not framework else None
     return None
+
+
+def function_behind(value: Any) -> Any:
+    """Return the function that Hugging Face `kernels`, where it is installed, made a module of; other values as given.
+
+    Its ``use_kernel_forward_from_hub`` does so to ``apply_rotary_pos_emb``. A module whose forward it has replaced is
+    returned as well, because that function does not run. Layers of `vlmfast.hub` do not count: they compute the same.
+    """
+    cls = type(value)
+    if not hasattr(cls, "kernel_layer_name"):
+        return value
+    runs = getattr(vars(value).get("forward"), "__func__", cls.forward)
+    if runs is not cls.forward and runs.__module__ != "vlmfast.hub":
+        return value
+    return inspect.getclosurevars(cls.forward).nonlocals.get("func", value)
 
 
 def names_of(cls: type, method: str) -> dict[str, Any]:
