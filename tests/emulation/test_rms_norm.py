@@ -104,9 +104,9 @@ FAULTS = [
     ),
     Fault("two blocks, one partial sum", "cuda.cu", "{blockIdx.x} * hidden;", "{blockIdx.x / 2} * hidden;", RACE),
     Fault("accumulator not cleared", "cuda.cu", "[kVec] = {};", "[kVec];", WRONG),
-    Fault("rounding of llama left out", "cuda.cu", "round_to<scalar_t>(normed)", "normed", WRONG),
-    Fault("1 of gemma left out", "cuda.cu", "1.f + weight : weight", "weight : weight", WRONG),
-    Fault("olmo rounded too soon", "cuda.cu", "variant == Variant::kLlama ?", "variant != Variant::kGemma ?", WRONG),
+    Fault("rounding of llama left out", "common.cuh", "round_to<scalar_t>(normed)", "normed", WRONG),
+    Fault("1 of gemma left out", "common.cuh", "1.f + weight : weight", "weight : weight", WRONG),
+    Fault("olmo rounded too soon", "common.cuh", "variant == Variant::kLlama ?", "variant != Variant::kGemma ?", WRONG),
     Fault("no weight taken for zeros", "ops.h", "weight_tensor ? order : Variant::kGemma", "order", WRONG),
     Fault("eps left out", "cuda.cu", "hidden + eps)", "hidden)", WRONG),
 ]
