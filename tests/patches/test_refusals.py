@@ -351,7 +351,10 @@ def test_a_newer_transformers_is_said(monkeypatch: pytest.MonkeyPatch):
     ):
         vlmfast.patch(model).undo()
     if shortens_prompts():
-        with pytest.warns(match="is newer"), pytest.raises(ValueError, match="cut between layers under transformers up to"):
+        with (
+            pytest.warns(match="is newer"),
+            pytest.raises(ValueError, match="cut between layers under transformers up to"),
+        ):
             vlmfast.patch(model, reduce=vlmfast.FastV(1, 0.5))
     for known in ("5.23.4", "4.57.6"):
         monkeypatch.setattr(sys.modules["transformers"], "__version__", known)
