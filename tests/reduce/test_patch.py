@@ -342,3 +342,18 @@ def test_compressed_inputs_are_what_the_patch_makes(model_type: str):
     assert torch.equal(got.loss, want.loss)
     text = talk.batch((10, 11))
     assert vlmfast.compress_inputs(talk.model, text, METHOD).keys() == text.keys()
+
+
+@pytest.mark.parametrize("method", [EvenTokens(0.5), vlmfast.SmallerImage(0.5)], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("qwen2_5_vl", "image_grid_thw"), ("qwen3_vl", "image_grid_thw"), ("llava_next", "image_sizes")],
+)
+def test_images_without_their_sizes_are_refused(model_type: str, name: str, method: Method):
+    talk = Talk.of(model_type)
+    inputs = {key: value for key, value in talk.batch((10, 0, 11)).items() if key != name}
+    if model_type == "llava_next" and not isinstance(method, EvenTokens):
+        pytest.skip("pictures in crops are not made smaller")
+    for call in (lambda: vlmfast.compress_inputs(talk.model, inputs, method), lambda: talk.model(**inputs)):
+        with vlmfast.patch(talk.model, reduce=method), pytest.raises(ValueError, match=f"{name} must be given with"):
+            call()

@@ -26,6 +26,17 @@ from vlmfast.reduce.text import Text, unknown
 from vlmfast.reduce.tokens import Selection, VisualTokens
 
 
+def sizes_in(inputs: Mapping[str, Any], name: str, pixels: str) -> Tensor:
+    """Return the sizes of images or videos, which a processor gives with their pixels.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    if inputs.get(name) is None:
+        raise ValueError(f"{name} must be given with {pixels}, as the processor makes it, got none")
+    return torch.as_tensor(inputs[name])
+
+
 @dataclass(frozen=True)
 class EncodedImages:
     """The output of a tower for B images, or crops of images, of T tokens each, including a CLS token."""

@@ -25,7 +25,7 @@ from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import VisualTokens
-from vlmfast.reduce.towers import EncodedImages, encode, vision_setting
+from vlmfast.reduce.towers import EncodedImages, encode, sizes_in, vision_setting
 
 NEWLINE, MIXED = -1, -2
 
@@ -59,7 +59,7 @@ def reduce_onevision(
 def _reduce(
     model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts, packing: str, **settings: Any
 ) -> list[ReducedImage]:
-    sizes: list[list[int]] = on_host(torch.as_tensor(inputs["image_sizes"])).tolist()
+    sizes: list[list[int]] = on_host(sizes_in(inputs, "image_sizes", "pixel_values")).tolist()
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
     config, grid_of = model.config, _upstream(model).get_anyres_image_grid_shape
     side = config.vision_config.image_size // config.vision_config.patch_size

@@ -25,7 +25,7 @@ from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import Grid, VisualTokens
-from vlmfast.reduce.towers import recorded
+from vlmfast.reduce.towers import recorded, sizes_in
 
 
 def reduce(
@@ -38,7 +38,7 @@ def reduce(
     Raises:
         RuntimeError: as `recorded`. ValueError: if the budget of the method does not fit an image.
     """
-    return _reduce(base, "image", inputs["pixel_values"], inputs["image_grid_thw"], method, texts)
+    return _reduce(base, "image", "pixel_values", inputs, method, texts)
 
 
 def reduce_videos(
@@ -48,10 +48,13 @@ def reduce_videos(
 
     The tower attends within each frame, which is two frames of the camera.
     """
-    return _reduce(base, "video", inputs["pixel_values_videos"], inputs["video_grid_thw"], method, texts)
+    return _reduce(base, "video", "pixel_values_videos", inputs, method, texts)
 
 
-def _reduce(base: Any, kind: str, pixels: Tensor, grid_thw: Tensor, method: Method, texts: Texts) -> list[ReducedImage]:
+def _reduce(
+    base: Any, kind: str, name: str, inputs: Mapping[str, Any], method: Method, texts: Texts
+) -> list[ReducedImage]:
+    pixels, grid_thw = inputs[name], sizes_in(inputs, f"{kind}_grid_thw", name)
     side: int = base.visual.spatial_merge_size
     grids: list[Grid] = [(t, h // side, w // side) for t, h, w in on_host(grid_thw).tolist()]
     encode = base.get_video_features if kind == "video" else base.get_image_features

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmfast.host import on_host
 from vlmfast.reduce.methods.smaller_image import SmallerImage
+from vlmfast.reduce.towers import sizes_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def of_qwen(base: Any, inputs: Mapping[str, Any], method: SmallerImage) -> Shrun
     vision = base.visual
     merge, patch = vision.spatial_merge_size, vision.config.patch_size
     pixels: Tensor = inputs["pixel_values"]
-    sizes: list[list[int]] = on_host(inputs["image_grid_thw"]).tolist()
+    grid_thw = sizes_in(inputs, "image_grid_thw", "pixel_values")
+    sizes: list[list[int]] = on_host(grid_thw).tolist()
     smaller, fewer = [], []
     for rows, (_, height, width) in zip(torch.split(pixels, [t * h * w for t, h, w in sizes]), sizes, strict=True):
         grid = height // merge, width // merge
@@ -49,7 +51,7 @@ def of_qwen(base: Any, inputs: Mapping[str, Any], method: SmallerImage) -> Shrun
         picture = _resized(_picture(rows, grid, merge, patch), (small[0] * merge * patch, small[1] * merge * patch))
         smaller.append(_patches(picture, small, merge, patch))
         fewer.append(grid[0] * grid[1] - small[0] * small[1])
-    grids = smaller_grids(base, inputs["image_grid_thw"], method)
+    grids = smaller_grids(base, grid_thw, method)
     return Shrunk({**inputs, "pixel_values": torch.cat(smaller), "image_grid_thw": grids}, fewer)
 
 
