@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.kernel import kernel
-from vlmfast.kernels.greedy_selection.farthest import cosine_of, inverse_length
+from vlmfast.kernels.greedy_selection.farthest import cosines_to, inverse_lengths
 from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
 
 _NOTHING_NEW = tl.constexpr(2.0**-14)  # a smaller rest of a unit square is a rounding error
@@ -60,8 +60,7 @@ def dpp_map_kernel(
         relevance_ptr += batch * relevance_stride
     relevance = load_weights(relevance_ptr, position, there)
     tl.device_assert(usable(relevance), "relevance must be finite and not negative")
-    diagonal = product_ptr + position.to(tl.int64) * (tokens + 1)
-    inverse = inverse_length(tl.load(diagonal, mask=there, other=0.0))
+    inverse = inverse_lengths(product_ptr, position, there, tokens)
     left = tl.where(inverse != 0.0, 1.0, 0.0)
     taken = tl.where(there, 0, 2)  # 2: there is no such token
     new_ptr = share_ptr
@@ -72,9 +71,7 @@ def dpp_map_kernel(
         taken = tl.where(is_best, 1, taken)
         left_of_best = tl.sum(tl.where(is_best, left, 0.0), 0)
         scale = tl.where(left_of_best > 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(left_of_best, _NOTHING_NEW))), 0.0)
-        row_ptr = product_ptr + best.to(tl.int64) * tokens
-        product = tl.load(row_ptr + position, mask=there, other=0.0)
-        cosine = cosine_of(product, inverse_length(tl.load(row_ptr + best)), inverse)
+        cosine = cosines_to(best, product_ptr, position, there, tokens, inverse)
         share = (cosine - shared(share_ptr, step, best, position, there, tokens, BLOCK, ROWS, STAGES)) * scale
         tl.store(new_ptr + position, share, mask=there)
         new_ptr += tokens

@@ -35,6 +35,21 @@ def cosine_of(product, inverse, other_inverse):
 
 
 @triton.jit
+def inverse_lengths(product_ptr, position, there, tokens):
+    """Return the inverse lengths of all tokens, from the diagonal of their Gram matrix."""
+    diagonal = product_ptr + position.to(tl.int64) * (tokens + 1)
+    return inverse_length(tl.load(diagonal, mask=there, other=0.0))
+
+
+@triton.jit
+def cosines_to(best, product_ptr, position, there, tokens, inverse):
+    """Return the cosines of one token and all tokens."""
+    row_ptr = product_ptr + best.to(tl.int64) * tokens
+    product = tl.load(row_ptr + position, mask=there, other=0.0)
+    return cosine_of(product, inverse_length(tl.load(row_ptr + best)), inverse)
+
+
+@triton.jit
 def distance_of(cosine):
     """Return one minus the cosine, or 0 for tokens that are alike."""
     distance = 1.0 - cosine
@@ -63,8 +78,7 @@ def farthest_kernel(
         quality_ptr += batch * quality_stride
     quality = load_weights(quality_ptr, position, there)
     tl.device_assert(usable(quality), "quality must be finite and not negative")
-    diagonal = product_ptr + position.to(tl.int64) * (tokens + 1)
-    inverse = inverse_length(tl.load(diagonal, mask=there, other=0.0))
+    inverse = inverse_lengths(product_ptr, position, there, tokens)
 
     largest = tl.full((BLOCK,), -1.0, tl.float32)  # cosine to another token
     for start in tl.range(0, tokens, ROWS, num_stages=STAGES):
@@ -84,9 +98,7 @@ def farthest_kernel(
     for _ in range(k):
         best = best_of(worth, taken)
         taken = tl.where(position == best, 1, taken)
-        row_ptr = product_ptr + best.to(tl.int64) * tokens
-        product = tl.load(row_ptr + position, mask=there, other=0.0)
-        best_inverse = inverse_length(tl.load(row_ptr + best))
-        nearest = tl.minimum(nearest, distance_of(cosine_of(product, best_inverse, inverse)))
+        to_best = cosines_to(best, product_ptr, position, there, tokens, inverse)
+        nearest = tl.minimum(nearest, distance_of(to_best))
         worth = nearest * quality
     store_taken(chosen_ptr + batch * k, tl.where(taken == 1, 1, 0), position)
