@@ -77,8 +77,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     _add_demo(commands)
     benchmarks.add(commands)
 
-    text = "say what is installed, which backends work here, and which models can be patched"
+    text = "say what is installed, and which backends work here"
     command = commands.add_parser("info", help=text, description=text)
+    command.add_argument("--all", action="store_true", help="also which backend runs each op, and what can be patched")
     command.set_defaults(command=info.info)
 
     text = "say which backend would run an op, on each of its real shapes, and why the others would not"

@@ -25,16 +25,16 @@ T = TypeVar("T")
 INSTRUCTION_SETS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "neon", "bf16", "sve")
 
 
-def info(_: Namespace) -> None:
-    """Print versions, devices, what each backend can do, and what can be patched.
+def info(options: Namespace) -> None:
+    """Print versions, devices and what each backend can do; with ``options.all`` each op and what can be patched.
 
     A part that is broken is reported in its line.
     """
     out = console()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    for section in (_machine, _backends, _ops):
+    for section in (_machine, _backends, *((_ops,) if options.all else ())):
         out.print(_attempt(section, devices))
-    out.print(_attempt(_bodies))
+    out.print(_attempt(_bodies) if options.all else "with --all: which backend runs each op, and what can be patched")
 
 
 def explain(options: Namespace) -> None:

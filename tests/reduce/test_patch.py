@@ -131,6 +131,21 @@ def test_report_and_images():
     assert repr(alone) == "<Patch of llava: 2 modules, 0 sites>"
 
 
+def test_methods_as_text():
+    """Text names the same methods as objects do, for `patch` and `compress_inputs`."""
+    talk = Talk.of("llava")
+    inputs = talk.batch(*PROMPTS)
+    expected = vlmfast.compress_inputs(talk.model, inputs, vlmfast.EvenTokens(0.5))
+    found = vlmfast.compress_inputs(talk.model, inputs, "even:0.5")
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    with vlmfast.patch(talk.model, reduce="even:0.75+fastv:1:0.5") as patch:
+        logits(talk.model, inputs)
+        lines = patch.report().splitlines()
+    assert any("EvenTokens(keep=0.75)" in line for line in lines)
+    assert any("FastV(layer=1, keep=0.5)" in line for line in lines)
+
+
 # ---- refusals ----
 
 
@@ -141,7 +156,9 @@ def test_refusals(monkeypatch):
         vlmfast.patch(model, reduce=64)
     with pytest.raises(TypeError, match="inputs must be a mapping of the arguments of forward, got Tensor"):
         vlmfast.compress_inputs(talk.model, torch.ones(1, 4), METHOD)
-    with pytest.raises(TypeError, match=r"method must be one such as .*, got str"):
+    with pytest.raises(TypeError, match=r"method must be one such as .*, got int"):
+        vlmfast.compress_inputs(model, {}, 64)
+    with pytest.raises(ValueError, match=r"visionzip is written visionzip:DOMINANT:CONTEXTUAL"):
         vlmfast.compress_inputs(model, {}, "visionzip")
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be reduced; those of these families can: .*llava"):
         vlmfast.patch(tiny("llama")[0], reduce=METHOD)

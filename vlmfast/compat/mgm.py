@@ -18,6 +18,7 @@ from vlmfast.patches.projects import Named
 from vlmfast.reduce.methods import Method, told
 from vlmfast.reduce.methods.smaller_image import SmallerImage
 from vlmfast.reduce.reduced_image import ReducedImage, cut
+from vlmfast.reduce.spelling import spelled
 from vlmfast.reduce.towers import EncodedImages, encode
 
 _CLASS = "MGMMetaForCausalLM"
@@ -27,7 +28,7 @@ _ENCODE = (
 )
 
 
-def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
+def patch(model: nn.Module, reduce: Method | str | None = None) -> Patch:
     """Replace the patch-info mining of a Mini-Gemini model and, with ``reduce``, reduce its visual tokens.
 
     In the mining each token attends to the pixels of its block in a finer feature map. Upstream projects each of the
@@ -44,8 +45,8 @@ def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
 
     Args:
         model: an MGM model such as ``MGMLlamaForCausalLM``, or a wrapper around it; float32, float16 or bfloat16.
-        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)``; None keeps all
-            of them. Needs the CLIP tower.
+        reduce: how visual tokens are reduced, such as ``vlmfast.VisionZip(dominant=54, contextual=10)`` or its text,
+            "visionzip:54:10"; None keeps all of them. Needs the CLIP tower.
 
     Returns:
         A `vlmfast.Patch`, with ``report()`` and ``undo()``, which is also a context manager.
@@ -58,6 +59,7 @@ def patch(model: nn.Module, reduce: Method | None = None) -> Patch:
     Source:
         MGMMetaForCausalLM.unified_resampler and .encode_images of dvlab-research/MGM, mgm/model/mgm_arch.py.
     """
+    reduce = spelled(reduce)
     if reduce is not None and not isinstance(reduce, Method):
         raise TypeError(f"reduce must be a method such as vlmfast.VisionZip(54, 10), got {told(reduce)}")
     if isinstance(reduce, SmallerImage):

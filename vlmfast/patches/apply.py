@@ -142,7 +142,7 @@ def patch(
     *,
     only: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    reduce: Method | LayerMethod | Sequence[Method | LayerMethod] | None = None,
+    reduce: Method | LayerMethod | Sequence[Method | LayerMethod] | str | None = None,
 ) -> Patch:
     """Replace the methods whose code vlmfast knows, on this instance only.
 
@@ -178,16 +178,17 @@ def patch(
         exclude: a pattern or several: sites that match one are not replaced.
         reduce: how visual tokens are reduced: a method that runs before the language model, such as
             ``vlmfast.VisionZip(dominant=54, contextual=10)``, one that runs between its layers, such as
-            ``vlmfast.FastV(layer=2, keep=0.5)``, or a list of the former and the latter. None keeps all visual tokens.
-            Needs transformers 5.17 or later and a model with its language-modelling head.
+            ``vlmfast.FastV(layer=2, keep=0.5)``, or a list of the former and the latter; or their text, such as
+            "scope:0.3+fastv:2:0.5". None keeps all visual tokens. Needs transformers 5.17 or later and a model with its
+            language-modelling head.
 
     Returns:
         A `Patch`, with ``report()`` and ``undo()``, which is also a context manager.
 
     Raises:
         TypeError: if ``model`` is not a module, or ``reduce`` is not a method. ValueError: if no method of the model is
-            known, a pattern matches no site, or the visual tokens of the model cannot be reduced. RuntimeError: if the
-            model is patched already, or nothing in it could be replaced.
+            known, a pattern matches no site, ``reduce`` is text that names no method, or the visual tokens of the model
+            cannot be reduced. RuntimeError: if the model is patched already, or nothing in it could be replaced.
     """
     _check_unpatched(model)
     if version := newer_transformers():

@@ -16,10 +16,11 @@ from vlmfast.reduce.generation import reducible
 from vlmfast.reduce.kinds import KINDS, brought, check_takes
 from vlmfast.reduce.methods import LayerMethod, Method, told
 from vlmfast.reduce.prompt import ShortenedPrompt, shorten, takes_features
+from vlmfast.reduce.spelling import spelled
 from vlmfast.reduce.text import MASK
 
 
-def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method) -> dict[str, Any]:
+def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method | str) -> dict[str, Any]:
     """Encode and reduce the images and videos of a batch and shorten its prompt, for a model that is not patched.
 
     ``model(**short)`` and ``model.generate(**short)`` take what this returns; what ``generate`` returns begins with the
@@ -36,7 +37,7 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
         inputs: the arguments of ``forward`` by name: ``input_ids``, ``pixel_values`` and what goes with it, and
             perhaps ``attention_mask``, ``labels``, ``position_ids``, ``mm_token_type_ids``. Others are passed on.
             ``text_mask`` (B, L) tells a method that chooses by text which columns are.
-        method: how visual tokens are reduced.
+        method: how visual tokens are reduced; or its text, such as "scope:64".
 
     Returns:
         The inputs as they are where there are no images; otherwise with everything that follows the columns of the
@@ -48,6 +49,7 @@ def compress_inputs(model: nn.Module, inputs: Mapping[str, Any], method: Method)
         TypeError: if ``method`` is none, or ``inputs`` no mapping. ValueError: for a model or inputs whose visual
             tokens cannot be reduced.
     """
+    method = spelled(method)
     if not isinstance(method, Method):
         between = isinstance(method, (LayerMethod, list, tuple))
         hint = "; only vlmfast.patch(model, reduce=...) cuts between layers" if between else ""

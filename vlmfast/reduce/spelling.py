@@ -40,6 +40,11 @@ def parse(text: str, kind: str | None = "image", trusted: bool = False) -> Reduc
     return methods[0] if len(methods) == 1 else methods
 
 
+def spelled(reduce: Any) -> Any:
+    """Return the methods that ``reduce`` names if it is text, and anything else as it is."""
+    return parse(reduce, kind=None) if isinstance(reduce, str) else reduce
+
+
 def _one(text: str, kind: str | None) -> Method | LayerMethod:
     name, *given = re.split(r"[:+]", text)
     if name.lower() not in METHODS:
