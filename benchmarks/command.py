@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: ``python -m vlmfast bench {ops,models,launches,gpu,digits}``."""
+"""The command line of the benchmarks: ``python -m vlmfast bench {ops,models,training,launches,gpu,digits}``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from vlmfast.benchmarks import digits, digits_models, gpu_report, launches, modes, peers, published
+from vlmfast.benchmarks import digits, digits_models, gpu_report, launches, modes, peers, published, training
 from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
 from vlmfast.console import DEFAULT, DTYPES, positive, seconds, seed
 
-NAMES = ("ops", "models", "launches", "gpu", "digits")
+NAMES = ("ops", "models", "training", "launches", "gpu", "digits")
 
 
 def add(commands: Any) -> None:
@@ -44,6 +44,17 @@ def add(commands: Any) -> None:
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)
     command.add_argument("--budget", metavar="SECONDS", type=seconds, help="begin no other model after so many seconds")
+
+    text = "steps of training with fewer visual tokens: time, memory, and how far losses come apart"
+    command = _add(benches, "training", training.run, text)
+    which = _one_of("model", training.REDUCIBLE)
+    command.add_argument("models", metavar="MODEL", nargs="*", type=which, help="default: all that can be reduced")
+    command.add_argument("--device", help="cpu, cuda; default: cuda where there is one")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help=DEFAULT)
+    command.add_argument("--threads", metavar="N", type=positive, default=1, help=f"of the CPU; {DEFAULT}")
+    command.add_argument("--size", choices=published.SIZES, help="default: small on a CPU, full on a GPU")
+    command.add_argument("--steps", metavar="N", type=positive, default=32, help=f"of each variant; {DEFAULT}")
+    command.add_argument("--json", metavar="FILE", type=Path, help="the records")
 
     text = "kernel launches and host synchronisations of whole models, counted without a GPU"
     command = _add(benches, "launches", launches.run, text)
