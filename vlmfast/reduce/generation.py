@@ -358,7 +358,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
     with lent(cache) as cached:  # the steps continue from the short prompt
         ids, given = arguments.get("input_ids"), arguments.get("attention_mask")
         if (
-            ids is not None and isinstance(given, Tensor) and given.shape[1] > ids.shape[1]
+            ids is not None and isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] > ids.shape[1]
         ):  # only the ids of what follows
             if cached is None or brought(reduction.reducer, arguments):
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
