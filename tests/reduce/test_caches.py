@@ -176,15 +176,54 @@ def test_a_cache_made_of_the_layers_of_another():
         output, _ = answer(talk, talk.batch((10, 0, 11)))
         with pytest.raises(RuntimeError, match=r"would not know: copy it with copy\.deepcopy"):
             DynamicCache(tuple(output.past_key_values))
+        # Keys that were changed are not recognised, but the cache is too short for the image in the ids.
         made = DynamicCache()
         for number, layer in enumerate(output.past_key_values.layers):
-            made.update(layer.keys, layer.values, number)
+            made.update(layer.keys + 1, layer.values, number)
         with pytest.raises(ValueError, match=r"after the 10 columns that past_key_values holds; .* copy\.deepcopy"):
             answer(talk, second_turn(talk, output), past_key_values=made)
         # The first turn is text, the second has the first image.
         text, _ = answer(talk, talk.batch((10, 11, 12)))
         ids = torch.cat([text.sequences, torch.tensor([talk.ids(20, 0, 21)])], 1)
         answer(talk, {"input_ids": ids, **talk.vision(0)}, past_key_values=text.past_key_values)
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl", "qwen3_5"])
+def test_a_cache_made_of_layers_is_refused_where_its_length_tells_nothing(model_type: str):
+    """It reaches behind the image in the full ids. Two answers are enough for that, as images have few tokens here."""
+    talk = Talk.of(model_type)
+    other = talk.batch((10, 1, 12), (11, 2, 13))
+    with vlmfast.patch(talk.model, reduce=EvenTokens(0.25)), torch.no_grad():
+        output, _ = answer(talk, talk.batch((11, 1, 12), (10, 0, 11)))
+        prefilled(talk, other)
+        turn, step = second_turn(talk, output), torch.tensor([[12], [12]])
+        for cache in (output.past_key_values, prefilled(talk, other)):
+            made = DynamicCache(config=talk.model.config.get_text_config(decoder=True))
+            made.layers = list(cache.layers)
+            made.batch_select_indices([1, 0]) if model_type != "qwen3_5" else None
+            for call in (
+                lambda: answer(talk, turn, past_key_values=made),  # noqa: B023
+                lambda: answer(talk, talk.with_types(turn | talk.vision(1, 0)), past_key_values=made),  # noqa: B023
+                lambda: talk.model(input_ids=step, past_key_values=made),  # noqa: B023
+            ):
+                with pytest.raises(ValueError, match=r"was made of the layers of a cache .* copy\.deepcopy"):
+                    call()
+
+
+def test_a_cache_of_text_or_of_full_images_may_come_from_elsewhere():
+    talk = Talk.of("qwen2_5_vl")
+    output, _ = answer(talk, talk.batch((10, 0, 11)))
+    with vlmfast.patch(talk.model, reduce=EvenTokens(0.25)):
+        answer(talk, talk.batch((10, 0, 11)))
+        answer(talk, second_turn(talk, output), past_key_values=output.past_key_values)
+        text, _ = answer(talk, talk.batch((10, 11, 12)))
+        made = DynamicCache()
+        for number, layer in enumerate(text.past_key_values.layers):
+            made.update(layer.keys, layer.values, number)
+        got, expected = (
+            answer(talk, second_turn(talk, text), past_key_values=c)[1] for c in (made, text.past_key_values)
+        )
+        assert torch.equal(got, expected)
 
 
 def test_replicas_of_data_parallel():

@@ -196,15 +196,50 @@ def test_a_method_of_ones_own_says_what_a_token_is_worth():
         assert_close(logits(talk, talk.batch(PROMPTS[1]))[0], want)
 
 
-class Short(Least):
-    def score(self, attention: Tensor) -> Tensor:
-        return attention[:, :2]
-
-
-def test_what_is_no_score_is_refused():
+@pytest.mark.parametrize(
+    ("member", "answer", "error", "message"),
+    [
+        (
+            "score",
+            lambda attention: attention[:, :2],
+            ValueError,
+            r"score of Wrong must return \(1, .*\), got \(1, 2\)",
+        ),
+        ("score", lambda attention: None, TypeError, "score of Wrong must return a tensor, got NoneType"),
+        (
+            "score",
+            lambda attention: attention + 1j,
+            TypeError,
+            r"score of Wrong must return real .*, got torch\.complex",
+        ),
+        ("budget", lambda cut, count: 2.5, TypeError, r"budget of Wrong must return an int, got 2\.5"),
+        ("budget", lambda cut, count: -2, ValueError, "budget of Wrong must be of at least 0 visual tokens, got -2"),
+        ("cut_before", (0,), ValueError, "cut_before of Wrong must be at least 1, as the layer before it .*, got 0"),
+        ("cut_before", 2, TypeError, "cut_before of Wrong must be a tuple of layers, got 2"),
+    ],
+)
+def test_what_a_method_of_ones_own_answers_is_checked(member: str, answer: Any, error: type[Exception], message: str):
     talk = talk_of("llava")
-    with patched(talk, Short()), pytest.raises(ValueError, match=r"score of .* must return \(1, .*\), got \(1, 2\)"):
+    wrong = type("Wrong", (Least,), {member: staticmethod(answer) if callable(answer) else answer})()
+    with pytest.raises(error, match=message), patched(talk, wrong):
         logits(talk, talk.batch(PROMPTS[1]))
+
+
+def test_a_score_may_be_of_integers():
+    class Newest(Least):
+        def score(self, attention: Tensor) -> Tensor:
+            return torch.arange(attention.shape[1]).expand_as(attention)
+
+    class AsFloats(Newest):
+        def score(self, attention: Tensor) -> Tensor:
+            return super().score(attention).float()
+
+    talk = talk_of("llava")
+    found = []
+    for method in (Newest(), AsFloats()):
+        with patched(talk, method):
+            found.append(logits(talk, talk.batch(PROMPTS[1]))[0])
+    assert torch.equal(*found)
 
 
 def test_budgets_are_rounded_as_published():

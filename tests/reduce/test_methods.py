@@ -126,6 +126,10 @@ def test_a_budget_is_at_least_nothing():
     talk = Talk.of("llava")
     with pytest.raises(ValueError, match=r"budget of .*Negative.* must be of at least 0 \+ 0 .*, got 3 \+ -1"):
         REDUCERS["llava"].reduce(talk.model.base_model, talk.vision(0), Negative(3))
+    for wrong in (3, (3, 0, 1), (2.5, 0), None):
+        odd = type("Odd", (EvenTokens,), {"budget": lambda self, *_: wrong})(3)  # noqa: B023
+        with pytest.raises(TypeError, match=r"budget of .*Odd.* must return two ints, kept and contextual, got"):
+            REDUCERS["llava"].reduce(talk.model.base_model, talk.vision(0), odd)
     with pytest.raises(ValueError, match=r"dominant and contextual must be shares of at most 1\.0 .*\[0\.8, 0\.3\]"):
         VisionZip(0.8, 0.3)
     assert VisionZip(0.7, 0.3).budget(10, False) == (7, 3)

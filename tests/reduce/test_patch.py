@@ -219,7 +219,9 @@ def test_inputs_that_do_not_fit(change: dict, error: type[Exception], message: s
         logits(talk.model, inputs)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 1, 40, 40), {"full_attention": None}], ids=["4-D", "dict"])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 1, 40, 40), {"full_attention": None}, torch.ones(40)], ids=["4-D", "dict", "1-D"]
+)
 def test_masks_that_no_prompt_can_be_cut_from_are_refused_by_generate(mask: object):
     talk = Talk.of("llava")
     inputs = {**talk.batch(*PROMPTS), "attention_mask": mask}

@@ -8,6 +8,7 @@ that are not there.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,11 @@ from torch import Tensor
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.cuts.tap import RUN
 from vlmfast.reduce.prompt import ShortenedPrompt
+from vlmfast.torch_internals import is_compiling
+
+# (layer, column, its keys (B, H, D)) of the last prompts that were shortened, see `refuse_rebuilt`
+_LAST: deque[tuple[int, int, Tensor]] = deque(maxlen=16)
+_CHECKED = "vlmfast_checked"  # an attribute of caches that `refuse_rebuilt` let pass
 
 
 class Extended:
@@ -170,13 +176,52 @@ def keep(cache: Any, prompt: ShortenedPrompt) -> None:
         cache.shortened_prompt = prompt
 
 
+def keep_new(cache: Any, prompt: ShortenedPrompt) -> None:
+    """Make the cache, if there is one, remember the prompt that it was filled with; `refuse_rebuilt` knows its keys."""
+    keep(cache, prompt)
+    if cache is None or not prompt.columns.dropped:
+        return
+    last, held = prompt.columns.index.shape[1] - 1, int(cache.get_seq_length())
+    for number, layer in reversed(list(enumerate(cache.layers))):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[2] >= held > last:  # not quantised, no window
+            _LAST.append((number, last, keys[:, :, last].detach().clone()))
+            return
+
+
 def release(cache: Any) -> ShortenedPrompt | None:
     """Turn the cache into one of its original class, and return the prompt that it remembered."""
     if not isinstance(cache, KeepsPrompt):
         return None
     _without(cache, KeepsPrompt)
+    setattr(cache, _CHECKED, True)
     prompt: ShortenedPrompt = vars(cache).pop("shortened_prompt")
     return prompt
+
+
+def refuse_rebuilt(cache: Any) -> None:
+    """Refuse a cache that does not remember the shortened prompt that its layers hold.
+
+    It was made of the layers of another. The last keys of a prompt in a late layer depend on all of it, so that equal
+    ones are of the same short prompt. They are compared once for each cache that comes filled, where the host waits.
+
+    Raises:
+        ValueError: for a cache with keys of one of the last shortened prompts.
+    """
+    if not _LAST or is_compiling() or not hasattr(cache, "layers") or getattr(cache, _CHECKED, False):
+        return
+    for number, last, rows in tuple(_LAST) if int(cache.get_seq_length()) else ():
+        keys = getattr(cache.layers[number], "keys", None) if number < len(cache.layers) else None
+        if not isinstance(keys, Tensor) or keys.dim() != 4 or keys.shape[2] <= last:
+            continue
+        own = keys[:1, :, last]
+        alike = own.shape[1:] == rows.shape[1:] and own.dtype == rows.dtype and own.device == rows.device
+        if alike and bool((own == rows).flatten(1).all(1).any()):
+            raise ValueError(
+                "past_key_values was made of the layers of a cache whose visual tokens were reduced, and does not know "
+                "the prompt that they hold: copy that cache with copy.deepcopy"
+            )
+    setattr(cache, _CHECKED, True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.modules import replaced_on_instances
-from vlmfast.reduce.caches import keep, kept_by, lent
+from vlmfast.reduce.caches import keep_new, kept_by, lent, refuse_rebuilt
 from vlmfast.reduce.columns import Columns
 from vlmfast.reduce.costs import Shape
 from vlmfast.reduce.cuts.plan import Plan, cache_of, planned
@@ -243,8 +243,11 @@ def _replacement(reducer: Reducer, original: Callable[..., Any], short: Callable
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         text = kwargs.pop(MASK, None)
         arguments = {**dict(zip(names, args)), **kwargs}  # noqa: B905
-        if not brought(reducer, arguments) and kept_by(arguments.get("past_key_values")) is None:
-            return original(self, *args, **kwargs)
+        cache = arguments.get("past_key_values")
+        if kept_by(cache) is None:
+            refuse_rebuilt(cache)
+            if not brought(reducer, arguments):
+                return original(self, *args, **kwargs)
         if text is not None and brought(reducer, arguments):
             arguments[MASK] = text
         return short(self, arguments)
@@ -270,7 +273,7 @@ def _forward(reduction: Reduction, original: Callable[..., Any]) -> Callable[...
             prompt, short = shorten(model, arguments, None)
             output = _lengthened(model, original, arguments, short, prompt.columns)
             if not getattr(model, "_is_replica", False):  # DataParallel makes another cache of its replicas' layers
-                keep(cache_of(output) if cache is None else cache, prompt.without_images())
+                keep_new(cache_of(output) if cache is None else cache, prompt.without_images())
             return output
 
     short = torch.compiler.disable(short_forward, recursive=False)  # type: ignore[no-untyped-call]
@@ -359,9 +362,8 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
     cache = arguments.get("past_key_values")
     with lent(cache) as cached:  # the steps continue from the short prompt
         ids, given = arguments.get("input_ids"), arguments.get("attention_mask")
-        if (
-            ids is not None and isinstance(given, Tensor) and given.shape[1] > ids.shape[1]
-        ):  # only the ids of what follows
+        longer = isinstance(given, Tensor) and given.dim() == 2 and ids is not None and given.shape[1] > ids.shape[1]
+        if longer:  # only the ids of what follows
             if cached is None or brought(reduction.reducer, arguments):
                 raise ValueError("input_ids must be those of the whole conversation where visual tokens are reduced")
             return original(model, **_continued(arguments, cached))
@@ -376,7 +378,7 @@ def _short_generate(reduction: Reduction, original: Callable[..., Any], model: A
         # a cache has a row for each beam, even if it is not returned
         rows = max(setting(model, arguments, "num_beams") or 1, sequences.shape[0] // prompt.ids.shape[0])
         prompt = prompt.without_images().repeat(rows)
-        keep(cache if isinstance(output, Tensor) else cache_of(output), prompt)
+        keep_new(cache if isinstance(output, Tensor) else cache_of(output), prompt)
         if isinstance(output, Tensor):
             return sequences
         output.sequences = sequences

@@ -19,6 +19,7 @@ from vlmfast.reduce.cuts.run import Cut, Held, Prompt, Run
 from vlmfast.reduce.cuts.tap import CONFIG, RUN, register
 from vlmfast.reduce.kinds import KINDS, is_placeholder
 from vlmfast.reduce.methods import LayerMethod
+from vlmfast.reduce.methods.layer_method import check_layers
 from vlmfast.reduce.passing_by import entered
 from vlmfast.reduce.prompt import named, parameters
 from vlmfast.reduce.text import MASK, check_lengths, special_ids, text_columns
@@ -181,7 +182,7 @@ class Plan:
         last = (own * torch.arange(1, own.shape[1] + 1, device=own.device)).argmax(1)
         left, cuts = counts, {}
         for layer, method, cut in self.cuts:
-            kept = [min(before, method.budget(cut, count)) for before, count in zip(left, counts, strict=True)]
+            kept = [min(before, method.counts(cut, count)) for before, count in zip(left, counts, strict=True)]
             if kept != left:
                 left, cuts[layer] = kept, Cut(method, kept)
         return Prompt(visual, inside, valid, last, text, lengths, counts, words, bool(asked[-1])), cuts
@@ -217,6 +218,8 @@ def planned(model: Any, methods: Sequence[LayerMethod]) -> Plan:
     found = getattr(getattr(model.base_model, "language_model", None), "layers", None)
     if not isinstance(found, nn.ModuleList):
         raise ValueError(f"the language model of {name} must have layers to cut visual tokens between them")
+    for method in methods:
+        check_layers(method)
     attentions = [layer.self_attn for layer in found if hasattr(layer, "self_attn")]
     plan = Plan(tuple(methods), frozenset(map(type, found)), frozenset(map(type, attentions)))
     layers = [layer for layer, _, _ in plan.cuts]
@@ -304,7 +307,7 @@ def _check_kinds(config: Any, first: int, name: str) -> None:
 def _check_budgets(plan: Plan) -> None:
     """Refuse a cut that keeps at least as many tokens as the cut before it."""
     for (_, method, cut), (_, after, last) in zip(plan.cuts, plan.cuts[1:], strict=False):
-        if method is not after and all(after.budget(last, count) >= method.budget(cut, count) for count in (64, 4096)):
+        if method is not after and all(after.counts(last, count) >= method.counts(cut, count) for count in (64, 4096)):
             raise ValueError(
                 f"{after} must keep fewer visual tokens than {method} before it, of which it has what is left"
             )

@@ -182,10 +182,7 @@ class Run:
         all_now = Columns.all(prompt.visual) if self.now is None else self.now
         visual, inside = (all_now.take(flags, 0) for flags in (prompt.visual, prompt.inside))
         cut = self.cuts[number]
-        scores = cut.method.score(row)
-        if scores.shape != row.shape:
-            raise ValueError(f"score of {cut.method} must return {tuple(row.shape)}, got {tuple(scores.shape)}")
-        scores = scores[:, -visual.shape[1] :]
+        scores = cut.method.scores(row)[:, -visual.shape[1] :]
         present = (inside & ~visual) | chosen(scores, visual, cut.kept)
         here = squeezed(present, prompt.left(cut.kept), prompt.right)
         self.now = here.of(all_now)

@@ -6,7 +6,7 @@ import abc
 
 from torch import Tensor
 
-from vlmfast.reduce.methods.method import Named
+from vlmfast.reduce.methods.method import Named, check_scores, is_int
 
 
 class LayerMethod(Named):
@@ -33,6 +33,43 @@ class LayerMethod(Named):
         Float32, the mean over the heads. The columns of text are among the N; their worth is not asked for.
         """
         return attention
+
+    def counts(self, cut: int, count: int) -> int:
+        """Return the `budget`, checked.
+
+        Raises:
+            TypeError: if it is not an int. ValueError: if it is below 0.
+        """
+        kept = self.budget(cut, count)
+        if not is_int(kept):
+            raise TypeError(f"budget of {self} must return an int, got {kept!r}")
+        if kept < 0:
+            raise ValueError(f"budget of {self} must be of at least 0 visual tokens, got {kept}")
+        return kept
+
+    def scores(self, attention: Tensor) -> Tensor:
+        """(B, N): the result of `score`, checked; float32 if it is of integers.
+
+        Raises:
+            TypeError: if it is not a tensor of numbers. ValueError: if it is of another shape.
+        """
+        scores = self.score(attention)
+        check_scores(self, scores)
+        if scores.shape != attention.shape:
+            raise ValueError(f"score of {self} must return {tuple(attention.shape)}, got {tuple(scores.shape)}")
+        return scores if scores.is_floating_point() else scores.float()
+
+
+def check_layers(method: LayerMethod) -> None:
+    """Raise unless a method says before which layers it cuts.
+
+    Raises:
+        TypeError: if `cut_before` is not a tuple of ints. ValueError: for a layer without one before it.
+    """
+    if not isinstance(method.cut_before, tuple):
+        raise TypeError(f"cut_before of {method} must be a tuple of layers, got {method.cut_before!r}")
+    for layer in method.cut_before:
+        check_layer(f"cut_before of {method}", layer)
 
 
 def check_layer(name: str, value: object) -> None:

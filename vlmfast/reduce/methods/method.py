@@ -50,6 +50,9 @@ class Named(metaclass=Registering):
         parameters = inspect.signature(cls).parameters.values()
         return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
+    def __repr__(self) -> str:
+        return type(self).__name__
+
 
 class Method(Named):
     """A method that reduces visual tokens before the language model, by `budget`, and `score` or `choose`.
@@ -79,7 +82,7 @@ class Method(Named):
         They are on the device of the tokens, or on the CPU, where a check does not wait for the device.
         """
         scores, shape = self.score(tokens), (tokens.batch, tokens.count)
-        _check_tensor(f"score of {self}", scores)
+        check_scores(self, scores)
         if scores.shape != shape:
             raise ValueError(f"score of {self} must be of the shape (B, N) = {shape}, got {tuple(scores.shape)}")
         return accepting(top_tokens, scores)(scores, k)
@@ -94,9 +97,12 @@ class Method(Named):
             crops: the number of crops whose tokens these are.
 
         Raises:
-            ValueError: if the budget is below 0.
+            TypeError: if the budget is not two ints. ValueError: if it is below 0.
         """
-        kept, contextual = self.budget(total, has_cls, crops)
+        budget = self.budget(total, has_cls, crops)
+        if not isinstance(budget, (tuple, list)) or len(budget) != 2 or not all(map(is_int, budget)):
+            raise TypeError(f"budget of {self} must return two ints, kept and contextual, got {budget!r}")
+        kept, contextual = budget
         if kept < 0 or contextual < 0:
             raise ValueError(f"budget of {self} must be of at least 0 + 0 visual tokens, got {kept} + {contextual}")
         keep_cls = self.keeps_cls and has_cls and total > 0
@@ -142,9 +148,6 @@ class Method(Named):
                 )
         return to_device(tokens.device, chosen)[0]
 
-    def __repr__(self) -> str:
-        return type(self).__name__
-
 
 @dataclass(frozen=True)
 class PruningMethod(Method):
@@ -178,6 +181,22 @@ def share(value: float, count: int, crops: int, least: int = 0) -> int:
     if isinstance(value, int):
         return value * crops
     return max(int(value * count), min(least, count) if value > 0 else 0)
+
+
+def is_int(value: object) -> bool:
+    """Tell whether a value is an int and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_scores(method: object, scores: object) -> None:
+    """Raise unless what the ``score`` of a method returned is a tensor of real numbers.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    _check_tensor(f"score of {method}", scores)
+    if scores.is_complex():  # type: ignore[attr-defined]
+        raise TypeError(f"score of {method} must return real numbers, got {scores.dtype}")  # type: ignore[attr-defined]
 
 
 def _check_tensor(what: str, value: object) -> None:
