@@ -21,6 +21,7 @@ from vlmfast.patches.swap import PatchedModule, is_swapped, patched_class, set_c
 from vlmfast.reduce.generation import shortening
 from vlmfast.reduce.methods import LayerMethod, Method
 from vlmfast.reduce.reduced_image import ReducedImage
+from vlmfast.reduce.spelling import spelled
 from vlmfast.releases import KNOWN, newer_transformers
 
 # Original class -> name of a method -> its replacement, or name of an attribute -> the property that replaces it.
@@ -199,7 +200,7 @@ def patch(
         )
     label = next(filter(None, map(_model_type, model.modules())), type(model).__name__)
     sites = find_sites(model)
-    reduction = None if reduce is None else shortening(hugging_face_model(model), reduce)
+    reduction = None if reduce is None else shortening(hugging_face_model(model), spelled(reduce))
     if reduction is None and all(site.body is None or site.body.function is None for site in sites):
         raise ValueError(_nothing_known(label, sites))
     chosen = _choose(label, list(dict.fromkeys(site.name for site in sites)), only, exclude)

@@ -34,7 +34,6 @@ from vlmfast.reduce.prompt import (
     takes_features,
 )
 from vlmfast.reduce.reduced_image import ReducedImage
-from vlmfast.reduce.spelling import spelled
 from vlmfast.reduce.text import MASK
 
 # with these arguments the caller counts columns of the logits; `Trainer` passes the second to smooth labels
@@ -179,14 +178,13 @@ def shortening(model: Any, methods: object) -> Reduction:
     Args:
         model: a Hugging Face model with its head, perhaps inside PEFT.
         methods: how visual tokens are reduced: a method, or a list of which the first may act before the language
-            model and the others between its layers; or their text, such as "scope:64".
+            model and the others between its layers.
 
     Raises:
         TypeError: if one of ``methods`` is not a method. ValueError: if the visual tokens of the model cannot be
             reduced, or not by these methods together. RuntimeError: if an attribute of the instance hides a Python
             method that must be replaced.
     """
-    methods = spelled(methods)
     given = list(methods) if isinstance(methods, (list, tuple)) else [methods]
     for method in given:
         if not isinstance(method, (Method, LayerMethod)):
