@@ -141,13 +141,11 @@ def bound(launches: Sequence[Launch], gpu: Gpu, moved: int) -> tuple[float, str]
     return share, "in flight" if largest.fills(gpu) else "programs"
 
 
-def record(
-    op: str, workload: str, moved: Mapping[str, int], launches: Mapping[str, Sequence[Launch]]
-) -> dict[str, Any]:
+def record(op: str, workload: str, moved: int, launches: Mapping[str, Sequence[Launch]]) -> dict[str, Any]:
     """Make the record of a call, or of one kernel of it, from its bytes and its launches on each of the `GPUS`."""
     found: dict[str, Any] = {"op": op, "workload": workload, "kernels": []}
     for name, of_gpu in launches.items():
-        share, reason = bound(of_gpu, GPUS[name], moved[name])
+        share, reason = bound(of_gpu, GPUS[name], moved)
         found["kernels"] = [launch.kernel for launch in of_gpu]
         found[name] = [max(0.01, round(share, 2)), reason]
     return found

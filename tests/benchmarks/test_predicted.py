@@ -48,7 +48,7 @@ def test_launches_of_a_call_add_up() -> None:
     small = dataclasses.replace(COPY, kernel="index", programs=2, each=512, read=1 << 20, stored=0, instructions=0)
     share, reason = predicted.bound([small, COPY], H200, MOVED)
     assert (round(share, 2), reason) == (0.29, "programs"), "1024 turns of 0.25 us are two and a half copies"
-    record = predicted.record("op", "shape", dict.fromkeys(GPUS, MOVED), {name: [small, COPY] for name in GPUS})
+    record = predicted.record("op", "shape", MOVED, {name: [small, COPY] for name in GPUS})
     assert record["kernels"] == ["index", "copy"]
     assert record["H200"] == [0.29, "programs"]
 

@@ -166,10 +166,8 @@ def saturation(op: Op, label: str, launch: Launch, moved: int) -> dict[str, Any]
 
 def bounds(op: Op, label: str, args: tuple[Any, ...], of_gpus: dict[str, list[Launch]]) -> list[dict[str, Any]]:
     """Make the record of what a call reaches and, if it has several launches, one of each."""
-    moved = {}
-    for name, gpu in GPUS.items():
-        with mock.patch("vlmfast.cases.multiprocessors", return_value=gpu.multiprocessors):
-            moved[name] = op.cases.bytes(*args)
+    with mock.patch("vlmfast.cases.multiprocessors", return_value=H200.multiprocessors):  # as counted: partial sums
+        moved = op.cases.bytes(*args)
     count = len(of_gpus["H200"])
     parts = [slice(None), *(slice(index, index + 1) for index in range(count) if count > 1)]
     found = [predicted.record(op.name, label, moved, {k: v[part] for k, v in of_gpus.items()}) for part in parts]
