@@ -153,7 +153,8 @@ def _copy(out: Path, copy: Path | None) -> None:
     """Put all results into a second folder too: what a machine hands back, even if it ends before this process."""
     if copy is not None:
         unfinished = shutil.ignore_patterns(".*")  # `report.write` replaces a file by one whose name begins with a dot
-        shutil.copytree(out, copy, dirs_exist_ok=True, ignore=unfinished)
+        with contextlib.suppress(OSError):  # a file that has just gone, or a full disk: no reason to end the report
+            shutil.copytree(out, copy, dirs_exist_ok=True, ignore=unfinished)
 
 
 def _earlier(out: Path, where: dict[str, Any], again: bool) -> dict[str, Done]:
@@ -206,6 +207,13 @@ def run(options: Namespace) -> int:
     print(", ".join(f"{step.name} {'done' if step.name in done else f'{step.seconds:g}'}" for step in planned))
     if slower > 1:
         print(f"a rehearsal: each step has {slower} times as long, and less to do", flush=True)
+
+    def summarise() -> None:
+        steps_done = [done[step.name] for step in planned if step.name in done]
+        summary = json.dumps({"environment": where, "steps": steps_done}, indent=1)
+        (options.out / "summary.json").write_text(f"{summary}\n")
+
+    summarise()  # what a stop in the first step leaves is of this device and code
     start, share = time.monotonic(), 0.0
     with _terminated_as_interrupted():
         for step in to_do:
@@ -213,9 +221,7 @@ def run(options: Namespace) -> int:
             share = max(share, gone) + slower * step.seconds
             left = max(min(share, slower * options.limit) - gone, slower * step.most)
             done[step.name] = _run(step, options.out, options.copy, max(1.0, left))
-            steps_done = [done[other.name] for other in planned if other.name in done]
-            summary = json.dumps({"environment": where, "steps": steps_done}, indent=1)
-            (options.out / "summary.json").write_text(f"{summary}\n")
+            summarise()
             _copy(options.out, options.copy)
     if device == "cuda":
         folder = re.sub(r"[^a-z0-9]+", "-", report.device_name("cuda").lower()).strip("-")

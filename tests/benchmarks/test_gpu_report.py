@@ -102,6 +102,9 @@ def test_a_report_that_is_terminated_ends_its_step(tmp_path: Path, call):
     started = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     code = f"import os, signal, time; {started}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
+        call([python("forever", code)])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["environment"]["sources"]
+    with pytest.raises(KeyboardInterrupt):
         call([LAST, python("forever", code)])
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
