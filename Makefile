@@ -127,7 +127,7 @@ static: $(VENV)/built $(VENV)/tools        ## count traffic, registers and width
 	$(BIN)/python scripts/static_report.py
 
 gpu-report:                  ## on a machine with a GPU: build, GPU tests, benchmarks, all into gpu-report/
-	$(PYTHON) -m vlmfast bench gpu  # the machine's own Python and CUDA torch: nothing is downloaded
+	$(PYTHON) -m vlmfast bench gpu $(if $(OUT),--copy $(OUT))  # the machine's own Python and CUDA torch: nothing is downloaded
 
 # material's banner about MkDocs 2 is no finding
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

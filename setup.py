@@ -18,7 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -133,40 +134,46 @@ def cuda_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
     return [[*compiler, *flags, "-c", str(source)] for source in sorted(CSRC.glob("*/*.cu"))]
 
 
-def compile_all(commands: list[list[str]], objects: Path) -> list[Path]:
-    """Run the compilations in parallel, skipping objects that are newer than all of csrc and this file.
+def compile_all(commands: list[list[str]], objects: Path, pool: Executor) -> Iterator[Path]:
+    """Start the compilations, and return the objects as they are waited for.
 
-    The name of an object has a hash of its command, so that other flags make another object.
+    The name of an object has a hash of its command and of all of csrc, so that only what has changed is compiled again,
+    whatever the times of the files are.
     """
     if not commands:
         raise BuildError(f"there are no sources in {CSRC}")
-    newest = max(path.stat().st_mtime for path in [*CSRC.glob("*/*"), Path(__file__)])
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(CSRC.glob("*/*"))))
 
     def compile_one(command: list[str]) -> Path:
-        source, digest = Path(command[-1]), hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]
-        path = objects / f"{source.parent.name}.{source.stem}.{digest}.o"
-        if not path.exists() or path.stat().st_mtime < newest:
-            output_of([*command, "-o", str(path)])
+        source, digest = Path(command[-1]), sources.copy()
+        digest.update(shlex.join(command).encode())
+        path = objects / f"{source.parent.name}.{source.stem}.{digest.hexdigest()[:12]}.o"
+        if not path.exists():
+            write(command, path)
         return path
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_one, commands))
+    return pool.map(compile_one, commands)
+
+
+def write(command: list[str], output: Path) -> None:
+    """Run a command that writes a file; if it is stopped, there is not half of one."""
+    partial = output.with_name(f"partial.{output.name}")
+    output_of([*command, "-o", str(partial)])
+    partial.replace(output)
 
 
 def link(torch: ModuleType, linker: list[str], output: Path, objects: list[Path], libraries: list[str]) -> None:
     """Link the library against torch."""
     flags = ["-shared", "-Xlinker", "-s", *(f"-L{path}" for path in torch.utils.cpp_extension.library_paths("cpu"))]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output_of([*linker, *flags, *map(str, objects), *libraries, "-o", str(output)])
+    write([*linker, *flags, *map(str, objects), *libraries], output)
 
 
-def build_cuda(torch: ModuleType, output: Path, objects: Path, cpu: list[Path]) -> None:
-    """Compile the CUDA part, and link it with the objects of the CPU part and the CUDA runtime that torch brings."""
+def start_cuda(torch: ModuleType, objects: Path, pool: Executor) -> tuple[list[str], Iterator[Path]]:
+    """Start to compile the CUDA part; return its compiler, which also links, and the objects."""
     home = torch.utils.cpp_extension.CUDA_HOME
     nvcc = find_program("NVCC", [*([str(Path(home) / "bin" / "nvcc")] if home else []), "nvcc"])
-    cuda = compile_all(cuda_commands(torch, nvcc), objects)
-    libraries = [*TORCH_LIBRARIES, "-ltorch_cuda", "-lc10_cuda"]
-    link(torch, [*nvcc, "-cudart", "shared"], output, [*cpu, *cuda], libraries)
+    return nvcc, compile_all(cuda_commands(torch, nvcc), objects, pool)
 
 
 def build(output: Path, objects: Path) -> None:
@@ -174,11 +181,20 @@ def build(output: Path, objects: Path) -> None:
     torch = import_torch()
     compiler = find_program("CXX", ["c++", "g++", "clang++"])
     objects.mkdir(parents=True, exist_ok=True)
-    cpu = compile_all(cpu_commands(torch, compiler), objects)
-    if torch.version.cuda is not None and any(CSRC.glob("*/*.cu")):
+    cuda = None
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         try:
-            build_cuda(torch, output, objects, cpu)
-            return
+            if torch.version.cuda is not None and any(CSRC.glob("*/*.cu")):
+                cuda = start_cuda(torch, objects, pool)  # first, because these take longest
+        except BuildError as error:
+            leave_out("the CUDA kernels", error)
+        cpu = list(compile_all(cpu_commands(torch, compiler), objects, pool))
+        try:
+            if cuda is not None:  # linked with the CUDA runtime that torch brings
+                nvcc, of_cuda = cuda
+                libraries = [*TORCH_LIBRARIES, "-ltorch_cuda", "-lc10_cuda"]
+                link(torch, [*nvcc, "-cudart", "shared"], output, [*cpu, *of_cuda], libraries)
+                return
         except BuildError as error:
             leave_out("the CUDA kernels", error)
     link(torch, compiler, output, cpu, TORCH_LIBRARIES)
@@ -223,7 +239,8 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("vlmfast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
-)
+if __name__ == "__main__":  # and not where `build` alone is wanted
+    setup(
+        ext_modules=[Extension("vlmfast._C", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+    )

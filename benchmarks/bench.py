@@ -108,6 +108,30 @@ def _with_workloads(op: Op, wanted: list[str], device: str, dtype: torch.dtype) 
     return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads))
 
 
+def _without(op: Op, done: set[str]) -> Op:
+    """Return the op without the workloads of these labels."""
+
+    def workloads(device: str, dtype: torch.dtype) -> Workloads:
+        return ((label, args) for label, args in op.cases.workloads(device, dtype) if label not in done)
+
+    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads)) if done else op
+
+
+def _earlier(options: Namespace, kept: Path | None, where: dict[str, Any]) -> Run:
+    """Return what --resume goes on with: the results without an error in the file, from this device and versions."""
+    nothing: Run = {"records": [], "models": []}
+    if not options.resume or kept is None or not kept.exists():
+        return nothing
+    found = report.read(kept)
+    if report.changed(found["environment"], where, (*report.SAME, "threads", "dtype")):
+        return nothing
+    ours = [[row["error"] for row in record["contenders"] if row["group"] == "ours"] for record in found["records"]]
+    right = [record for record, errors in zip(found["records"], ours, strict=True) if not any(errors)]
+    broken = {(record["model"], record.get("mode")) for record in found["models"] if "error" in record}
+    whole = [record for record in found["models"] if (record["model"], record.get("mode")) not in broken]
+    return {"records": right, "models": whole}
+
+
 def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
     torch.set_num_threads(options.threads)
     place, dtype = usable_device(options.device), options.dtype and getattr(torch, options.dtype)
@@ -121,7 +145,8 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             raise CommandError("no model runs in float16 on a CPU: take --dtype float32 or bfloat16")
         if "graph" in options.modes:
             raise CommandError("mode graph: CUDA graphs need a GPU")
-    found: Run = {"environment": report.environment(device), "records": [], "models": []}
+    where = report.environment(device) | ({} if options.dtype is None else {"dtype": options.dtype})
+    found: Run = {"environment": where, **_earlier(options, kept, where)}
 
     def keep(kind: str, records: list[dict[str, Any]]) -> None:
         found[kind] = records  # written after every record, so that a stop loses only the measurement in progress
@@ -130,7 +155,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
 
     if ops := _asked(options.ops or ([] if options.models is not None else PUBLIC), device, dtype or torch.bfloat16):
         kinds = peers.installed() if options.peers is None else tuple(kind for kind in options.peers if kind != "none")
-        dtype_of_ops, where = dtype or torch.bfloat16, found["environment"]
+        dtype_of_ops = dtype or torch.bfloat16
         machine = timing.ceilings(device, dtype_of_ops)
         where |= vars(machine)
         console.print(
@@ -138,9 +163,11 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             f"GB/s, a large matmul {machine.gemm_tflop_per_s:.2g} TFLOP/s; F.rms_norm is {where['F.rms_norm']}"
         )
         for op in track(ops, "measuring", console=console, transient=True, disable=not console.is_terminal):
-            records = []
-            found_of_op = benchmark(op, device, dtype_of_ops, kinds, machine)
-            in_graphs = graphs.benchmark(op, device, dtype_of_ops, machine) if "compile" in kinds else ()
+            records = [record for record in found["records"] if record["op"] == op.name]
+            done = {record["workload"] for record in records}
+            found_of_op = benchmark(_without(op, done), device, dtype_of_ops, kinds, machine)
+            left = _without(op, {label.removesuffix(graphs.IN_GRAPH) for label in done if graphs.IN_GRAPH in label})
+            in_graphs = graphs.benchmark(left, device, dtype_of_ops, machine) if "compile" in kinds else ()
             for record in itertools.chain(found_of_op, in_graphs):
                 records.append(record)
                 keep("records", [*found["records"], record])
@@ -156,6 +183,7 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             size=options.size or ("small" if device == "cpu" else "full"),
             save=functools.partial(keep, "models"),
             budget=options.budget,
+            earlier=found["models"],
         )
         keep("models", records)
         report.show_models(console, records)

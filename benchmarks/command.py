@@ -67,6 +67,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--limit", metavar="SECONDS", type=seconds, default=530, help=f"for all steps together; {DEFAULT}"
     )
+    command.add_argument("--copy", metavar="FOLDER", type=Path, help="where all of it is put too, every few seconds")
     command.add_argument("--again", action="store_true", help="also what an earlier call into the folder has finished")
     command.add_argument(
         "--rehearse", action="store_true", help="with this CPU in the place of a GPU, less of each step"
@@ -99,6 +100,8 @@ def _add_timed(benches: Any, name: str, text: str) -> argparse.ArgumentParser:
     command.add_argument("--threads", metavar="N", type=positive, default=1, help=f"of the CPU; {DEFAULT}")
     command.add_argument("--html", metavar="FILE", type=Path, help="a report to look at, with JSON and CSV beside it")
     command.add_argument("--json", metavar="FILE", type=Path, help="the records; of ops as a CSV too, beside them")
+    what = "go on with what the file of --json has without an error, of the same device and versions"
+    command.add_argument("--resume", action="store_true", help=what)
     return command
 
 

@@ -17,6 +17,8 @@ from vlmfast.benchmarks.timing import Call, Ceilings
 from vlmfast.cases import Preparation
 from vlmfast.registry import Op
 
+IN_GRAPH = ", in a graph"  # behind the label of a workload
+
 
 def benchmark(op: Op, device: str, dtype: torch.dtype, machine: Ceilings) -> Iterator[dict[str, Any]]:
     """Yield one record per workload of an op whose cases have layers: the times of both graphs, or their errors."""
@@ -34,7 +36,7 @@ def benchmark(op: Op, device: str, dtype: torch.dtype, machine: Ceilings) -> Ite
             for contender in found:
                 prepare(contender, op, args, want)
             time(found, device)
-        yield record(op, f"{label}, in a graph", args, found, machine, alone=False)
+        yield record(op, f"{label}{IN_GRAPH}", args, found, machine, alone=False)
 
 
 def _compiled(layers: Preparation) -> Callable[..., Call]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlmfast.benchmarks import report
+from vlmfast.benchmarks import predicted, report
 
 COLOURS = {"ours": "#c1121f", "peer": "#457b9d", "limit": "#8d99ae"}
 
@@ -39,6 +39,11 @@ def page(run: dict[str, Any]) -> str:
         sections += [f"<h2>{of_op[0]['op']}</h2>", *figures, _printed(report.show_op, of_op, where)]
     if run["models"]:
         sections += ["<h2>Whole models</h2>", _printed(report.show_models, run["models"])]
+    if (bounds := predicted.rows([run], {record["op"] for record in records}))[1]:
+        sections += ["<h2>Predicted for GPUs, not measured</h2>", f"<p>{escape(predicted.EXPLAINED)}</p>"]
+        sections.append(
+            _printed(lambda console: report.show_table(console, bounds[0], 2, [(None, r) for r in bounds[1]]))
+        )
     facts = ", ".join(f"{name} {value}" for name, value in where.items() if value is not None)
     return PAGE.format(device=escape(where["device"]), where=escape(facts), sections="\n".join(sections))
 

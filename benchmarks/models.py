@@ -99,6 +99,7 @@ def run(
     size: str = "small",
     save: Save = lambda records: None,
     budget: float | None = None,
+    earlier: Sequence[Record] = (),
 ) -> list[Record]:
     """Measure models, in the order of their names.
 
@@ -111,20 +112,24 @@ def run(
         size: one of `vlmfast.benchmarks.published.SIZES`.
         save: called with all records so far, after each model and mode.
         budget: seconds after which no further model is started.
+        earlier: records of an earlier run; a model is not measured again in a mode in which it has some.
 
     Returns:
         One record per model, mode and variant.
     """
     start = time.monotonic()
-    records: list[Record] = []
+    records: list[Record] = list(earlier)
     for name in names or published.MODELS:
-        if records and budget is not None and time.monotonic() - start > budget:
+        if len(records) > len(earlier) and budget is not None and time.monotonic() - start > budget:
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
         common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+        left = [mode for mode in modes if not any({**common, "mode": mode}.items() <= r.items() for r in earlier)]
+        if not left:
+            continue
         if not console.is_terminal:  # rich shows its status line on a terminal only
-            console.print(f"{', '.join(common.values())}: {', '.join(modes)}")
-        for found in _all_modes(common, modes, device, console):
+            console.print(f"{', '.join(common.values())}: {', '.join(left)}")
+        for found in _all_modes(common, left, device, console):
             records += found
             save(records)
     return records

@@ -46,6 +46,7 @@ MODEL_COLUMNS = {
     "cache_bytes": ("KV MB", "{:.1f}"),
     "peak_bytes": ("peak MB", "{:.0f}"),
 }
+SAME = ("device", "vlmfast", "torch", "triton", "transformers", "python")  # results of others are not gone on with
 LEGEND = """us: median; spread: distance of the quartiles; wall us: an eager call, Python included
 of ceiling: the larger of bytes / bandwidth of a large copy and FLOP / speed of a large matmul, over the time;
 above 100% where the data lie in a cache
@@ -118,6 +119,11 @@ def read(path: Path) -> dict[str, Any]:
         what = one_line(error) if isinstance(error, OSError) else "it is not what `bench --json` writes"
         raise CommandError(f"cannot read {path}: {what}") from error
     return found
+
+
+def changed(before: dict[str, Any], now: dict[str, Any], names: Iterable[str] = SAME) -> list[str]:
+    """Name what differs between the environments of two runs, so that neither can go on with the other's results."""
+    return [name for name in names if before.get(name) != now.get(name)]
 
 
 def write(path: Path, run: dict[str, Any]) -> None:

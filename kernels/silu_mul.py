@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmfast.kernels.common.kernel import aligned, alignment, kernel
+from vlmfast.kernels.common.kernel import aligned, alignment, kernel, limited
 from vlmfast.kernels.common.launch import (
     MAX_EXTENT,
     RowsConfig,
@@ -42,6 +42,7 @@ def _inner(x):
 
 
 @kernel
+@limited("of 64 rows there are fewer than two programs for each multiprocessor, whose loads are not all made first")
 def silu_mul_kernel(
     gate_ptr,
     up_ptr,
@@ -72,6 +73,7 @@ def silu_mul_kernel(
 
 
 @kernel
+@limited("of 64 rows there are fewer than two programs for each multiprocessor, whose loads are not all made first")
 def silu_mul_backward_kernel(
     grad_output_ptr,
     gate_ptr,

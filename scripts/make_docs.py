@@ -13,7 +13,7 @@ from typing import Any
 
 import vlmfast.compat
 from scripts import docs_methods
-from vlmfast.benchmarks import coverage, digits, report
+from vlmfast.benchmarks import coverage, digits, gpu_report, predicted, report
 from vlmfast.patches.bodies import BODIES, Body
 from vlmfast.registry import OPS
 
@@ -43,6 +43,27 @@ without bfloat16 multiplication, on which the op multiplies in float32. "torch.c
 alone. Rows "in a graph" time eight layers of residual, norm and scale in one compiled graph; transformers' own layers
 are compiled too. "PyTorch" and "the row in PyTorch" in runs before 2026-11-29 are slower than PyTorch has to be.
 """
+PREDICTED_HEAD = """# Predicted for GPUs
+
+Made by `make docs` from `benchmarks/results/static.json`, which `make static` writes without a GPU.
+
+**{explained}.** A bound is no forecast: what it leaves out makes a kernel slower.
+[benchmarks/predicted.py](../benchmarks/predicted.py) has the model, and `static.json` each kernel of a call.
+
+- "100 %" claims nothing but that a copy is not beaten. With "in flight" or "programs" behind it, fewer bytes are in
+  flight than CUB has found necessary (A100 16 KiB per multiprocessor, H100 32, H200 48, B200 64): some of the bandwidth
+  is lost, and nothing here tells how much.
+- Only Triton kernels are in the table. The CUDA kernels, which NVIDIA GPUs run where they are built, are not.
+- Calls of less than 1 MB are left out, in which the time of a launch is all there is, as are those of more than 48 MiB
+  and the ops that multiply matrices.
+- {measured}
+"""
+MEASURED = (
+    "The columns on the right are measured: copy over Triton kernels, from the runs in [benchmarks.md](benchmarks.md)."
+)
+UNMEASURED = (
+    "No GPU was measured yet. Where there are results of `make gpu-report`, a column has them beside these bounds."
+)
 README_ROWS = {
     ("rms_norm", "600x2048"),
     ("add_rms_norm", "600x2048"),
@@ -104,16 +125,30 @@ def broken(text: str, width: int = 88) -> str:
 
 
 Run = dict[str, Any]
+KEYS = {"records": ("op", "workload", "dtype"), "models": ("model", "mode", "variant")}
 
 
 def runs() -> list[dict[str, Run]]:
     """Read the committed runs that exist: the folder of each GPU, then the files of CPUs."""
     folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
-    found = [{name: folder / f"{name}.json" for name in ("ops", "compiled", "matmul", "models")} for folder in folders]
+    found = [{name: folder / f"{name}.json" for name in gpu_report.REPORTS} for folder in folders]
     found += [{"ops": path} for path in sorted(RESULTS.glob("cpu*.json"))]
     found += [{"models": path} for path in sorted(RESULTS.glob("models*.json"))]
     read = [{name: report.read(path) for name, path in paths.items() if path.exists()} for paths in found]
-    return [run for run in read if run]
+    return [joined(run) for run in read if run]
+
+
+def joined(run: dict[str, Run]) -> dict[str, Run]:
+    """Join what `make gpu-report` measures first, in files of its own, with the files of all ops and models."""
+    for whole, parts in (("ops", ("ops", "deciding")), ("models", ("decode", "prefill", "models"))):
+        there = [run.pop(part) for part in parts if part in run]
+        if there:
+            kind = "records" if whole == "ops" else "models"
+            once: dict[tuple[Any, ...], Run] = {}
+            for record in (record for one in there for record in one[kind]):
+                once.setdefault(tuple(record.get(name) for name in KEYS[kind]), record)
+            run[whole] = {**there[0], kind: list(once.values())}
+    return run
 
 
 def on_gpu(run: Run) -> bool:
@@ -214,6 +249,14 @@ def run_of(run: Run) -> str:
             rows.append([f"`{record['op']}`", *key(record)[1:], f"{record['contenders'][0]['us']:.1f} us", others])
     shown = table(("op", "shape", "dtype", "time", "time over vlmfast's"), 5, rows)
     return f"## {where['device']}\n\n{facts}\n\n{shown}"
+
+
+def predicted_page() -> str:
+    """Make docs/predicted.md: the bounds and, where a GPU has committed runs, what was measured."""
+    heads, rows = predicted.rows(run["ops"] for run in runs() if "ops" in run)
+    measured = MEASURED if heads[-1].endswith("measured") else UNMEASURED
+    shown = table(tuple(heads), 2, [[f"`{op}`", *cells] for op, *cells in rows])
+    return f"{PREDICTED_HEAD.format(explained=predicted.EXPLAINED, measured=measured)}\n{shown}\n"
 
 
 def stub() -> str:
@@ -318,6 +361,7 @@ def main() -> int:
         STUB: stub(),
         README: filled(README, figures=figures()),
         ROOT / "docs" / "benchmarks.md": benchmarks(),
+        ROOT / "docs" / "predicted.md": predicted_page(),
         ROOT / "docs" / "families.md": model_types(),
         ROOT / "docs" / "methods.md": docs_methods.page(),
         CHOOSING: filled(CHOOSING, coverage=coverage_table(), digits=digits_tables()),

@@ -1,6 +1,6 @@
 """Write benchmarks/results/static.json: facts about every kernel that need no GPU.
 
-    python scripts/static_report.py [traffic] [executed] [saturation] [triton] [cuda]
+    python scripts/static_report.py [traffic] [executed] [saturation] [predicted] [triton] [cuda]
 
 regenerates the named sections, or all of them:
 
@@ -9,13 +9,15 @@ regenerates the named sections, or all of them:
   kernels are compiled at the shapes of the ops' workloads; of CUDA's, which need nvcc, all instantiations in csrc/ are.
 * `traffic`: how many bytes each op moves, and how many it must: see tests/helpers/traffic.py.
 * `executed`: how many instructions of the compiled kernels the generated tests run: see tests/ptx/coverage.py.
-* `saturation`: whether the kernels can saturate the memory of an H200: see tests/ptx/saturation.py.
+* `saturation`: whether the kernels can saturate the memory of an H200; and `predicted`: upper bounds of what they reach
+  of a copy on each GPU. Both come from one run, and are regenerated together: see tests/ptx/saturation.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import re
@@ -30,7 +32,8 @@ import compile_cuda
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "static.json"
-MOST_BYTES = 150_000
+MOST_BYTES = 250_000
+TOGETHER = {"saturation", "predicted"}
 
 
 def run(*command: str, interpret: bool) -> Any:
@@ -81,6 +84,13 @@ def of_cuda(nvcc: str) -> list[dict[str, Any]]:
     return summarised(records, ("kernel", "target", "types", "vectors"))
 
 
+@functools.cache
+def saturation() -> dict[str, list[dict[str, Any]]]:
+    """Run the real shapes of all ops, and return both sections that come of it."""
+    found: dict[str, list[dict[str, Any]]] = run("-m", "tests.ptx.saturation", interpret=True)
+    return found
+
+
 def nvcc_version(nvcc: str) -> str:
     """Return nvcc's version, such as "13.0.88"."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -93,7 +103,8 @@ def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
     return {
         "traffic": lambda: run("-m", "tests.helpers.traffic", interpret=True),
         "executed": lambda: run("-m", "tests.ptx.coverage", interpret=True),
-        "saturation": lambda: run("-m", "tests.ptx.saturation", interpret=True),
+        "saturation": lambda: saturation()["saturation"],
+        "predicted": lambda: saturation()["predicted"],
         "triton": of_triton,
         "cuda": lambda: of_cuda(found_nvcc()),
     }
@@ -111,6 +122,7 @@ def main(names: list[str]) -> None:
     makers = make()
     if unknown := set(names) - set(makers):
         raise SystemExit(f"static_report: a section is one of {', '.join(makers)}, got {', '.join(sorted(unknown))}")
+    names = [*names, *(TOGETHER if TOGETHER & {*names} else ())]
     versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(found_nvcc())}
     before = json.loads(REPORT.read_text()) if names else {}
     sections = {name: before[name] if names and name not in names else one() for name, one in makers.items()}

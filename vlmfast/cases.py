@@ -76,7 +76,11 @@ def row_bytes(x: torch.Tensor) -> int:
     return x.shape[-1] * x.element_size()
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """Return the multiprocessors of the GPU of a tensor, and one of a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
 def partial_sums_bytes(x: torch.Tensor, columns: int, rows: int) -> int:
     """Return the bytes of a persistent kernel's float32 partial sums, with two blocks per multiprocessor."""
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return 8 * columns * min(rows, 2 * multiprocessors)
+    return 8 * columns * min(rows, 2 * multiprocessors(x))

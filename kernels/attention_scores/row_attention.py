@@ -41,7 +41,7 @@ class ScoresConfig(Config):
 
 
 @kernel
-@limited("each key is read once, and reduced over its few channels: of one image, all keys are in flight at once")
+@limited("each key is read once, and reduced over its few channels for each query of its head")
 def row_logits_kernel(
     query_ptr,
     key_ptr,
@@ -96,6 +96,7 @@ def row_logits_kernel(
 
 
 @kernel
+@limited("a program adds up the heads of some keys: of a few rows there are too few programs")
 def row_scores_kernel(
     logit_ptr,
     peak_ptr,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import kernel
+from vlmfast.kernels.common.kernel import kernel, limited
 from vlmfast.kernels.common.launch import Config
 from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS, load_weights, store_taken, usable
 
@@ -59,6 +59,7 @@ def gains_of(similarity_ptr, weight_ptr, covered_ptr, token, there, token_stride
 
 
 @kernel
+@limited("a program has a sequence, and each choice waits for the one before it")
 def coverage_kernel(
     similarity_ptr,
     weight_ptr,

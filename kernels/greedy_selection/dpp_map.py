@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import kernel
+from vlmfast.kernels.common.kernel import kernel, limited
 from vlmfast.kernels.greedy_selection.farthest import cosines_to, inverse_lengths
 from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
 
@@ -38,6 +38,7 @@ def shared(
 
 
 @kernel
+@limited("a program has a sequence, and each choice waits for the one before it")
 def dpp_map_kernel(
     product_ptr,
     relevance_ptr,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import kernel
+from vlmfast.kernels.common.kernel import kernel, limited
 from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
 
 _SAME = tl.constexpr(2.0**-20)  # a smaller distance is a rounding error
@@ -57,6 +57,7 @@ def distance_of(cosine):
 
 
 @kernel
+@limited("a program has a sequence, and each choice waits for the one before it")
 def farthest_kernel(
     product_ptr,
     quality_ptr,

@@ -11,7 +11,7 @@ from typing import ClassVar
 import triton.language as tl
 
 from vlmfast.kernels.common.dot import dot
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config
 
 
@@ -33,6 +33,7 @@ class GramConfig(Config):
 
 
 @kernel
+@limited("multiplies all tokens with all others: of one sequence there are too few programs")
 def gram_kernel(
     x_ptr,
     product_ptr,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config, next_power_of_two
 
 MAX_PIXELS = 1024
@@ -111,6 +111,7 @@ def _softmax(logit, inside):
 
 
 @kernel
+@limited("a program has a token: of a few there are too few, and pixels are widened and read once more, from a cache")
 def mine_kernel(
     query_ptr,
     map_ptr,
@@ -154,6 +155,7 @@ def mine_kernel(
 
 
 @kernel
+@limited("a program has a token: of a few there are too few, and pixels are widened and read once more, from a cache")
 def mine_backward_kernel(
     grad_ptr,
     query_ptr,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mean_of, round_to, store_parts
 
 
@@ -86,6 +86,7 @@ def _turn_back(
 
 
 @kernel
+@limited("heads of 128 are turned back, normed again and differentiated: more instructions than those of a norm")
 def qk_norm_rope_backward_kernel(
     grad_query_ptr,
     grad_key_ptr,

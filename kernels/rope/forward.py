@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vlmfast.kernels.common.kernel import aligned, kernel
+from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.rope.parts import load_angles, load_parts, load_weight, mean_of, round_to, store_parts
 
 
@@ -55,6 +55,7 @@ def _turn(
 
 
 @kernel
+@limited("heads of 128 are normed, rounded where transformers does, and turned: more instructions than those of a norm")
 def qk_norm_rope_kernel(
     query_ptr,
     key_ptr,

@@ -225,6 +225,31 @@ def test_an_interruption_stops_and_loses_nothing(small, tmp_path: Path, monkeypa
     assert len(interrupted) == 2
 
 
+def test_a_run_goes_on_where_an_earlier_one_stopped(small, tmp_path: Path, monkeypatch):
+    """Only what has no result, or an error of ours, is timed; nothing of another setting is gone on with."""
+    timed, measure, path = [], ops.measure, tmp_path / "out.json"
+    ((_, args),) = small.cases.workloads("cpu", torch.float32)
+    monkeypatch.setitem(OPS, "rms_norm", with_cases(small, workloads=lambda *_: [("a", args), ("b", args)]))
+    monkeypatch.setattr(ops, "measure", lambda *args: timed.append(args) or measure(*args))
+
+    def run(*more: str) -> tuple[int, list[str]]:
+        timed.clear()
+        command = ["bench", "rms_norm", "--peers", "none", "--device", "cpu", "--json", str(path), *more]
+        assert cli.main(command) == 0
+        return len(timed), [record["workload"] for record in json.loads(path.read_text())["records"]]
+
+    assert run("--resume") == (2, ["a", "b"])
+    assert run("--resume") == (0, ["a", "b"])
+    assert run() == (2, ["a", "b"])
+    kept = json.loads(path.read_text())
+    kept["records"][0]["contenders"][0]["error"] = "planted"
+    path.write_text(json.dumps(kept))
+    assert run("--resume") == (1, ["b", "a"])
+    assert run("--resume", "--threads", "2") == (2, ["a", "b"])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": kept["environment"] | {"torch": "0"}}))
+    assert run("--resume") == (2, ["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.parts import part_of
 from vlmfast import cli
-from vlmfast.benchmarks import gpu_report, report
+from vlmfast.benchmarks import gpu_report, gpu_tests, report
 from vlmfast.registry import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +84,92 @@ def test_a_step_has_what_those_before_it_left_over(call):
     assert call([nap, LAST], "--again")[1] == {"nap": None, "last": 0}
     assert call([LAST, nap], "--again")[1] == {"last": 0, "nap": 0}
     assert call([LAST, nap], "--again", "--limit", "3")[1]["nap"] is None
+
+
+def test_results_are_copied_while_a_step_runs(tmp_path: Path, call, monkeypatch):
+    """The machine hands back a folder of its own, and may end at any time."""
+    kept = tmp_path / "kept"
+    copying, copies = gpu_report._copy, []
+    monkeypatch.setattr(gpu_report, "_copy", lambda out, copy: copies.append(copying(out, copy)))
+    call([SLOW, LAST], "--copy", str(kept))
+    assert len(copies) >= 3
+    assert (kept / "slow.log").read_text() == "half\n"
+    assert json.loads((kept / "summary.json").read_text())["steps"][1]["exit_code"] == 0
+
+
+def test_a_report_that_is_terminated_ends_its_step(tmp_path: Path, call):
+    """The step has a session of its own, and would go on without its parent."""
+    started = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    code = f"import os, signal, time; {started}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        call([python("forever", code)])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["environment"]["sources"]
+    with pytest.raises(KeyboardInterrupt):
+        call([LAST, python("forever", code)])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    steps = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["last"], "what was finished is kept"
+
+
+def test_changed_code_is_measured_again(tmp_path: Path, call, monkeypatch):
+    call([LAST])
+    for name in ("ops.json", "tests-1.passed", "report.html"):
+        (tmp_path / "out" / name).touch()
+    monkeypatch.setattr(gpu_report, "sources", lambda: "others")
+    code, done, printed = call([python("last", "raise SystemExit(4)")])
+    assert (code, done) == (1, {"last": 4})
+    assert "all of it again: sources changed" in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["last.log", "report.html", "summary.json"]
+
+
+def test_gpu_tests_run_in_parts_and_go_on(tmp_path: Path, monkeypatch, capsys):
+    """Each test is in one part; what has passed is left out, and what has failed is not."""
+    tests = (
+        "import os, pytest\n@pytest.mark.gpu\n@pytest.mark.parametrize('x', ['rms_norm-a', 'rms_norm-b', 'rope-a'])\n"
+    )
+    tests += "def test_it(x):\n    assert x != 'rope-a' or 'FIXED' in os.environ\ndef test_other(): pass\n"
+    (tmp_path / "test_some.py").write_text(tests)
+    (tmp_path / "test_more.py").write_text("import no_such_package\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(gpu_tests, "WITH_GPU_TESTS", (str(tmp_path), "-c", str(tmp_path / "pytest.ini")))
+    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run() -> list[int]:
+        assert gpu_tests.main(tmp_path) == 1  # a file cannot be collected
+        lines = capsys.readouterr().out.splitlines()
+        return [sum(int(n) for n in re.findall(rf"(\d+) {kind}", "".join(lines))) for kind in ("passed", "failed")]
+
+    assert run() == [2, 1]
+    assert run() == [0, 1]
+    monkeypatch.setenv("FIXED", "1")
+    assert run() == [1, 0]
+    assert {part_of(f"test_it[rms_norm-{x}]", 8) for x in "abcdef"} == {part_of("test_other[rms_norm-x]", 8)}
+
+
+def test_all_tests_that_need_a_gpu_are_run():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    assert marked
+    assert all(path.relative_to(ROOT).as_posix().startswith(gpu_tests.WITH_GPU_TESTS) for path in marked)
+
+
+def test_the_build_may_take_the_time_of_the_last_steps(call):
+    """All numbers depend on it; what follows keeps its own time until the limit is reached."""
+    slow = gpu_report.Step("build", [sys.executable, "-c", "import time; time.sleep(3)"], 1.0, most=10.0)
+    assert call([slow, LAST])[1] == {"build": 0, "last": 0}
+    nap = python("nap", "import time; time.sleep(30)")
+    assert call([slow, nap], "--again", "--limit", "4")[1] == {"build": 0, "nap": None}
+
+
+def test_what_was_built_is_not_on_another_machine(call, monkeypatch):
+    built = python("build", "")
+    call([built, LAST])
+    must_not_run = python("last", "raise SystemExit(4)")
+    assert "build done, last done" in call([built, must_not_run])[2]
+    monkeypatch.setattr(gpu_report, "LIBRARY", Path("/nowhere/_C.so"))
+    assert "build 20, last done" in call([built, must_not_run])[2]
 
 
 def test_gpu_report_asks_for_what_there_is(tmp_path: Path, monkeypatch):
@@ -198,6 +288,22 @@ def test_all_of_a_gpu_report_is_shown(docs, tmp_path: Path):
             "5",
         ]
         assert row(text, "smolvlm-256m", "graph", "patched")[3:] == ["no time", "", "", "", "", ""]
+
+
+def test_what_a_gpu_report_measures_first_is_shown_with_the_rest(docs, tmp_path: Path):
+    """Its files of its own are joined with those of all ops and models, from which a stop may have kept it."""
+    folder = tmp_path / "nvidia-h0"
+    stand_in("cpu.json", folder, lambda records: records)
+    (folder / "ops.json").rename(folder / "deciding.json")
+    rows = docs.benchmarks().count("| `")
+    stand_in("cpu.json", folder, lambda records: records[:1])
+    assert docs.benchmarks().count("## NVIDIA H0") == 1
+    assert docs.benchmarks().count("| `") == rows
+    for name, variant in (("decode", "original"), ("prefill", "patched"), ("models", "reduced")):
+        stand_in("models_cpu.json", folder, lambda records, only=variant: [r for r in records if r["variant"] == only])
+        (folder / "models.json").rename(folder / f"{name}.json")
+    gpu = docs.figures().partition("AMD EPYC")[0]
+    assert all(row(gpu, "llava-next-7b", "eager", variant) for variant in ("original", "patched", "reduced"))
 
 
 def test_a_part_of_a_gpu_report_is_shown(docs, tmp_path: Path):

@@ -77,6 +77,25 @@ def test_every_variant_is_timed(llava):
     assert rows[2]["cached_tokens"] == rows[0]["cached_tokens"] - 576 + 64
 
 
+def test_models_of_an_earlier_run_are_not_measured_again(llava, monkeypatch):
+    common = {"model": "llava-1.5-7b", "size": "small", "dtype": "float32"}
+    earlier = [{**common, "mode": "eager", "variant": "original", "prefill_ms": 1.0}]
+    found = {**common, "variant": "original", "prefill_ms": 2.0}
+    asked = []
+    monkeypatch.setattr(
+        models, "_all_modes", lambda common, left, *_: asked.append(left) or ([{**found, "mode": m}] for m in left)
+    )
+    both = ["eager", "compile"]
+    rows = models.run([], QUIET, modes=both, earlier=earlier)
+    assert (asked, [row["mode"] for row in rows]) == ([["compile"]], both)
+    assert rows[0]["prefill_ms"] == 1.0
+    asked.clear()
+    assert models.run([], QUIET, modes=["eager"], earlier=earlier) == earlier
+    assert asked == []
+    models.run([], QUIET, modes=["eager"], earlier=earlier, dtype=torch.bfloat16)
+    assert asked == [["eager"]]
+
+
 def test_ratios_are_of_each_round(capsys):
     times = {
         "original": [(6.0, 1.0), (10.0, 1.0), (20.0, 1.0)],

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections import deque
 
-NEEDED = 48 << 10  # bytes in flight per multiprocessor, on an H200
-MULTIPROCESSORS = 132  # of an H200
-# Limits of a multiprocessor of compute capability 9.0; shared memory in bytes, SHARED_OF_SYSTEM reserved per block.
-REGISTERS, WARPS, BLOCKS, SHARED, SHARED_OF_SYSTEM = 65536, 64, 32, 228 << 10, 1 << 10
+from vlmfast.benchmarks.predicted import GPUS
+
+H200 = GPUS["H200"]
+# Limits of a multiprocessor of compute capability 8.0, 9.0 and 10.0; SHARED_OF_SYSTEM bytes are reserved per block.
+REGISTERS, WARPS, BLOCKS, SHARED_OF_SYSTEM = 65536, 64, 32, 1 << 10
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
@@ -56,14 +57,8 @@ def outstanding(code: str) -> int:
     return most
 
 
-def resident(registers: int, warps: int, shared: int) -> int:
-    """Return how many blocks are resident on a multiprocessor."""
+def resident(registers: int, warps: int, shared: int, of_multiprocessor: int = H200.shared) -> int:
+    """Return how many blocks are resident on a multiprocessor, which has so many bytes of shared memory."""
     per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS // per_warp // warps
-    return min(by_registers, WARPS // warps, BLOCKS, SHARED // (shared + SHARED_OF_SYSTEM))
-
-
-def in_flight(code: str, registers: int, warps: int, shared: int, programs: int) -> int:
-    """Return the bytes in flight per multiprocessor of an H200, for a launch of ``programs`` programs."""
-    blocks = min(resident(registers, warps, shared), programs / MULTIPROCESSORS)
-    return int(blocks * warps * 32 * outstanding(code))
+    return min(by_registers, WARPS // warps, BLOCKS, of_multiprocessor // (shared + SHARED_OF_SYSTEM))
