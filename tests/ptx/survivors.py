@@ -30,6 +30,19 @@ class Reason:
 REASONS = (
     Reason(
         "same",
+        r"^setp\.lt\.\w+ -> setp\.le\.",
+        r"^entry = tl\.load\(ptr \+ last",
+        "step k of the search looks just behind the last number only where their count is 2^k - 1 modulo 2^(k + 1)",
+    ),
+    Reason(
+        "hidden",
+        r"^add\.s32 -> add\.s32",
+        r"^last = count \+ \(1 << ",
+        "the address is computed apart from it; step k then leaves out the last number only where their count is 2^k "
+        "modulo 2^(k + 1)",
+    ),
+    Reason(
+        "same",
         r"^setp\.\w+\.[su]",
         r"^for .* in .*range\(",
         "the loop runs at least once in each call of this specialisation, and no row ends one place further",
