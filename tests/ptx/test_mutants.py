@@ -20,7 +20,7 @@ IDLE = {
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
     "merge_slots_kernel": (1, "what is loaded after the barrier before it lies elsewhere"),
-    "merge_rows_kernel": (2, "they stand in the branch for sums that are not finite, which no sample takes"),
+    "merge_rows_kernel": (1, OWN),
     "pack_kernel": (1, "it follows an assertion, and the kernel has no shared memory"),
     "pixel_shuffle_norm_kernel": (1, OWN),
     "pixel_shuffle_norm_backward_kernel": (2, OWN),
