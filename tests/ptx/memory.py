@@ -56,7 +56,7 @@ class Region:
         return inside & self._permits(kind, np.where(inside, addresses - self.begin, 0), width)
 
     def _permits(self, kind: int, offsets: np.ndarray, width: int) -> np.ndarray:
-        if self.everywhere:
+        if not self.counts:
             return np.full(len(offsets), bool(self.everywhere & kind))
         count = self.counts[kind]
         return count[np.minimum(offsets + width, len(count) - 1)] - count[offsets] == width
@@ -100,7 +100,7 @@ class GlobalMemory:
             else:
                 groups.append([(begin, allowed)])
         for group in groups:
-            begin = group[0][0]
+            begin = group[0][0] // 16 * 16  # so that an aligned access is at a multiple of its width
             flags = np.zeros(max(at + len(one) for at, one in group) - begin, np.uint8)
             for at, one in group:
                 flags[at - begin :][: len(one)] |= one
