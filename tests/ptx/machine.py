@@ -19,7 +19,8 @@ from tests.ptx.access import DeviceAssertionError
 from tests.ptx.copies import Groups
 from tests.ptx.instructions import Action, assemble, unknown
 from tests.ptx.memory import Constant, GlobalMemory, SharedMemory
-from tests.ptx.parse import Instruction, Kernel, PtxError, Variable
+from tests.ptx.order import Who
+from tests.ptx.parse import Instruction, Kernel, PtxError, Variable, names_of
 from tests.ptx.registers import Reader, Registers
 from tests.ptx.values import TYPES, UNSIGNED
 from tests.ptx.warps import BIT, members, to_all
@@ -105,6 +106,13 @@ class Machine(Registers):
     def shared_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int, aligned: int) -> np.ndarray:
         return self.shared.offsets(addresses - SHARED_BEGIN, self.block_of[lanes], width, aligned)
 
+    def who(self, lanes: np.ndarray) -> Who | None:
+        """Return the block, the warp and the passed barriers of some threads, where races are looked for."""
+        if not self.memory.ordered:
+            return None
+        block = self.block_of[lanes]
+        return self.first_block + block, self.warp_of[lanes], self.shared.interval[block]
+
     def local_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int) -> np.ndarray:
         if ((addresses < 0) | (addresses + width > self.local_size) | (addresses % width != 0)).any():
             raise PtxError(f"{width} bytes of local memory where a thread has none, or misaligned")
@@ -140,7 +148,7 @@ class Machine(Registers):
         memory.non_coherent = any("nc" in ins.flags for ins in self.kernel.instructions)
         for constant in self.constants.values():
             memory.allow(constant.begin, constant.allowed)
-        memory.ready()
+        memory.ready(min((_global_unit(ins) for ins in self.kernel.instructions), default=1))
         blocks, together = math.prod(grid), max(1, BATCH // self.per_block)
         try:
             with np.errstate(all="ignore"):
@@ -205,7 +213,7 @@ class Machine(Registers):
                 special[f"%n{name}.{axis}"] = np.array([extent])
                 size *= extent
         self.reset(count * self.per_block, special)
-        self.warp_of, self.block_of = (thread // 32).astype(np.int16), block - first
+        self.warp_of, self.block_of, self.first_block = (thread // 32).astype(np.int16), block - first, first
         self.shared = SharedMemory(count, self.shared_size, self.unit)
         self.local_stride = -(-self.local_size // 16) * 16
         local = np.full(max(16, self.threads * self.local_stride), 0xFF, np.uint8)
@@ -279,6 +287,13 @@ def _unit(ins: Instruction) -> int:
     if ins.name in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(ins.flags):
         return min(4, ins.types[0].size)
     return {"ldmatrix": 2, "stmatrix": 2, "wgmma": 2}.get(ins.name, 4)
+
+
+def _global_unit(ins: Instruction) -> int:
+    """Return the width of an instruction's accesses to global memory, at most 16 bytes."""
+    if ins.name not in ("ld", "st") or {"shared", "param", "local", "const"} & set(ins.flags):
+        return 16
+    return ins.types[0].size * max(len(names_of(arg)) for arg in ins.args)
 
 
 def _offsets(variables: dict[str, Variable]) -> tuple[dict[str, int], int]:

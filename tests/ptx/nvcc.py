@@ -21,6 +21,7 @@ import torch
 
 from tests.emulation import backend as emulation
 from tests.emulation import build
+from tests.helpers.cases import outputs
 from tests.ptx.compile import ROOT, cache
 from tests.ptx.machine import Machine
 from tests.ptx.memory import READ, WRITE, GlobalMemory
@@ -29,6 +30,7 @@ from vlmfast import backends
 from vlmfast.architectures import NVCC_FLAGS
 
 TARGET = "sm_90"
+FAR = 2**20  # bytes between rows, from which on it is not recorded that those between are nobody's
 # The kernel, addresses of its arguments, their number, grid and block, bytes of dynamic shared memory; returns 0 if all
 # is well.
 Executor = ctypes.CFUNCTYPE(
@@ -96,10 +98,11 @@ def symbols(library: Path) -> dict[str, int]:
 
 
 class Family:
-    """The kernels of one family: a library with their host code, and the PTX of the kernels."""
+    """The kernels of one family: a library with their host code, its ops, and the PTX of the kernels."""
 
-    def __init__(self, library: Path, ptx: str) -> None:
-        self.library = emulation.open_library(library)
+    def __init__(self, library: Path, namespace: str, ptx: str) -> None:
+        torch.ops.load_library(str(library))
+        self.library, self.ops = emulation.open_library(library), getattr(torch.ops, namespace)
         known = symbols(library)
         anchor = ctypes.cast(self.library.vlmfast_emulation_execute_by, ctypes.c_void_p).value
         begin = anchor - known["vlmfast_emulation_execute_by"]
@@ -108,6 +111,11 @@ class Family:
         self.machines: dict[str, Machine] = {}  # of the kernels that have run
         self.executor = Executor(self._execute)
         self.error: BaseException | None = None
+
+    def __call__(self, name: str, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Run an op, as `harness.Kernels` does."""
+        with self.executing():
+            return outputs(getattr(self.ops, name)(*args))
 
     def machine(self, name: str) -> Machine:
         """Return the machine of a kernel, assembling it on first use."""
@@ -120,13 +128,18 @@ class Family:
 
     def memory(self) -> GlobalMemory:
         """Return the memory that the launcher allows its kernels to access."""
-        memory, facts = GlobalMemory(), (ctypes.c_int64 * 5)()
+        memory, facts = GlobalMemory(ordered=True), (ctypes.c_int64 * 5)()
         number = 0
         while self.library.vlmfast_emulation_region(ctypes.c_size_t(number), facts):
             begin, rows, row_bytes, pitch, writable = facts
-            flags = np.zeros(max(0, (rows - 1) * pitch + row_bytes), np.uint8)
-            np.lib.stride_tricks.as_strided(flags, (rows, row_bytes), (pitch, 1))[:] = READ | WRITE * writable
-            memory.allow(begin, flags)
+            allowed = READ | WRITE * writable
+            if pitch > FAR:
+                for row in range(rows):
+                    memory.allow(begin + row * pitch, np.full(row_bytes, allowed, np.uint8))
+            else:
+                flags = np.zeros(max(0, (rows - 1) * pitch + row_bytes), np.uint8)
+                np.lib.stride_tricks.as_strided(flags, (rows, row_bytes), (pitch, 1))[:] = allowed
+                memory.allow(begin, flags)
             number += 1
         return memory
 
@@ -164,7 +177,7 @@ class Family:
 @functools.cache
 def family(name: str) -> Family:
     """Compile csrc/<name>/cuda.cu, or find it compiled."""
-    return Family(build.build("plain"), compiled(build.CSRC / name / "cuda.cu"))
+    return Family(build.build("plain"), "vlmfast_emulated", compiled(build.CSRC / name / "cuda.cu"))
 
 
 def loader(op: str, family_name: str, reference: Callable[..., Any]) -> backends.Backend | str:

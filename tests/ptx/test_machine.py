@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+
+import numpy as np
 import pytest
 import torch
 
 from tests.ptx.access import DeviceAssertionError
 from tests.ptx.machine import Machine
-from tests.ptx.memory import GlobalMemory
+from tests.ptx.memory import READ, GlobalMemory
 from tests.ptx.parse import PtxError, parse
 from tests.ptx.small import module, run
 
@@ -265,6 +268,60 @@ def test_faults_are_said(name: str, threads: int) -> None:
     assert torch.equal(b, torch.arange(threads, dtype=torch.int32)) or "st.global" in right
     with pytest.raises(PtxError, match=f"(?s){message}.*in kernel, instruction"):
         run(wrong + END, a, b, threads)
+
+
+OTHERS = "cvt.u64.u32 %d5, %r4; add.s64 %d5, %d1, %d5;"  # the element of a thread of the other warp
+MINE_STORED, OTHERS_LOADED = "st.global.b32 [%d3], %r0;", "ld.global.b32 %r10, [%d5];"
+RACES = {  # name -> (faulty body, message, correct body)
+    "load after a store": (
+        f"{OTHERS} {MINE_STORED} {OTHERS_LOADED}",
+        "a load of what another warp stores",
+        f"{OTHERS} {MINE_STORED} {BARRIER} {OTHERS_LOADED}",
+    ),
+    "store after a load": (
+        f"{OTHERS} {OTHERS_LOADED} {MINE_STORED}",
+        "a store to what another warp loads",
+        f"{OTHERS} {OTHERS_LOADED} {BARRIER} {MINE_STORED}",
+    ),
+    "store after a load by all": (
+        f"ld.global.b32 %r10, [%d1]; {MINE_STORED}",
+        "a store to what another warp loads, 0 bytes",
+        f"ld.global.b32 %r10, [%d1]; {BARRIER} ld.global.b32 %r10, [%d1]; {BARRIER} {MINE_STORED}",
+    ),
+    "two stores": (
+        f"{OTHERS} {MINE_STORED} st.global.b32 [%d5], %r0;",
+        "two warps store",
+        f"{OTHERS} {MINE_STORED} {BARRIER} st.global.b32 [%d5], %r0;",
+    ),
+    "two stores at once": (
+        "st.global.b32 [%d1], 5;",
+        "two warps store at once",
+        "setp.lt.u32 %p1, %r0, 32; @%p1 st.global.b32 [%d1], 5;",
+    ),
+    "two blocks": (
+        f"mov.u32 %r11, %ctaid.y; setp.eq.u32 %p1, %r11, 0; @%p1 {MINE_STORED}",
+        "two warps store",
+        f"mov.u32 %r11, %ctaid.x; setp.eq.u32 %p1, %r11, 0; @%p1 {MINE_STORED}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES, ids=[name.replace(" ", "-") for name in RACES])
+def test_races_in_global_memory(name: str) -> None:
+    wrong, message, right = RACES[name]
+    a, b, blocks = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32), 2 if "blocks" in name else 1
+    run(f"{right} ret;", a, b, blocks=blocks, ordered=True)
+    run(f"{wrong} ret;", a, b, blocks=blocks)
+    with pytest.raises(PtxError, match=f"a race: {message}"):
+        run(f"{wrong} ret;", a, b, blocks=blocks, ordered=True)
+
+
+def test_inputs_are_only_read() -> None:
+    given, memory = torch.zeros(64), GlobalMemory()
+    memory.allow(given.data_ptr(), np.full(256, READ, np.uint8))
+    machine = Machine(parse(module("ld.param.b64 %d0, [a]; st.global.b32 [%d0+8], 0; ret;"), "kernel"))
+    with pytest.raises(PtxError, match="a store of 4 bytes to a tensor that may only be read, 8 bytes behind"):
+        machine.launch(memory, (1, 1, 1), (64, 1, 1), struct.pack("<QQ", given.data_ptr(), 0))
 
 
 def test_bytes_between_elements_are_nobodys() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.helpers.cases import outputs, run, runnable, widened
+from tests.emulation import build
+from tests.emulation.harness import DIFFER, PAIRS, Fault, compare, plant, sample_calls
+from tests.helpers.cases import outputs, require, run, runnable, widened
 from tests.helpers.rounding import assert_within
-from tests.ptx.nvcc import split, unified
+from tests.ptx.nvcc import Family, compiled, split, unified
+from tests.ptx.parse import PtxError
 from vlmfast.registry import OPS
 
 
@@ -33,3 +38,30 @@ def test_a_module_is_split() -> None:
     assert head.split() == [".version", "9.0", ".file", "1", '"cuda.cu"']
     assert list(entries) == ["one", "two"]
     assert entries["two"][1] == ".visible .entry two(\n.param .u64 two_0\n)\n{\nret;\n\n}"
+
+
+BOUNDS = "outside all tensors|between the elements of a tensor"
+FAULTS = [
+    Fault(
+        "barrier missing",
+        "merge_rows.cuh",
+        "    __syncthreads();\n    const int64_t out_column",
+        "    const int64_t out_column",
+        "a race: a load of what another warp stores|a load of what nobody has written",
+    ),
+    Fault("vector too many", "merge_rows.cuh", "k * kStep < hidden - column", "k * kStep <= hidden - column", BOUNDS),
+    Fault(
+        "own lane counted", "common.cuh", "(1u << threadIdx.x % kWarp) - 1", "(2u << threadIdx.x % kWarp) - 1", DIFFER
+    ),
+]
+
+
+@pytest.mark.planted
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "-") for fault in FAULTS])
+def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    require(OPS["top_tokens"], "ptx_nvcc")
+    csrc, namespace = plant(fault, "token_merge", tmp_path), f"vlmfast_nvcc_{fault.name.replace(' ', '_')}"
+    library = build.build("plain", library=namespace, csrc=csrc, cache=tmp_path)
+    kernels = Family(library, namespace, compiled(csrc / "token_merge" / "cuda.cu", csrc, tmp_path))
+    with pytest.raises((AssertionError, PtxError), match=fault.notice):
+        compare(kernels, sample_calls("token_merge", PAIRS, torch.bfloat16))
