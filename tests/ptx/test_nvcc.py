@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.emulation import build
-from tests.emulation.harness import DIFFER, PAIRS, Fault, compare, plant, sample_calls
+from tests.emulation.harness import DIFFER, PAIRS, WRONG, Fault, compare, plant, sample_calls
 from tests.helpers.cases import outputs, require, run, runnable, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx.nvcc import Family, compiled, split, unified
@@ -49,10 +49,29 @@ FAULTS = [
         "    const int64_t out_column",
         "a race: a load of what another warp stores|a load of what nobody has written",
     ),
-    Fault("vector too many", "merge_rows.cuh", "k * kStep < hidden - column", "k * kStep <= hidden - column", BOUNDS),
     Fault(
-        "own lane counted", "common.cuh", "(1u << threadIdx.x % kWarp) - 1", "(2u << threadIdx.x % kWarp) - 1", DIFFER
+        "vector too many loaded",
+        "merge_rows.cuh",
+        "< hidden - column) values[k] =",
+        "<= hidden - column) values[k] =",
+        BOUNDS,
     ),
+    Fault(
+        "vector too many stored",
+        "merge_rows.cuh",
+        "< hidden - column) values[k].",
+        "<= hidden - column) values[k].",
+        f"a race: two warps store, |{BOUNDS}",
+    ),
+    Fault(
+        "own lane counted",
+        "common.cuh",
+        "(1u << threadIdx.x % kWarp) - 1",
+        "(2u << threadIdx.x % kWarp) - 1",
+        f"{DIFFER}|{BOUNDS}",
+    ),
+    # Inline PTX, in whose place the emulation has its own code.
+    Fault("operands swapped", "cuda_compat.h", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])', WRONG),
 ]
 
 
@@ -60,8 +79,9 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "-") for fault in FAULTS])
 def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     require(OPS["top_tokens"], "ptx_nvcc")
-    csrc, namespace = plant(fault, "token_merge", tmp_path), f"vlmfast_nvcc_{fault.name.replace(' ', '_')}"
+    family = "attention_scores" if fault.file == "cuda_compat.h" else "token_merge"
+    csrc, namespace = plant(fault, family, tmp_path), f"vlmfast_nvcc_{fault.name.replace(' ', '_')}"
     library = build.build("plain", library=namespace, csrc=csrc, cache=tmp_path)
-    kernels = Family(library, namespace, compiled(csrc / "token_merge" / "cuda.cu", csrc, tmp_path))
+    kernels = Family(library, namespace, compiled(csrc / family / "cuda.cu", csrc, tmp_path))
     with pytest.raises((AssertionError, PtxError), match=fault.notice):
-        compare(kernels, sample_calls("token_merge", PAIRS, torch.bfloat16))
+        compare(kernels, sample_calls(family, PAIRS, torch.bfloat16))
