@@ -25,7 +25,7 @@ test: $(VENV)/built $(VENV)/tools          ## what a change must pass, in a few 
 test-thorough: $(VENV)/built $(VENV)/tools ## the tests that take long for what they add to these
 	$(PYTEST) -m "thorough and not planted and not ptx"
 
-test-ptx: $(VENV)/built $(VENV)/tools      ## Triton kernels as compiled for sm_90 and sm_80, run on the CPU in every dtype and layout
+test-ptx: $(VENV)/built $(VENV)/tools      ## kernels as Triton and nvcc compiled them, run on the CPU in every dtype and layout
 	$(PYTEST) -k ptx tests/ptx tests/ops
 
 test-faults: $(VENV)/built $(VENV)/tools   ## do the tests of the CUDA kernels notice planted faults? each one is a compilation

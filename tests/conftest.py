@@ -20,13 +20,14 @@ from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
 from tests.helpers.thorough import is_thorough  # noqa: E402
 from tests.ptx.backend import LOADERS as AS_COMPILED  # noqa: E402
+from tests.ptx.nvcc import loader as as_compiled_by_nvcc  # noqa: E402
 from vlmfast import backends, registry  # noqa: E402
 
 if not GPU:
     interpreter.repair()
-# csrc/*.cu compiled for the CPU, and Triton kernels as compiled for GPUs. They come last in the order of backends, so
-# that only `vlmfast.use` chooses them.
-backends.LOADERS |= {"emulated": emulated, **AS_COMPILED}
+# csrc/*.cu compiled for the CPU, and kernels as compiled for GPUs. They come last in the order of backends, so that
+# only `vlmfast.use` chooses them.
+backends.LOADERS |= {"emulated": emulated, **AS_COMPILED, "ptx_nvcc": as_compiled_by_nvcc}
 
 
 def shortens_prompts() -> bool:

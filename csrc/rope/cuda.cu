@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
   constexpr int kVec = Policy::kVec;
   using Own = Pairs<scalar_t, Policy>;
   __shared__ GroupSum<Policy::kThreadsPerHead, 1> group_sum;
-  const Heads<scalar_t>& part = blockIdx.y == 0 ? query : key;
+  const Heads<scalar_t> part = blockIdx.y == 0 ? query : key;  // a reference would put both into local memory
   const int half = angles.half;
   int turn = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Policy::kThreads)
   constexpr int kVec = Policy::kVec, kPairs = Policy::kPairs;
   using Own = Pairs<scalar_t, Policy>;
   __shared__ GroupSum<Policy::kThreadsPerHead, 2> group_sum;
-  const Heads<scalar_t>& part = blockIdx.y == 0 ? query : key;
+  const Heads<scalar_t> part = blockIdx.y == 0 ? query : key;  // a reference would put both into local memory
   const int half = angles.half;
   float weight_first[kPairs][kVec] = {}, weight_second[kPairs][kVec] = {};
   Own weight;

@@ -47,9 +47,11 @@ def _cache() -> Path:
     return directory
 
 
-def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cache: Path) -> Path:
-    """Run a compiler command; the output comes from the cache where the command and its inputs are unchanged."""
-    key = hashlib.sha256(repr([CXX, *map(str, command), torch.__version__]).encode())
+def compiled(
+    command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cache: Path, version: str = torch.__version__
+) -> Path:
+    """Run a compiler command; the output comes from the cache where command, version and inputs are unchanged."""
+    key = hashlib.sha256(repr([*map(str, command), version]).encode())
     for path in sorted(inputs):
         key.update(path.read_bytes())
     output = cache / (key.hexdigest()[:32] + suffix)
@@ -59,9 +61,9 @@ def _run(command: Sequence[str | Path], inputs: Iterable[Path], suffix: str, cac
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, so that only one process builds the output
         if not output.exists():
             partial = output.with_suffix(f".partial{suffix}")
-            result = subprocess.run([CXX, *command, "-o", partial], capture_output=True, text=True)
+            result = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
             if result.returncode != 0:
-                raise RuntimeError(f"{CXX} failed:\n{result.stderr}")
+                raise RuntimeError(f"{command[0]} failed:\n{result.stderr}")
             os.replace(partial, output)  # atomic, because this process may be stopped
     return output
 
@@ -96,7 +98,7 @@ def build(
     """
 
     def compile_source(source: Path, flags: Sequence[str], headers: Iterable[Path], cache: Path) -> Path:
-        return _run([*COMMON, *flags, "-x", "c++", "-c", source], [source, *headers], ".o", cache)
+        return compiled([CXX, *COMMON, *flags, "-x", "c++", "-c", source], [source, *headers], ".o", cache)
 
     own_headers = list(HERE.glob("*.h"))
     headers = [*own_headers, *csrc.glob("*/*.h"), *csrc.glob("*/*.cuh")]
@@ -104,7 +106,7 @@ def build(
     flags += [f"-DVLMFAST_CUDA_LIBRARY={library}"]
     cache, sources = cache or _cache(), list(sources or csrc.glob("*/*.cu"))
     objects = [compile_source(HERE / name, ["-O2"], own_headers, _cache()) for name in RUNTIME]
-    compiled = {source: compile_source(source, flags, headers, cache) for source in _in_any_order(sources)}
-    objects += [compiled[source] for source in sorted(compiled)]
+    by_source = {source: compile_source(source, flags, headers, cache) for source in _in_any_order(sources)}
+    objects += [by_source[source] for source in sorted(by_source)]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-ldl"]
-    return _run(["-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so", cache)
+    return compiled([CXX, "-shared", "-Wl,-Bsymbolic,--no-undefined", *objects, *libraries], objects, ".so", cache)

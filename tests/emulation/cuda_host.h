@@ -91,8 +91,16 @@ struct Coordinates {
 extern Coordinates coordinates;  // of the running thread
 extern dim3 block_shape, grid_shape;
 
-// Runs function(arguments) in every thread of the grid.
-cudaError_t launch(void (*function)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes);
+// A launch as the runtime API describes it: the kernel, and the addresses of its arguments.
+struct Call {
+  const void* kernel;
+  void* const* arguments;
+  int count;
+};
+
+// Runs function(closure) in every thread of the grid, or hands the call over to whom the tests have named.
+cudaError_t launch(const Call& call, void (*function)(void*), void* closure, dim3 grid, dim3 block,
+                   size_t shared_bytes);
 void* dynamic_shared_memory(size_t alignment);
 int block_barrier(Barrier kind, int predicate, Site site);
 uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, unsigned argument, int width, Site site);
@@ -323,10 +331,12 @@ inline void forget_error() {}  // nothing to do: launches return their errors an
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
   const auto run = [&](Params... params) {
+    void* const addresses[] = {&params..., nullptr};
+    const emulation::Call call{reinterpret_cast<const void*>(kernel), addresses, sizeof...(Params)};
     // Not instrumented: the arguments are on the launcher's stack, which a kernel may not access otherwise.
-    auto call = [&]() __attribute__((no_sanitize("thread"))) { kernel(params...); };
-    return emulation::launch([](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, grid, block,
-                             shared_bytes);
+    auto thread = [&]() __attribute__((no_sanitize("thread"))) { kernel(params...); };
+    return emulation::launch(call, [](void* closure) { (*static_cast<decltype(thread)*>(closure))(); }, &thread, grid,
+                             block, shared_bytes);
   };
   return run(static_cast<Params>(args)...);
 }

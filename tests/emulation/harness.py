@@ -169,7 +169,7 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
     @pytest.mark.parametrize("fault", faults, ids=[fault.name.replace(" ", "-") for fault in faults])
     def test(fault: Fault, tmp_path: Path) -> None:
         library = f"vlmfast_{family}_{re.sub(r'[^a-z0-9]+', '_', fault.name.lower())}"
-        path = build.build("check", library=library, csrc=_plant(fault, family, tmp_path), cache=tmp_path)
+        path = build.build("check", library=library, csrc=plant(fault, family, tmp_path), cache=tmp_path)
         torch.ops.load_library(str(path))
         with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
             examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
@@ -178,7 +178,7 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
     return test
 
 
-def _plant(fault: Fault, family: str, into: Path) -> Path:
+def plant(fault: Fault, family: str, into: Path) -> Path:
     """Copy one family with the fault in it and only its bfloat16 kernels, which compile in a third of the time."""
     places = places_of(fault, family)
     assert places, f"{fault.file} has changed: nowhere to plant the fault"

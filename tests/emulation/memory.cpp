@@ -282,6 +282,16 @@ EMULATION_API void vlmfast_emulation_allow(void* begin, int64_t rows, int64_t ro
 }
 EMULATION_API void vlmfast_emulation_forbid_all() { regions.clear(); }
 
+// Describes the region with that number, and returns whether there is one.
+EMULATION_API int vlmfast_emulation_region(size_t number, int64_t* out) {
+  if (number >= regions.size()) return 0;
+  const Region& region = regions[number];
+  const int64_t facts[] = {reinterpret_cast<int64_t>(region.begin), region.rows, region.row_bytes, region.row_pitch,
+                           region.writable};
+  std::copy(std::begin(facts), std::end(facts), out);
+  return 1;
+}
+
 // Bytes loaded and bytes stored so far, each once per launch.
 EMULATION_API void vlmfast_emulation_distinct(uint64_t* out) {
   out[0] = distinct_loaded.count;

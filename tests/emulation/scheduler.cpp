@@ -76,6 +76,8 @@ static void* kernel_arguments;
 static char* dynamic_shared_end;  // of the arena; a guard page follows
 static std::string error_text;
 static std::mutex launch_mutex;
+static int (*executor)(const void* kernel, void* const* arguments, int count, const unsigned* shape,
+                       size_t shared_bytes);
 
 void fence() { fenced_serial = block_serial; }
 
@@ -314,7 +316,8 @@ class SignalScope {
   struct sigaction old_actions_[kCount];
 };
 
-cudaError_t launch(void (*function)(void*), void* arguments, dim3 grid, dim3 block, size_t shared_bytes) {
+cudaError_t launch(const Call& call, void (*function)(void*), void* closure, dim3 grid, dim3 block,
+                   size_t shared_bytes) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   allocate_once();
   touch_to_allocate_segment = 0;
@@ -325,8 +328,14 @@ cudaError_t launch(void (*function)(void*), void* arguments, dim3 grid, dim3 blo
     error_text = reason;
     return cudaErrorInvalidConfiguration;
   }
+  if (executor != nullptr) {
+    const unsigned shape[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
+    error_text = "refused by the executor of launches";
+    return executor(call.kernel, call.arguments, call.count, shape, shared_bytes) == 0 ? cudaSuccess
+                                                                                       : cudaErrorLaunchFailure;
+  }
   kernel = function;
-  kernel_arguments = arguments;
+  kernel_arguments = closure;
   grid_shape = grid;
   block_shape = block;
   thread_count = static_cast<int>(block.x * block.y * block.z);
@@ -361,5 +370,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 // ---- for the tests, through ctypes ----
 
 EMULATION_API void vlmfast_emulation_schedule(int value) { schedule = value; }
+// Names a function that executes the launches in place of the fibres, and returns 0 unless it fails; null for none.
+EMULATION_API void vlmfast_emulation_execute_by(decltype(executor) function) { executor = function; }
 EMULATION_API const char* vlmfast_emulation_error() { return error_text.c_str(); }
 EMULATION_API void vlmfast_emulation_counters(Counters* out) { *out = counters; }

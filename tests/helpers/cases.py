@@ -21,8 +21,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("native", "triton", "emulated", "torch")
 PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
-# Backends that execute, on the CPU, Triton kernels as compiled for a GPU: see tests/ptx/. `make test-ptx` runs them.
-COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80")]
+# Backends that execute, on the CPU, kernels as compiled for a GPU: Triton's, and CUDA's where nvcc is. See tests/ptx/.
+# `make test-ptx` runs them.
+COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_nvcc")]
 # Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
 # has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
@@ -85,7 +86,7 @@ def each_place(ops: Iterable[Op], *axes: Any) -> list:
 
 
 def each_as_compiled(*axes: Any) -> list:
-    """Make one pytest parameter per op with kernels of its own, per GPU of `COMPILED`, and per value of other axes."""
+    """Make one pytest parameter per op with kernels of its own, backend of `COMPILED`, and value of other axes."""
     return _parameters(PRIMITIVE, COMPILED, *axes)
 
 

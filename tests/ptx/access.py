@@ -39,7 +39,7 @@ def _windows(machine, space: str, addresses: np.ndarray) -> list[tuple[str, Wher
 
 def _load(machine, space: str, addresses, lanes, size: int, count: int, coherent: bool = True) -> list[np.ndarray]:
     if space == "global":
-        return machine.memory.load(addresses, size, count, coherent)
+        return machine.memory.load(addresses, size, count, coherent, machine.who(lanes))
     width = size * count
     if space == "shared":
         offsets = machine.shared_offsets(addresses, lanes, width, width)
@@ -52,7 +52,7 @@ def _load(machine, space: str, addresses, lanes, size: int, count: int, coherent
 
 def _store(machine, space: str, addresses, lanes, columns: Sequence[np.ndarray]) -> None:
     if space == "global":
-        machine.memory.store(addresses, columns)
+        machine.memory.store(addresses, columns, machine.who(lanes))
         return
     size = columns[0].dtype.itemsize
     width = size * len(columns)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.ptx.instructions import Action, Function, elementwise, extended, instruction, only_type, unknown
+from tests.ptx.instructions import (
+    Action,
+    Function,
+    elementwise,
+    extended,
+    instruction,
+    only_type,
+    saturated_to_1,
+    unknown,
+)
 from tests.ptx.parse import Instruction, names_of
 from tests.ptx.values import TYPES, UNSIGNED, Type, flush
 
@@ -30,6 +39,7 @@ _simple("rsqrt", "approx ftz", _in_float64(lambda x: 1 / np.sqrt(x)))
 _simple("sqrt", "rn approx ftz", np.sqrt)
 _simple("rcp", "rn approx ftz", _in_float64(np.reciprocal))
 _simple("tanh", "approx", _in_float64(np.tanh))
+_simple("copysign", "", lambda sign, value: np.copysign(value, sign))
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -82,11 +92,24 @@ def multiply(machine, ins: Instruction) -> Action:
     return lambda: write(product() + added())
 
 
-@instruction("fma", "rn ftz relu")
+def _fused_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Multiply and add, rounding towards minus infinity."""
+    exact = a.astype(np.float64) * b
+    total = exact + c
+    added = total - exact
+    lost = (exact - (total - added)) + (c - added)  # what the sum has lost to rounding
+    nearest = total.astype(a.dtype)
+    above = (nearest > total) | ((nearest == total) & (lost < 0))
+    return np.where(above, np.nextafter(nearest, a.dtype.type(-np.inf)), nearest)
+
+
+@instruction("fma", "rn rm ftz relu")
 def fused(machine, ins: Instruction) -> Action:
     """Multiply and add in float64, which holds every float32 product exactly; rare results are rounded twice."""
-    if "relu" in ins.flags:
-        raise unknown(ins, ".relu")
+    if "relu" in ins.flags or ("rm" in ins.flags and only_type(ins).name != "f32"):
+        raise unknown(ins, "." + ".".join(ins.flags))
+    if "rm" in ins.flags:
+        return elementwise(machine, ins, _fused_down)
     return elementwise(machine, ins, lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype))
 
 
@@ -266,10 +289,12 @@ def select(machine, ins: Instruction) -> Action:
 _TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-@instruction("cvt", ROUNDINGS + " ftz")
+@instruction("cvt", ROUNDINGS + " ftz sat")
 def convert(machine, ins: Instruction) -> Action:
     to, source = ins.types
-    write, rounding = machine.target(ins.args[0]), next((flag for flag in ins.flags if flag != "ftz"), None)
+    write, rounding = machine.target(ins.args[0]), next((f for f in ins.flags if f in ROUNDINGS.split()), None)
+    if "sat" in ins.flags and {to.name, source.name} != {"f32"}:
+        raise unknown(ins, ".sat of these types")
     if to.half:
         if rounding != "rn" or source.name != "f32":
             raise unknown(ins)
@@ -293,6 +318,8 @@ def _conversion(ins: Instruction, to: Type, source: Type, rounding: str | None) 
         if rounding not in (None, "rn"):
             raise unknown(ins, f".{rounding}")
         change = (lambda x: flush(x.astype(np.float32))) if "ftz" in ins.flags else lambda x: x
+        if "sat" in ins.flags:
+            return lambda x: to.pack(saturated_to_1(change(x)))
         return lambda x: to.pack(change(x).astype(to.number))
     if source.kind != "f":
         return lambda x: x.astype(to.number).view(to.raw)

@@ -66,12 +66,17 @@ def elementwise(machine: Machine, ins: Instruction, function: Function) -> Actio
     if "sat" in ins.flags:
         if kind.kind != "f":
             raise unknown(ins, ".sat of integers")
-        inner, function = function, lambda *values: np.clip(np.nan_to_num(inner(*values), nan=0.0), 0, 1)
+        inner, function = function, lambda *values: saturated_to_1(inner(*values))
     if flushed:
         return lambda: write(pack(flush(function(*[flush(unpack(read())) for read in sources]))))
     if kind.raw == kind.number:
         return lambda: write(function(*[read() for read in sources]).astype(kind.raw, copy=False))
     return lambda: write(pack(function(*[unpack(read()) for read in sources])))
+
+
+def saturated_to_1(values: np.ndarray) -> np.ndarray:
+    """Clip to [0, 1], as the modifier .sat does; NaN becomes 0."""
+    return np.clip(np.nan_to_num(values, nan=0.0), 0, 1)
 
 
 def extended(raw: np.ndarray, kind: Type, size: int) -> np.ndarray:

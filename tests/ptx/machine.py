@@ -19,10 +19,11 @@ from tests.ptx.access import DeviceAssertionError
 from tests.ptx.copies import Groups
 from tests.ptx.instructions import Action, assemble, unknown
 from tests.ptx.memory import Constant, GlobalMemory, SharedMemory
-from tests.ptx.parse import Instruction, Kernel, PtxError, Variable
-from tests.ptx.registers import Registers
+from tests.ptx.order import Who
+from tests.ptx.parse import Instruction, Kernel, PtxError, Variable, names_of
+from tests.ptx.registers import Reader, Registers
 from tests.ptx.values import TYPES, UNSIGNED
-from tests.ptx.warps import members
+from tests.ptx.warps import BIT, members, to_all
 
 SHARED_BEGIN = 0x400  # sm_90 reserves the first KiB
 MOST_STEPS = 1_000_000  # limit for a batch of blocks; a kernel that runs longer counts as endless
@@ -38,7 +39,12 @@ class Step:
     control: str  # "", "branch", "exit", "barrier"
     predicate: int | None
     negated: bool
+    members: Reader | None = None  # a mask of the lanes that wait for each other there
 
+
+# Instructions for the lanes of a warp that their last operand names, and for all lanes of a warp.
+OF_MEMBERS = {"shfl", "vote", "redux", "match", "elect"}
+OF_WARPS = {"mma", "ldmatrix", "stmatrix", "wgmma"}
 
 # Where the generic addresses of shared and local memory begin, above all global addresses.
 WINDOWS = {"shared": 1 << 60, "local": 1 << 61}
@@ -62,9 +68,9 @@ class Machine(Registers):
         self.at = 0  # the running instruction
         self.ran = np.zeros(len(kernel.instructions), np.int64)  # how many threads have run each instruction
         self.most_steps, self.steps = MOST_STEPS, 0
-        self.joins = set(kernel.labels.values())
         self.unit = min((_unit(ins) for ins in kernel.instructions), default=4)
         self.program = [self._step(at, ins) for at, ins in enumerate(kernel.instructions)]
+        self.joins = {*kernel.labels.values(), *(at for at, step in enumerate(self.program) if step.members)}
 
     def _step(self, at: int, ins: Instruction) -> Step:
         self.at = at
@@ -76,14 +82,17 @@ class Machine(Registers):
                 return Step(None, None, "exit", predicate, ins.negated)
             if ins.name in ("bar", "barrier"):
                 return self._barrier(ins, predicate)
-            return Step(assemble(self, ins), None, "", predicate, ins.negated)
+            members_of = None
+            if ins.name in OF_MEMBERS | OF_WARPS:
+                members_of = self.source(ins.args[-1] if ins.name in OF_MEMBERS else "-1", TYPES["u32"])
+            return Step(assemble(self, ins), None, "", predicate, ins.negated, members_of)
         except PtxError as error:
             raise self._located(error) from None
 
     def _barrier(self, ins: Instruction, predicate: int | None) -> Step:
         if ins.flags == ("warp", "sync"):
             mask = self.source(ins.args[0], TYPES["u32"])
-            return Step(lambda: members(self, mask) is None, None, "", predicate, ins.negated)
+            return Step(lambda: members(self, mask) is None, None, "", predicate, ins.negated, mask)
         if ins.flags not in (("sync",), ("sync", "aligned")) or ins.args != ["0"]:
             raise unknown(ins, "a barrier that is not the whole block's")
         return Step(None, None, "barrier", predicate, ins.negated)
@@ -96,6 +105,13 @@ class Machine(Registers):
 
     def shared_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int, aligned: int) -> np.ndarray:
         return self.shared.offsets(addresses - SHARED_BEGIN, self.block_of[lanes], width, aligned)
+
+    def who(self, lanes: np.ndarray) -> Who | None:
+        """Return the block, the warp and the passed barriers of some threads, where races are looked for."""
+        if not self.memory.ordered:
+            return None
+        block = self.block_of[lanes]
+        return self.first_block + block, self.warp_of[lanes], self.shared.interval[block]
 
     def local_offsets(self, addresses: np.ndarray, lanes: np.ndarray, width: int) -> np.ndarray:
         if ((addresses < 0) | (addresses + width > self.local_size) | (addresses % width != 0)).any():
@@ -121,16 +137,18 @@ class Machine(Registers):
             DeviceAssertionError: if an assertion of the kernel fails.
         """
         self.grid, self.block, self.params = grid, block, params.ljust(self.kernel.param_size, b"\0")
-        self.memory, self.per_block = memory, math.prod(block)
+        self.memory, size = memory, math.prod(block)
+        self.per_block = -(-size // 32) * 32  # whole warps; lanes behind the last thread never run
+        self.absent = np.arange(self.per_block) >= size
         self.shared_size = self.static_shared + dynamic_shared
-        if self.per_block % 32:
-            raise PtxError(f"{self.kernel.name}: blocks of {self.per_block} threads are not whole warps")
-        if self.kernel.threads and math.prod(self.kernel.threads) != self.per_block:
+        if self.kernel.threads and math.prod(self.kernel.threads) != size:
             raise PtxError(f"{self.kernel.name} demands blocks of {self.kernel.threads}, got {block}")
+        if self.kernel.most_threads and size > self.kernel.most_threads:
+            raise PtxError(f"{self.kernel.name} allows blocks of {self.kernel.most_threads} threads, got {block}")
         memory.non_coherent = any("nc" in ins.flags for ins in self.kernel.instructions)
         for constant in self.constants.values():
             memory.allow(constant.begin, constant.allowed)
-        memory.ready()
+        memory.ready(min((_global_unit(ins) for ins in self.kernel.instructions), default=1))
         blocks, together = math.prod(grid), max(1, BATCH // self.per_block)
         try:
             with np.errstate(all="ignore"):
@@ -150,17 +168,37 @@ class Machine(Registers):
         self._begin(first, count)
         threads = self.threads
         self.place = np.zeros(threads, np.int32)  # the next instruction of each thread
-        self.exited, self.waiting = np.zeros(threads, np.bool_), np.zeros(threads, np.bool_)
+        self.exited, self.waiting = np.tile(self.absent, count), np.zeros(threads, np.bool_)
         self.steps = 0
         while not self.exited.all():
             ready = ~(self.exited | self.waiting)
             if not ready.any():
                 raise PtxError("a barrier that some threads of a block never reach")
-            at = int(self.place[ready].min())
-            active = ready & (self.place == at)
+            at, active = self._next(ready)
             self._advance(at, active, bool((active == ready).all()))
         self.copies.end()
         self.multiplications.end()
+
+    def _next(self, ready: np.ndarray) -> tuple[int, np.ndarray]:
+        """Choose those least far in the program; lanes wait at a collective instruction until its members are there.
+
+        If nobody can go on, those least far do: the instruction then says which members are missing.
+        """
+        left, first = ready, None
+        while left.any():
+            at = int(self.place[left].min())
+            here = self.place == at
+            active = left & here
+            names = self.program[at].members
+            if names is None:
+                return at, active
+            arrived = to_all(np.where(active.reshape(-1, 32), BIT, 0).sum(1, dtype=np.uint32))
+            complete = active & ((self.whole(names()) & ~arrived) == 0)
+            if complete.any():
+                return at, complete
+            first = first or (at, active)
+            left = left & ~here
+        return first
 
     def _begin(self, first: int, count: int) -> None:
         thread, block = (
@@ -175,7 +213,7 @@ class Machine(Registers):
                 special[f"%n{name}.{axis}"] = np.array([extent])
                 size *= extent
         self.reset(count * self.per_block, special)
-        self.warp_of, self.block_of = (thread // 32).astype(np.int16), block - first
+        self.warp_of, self.block_of, self.first_block = (thread // 32).astype(np.int16), block - first, first
         self.shared = SharedMemory(count, self.shared_size, self.unit)
         self.local_stride = -(-self.local_size // 16) * 16
         local = np.full(max(16, self.threads * self.local_stride), 0xFF, np.uint8)
@@ -239,7 +277,7 @@ class Machine(Registers):
         if not whole:
             raise PtxError("a barrier for some of the threads that reach it")
         self.waiting |= active
-        arrived = self.waiting.reshape(-1, self.per_block).all(1)
+        arrived = (self.waiting.reshape(-1, self.per_block) | self.absent).all(1)
         self.shared.interval[arrived] += 1
         self.waiting[np.repeat(arrived, self.per_block)] = False
 
@@ -249,6 +287,13 @@ def _unit(ins: Instruction) -> int:
     if ins.name in ("ld", "st", "atom", "red") and not {"global", "param", "local", "const"} & set(ins.flags):
         return min(4, ins.types[0].size)
     return {"ldmatrix": 2, "stmatrix": 2, "wgmma": 2}.get(ins.name, 4)
+
+
+def _global_unit(ins: Instruction) -> int:
+    """Return the width of an instruction's accesses to global memory, at most 16 bytes."""
+    if ins.name not in ("ld", "st") or {"shared", "param", "local", "const"} & set(ins.flags):
+        return 16
+    return ins.types[0].size * max(len(names_of(arg)) for arg in ins.args)
 
 
 def _offsets(variables: dict[str, Variable]) -> tuple[dict[str, int], int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from tests.ptx.order import Order, Who
 from tests.ptx.parse import PtxError, Variable
 from tests.ptx.values import UNSIGNED
 
@@ -43,6 +44,7 @@ class Region:
         # Running counts of bytes that may be read, and written: an access is allowed if the count rises by its width.
         self.counts = {} if whole else {kind: _running((allowed & kind) > 0) for kind in (READ, WRITE)}
         self.stored, self.cached = (np.zeros(len(content), np.bool_) for _ in range(2))
+        self.order: Order | None = None
 
     def permits_all(self, kind: int, addresses: np.ndarray, width: int) -> bool:
         """Tell whether every access is allowed."""
@@ -56,7 +58,7 @@ class Region:
         return inside & self._permits(kind, np.where(inside, addresses - self.begin, 0), width)
 
     def _permits(self, kind: int, offsets: np.ndarray, width: int) -> np.ndarray:
-        if self.everywhere:
+        if not self.counts:
             return np.full(len(offsets), bool(self.everywhere & kind))
         count = self.counts[kind]
         return count[np.minimum(offsets + width, len(count) - 1)] - count[offsets] == width
@@ -78,9 +80,13 @@ class Constant:
 
 
 class GlobalMemory:
-    """The global memory that launches of one kernel may access: call `allow`, then `load` and `store`."""
+    """The global memory that a launch may access: call `allow`, then `load` and `store`.
 
-    def __init__(self) -> None:
+    Races are looked for if ``ordered``. Kernels of Triton may store the same numbers by several warps.
+    """
+
+    def __init__(self, ordered: bool = False) -> None:
+        self.ordered = ordered
         self.spans: list[tuple[int, np.ndarray]] = []  # (begin, what is allowed with each byte from there on)
         self.regions: list[Region] = []
         self.non_coherent = False  # whether the kernel loads through the non-coherent cache; then stores are recorded
@@ -91,8 +97,8 @@ class GlobalMemory:
             self.spans.append((begin, allowed))
             self.regions = []
 
-    def ready(self) -> None:
-        """Join overlapping spans into regions, once all spans are known."""
+    def ready(self, unit: int = 1) -> None:
+        """Join overlapping spans into regions, once all spans are known; all accesses are multiples of ``unit``."""
         groups: list[list[tuple[int, np.ndarray]]] = []
         for begin, allowed in sorted(self.spans, key=lambda span: span[0]):
             if groups and begin < max(at + len(flags) for at, flags in groups[-1]):
@@ -100,11 +106,14 @@ class GlobalMemory:
             else:
                 groups.append([(begin, allowed)])
         for group in groups:
-            begin = group[0][0]
+            begin = group[0][0] // 16 * 16  # so that an aligned access is at a multiple of its width
             flags = np.zeros(max(at + len(one) for at, one in group) - begin, np.uint8)
             for at, one in group:
                 flags[at - begin :][: len(one)] |= one
-            self.regions.append(Region(begin, host_bytes(begin, len(flags)), flags))
+            region = Region(begin, host_bytes(begin, len(flags)), flags)
+            if self.ordered and (flags & WRITE).any():
+                region.order = Order(len(flags), unit)
+            self.regions.append(region)
 
     def _parts(self, addresses: np.ndarray, width: int, kind: int) -> list[tuple[Region, Where, np.ndarray]]:
         """Split addresses into (region, accesses, offsets); there are several only if lanes chose between pointers."""
@@ -130,14 +139,21 @@ class GlobalMemory:
         if near is None:
             return f"{what} where a kernel has no memory at all"
         at = address - near.begin
+        if kind == WRITE and near.permits_all(READ, np.array([address]), width):
+            return f"{what} to a tensor that may only be read, {at} bytes behind its begin"
         if at >= 0 and address + width <= near.end:
             return f"{what} between the elements of a tensor, {at} bytes behind its begin"
         return f"{what} outside all tensors, {at} bytes behind the begin of one of {near.end - near.begin} bytes"
 
-    def load(self, addresses: np.ndarray, size: int, count: int, coherent: bool = True) -> list[np.ndarray]:
-        """Load ``count`` neighbours of ``size`` bytes from each address."""
+    def load(
+        self, addresses: np.ndarray, size: int, count: int, coherent: bool = True, who: Who | None = None
+    ) -> list[np.ndarray]:
+        """Load ``count`` neighbours of ``size`` bytes from each address; ``who`` tells which warps do."""
         width = size * count
         parts = self._parts(addresses, width, READ)
+        for region, where, offsets in parts:
+            if region.order and who:
+                region.order.note_load(offsets, width, [value[where] for value in who])
         if not coherent:
             for region, _, offsets in parts:
                 _mark(region.cached, offsets, width)
@@ -150,9 +166,11 @@ class GlobalMemory:
                 column[where] = found
         return columns
 
-    def store(self, addresses: np.ndarray, columns: Sequence[np.ndarray]) -> None:
+    def store(self, addresses: np.ndarray, columns: Sequence[np.ndarray], who: Who | None = None) -> None:
         size = columns[0].dtype.itemsize
         for region, where, offsets in self._parts(addresses, size * len(columns), WRITE):
+            if region.order and who:
+                region.order.note_store(offsets, size * len(columns), [value[where] for value in who])
             if self.non_coherent:
                 _mark(region.stored, offsets, size * len(columns))
             for place, column in zip(places(offsets, size, len(columns)), columns, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Kernel:
     param_types: dict[str, Type] = field(default_factory=dict)
     divisible: set[str] = field(default_factory=set)  # parameters that were multiples of 16 in every launch so far
     threads: tuple[int, ...] | None = None  # block size, if the kernel requires one
+    most_threads: int | None = None  # of a block, if the kernel has a limit
     registers: dict[str, Type] = field(default_factory=dict)
     spaces: dict[str, dict[str, Variable]] = field(default_factory=dict)  # shared, local, global -> name -> variable
     dynamic_shared: list[str] = field(default_factory=list)
@@ -179,7 +181,7 @@ def _body(kernel: Kernel, text: str, files: dict[str, str]) -> None:
             scopes.pop()
         elif statement.endswith(":"):
             kernel.labels[statement[:-1]] = len(kernel.instructions)
-        elif statement.startswith(".loc"):
+        elif statement.split()[0] == ".loc":
             _, file, number = statement.split()[:3]
             line = f"{files.get(file, file)}:{number}" if number != "0" else line  # 0 stands for several lines or none
         elif statement.startswith(".reg"):
@@ -237,6 +239,8 @@ def parse(text: str, name: str) -> Kernel:
             _declare(declaration[:-1].strip(), kernel)
     if demanded := re.search(r"\.reqntid\s+([\d, ]+)", directives):
         kernel.threads = tuple(int(n) for n in demanded[1].split(","))
+    if limit := re.search(r"\.maxntid\s+([\d, ]+)", directives):
+        kernel.most_threads = math.prod(int(n) for n in limit[1].split(","))
     _parameters(kernel, parameters)
     _body(kernel, body, files)
     return kernel

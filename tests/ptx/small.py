@@ -28,8 +28,10 @@ def module(body: str, threads: int = 64, version: str = "8.0", target: str = "sm
     )
 
 
-def run(body: str, a: torch.Tensor, b: torch.Tensor, threads: int = 64, blocks: int = 1, **facts: str) -> Machine:
-    machine, memory = Machine(parse(module(BEGIN + body, threads, **facts), "kernel")), GlobalMemory()
+def run(
+    body: str, a: torch.Tensor, b: torch.Tensor, threads: int = 64, blocks: int = 1, ordered: bool = False, **facts: str
+) -> Machine:
+    machine, memory = Machine(parse(module(BEGIN + body, threads, **facts), "kernel")), GlobalMemory(ordered)
     for tensor in (a, b):
         backend.allow(memory, tensor)
     machine.most_steps = 10_000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -113,6 +115,17 @@ def packed(name: str, line: str) -> str:
     return f"{rounded}{line} mov.b32 {{%h1, %h2}}, %r13; cvt.f32.{name} %r13, %h1;"
 
 
+def rounded_down(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> float:
+    """Return the largest float32 that is at most x * y + z."""
+    if not all(map(math.isfinite, (x, y, z))):
+        return float(x * y + z)
+    exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+    found = torch.tensor(float(exact), dtype=torch.float32)
+    while Fraction(float(found)) > exact:
+        found = found.nextafter(torch.tensor(-math.inf))
+    return float(found)
+
+
 FLOATS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "add.f32 %r13, %r10, %r11;": lambda x, y, z: x + y,
     "sub.rn.f32 %r13, %r10, %r11;": lambda x, y, z: x - y,
@@ -121,6 +134,9 @@ FLOATS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
     "div.full.f32 %r13, %r10, %r11;": lambda x, y, z: x / y,
     "max.f32 %r13, %r10, %r11;": lambda x, y, z: x.fmax(y),
     "min.NaN.f32 %r13, %r10, %r11;": lambda x, y, z: x.minimum(y),
+    "fma.rm.f32 %r13, %r10, %r11, %r12;": lambda x, y, z: torch.tensor([*map(rounded_down, x, y, z)]),
+    "copysign.f32 %r13, %r10, %r11;": lambda x, y, z: y.copysign(x),
+    "cvt.sat.f32.f32 %r13, %r10;": lambda x, y, z: x.nan_to_num(0).clamp(0, 1),
     "neg.f32 %r13, %r10;": lambda x, y, z: -x,
     "abs.ftz.f32 %r13, %r10;": lambda x, y, z: torch.where(x.abs() < 2**-126, 0.0, x.abs()),
     "ex2.approx.f32 %r13, %r10;": lambda x, y, z: x.double().exp2().float(),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+
+import numpy as np
 import pytest
 import torch
 
 from tests.ptx.access import DeviceAssertionError
-from tests.ptx.parse import PtxError
-from tests.ptx.small import run
+from tests.ptx.machine import Machine
+from tests.ptx.memory import READ, GlobalMemory
+from tests.ptx.parse import PtxError, parse
+from tests.ptx.small import module, run
 
 # ---- order ----
 
@@ -30,6 +35,62 @@ def test_threads_that_part_meet_again() -> None:
     assert (result == want).all()
     assert machine.ran.sum() > 200 * 64 * 10
     assert (machine.ran > 0).all()
+
+
+def test_lanes_wait_for_their_warp() -> None:
+    """Odd lanes take a longer way back to the loop's begin, which lies before the place of the way."""
+    body = """
+    and.b32 %r10, %r0, 1; setp.ne.s32 %p1, %r10, 0; mov.u32 %r11, 0; mov.u32 %r12, 0; bra BEGIN;
+    WAY: add.s32 %r12, %r12, 100;
+    BEGIN: redux.sync.add.s32 %r13, %r12, -1; add.s32 %r11, %r11, 1; setp.eq.s32 %p2, %r11, 3; @%p2 bra END;
+    @!%p1 bra BEGIN; bra WAY;
+    END: st.global.b32 [%d3], %r13; ret;"""
+    result = torch.zeros(64, dtype=torch.int32)
+    run(body, torch.zeros(1), result)
+    assert (result == 2 * 100 * 16).all()
+
+
+def test_halves_of_a_warp_go_different_ways() -> None:
+    body = """
+    and.b32 %r10, %r0, 16; setp.ne.s32 %p1, %r10, 0; @%p1 bra UPPER;
+    redux.sync.add.s32 %r13, %r0, 0xFFFF; bra END;
+    UPPER: redux.sync.max.s32 %r13, %r0, 0xFFFF0000;
+    END: st.global.b32 [%d3], %r13; ret;"""
+    result = torch.zeros(64, dtype=torch.int32)
+    run(body, torch.zeros(1), result)
+    sums = [sum(range(32 * warp, 32 * warp + 16)) for warp in (0, 1)]
+    assert result.tolist() == [sums[0]] * 16 + [31] * 16 + [sums[1]] * 16 + [63] * 16
+
+
+def test_a_last_warp_has_fewer_threads() -> None:
+    body = f"""
+    st.shared.b32 [%r3], %r0; {BARRIER} setp.lt.u32 %p1, %r0, 8; @!%p1 bra END;
+    ld.shared.b32 %r10, [%r3+128]; st.global.b32 [%d3], %r10; END: ret;"""
+    result = torch.zeros(40, dtype=torch.int32)
+    run(body, torch.zeros(1), result, threads=40)
+    assert result.tolist() == [*range(32, 40), *[0] * 32]
+    with pytest.raises(PtxError, match="a lane that is named as a member does not take part"):
+        run("redux.sync.add.s32 %r13, %r0, -1; ret;", torch.zeros(1), result, threads=40)
+
+
+def test_local_memory_is_of_each_thread() -> None:
+    body = """
+    .local .align 8 .b8 own[16];
+    mov.u64 %d10, own; cvta.local.u64 %d11, %d10; st.local.b32 [%d10+4], %r0; ld.b32 %r10, [%d11+OFFSET];
+    st.global.b32 [%d3], %r10; ret;"""
+    result = torch.zeros(64, dtype=torch.int32)
+    run(body.replace("OFFSET", "4"), torch.zeros(1), result)
+    assert result.tolist() == [*range(64)]
+    with pytest.raises(PtxError, match="4 bytes of local memory where a thread has none"):
+        run(body.replace("OFFSET", "16"), torch.zeros(1), result)
+
+
+def test_blocks_are_not_larger_than_a_kernel_allows() -> None:
+    memory, text = GlobalMemory(), module("ret;").replace(".reqntid 64", ".maxntid 8, 4, 1")
+    machine = Machine(parse(text, "kernel"))
+    machine.launch(memory, (1, 1, 1), (32, 1, 1), bytes(16))
+    with pytest.raises(PtxError, match="kernel allows blocks of 32 threads, got"):
+        machine.launch(memory, (1, 1, 1), (33, 1, 1), bytes(16))
 
 
 # ---- faults: name -> (faulty body, message, correct body) ----
@@ -209,11 +270,77 @@ def test_faults_are_said(name: str, threads: int) -> None:
         run(wrong + END, a, b, threads)
 
 
+OTHERS = "cvt.u64.u32 %d5, %r4; add.s64 %d5, %d1, %d5;"  # the element of a thread of the other warp
+MINE_STORED, OTHERS_LOADED = "st.global.b32 [%d3], %r0;", "ld.global.b32 %r10, [%d5];"
+RACES = {  # name -> (faulty body, message, correct body)
+    "load after a store": (
+        f"{OTHERS} {MINE_STORED} {OTHERS_LOADED}",
+        "a load of what another warp stores",
+        f"{OTHERS} {MINE_STORED} {BARRIER} {OTHERS_LOADED}",
+    ),
+    "store after a load": (
+        f"{OTHERS} {OTHERS_LOADED} {MINE_STORED}",
+        "a store to what another warp loads",
+        f"{OTHERS} {OTHERS_LOADED} {BARRIER} {MINE_STORED}",
+    ),
+    "store after a load by all": (
+        f"ld.global.b32 %r10, [%d1]; {MINE_STORED}",
+        "a store to what another warp loads, 0 bytes",
+        f"ld.global.b32 %r10, [%d1]; {BARRIER} ld.global.b32 %r10, [%d1]; {BARRIER} {MINE_STORED}",
+    ),
+    "two stores": (
+        f"{OTHERS} {MINE_STORED} st.global.b32 [%d5], %r0;",
+        "two warps store",
+        f"{OTHERS} {MINE_STORED} {BARRIER} st.global.b32 [%d5], %r0;",
+    ),
+    "two stores at once": (
+        "st.global.b32 [%d1], 5;",
+        "two warps store at once",
+        "setp.lt.u32 %p1, %r0, 32; @%p1 st.global.b32 [%d1], 5;",
+    ),
+    "two blocks": (
+        f"mov.u32 %r11, %ctaid.y; setp.eq.u32 %p1, %r11, 0; @%p1 {MINE_STORED}",
+        "two warps store",
+        f"mov.u32 %r11, %ctaid.x; setp.eq.u32 %p1, %r11, 0; @%p1 {MINE_STORED}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES, ids=[name.replace(" ", "-") for name in RACES])
+def test_races_in_global_memory(name: str) -> None:
+    wrong, message, right = RACES[name]
+    a, b, blocks = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32), 2 if "blocks" in name else 1
+    run(f"{right} ret;", a, b, blocks=blocks, ordered=True)
+    run(f"{wrong} ret;", a, b, blocks=blocks)
+    with pytest.raises(PtxError, match=f"a race: {message}"):
+        run(f"{wrong} ret;", a, b, blocks=blocks, ordered=True)
+
+
+def test_inputs_are_only_read() -> None:
+    given, memory = torch.zeros(64), GlobalMemory()
+    memory.allow(given.data_ptr(), np.full(256, READ, np.uint8))
+    machine = Machine(parse(module("ld.param.b64 %d0, [a]; st.global.b32 [%d0+8], 0; ret;"), "kernel"))
+    with pytest.raises(PtxError, match="a store of 4 bytes to a tensor that may only be read, 8 bytes behind"):
+        machine.launch(memory, (1, 1, 1), (64, 1, 1), struct.pack("<QQ", given.data_ptr(), 0))
+
+
 def test_bytes_between_elements_are_nobodys() -> None:
     every_other = torch.zeros(128, dtype=torch.int32)[::2]
     run("add.s64 %d2, %d2, %d4; ld.global.b32 %r10, [%d2]; ret;", every_other, every_other)
     with pytest.raises(PtxError, match="between the elements of a tensor, 4 bytes behind its begin"):
         run("ld.global.b32 %r10, [%d2]; ret;", every_other, every_other)
+
+
+def test_a_tensor_may_begin_anywhere() -> None:
+    """The tensor begins one byte behind an aligned address; aligned accesses in it find its elements."""
+    memory, result = torch.arange(8 * 64, dtype=torch.int32).view(torch.uint8), torch.zeros(64, dtype=torch.int32)
+    body = "add.s64 %d5, %d0, 15; ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d5+16]; st.global.b32 [%d3], %r13; ret;"
+    run(body, memory[1:], result)
+    assert (result == 11).all()
+    with pytest.raises(PtxError, match="a misaligned access of 16 bytes"):
+        run(body.replace("%d0, 15", "%d0, 16"), memory[1:], result)
+    with pytest.raises(PtxError, match="a load of 4 bytes"):
+        run(f"add.s64 %d5, %d0, -1; ld.global.b32 %r10, [%d5]; {END}", memory[1:], result)
 
 
 def test_assertions_are_read() -> None:
