@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vlmfast.modules import made_around
+from vlmfast.modules import DIRECT, made_around
 from vlmfast.patches import attention, layers, mlp, rms_norm
 from vlmfast.patches.residual import FOLLOWING
 from vlmfast.torch_internals import is_compiling
@@ -104,6 +104,11 @@ def patched_class(cls: type, methods: Mapping[str, Any]) -> type:
     members = {**passing, **replacing, "original_class": cls}
     made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), members)
     made.replacements = {name: vars(made)[name] for name, method in methods.items() if not isinstance(method, property)}
+    for name, function in methods.items():
+        if (
+            vars(made)[name] is replacing[name] is not function
+        ):  # not wrapped, as transformers wraps the forward of layers
+            setattr(replacing[name], DIRECT, function)
     itself.append(made)
     return made  # type: ignore[no-any-return]
 

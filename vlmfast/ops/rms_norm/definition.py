@@ -29,11 +29,11 @@ def _wide(x: Tensor) -> Tensor:
 # ---- what a call must look like ----
 
 
-def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> None:
+def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> bool:
     # The fast path of nearly every call, without the function calls below.
     if (
         type(x) in PLAIN
-        and x.dtype in DTYPES
+        and (dtype := x.dtype) in DTYPES
         and x.is_cpu
         and (shape := x.shape)  # x.size(-1) would cost twice as much
         and (
@@ -44,7 +44,7 @@ def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: 
         and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
-        return
+        return weight is None or weight.dtype is dtype
     checks.tensor("x", x)
     if weight is not None:
         checks.tensor("weight", weight)
@@ -56,13 +56,17 @@ def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: 
         checks.same_device("weight", weight, "x", x)
     checks.epsilon("eps", eps)
     checks.one_of("variant", variant, VARIANTS)
+    return False
 
 
 def _check_add(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
-) -> None:
-    _check(x, weight, eps, variant)
-    _check_twin("residual", residual, x)
+) -> bool:
+    on_cpu = _check(x, weight, eps, variant)
+    if not (type(residual) in PLAIN and residual.dtype is x.dtype and residual.is_cpu and residual.shape == x.shape):
+        _check_twin("residual", residual, x)
+        return False
+    return on_cpu
 
 
 def _check_twin(name: str, value: Tensor, x: Tensor) -> None:

@@ -32,7 +32,7 @@ def _check(
     eps: float = 1e-6,
     variant: str = "llama",
     sections: Sequence[int] | None = None,
-) -> None:
+) -> bool:
     # The fast path of nearly every call, without the function calls below.
     if (
         sections is None
@@ -72,13 +72,14 @@ def _check(
         and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
-        return
+        return True
     _check_heads("query", query)
     _check_same_rows("key", key, "query", query)
     _check_weights(query, query_weight, key_weight)
     _check_angles(query, cos, sin, sections)
     checks.epsilon("eps", eps)
     checks.one_of("variant", variant, VARIANTS)
+    return False
 
 
 def _check_heads(name: str, value: Tensor) -> None:
