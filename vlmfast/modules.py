@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeGuard, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmfast.torch_internals import HOOKS, is_compiling
+from vlmfast.torch_internals import HOOKS
 
 M = TypeVar("M", bound=nn.Module)
 _Linear = nn.Linear
@@ -143,15 +143,36 @@ def project(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     """Return ``owner.<name>(x)`` of a projection.
 
     If that is only a `torch.nn.functional.linear`, it is called directly: calling the module costs the host 5 us, as
-    much as the launch, and a decoder layer has seven projections.
+    much as the launch, and a decoder layer has seven projections. What torch.compile traces must call the module.
     """
+    parameters = _linear(owner, name)
+    if parameters is None:
+        projected: Tensor = getattr(owner, name)(x)
+        return projected
+    return F.linear(x, *parameters)
+
+
+def project_all(owner: nn.Module, names: Sequence[str], x: Tensor) -> list[Tensor]:
+    """Return what `project` gives for several projections of (B, T, D), or the same elements as (B * T, D') rows.
+
+    torch makes rows of the input of each matmul, which costs the host 1 us; here they are made once. Its matmul of what
+    is not contiguous has other roundings, and is left to it.
+    """
+    found = [_linear(owner, name) for name in names]
+    if None in found or not x.is_contiguous():
+        return [project(owner, name, x) for name in names]
+    rows = x.view(-1, x.shape[-1])
+    return [F.linear(rows, *parameters) for parameters in found]  # type: ignore[misc]
+
+
+def _linear(owner: nn.Module, name: str) -> tuple[Any, Any] | None:
+    """Return the weight and the bias of a projection whose call is only a matmul; else None."""
     module = owner.__dict__["_modules"].get(name)
-    if type(module) is _Linear and _Linear.forward is _LINEAR and is_bare(module) and not is_compiling():
+    if type(module) is _Linear and _Linear.forward is _LINEAR and is_bare(module):
         parameters = module.__dict__["_parameters"]
         if "weight" in parameters and "bias" in parameters:  # FSDP keeps its shards elsewhere
-            return F.linear(x, parameters["weight"], parameters["bias"])
-    projected: Tensor = getattr(owner, name)(x)
-    return projected
+            return parameters["weight"], parameters["bias"]
+    return None
 
 
 def run_of(owner: nn.Module, name: str) -> tuple[Callable[..., Any], Any]:

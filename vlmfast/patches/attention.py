@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
-from vlmfast.modules import child, is_bare, project
+from vlmfast.modules import child, is_bare, project, project_all
 from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.residual import NORMS
@@ -211,15 +211,15 @@ def _attend(
     Returns:
         The output (B, T, D) and the attention weights, as the attention function returns them.
     """
-    shape, size = hidden_states.shape[:-1], self.head_dim
-    heads, gate = (*shape, -1, size), None
+    (batch, tokens, _), size, gate = hidden_states.shape, self.head_dim, None
+    query, key, value = project_all(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
     if kind.gated:
-        query, gate = torch.chunk(project(self, "q_proj", hidden_states).view(*shape, -1, 2 * size), 2, dim=-1)
-        gate = gate.reshape(*shape, -1)
+        query, gate = torch.chunk(query.view(batch, tokens, -1, 2 * size), 2, dim=-1)
+        gate = gate.reshape(batch, tokens, -1)
     else:
-        query = project(self, "q_proj", hidden_states).view(heads)
-    key = project(self, "k_proj", hidden_states).view(heads)
-    value_states = project(self, "v_proj", hidden_states).view(heads).transpose(1, 2)
+        query = query.view(batch, tokens, -1, size)  # a tuple of sizes would cost 0.7 us
+    key = key.view(batch, tokens, -1, size)
+    value_states = value.view(batch, -1, 1, size) if tokens == 1 else value.view(key.shape).transpose(1, 2)
 
     cos, sin = position_embeddings
     query_states, key_states = _positioned(self, query, key, cos, sin, kind.normed, sections)
@@ -227,10 +227,9 @@ def _attend(
         angles = () if cached is None else ({"sin": sin, "cos": cos, **cached},)
         key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, *angles)
 
-    interface, told = _interface(self, cached is not None), kind.told(self)
+    interface, output, weights = _interface(self, cached is not None), None, None
     dropout = self.attention_dropout if self.training else 0.0
-    kwargs, output, weights = {**told, **kwargs} if told else kwargs, None, None
-    if attention_mask is None:
+    if attention_mask is None and tokens == 1 and kind.told is not capped_window:
         output = attend_alone(self, interface, query_states, key_states, value_states, dropout, kwargs)
     if output is None:
         output, weights = interface(
@@ -241,9 +240,10 @@ def _attend(
             attention_mask,
             dropout=dropout,
             scaling=self.scaling,
+            **kind.told(self),
             **kwargs,
         )
-        output = output.reshape(*shape, -1).contiguous()
+        output = output.reshape(batch, tokens, -1).contiguous()
     if gate is not None:
         output = output * torch.sigmoid(gate)
     return project(self, "o_proj", output), weights

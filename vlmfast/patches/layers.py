@@ -26,16 +26,14 @@ def llama_layer(
     **kwargs: Any,
 ) -> Tensor:
     """Replace LlamaDecoderLayer.forward and its copies."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen3_vl_layer(
@@ -49,16 +47,14 @@ def qwen3_vl_layer(
     **kwargs: Any,
 ) -> Tensor:
     """Replace Qwen3VLTextDecoderLayer.forward: as Llama's, with its parameters in another order."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def llama_layer_457(
@@ -73,17 +69,15 @@ def llama_layer_457(
     **kwargs: Any,
 ) -> Tensor:
     """Replace LlamaDecoderLayer.forward of transformers 4.57."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         cache_position=cache_position,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen3_vl_layer_457(
@@ -98,17 +92,15 @@ def qwen3_vl_layer_457(
     **kwargs: Any,
 ) -> Tensor:
     """Replace Qwen3VLTextDecoderLayer.forward of transformers 4.57."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         cache_position=cache_position,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen2_vl_layer_457(
@@ -203,7 +195,7 @@ def gemma_layer(
     return add_before_next(self, residual, hidden_states)
 
 
-def _pre_norm(self: Any, hidden_states: Tensor, **attention: Any) -> Tensor:
+def _pre_norm(self: Any, hidden_states: Tensor, attention: dict[str, Any]) -> Tensor:
     residual = hidden_states
     hidden_states = normalise(self, "input_layernorm", hidden_states)
     run, module = run_of(self, "self_attn")

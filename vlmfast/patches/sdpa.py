@@ -26,7 +26,7 @@ _KNOWN = {
 }
 _WIDEST = 256
 # What callers pass on to the attention function and this one does not read.
-_UNREAD = frozenset(("cache_position", "position_ids", "sliding_window", "use_cache"))
+_UNREAD = frozenset(("cache_position", "position_ids", "use_cache"))
 _INTERNAL = "_attn_implementation_internal"
 
 
@@ -55,7 +55,7 @@ def attend_alone(
     """
     known, least = _sdpa()
     shape = query.shape
-    if function is not known or shape[2] != 1 or shape[3] > _WIDEST or not _UNREAD.issuperset(arguments):
+    if function is not known or shape[3] > _WIDEST or not _UNREAD.issuperset(arguments):
         return None
     if not (query.is_cpu or query.is_cuda):
         return None
@@ -63,7 +63,7 @@ def attend_alone(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=None, dropout_p=dropout, scale=module.scaling, is_causal=False, **grouped
     )
-    return output.transpose(1, 2).reshape(shape[0], 1, -1)
+    return output.reshape(shape[0], 1, -1)
 
 
 @functools.cache
