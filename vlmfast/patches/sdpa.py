@@ -25,8 +25,8 @@ _KNOWN = {
     "894796735d9d62b8": 2,  # 5.23
 }
 _WIDEST = 256
-# What callers pass on to the attention function and this one does not read.
-_UNREAD = frozenset(("cache_position", "position_ids", "use_cache"))
+# The further arguments that some of them read. All ignore others.
+_READ = frozenset(("cache", "head_mask", "is_causal", "output_attentions", "position_bias", "softcap"))
 _INTERNAL = "_attn_implementation_internal"
 
 
@@ -55,7 +55,7 @@ def attend_alone(
     """
     known, least = _sdpa()
     shape = query.shape
-    if function is not known or shape[3] > _WIDEST or not _UNREAD.issuperset(arguments):
+    if function is not known or shape[3] > _WIDEST or not _READ.isdisjoint(arguments):
         return None
     if not (query.is_cpu or query.is_cuda):
         return None
