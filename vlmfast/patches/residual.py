@@ -13,13 +13,19 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfast.backends import PLAIN
 from vlmfast.modules import calls_early, run_of
 from vlmfast.ops.rms_norm import add_rms_norm
-from vlmfast.torch_internals import any_requires_grad, is_compiling, is_grad_enabled
+from vlmfast.torch_internals import (
+    any_requires_grad,
+    inference_mode,
+    is_compiling,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+    set_grad_enabled,
+)
 
 LEFT = "_vlmfast_left"  # attribute of a sum: (the norm, `_state` of norm and sum, the normalised sum)
 FOLLOWING = "following_norm"  # attribute of a layer: its `Following`
@@ -91,17 +97,22 @@ def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -
     """Return ``residual + hidden_states``, with the next norm's result attached where that is possible.
 
     Nothing is attached where a gradient is needed: the gradient of the sum, which a hook or a user may ask for, would
-    lack the part that comes through the norm. Nor in inference mode, whose tensors do not record in-place changes.
+    lack the part that comes through the norm.
     """
     following = layer.__dict__.get(FOLLOWING)
-    if following is not None and not torch.is_inference_mode_enabled():
-        norm = following.norm()
-        if norm is not None and not _needs_gradient(norm, residual, hidden_states):
-            found = _fused(residual, hidden_states, norm, NORMS.get(type(norm).forward))
-            if found is not None:
-                normed, total = found
-                setattr(total, LEFT, (norm, _state(norm, total), normed))
-                return total
+    norm = None if following is None else following.norm()
+    if norm is not None and not _needs_gradient(norm, residual, hidden_states):
+        how = NORMS.get(type(norm).forward)
+        if is_inference_mode_enabled():
+            with inference_mode(False):  # tensors of inference mode do not record that they were changed in place
+                set_grad_enabled(False)  # for this block
+                found = _fused(residual, hidden_states, norm, how)
+        else:
+            found = _fused(residual, hidden_states, norm, how)
+        if found is not None:
+            normed, total = found
+            setattr(total, LEFT, (norm, _state(norm, total), normed))
+            return total
     return residual + hidden_states
 
 
