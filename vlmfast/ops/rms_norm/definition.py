@@ -34,17 +34,22 @@ def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: 
     if (
         type(x) in PLAIN
         and (dtype := x.dtype) in DTYPES
-        and x.is_cpu
+        and ((on_cpu := x.is_cpu) or x.is_cuda)
         and (shape := x.shape)  # x.size(-1) would cost twice as much
         and (
             weight is None
-            or (type(weight) in PLAIN and weight.dtype in DTYPES and weight.is_cpu and weight.shape == (shape[-1],))
+            or (
+                type(weight) in PLAIN
+                and weight.dtype in DTYPES
+                and weight.shape == (shape[-1],)
+                and (weight.is_cpu if on_cpu else weight.device == x.device)
+            )
         )
         and type(eps) is float
         and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
-        return weight is None or weight.dtype is dtype
+        return on_cpu and (weight is None or weight.dtype is dtype)
     checks.tensor("x", x)
     if weight is not None:
         checks.tensor("weight", weight)
@@ -63,10 +68,15 @@ def _check_add(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
 ) -> bool:
     on_cpu = _check(x, weight, eps, variant)
-    if not (type(residual) in PLAIN and residual.dtype is x.dtype and residual.is_cpu and residual.shape == x.shape):
-        _check_twin("residual", residual, x)
-        return False
-    return on_cpu
+    if (
+        type(residual) in PLAIN
+        and residual.dtype is x.dtype
+        and residual.shape == x.shape
+        and (residual.is_cpu if on_cpu else residual.device == x.device)
+    ):
+        return on_cpu
+    _check_twin("residual", residual, x)
+    return False
 
 
 def _check_twin(name: str, value: Tensor, x: Tensor) -> None:

@@ -29,13 +29,13 @@ def _check(gate: Tensor, up: Tensor, activation: str = "silu") -> bool:
         and type(up) in PLAIN
         and (dtype := gate.dtype) in DTYPES
         and up.dtype is dtype
-        and gate.is_cpu
-        and up.is_cpu
+        and ((on_cpu := gate.is_cpu) or gate.is_cuda)
+        and (up.is_cpu if on_cpu else up.device == gate.device)
         and (shape := gate.shape)
         and up.shape == shape
         and activation in ACTIVATIONS
     ):
-        return True
+        return on_cpu
     checks.tensor("gate", gate)
     if gate.dim() == 0:
         raise ValueError("gate must have at least one dimension, got a scalar")
