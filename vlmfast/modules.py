@@ -17,7 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 _Linear = nn.Linear
 _LINEAR = nn.Linear.forward  # the original, because other code may replace it for all instances
 _CALL = nn.Module.__call__  # likewise
-DIRECT = "direct"  # attribute of a method that a patch made: the replacement behind it
+# Attribute of a method that a patch made: this method, since wrappers copy attributes, and the replacement behind it.
+DIRECT = "direct"
 
 
 def hugging_face_model(model: object) -> nn.Module:
@@ -184,8 +185,10 @@ def run_of(owner: nn.Module, name: str) -> tuple[Callable[..., Any], Any]:
     module = child(owner, name)
     cls = type(module)
     if cls.__call__ is _CALL and is_bare(module):
-        forward = cls.forward
-        return getattr(forward, DIRECT, forward), module
+        forward = getattr(cls, "forward", None)
+        if type(forward) is FunctionType:  # scripted modules have an object
+            method, function = getattr(forward, DIRECT, (None, None))
+            return function if method is forward else forward, module
     return cls.__call__, module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -110,8 +111,8 @@ def test_what_was_done_to_a_module_counts(name: str, change: Doing, monkeypatch:
 
 
 def test_a_wrapped_forward_is_called():
-    """transformers wraps the forward of each class that is derived from a layer, also of a patched one."""
-    calls = []
+    """transformers wraps the forward of each class that is derived from a layer, also of one that is patched."""
+    calls: list[Tensor] = []
 
     class Base(nn.Module):
         def __init_subclass__(cls) -> None:
@@ -121,8 +122,7 @@ def test_a_wrapped_forward_is_called():
                 calls.append(x)
                 return forward(self, x)
 
-            wrapped.__dict__.update(forward.__dict__)
-            cls.forward = wrapped
+            cls.forward = functools.wraps(forward)(wrapped)
 
     class Twice(Base):
         def forward(self, x: Tensor) -> Tensor:
@@ -130,9 +130,19 @@ def test_a_wrapped_forward_is_called():
 
     owner = nn.ModuleDict({"twice": Twice()})
     owner["twice"].__class__ = patched_class(Twice, {"forward": lambda self, x: 3 * x})
-    calls.clear()
-    run, module = run_of(owner, "twice")
-    assert (run(module, torch.ones(1)), len(calls)) == (3, 1)
+    for wrappers in (1, 2):
+        calls.clear()
+        run, module = run_of(owner, "twice")
+        assert (run(module, torch.ones(1)), len(calls)) == (3, wrappers)
+        owner["twice"].__class__ = type("Derived", (type(owner["twice"]),), {})
+
+
+@torch.no_grad()
+def test_a_traced_module_is_called():
+    model, twin, ids = twins()
+    for layer in twin.get_decoder().layers:
+        layer.mlp = torch.jit.trace(copy.deepcopy(layer.mlp), torch.randn(1, 1, model.config.hidden_size))
+    assert_alike(model, twin, ids)
 
 
 def test_a_projection_of_rows_that_are_not_contiguous_and_one_that_is_hooked():

@@ -104,11 +104,6 @@ def patched_class(cls: type, methods: Mapping[str, Any]) -> type:
     members = {**passing, **replacing, "original_class": cls}
     made: Any = _type_over(type(cls))(cls.__name__, (PatchedModule, cls), members)
     made.replacements = {name: vars(made)[name] for name, method in methods.items() if not isinstance(method, property)}
-    for name, function in methods.items():
-        if (
-            vars(made)[name] is replacing[name] is not function
-        ):  # not wrapped, as transformers wraps the forward of layers
-            setattr(replacing[name], DIRECT, function)
     itself.append(made)
     return made  # type: ignore[no-any-return]
 
@@ -142,6 +137,7 @@ def _while_patched(itself: list[type], cls: type, name: str, function: Callable[
     # accelerate unwraps to the innermost `__wrapped__`, and would remove this method together with its own wrappers.
     method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     del method.__wrapped__  # type: ignore[attr-defined]
+    setattr(method, DIRECT, (method, function))
     return method
 
 
