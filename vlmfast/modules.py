@@ -187,8 +187,8 @@ def run_of(owner: nn.Module, name: str) -> tuple[Callable[..., Any], Any]:
     if cls.__call__ is _CALL and is_bare(module):
         forward = getattr(cls, "forward", None)
         if type(forward) is FunctionType:  # scripted modules have an object
-            method, function = getattr(forward, DIRECT, (None, None))
-            return function if method is forward else forward, module
+            direct: Any = getattr(forward, DIRECT, (None, None))
+            return direct[1] if direct[0] is forward else forward, module
     return cls.__call__, module
 
 
