@@ -157,6 +157,25 @@ def test_a_projection_of_rows_that_are_not_contiguous_and_one_that_is_hooked():
     assert shapes == [(2, 5, 4)]
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_graph_traced_of_one_token_attends_over_more():
+    """Of transformers' attention functions, the trace of ``sdpa`` is of one token only."""
+    layer = twins()[1].get_decoder().layers[0].self_attn.requires_grad_(False)
+    layer.config._attn_implementation = "eager"
+
+    def attend(x: Tensor, cos: Tensor, mask: Tensor) -> Tensor:
+        return layer(x, position_embeddings=(cos, cos), attention_mask=mask)[0]
+
+    def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, cos = torch.randn(1, tokens, 64), torch.randn(1, tokens, layer.head_dim)
+        return x, cos, torch.zeros(1, 1, tokens, tokens)
+
+    traced = torch.jit.trace(attend, inputs(1), check_trace=False)
+    more = inputs(3)
+    torch.testing.assert_close(traced(*more), attend(*more))
+
+
 # ---- the attention function ----
 
 
@@ -184,8 +203,13 @@ def test_a_token_attends_alone(model_type: str, alone: list[bool]):
 
 def test_it_says_what_transformers_says(monkeypatch: pytest.MonkeyPatch):
     """The arguments for torch's function are the same, and it is looked up where other code may replace it."""
-    for model_type in ("llama", "qwen2_5_vl"):
-        model, twin, ids = twins(model_type)
+    for keys in (2, 4):  # of 4 heads
+        model, _, ids = twins()
+        config = copy.deepcopy(model.config)
+        config.num_key_value_heads = keys
+        model = type(model)(config).eval()
+        twin = copy.deepcopy(model)
+        vlmfast.patch(twin)
         said: list[Any] = []
         attend = F.scaled_dot_product_attention
 

@@ -219,7 +219,8 @@ def _attend(
     else:
         query = query.view(batch, tokens, -1, size)  # a tuple of sizes would cost 0.7 us
     key = key.view(batch, tokens, -1, size)
-    value_states = value.view(batch, -1, 1, size) if tokens == 1 else value.view(key.shape).transpose(1, 2)
+    alone = type(tokens) is int and tokens == 1  # torch.jit traces sizes as tensors
+    value_states = value.view(batch, -1, 1, size) if alone else value.view(key.shape).transpose(1, 2)
 
     cos, sin = position_embeddings
     query_states, key_states = _positioned(self, query, key, cos, sin, kind.normed, sections)
@@ -229,7 +230,7 @@ def _attend(
 
     interface, output, weights = _interface(self, cached is not None), None, None
     dropout = self.attention_dropout if self.training else 0.0
-    if attention_mask is None and tokens == 1 and kind.told is not capped_window:
+    if alone and attention_mask is None and kind.told is not capped_window:
         output = attend_alone(self, interface, query_states, key_states, value_states, dropout, kwargs)
     if output is None:
         output, weights = interface(
