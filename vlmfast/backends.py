@@ -26,6 +26,7 @@ class Backend:
     unsupported: Callable[..., str | None]  # why this call cannot run here, or None
     absent_on: Callable[[Tensor], str | None] = lambda x: None  # why it has no kernel on this tensor's device, or None
     absent: str | None = None  # why there is no such backend at all
+    takes_cpu: bool = False  # it takes every call whose tensors are plain, of one dtype and on the CPU
 
 
 # Other subclasses of Tensor (DTensor, nested tensors, ...) may own no memory that a kernel could read.
@@ -118,7 +119,7 @@ def compiled_backend(
                 return f"the extension has no {op} for device {value.device.type}"
         return None
 
-    return Backend(name, function_of(overload), unsupported, unsupported)
+    return Backend(name, function_of(overload), unsupported, unsupported, takes_cpu=on_cpu)
 
 
 def _native(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:

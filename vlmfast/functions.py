@@ -43,11 +43,12 @@ class OpFunction(Protocol[P, R]):
         """Run the op on the first backend that accepts the call."""
 
 
-def op(check: Callable[P, None], **fields: Any) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
+def op(check: Callable[P, bool | None], **fields: Any) -> Callable[[Callable[P, R]], OpFunction[P, R]]:
     """Register the decorated function as an op; its body becomes the definition.
 
     Args:
-        check: raises ValueError or TypeError on a bad call; it takes the op's arguments.
+        check: raises ValueError or TypeError on a bad call; it takes the op's arguments. It may return True if it has
+            seen that all tensors are plain, of one dtype and on the CPU.
         **fields: `gradients`, `exact`, `detached`, `inlined`, `compose` and `parts` of `Op`, by name.
 
     Returns:
@@ -68,7 +69,7 @@ def accepting(function: OpFunction[..., R], *tensors: Tensor) -> Callable[..., R
     return function if taken else cast("Callable[..., R]", function.op.reference)
 
 
-def _renamed(function: Callable[..., None], name: str) -> Callable[..., None]:
+def _renamed(function: Callable[..., bool | None], name: str) -> Callable[..., bool | None]:
     """Copy a function under another name, which Python shows in the error for a missing argument."""
     found = cast("types.FunctionType", function)
     copy = types.FunctionType(found.__code__, found.__globals__, name, found.__defaults__, found.__closure__)
@@ -97,7 +98,7 @@ def _function(entry: Op) -> Callable[..., Any]:
         # 1.5 us per call with define/impl and 8 us with custom_op.
         if is_compiling() or dispatch_modes() or is_jit_tracing():
             return define(*args, **kwargs) if is_inlined(args, kwargs) else node(*args, **kwargs)
-        check(*args, **kwargs)
+        on_cpu = check(*args, **kwargs)
         if in_function_transform() or forward_mode._current_level >= 0:
             return entry.run_definition(*args, **kwargs)
         if kwargs:  # made positional here, because every call further down would pay for keywords
@@ -107,7 +108,7 @@ def _function(entry: Op) -> Callable[..., Any]:
                 args, _ = detached(args, {})
             elif differentiable is not None:
                 return differentiable.apply(*args, *defaults[len(args) :])
-        return choose(*args).run(*args)  # not `run`: its frame costs 0.1 us, and 0.6 us with cold caches
+        return choose(args, on_cpu).run(*args)  # not `run`: its frame costs 0.1 us, and 0.6 us with cold caches
 
     call.op = entry  # type: ignore[attr-defined]
     return call

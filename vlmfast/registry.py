@@ -40,7 +40,7 @@ class Op:
     name: str
     package: str  # vlmfast.ops.<family>, where the definition and the cases are
     reference: Callable[..., Any]  # the definition
-    check: Callable[..., None]  # raises ValueError or TypeError on a bad call
+    check: Callable[..., bool | None]  # raises ValueError or TypeError on a bad call; see `functions.op`
     # (setup_context, backward), as for torch.library.register_autograd, except that backward may leave out the
     # gradients of the last inputs, and is called only if at least one output has a gradient.
     gradients: tuple[Callable[..., None], Callable[..., Any]] | None = None
@@ -98,7 +98,8 @@ class Op:
             composed = self.compose is not None and name != "torch"
             found = self._composed(name) if composed else backends.load(name, self.name, self.family, self.reference)
             if not (self.differentiable or self.detached or name == "torch"):
-                found = replace(found, unsupported=functools.partial(_refuse_gradients, found.unsupported))
+                refuse = functools.partial(_refuse_gradients, found.unsupported)
+                found = replace(found, unsupported=refuse, takes_cpu=False)
             self._loaded[name] = found
         return found
 
@@ -133,19 +134,19 @@ class Op:
             )
         return self.definition(*args, **kwargs)
 
-    def choose(self, *args: Any) -> backends.Backend:
-        """Return the first backend that accepts the call."""
+    def choose(self, args: tuple[Any, ...], on_cpu: bool | None = None) -> backends.Backend:
+        """Return the first backend that accepts a call; ``on_cpu`` is what `check` returned of it."""
         loaded = self._loaded
         for name in order.get():
             backend = loaded.get(name) or self.backend(name)
-            if backend.unsupported(*args) is None:
+            if (on_cpu and backend.takes_cpu) or backend.unsupported(*args) is None:
                 return backend
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refusals(*args))
         raise RuntimeError(f"{self.name}: no backend can run this call ({reasons})")
 
     def run(self, *args: Any) -> Any:
         """Run a checked call without recording a gradient; a composed op needs every argument."""
-        return self.choose(*args).run(*args)
+        return self.choose(args).run(*args)
 
 
 def _reason(reasons: Mapping[str, str | None]) -> str | None:

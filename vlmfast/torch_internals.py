@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.modules.module
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 is_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+is_inference_mode_enabled: Callable[[], bool] = torch.is_inference_mode_enabled
 any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad  # twice as fast as a loop in Python
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # all tracers but torch.jit's are such modes
@@ -20,6 +22,10 @@ is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 in_function_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 forward_mode = forward_ad  # its `_current_level` is -1 outside; a function that reads it would cost 0.03 us
 has_kernel: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+# Its "_global_forward_hooks" and others are the hooks of all modules. A call of torch's function would cost 0.1 us.
+HOOKS: dict[str, Any] = vars(torch.nn.modules.module)
+inference_mode: Callable[[bool], Any] = torch._C._InferenceMode  # torch.inference_mode costs 3 us more
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
 
 

@@ -225,15 +225,27 @@ def test_an_exception_in_the_middle_leaves_nothing():
         assert all(map(torch.equal, run(model, inputs), want))
 
 
-def test_inference_mode():
-    """Tensors of inference mode have no version counter, so nothing may be attached to them."""
+@pytest.mark.parametrize("change", [None, *BETWEEN], ids=lambda f: getattr(f, "__name__", "nothing"))
+def test_inference_mode(change: Callable[[nn.Module], None] | None):
+    """Tensors of inference mode have no version counter, so the sums of layers are made outside of it."""
     model, inputs = tiny("llama")
-    with torch.no_grad():
-        output_changed_in_place(model)
-        want = run(model, inputs)
-    patch(model)
+    if change is not None:
+        run(model, inputs)  # registers transformers' hooks before that of the change
+    twin = copy.deepcopy(model)
+    patch(twin)
     with torch.inference_mode():
-        assert all(map(torch.equal, run(model, inputs), want))
+        if change is None:
+            with Fused() as fused:
+                twin(input_ids=inputs["input_ids"])
+            assert fused.calls == 2 * len(text_layers(twin))
+        else:
+            change(model)
+            change(twin)
+        assert not torch.is_grad_enabled()
+        got = run(twin, inputs)
+        assert all(map(torch.equal, got, run(model, inputs)))
+        assert not any(state.requires_grad for state in got)
+    assert torch.is_grad_enabled()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ without hooks; otherwise they are called as modules. The cache, the attention fu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from vlmfast.backends import PLAIN
 from vlmfast.checks import DTYPES
-from vlmfast.modules import is_bare, project
+from vlmfast.modules import child, is_bare, project, project_all
 from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.residual import NORMS
+from vlmfast.patches.sdpa import attend_alone, implementation_of
 from vlmfast.patches.upstream import names_of
 
 Attended = tuple[Tensor, "Tensor | None"]
@@ -155,6 +157,7 @@ def qwen2_vl_attention_457(
 
 
 _WINDOWED = Kind(window)
+_NO_NORMS = "llama", 0.0, None, None  # as of `_fusable`
 
 
 def _of_kind(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
@@ -208,15 +211,16 @@ def _attend(
     Returns:
         The output (B, T, D) and the attention weights, as the attention function returns them.
     """
-    shape, size = hidden_states.shape[:-1], self.head_dim
-    heads, gate = (*shape, -1, size), None
+    (batch, tokens, _), size, gate = hidden_states.shape, self.head_dim, None
+    query, key, value = project_all(self, ("q_proj", "k_proj", "v_proj"), hidden_states)
     if kind.gated:
-        query, gate = torch.chunk(project(self, "q_proj", hidden_states).view(*shape, -1, 2 * size), 2, dim=-1)
-        gate = gate.reshape(*shape, -1)
+        query, gate = torch.chunk(query.view(batch, tokens, -1, 2 * size), 2, dim=-1)
+        gate = gate.reshape(batch, tokens, -1)
     else:
-        query = project(self, "q_proj", hidden_states).view(heads)
-    key = project(self, "k_proj", hidden_states).view(heads)
-    value_states = project(self, "v_proj", hidden_states).view(heads).transpose(1, 2)
+        query = query.view(batch, tokens, -1, size)  # a tuple of sizes would cost 0.7 us
+    key = key.view(batch, tokens, -1, size)
+    alone = type(tokens) is int and tokens == 1  # torch.jit traces sizes as tensors
+    value_states = value.view(batch, -1, 1, size) if alone else value.view(key.shape).transpose(1, 2)
 
     cos, sin = position_embeddings
     query_states, key_states = _positioned(self, query, key, cos, sin, kind.normed, sections)
@@ -224,18 +228,23 @@ def _attend(
         angles = () if cached is None else ({"sin": sin, "cos": cos, **cached},)
         key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, *angles)
 
-    output, weights = _interface(self, cached is not None)(
-        self,
-        query_states,
-        key_states,
-        value_states,
-        attention_mask,
-        dropout=self.attention_dropout if self.training else 0.0,
-        scaling=self.scaling,
-        **kind.told(self),
-        **kwargs,
-    )
-    output = output.reshape(*shape, -1).contiguous()
+    interface, output, weights = _interface(self, cached is not None), None, None
+    dropout = self.attention_dropout if self.training else 0.0
+    if alone and attention_mask is None and kind.told is not capped_window:
+        output = attend_alone(self, interface, query_states, key_states, value_states, dropout, kwargs)
+    if output is None:
+        output, weights = interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **kind.told(self),
+            **kwargs,
+        )
+        output = output.reshape(batch, tokens, -1).contiguous()
     if gate is not None:
         output = output * torch.sigmoid(gate)
     return project(self, "o_proj", output), weights
@@ -247,16 +256,16 @@ def _positioned(
     """Normalise queries and keys, apply RoPE, and return them as (B, H, T, head_dim) views of (B, T, H, head_dim)."""
     dtype = query.dtype
     if dtype in DTYPES and cos.dtype == dtype and query.shape[-1] <= MAX_HEAD_DIM:
-        how = _fusable(self.q_norm, self.k_norm, dtype) if normed else ("llama", 0.0, None, None)
+        how = _fusable(child(self, "q_norm"), child(self, "k_norm"), dtype) if normed else _NO_NORMS
         if how is None:
-            query, key, how = self.q_norm(query), self.k_norm(key), ("llama", 0.0, None, None)
+            query, key, how = self.q_norm(query), self.k_norm(key), _NO_NORMS
         variant, eps, query_weight, key_weight = how
         query, key = qk_norm_rope(query, key, query_weight, key_weight, cos, sin, eps, variant, sections)
         return query.transpose(1, 2), key.transpose(1, 2)
     if normed:
         query, key = self.q_norm(query), self.k_norm(key)
     name = "apply_rotary_pos_emb" if sections is None else "apply_multimodal_rotary_pos_emb"
-    turn = _names_of(type(self))[name]
+    turn = _names_of(self)[name]
     angles = (cos, sin) if sections is None else (cos, sin, sections)
     turned: tuple[Tensor, Tensor] = turn(query.transpose(1, 2), key.transpose(1, 2), *angles)
     return turned
@@ -270,22 +279,32 @@ def _fusable(query_norm: Any, key_norm: Any, dtype: torch.dtype) -> tuple[str, f
         return None
     name, variant = order
     eps = getattr(query_norm, name)
-    query_weight, key_weight = query_norm.weight, key_norm.weight
+    query_weight = query_norm.__dict__["_parameters"].get("weight")
+    key_weight = key_norm.__dict__["_parameters"].get("weight")
     same = type(query_weight) in PLAIN and type(key_weight) in PLAIN
     if not same or query_weight.dtype != dtype or key_weight.dtype != dtype or getattr(key_norm, name) != eps:
         return None
     return variant, eps, query_weight, key_weight
 
 
-def _names_of(cls: type) -> dict[str, Any]:
-    """Return the globals of the modelling file that defines an attention class."""
-    return names_of(getattr(cls, "original_class", cls), "forward")
+def _names_of(module: Any) -> dict[str, Any]:
+    """Return the globals of the modelling file that defines the class of an attention module."""
+    cls: Any = type(module)
+    return _globals(getattr(cls, "original_class", cls))
+
+
+@functools.cache
+def _globals(cls: type) -> dict[str, Any]:
+    return names_of(cls, "forward")
 
 
 def _interface(module: Any, is_457: bool) -> Callable[..., Any]:
     """Look up the attention function as upstream does."""
-    names, implementation = _names_of(type(module)), module.config._attn_implementation
-    functions, eager = names["ALL_ATTENTION_FUNCTIONS"], names["eager_attention_forward"]
+    names = _names_of(module)
+    functions, implementation = names["ALL_ATTENTION_FUNCTIONS"], implementation_of(module.config)
+    if implementation == "sdpa":  # the lines below find the same, and take the host 1 us
+        return functions["sdpa"]  # type: ignore[no-any-return]
+    eager = names["eager_attention_forward"]
     if is_457:
         return eager if implementation == "eager" else functions[implementation]  # type: ignore[no-any-return]
     return functions.get_interface(implementation, eager)  # type: ignore[no-any-return]

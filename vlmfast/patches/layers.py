@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmfast.modules import is_bare
-from vlmfast.patches.residual import FOLLOWING, Following, add_before_next, add_then_norm, obstacle
+from vlmfast.modules import is_bare, run_of
+from vlmfast.patches.residual import FOLLOWING, Following, add_before_next, add_then_norm, normalise, obstacle
 
 
 def llama_layer(
@@ -26,16 +26,14 @@ def llama_layer(
     **kwargs: Any,
 ) -> Tensor:
     """Replace LlamaDecoderLayer.forward and its copies."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen3_vl_layer(
@@ -49,16 +47,14 @@ def qwen3_vl_layer(
     **kwargs: Any,
 ) -> Tensor:
     """Replace Qwen3VLTextDecoderLayer.forward: as Llama's, with its parameters in another order."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def llama_layer_457(
@@ -73,17 +69,15 @@ def llama_layer_457(
     **kwargs: Any,
 ) -> Tensor:
     """Replace LlamaDecoderLayer.forward of transformers 4.57."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         cache_position=cache_position,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen3_vl_layer_457(
@@ -98,17 +92,15 @@ def qwen3_vl_layer_457(
     **kwargs: Any,
 ) -> Tensor:
     """Replace Qwen3VLTextDecoderLayer.forward of transformers 4.57."""
-    return _pre_norm(
-        self,
-        hidden_states,
+    kwargs.update(
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
         cache_position=cache_position,
         position_embeddings=position_embeddings,
-        **kwargs,
     )
+    return _pre_norm(self, hidden_states, kwargs)
 
 
 def qwen2_vl_layer_457(
@@ -125,8 +117,10 @@ def qwen2_vl_layer_457(
 ) -> tuple[Any, ...]:
     """Replace Qwen2VLDecoderLayer.forward of transformers 4.57, which returns the attention weights as well."""
     residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, weights = self.self_attn(
+    hidden_states = normalise(self, "input_layernorm", hidden_states)
+    run, attention = run_of(self, "self_attn")
+    hidden_states, weights = run(
+        attention,
         hidden_states=hidden_states,
         attention_mask=attention_mask,
         position_ids=position_ids,
@@ -152,13 +146,15 @@ def qwen3_5_layer(
 ) -> Tensor:
     """Replace Qwen3_5DecoderLayer.forward: as Llama's, with full attention or linear attention."""
     residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
+    hidden_states = normalise(self, "input_layernorm", hidden_states)
     if self.block_type == "linear_attention":
         hidden_states = self.linear_attn(
             hidden_states=hidden_states, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
         )
     elif self.block_type == "full_attention":
-        hidden_states, _ = self.self_attn(
+        run, attention = run_of(self, "self_attn")
+        hidden_states, _ = run(
+            attention,
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -180,8 +176,10 @@ def gemma_layer(
 ) -> Tensor:
     """Replace Gemma2DecoderLayer.forward and Gemma3's, which also normalise the output of attention and MLP."""
     residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, _ = self.self_attn(
+    hidden_states = normalise(self, "input_layernorm", hidden_states)
+    run, attention = run_of(self, "self_attn")
+    hidden_states, _ = run(
+        attention,
         hidden_states=hidden_states,
         position_embeddings=position_embeddings,
         attention_mask=attention_mask,
@@ -189,23 +187,26 @@ def gemma_layer(
         past_key_values=past_key_values,
         **kwargs,
     )
-    hidden_states = self.post_attention_layernorm(hidden_states)
-    hidden_states, residual = add_then_norm(residual, hidden_states, self.pre_feedforward_layernorm)
-    hidden_states = self.mlp(hidden_states)
-    hidden_states = self.post_feedforward_layernorm(hidden_states)
+    hidden_states = normalise(self, "post_attention_layernorm", hidden_states)
+    hidden_states, residual = add_then_norm(residual, hidden_states, self, "pre_feedforward_layernorm")
+    run, mlp = run_of(self, "mlp")
+    hidden_states = run(mlp, hidden_states)
+    hidden_states = normalise(self, "post_feedforward_layernorm", hidden_states)
     return add_before_next(self, residual, hidden_states)
 
 
-def _pre_norm(self: Any, hidden_states: Tensor, **attention: Any) -> Tensor:
+def _pre_norm(self: Any, hidden_states: Tensor, attention: dict[str, Any]) -> Tensor:
     residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, _ = self.self_attn(hidden_states=hidden_states, **attention)
+    hidden_states = normalise(self, "input_layernorm", hidden_states)
+    run, module = run_of(self, "self_attn")
+    hidden_states, _ = run(module, hidden_states=hidden_states, **attention)
     return _feed_forward(self, residual, hidden_states)
 
 
 def _feed_forward(self: Any, residual: Tensor, hidden_states: Tensor) -> Tensor:
-    hidden_states, residual = add_then_norm(residual, hidden_states, self.post_attention_layernorm)
-    hidden_states = self.mlp(hidden_states)
+    hidden_states, residual = add_then_norm(residual, hidden_states, self, "post_attention_layernorm")
+    run, mlp = run_of(self, "mlp")
+    hidden_states = run(mlp, hidden_states)
     return add_before_next(self, residual, hidden_states)
 
 

@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmfast.modules import is_bare, project
+from vlmfast.modules import child, is_bare, project
 from vlmfast.ops.silu_mul import silu_mul
 
 
 def gated_mlp(self: Any, x: Tensor) -> Tensor:
     """Replace LlamaMLP.forward and its copies."""
-    activation = activation_of(self.act_fn)
+    act_fn = child(self, "act_fn")
+    activation = activation_of(act_fn)
     if activation is None:
-        product = self.act_fn(project(self, "gate_proj", x)) * project(self, "up_proj", x)
+        product = act_fn(project(self, "gate_proj", x)) * project(self, "up_proj", x)
     else:
-        product = _gated(self.act_fn, activation, project(self, "gate_proj", x), project(self, "up_proj", x))
+        product = _gated(activation, project(self, "gate_proj", x), project(self, "up_proj", x))
     return project(self, "down_proj", product)
 
 
@@ -32,7 +33,7 @@ def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:
     """Replace Phi3MLP.forward and its copies, whose single projection computes both gate and up."""
     gate, up = project(self, "gate_up_proj", hidden_states).chunk(2, dim=-1)
     activation = activation_of(self.activation_fn)
-    product = up * self.activation_fn(gate) if activation is None else _gated(self.activation_fn, activation, gate, up)
+    product = up * self.activation_fn(gate) if activation is None else _gated(activation, gate, up)
     return project(self, "down_proj", product)
 
 
@@ -55,16 +56,16 @@ def activation_of(act_fn: nn.Module) -> str | None:
     return "gelu_tanh" if is_tanh and kind.__name__ in ("GELUTanh", "PytorchGELUTanh") else None
 
 
-def _gated(act_fn: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """Return ``act_fn(gate) * up``.
+def _gated(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Return the product of activated gate and up.
 
-    Upstream's own lines run for tensors that the op does not take, and in float32 on a CPU: the last bits of torch's
-    vectorised exponential are not those of the op.
+    The definition, which is upstream's own lines, runs for tensors that the op does not take, and in float32 on a CPU:
+    the last bits of torch's vectorised exponential are not those of the op.
     """
     if not (gate.is_cpu and gate.dtype == torch.float32):
         try:
             return silu_mul(gate, up, activation)
         except (TypeError, ValueError):
             pass
-    product: Tensor = act_fn(gate) * up
+    product: Tensor = silu_mul.op.reference(gate, up, activation)
     return product

@@ -13,13 +13,19 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vlmfast.backends import PLAIN
-from vlmfast.modules import calls_early, is_bare
+from vlmfast.modules import calls_early, run_of
 from vlmfast.ops.rms_norm import add_rms_norm
-from vlmfast.torch_internals import any_requires_grad, is_compiling, is_grad_enabled
+from vlmfast.torch_internals import (
+    any_requires_grad,
+    inference_mode,
+    is_compiling,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+    set_grad_enabled,
+)
 
 LEFT = "_vlmfast_left"  # attribute of a sum: (the norm, `_state` of norm and sum, the normalised sum)
 FOLLOWING = "following_norm"  # attribute of a layer: its `Following`
@@ -43,7 +49,7 @@ class Following:
         """Return the norm; None where it is missing, or where a hook that runs before it may change its weight."""
         module: Any = self._holder()
         for name in self._path:
-            module = None if module is None else module._modules.get(name)
+            module = None if module is None else module.__dict__["_modules"].get(name)
             if module is None or calls_early(module):
                 return None
         found: nn.Module = module
@@ -70,30 +76,43 @@ def obstacle(norm: nn.Module) -> str | None:
     return None if type(norm._parameters.get("weight")) in PLAIN else "its weight is no plain tensor"
 
 
-def add_then_norm(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return ``norm(residual + hidden_states)`` and the sum."""
-    found = _fused(residual, hidden_states, norm) if is_bare(norm) else None
+def normalise(layer: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Return ``layer.<name>(x)`` of a norm, which the layer before may have left."""
+    run, norm = run_of(layer, name)
+    left = taken(norm, x) if run in NORMS else None
+    return run(norm, x) if left is None else left  # type: ignore[no-any-return]
+
+
+def add_then_norm(residual: Tensor, hidden_states: Tensor, layer: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """Return ``layer.<name>(residual + hidden_states)`` and the sum."""
+    run, norm = run_of(layer, name)
+    found = _fused(residual, hidden_states, norm, NORMS[run]) if run in NORMS else None
     if found is not None:
         return found
     hidden_states = residual + hidden_states
-    return norm(hidden_states), hidden_states
+    return run(norm, hidden_states), hidden_states
 
 
 def add_before_next(layer: nn.Module, residual: Tensor, hidden_states: Tensor) -> Tensor:
     """Return ``residual + hidden_states``, with the next norm's result attached where that is possible.
 
     Nothing is attached where a gradient is needed: the gradient of the sum, which a hook or a user may ask for, would
-    lack the part that comes through the norm. Nor in inference mode, whose tensors do not record in-place changes.
+    lack the part that comes through the norm.
     """
     following = layer.__dict__.get(FOLLOWING)
-    if following is not None and not torch.is_inference_mode_enabled():
-        norm = following.norm()
-        if norm is not None and not _needs_gradient(norm, residual, hidden_states):
-            found = _fused(residual, hidden_states, norm)
-            if found is not None:
-                normed, total = found
-                setattr(total, LEFT, (norm, _state(norm, total), normed))
-                return total
+    norm = None if following is None else following.norm()
+    if norm is not None and not _needs_gradient(norm, residual, hidden_states):
+        how = NORMS.get(type(norm).forward)
+        if is_inference_mode_enabled():
+            with inference_mode(False):  # tensors of inference mode do not record that they were changed in place
+                set_grad_enabled(False)  # for this block
+                found = _fused(residual, hidden_states, norm, how)
+        else:
+            found = _fused(residual, hidden_states, norm, how)
+        if found is not None:
+            normed, total = found
+            setattr(total, LEFT, (norm, _state(norm, total), normed))
+            return total
     return residual + hidden_states
 
 
@@ -116,7 +135,7 @@ def forget(x: Tensor) -> None:
 
 def _state(norm: nn.Module, total: Tensor) -> tuple[int, ...]:
     """Return a value that changes with the sum and with the weight of the norm."""
-    weight: Any = norm._parameters["weight"]
+    weight: Any = norm.__dict__["_parameters"]["weight"]
     return total._version, id(weight), -1 if weight.is_inference() else weight._version
 
 
@@ -124,13 +143,14 @@ def _needs_gradient(norm: nn.Module, *tensors: Tensor) -> bool:
     return is_grad_enabled() and any_requires_grad(norm._parameters.get("weight"), *tensors)
 
 
-def _fused(residual: Tensor, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return ``norm(residual + hidden_states)`` and the sum.
+def _fused(
+    residual: Tensor, hidden_states: Tensor, norm: nn.Module, how: tuple[str, str] | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return ``norm(residual + hidden_states)`` and the sum, for what `NORMS` says of the norm.
 
     None where upstream's own lines have to run: for a norm that is not replaced, and tensors that the op does not take.
     """
-    how = NORMS.get(type(norm).forward)
-    weight = norm._parameters.get("weight")
+    weight = norm.__dict__["_parameters"].get("weight")
     if how is None or type(weight) not in PLAIN:
         return None
     eps, variant = how

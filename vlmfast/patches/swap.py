@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vlmfast.modules import made_around
+from vlmfast.modules import DIRECT, made_around
 from vlmfast.patches import attention, layers, mlp, rms_norm
 from vlmfast.patches.residual import FOLLOWING
 from vlmfast.torch_internals import is_compiling
@@ -137,6 +137,7 @@ def _while_patched(itself: list[type], cls: type, name: str, function: Callable[
     # accelerate unwraps to the innermost `__wrapped__`, and would remove this method together with its own wrappers.
     method.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     del method.__wrapped__  # type: ignore[attr-defined]
+    setattr(method, DIRECT, (method, function))
     return method
 
 

@@ -104,6 +104,22 @@ def source(cls: type, method: str) -> Source:
     return closure(method, resolve)
 
 
+def function_source(function: FunctionType) -> Source:
+    """Return the body of a function, with those functions of its module that it names.
+
+    Raises:
+        OSError, TypeError: if the source cannot be read.
+    """
+
+    def resolve(name: str, is_method: bool, place: Any) -> tuple[Text, Any] | None:
+        found = function if place is None else None if is_method else place.get(name)
+        if not isinstance(found, FunctionType) or found.__module__ != function.__module__:
+            return None
+        return _text(found), found.__globals__
+
+    return closure(function.__name__, resolve)
+
+
 def method_of(cls: type, name: str) -> FunctionType | None:
     """Return the function behind a method or property, unless torch or the core of transformers defines it."""
     for base in cls.__mro__:

@@ -29,22 +29,27 @@ def _wide(x: Tensor) -> Tensor:
 # ---- what a call must look like ----
 
 
-def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> None:
+def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama") -> bool:
     # The fast path of nearly every call, without the function calls below.
     if (
         type(x) in PLAIN
-        and x.dtype in DTYPES
-        and x.is_cpu
+        and (dtype := x.dtype) in DTYPES
+        and ((on_cpu := x.is_cpu) or x.is_cuda)
         and (shape := x.shape)  # x.size(-1) would cost twice as much
         and (
             weight is None
-            or (type(weight) in PLAIN and weight.dtype in DTYPES and weight.is_cpu and weight.shape == (shape[-1],))
+            or (
+                type(weight) in PLAIN
+                and weight.dtype in DTYPES
+                and weight.shape == (shape[-1],)
+                and (weight.is_cpu if on_cpu else weight.device == x.device)
+            )
         )
         and type(eps) is float
         and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
-        return
+        return on_cpu and (weight is None or weight.dtype is dtype)
     checks.tensor("x", x)
     if weight is not None:
         checks.tensor("weight", weight)
@@ -56,13 +61,22 @@ def _check(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: 
         checks.same_device("weight", weight, "x", x)
     checks.epsilon("eps", eps)
     checks.one_of("variant", variant, VARIANTS)
+    return False
 
 
 def _check_add(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama"
-) -> None:
-    _check(x, weight, eps, variant)
+) -> bool:
+    on_cpu = _check(x, weight, eps, variant)
+    if (
+        type(residual) in PLAIN
+        and residual.dtype is x.dtype
+        and residual.shape == x.shape
+        and (residual.is_cpu if on_cpu else residual.device == x.device)
+    ):
+        return on_cpu
     _check_twin("residual", residual, x)
+    return False
 
 
 def _check_twin(name: str, value: Tensor, x: Tensor) -> None:

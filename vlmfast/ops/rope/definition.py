@@ -32,7 +32,7 @@ def _check(
     eps: float = 1e-6,
     variant: str = "llama",
     sections: Sequence[int] | None = None,
-) -> None:
+) -> bool:
     # The fast path of nearly every call, without the function calls below.
     if (
         sections is None
@@ -40,10 +40,11 @@ def _check(
         and type(key) in PLAIN
         and type(cos) in PLAIN
         and type(sin) in PLAIN
-        and query.is_cpu
-        and key.is_cpu
-        and cos.is_cpu
-        and sin.is_cpu
+        and (
+            (key.is_cpu and cos.is_cpu and sin.is_cpu)
+            if (on_cpu := query.is_cpu)
+            else query.is_cuda and (device := query.device) == key.device == cos.device == sin.device
+        )
         and (dtype := query.dtype) in DTYPES
         and key.dtype == dtype == cos.dtype == sin.dtype
         and len(shape := query.shape) == 4
@@ -63,22 +64,26 @@ def _check(
                 type(query_weight) in PLAIN
                 and type(key_weight) in PLAIN
                 and query_weight.dtype == dtype == key_weight.dtype  # type: ignore[union-attr]
-                and query_weight.is_cpu  # type: ignore[union-attr]
-                and key_weight.is_cpu  # type: ignore[union-attr]
                 and query_weight.shape == (size,) == key_weight.shape  # type: ignore[union-attr]
+                and (
+                    (query_weight.is_cpu and key_weight.is_cpu)  # type: ignore[union-attr]
+                    if on_cpu
+                    else query_weight.device == device == key_weight.device  # type: ignore[union-attr]
+                )
             )
         )
         and type(eps) is float
         and 0.0 <= eps < _INFINITY
         and variant in VARIANTS
     ):
-        return
+        return on_cpu
     _check_heads("query", query)
     _check_same_rows("key", key, "query", query)
     _check_weights(query, query_weight, key_weight)
     _check_angles(query, cos, sin, sections)
     checks.epsilon("eps", eps)
     checks.one_of("variant", variant, VARIANTS)
+    return False
 
 
 def _check_heads(name: str, value: Tensor) -> None:

@@ -22,25 +22,26 @@ _BETA, _KAPPA = math.sqrt(2 / math.pi), 0.044715  # GELU's: tanh(beta * (x + kap
 # ---- what a call must look like ----
 
 
-def _check(gate: Tensor, up: Tensor, activation: str = "silu") -> None:
+def _check(gate: Tensor, up: Tensor, activation: str = "silu") -> bool:
     # The fast path of nearly every call, without the function calls below.
     if (
         type(gate) in PLAIN
         and type(up) in PLAIN
         and (dtype := gate.dtype) in DTYPES
         and up.dtype is dtype
-        and gate.is_cpu
-        and up.is_cpu
+        and ((on_cpu := gate.is_cpu) or gate.is_cuda)
+        and (up.is_cpu if on_cpu else up.device == gate.device)
         and (shape := gate.shape)
         and up.shape == shape
         and activation in ACTIVATIONS
     ):
-        return
+        return on_cpu
     checks.tensor("gate", gate)
     if gate.dim() == 0:
         raise ValueError("gate must have at least one dimension, got a scalar")
     _check_twin("up", up, gate)
     checks.one_of("activation", activation, ACTIVATIONS)
+    return False
 
 
 def _check_twin(name: str, value: Tensor, gate: Tensor) -> None:
