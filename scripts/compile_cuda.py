@@ -3,7 +3,7 @@
     python scripts/compile_cuda.py [sm_90 ...]     (default: every supported architecture)
 
 Needs nvcc and any torch, even a CPU-only one, because the sources use only its stable ABI. Without nvcc it prints that
-and succeeds. It fails if a source does not compile, if a kernel spills registers, or if a kernel that is made for
+and succeeds. It fails if a source does not compile, if a kernel has a stack, or if a kernel that is made for
 vectors of 16 bytes loads none.
 """
 
@@ -32,7 +32,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 # The three lines that `ptxas -v` prints about one kernel.
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\d+)a?'\n"
-    r".*\n.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+    r".*\n.*?(?P<stack>\d+) bytes stack frame, .*\n"
     r".*Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
 
@@ -48,7 +48,7 @@ class Usage:
     """Registers, memory and accesses of one kernel on one architecture."""
 
     registers: int  # per thread
-    spills: int  # bytes of spill stores and spill loads
+    stack: int  # bytes per thread: spilled registers, and arrays or arguments whose place is chosen while it runs
     shared: int  # bytes
     loads: tuple[int, ...] = ()  # widths in bytes of its loads from global memory
     stores: tuple[int, ...] = ()
@@ -101,21 +101,21 @@ def usages(log: str, disassembly: str = "") -> dict[str, dict[int, Usage]]:
     for entry in ENTRY.finditer(log):
         name, architecture = entry["name"], int(entry["architecture"])
         loads, stores = (tuple(sorted(accesses.get((name, architecture, kind), ()))) for kind in ("LDG", "STG"))
-        spills = int(entry["stores"]) + int(entry["loads"])
-        found[name][architecture] = Usage(int(entry["registers"]), spills, int(entry["shared"] or 0), loads, stores)
+        numbers = (int(entry[kind] or 0) for kind in ("registers", "stack", "shared"))
+        found[name][architecture] = Usage(*numbers, loads, stores)
     names = demangle(list(found))
     return {names[name]: by_architecture for name, by_architecture in found.items()}
 
 
 def table(kernels: dict[str, dict[int, Usage]], architectures: Sequence[int]) -> str:
-    """Make a table: registers on each architecture, and the most bytes of spills and of shared memory on any."""
+    """Make a table: registers on each architecture, and the most bytes of stack and of shared memory on any."""
     width = max(map(len, kernels))
-    lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in architectures), " spilled  shared"])]
+    lines = [" ".join([f"{'registers, on sm_':{width}}", *(f"{a:>4}" for a in architectures), "   stack  shared"])]
     for name, by_architecture in sorted(kernels.items()):
         registers = [f"{by_architecture[a].registers:>4}" for a in architectures]
-        spilled = max(usage.spills for usage in by_architecture.values())
+        stack = max(usage.stack for usage in by_architecture.values())
         shared = max(usage.shared for usage in by_architecture.values())
-        lines.append(" ".join([f"{name:{width}}", *registers, f"{spilled:>8}", f"{shared:>7}"]))
+        lines.append(" ".join([f"{name:{width}}", *registers, f"{stack:>8}", f"{shared:>7}"]))
     return "\n".join(lines)
 
 
@@ -126,12 +126,12 @@ def in_vectors(name: str) -> bool:
 
 
 def faults(kernels: dict[str, dict[int, Usage]]) -> list[str]:
-    """List spills, and kernels for vectors of 16 bytes that load none."""
+    """List kernels with a stack, which is slow memory, and kernels for vectors of 16 bytes that load none."""
     found = []
     for name, by_architecture in kernels.items():
         for architecture, usage in by_architecture.items():
-            if usage.spills:
-                found.append(f"{name} spills registers on sm_{architecture}")
+            if usage.stack:
+                found.append(f"{name} has a stack of {usage.stack} bytes on sm_{architecture}")
             if in_vectors(name) and usage.loads and max(usage.loads) < 16:
                 found.append(f"{name} loads no 16 bytes at a time on sm_{architecture}")
     return found

@@ -204,9 +204,9 @@ def test_faults_of_cuda_kernels_are_named():
         "norm_kernel<__half, RowPolicy<1, 32, 2, 5, false> >",
     )
     log = "".join(
-        f"Compiling entry function '{name}' for 'sm_90'\n...\n 8 bytes stack frame, {spilled} bytes spill stores, "
-        f"{spilled} bytes spill loads\nptxas info    : Used 40 registers, 64 bytes smem\n"
-        for name, spilled in (("vectors", 0), ("elements", 4))
+        f"Compiling entry function '{name}' for 'sm_90'\n...\n {stack} bytes stack frame, 0 bytes spill stores, "
+        f"0 bytes spill loads\nptxas info    : Used 40 registers, 64 bytes smem\n"
+        for name, stack in (("vectors", 0), ("elements", 144))
     )
     disassembly = (
         "arch = sm_90\n Function : vectors\n LDG.E{} R4 ;\n STG.E.128 [R2] ;\n Function : elements\n LDG.E.U16 R4 ;"
@@ -216,4 +216,4 @@ def test_faults_of_cuda_kernels_are_named():
         assert found["elements"][90].loads == (2,)
         assert found["vectors"][90].stores == (16,)
         kernels = dict(zip(names, (found["vectors"], found["elements"]), strict=True))
-        assert script["faults"](kernels) == [*expected, f"{names[1]} spills registers on sm_90"]
+        assert script["faults"](kernels) == [*expected, f"{names[1]} has a stack of 144 bytes on sm_90"]
