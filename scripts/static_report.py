@@ -5,7 +5,7 @@
 regenerates the named sections, or all of them:
 
 * `triton` and `cuda`: registers, spills or stack, shared memory and widths of global accesses in the generated code. A
-  record stands for all specialisations of a kernel with the same dtypes, and has the largest numbers and all widths. Triton's
+  record stands for all specialisations of a kernel with the same dtypes: the largest numbers, and all widths. Triton's
   kernels are compiled at the shapes of the ops' workloads; of CUDA's, which need nvcc, all instantiations in csrc/ are.
 * `traffic`: how many bytes each op moves, and how many it must: see tests/helpers/traffic.py.
 * `executed`: how many instructions of the compiled kernels the generated tests run: see tests/ptx/coverage.py.
