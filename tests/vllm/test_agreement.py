@@ -33,8 +33,15 @@ DIVERSE = "DivPrune(keep=8, centered=True)"
 CASES = {  # the method of the engine, and one that requests ask for
     "llava": (ZIP, DIVERSE),
     "llava_next": (ZIP, "VisionZip(dominant=0.3, contextual=0.1, merge='mean')"),
+    "llava_onevision": (
+        "VisionZip(dominant=0.3, contextual=0.1, packing='whole')",
+        "VisionZip(dominant=9, contextual=4, merge='mean', packing='whole')",
+    ),
+    "internvl": ("visionzip:8+3", "DivPrune(keep=7, centered=True)"),
     "qwen2_5_vl": (SHARES, DIVERSE),
     "qwen3_vl": (SHARES, "scope:9"),
+    "qwen3_vl_moe": (SHARES, "scope:9"),
+    "qwen3_5": (SHARES, "scope:9"),
 }
 
 
