@@ -78,6 +78,22 @@ def test_methods_that_cannot_be_served_are_refused_by_name(method: Any, model: s
         vlmfast.vllm.reduced(method, model)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("internvl", {"vision_feature_layer": -2}, "vLLM takes the features of InternVL from the last layer"),
+        ("llava_onevision", {"vision_aspect_ratio": "anyres_max_4"}, "vision_aspect_ratio must be 'anyres_max_9'"),
+        ("llava_onevision", {"vision_feature_select_strategy": "default"}, "must be the patches of the crops"),
+    ],
+)
+def test_configurations_that_vllm_does_not_follow_are_refused(name: str, changed: Any, message: str, models: Path):
+    made = config(models, name, "VisionZip(dominant=9, contextual=4, packing='whole')")
+    made.model_config.hf_config.update(changed)
+    (architecture,) = made.model_config.hf_config.architectures
+    with pytest.raises(ValueError, match=message):
+        getattr(vlmfast.vllm, architecture)(vllm_config=made)
+
+
 def test_what_is_no_method_is_refused():
     with pytest.raises(TypeError, match="got the class VisionZip, without its arguments"):
         vlmfast.vllm.reduced(VisionZip, LLAVA)  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from vlmfast.reduce.methods import Method
 from vlmfast.vllm.encoding import ReducedEncoder, check_tower, encode_crops
 from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
+VLLMS_RATIO = "anyres_max_9"  # of LLaVA-OneVision: vLLM does not read the configuration
 # of each model: who packs its crops, by which setting, and whether it has the published packing
 PACKERS: dict[str, tuple[Any, str, bool]] = {
     "llava_next": (LlavaNextModel, "vision_feature_select_strategy", True),
@@ -80,6 +81,11 @@ class ReducedCrops(ReducedEncoder):
         check_tower(config)
         if has_cls(config) != (config.vision_feature_select_strategy == "default"):
             raise ValueError("the visual tokens must be the patches of the crops, without a CLS token")
+        ratio = getattr(config, "vision_aspect_ratio", VLLMS_RATIO)
+        if ratio != VLLMS_RATIO:
+            raise ValueError(
+                f"vision_aspect_ratio must be {VLLMS_RATIO!r}, the only one that vLLM knows, got {ratio!r}"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _process_image_input(self, image_input: Any) -> Any:
