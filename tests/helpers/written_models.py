@@ -265,6 +265,12 @@ FAMILIES = {
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": functools.partial(_qwen3_vl, text=EXPERTS, kind="Qwen3VLMoe"),
     "qwen3_5": functools.partial(_qwen3_vl, text=LINEAR, kind="Qwen3_5", deepstack_visual_indexes=[]),
+    "qwen3_5_moe": functools.partial(
+        _qwen3_vl,
+        text=LINEAR | EXPERTS | {"shared_expert_intermediate_size": 64},
+        kind="Qwen3_5Moe",
+        deepstack_visual_indexes=[],
+    ),
     "llava_wide": wide_llava,
     "qwen3_vl_wide": wide_qwen3_vl,
 }

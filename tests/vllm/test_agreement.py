@@ -42,6 +42,7 @@ CASES = {  # the method of the engine, and one that requests ask for
     "qwen3_vl": (SHARES, "scope:9"),
     "qwen3_vl_moe": (SHARES, "scope:9"),
     "qwen3_5": (SHARES, "scope:9"),
+    "qwen3_5_moe": (SHARES, DIVERSE),
 }
 
 
@@ -149,10 +150,7 @@ if __name__ == "__main__":
 """
 
 
-TWO_RANKS = ("llava", "llava_onevision", "internvl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
-
-
-@pytest.mark.parametrize(("name", "ranks"), [("llava", 1), *((name, 2) for name in TWO_RANKS)])
+@pytest.mark.parametrize(("name", "ranks"), [("llava", 1), *((name, 2) for name in CASES)])
 def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, tmp_path: Path):
     written_models.write(name, models)
     script = tmp_path / "process.py"
