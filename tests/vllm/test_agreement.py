@@ -32,7 +32,10 @@ ZIP, SHARES = "visionzip:14+4", "visionzip:0.3+0.1"
 DIVERSE = "DivPrune(keep=8, centered=True)"
 CASES = {  # the method of the engine, and one that requests ask for
     "llava": (ZIP, DIVERSE),
-    "llava_next": (ZIP, "VisionZip(dominant=0.3, contextual=0.1, merge='mean')"),
+    "llava_next": (
+        "VisionZip(dominant=14, contextual=4, merge='mean')",
+        "VisionZip(dominant=0.3, contextual=0.1, packing='whole')",
+    ),
     "llava_onevision": (
         "VisionZip(dominant=0.3, contextual=0.1, packing='whole')",
         "VisionZip(dominant=9, contextual=4, merge='mean', packing='whole')",
