@@ -79,8 +79,11 @@ def test_methods_that_ask_for_no_attention(method: str, models: Path):
     assert max(map(max, found)) < TOLERANCE, found
 
 
-def test_without_caches(models: Path):
-    found = off("llava", models, *CASES["llava"], enable_prefix_caching=False, mm_processor_cache_gb=0)
+@pytest.mark.parametrize("name", CASES)
+def test_images_of_many_requests_in_one_call_and_without_caches(name: str, models: Path):
+    """Images of several sizes and two methods are encoded at once."""
+    together = {"max_num_batched_tokens": 8192, "enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    found = off(name, models, *CASES[name], **together)
     assert max(map(max, found)) < TOLERANCE, found
 
 
