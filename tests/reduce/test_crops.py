@@ -136,6 +136,36 @@ def test_images_of_several_grids_equal_the_loops(model_type: str, packing: str, 
     compare(base, inputs, VisionZip(dominant=5, contextual=0, packing=packing))
 
 
+@pytest.mark.parametrize("model_type", CROPS)
+@pytest.mark.parametrize(
+    "method", [VisionZip(3, 1, packing="whole"), VisionZip(0.4, 0.1, merge="mean", packing="whole")], ids=str
+)
+def test_images_reduced_as_a_whole_equal_the_loops(model_type: str, method: VisionZip):
+    """Of the tokens that the model shows; their number is told by the size, and a number counts for each crop."""
+    base, inputs = crop_model(model_type), images(list(GRIDS))
+    for index, (size, image) in enumerate(zip(GRIDS, reduced(base, inputs, method), strict=True)):
+        crops = 1 + GRIDS[size][0] * GRIDS[size][1]
+        tower = tower_of(base, inputs["pixel_values"][index, :crops], HAS_CLS[model_type])
+        order = model_order(GRIDS[size], SIDE, size)
+        places = [place for place, token in enumerate(order) if token != "newline"]
+        rows, scores, metric = (
+            torch.stack([part[order[place]] for place in places]) for part in (tower.hidden, tower.scores, tower.metric)
+        )
+        rows = base.multi_modal_projector(rows.float()).double()
+        keep, merged = (
+            value * crops if isinstance(value, int) else int(value * len(places))
+            for value in (method.dominant, method.contextual)
+        )
+        keep = min(keep, len(places))
+        want = zipped(rows, scores, metric, keep, min(merged, len(places) - keep), method.merge)
+        named = {places[number]: rows[number] for number in want.kept}
+        named |= {places[target]: row for target, row in zip(want.targets, want.merged, strict=True)}
+        named |= {place: base.image_newline.double() for place, token in enumerate(order) if token == "newline"}
+        assert image.columns.tolist() == sorted(named)
+        expected_rows = torch.stack([named[place] for place in sorted(named)]).float()
+        torch.testing.assert_close(image.features, expected_rows, rtol=1e-3, atol=1e-4)
+
+
 def test_the_padding_of_the_images_is_tested():
     """Kept patches and targets do lie in the padding; otherwise the comparison with the loops would not cover it."""
     base, inputs = crop_model("llava_next"), images(list(GRIDS))
@@ -165,7 +195,8 @@ def test_all_tokens_kept_are_the_unpruned_image(model_type: str, dtype: torch.dt
     base, inputs = crop_model(model_type, dtype), images(list(GRIDS), dtype)
     with torch.no_grad():
         want = base.get_image_features(**inputs).pooler_output
-    for method in (EvenTokens(1.0), RandomTokens(SIDE**2), VisionZip(1.0, 0, packing="model")):
+    keep_all = [VisionZip(1.0, 0, packing=packing) for packing in ("model", "whole")]
+    for method in (EvenTokens(1.0), RandomTokens(SIDE**2), *keep_all):
         for image, features in zip(reduced(base, inputs, method), want, strict=True):
             assert torch.equal(image.features, features), method
             assert image.columns.tolist() == list(range(image.total))

@@ -17,11 +17,13 @@ from vllm import LLM, SamplingParams
 
 import vlmfast.vllm
 from tests.helpers.written_models import picture, placeholder
+from tests.vllm import gated_delta
 from vlmfast.reduce.spelling import parse
 from vlmfast.vllm import KEY
 
 STEPS = 16
 TOLERANCE = 1e-5  # of log-probabilities, in float32
+gated_delta.install()
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,11 @@ def engine(folder: Path, method: str | None, **settings: Any) -> Iterator[LLM]:
     """Run vLLM with the reduced model, and clear away after it."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    architecture = loaded(folder)[0].config.architectures[0]
+    model, processor = loaded(folder)
+    architecture = model.config.architectures[0]
     reduction = vlmfast.vllm.reduced(method, architecture) if method else {}
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8, "block_size": 32}
-    limits = {"image": 2, "video": 0} if "Qwen" in architecture else {"image": 2}
+    limits = {"image": 2, "video": 0} if hasattr(processor, "video_processor") else {"image": 2}
     llm = LLM(str(folder), **defaults | {"limit_mm_per_prompt": limits} | reduction | settings)
     try:
         yield llm

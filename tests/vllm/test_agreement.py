@@ -32,9 +32,20 @@ ZIP, SHARES = "visionzip:14+4", "visionzip:0.3+0.1"
 DIVERSE = "DivPrune(keep=8, centered=True)"
 CASES = {  # the method of the engine, and one that requests ask for
     "llava": (ZIP, DIVERSE),
-    "llava_next": (ZIP, "VisionZip(dominant=0.3, contextual=0.1, merge='mean')"),
+    "llava_next": (
+        "VisionZip(dominant=14, contextual=4, merge='mean')",
+        "VisionZip(dominant=0.3, contextual=0.1, packing='whole')",
+    ),
+    "llava_onevision": (
+        "VisionZip(dominant=0.3, contextual=0.1, packing='whole')",
+        "VisionZip(dominant=9, contextual=4, merge='mean', packing='whole')",
+    ),
+    "internvl": ("visionzip:8+3", "DivPrune(keep=7, centered=True)"),
     "qwen2_5_vl": (SHARES, DIVERSE),
     "qwen3_vl": (SHARES, "scope:9"),
+    "qwen3_vl_moe": (SHARES, "scope:9"),
+    "qwen3_5": (SHARES, "scope:9"),
+    "qwen3_5_moe": (SHARES, DIVERSE),
 }
 
 
@@ -68,8 +79,11 @@ def test_methods_that_ask_for_no_attention(method: str, models: Path):
     assert max(map(max, found)) < TOLERANCE, found
 
 
-def test_without_caches(models: Path):
-    found = off("llava", models, *CASES["llava"], enable_prefix_caching=False, mm_processor_cache_gb=0)
+@pytest.mark.parametrize("name", CASES)
+def test_images_of_many_requests_in_one_call_and_without_caches(name: str, models: Path):
+    """Images of several sizes and two methods are encoded at once."""
+    together = {"max_num_batched_tokens": 8192, "enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    found = off(name, models, *CASES[name], **together)
     assert max(map(max, found)) < TOLERANCE, found
 
 
@@ -103,6 +117,28 @@ def test_videos_stay_as_they_are_beside_images_that_are_reduced(models: Path):
     assert max(differences(found, expected)) < TOLERANCE, (found, expected)
 
 
+@pytest.mark.parametrize(("name", "video"), [("llava_onevision", "<|video_pad|>"), ("internvl", "<video>")])
+def test_videos_are_those_of_vllm(name: str, video: str, models: Path):
+    """Where Hugging Face's model would reduce them: also beside images that are reduced."""
+    folder = written_models.write(name, models)
+    frames = np.stack([np.asarray(written_models.picture(seed, 56, 56)) for seed in range(3)])
+    details = {"fps": 2.0, "duration": 1.5, "total_num_frames": 3, "frames_indices": [0, 1, 2]}
+    data = {"video": [(frames, details | {"do_sample_frames": False, "video_backend": "opencv"})]}
+    image = written_models.placeholder(name)
+    both = data | {"image": [written_models.picture(9, 90, 70)]}
+    prompts = [
+        {"prompt": f"user : {video} what is w5 ?", "multi_modal_data": data},
+        {"prompt": f"user : {image} and {video} what is w6 ?", "multi_modal_data": both},
+    ]
+    found = []
+    for method in (None, CASES[name][0]):
+        with engine(folder, method, limit_mm_per_prompt={"image": 1, "video": 1}) as llm:
+            found.append(answers(llm, prompts))
+    (video_alone, beside), (same, reduced) = found
+    assert max(differences([same], [video_alone])) < TOLERANCE
+    assert reduced.prompt < beside.prompt
+
+
 # ---- processes, which find the plugin by its entry point ----
 
 PROCESS = """
@@ -120,7 +156,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("llava", 1), ("llava", 2), ("qwen3_vl", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("llava", 1), *((name, 2) for name in CASES)])
 def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, tmp_path: Path):
     written_models.write(name, models)
     script = tmp_path / "process.py"
@@ -135,17 +171,19 @@ def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, 
 # ---- faults that these tests are meant to catch ----
 
 
-def test_other_scores_are_noticed(models: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl"])
+def test_other_scores_are_noticed(name: str, models: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         encoding.EncodedByRank, "scores", lambda encoded: -super(encoding.EncodedByRank, encoded).scores()
     )
-    found = off("llava", models, ZIP)
+    found = off(name, models, CASES[name][0])
     assert sum(value > TOLERANCE for value in found[0] + found[1]) >= 8, found
 
 
-def test_places_that_are_lost_are_noticed(models: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5"])
+def test_places_that_are_lost_are_noticed(name: str, models: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(positions, "places_of", lambda rows: torch.zeros(len(rows), 2, dtype=torch.int64))
-    found = off("qwen2_5_vl", models, SHARES)
+    found = off(name, models, SHARES)
     assert sum(value > TOLERANCE for value in found[0] + found[1]) >= 8, found
 
 

@@ -21,7 +21,9 @@ from tests.vllm.own_methods import Last
 from vlmfast.reduce import EVS, CDPruner, DivPrune, FastV, PyramidDrop, VisionZip
 from vlmfast.vllm import KEY, encoding, naming, positions, processing, registration
 
-LLAVA, NEXT, QWEN = (f"{name}ForConditionalGeneration" for name in ("Llava", "LlavaNext", "Qwen3VL"))
+LLAVA, NEXT, ONEVISION, QWEN = (
+    f"{name}ForConditionalGeneration" for name in ("Llava", "LlavaNext", "LlavaOnevision", "Qwen3VL")
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +67,31 @@ def test_arguments_are_the_same_for_a_server(models: Path):
         (PyramidDrop(2, 0.5), QWEN, "cuts between layers"),
         (EVS(0.5), QWEN, "EVS.* reduces videos"),
         (DivPrune(64), NEXT, "DivPrune.*depends on the picture"),
-        (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture"),
+        (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture.* packing='published' or 'whole'"),
+        (VisionZip(27, 5), ONEVISION, "depends on the picture where LlavaOnevision.* packing='whole'"),
+        ("divprune:64", ONEVISION, "DivPrune.*depends on the picture"),
         ("visionzip:54", LLAVA, "visionzip is written visionzip:DOMINANT:CONTEXTUAL"),
     ],
 )
 def test_methods_that_cannot_be_served_are_refused_by_name(method: Any, model: str, message: str):
     with pytest.raises(ValueError, match=message):
         vlmfast.vllm.reduced(method, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("internvl", {"vision_feature_layer": -2}, "vLLM takes the features of InternVL from the last layer"),
+        ("llava_onevision", {"vision_aspect_ratio": "anyres_max_4"}, "vision_aspect_ratio must be 'anyres_max_9'"),
+        ("llava_onevision", {"vision_feature_select_strategy": "default"}, "must be the patches of the crops"),
+    ],
+)
+def test_configurations_that_vllm_does_not_follow_are_refused(name: str, changed: Any, message: str, models: Path):
+    made = config(models, name, "VisionZip(dominant=9, contextual=4, packing='whole')")
+    made.model_config.hf_config.update(changed)
+    (architecture,) = made.model_config.hf_config.architectures
+    with pytest.raises(ValueError, match=message):
+        getattr(vlmfast.vllm, architecture)(vllm_config=made)
 
 
 def test_what_is_no_method_is_refused():
@@ -163,6 +183,29 @@ def test_placeholders_of_requests(models: Path):
     ):
         with pytest.raises(ValueError, match=message):
             ids(processor, prompt, [picture(0, 90, 70)], **{KEY: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "counts"),
+    [  # of pictures with one tile, three and four
+        ("internvl", "visionzip:8+3", [11, 33, 44]),
+        ("internvl", "even:1.0", [16, 48, 64]),
+        ("llava_next", "VisionZip(dominant=9, contextual=4, packing='published')", [65, 65, 39]),
+        ("llava_next", "VisionZip(dominant=9, contextual=4, packing='whole')", [65 + 12, 65 + 16, 39 + 4]),
+    ],
+)
+def test_placeholders_of_crops(name: str, method: str, counts: list[int], models: Path):
+    """A budget counts for each; what stands around the placeholders of an image stays."""
+    processor = MULTIMODAL_REGISTRY.create_processor(config(models, name, method).model_config)
+    tokenizer = processor.info.get_tokenizer()
+    token, *around = tokenizer.encode(f"{placeholder(name)} w3 w5", add_special_tokens=False)
+    sizes = [(90, 70), (64, 120), (200, 56)]
+    for number, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        found = ids(processor, f"{placeholder(name)} w3 w5", [picture(number, *size)])
+        assert found.count(token) == count
+        assert found[-2:] == around
+        if name == "internvl":
+            assert tokenizer.convert_ids_to_tokens([found[0], found[-3]]) == ["<img>", "</img>"]
 
 
 def test_identities_say_the_method(models: Path):

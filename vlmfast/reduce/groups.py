@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def groups(kinds: Sequence[T]) -> list[tuple[T, list[int]]]:
@@ -19,3 +20,11 @@ def groups(kinds: Sequence[T]) -> list[tuple[T, list[int]]]:
         else:
             found.append((kind, [number]))
     return found
+
+
+def by_group(kinds: Sequence[T], compute: Callable[[T, list[int]], Iterable[R]]) -> list[R]:
+    """Compute the members of each group together, given as ascending numbers, and return all in their order."""
+    found: dict[int, R] = {}
+    for kind, members in groups(kinds):
+        found |= zip(members, compute(kind, members), strict=True)
+    return [found[number] for number in range(len(kinds))]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from vlmfast.reduce.groups import groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.towers import EncodedImages, recorded
 from vlmfast.vllm.naming import KEY
@@ -21,6 +21,7 @@ from vlmfast.vllm.registration import replaces
 class ReducedEncoder:
     """Mixin for vLLM's models. A family defines `reduce_images`, and passes the sizes of images to `pieces`."""
 
+    overridden: ClassVar[tuple[str, ...]] = ("embed_multimodal", "_process_image_input")  # of vLLM's model
     config: Any
     _methods: Sequence[Method] = ()  # of the images of the current call
 
@@ -28,7 +29,7 @@ class ReducedEncoder:
         super().__init_subclass__()
         for base in cls.__mro__[1:]:
             if not base.__module__.startswith("vlmfast.") and issubclass(base, nn.Module) and base is not nn.Module:
-                for name in ("embed_multimodal", "_process_image_input"):
+                for name in cls.overridden:
                     replaces(name, base)
                 break
 
@@ -59,14 +60,6 @@ class ReducedEncoder:
                 start, held = number, 0
             held += count
         yield slice(start, len(tokens))
-
-
-def by_method(methods: Sequence[Method], reduce: Callable[[Method, list[int]], Iterable[Tensor]]) -> list[Tensor]:
-    """Reduce the images of each method together, given as ascending numbers, and return all in their order."""
-    found: dict[int, Tensor] = {}
-    for method, members in groups(methods):
-        found |= zip(members, reduce(method, members), strict=True)
-    return [found[number] for number in range(len(methods))]
 
 
 def mean_over_ranks(part: Tensor) -> Tensor:
@@ -118,10 +111,21 @@ def check_tower(config: Any) -> None:
 def encode_crops(tower: Any, pixels: Tensor) -> EncodedImages:
     """Run CLIP or SigLIP once; vLLM has built their layers up to the one that gives the features."""
     inner = tower.vision_model
-    attention = inner.encoder.layers[-1].self_attn
-    with attention_inputs(attention.attn) as seen:
-        hidden = tower(pixels, feature_select_strategy="full")
-    heads = attention.num_heads_per_partition
-    query, key = (seen[name].view(*hidden.shape[:2], heads, -1) for name in ("query", "key"))
     has_cls = hasattr(inner.embeddings, "class_embedding")
+    run = functools.partial(tower, feature_select_strategy="full")
+    return encode(run, inner.encoder.layers[-1].self_attn.attn, pixels, has_cls)
+
+
+def encode(run: Callable[[Tensor], Tensor], attention: Any, pixels: Tensor, has_cls: bool) -> EncodedImages:
+    """Run a tower once.
+
+    Args:
+        run: the tower, (B, ...) pixels -> (B, T, C).
+        attention: vLLM's `MMEncoderAttention` of the scored layer.
+        pixels: the images, or crops of images.
+        has_cls: whether the first of the T tokens is a CLS token.
+    """
+    with attention_inputs(attention) as seen:
+        hidden = run(pixels)
+    query, key = (seen[name].view(*hidden.shape[:2], attention.num_heads, -1) for name in ("query", "key"))
     return EncodedByRank(pixels, hidden, hidden, query, key, attention.scale, has_cls)

@@ -15,8 +15,9 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vlmfast.reduce.groups import by_group
 from vlmfast.reduce.methods import Method
-from vlmfast.vllm.encoding import ReducedEncoder, by_method, check_tower, encode_crops
+from vlmfast.vllm.encoding import ReducedEncoder, check_tower, encode_crops
 from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
 
@@ -66,4 +67,4 @@ class VlmfastLlavaForConditionalGeneration(ReducedEncoder, LlavaForConditionalGe
             rows: Tensor = project(encoded.reduce(selection, members))
             return rows
 
-        return by_method(methods, reduce)
+        return by_group(methods, reduce)

@@ -1,4 +1,7 @@
-"""LLaVA-NeXT inside vLLM, in VisionZip's published packing, whose number of tokens depends on the size alone."""
+"""LLaVA-NeXT and LLaVA-OneVision inside vLLM, in packings whose number of tokens depends on the size alone.
+
+Those are VisionZip's published packing, for LLaVA-NeXT, and "whole". Videos stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,68 +13,84 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, get_anyres_image_grid_shape
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vlmfast.reduce.families.llava_next import Packing, pack_numbers, packer, reduce_crops
+from vlmfast.reduce.families.llava_next import Packing, pack_numbers, packer, reduce_packed
 from vlmfast.reduce.methods import Method
 from vlmfast.vllm.encoding import ReducedEncoder, check_tower, encode_crops
 from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
-NO_NEWLINE = torch.empty(0)  # the published packing has none
+VLLMS_RATIO = "anyres_max_9"  # of LLaVA-OneVision: vLLM does not read the configuration
+# of each model: who packs its crops, by which setting, and whether it has the published packing
+PACKERS: dict[str, tuple[Any, str, bool]] = {
+    "llava_next": (LlavaNextModel, "vision_feature_select_strategy", True),
+    "llava_onevision": (LlavaOnevisionModel, "vision_aspect_ratio", False),
+}
 
 
-def packing_of(config: Any, height: int, width: int) -> Packing:
+def packing_of(config: Any, height: int, width: int, newline: Tensor | None = None) -> Packing:
     """Return how the crops of an image of this size are packed, by transformers' own code, run on numbers."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     grid = tuple(get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size))
     count = 1 + grid[0] * grid[1]
-    model: Any = SimpleNamespace(config=config)
-    strategy = config.vision_feature_select_strategy
-    pack = packer(
-        functools.partial(LlavaNextModel.pack_image_features, model),
-        [height, width],
-        vision_feature_select_strategy=strategy,
-    )
-    return Packing(pack, pack_numbers(pack, count, side**2), count, grid, side, NO_NEWLINE)
+    upstream, setting, _ = PACKERS[config.model_type]
+    pack_features = functools.partial(upstream.pack_image_features, SimpleNamespace(config=config))
+    pack = packer(pack_features, [height, width], **{setting: getattr(config, setting)})
+    newline = torch.empty(0) if newline is None else newline
+    return Packing(pack, pack_numbers(pack, count, side**2), count, grid, side, newline)
 
 
-class Info(FullBudget, LlavaNextProcessingInfo):
-    """The processing info of images."""
+def has_cls(config: Any) -> bool:
+    """Tell whether the tower of a configuration has a CLS token."""
+    return bool(config.vision_config.model_type == "clip_vision_model")
 
 
-class Processor(ReducedProcessor, LlavaNextMultiModalProcessor):
-    """A processor that makes fewer placeholders."""
+class CropRows(ReducedProcessor):
+    """Mixin for the processors of both models."""
 
     def rows(self, method: Method, count: int, size: Any) -> int:
-        """Count the tokens that are left of what the model shows of each crop."""
+        """Count the tokens that are left of what the model shows of an image of this size."""
         config = self.info.get_hf_config()
         packing = packing_of(config, size.height, size.width)
-        has_cls = config.vision_feature_select_strategy == "default"
-        return sum(sum(method.counts(packing.side**2, has_cls, shown)) for shown in packing.shown)
+        return packing.tokens_left(method, has_cls(config), PACKERS[config.model_type][2])
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
-class VlmfastLlavaNextForConditionalGeneration(ReducedEncoder, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT with fewer visual tokens."""
+class ReducedCrops(ReducedEncoder):
+    """Mixin for both models."""
+
+    vision_tower: Any
+    multi_modal_projector: Any
+    image_newline: Tensor
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         check_tower(config)
-        if (config.vision_config.model_type == "clip_vision_model") != (
-            config.vision_feature_select_strategy == "default"
-        ):
-            raise ValueError("the visual tokens of LLaVA-NeXT must be the patches of its crops, without a CLS token")
+        if has_cls(config) != (config.vision_feature_select_strategy == "default"):
+            raise ValueError("the visual tokens must be the patches of the crops, without a CLS token")
+        ratio = getattr(config, "vision_aspect_ratio", VLLMS_RATIO)
+        if ratio != VLLMS_RATIO:
+            raise ValueError(
+                f"vision_aspect_ratio must be {VLLMS_RATIO!r}, the only one that vLLM knows, got {ratio!r}"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _process_image_input(self, image_input: Any) -> Any:
-        packings = [packing_of(self.config, *size) for size in image_input["image_sizes"].tolist()]
+        sizes = image_input["image_sizes"].tolist()
+        packings = [packing_of(self.config, height, width, self.image_newline) for height, width in sizes]
         # those of a request are padded to one number of crops
         pixels = [crops[: image.crops] for crops, image in zip(image_input["pixel_values"], packings, strict=True)]
         methods = self.methods_of(len(packings))
@@ -81,12 +100,36 @@ class VlmfastLlavaNextForConditionalGeneration(ReducedEncoder, LlavaNextForCondi
     def reduce_images(
         self, pixels: Sequence[Tensor], packings: Sequence[Packing], methods: Sequence[Method]
     ) -> list[Tensor]:
-        """Encode the crops of images at once, reduce each, and arrange what is left."""
+        """Encode the crops of images at once, reduce them, and arrange what is left."""
         encoded = encode_crops(self.vision_tower, torch.cat(list(pixels)))
-        patches = packings[0].side ** 2
-        project = functools.cache(lambda: self.multi_modal_projector(encoded.patches))
-        tokens = encoded.visual_tokens(project, encoded.has_cls, patches)
-        totals = [shown for image in packings for shown in image.shown]
-        owners = [method for image, method in zip(packings, methods, strict=True) for _ in range(image.crops)]
-        crops = iter(reduce_crops(encoded, tokens, totals, owners, self.multi_modal_projector))
-        return [image.as_published([next(crops) for _ in range(image.crops)]).features for image in packings]
+        published = PACKERS[self.config.model_type][2]
+        images = reduce_packed(encoded, packings, methods, self.multi_modal_projector, published)
+        return [image.features for image in images]
+
+
+class NextInfo(FullBudget, LlavaNextProcessingInfo):
+    """The processing info of LLaVA-NeXT."""
+
+
+class OnevisionInfo(FullBudget, LlavaOnevisionProcessingInfo):
+    """The processing info of LLaVA-OneVision."""
+
+
+class NextProcessor(CropRows, LlavaNextMultiModalProcessor):
+    """A processor of LLaVA-NeXT that makes fewer placeholders."""
+
+
+class OnevisionProcessor(CropRows, LlavaOnevisionMultiModalProcessor):
+    """A processor of LLaVA-OneVision that makes fewer placeholders."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(NextProcessor, info=NextInfo, dummy_inputs=LlavaDummyInputsBuilder)
+class VlmfastLlavaNextForConditionalGeneration(ReducedCrops, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT with fewer visual tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    OnevisionProcessor, info=OnevisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
+)
+class VlmfastLlavaOnevisionForConditionalGeneration(ReducedCrops, LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision with fewer visual tokens."""

@@ -18,10 +18,20 @@ PREFIX = "Vlmfast"
 
 # vLLM's architecture -> our module of its reduced model
 ARCHITECTURES = {
+    "InternVLForConditionalGeneration": "internvl",
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_next",
     "Qwen2_5_VLForConditionalGeneration": "qwen",
     "Qwen3VLForConditionalGeneration": "qwen",
+    "Qwen3VLMoeForConditionalGeneration": "qwen",
+    "Qwen3_5ForConditionalGeneration": "qwen",
+    "Qwen3_5MoeForConditionalGeneration": "qwen",
+}
+# of models that cut images into crops: the packings of a method that leave a number of tokens known from the size
+PACKINGS = {
+    "LlavaNextForConditionalGeneration": ("published", "whole"),
+    "LlavaOnevisionForConditionalGeneration": ("whole",),
 }
 
 
@@ -75,11 +85,13 @@ def fitting(architecture: str, method: object) -> Method:
         TypeError or ValueError: if it does not.
     """
     found = checked(method)
-    crops = architecture.removeprefix(PREFIX) == "LlavaNextForConditionalGeneration"
-    if crops and getattr(found, "packing", "model") != "published":
+    name = architecture.removeprefix(PREFIX)
+    packings = PACKINGS.get(name)
+    if packings and getattr(found, "packing", "model") not in packings:
         raise ValueError(
-            f"{found}: how many tokens LLaVA-NeXT's own packing leaves depends on the picture, as chosen padding is "
-            f'left out, and vLLM must know before: use VisionZip with packing="published"'
+            f"{found}: how many tokens are left depends on the picture where {name} packs crops that were reduced, as "
+            f"chosen padding is left out, and vLLM must know before: use VisionZip, or a class of your own, with "
+            f"packing={' or '.join(map(repr, packings))}"
         )
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdateDetails
 from vllm.multimodal.processing.processor import PromptUpdate
 
 from vlmfast.reduce.methods import Method
@@ -106,21 +106,39 @@ class ReducedProcessor:
 
         def shorter(update: Any) -> PromptReplacement:
             def replacement(item: int) -> Any:
-                ids = update.replacement(item) if callable(update.replacement) else update.replacement
+                content = update.replacement(item) if callable(update.replacement) else update.replacement
                 size = images.get_image_size(item) if hasattr(images, "get_image_size") else None
-                return ids[: self.rows(method, len(ids), size)]
+                return shortened(content, lambda count: self.rows(method, count, size))
 
             return PromptReplacement("image", update.target, replacement)
 
         return [shorter(update) if update.modality == "image" else update for update in updates]
 
 
+def shortened(content: Any, rows: Callable[[int], int]) -> Any:
+    """Leave out the last of an image's placeholders, which are all alike, so that ``rows`` of their number are left.
+
+    Args:
+        content: what vLLM replaces an image by: ids, or `PromptUpdateDetails` that tell placeholders from text around.
+        rows: gives the number of placeholders that are left.
+    """
+    if not isinstance(content, PromptUpdateDetails):
+        return content[: rows(len(content))]
+    is_placeholder = content.is_embed(content.full)
+    number = is_placeholder.cumsum(0)
+    stays = ~is_placeholder | (number <= rows(int(number[-1])))
+    return replace(content, full=[token for token, kept in zip(content.full, stays.tolist(), strict=True) if kept])
+
+
 class FullBudget:
     """Mixin for vLLM's processing info, which plans memory for full images: a request may ask for all tokens."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the tokens of the largest image."""
-        return {"image": self.get_max_image_tokens()}  # type: ignore[attr-defined]
+        """Return the tokens of the largest image, and of the largest video where the model takes videos."""
+        tokens: dict[str, int] = {"image": self.get_max_image_tokens()}  # type: ignore[attr-defined]
+        if mm_counts.get("video"):
+            tokens["video"] = self.get_max_video_tokens(seq_len, mm_counts)  # type: ignore[attr-defined]
+        return tokens
 
 
 def method_of(config: Any, text: str) -> Method:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL inside vLLM. Videos stay as they are."""
+"""Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE and Qwen3.5 inside vLLM. Videos stay as they are."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_5 import (
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeProcessingInfo,
+    Qwen3_5ProcessingInfo,
+)
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmfast.reduce.families.qwen import BlockAttention, raster_order, reduce_encoded
@@ -45,7 +52,7 @@ class AttentionByRank(BlockAttention):
 
 
 class ReducedQwen(ReducedEncoder, PlacedTokens):
-    """Mixin for both models."""
+    """Mixin for all of them."""
 
     visual: Any
 
@@ -99,7 +106,7 @@ class Processor2(ReducedProcessor, Qwen2_5_VLMultiModalProcessor):
 
 
 class Processor3(ReducedProcessor, Qwen3VLMultiModalProcessor):
-    """A processor of Qwen3-VL that makes fewer placeholders."""
+    """A processor of Qwen3-VL and what came after it that makes fewer placeholders."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -112,3 +119,22 @@ class VlmfastQwen2_5_VLForConditionalGeneration(ReducedQwen, Qwen2_5_VLForCondit
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
 class VlmfastQwen3VLForConditionalGeneration(ReducedQwen, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with fewer visual tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Processor3, info=Qwen3VLMoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class VlmfastQwen3VLMoeForConditionalGeneration(ReducedQwen, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL-MoE with fewer visual tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3_5ProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class VlmfastQwen3_5ForConditionalGeneration(ReducedQwen, Qwen3_5ForConditionalGeneration):  # noqa: N801
+    """Qwen3.5 with fewer visual tokens."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Processor3, info=Qwen3_5MoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class VlmfastQwen3_5MoeForConditionalGeneration(ReducedQwen, Qwen3_5MoeForConditionalGeneration):  # noqa: N801
+    """Qwen3.5-MoE with fewer visual tokens."""

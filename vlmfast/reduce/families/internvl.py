@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from vlmfast.reduce.groups import by_group
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.text import Texts, unknown_texts
 from vlmfast.reduce.tokens import VisualTokens
-from vlmfast.reduce.towers import encode, vision_setting
+from vlmfast.reduce.towers import EncodedImages, encode, vision_setting
 
 
 def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts) -> list[ReducedImage]:
@@ -34,6 +35,27 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts =
             f"'default', got {strategy!r}"
         )
     states = encoded.output.last_hidden_state if layer == -1 else encoded.hidden  # the last one may be normalised
+    return reduce_tiles(model, encoded, states[:, 1:], pixels, [method] * len(pixels), texts)
+
+
+def reduce_tiles(
+    model: Any,
+    encoded: EncodedImages,
+    patches: Tensor,
+    pixels: Tensor,
+    methods: Sequence[Method],
+    texts: Texts = unknown_texts,
+) -> list[ReducedImage]:
+    """Reduce encoded tiles, those of one method together.
+
+    Args:
+        model: Hugging Face's model or vLLM's, whose pixel shuffle and projector have the same names.
+        encoded: the tiles, encoded.
+        patches: (B, patches, C), the output of the tower.
+        pixels: its input.
+        methods: the method of each tile.
+        texts: a function that returns the text about each tile.
+    """
     side, ratio = encoded.side, model.config.downsample_ratio
 
     def shuffle(patches: Tensor) -> Tensor:
@@ -43,9 +65,9 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts =
         return tokens.flatten(1, 2)
 
     project = model.multi_modal_projector
-    hidden = shuffle(states[:, 1:])
+    hidden = shuffle(patches)
     grid = (1, *(round(side * ratio),) * 2)
-    tokens = VisualTokens(
+    tiles = VisualTokens(
         hidden=hidden,
         grid=grid,
         scores=lambda: shuffle(encoded.scores().unsqueeze(2)).mean(2),
@@ -54,6 +76,11 @@ def reduce(model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts =
         pixels=lambda: pixels,
         text=texts([hidden.shape[1]] * len(hidden)),
     )
-    selection = method.select(tokens)
-    # all placeholders are alike: the ones of the kept tokens stay, so that tokens keep their places
-    return cut(selection, [project(selection.apply(hidden))], grid, tokens.count)
+
+    def reduce_alike(method: Method, members: list[int]) -> list[ReducedImage]:
+        tokens = tiles.take(members, tiles.count)
+        selection = method.select(tokens)
+        # all placeholders are alike: the ones of the kept tokens stay, so that tokens keep their places
+        return cut(selection, [project(selection.apply(tokens.hidden))], grid, tokens.count)
+
+    return by_group(methods, reduce_alike)

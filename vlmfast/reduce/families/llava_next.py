@@ -5,7 +5,7 @@ lay them side by side, cut off the padding, and put a learned token after each r
 is found by running the model's own packing on the numbers of the patches. Videos are in llava_videos.py.
 
 LLaVA-OneVision interpolates the grid of a large photograph to a smaller one. Then a token is not one patch, and the
-image is reduced as a whole, after packing.
+image is reduced as a whole, after packing. So is any image if the method's ``packing`` is "whole".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.host import on_host
-from vlmfast.reduce.groups import groups
+from vlmfast.reduce.groups import by_group
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.text import Texts, unknown_texts
@@ -37,27 +37,27 @@ def reduce_next(
 ) -> list[ReducedImage]:
     """Reduce the images of LLaVA-NeXT and LLaVA-NeXT-Video, packed as the method's ``packing`` says, if it has one.
 
-    The model's own packing has no place for a CLS token: it is left out, and the whole budget goes to patches.
+    The model's own packing has no place for a CLS token: it is left out, and the whole budget goes to patches. With
+    "whole", the image is reduced after packing, see `Packing.reduce`.
     """
     strategy = vision_setting(model, inputs, "vision_feature_select_strategy")
-    packing = getattr(method, "packing", "model")
-    return _reduce(model, inputs, method, texts, packing, vision_feature_select_strategy=strategy)
+    return _reduce(model, inputs, method, texts, True, vision_feature_select_strategy=strategy)
 
 
 def reduce_onevision(
     model: nn.Module, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
 ) -> list[ReducedImage]:
-    """Reduce the images of LLaVA-OneVision, always in the model's own packing.
+    """Reduce the images of LLaVA-OneVision, always in the model's own packing, crop by crop or as a whole.
 
     With ``vision_aspect_ratio="anyres_max_9"`` the model makes a grid of more than about 9 crops smaller, so that a
     token is made of several patches: `Packing.reduce` takes such an image, with the budget of all its crops.
     """
     ratio = vision_setting(model, inputs, "vision_aspect_ratio")
-    return _reduce(model, inputs, method, texts, "model", vision_aspect_ratio=ratio)
+    return _reduce(model, inputs, method, texts, False, vision_aspect_ratio=ratio)
 
 
 def _reduce(
-    model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts, packing: str, **settings: Any
+    model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts, published: bool, **settings: Any
 ) -> list[ReducedImage]:
     sizes: list[list[int]] = on_host(sizes_in(inputs, "image_sizes", "pixel_values")).tolist()
     counts = _crop_counts(model, sizes, inputs.get("batch_num_images"))
@@ -71,51 +71,89 @@ def _reduce(
         packings.append(Packing(pack, numbers, count, tuple(grid), side, model.image_newline))
 
     encoded = encode_crops(model, inputs, counts, side)
-    project = model.multi_modal_projector
+    return reduce_packed(encoded, packings, [method] * len(packings), model.multi_modal_projector, published, texts)
+
+
+def reduce_packed(
+    encoded: EncodedImages,
+    packings: Sequence[Packing],
+    methods: Sequence[Method],
+    project: Any,
+    published: bool,
+    texts: Texts = unknown_texts,
+) -> list[ReducedImage]:
+    """Reduce the images of encoded crops; crops with the same method and number of tokens are computed together.
+
+    Args:
+        encoded: the crops of all images, one after the other.
+        packings: how those of each image are packed.
+        methods: the method of each image.
+        project: the projector.
+        published: whether the model has VisionZip's published packing.
+        texts: a function that returns the text about each image.
+    """
     # all crops at once, as in the model: with other numbers of rows a projector may round differently
     projected = functools.cache(lambda: project(encoded.patches))
-    published = packing == "published"
+    chosen = [
+        "whole" if image.makes_smaller else packing_of(method, published)
+        for image, method in zip(packings, methods, strict=True)
+    ]
     text = texts([len(image.numbers) for image in packings])
-    image_of_crop = [number for number, count in enumerate(counts) for _ in range(count)]
-    keeps_cls = encoded.has_cls and published
-    tokens = encoded.visual_tokens(projected, keeps_cls, side**2, lambda: text()[image_of_crop])
-    totals = [total for image in packings for total in (image.shown if published else [side**2] * image.crops)]
-    crops = (
-        []
-        if all(image.makes_smaller for image in packings)
-        else reduce_crops(encoded, tokens, totals, [method] * len(totals), project)
-    )
+    image_of_crop = [number for number, image in enumerate(packings) for _ in range(image.crops)]
+    keeps_cls = encoded.has_cls and "published" in chosen
+    patches = encoded.patches.shape[1]
+    tokens = encoded.visual_tokens(projected, keeps_cls, patches, lambda: text()[image_of_crop])
+    totals = [
+        total
+        for image, packing in zip(packings, chosen, strict=True)
+        for total in (image.shown if packing == "published" else [patches] * image.crops)
+    ]
+    single = [crop for crop, image in enumerate(image_of_crop) if chosen[image] != "whole"]
+    kinds = [(totals[crop], methods[image_of_crop[crop]]) for crop in single]
+    crops = dict(zip(single, _reduce_crops(encoded, tokens, single, kinds, project), strict=True))
     images, end = [], 0
-    for image in packings:
+    for image, method, packing in zip(packings, methods, chosen, strict=True):
         own, end = slice(end, end + image.crops), end + image.crops
-        if image.makes_smaller:
+        if packing == "whole":
             images.append(image.reduce(projected()[own], tokens, own, method))
         else:
-            arrange = image.as_published if published else image.in_model_order
-            images.append(arrange(crops[own]))
+            arrange = image.as_published if packing == "published" else image.in_model_order
+            images.append(arrange([crops[crop] for crop in range(own.start, own.stop)]))
     return images
 
 
-def reduce_crops(
-    encoded: EncodedImages, tokens: VisualTokens, totals: Sequence[int], methods: Sequence[Method], project: Any
+def packing_of(method: Method, published: bool) -> str:
+    """Return the packing of a method: "whole", "model", or "published" where the model has that one."""
+    packing: str = getattr(method, "packing", "model")
+    return packing if published or packing == "whole" else "model"
+
+
+def _reduce_crops(
+    encoded: EncodedImages,
+    tokens: VisualTokens,
+    numbers: Sequence[int],
+    kinds: Sequence[tuple[int, Method]],
+    project: Any,
 ) -> list[Crop]:
-    """Reduce each crop by itself; crops with the same method and number of tokens are computed together.
+    """Reduce each crop by itself.
 
     Args:
         encoded: the crops.
         tokens: the visual tokens of all crops.
-        totals: the number of tokens that the model makes of each crop.
-        methods: the method of each crop.
+        numbers: which of them are reduced, ascending.
+        kinds: of each of these the number of tokens that the model makes of it, and the method.
         project: the projector.
     """
-    crops: dict[int, Crop] = {}
-    for (total, method), members in groups(list(zip(totals, methods, strict=True))):
-        selection = method.select(tokens.take(members, total))
-        rows = project(encoded.reduce(selection, members))
+
+    def reduce_alike(kind: tuple[int, Method], members: list[int]) -> list[Crop]:
+        total, method = kind
+        own = [numbers[member] for member in members]
+        selection = method.select(tokens.take(own, total))
+        rows = project(encoded.reduce(selection, own))
         places = selection.positions().to(rows.device)  # the tower may be on another one
-        for number, row, place in zip(members, rows, places, strict=True):
-            crops[number] = Crop(row, place, selection.contextual)
-    return [crops[number] for number in range(len(totals))]
+        return [Crop(row, place, selection.contextual) for row, place in zip(rows, places, strict=True)]
+
+    return by_group(kinds, reduce_alike)
 
 
 def encode_crops(model: nn.Module, inputs: Mapping[str, Any], counts: list[int], side: int) -> EncodedImages:
@@ -219,6 +257,19 @@ class Packing:
         """The number of patches of each crop that the model does not cut off as padding."""
         return (self.numbers[self.numbers >= 0] // self.side**2).bincount(minlength=self.crops).tolist()
 
+    def tokens_left(self, method: Method, has_cls: bool, published: bool) -> int:
+        """Return, before encoding, how many tokens a method leaves, where that does not depend on the picture.
+
+        Args:
+            method: the method, in its published packing or with "whole".
+            has_cls: whether the tower has a CLS token.
+            published: as `reduce_packed`.
+        """
+        if not self.makes_smaller and packing_of(method, published) == "published":
+            return sum(sum(method.counts(self.side**2, has_cls, shown)) for shown in self.shown)
+        count = int((self.numbers != NEWLINE).sum())
+        return sum(method.counts(count, False, count, self.crops)) + len(self.numbers) - count
+
     def as_published(self, crops: Sequence[Crop]) -> ReducedImage:
         """Arrange the rows of reduced crops as VisionZip does.
 
@@ -260,7 +311,7 @@ class Packing:
         return self._with_newlines(rows[shown], columns[shown], seen, targets)
 
     def reduce(self, features: Tensor, tokens: VisualTokens, crops: slice, method: Method) -> ReducedImage:
-        """Reduce the packed tokens of an image that the model makes smaller, with the budget of all its crops.
+        """Reduce the packed tokens of an image as a whole, with the budget of all its crops.
 
         Scores and metric, which ``tokens`` has for the crops of all images, are packed in float32 as the projected
         features (T, side**2, D) are. Tokens are merged after packing, so after the projector. A contextual token takes

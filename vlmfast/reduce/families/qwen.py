@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlmfast.functions import accepting
 from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
-from vlmfast.reduce.groups import groups
+from vlmfast.reduce.groups import by_group
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.text import Texts, unknown_texts
@@ -90,7 +90,9 @@ def reduce_encoded(
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
     text = texts(counts)
 
-    def reduce_alike(grid: Grid, method: Method, members: Sequence[int]) -> Iterable[tuple[int, ReducedImage]]:
+    def reduce_alike(kind_of_image: tuple[Grid, Method], members: list[int]) -> list[ReducedImage]:
+        grid, method = kind_of_image
+
         def stack(rows: Tensor) -> Tensor:
             """(N, ...) of all images -> (B, N, ...) of the images of this size."""
             parts = torch.split(rows, counts)
@@ -109,11 +111,9 @@ def reduce_encoded(
         )
         selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)
         rows = [selection.apply(level) for level in features]
-        return zip(members, cut(selection, rows, grid, tokens.count, kind=kind), strict=True)
+        return cut(selection, rows, grid, tokens.count, kind=kind)
 
-    alike = groups(list(zip(grids, methods, strict=True)))
-    images = dict(pair for (grid, method), members in alike for pair in reduce_alike(grid, method, members))
-    return [images[number] for number in range(len(grids))]
+    return by_group(list(zip(grids, methods, strict=True)), reduce_alike)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class VisionZip(Method, name="visionzip"):
         merge: "reference", as published, or "mean"; see `vlmfast.merge_tokens`.
         packing: how the tokens of LLaVA-NeXT's crops are arranged: "published", without row ends, or "model", in the
             model's own packing, with its row ends and without its padding, cut by position. That has no place for a
-            CLS token, and padding that was chosen is left out.
+            CLS token, and padding that was chosen is left out. Or "whole", for LLaVA-OneVision too: the image is packed
+            by the model and then reduced as one, so that its size alone tells how many tokens are left.
 
     Raises:
         TypeError or ValueError: for an argument that is none of these.
@@ -45,7 +46,7 @@ class VisionZip(Method, name="visionzip"):
         if sum(shares) > 1 + 1e-9:
             raise ValueError(f"dominant and contextual must be shares of at most 1.0 together, got {shares}")
         checks.one_of("merge", self.merge, MERGES)
-        checks.one_of("packing", self.packing, ("published", "model"))
+        checks.one_of("packing", self.packing, ("published", "model", "whole"))
 
     def budget(self, count: int, has_cls: bool, crops: int = 1) -> tuple[int, int]:
         """Count the CLS token as one of the dominant ones."""
