@@ -23,7 +23,7 @@ PLACES = [("cpu", name) for name in BACKENDS]
 PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Backends that execute, on the CPU, kernels as compiled for a GPU: Triton's, and CUDA's where nvcc is. See tests/ptx/.
 # `make test-ptx` runs them.
-COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_nvcc")]
+COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_sm_100"), ("cpu", "ptx_nvcc")]
 # Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
 # has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []

@@ -22,7 +22,7 @@ from tests.ptx.parse import Kernel, PtxError, parse
 from vlmfast import backends
 from vlmfast.registry import Op
 
-PLACES = {"ptx_sm_90": "sm_90", "ptx_sm_80": "sm_80"}  # backend -> target
+PLACES = {"ptx_sm_90": "sm_90", "ptx_sm_80": "sm_80", "ptx_sm_100": "sm_100"}  # backend -> target
 MULTIPROCESSORS = 132  # of an H100 or an H200, for real shapes
 
 

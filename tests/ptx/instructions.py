@@ -17,6 +17,8 @@ Action = Callable[[], None]
 Handler = Callable[["Machine", Instruction], Action]
 Function = Callable[..., np.ndarray]
 
+WIDENING = ("add", "sub", "fma")  # those that take half precision beside float32
+
 HANDLERS: dict[str, tuple[frozenset[str], Handler]] = {}
 
 
@@ -58,6 +60,8 @@ def only_type(ins: Instruction) -> Type:
 
 def elementwise(machine: Machine, ins: Instruction, function: Function) -> Action:
     """Apply a function of numbers, with .ftz and .sat; results are rounded to nearest, as numpy does."""
+    if len(ins.types) == 2 and ins.name in WIDENING:
+        return _widening(machine, ins, function)
     kind = only_type(ins)
     write = machine.target(ins.args[0])
     sources = [machine.source(arg, kind) for arg in ins.args[1:]]
@@ -72,6 +76,21 @@ def elementwise(machine: Machine, ins: Instruction, function: Function) -> Actio
     if kind.raw == kind.number:
         return lambda: write(function(*[read() for read in sources]).astype(kind.raw, copy=False))
     return lambda: write(pack(function(*[unpack(read()) for read in sources])))
+
+
+def _widening(machine: Machine, ins: Instruction, function: Function) -> Action:
+    """Apply a function to operands of half precision and a last one of float32, as .f32.bf16 does."""
+    wide, narrow = ins.types
+    if (wide.name, narrow.name) not in (("f32", "bf16"), ("f32", "f16")) or set(ins.flags) - {"rn"}:
+        raise unknown(ins, "several types")
+    write = machine.target(ins.args[0])
+    firsts, last = [machine.source(arg, narrow) for arg in ins.args[1:-1]], machine.source(ins.args[-1], wide)
+
+    def run() -> None:
+        values = [narrow.unpack(read()).astype(np.float32) for read in firsts]
+        write(wide.pack(function(*values, wide.unpack(last()))))
+
+    return run
 
 
 def saturated_to_1(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tests.ptx.values import TYPES, Type
 
 VERSIONS = ((7, 0), (9, 4))  # the oldest and the newest supported version of PTX
-TARGETS = {"sm_80", "sm_90", "sm_90a"}
+TARGETS = {"sm_80", "sm_90", "sm_90a", "sm_100a"}
 
 
 class PtxError(Exception):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ptx.parse import PtxError
 from tests.ptx.small import run
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
@@ -137,6 +138,11 @@ FLOATS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
     "fma.rm.f32 %r13, %r10, %r11, %r12;": lambda x, y, z: torch.tensor([*map(rounded_down, x, y, z)]),
     "copysign.f32 %r13, %r10, %r11;": lambda x, y, z: y.copysign(x),
     "cvt.sat.f32.f32 %r13, %r10;": lambda x, y, z: x.nan_to_num(0).clamp(0, 1),
+    "cvt.rn.bf16.f32 %h1, %r10; add.rn.f32.bf16 %r13, %h1, %r11;": lambda x, y, z: x.bfloat16().float() + y,
+    "cvt.rn.f16.f32 %h1, %r10; sub.rn.f32.f16 %r13, %h1, %r11;": lambda x, y, z: x.half().float() - y,
+    "cvt.rn.bf16.f32 %h1, %r10; cvt.rn.bf16.f32 %h2, %r11; fma.rn.f32.bf16 %r13, %h1, %h2, %r12;": lambda x, y, z: (
+        x.bfloat16().double() * y.bfloat16().double() + z
+    ).float(),
     "neg.f32 %r13, %r10;": lambda x, y, z: -x,
     "abs.ftz.f32 %r13, %r10;": lambda x, y, z: torch.where(x.abs() < 2**-126, 0.0, x.abs()),
     "ex2.approx.f32 %r13, %r10;": lambda x, y, z: x.double().exp2().float(),
@@ -199,3 +205,19 @@ def test_lanes_exchange(text: str) -> None:
     given, result = torch.randint(-(2**31), 2**31, (64,), dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     run(f"ld.global.b32 %r10, [%d2]; {text} st.global.b32 [%d3], %r13; ret;", given, result)
     assert torch.equal(result, EXCHANGES[text](given))
+
+
+@pytest.mark.parametrize("name", ["min", "max"])
+def test_extremum_of_a_warp(name: str) -> None:
+    """Lanes without a number are left out, unless the instruction has .NaN."""
+    torch.manual_seed(0)
+    given, result = torch.randn(64), torch.zeros(64)
+    given[3], given[40] = -math.inf, math.nan
+    lowest = name == "min"
+    for flag, second in (("", given[32:].nan_to_num(math.inf if lowest else -math.inf)), (".NaN", given[32:])):
+        want = [(half.amin() if lowest else half.amax()).expand(32) for half in (given[:32], second)]
+        text = f"redux.sync.{name}{flag}.f32 %r13, %r10, -1;"
+        run(f"ld.global.b32 %r10, [%d2]; {text} st.global.b32 [%d3], %r13; ret;", given, result)
+        assert torch.equal(result.nan_to_num(77), torch.cat(want).nan_to_num(77))
+    with pytest.raises(PtxError, match="not known here"):
+        run("redux.sync.add.f32 %r13, %r10, -1; ret;", given, result)

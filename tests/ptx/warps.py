@@ -7,7 +7,7 @@ import numpy as np
 from tests.ptx.instructions import Action, instruction, only_type, unknown
 from tests.ptx.parse import Instruction, PtxError
 from tests.ptx.registers import Reader
-from tests.ptx.values import TYPES
+from tests.ptx.values import TYPES, Type
 
 LANE = np.arange(32)
 BIT = np.uint32(1) << LANE.astype(np.uint32)
@@ -91,21 +91,11 @@ def shuffle(machine, ins: Instruction) -> Action:
     return run
 
 
-@instruction("redux", "sync add min max and or xor")
+@instruction("redux", "sync add min max and or xor NaN")
 def reduce(machine, ins: Instruction) -> Action:
     kind, write = only_type(ins), machine.target(ins.args[0])
     value, names = machine.source(ins.args[1], kind), machine.source(ins.args[2], TYPES["u32"])
-    if kind.kind == "f":
-        raise unknown(ins)
-    limits = np.iinfo(kind.number)
-    function, neutral = {
-        "add": (np.add, 0),
-        "min": (np.minimum, limits.max),
-        "max": (np.maximum, limits.min),
-        "and": (np.bitwise_and, -1 if kind.kind == "s" else limits.max),
-        "or": (np.bitwise_or, 0),
-        "xor": (np.bitwise_xor, 0),
-    }[ins.flags[1]]
+    function, neutral = _of_floats(ins) if kind.kind == "f" else _of_integers(ins, kind)
 
     def run() -> None:
         here = members(machine, names)
@@ -113,6 +103,29 @@ def reduce(machine, ins: Instruction) -> Action:
         write(to_all(kind.pack(function.reduce(values, axis=1, dtype=kind.number))))
 
     return run
+
+
+def _of_floats(ins: Instruction) -> tuple[np.ufunc, float]:
+    """Return the extremum of an instruction, which leaves out NaN unless it has .NaN, and what does not change it."""
+    name = ins.flags[1]
+    if name not in ("min", "max") or only_type(ins).name != "f32":
+        raise unknown(ins)
+    if "NaN" in ins.flags:
+        return (np.minimum, np.inf) if name == "min" else (np.maximum, -np.inf)
+    return (np.fmin if name == "min" else np.fmax), np.nan
+
+
+def _of_integers(ins: Instruction, kind: Type) -> tuple[np.ufunc, int]:
+    limits = np.iinfo(kind.number)
+    found: tuple[np.ufunc, int] = {
+        "add": (np.add, 0),
+        "min": (np.minimum, limits.max),
+        "max": (np.maximum, limits.min),
+        "and": (np.bitwise_and, -1 if kind.kind == "s" else limits.max),
+        "or": (np.bitwise_or, 0),
+        "xor": (np.bitwise_xor, 0),
+    }[ins.flags[1]]
+    return found
 
 
 @instruction("vote", "sync ballot any all")
