@@ -23,6 +23,8 @@ from vlmfast import backends
 from vlmfast.registry import Op
 
 PLACES = {"ptx_sm_90": "sm_90", "ptx_sm_80": "sm_80", "ptx_sm_100": "sm_100"}  # backend -> target
+# Ops whose kernels multiply tiles of samples in the tensor memory of sm_100, which is not modelled.
+TENSOR_MEMORY = ("received_attention", "farthest", "dpp_map", "merge_slots")
 MULTIPROCESSORS = 132  # of an H100 or an H200, for real shapes
 
 
@@ -103,6 +105,13 @@ def loader(target: str, op: str, family: str, reference: Callable[..., Any]) -> 
     """Load an op, as the loaders of `backends.LOADERS` do."""
     if torch.cuda.is_available():
         return "with a GPU, Triton's launches are not looked into"
+    if target == "sm_100" and op in TENSOR_MEMORY:
+        return "its kernels multiply in the tensor memory of sm_100, which the machine does not model"
+    return executed(target, op, family, reference)
+
+
+def executed(target: str, op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
+    """Load an op as `loader` does, also one in `TENSOR_MEMORY`."""
     found = backends.LOADERS["triton"](op, family, reference)
     if isinstance(found, str):
         return found

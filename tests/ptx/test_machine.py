@@ -351,7 +351,7 @@ def test_assertions_are_read() -> None:
 
 @pytest.mark.parametrize(
     ("facts", "message"),
-    [({"version": "10.0"}, "PTX 10.0 is not known"), ({"target": "sm_100a"}, "the target sm_100a")],
+    [({"version": "10.0"}, "PTX 10.0 is not known"), ({"target": "sm_120a"}, "the target sm_120a")],
 )
 def test_other_versions_and_targets_are_refused(facts: dict[str, str], message: str) -> None:
     with pytest.raises(PtxError, match=message):
