@@ -48,8 +48,10 @@ def test_saved_bytes_are_those_kept_for_the_backward():
             self.weight = nn.Parameter(torch.ones(1000))
 
         def forward(self, input_ids: torch.Tensor) -> object:
-            scaled = input_ids * self.weight  # keeps input_ids; the weight, a parameter, does not count
-            return type("Output", (), {"loss": (scaled * scaled).sum()})  # keeps ``scaled``, once
+            scaled = input_ids * self.weight  # keeps input_ids
+            return type(
+                "Output", (), {"loss": (scaled * self.weight).sum()}
+            )  # keeps ``scaled``; a weight is no activation
 
     trained = training.Trained(Squares(), {"input_ids": torch.ones(1000)})
     trained.step()
