@@ -49,9 +49,7 @@ def test_saved_bytes_are_those_kept_for_the_backward():
 
         def forward(self, input_ids: torch.Tensor) -> object:
             scaled = input_ids * self.weight  # keeps input_ids
-            return type(
-                "Output", (), {"loss": (scaled * self.weight).sum()}
-            )  # keeps ``scaled``; the weight is none
+            return type("Output", (), {"loss": (scaled * self.weight).sum()})  # keeps ``scaled``; the weight is none
 
     trained = training.Trained(Squares(), {"input_ids": torch.ones(1000)})
     trained.step()
