@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,10 +30,29 @@ SLOW = _slow()  # at import, because the call would break a graph of torch.compi
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear`` with torch's accuracy: accumulated in float32 and rounded once.
-
-    If a gradient is needed, the float32 copies live until the backward.
-    """
+    """Compute ``F.linear`` with torch's accuracy: accumulated in float32 and rounded once."""
     if not x.is_cpu or x.dtype not in SLOW or x.numel() < FEWEST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    result: Tensor = _Widened.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Widened(torch.autograd.Function):
+    """A linear layer in float32 that widens again in the backward: copies kept for it would be twice the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wide = gradient.float()
+        rows = wide.flatten(0, -2)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            (wide @ weight.float()).to(x.dtype) if for_x else None,
+            (rows.t() @ x.float().flatten(0, -2)).to(weight.dtype) if for_weight else None,
+            rows.sum(0).to(weight.dtype) if for_bias else None,
+        )

@@ -34,9 +34,27 @@ def test_widened_where_it_pays(processor: bool, rows: int, dtype: torch.dtype, m
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(processor: bool, dtype: torch.dtype):
-    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((16, 64), (32, 64))]
+    leaves = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 8, 64), (32, 64), (32,))]
     grads = torch.autograd.grad(linear_layers.linear(*leaves).float().square().sum(), leaves)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     for got, want in zip(grads, torch.autograd.grad(F.linear(*wide).square().sum(), wide), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+
+
+def test_no_wide_copy_is_kept(processor: bool):
+    leaves = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((16, 64), (32, 64), (32,))]
+    kept: list[torch.dtype] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.dtype) or x, lambda x: x):
+        linear_layers.linear(*leaves)
+    assert set(kept) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("needed", range(3))
+def test_gradient_of_one_argument(processor: bool, needed: int):
+    values = [torch.randn(shape).bfloat16() for shape in ((16, 64), (32, 64), (32,))]
+    values[needed].requires_grad_()
+    output = linear_layers.linear(*values)
+    (grad,) = torch.autograd.grad(output, values[needed], torch.ones_like(output), create_graph=True)
+    want = torch.autograd.grad(F.linear(*values), values[needed], torch.ones_like(output))[0]
+    torch.testing.assert_close(grad, want, rtol=0.02, atol=0.2)
