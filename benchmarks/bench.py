@@ -11,7 +11,7 @@ import functools
 import itertools
 from argparse import Namespace
 from collections import ChainMap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +102,19 @@ def _with_workloads(op: Op, wanted: list[str], device: str, dtype: torch.dtype) 
     if unknown := [label for label in wanted if label not in known]:
         raise CommandError(f"{op.name} has no workload {', '.join(unknown)} here; it has: {', '.join(known)}")
 
-    def workloads(device: str, dtype: torch.dtype) -> Workloads:
-        return ((label, args) for label, args in op.cases.workloads(device, dtype) if label in wanted)
-
-    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads))
+    return _filtered(op, lambda label: label in wanted)
 
 
 def _without(op: Op, done: set[str]) -> Op:
     """Return the op without the workloads of these labels."""
+    return _filtered(op, lambda label: label not in done)
 
+
+def _filtered(op: Op, keeps: Callable[[str], bool]) -> Op:
     def workloads(device: str, dtype: torch.dtype) -> Workloads:
-        return ((label, args) for label, args in op.cases.workloads(device, dtype) if label not in done)
+        return ((label, args) for label, args in op.cases.workloads(device, dtype) if keeps(label))
 
-    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads)) if done else op
+    return dataclasses.replace(op, _cases=dataclasses.replace(op.cases, workloads=workloads))
 
 
 def _earlier(options: Namespace, kept: Path | None, where: dict[str, Any]) -> Run:

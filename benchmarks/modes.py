@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.benchmarks.forwards import STEPS, Decoding, twin
-from vlmfast.benchmarks.timing import wall_seconds
+from vlmfast.benchmarks.timing import synchronizer, wall_seconds
 from vlmfast.console import one_line
 
 MODES = ("eager", "compile", "graph")
@@ -65,7 +65,7 @@ class Variant:
     @torch.no_grad()
     def time(self) -> None:
         """Answer the prompt once and record the seconds of the prefill and of one step, or the error."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        synchronize = synchronizer(self.device.type)
         with self.noted():
             self.times.append((wall_seconds(self.prefill, 1, synchronize), wall_seconds(self.step, STEPS, synchronize)))
 

@@ -91,6 +91,11 @@ def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     return Ceilings(COPY_BYTES[device] / copy / 1e9, 2 * size**3 / min(t.median for t in times.values()) / 1e12)
 
 
+def synchronizer(device: str) -> Call:
+    """Return what waits until the device has done all its work."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
 def wall_seconds(call: Call, calls: int, synchronize: Call) -> float:
     """Return the seconds per call of ``calls`` calls in a row, synchronizing before the first and after the last."""
     synchronize()

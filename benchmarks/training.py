@@ -14,9 +14,11 @@ those of the patched one may.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import warnings
+import weakref
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,9 +28,10 @@ from torch import Tensor, nn
 
 import vlmfast
 from vlmfast.benchmarks import published, report
+from vlmfast.benchmarks.forwards import twin
 from vlmfast.benchmarks.modes import median
 from vlmfast.benchmarks.published import IMAGE, VISION_END, Published
-from vlmfast.benchmarks.timing import wall_seconds
+from vlmfast.benchmarks.timing import synchronizer, wall_seconds
 from vlmfast.console import CommandError, console, one_line, usable_device, writable
 
 RATE = 0.01
@@ -36,6 +39,7 @@ AGAINST = "compressed"  # what the others are compared with
 REDUCIBLE = [name for name, recipe in published.MODELS.items() if recipe.method is not None]
 
 Batch = dict[str, Any]
+Record = dict[str, Any]
 
 
 def batch_of(inputs: dict[str, Tensor], order: tuple[int, int] = (0, 1)) -> Batch:
@@ -50,45 +54,54 @@ def batch_of(inputs: dict[str, Tensor], order: tuple[int, int] = (0, 1)) -> Batc
     return batch | {"use_cache": False}
 
 
+class _Kept:
+    """A tensor that a graph has kept; it goes with its part of the graph, which may be before the backward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class Trained:
     """A copy of the model in training, with its losses, the seconds of its steps and the bytes that a step saves.
 
     Attributes:
-        saved_bytes: of all tensors that the last forward has kept for its backward, without the parameters.
+        saved_bytes: of all tensors that the first forward has kept for its backward, without the parameters.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, *, compress: Any = None, reduce: Any = None) -> None:
-        self.model: Any = copy.deepcopy(model).train()
+        self.model: Any = twin(copy.deepcopy(model), None if reduce is None else {"reduce": reduce}).train()
         self.batch, self.compress = batch, compress
         self.device = batch["input_ids"].device
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.saved_bytes = 0
-        if reduce is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they repeat what the report says of skipped sites
-                vlmfast.patch(self.model, reduce=reduce)
 
     def step(self) -> None:
         """Take one timed step."""
-        synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        synchronize = synchronizer(self.device.type)
         self.seconds.append(wall_seconds(self._descend, 1, synchronize))
 
-    def _descend(self) -> None:
-        storages: dict[int, int] = {}
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count `saved_bytes` in the block; every tensor costs the host a call, so no timed step does this."""
+        alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+        def pack(tensor: Tensor) -> _Kept:
+            alive.add(kept := _Kept(tensor))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            yield
+        storages = {s.data_ptr(): s.nbytes() for s in (kept.tensor.untyped_storage() for kept in alive)}
         parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        self.saved_bytes = sum(size for place, size in storages.items() if place not in parameters)
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            batch = self.batch
+    def _descend(self) -> None:
+        batch = self.batch
+        with contextlib.nullcontext() if self.losses else self._counting():
             if self.compress is not None:
                 batch = vlmfast.compress_inputs(self.model, batch, self.compress)
             loss = self.model(**batch).loss
-        self.saved_bytes = sum(size for place, size in storages.items() if place not in parameters)
         loss.backward()
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -98,7 +111,7 @@ class Trained:
         self.losses.append(loss.item())
 
 
-def measure(recipe: Published, size: str, dtype: torch.dtype, device: str, steps: int, out: Console) -> list[Batch]:
+def measure(recipe: Published, size: str, dtype: torch.dtype, device: str, steps: int, out: Console) -> list[Record]:
     """Train all variants of one model for so many steps, in turns; return a record of each."""
     model, inputs = recipe.build(size, dtype, device)
     batch, method = batch_of(inputs), recipe.method
@@ -114,8 +127,8 @@ def measure(recipe: Published, size: str, dtype: torch.dtype, device: str, steps
     return [{"variant": name, **_record(variant, variants[AGAINST])} for name, variant in variants.items()]
 
 
-def _record(trained: Trained, against: Trained) -> dict[str, Any]:
-    """Make the record of one variant; the first step, which may compile and allocate, is not in its times."""
+def _record(trained: Trained, against: Trained) -> Record:
+    """Make the record of one variant; the first step, which counts and may compile, is not in its times."""
     seconds, others = trained.seconds[1:], against.seconds[1:]
     apart = [abs(a - b) / abs(b) for a, b in zip(trained.losses, against.losses, strict=True)]
     return {
@@ -152,7 +165,7 @@ def run(options: Namespace) -> int:
     return int(any("error" in record for record in records))
 
 
-def show(console: Console, records: list[dict[str, Any]]) -> None:
+def show(console: Console, records: list[Record]) -> None:
     """Print one line per model and variant."""
     rows = []
     for record in (record for record in records if "error" not in record):
