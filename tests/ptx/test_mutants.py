@@ -30,7 +30,7 @@ IDLE = {
 }
 
 
-@pytest.mark.ptx
+@pytest.mark.planted
 @pytest.mark.parametrize("op", each(PRIMITIVE))
 def test_nothing_that_synchronises_can_be_left_out(op: Op) -> None:
     require(op, PLACE)
