@@ -167,12 +167,12 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
             features[:, ::3] = 0
             features[:, 1::5] *= 4
         quality = _eighths(batch, tokens, device=device).to(dtype)
-        weights = ((), (quality,), (quality.float(), False), (quality, True))[index % 4]
-        yield features.to(dtype), k, *weights
+        given = ((), (quality,), (quality.float(), False), (quality, True))[index % 4]
+        yield features.to(dtype), k, *given
     for index, (sizes, kept) in enumerate(_ROWS):
-        quality = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
+        weights = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
         features = _signs(1, sum(sizes), (16, 64)[index % 2], device).to(dtype)
-        yield features, sum(kept), quality, index % 2 == 0, *_bounds(sizes, kept, device)
+        yield features, sum(kept), weights, index % 2 == 0, *_bounds(sizes, kept, device)
     doubles = _signs(1, 15, 64, device).repeat(1, 4, 1).to(dtype)
     yield doubles, 33
     yield doubles, 33, torch.zeros(1, 60, device=device, dtype=dtype)
