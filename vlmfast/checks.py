@@ -75,13 +75,12 @@ def within(name: str, value: int, most: int, of: str, *sizes: int) -> None:
         raise ValueError(f"{name} must be within 0 and {most}, {of.format(*sizes)}, got {value}")
 
 
-def bounds(name: str, value: object, parts: str, last: int, of: str, other_name: str, other: Tensor) -> None:
+def bounds(name: str, value: Tensor, parts: str, last: int, of: str, other_name: str, other: Tensor) -> None:
     """Raise unless ``value`` says where ``parts`` begin and the last one ends: int32, from 0 to ``last``, ``of`` what.
 
     The values of a tensor on a GPU are not read.
     """
     tensor(name, value, dtypes=(torch.int32,))
-    assert isinstance(value, Tensor)
     if value.dim() != 1 or value.shape[0] < 1:
         raise ValueError(f"{name} must have shape ({parts} + 1,), got {tuple(value.shape)}")
     same_device(name, value, other_name, other)

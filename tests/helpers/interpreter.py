@@ -33,6 +33,19 @@ def sum_of_halves(values: np.ndarray, axis: int) -> np.ndarray:
     return rows[0]
 
 
+def _repair_sums(operations) -> None:
+    add_up = operations.sum
+
+    def add_halves(self, input):
+        values, axis = input.handle.data, self.axis
+        if axis is None or not np.issubdtype(values.dtype, np.floating):
+            return add_up(self, input)
+        found = sum_of_halves(values, axis)
+        return self.to_tensor(np.expand_dims(found, axis) if self.keep_dims else found, input.dtype)
+
+    operations.sum = add_halves
+
+
 def repair() -> None:
     """Repair the interpreter in this process: exact bfloat16 and sums, assertions in debug launches, less overhead."""
     import triton.language as tl
@@ -101,17 +114,7 @@ def repair() -> None:
 
     interpreter.GridExecutor.__call__ = with_options
 
-    add_up = interpreter.ReduceOps.sum
-
-    def add_halves(self, input):
-        values, axis = input.handle.data, self.axis
-        if axis is None or not np.issubdtype(values.dtype, np.floating):
-            return add_up(self, input)
-        found = sum_of_halves(values, axis)
-        return self.to_tensor(np.expand_dims(found, axis) if self.keep_dims else found, input.dtype)
-
-    interpreter.ReduceOps.sum = add_halves
-
+    _repair_sums(interpreter.ReduceOps)
     convert = interpreter._convert_float
 
     def exact(values, source, target, rounding_mode):

@@ -294,13 +294,15 @@ def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *mor
     return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
 
 
-def dpp_map_bytes(features: Tensor, k: int, relevance: Tensor | None = None) -> int:
+def dpp_map_bytes(features: Tensor, k: int, relevance: Tensor | None = None, *more: Any) -> int:
     """Count features in, and out the matrix of their products, of which the rows of chosen tokens are read again."""
     batch, tokens = features.shape[:2]
     return features.nbytes + 4 * batch * tokens * (tokens + 3 * k) + (0 if relevance is None else relevance.nbytes)
 
 
-def coverage_bytes(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> int:
+def coverage_bytes(
+    similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None, *more: Any
+) -> int:
     """Count all operands once: what is read again depends on them."""
     given = [x for x in (similarity, row_weights, quality) if x is not None]
     return sum(x.nbytes for x in given) + 8 * similarity.shape[0] * k
