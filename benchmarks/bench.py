@@ -26,6 +26,7 @@ from vlmfast.benchmarks.modes import MODES
 from vlmfast.benchmarks.ops import benchmark
 from vlmfast.cases import Workloads
 from vlmfast.console import CommandError, console, needed, usable_device, writable
+from vlmfast.reduce.spelling import spell
 from vlmfast.registry import OPS, Op
 
 PUBLIC = [name for name in OPS if name in vlmfast.__all__]
@@ -184,6 +185,8 @@ def _measure(options: Namespace, kept: Path | None, console: Console) -> Run:
             save=functools.partial(keep, "models"),
             budget=options.budget,
             earlier=found["models"],
+            reduce=options.reduce and spell(options.reduce),
+            layers=options.layers,
         )
         keep("models", records)
         report.show_models(console, records)

@@ -12,6 +12,7 @@ from typing import Any
 from vlmfast.benchmarks import digits, digits_models, gpu_report, launches, modes, peers, published, training
 from vlmfast.benchmarks.bench import KNOWN, PUBLIC, run
 from vlmfast.console import DEFAULT, DTYPES, positive, seconds, seed
+from vlmfast.demo_reduce import parse_method
 
 NAMES = ("ops", "models", "training", "launches", "gpu", "digits")
 
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:
     model: dict[str, Any] = {"metavar": "MODEL", "nargs": "*", "type": _one_of("model", published.MODELS)}
 
     command = _add_timed(benches, "ops", "the ops, on their real shapes")
-    command.set_defaults(size=None, modes=[], budget=None)
+    command.set_defaults(size=None, modes=[], budget=None, reduce=None, layers=None)
     what = "such as rms_norm, or rms_norm:600x2048 alone; default: every public op"
     command.add_argument("ops", metavar="OP[:WORKLOAD]", nargs="*", type=_op, help=what)
     kinds = (*peers.KINDS, "none")
@@ -41,6 +42,10 @@ def add(commands: Any) -> None:
     what = "as published (default on a GPU), small (default on a CPU), or narrow: the time of the host alone"
     command.add_argument("--size", choices=published.SIZES, help=what)
     command.add_argument("--full", dest="size", action="store_const", const="full", help="the same as --size full")
+    what = "how visual tokens are reduced, such as fastv:2:0.5; default: the method of each model"
+    command.add_argument("--reduce", metavar="METHOD", type=parse_method, help=what)
+    what = "of the language model; default: those of the size"
+    command.add_argument("--layers", metavar="N", type=positive, help=what)
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)
     command.add_argument("--budget", metavar="SECONDS", type=seconds, help="begin no other model after so many seconds")

@@ -11,6 +11,7 @@ time is that of the host, which limits an eager GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import multiprocessing
@@ -100,6 +101,8 @@ def run(
     save: Save = lambda records: None,
     budget: float | None = None,
     earlier: Sequence[Record] = (),
+    reduce: str | None = None,
+    layers: int | None = None,
 ) -> list[Record]:
     """Measure models, in the order of their names.
 
@@ -113,22 +116,25 @@ def run(
         save: called with all records so far, after each model and mode.
         budget: seconds after which no further model is started.
         earlier: records of an earlier run; a model is not measured again in a mode in which it has some.
+        reduce: the text of how visual tokens are reduced; None for the method of each model.
+        layers: of the language model; None for the number of the size.
 
     Returns:
         One record per model, mode and variant.
     """
     start = time.monotonic()
     records: list[Record] = list(earlier)
+    asked = {key: value for key, value in (("reduce", reduce), ("layers", layers)) if value is not None}
     for name in names or published.MODELS:
         if len(records) > len(earlier) and budget is not None and time.monotonic() - start > budget:
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
-        common = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+        common: Record = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch."), **asked}
         left = [mode for mode in modes if not any({**common, "mode": mode}.items() <= r.items() for r in earlier)]
         if not left:
             continue
         if not console.is_terminal:  # rich shows its status line on a terminal only
-            console.print(f"{', '.join(common.values())}: {', '.join(left)}")
+            console.print(f"{', '.join(map(str, common.values()))}: {', '.join(left)}")
         for found in _all_modes(common, left, device, console):
             records += found
             save(records)
@@ -172,8 +178,10 @@ def _graphs(common: Record, device: str, threads: int) -> list[Record]:
 def _one_model(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
     """Yield the records of one model, mode by mode, and free its memory afterwards."""
     recipe = published.MODELS[common["model"]]
+    recipe = dataclasses.replace(recipe, method=common.get("reduce", recipe.method))
     try:
-        model, inputs = recipe.build(common["size"], getattr(torch, common["dtype"]), device)
+        dtype = getattr(torch, common["dtype"])
+        model, inputs = recipe.build(common["size"], dtype, device, common.get("layers"))
     except Exception as error:  # for example, too little memory, or a transformers release without the model
         yield [{**common, "variant": "all", "error": one_line(error)}]
         return

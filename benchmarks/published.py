@@ -34,7 +34,7 @@ class Published:
         small_text: overrides of ``text`` for size "small".
         small_vision: overrides of ``vision`` for size "small".
         pixels: the shape of the ``pixel_values`` that the processor makes of one image.
-        method: how its visual tokens are reduced; None where they cannot be.
+        method: how its visual tokens are reduced, or the text of that; None where they cannot be.
         beside: further outputs of the processor, as lists.
     """
 
@@ -45,15 +45,21 @@ class Published:
     small_text: dict[str, Any]
     small_vision: dict[str, Any]
     pixels: tuple[int, ...]
-    method: Method | None = None
+    method: Method | str | None = None
     beside: dict[str, list[list[int]]] = field(default_factory=dict)
 
-    def build(self, size: str, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Build the model of one of the `SIZES` in evaluation mode, and the inputs of one prompt with one image."""
+    def build(
+        self, size: str, dtype: torch.dtype, device: str, layers: int | None = None
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Build the model of one of the `SIZES` in evaluation mode, and the inputs of one prompt with one image.
+
+        ``layers`` is the number of the language model's layers, if it is not that of the size.
+        """
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         smaller = {"full": ({}, {}), "small": (self.small_text, self.small_vision), "narrow": self._narrow()}
         text = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **self.text, **smaller[size][0]}
+        text["num_hidden_layers"] = layers or text["num_hidden_layers"]
         vision = {**self.vision, **smaller[size][1]}
         if self.model_type.startswith("qwen"):
             vision["out_hidden_size"] = text["hidden_size"]

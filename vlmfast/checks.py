@@ -75,6 +75,21 @@ def within(name: str, value: int, most: int, of: str, *sizes: int) -> None:
         raise ValueError(f"{name} must be within 0 and {most}, {of.format(*sizes)}, got {value}")
 
 
+def bounds(name: str, value: Tensor, parts: str, last: int, of: str, other_name: str, other: Tensor) -> None:
+    """Raise unless ``value`` says where ``parts`` begin and the last one ends: int32, from 0 to ``last``, ``of`` what.
+
+    The values of a tensor on a GPU are not read.
+    """
+    tensor(name, value, dtypes=(torch.int32,))
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"{name} must have shape ({parts} + 1,), got {tuple(value.shape)}")
+    same_device(name, value, other_name, other)
+    if on_host(value):
+        found = value.tolist()
+        if found[0] != 0 or found[-1] != last or found != sorted(found):
+            raise ValueError(f"{name} must rise from 0 to {last}, {of}, got {found}")
+
+
 def expect(condition: Tensor, message: str) -> None:
     """Raise on a CPU, or fail a device-side assertion on a GPU, without a synchronisation."""
     if not in_function_transform():  # vmap has no rule for it

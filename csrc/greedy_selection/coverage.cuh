@@ -13,7 +13,10 @@ struct CoverageState {
   float *quality, *bound;   // (tokens,); bound: of the gain, or kTaken
   float* step;              // (tokens,): the step that computed the gain
 
-  static int64_t size(int64_t tokens, int64_t rows) { return 2 * rows + 3 * tokens; }
+  // Returns the size of the state of all.
+  static int64_t size(const CoverageArguments& args) {
+    return 2 * args.images.count * args.rows + 3 * args.batch * args.tokens;
+  }
   __device__ __forceinline__ CoverageState(float* numbers, int tokens, int rows)
       : weight(numbers),
         covered(numbers + rows),
@@ -41,13 +44,13 @@ __device__ __forceinline__ float gain_of(const scalar_t* similarity, const Cover
 
 // Finds the token of the warp with the highest gain. Only one lane reads and writes a token's bound.
 template <typename scalar_t>
-__device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarity, int64_t batch,
-                                             const CoverageState& state, int tokens, int rows, int step) {
+__device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarity, const Image& image,
+                                             const CoverageState& state, int rows, int step) {
   constexpr int kWarps = GreedyPolicy::kWarps;
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp;
   while (true) {
     Best best;
-    for (int token = first + lane * kWarps; token < tokens; token += kWarps * kWarp) {
+    for (int token = first + lane * kWarps; token < image.tokens; token += kWarps * kWarp) {
       if (state.bound[token] != kTaken) best.offer(state.bound[token], token);
     }
     const unsigned own = best.token;
@@ -56,7 +59,8 @@ __device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarit
     const bool is_own = own == best.token;
     const bool is_new = __ballot_sync(kAllLanes, is_own && state.step[own] == step) != 0;
     if (is_new) return best;
-    const float gain = gain_of(similarity.at(batch, int64_t{best.token}), state, rows) * state.quality[best.token];
+    const scalar_t* const covering = similarity.at(image.row, int64_t{image.first} + best.token);
+    const float gain = gain_of(covering, state, rows) * state.quality[best.token];
     if (is_own) {
       state.bound[own] = gain;
       state.step[own] = step;
@@ -67,41 +71,41 @@ __device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarit
 template <typename scalar_t>
 __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     coverage_kernel(Input<scalar_t, 3> similarity,  // (batch, tokens, rows)
-                    Weights row_weights,            // (batch, rows), or none
+                    Weights row_weights,            // (images, rows), or none
                     Weights quality,                // (batch, tokens), or none
-                    float* __restrict__ states,     // (batch, CoverageState::size(tokens, rows))
+                    float* __restrict__ states,     // (CoverageState::size,)
                     int64_t* __restrict__ chosen,   // (batch, k)
-                    GreedyPolicy policy, int rows) {
+                    Images images, int rows) {
   __shared__ BlockBest block_best;
   __shared__ BlockCount<GreedyPolicy::kThreads> counts;
-  const int tokens = policy.tokens;
   int turn = 0;
-  for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
-    const CoverageState state(states + batch * (2 * int64_t{rows} + 3 * int64_t{tokens}), tokens, rows);
-    VLMFAST_DEVICE_ASSERT(read_weights(row_weights, batch, rows, state.weight),
+  for (int64_t number = blockIdx.x; number < images.count; number += gridDim.x) {
+    const Image image = images.at(number);
+    const int tokens = image.tokens;
+    const CoverageState state(states + 2 * number * rows + 3 * image.token, tokens, rows);
+    VLMFAST_DEVICE_ASSERT(read_weights(row_weights, number, 0, rows, state.weight),
                           "row_weights must be finite and not negative");
-    VLMFAST_DEVICE_ASSERT(read_weights(quality, batch, tokens, state.quality),
+    VLMFAST_DEVICE_ASSERT(read_weights(quality, image.row, image.first, tokens, state.quality),
                           "quality must be finite and not negative");
     for_own(rows, [&](int row) { state.covered[row] = 0.f; });
-    if (policy.k == 0) continue;
+    if (image.k == 0) continue;
     __syncthreads();  // all weights are written
     for (int token = threadIdx.x / kWarp + threadIdx.x % kWarp * GreedyPolicy::kWarps; token < tokens;
          token += GreedyPolicy::kThreads) {
       state.bound[token] = INFINITY;
       state.step[token] = -1.f;
     }
-    for (int step = 0; step < policy.k; ++step) {
-      const Best own = best_of_warp(similarity, batch, state, tokens, rows, step);
+    for (int step = 0; step < image.k; ++step) {
+      const Best own = best_of_warp(similarity, image, state, rows, step);
       const int best = block_best.find(own, turn++);
       if (static_cast<unsigned>(best) == own.token && threadIdx.x % kWarp == best / GreedyPolicy::kWarps % kWarp) {
         state.bound[best] = kTaken;
       }
-      const scalar_t* const covering = similarity.at(batch, int64_t{best});
+      const scalar_t* const covering = similarity.at(image.row, int64_t{image.first} + best);
       for_own(rows, [&](int row) { state.covered[row] = fmaxf(state.covered[row], sound(to_float(covering[row]))); });
       __syncthreads();  // the rows are covered
     }
-    write_taken(tokens, [&](int token) { return state.bound[token] == kTaken; }, counts, chosen + batch * policy.k,
-                turn);
+    write_taken(image, [&](int token) { return state.bound[token] == kTaken; }, counts, chosen, turn);
   }
 }
 

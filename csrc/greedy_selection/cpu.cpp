@@ -146,30 +146,75 @@ void choose_farthest(const TokenRows& rows, Dtype dtype, int64_t k, const float*
   }
 }
 
-// Calls choose(rows, dtype, weights, positions) for each image.
+// Where an image is, and how many of its tokens are chosen.
+struct Image {
+  int64_t row, first, tokens;  // the row of tokens, the first one in it, how many
+  int64_t place, k;            // the first one chosen, how many
+};
+
+std::vector<Image> images_of(const ImageArguments& call, int64_t batch, int64_t tokens, int64_t k) {
+  std::vector<Image> images;
+  if (!call.cu_seqlens) {
+    for (int64_t b = 0; b < batch; ++b) images.push_back({b, 0, tokens, b * k, k});
+    return images;
+  }
+  const int32_t *const ends = call.cu_seqlens.at<int32_t>(), *const kept = call.cu_kept.at<int32_t>();
+  const auto rises = [&](const int32_t* from, int64_t last) {
+    return from[0] == 0 && from[call.count] == last && std::is_sorted(from, from + call.count + 1);
+  };
+  STD_TORCH_CHECK(rises(ends, tokens), "cu_seqlens must rise from 0 to ", tokens, ", the tokens of a row");
+  STD_TORCH_CHECK(rises(kept, k), "cu_kept must rise from 0 to ", k, ", which is k");
+  for (int64_t i = 0; i < call.count; ++i) {
+    images.push_back({0, ends[i], ends[i + 1] - ends[i], kept[i], kept[i + 1] - kept[i]});
+    STD_TORCH_CHECK(images[i].tokens <= call.longest, "longest must be the most tokens of an image, got ",
+                    call.longest);
+    STD_TORCH_CHECK(images[i].k <= images[i].tokens, "cu_kept must not rise faster than cu_seqlens");
+  }
+  return images;
+}
+
+// Calls choose(number, image, positions) for each image of which some tokens are chosen; positions count from its first
+// token. `work` is that of a row.
 template <class Choose>
-Tensor choose_by_features(const FeatureArguments& call, const Tensor& features_tensor, int64_t k,
-                          const char* weights_name, const Choose& choose) {
-  const int64_t batch = call.batch, tokens = call.tokens;
-  const std::vector<float> weights = weights_of(call.quality, batch, tokens, weights_name);
-  Tensor chosen = allocate({batch, k}, features_tensor, Dtype::kInt64);
+Tensor choose_each(const std::vector<Image>& images, const Tensor& rows, int64_t batch, int64_t k, int64_t work,
+                   const Choose& choose) {
+  Tensor chosen = allocate({batch, k}, rows, Dtype::kInt64);
   if (chosen.numel() == 0) return chosen;
   int64_t* const positions = static_cast<int64_t*>(chosen.mutable_data_ptr());
-  parallel_rows(batch, row_ranges(batch, tokens * call.size), [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t b = begin; b < end; ++b) {
-      const TokenRows rows{tokens, call.size, call.features.at(b), call.features.stride(1) * call.features.width()};
-      choose(rows, call.dtype, weights.data() + b * tokens, positions + b * k);
+  const int64_t count = static_cast<int64_t>(images.size());
+  parallel_rows(count, row_ranges(count, work), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Image& image = images[i];
+      if (image.k == 0) continue;
+      choose(i, image, positions + image.place);
+      for (int64_t j = 0; j < image.k; ++j) positions[image.place + j] += image.first;
     }
   });
   return chosen;
 }
 
+// Calls choose(rows, dtype, k, weights, positions) for each image.
+template <class Choose>
+Tensor choose_by_features(const FeatureArguments& call, const Tensor& features_tensor, int64_t k,
+                          const char* weights_name, const Choose& choose) {
+  const std::vector<float> weights = weights_of(call.quality, call.batch, call.tokens, weights_name);
+  const auto images = images_of(call.images, call.batch, call.tokens, k);
+  return choose_each(images, features_tensor, call.batch, k, call.images.longest * call.size,
+                     [&](int64_t, const Image& image, int64_t* positions) {
+    const TokenRows rows{image.tokens, call.size, call.features.at(image.row, image.first),
+                         call.features.stride(1) * call.features.width()};
+    choose(rows, call.dtype, image.k, weights.data() + image.row * call.tokens + image.first, positions);
+  });
+}
+
 Tensor farthest(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& quality_tensor,
-                bool first_by_quality) {
-  const FeatureArguments call(features_tensor, k, quality_tensor, "quality");
-  return choose_by_features(call, features_tensor, k, "quality",
-                            [&](const TokenRows& rows, Dtype dtype, const float* weights, int64_t* positions) {
-    choose_farthest(rows, dtype, k, weights, first_by_quality, positions);
+                bool first_by_quality, const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& cu_kept,
+                int64_t longest) {
+  const FeatureArguments call(features_tensor, k, quality_tensor, "quality", cu_seqlens, cu_kept, longest);
+  return choose_by_features(
+      call, features_tensor, k, "quality",
+      [&](const TokenRows& rows, Dtype dtype, int64_t each, const float* weights, int64_t* positions) {
+    choose_farthest(rows, dtype, each, weights, first_by_quality, positions);
   });
 }
 
@@ -207,12 +252,10 @@ void choose_diverse(const TokenRows& rows, Dtype dtype, int64_t k, const float* 
   std::sort(positions, positions + k);
 }
 
-Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& relevance_tensor) {
-  const FeatureArguments call(features_tensor, k, relevance_tensor, "relevance");
-  return choose_by_features(call, features_tensor, k, "relevance",
-                            [&](const TokenRows& rows, Dtype dtype, const float* weights, int64_t* positions) {
-    choose_diverse(rows, dtype, k, weights, positions);
-  });
+Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Tensor>& relevance_tensor,
+               const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& cu_kept, int64_t longest) {
+  const FeatureArguments call(features_tensor, k, relevance_tensor, "relevance", cu_seqlens, cu_kept, longest);
+  return choose_by_features(call, features_tensor, k, "relevance", choose_diverse);
 }
 
 // ---- coverage ----
@@ -229,22 +272,23 @@ struct Bound {
 
 // Chooses for one image. Gains only shrink, in float32 too, so a step recomputes only the few gains whose bounds are
 // above all others.
-void choose_covering(const View<3>& similarity, int64_t b, int64_t k, const float* weights, const float* quality,
+void choose_covering(const View<3>& similarity, const Image& image, const float* weights, const float* quality,
                      int64_t* positions) {
-  const int64_t tokens = similarity.size(1), rows = similarity.size(2);
+  const int64_t tokens = image.tokens, rows = similarity.size(2);
   const auto& table = kernels<GreedySelectionKernels>();
   const auto gain = table.gain[similarity.dtype()];
   std::vector<float> covered(rows);
   std::vector<Bound> heap(tokens);
   const auto look_at = [&](int64_t token, int64_t step) {
-    const float worth = gain(similarity.at(b, token), rows, covered.data(), weights) * quality[token];
+    const float worth =
+        gain(similarity.at(image.row, image.first + token), rows, covered.data(), weights) * quality[token];
     return Bound{worth, static_cast<int32_t>(token), static_cast<int32_t>(step)};
   };
   parallel_rows(tokens, row_ranges(tokens, rows), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t token = begin; token < end; ++token) heap[token] = look_at(token, 0);
   });
   std::make_heap(heap.begin(), heap.end());
-  for (int64_t step = 0; step < k; ++step) {
+  for (int64_t step = 0; step < image.k; ++step) {
     while (heap.front().step < step) {
       std::pop_heap(heap.begin(), heap.end());
       heap.back() = look_at(heap.back().token, step);
@@ -252,27 +296,24 @@ void choose_covering(const View<3>& similarity, int64_t b, int64_t k, const floa
     }
     std::pop_heap(heap.begin(), heap.end());
     positions[step] = heap.back().token;
-    table.cover[similarity.dtype()](similarity.at(b, heap.back().token), rows, covered.data());
+    table.cover[similarity.dtype()](similarity.at(image.row, image.first + heap.back().token), rows, covered.data());
     heap.pop_back();
   }
-  std::sort(positions, positions + k);
+  std::sort(positions, positions + image.k);
 }
 
 Tensor coverage(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,
-                const std::optional<Tensor>& quality_tensor) {
-  const CoverageArguments call(similarity_tensor, k, row_weights_tensor, quality_tensor);
-  const int64_t batch = call.batch, tokens = call.tokens, rows = call.rows;
-  const std::vector<float> quality = weights_of(call.quality, batch, tokens, "quality");
-  const std::vector<float> weights = weights_of(call.row_weights, batch, rows, "row_weights");
-  Tensor chosen = allocate({batch, k}, similarity_tensor, Dtype::kInt64);
-  if (chosen.numel() == 0) return chosen;
-  int64_t* const positions = static_cast<int64_t*>(chosen.mutable_data_ptr());
-  parallel_rows(batch, row_ranges(batch, tokens * rows), [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t b = begin; b < end; ++b) {
-      choose_covering(call.similarity, b, k, weights.data() + b * rows, quality.data() + b * tokens, positions + b * k);
-    }
+                const std::optional<Tensor>& quality_tensor, const std::optional<Tensor>& cu_seqlens,
+                const std::optional<Tensor>& cu_kept, int64_t longest) {
+  const CoverageArguments call(similarity_tensor, k, row_weights_tensor, quality_tensor, cu_seqlens, cu_kept, longest);
+  const std::vector<float> quality = weights_of(call.quality, call.batch, call.tokens, "quality");
+  const std::vector<float> weights = weights_of(call.row_weights, call.images.count, call.rows, "row_weights");
+  const auto images = images_of(call.images, call.batch, call.tokens, k);
+  return choose_each(images, similarity_tensor, call.batch, k, call.images.longest * call.rows,
+                     [&](int64_t number, const Image& image, int64_t* positions) {
+    choose_covering(call.similarity, image, weights.data() + number * call.rows,
+                    quality.data() + image.row * call.tokens + image.first, positions);
   });
-  return chosen;
 }
 
 }  // namespace

@@ -21,58 +21,63 @@
 namespace vlmfast {
 namespace {
 
-// Writes the Gram matrices, (batch, tokens, tokens), into a buffer, and returns the buffer's data.
-float* gram(const DeviceScope& scope, const View<3>& features, const Tensor& buffer) {
+// Writes the Gram matrices, (batch, tokens, longest), into a buffer, and returns the buffer's data.
+float* gram(const DeviceScope& scope, const View<3>& features, const Images& images, const Tensor& buffer) {
   float* const products = scope.output<float>(buffer);
-  const GramPolicy policy(features.size(0), features.size(1), features.size(2));
+  const GramPolicy policy(images, features.size(2));
   const bool in_vectors = vectors_fit(kVectorBytes, features);
   with_dtype(features.dtype(), [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kVec = kVectorBytes / sizeof(scalar_t);
     launch_blocks(scope, in_vectors ? gram_kernel<scalar_t, kVec> : gram_kernel<scalar_t, 1>, policy.blocks,
-                  GramPolicy::kThreads, sizeof(GramTile<scalar_t>), scope.input<scalar_t>(features), products, policy);
+                  GramPolicy::kThreads, sizeof(GramTile<scalar_t>), scope.input<scalar_t>(features), products, images,
+                  policy);
   });
   return products;
 }
 
-// Chooses by the Gram matrices. The kernel's state has `rows` floats per token; `last` are its last arguments.
+// Chooses by the Gram matrices. The kernel's state has `size` floats; `last` are its last arguments.
 template <typename Kernel, typename... Last>
-Tensor choose(Kernel kernel, int64_t rows, const Tensor& features_tensor, int64_t k,
-              const std::optional<Tensor>& weights_tensor, const char* weights_name, Last... last) {
-  const FeatureArguments args(features_tensor, k, weights_tensor, weights_name);
+Tensor choose(Kernel kernel, int64_t size, const FeatureArguments& args, const Tensor& features_tensor, int64_t k,
+              Last... last) {
   Tensor chosen = allocate({args.batch, k}, features_tensor, Dtype::kInt64);
   if (args.batch * args.tokens == 0) return chosen;
   const DeviceScope scope(features_tensor);
-  const Tensor buffer = float_buffer(args.batch * args.tokens * args.tokens, features_tensor);
-  const float* const products = gram(scope, args.features, buffer);
-  const Tensor state = float_buffer(args.batch * rows * args.tokens, features_tensor);
-  const GreedyPolicy policy(args.batch, args.tokens, k);
-  launch_blocks(scope, kernel, policy.batch, GreedyPolicy::kThreads, 0, products, as_weights(scope, args.quality),
-                scope.output<float>(state), scope.output<int64_t>(chosen), policy, last...);
+  const Images images(scope, args.images, args.batch, args.tokens, k);
+  const Tensor buffer = float_buffer(args.batch * args.tokens * images.longest, features_tensor);
+  const float* const products = gram(scope, args.features, images, buffer);
+  const Tensor state = float_buffer(size, features_tensor);
+  launch_blocks(scope, kernel, images.count, GreedyPolicy::kThreads, 0, products, as_weights(scope, args.quality),
+                scope.output<float>(state), scope.output<int64_t>(chosen), images, last...);
   return chosen;
 }
 
-Tensor farthest(const Tensor& features, int64_t k, const std::optional<Tensor>& quality, bool first_by_quality) {
-  return choose(farthest_kernel, FarthestState::kRows, features, k, quality, "quality", first_by_quality);
+Tensor farthest(const Tensor& features, int64_t k, const std::optional<Tensor>& quality, bool first_by_quality,
+                const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& cu_kept, int64_t longest) {
+  const FeatureArguments args(features, k, quality, "quality", cu_seqlens, cu_kept, longest);
+  return choose(farthest_kernel, args.batch * FarthestState::kRows * args.tokens, args, features, k, first_by_quality);
 }
 
-Tensor dpp_map(const Tensor& features, int64_t k, const std::optional<Tensor>& relevance) {
-  return choose(dpp_map_kernel, DppState::rows(k), features, k, relevance, "relevance");
+Tensor dpp_map(const Tensor& features, int64_t k, const std::optional<Tensor>& relevance,
+               const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& cu_kept, int64_t longest) {
+  const FeatureArguments args(features, k, relevance, "relevance", cu_seqlens, cu_kept, longest);
+  return choose(dpp_map_kernel, DppState::size(args, k), args, features, k);
 }
 
 Tensor coverage(const Tensor& similarity_tensor, int64_t k, const std::optional<Tensor>& row_weights_tensor,
-                const std::optional<Tensor>& quality_tensor) {
-  const CoverageArguments args(similarity_tensor, k, row_weights_tensor, quality_tensor);
+                const std::optional<Tensor>& quality_tensor, const std::optional<Tensor>& cu_seqlens,
+                const std::optional<Tensor>& cu_kept, int64_t longest) {
+  const CoverageArguments args(similarity_tensor, k, row_weights_tensor, quality_tensor, cu_seqlens, cu_kept, longest);
   Tensor chosen = allocate({args.batch, k}, similarity_tensor, Dtype::kInt64);
   if (args.batch * args.tokens == 0) return chosen;
   const DeviceScope scope(similarity_tensor);
-  const Tensor state = float_buffer(args.batch * CoverageState::size(args.tokens, args.rows), similarity_tensor);
-  const GreedyPolicy policy(args.batch, args.tokens, k);
+  const Images images(scope, args.images, args.batch, args.tokens, k);
+  const Tensor state = float_buffer(CoverageState::size(args), similarity_tensor);
   with_dtype(args.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    launch_blocks(scope, coverage_kernel<scalar_t>, policy.batch, GreedyPolicy::kThreads, 0,
+    launch_blocks(scope, coverage_kernel<scalar_t>, images.count, GreedyPolicy::kThreads, 0,
                   scope.input<scalar_t>(args.similarity), as_weights(scope, args.row_weights),
-                  as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), policy,
+                  as_weights(scope, args.quality), scope.output<float>(state), scope.output<int64_t>(chosen), images,
                   static_cast<int>(args.rows));
   });
   return chosen;

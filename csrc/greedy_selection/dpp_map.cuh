@@ -11,12 +11,15 @@ struct DppState {
   float *inverse, *relevance, *left;  // (tokens,); left: or kTaken
   float* shares;                      // (k, tokens)
 
-  static constexpr int64_t rows(int64_t k) { return 3 + k; }
-  __device__ __forceinline__ DppState(float* numbers, int tokens)
-      : inverse(numbers),
-        relevance(numbers + tokens),
-        left(numbers + 2 * int64_t{tokens}),
-        shares(numbers + 3 * int64_t{tokens}) {}
+  // Returns the size of the state of all: three rows, and behind them the shares, as many as are chosen.
+  static int64_t size(const FeatureArguments& args, int64_t k) {
+    return args.batch * (3 * args.tokens + k * args.images.longest);
+  }
+  __device__ __forceinline__ DppState(float* numbers, const Images& images, const Image& image)
+      : inverse(numbers + 3 * image.token),
+        relevance(inverse + image.tokens),
+        left(relevance + image.tokens),
+        shares(numbers + 3 * images.batch * images.tokens + image.place * images.longest) {}
 
   // Offers a token. One that has nothing left comes behind all others, by its relevance.
   __device__ __forceinline__ void offer(Best& best, int token) const {
@@ -26,31 +29,32 @@ struct DppState {
 };
 
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
-    dpp_map_kernel(const float* __restrict__ products,  // (batch, tokens, tokens), the Gram matrices
+    dpp_map_kernel(const float* __restrict__ products,  // (batch, tokens, longest), the Gram matrices
                    Weights relevance,                   // (batch, tokens), or none
-                   float* __restrict__ states,          // (batch, DppState::rows(k), tokens)
+                   float* __restrict__ states,          // (DppState::size,)
                    int64_t* __restrict__ chosen,        // (batch, k)
-                   GreedyPolicy policy) {
+                   Images images) {
   __shared__ BlockBest block_best;
   __shared__ BlockCount<GreedyPolicy::kThreads> counts;
-  const int tokens = policy.tokens;
   int turn = 0;
-  for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
-    const float* const product = products + batch * tokens * tokens;
-    const DppState state(states + batch * DppState::rows(policy.k) * tokens, tokens);
-    VLMFAST_DEVICE_ASSERT(read_weights(relevance, batch, tokens, state.relevance),
+  for (int64_t number = blockIdx.x; number < images.count; number += gridDim.x) {
+    const Image image = images.at(number);
+    const int tokens = image.tokens;
+    const float* const product = products + image.token * images.longest;
+    const DppState state(states, images, image);
+    VLMFAST_DEVICE_ASSERT(read_weights(relevance, image.row, image.first, tokens, state.relevance),
                           "relevance must be finite and not negative");
-    if (policy.k == 0) continue;
+    if (image.k == 0) continue;
     Best own;
     for_own(tokens, [&](int token) {
-      const float inverse = inverse_length(product[token * (int64_t{tokens} + 1)]);
+      const float inverse = inverse_length(product[token * (int64_t{images.longest} + 1)]);
       state.inverse[token] = inverse;
       state.left[token] = inverse != 0.f ? 1.f : 0.f;
       state.offer(own, token);
     });
-    for (int step = 0; step < policy.k; ++step) {
+    for (int step = 0; step < image.k; ++step) {
       const int best = block_best.find(own, turn++);  // behind its barrier all shares are written
-      const float* const row = product + int64_t{best} * tokens;
+      const float* const row = product + int64_t{best} * images.longest;
       const float inverse = state.inverse[best], left_of_best = state.left[best];
       const float scale = left_of_best > 0.f ? 1.f / sqrtf(left_of_best) : 0.f;
       __syncthreads();  // all threads have read left_of_best
@@ -72,8 +76,7 @@ static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
         state.offer(own, token);
       });
     }
-    write_taken(tokens, [&](int token) { return state.left[token] == kTaken; }, counts, chosen + batch * policy.k,
-                turn);
+    write_taken(image, [&](int token) { return state.left[token] == kTaken; }, counts, chosen, turn);
   }
 }
 

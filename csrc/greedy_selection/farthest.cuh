@@ -30,22 +30,24 @@ struct FarthestState {
 };
 
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
-    farthest_kernel(const float* __restrict__ products,  // (batch, tokens, tokens), the Gram matrices
+    farthest_kernel(const float* __restrict__ products,  // (batch, tokens, longest), the Gram matrices
                     Weights quality,                     // (batch, tokens), or none
                     float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)
                     int64_t* __restrict__ chosen,        // (batch, k)
-                    GreedyPolicy policy, bool first_by_quality) {
+                    Images images, bool first_by_quality) {
   __shared__ BlockBest block_best;
   __shared__ BlockCount<GreedyPolicy::kThreads> counts;
-  const int tokens = policy.tokens;
   int turn = 0;
-  for (int64_t batch = blockIdx.x; batch < policy.batch; batch += gridDim.x) {
-    const float* const product = products + batch * tokens * tokens;
-    const FarthestState state(states + batch * FarthestState::kRows * tokens, tokens);
-    VLMFAST_DEVICE_ASSERT(read_weights(quality, batch, tokens, state.weight),
+  for (int64_t number = blockIdx.x; number < images.count; number += gridDim.x) {
+    const Image image = images.at(number);
+    const int tokens = image.tokens;
+    const float* const product = products + image.token * images.longest;
+    const FarthestState state(states + image.token * FarthestState::kRows, tokens);
+    VLMFAST_DEVICE_ASSERT(read_weights(quality, image.row, image.first, tokens, state.weight),
                           "quality must be finite and not negative");
-    if (policy.k == 0) continue;
-    for_own(tokens, [&](int token) { state.inverse[token] = inverse_length(product[token * (int64_t{tokens} + 1)]); });
+    if (image.k == 0) continue;
+    for_own(tokens,
+            [&](int token) { state.inverse[token] = inverse_length(product[token * (int64_t{images.longest} + 1)]); });
     __syncthreads();  // all lengths are written
     Best own;
     for_own(tokens, [&](int token) {
@@ -53,15 +55,15 @@ static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
       float largest = -1.f;  // cosine to another token
 #pragma unroll 8
       for (int other = 0; other < tokens; ++other) {
-        const float cosine = cosine_of(product[int64_t{other} * tokens + token], state.inverse[other], inverse);
+        const float cosine = cosine_of(product[int64_t{other} * images.longest + token], state.inverse[other], inverse);
         if (other != token) largest = fmaxf(largest, cosine);
       }
       own.offer(first_by_quality ? distance_of(largest) * state.weight[token] : distance_of(largest), token);
       state.nearest[token] = 2.f;  // no distance is larger
     });
-    for (int left = policy.k; left > 0; --left) {
+    for (int left = image.k; left > 0; --left) {
       const int best = block_best.find(own, turn++);
-      const float* const row = product + int64_t{best} * tokens;
+      const float* const row = product + int64_t{best} * images.longest;
       const float inverse = state.inverse[best];
       own = Best{};
       for_own(tokens, [&](int token) {
@@ -74,8 +76,7 @@ static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
         }
       });
     }
-    write_taken(tokens, [&](int token) { return state.nearest[token] == kTaken; }, counts, chosen + batch * policy.k,
-                turn);
+    write_taken(image, [&](int token) { return state.nearest[token] == kTaken; }, counts, chosen, turn);
   }
 }
 

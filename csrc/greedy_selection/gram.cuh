@@ -2,21 +2,18 @@
 // cores, in float32 with plain multiply-adds.
 #pragma once
 
-#include "common/common.cuh"
-#include "common/cuda_torch.h"
+#include "greedy_selection/greedy.cuh"
 
 namespace vlmfast {
 
 struct GramPolicy {
   static constexpr int kThreads = 128, kTile = 64;  // a tile: tokens along each side of a square
   int64_t blocks;
-  int tokens, size, tiles;
+  int size, tiles;
 
-  GramPolicy(int64_t batch, int64_t tokens, int64_t size)
-      : tokens(static_cast<int>(tokens)),
-        size(static_cast<int>(size)),
-        tiles(static_cast<int>((tokens + kTile - 1) / kTile)) {
-    blocks = batch * tiles * tiles;
+  GramPolicy(const Images& images, int64_t size)
+      : size(static_cast<int>(size)), tiles((images.longest + kTile - 1) / kTile) {
+    blocks = images.count * tiles * tiles;
   }
 };
 
@@ -85,21 +82,22 @@ struct GramTile<float> {
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(GramPolicy::kThreads)
     gram_kernel(Input<scalar_t, 3> features,   // (batch, tokens, size)
-                float* __restrict__ products,  // (batch, tokens, tokens)
-                GramPolicy policy) {
+                float* __restrict__ products,  // (batch, tokens, longest)
+                Images images, GramPolicy policy) {
   using Tile = GramTile<scalar_t>;
   using Vec = Vector<scalar_t, kVec>;
   VLMFAST_DYNAMIC_SHARED(Tile, shared);
   for (int64_t block = blockIdx.x; block < policy.blocks; block += gridDim.x) {
     const int square = static_cast<int>(block % (int64_t{policy.tiles} * policy.tiles));
-    const int64_t batch = block / (int64_t{policy.tiles} * policy.tiles);
+    const Image image = images.at(block / (int64_t{policy.tiles} * policy.tiles));
     const int first_row = square / policy.tiles * Tile::kTile, first_other = square % policy.tiles * Tile::kTile;
+    if (first_row >= image.tokens || first_other >= image.tokens) continue;  // a shorter image has no such square
     const auto fetch = [&](int first, int first_depth, scalar_t(*to)[Tile::kPitch]) {
 #pragma unroll 4
       for (int i = threadIdx.x; i < Tile::kTile * Tile::kDepth / kVec; i += GramPolicy::kThreads) {
         const int row = i / (Tile::kDepth / kVec), depth = i % (Tile::kDepth / kVec) * kVec;
-        const bool exists = first + row < policy.tokens && first_depth + depth < policy.size;
-        (exists ? Vec::load(features.at(batch, int64_t{first} + row) + first_depth + depth) : Vec{})
+        const bool exists = first + row < image.tokens && first_depth + depth < policy.size;
+        (exists ? Vec::load(features.at(image.row, int64_t{image.first} + first + row) + first_depth + depth) : Vec{})
             .store(&to[row][depth]);
       }
     };
@@ -111,13 +109,13 @@ __global__ void __launch_bounds__(GramPolicy::kThreads)
       __syncthreads();
       shared->multiply(sums);
     }
-    float* const product = products + batch * policy.tokens * policy.tokens;
+    float* const product = products + image.token * images.longest;
 #pragma unroll
     for (int r = 0; r < 8; ++r) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int row = first_row + Tile::row_of(r, c), other = first_other + Tile::column_of(r, c);
-        if (row < policy.tokens && other < policy.tokens) product[int64_t{row} * policy.tokens + other] = sums[r][c];
+        if (row < image.tokens && other < image.tokens) product[int64_t{row} * images.longest + other] = sums[r][c];
       }
     }
   }

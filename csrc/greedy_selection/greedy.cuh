@@ -7,13 +7,44 @@
 
 namespace vlmfast {
 
+// Where an image is, and how many of its tokens are chosen.
+struct Image {
+  int64_t row;  // the row of tokens
+  int first;    // the first token, in the row
+  int tokens, k;
+  int64_t token, place;  // the first token over all rows, and where the first one chosen goes
+};
+
+// The images that tokens are chosen from: each of `batch` rows of tokens is one, or one row has several.
+struct Images {
+  int64_t batch, count;
+  int tokens, k;                        // of a row
+  int longest;                          // the most tokens of an image
+  const int32_t *cu_seqlens, *cu_kept;  // (count + 1,), or null: then each row is an image
+
+  Images(const DeviceScope& scope, const ImageArguments& images, int64_t batch, int64_t tokens, int64_t k)
+      : batch(batch),
+        count(images.count),
+        tokens(static_cast<int>(tokens)),
+        k(static_cast<int>(k)),
+        longest(static_cast<int>(images.longest)),
+        cu_seqlens(images.cu_seqlens ? scope.input<int32_t>(images.cu_seqlens).data : nullptr),
+        cu_kept(images.cu_seqlens ? scope.input<int32_t>(images.cu_kept).data : nullptr) {}
+
+  __device__ __forceinline__ Image at(int64_t image) const {
+    if (cu_seqlens == nullptr) return {image, 0, tokens, k, image * tokens, image * k};
+    const int first = cu_seqlens[image], place = cu_kept[image];
+    const Image found{0, first, cu_seqlens[image + 1] - first, cu_kept[image + 1] - place, first, place};
+    VLMFAST_DEVICE_ASSERT(first >= 0 && found.tokens >= 0 && found.tokens <= tokens - first && found.tokens <= longest,
+                          "cu_seqlens must rise to the tokens, by at most longest");
+    VLMFAST_DEVICE_ASSERT(place >= 0 && found.k >= 0 && found.k <= k - place && found.k <= found.tokens,
+                          "cu_kept must rise to k, no faster than cu_seqlens");
+    return found;
+  }
+};
+
 struct GreedyPolicy {
   static constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-  int64_t batch;
-  int tokens, k;
-
-  GreedyPolicy(int64_t batch, int64_t tokens, int64_t k)
-      : batch(batch), tokens(static_cast<int>(tokens)), k(static_cast<int>(k)) {}
 };
 
 constexpr float kTaken = -1.f;  // less than anything is worth
@@ -70,15 +101,15 @@ struct BlockBest {
   }
 };
 
-// The weights of a batch's tokens or rows, of any dtype; without data all are 1.
+// The weights of tokens or rows, of any dtype; without data all are 1.
 struct Weights {
   const void* data = nullptr;
   int64_t stride = 0;  // in elements
   Dtype dtype = Dtype::kFloat32;
 
-  __device__ __forceinline__ float at(int64_t batch, int i) const {
+  __device__ __forceinline__ float at(int64_t row, int64_t i) const {
     if (data == nullptr) return 1.f;
-    const int64_t element = batch * stride + i;
+    const int64_t element = row * stride + i;
     if (dtype == Dtype::kFloat16) return to_float(static_cast<const __half*>(data)[element]);
     if (dtype == Dtype::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[element]);
     return static_cast<const float*>(data)[element];
@@ -95,28 +126,29 @@ inline Weights as_weights(const DeviceScope& scope, const View<2>& view) {
   return weights;
 }
 
-// Copies the weights of an image to `to`; returns whether those that the thread copied are finite and not negative.
-__device__ __forceinline__ bool read_weights(const Weights& weights, int64_t batch, int count, float* to) {
+// Copies `count` weights of a row to `to`; returns whether those that the thread copied are finite and not negative.
+__device__ __forceinline__ bool read_weights(const Weights& weights, int64_t row, int first, int count, float* to) {
   bool sound = true;
   for_own(count, [&](int i) {
-    const float weight = weights.at(batch, i);
+    const float weight = weights.at(row, int64_t{first} + i);
     sound = sound && weight >= 0.f && weight < INFINITY;
     to[i] = weight;
   });
   return sound;
 }
 
-// Writes the positions of the tokens that is_taken(token) names, ascending. All threads of the block call it.
+// Writes the positions of an image's tokens that is_taken(token) names, ascending. All threads of the block call it.
 template <typename Taken>
-__device__ __forceinline__ void write_taken(int tokens, Taken is_taken, BlockCount<GreedyPolicy::kThreads>& counts,
-                                            int64_t* chosen, int& turn) {
+__device__ __forceinline__ void write_taken(const Image& image, Taken is_taken,
+                                            BlockCount<GreedyPolicy::kThreads>& counts, int64_t* chosen, int& turn) {
   int before = 0;
-  for (int first = 0; first < tokens; first += GreedyPolicy::kThreads) {
+  chosen += image.place;
+  for (int first = 0; first < image.tokens; first += GreedyPolicy::kThreads) {
     const int token = first + threadIdx.x;
-    const bool taken = token < tokens && is_taken(token);
+    const bool taken = token < image.tokens && is_taken(token);
     const unsigned lanes = __ballot_sync(kAllLanes, taken);
     const auto sums = counts.add_up(__popc(lanes), turn++);
-    if (taken) chosen[before + sums.earlier_warps + __popc(lanes & earlier_lanes())] = token;
+    if (taken) chosen[before + sums.earlier_warps + __popc(lanes & earlier_lanes())] = image.first + token;
     before += sums.block;
   }
 }

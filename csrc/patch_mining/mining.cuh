@@ -68,7 +68,7 @@ template <int kVec>
 __device__ __forceinline__ void add_groups(const float (&own)[kVec], float* partial, int lanes, int first, int pixels,
                                            float* sums) {
   const int columns = lanes * kVec, groups = MiningPolicy::kThreads / lanes;
-  __syncthreads();  // all threads are done with the previous sums
+  __syncthreads();  // all threads are done with the previous sums, and with the block before this one
 #pragma unroll
   for (int i = 0; i < kVec; ++i) partial[threadIdx.x * kVec + i] = own[i];
   __syncthreads();
@@ -274,7 +274,6 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
       sum = over_lanes(sum, lanes, Add());
       if (lane == 0 && channel < channels) to[channel] = from_float<scalar_t>(sum);
     }
-    __syncthreads();  // the next block writes what this one reads
   }
 }
 

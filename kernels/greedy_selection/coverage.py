@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vlmfast.kernels.common.kernel import kernel, limited
 from vlmfast.kernels.common.launch import Config
-from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS, load_weights, store_taken, usable
+from vlmfast.kernels.greedy_selection.greedy import MAX_TOKENS, image_of, load_weights, store_taken, usable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,8 @@ def coverage_kernel(
     similarity_ptr,
     weight_ptr,
     quality_ptr,
+    seqlens_ptr,
+    kept_ptr,
     covered_ptr,
     chosen_ptr,
     batch_stride,
@@ -73,22 +75,24 @@ def coverage_kernel(
     tokens,
     rows,
     k,
+    longest,
     MEMBERS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """Store the k tokens of one image, ascending. How well each row is covered is kept in memory."""
-    batch = tl.program_id(0).to(tl.int64)
-    similarity_ptr += batch * batch_stride
-    covered_ptr += batch * rows
+    image = tl.program_id(0).to(tl.int64)
+    batch, first, count, place, k = image_of(tl.program_id(0), seqlens_ptr, kept_ptr, tokens, k, longest)
+    similarity_ptr += batch * batch_stride + tl.cast(first, tl.int64) * token_stride
+    covered_ptr += image * rows
     if weight_ptr is not None:
-        weight_ptr += batch * weight_stride
+        weight_ptr += image * weight_stride
     if quality_ptr is not None:
-        quality_ptr += batch * quality_stride
+        quality_ptr += batch * quality_stride + first
     member, group = tl.arange(0, MEMBERS)[:, None], tl.arange(0, GROUPS)[None, :]
     position = member * GROUPS + group
     flat = tl.arange(0, MEMBERS * GROUPS)
-    tl.device_assert(usable(load_weights(quality_ptr, flat, flat < tokens)), "quality must be finite and not negative")
+    tl.device_assert(usable(load_weights(quality_ptr, flat, flat < count)), "quality must be finite and not negative")
     for start in range(0, rows, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         weight = load_weights(weight_ptr, row, row < rows)
@@ -96,7 +100,7 @@ def coverage_kernel(
         tl.store(covered_ptr + row, tl.zeros((BLOCK_ROWS,), tl.float32), mask=row < rows)
     tl.debug_barrier()
 
-    bound = tl.where(position < tokens, float("inf"), -1.0)  # -1: chosen, or no token
+    bound = tl.where(position < count, float("inf"), -1.0)  # -1: chosen, or no token
     seen = tl.full((MEMBERS, GROUPS), -1, tl.int32)  # the step that computed the gain
     for step in range(k):
         best, is_new = -1, 0
@@ -124,5 +128,5 @@ def coverage_kernel(
             covered = tl.load(covered_ptr + row, mask=mask, other=0.0)
             tl.store(covered_ptr + row, tl.maximum(covered, similarity), mask=mask)
         tl.debug_barrier()
-    taken = tl.where((bound < 0.0) & (position < tokens), 1, 0)
-    store_taken(chosen_ptr + batch * k, tl.reshape(taken, [MEMBERS * GROUPS]), flat)
+    taken = tl.where((bound < 0.0) & (position < count), 1, 0)
+    store_taken(chosen_ptr + place, tl.reshape(taken, [MEMBERS * GROUPS]), flat, first)

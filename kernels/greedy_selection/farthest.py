@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vlmfast.kernels.common.kernel import kernel, limited
-from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, load_weights, store_taken, usable
+from vlmfast.kernels.greedy_selection.greedy import GreedyConfig, best_of, image_of, load_weights, store_taken, usable
 
 _SAME = tl.constexpr(2.0**-20)  # a smaller distance is a rounding error
 
@@ -35,16 +35,16 @@ def cosine_of(product, inverse, other_inverse):
 
 
 @triton.jit
-def inverse_lengths(product_ptr, position, there, tokens):
+def inverse_lengths(product_ptr, position, there, pitch):
     """Return the inverse lengths of all tokens, from the diagonal of their Gram matrix."""
-    diagonal = product_ptr + position.to(tl.int64) * (tokens + 1)
+    diagonal = product_ptr + position.to(tl.int64) * (pitch + 1)
     return inverse_length(tl.load(diagonal, mask=there, other=0.0))
 
 
 @triton.jit
-def cosines_to(best, product_ptr, position, there, tokens, inverse):
+def cosines_to(best, product_ptr, position, there, pitch, inverse):
     """Return the cosines of one token and all tokens."""
-    row_ptr = product_ptr + best.to(tl.int64) * tokens
+    row_ptr = product_ptr + best.to(tl.int64) * pitch
     product = tl.load(row_ptr + position, mask=there, other=0.0)
     return cosine_of(product, inverse_length(tl.load(row_ptr + best)), inverse)
 
@@ -61,9 +61,12 @@ def distance_of(cosine):
 def farthest_kernel(
     product_ptr,
     quality_ptr,
+    seqlens_ptr,
+    kept_ptr,
     chosen_ptr,
     tokens,
     k,
+    longest,
     quality_stride,
     FIRST_BY_QUALITY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,23 +74,23 @@ def farthest_kernel(
     STAGES: tl.constexpr,
 ):
     """Store the k tokens of one image, ascending."""
-    batch = tl.program_id(0).to(tl.int64)
+    batch, first, count, place, k = image_of(tl.program_id(0), seqlens_ptr, kept_ptr, tokens, k, longest)
     position = tl.arange(0, BLOCK)
-    there = position < tokens
-    product_ptr += batch * tokens * tokens
+    there = position < count
+    product_ptr += (batch * tokens + first) * longest
     if quality_ptr is not None:
-        quality_ptr += batch * quality_stride
+        quality_ptr += batch * quality_stride + first
     quality = load_weights(quality_ptr, position, there)
     tl.device_assert(usable(quality), "quality must be finite and not negative")
-    inverse = inverse_lengths(product_ptr, position, there, tokens)
+    inverse = inverse_lengths(product_ptr, position, there, longest)
 
     largest = tl.full((BLOCK,), -1.0, tl.float32)  # cosine to another token
-    for start in tl.range(0, tokens, ROWS, num_stages=STAGES):
+    for start in tl.range(0, count, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         other = row.to(tl.int64)
-        mask = (row < tokens)[:, None] & there[None, :]
-        product = tl.load(product_ptr + other[:, None] * tokens + position[None, :], mask=mask, other=0.0)
-        square = tl.load(product_ptr + other * (tokens + 1), mask=row < tokens, other=0.0)
+        mask = (row < count)[:, None] & there[None, :]
+        product = tl.load(product_ptr + other[:, None] * longest + position[None, :], mask=mask, other=0.0)
+        square = tl.load(product_ptr + other * (longest + 1), mask=row < count, other=0.0)
         cosine = cosine_of(product, inverse_length(square)[:, None], inverse[None, :])
         itself = row[:, None] == position[None, :]
         largest = tl.maximum(largest, tl.max(tl.where(mask & (itself == 0), cosine, -1.0), 0))
@@ -99,7 +102,7 @@ def farthest_kernel(
     for _ in range(k):
         best = best_of(worth, taken)
         taken = tl.where(position == best, 1, taken)
-        to_best = cosines_to(best, product_ptr, position, there, tokens, inverse)
+        to_best = cosines_to(best, product_ptr, position, there, longest, inverse)
         nearest = tl.minimum(nearest, distance_of(to_best))
         worth = nearest * quality
-    store_taken(chosen_ptr + batch * k, tl.where(taken == 1, 1, 0), position)
+    store_taken(chosen_ptr + place, tl.where(taken == 1, 1, 0), position, first)

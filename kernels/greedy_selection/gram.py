@@ -13,6 +13,7 @@ import triton.language as tl
 from vlmfast.kernels.common.dot import dot
 from vlmfast.kernels.common.kernel import aligned, kernel, limited
 from vlmfast.kernels.common.launch import Config
+from vlmfast.kernels.greedy_selection.greedy import image_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +37,37 @@ class GramConfig(Config):
 @limited("multiplies all tokens with all others: of one sequence there are too few programs")
 def gram_kernel(
     x_ptr,
+    seqlens_ptr,
     product_ptr,
     batch_stride,
     token_stride,
     tokens,
     size,
+    longest,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Store one square of the Gram matrix."""
+    """Store one square of an image's Gram matrix, whose rows are as long as the longest image has tokens."""
     batch_stride, token_stride = aligned(batch_stride, ALIGNED), aligned(token_stride, ALIGNED)
     size = aligned(size, ALIGNED)
-    blocks = tl.cdiv(tokens, BLOCK)
+    blocks = tl.cdiv(longest, BLOCK)
     square = tl.program_id(0) % (blocks * blocks)
-    batch = (tl.program_id(0) // (blocks * blocks)).to(tl.int64)
+    image = tl.program_id(0) // (blocks * blocks)
+    batch, first, count, _, _ = image_of(image, seqlens_ptr, seqlens_ptr, tokens, tokens, longest)
     row = square // blocks * BLOCK + tl.arange(0, BLOCK)
     other = square % blocks * BLOCK + tl.arange(0, BLOCK)
-    x_ptr += batch * batch_stride
+    x_ptr += batch * batch_stride + tl.cast(first, tl.int64) * token_stride
+    if square // blocks * BLOCK >= count or square % blocks * BLOCK >= count:
+        size = 0  # a shorter image has no such square
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, size, BLOCK_COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < tokens)[:, None] & (column < size)[None, :]
+        mask = (row < count)[:, None] & (column < size)[None, :]
         own = tl.load(x_ptr + row[:, None].to(tl.int64) * token_stride + column[None, :], mask=mask, other=0.0)
-        mask = (other < tokens)[None, :] & (column < size)[:, None]
+        mask = (other < count)[None, :] & (column < size)[:, None]
         theirs = tl.load(x_ptr + other[None, :].to(tl.int64) * token_stride + column[:, None], mask=mask, other=0.0)
         total = dot(own, theirs, total)
-    at = product_ptr + (batch * tokens + row[:, None]) * tokens + other[None, :]
-    tl.store(at, total, mask=(row < tokens)[:, None] & (other < tokens)[None, :])
+    at = product_ptr + (batch * tokens + first + row[:, None]) * longest + other[None, :]
+    tl.store(at, total, mask=(row < count)[:, None] & (other < count)[None, :])

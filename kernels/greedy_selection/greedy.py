@@ -31,6 +31,24 @@ class GreedyConfig(Config):
 
 
 @triton.jit
+def image_of(number, seqlens_ptr, kept_ptr, tokens, k, longest):
+    """Return where an image is: its row, its first token there, how many it has, the first one chosen, and how many.
+
+    Without pointers, each row is an image.
+    """
+    if seqlens_ptr is None:
+        row, first, count, place = number.to(tl.int64), 0, tokens, number.to(tl.int64) * k
+    else:
+        first, place = tl.load(seqlens_ptr + number), tl.load(kept_ptr + number).to(tl.int64)
+        count, k = tl.load(seqlens_ptr + number + 1) - first, tl.load(kept_ptr + number + 1) - place.to(tl.int32)
+        is_within = (first >= 0) & (count >= 0) & (first + count <= tokens) & (count <= longest)
+        tl.device_assert(is_within, "cu_seqlens must rise to the tokens, by at most longest")
+        tl.device_assert((place >= 0) & (k >= 0) & (k <= count), "cu_kept must rise to k, no faster than cu_seqlens")
+        row = tl.full((), 0, tl.int64)
+    return row, first, count, place, k
+
+
+@triton.jit
 def load_weights(ptr, position, there):
     """Load the weights of tokens as float32, 0 where there is no token; without a pointer, all weights are 1."""
     return tl.where(there, 1.0, 0.0) if ptr is None else tl.load(ptr + position, mask=there, other=0.0).to(tl.float32)
@@ -49,6 +67,6 @@ def best_of(worth, taken):
 
 
 @triton.jit
-def store_taken(ptr, taken, position):
-    """Store the positions of the tokens that are taken, ascending."""
-    tl.store(ptr + tl.cumsum(taken, 0) - 1, position.to(tl.int64), mask=taken == 1)
+def store_taken(ptr, taken, position, first):
+    """Store the positions of the tokens that are taken, ascending; ``first`` is that of the first token."""
+    tl.store(ptr + tl.cumsum(taken, 0) - 1, (first + position).to(tl.int64), mask=taken == 1)

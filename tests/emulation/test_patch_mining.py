@@ -34,19 +34,24 @@ LAYOUTS = [
 
 
 def wide_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Yield calls with block rows of one vector, of two, and of more lanes than a group; more channels than groups."""
-    for (batch, channels), grid, scale, listed in [
-        ((2, 70), (2, 3), 8, True),
-        ((1, 300), (1, 2), 8, False),
-        ((1, 20), (1, 2), 16, False),
-        ((1, 9), (2, 1), 24, True),
-        ((1, 40), (3, 2), 4, True),
+    """Yield calls with block rows of one vector, of two, and of more lanes than a group; more channels than groups.
+
+    Also with rows that are not aligned, and with pixels of so little variance that the epsilon of the norm counts.
+    """
+    for (batch, channels), grid, scale, listed, layout, faint in [
+        ((2, 70), (2, 3), 8, True, cases.contiguous, 1.0),
+        ((1, 300), (1, 2), 8, False, cases.contiguous, 1.0),
+        ((1, 20), (1, 2), 16, False, cases.oddly_padded, 1.0),
+        ((1, 20), (1, 2), 16, False, cases.contiguous, 2.0**-9),
+        ((1, 9), (2, 1), 24, True, cases.contiguous, 1.0),
+        ((1, 40), (3, 2), 4, True, cases.contiguous, 1.0),
     ]:
         tokens = grid[0] * grid[1]
-        feature_map = torch.randn(batch, channels, grid[0] * scale, grid[1] * scale) + 2
+        feature_map = faint * (torch.randn(batch, channels, grid[0] * scale, grid[1] * scale) + 2)
         blocks = torch.arange(1, tokens, 2).expand(batch, -1) if listed else None
         query, grad = torch.randn(2, batch, tokens if blocks is None else blocks.shape[1], channels)
         call = [x.to(dtype) for x in (grad, query * channels**-0.5, feature_map)]
+        call[2] = layout(call[2])
         yield "mine_patches", (*call[1:], scale, blocks)
         yield "mine_patches_backward", (*call, scale, blocks)
 
@@ -104,9 +109,9 @@ FAULTS = [
         UNORDERED,
     ),
     Fault(
-        "next block begun early",
+        "sums begun early",
         "mining.cuh",
-        "    __syncthreads();  // the next block writes what this one reads\n",
+        "  __syncthreads();  // all threads are done with the previous sums, and with the block before this one\n",
         "",
         UNORDERED,
     ),

@@ -1,7 +1,8 @@
 """Repair Triton's interpreter, so that it accepts and rejects the same kernels as a GPU, and speed it up.
 
-Two faults are repaired. The interpreter truncates float32 to bfloat16, where every GPU rounds to nearest even. It drops
-device-side assertions even where a launch asks for them.
+Three faults are repaired. The interpreter truncates float32 to bfloat16, where every GPU rounds to nearest even. It
+drops device-side assertions even where a launch asks for them. It adds up the rows of a tile one after the other, with
+an error that grows with their number, where a GPU adds halves to halves.
 
 Three costs are avoided, which took most of its time: preparing all of triton.language for each call of a function
 instead of once per launch; creating the types of tiles for each operator; and looking for overflows in launches that
@@ -23,8 +24,30 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
+def sum_of_halves(values: np.ndarray, axis: int) -> np.ndarray:
+    """Add up along an axis whose size is a power of two, as a GPU does: half of the numbers to the other half."""
+    rows = np.moveaxis(values, axis, 0)
+    while len(rows) > 1:
+        first, second = np.split(rows, 2)
+        rows = first + second
+    return rows[0]
+
+
+def _repair_sums(operations) -> None:
+    add_up = operations.sum
+
+    def add_halves(self, input):
+        values, axis = input.handle.data, self.axis
+        if axis is None or not np.issubdtype(values.dtype, np.floating):
+            return add_up(self, input)
+        found = sum_of_halves(values, axis)
+        return self.to_tensor(np.expand_dims(found, axis) if self.keep_dims else found, input.dtype)
+
+    operations.sum = add_halves
+
+
 def repair() -> None:
-    """Repair the interpreter in this process: exact bfloat16, assertions in debug launches, less overhead."""
+    """Repair the interpreter in this process: exact bfloat16 and sums, assertions in debug launches, less overhead."""
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
@@ -91,6 +114,7 @@ def repair() -> None:
 
     interpreter.GridExecutor.__call__ = with_options
 
+    _repair_sums(interpreter.ReduceOps)
     convert = interpreter._convert_float
 
     def exact(values, source, target, rounding_mode):

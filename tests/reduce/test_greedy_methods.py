@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from tests.helpers.reduce_models import EACH_TYPE, Talk
 from tests.ops.test_greedy_selection import coverage_by_rule, covers, farthest_by_rule
 from vlmfast.reduce import VisualTokens
 from vlmfast.reduce.families import REDUCERS
+from vlmfast.reduce.text import Text
 
 COUNT, KEEP = 18, 7
 
@@ -86,6 +90,43 @@ def test_scope_without_attention_asks_for_none():
         ones = [1.0] * COUNT
         want = covers(cosines(rows), ones, coverage_by_rule(cosines(rows), KEEP, ones, ones))
         assert covers(cosines(rows), ones, kept[image].tolist()) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("videos", [False, True])
+@pytest.mark.parametrize(
+    ("method", "op"),
+    [
+        (vlmfast.DivPrune(0.4), "farthest"),
+        (vlmfast.DivPrune(3, centered=True), "farthest"),
+        (vlmfast.SCOPE(0.4), "coverage"),
+        (vlmfast.CDPruner(0.4), "dpp_map"),
+        (vlmfast.EADP(0.4), "coverage"),
+    ],
+    ids=str,
+)
+def test_images_of_all_sizes_are_one_choice(method: vlmfast.reduce.Method, op: str, videos: bool, monkeypatch):
+    """And each gets the tokens that it gets alone; of an image without tokens none are chosen."""
+    groups = []
+    for batch, grid in ((2, (2, 3, 6)), (1, (4, 1, 5)), (1, (2, 0, 3)), (3, (2, 2, 4))):
+        shape = batch, math.prod(grid), 5
+        words = torch.randn(batch, 4, 5), torch.ones(batch, 4, dtype=torch.bool)
+        given = {"hidden": torch.randn(shape), "features": torch.randn(shape), "text": Text(*words)}
+        tokens = tokens_of(scores=torch.rand(shape[:2]), **given)
+        groups.append(dataclasses.replace(tokens, grid=grid, crops=grid[0] if videos else 1))
+    want = [method.select_videos(tokens) if videos else method.select(tokens) for tokens in groups]
+    function, calls = getattr(vlmfast, op), list[int]()
+
+    @functools.wraps(function)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[type(method).__module__], op, counted)
+    found = method.select_each(groups, videos)
+    assert len(calls) == 1
+    for selection, alone, tokens in zip(found, want, groups, strict=True):
+        assert torch.equal(selection.kept, alone.kept)
+        assert torch.equal(selection.apply(tokens.hidden), alone.apply(tokens.hidden))
 
 
 def test_arguments_are_checked():

@@ -85,16 +85,8 @@ def _check_received_attention(
     tokens = query.shape[1]
     if group < 1 or tokens % group:
         raise ValueError(f"group must divide the {tokens} tokens, got {group}")
-    if cu_seqlens is None:
-        return
-    checks.tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32,))
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape (segments + 1,), got {tuple(cu_seqlens.shape)}")
-    checks.same_device("cu_seqlens", cu_seqlens, "query", query)
-    if checks.on_host(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of query, got {bounds}")
+    if cu_seqlens is not None:
+        checks.bounds("cu_seqlens", cu_seqlens, "segments", tokens, "the tokens of query", "query", query)
 
 
 @op(check=_check_cls_attention, detached=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -128,6 +129,21 @@ def _decided(reference: Callable[..., Tensor], draw: Callable[[], Args]) -> Args
 
 # ---- calls to test, to refuse and to time ----
 
+# images of different sizes in a row, and how many tokens are chosen of each
+_ROWS = [
+    ([5, 70, 0, 1, 33], [2, 9, 0, 1, 33]),
+    ([12, 3], [0, 2]),
+    ([], []),
+    ([130, 64, 258], [20, 0, 11]),
+]
+
+
+def _bounds(sizes: list[int], kept: list[int], device: str) -> Args:
+    """Make the last arguments of a call for images in a row."""
+    ends = (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (sizes, kept))
+    return *ends, max(sizes, default=0)
+
+
 # B, N, D, k
 _SIZES = [
     (1, 1, 8, 1),
@@ -151,8 +167,12 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
             features[:, ::3] = 0
             features[:, 1::5] *= 4
         quality = _eighths(batch, tokens, device=device).to(dtype)
-        weights = ((), (quality,), (quality.float(), False), (quality, True))[index % 4]
-        yield features.to(dtype), k, *weights
+        given = ((), (quality,), (quality.float(), False), (quality, True))[index % 4]
+        yield features.to(dtype), k, *given
+    for index, (sizes, kept) in enumerate(_ROWS):
+        weights = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
+        features = _signs(1, sum(sizes), (16, 64)[index % 2], device).to(dtype)
+        yield features, sum(kept), weights, index % 2 == 0, *_bounds(sizes, kept, device)
     doubles = _signs(1, 15, 64, device).repeat(1, 4, 1).to(dtype)
     yield doubles, 33
     yield doubles, 33, torch.zeros(1, 60, device=device, dtype=dtype)
@@ -168,13 +188,22 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
 
 def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
     """Yield tokens that are alike or have nothing in common, of which all numbers are exact, and others."""
-    for index, (batch, tokens, size, k) in enumerate(_SIZES):
+
+    def one_of_each(batch: int, tokens: int, size: int) -> Tensor:
         features = torch.zeros(batch, tokens, size, device=device)
         if size:
             places = torch.randint(0, size, (batch, tokens, 1), device=device)
             lengths = 2.0 ** torch.randint(-3, 4, places.shape, device=device)
             features.scatter_(2, places, lengths * (1 - 2 * torch.randint(0, 2, places.shape, device=device)))
             features[:, 3::7] = 0
+        return features
+
+    for index, (sizes, kept) in enumerate(_ROWS):
+        relevance = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
+        features = one_of_each(1, sum(sizes), (9, 40)[index % 2])
+        yield features.to(dtype), sum(kept), relevance, *_bounds(sizes, kept, device)
+    for index, (batch, tokens, size, k) in enumerate(_SIZES):
+        features = one_of_each(batch, tokens, size)
         relevance = _eighths(batch, tokens, device=device)
         yield features.to(dtype), k, *((), (relevance.to(dtype),), (relevance,))[index % 3]
     for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8), ((1, 40, 8), 20), ((1, 300, 64), 50)):
@@ -184,8 +213,14 @@ def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
             return features, k, torch.rand(shape[:2], device=device).to(dtype)
 
         yield _decided(definition.dpp_map.op.reference, draw)
+
+        def draw_alike(draw: Callable[[], Args] = draw) -> Args:
+            """Draw tokens of one relevance, which is nudged too: float32 rounds what is left of a token near 1."""
+            features, k, relevance = draw()
+            return features, k, torch.ones_like(relevance)
+
         if shape[1] < 100 and shape[2] > 8:
-            yield _decided(definition.dpp_map.op.reference, _begin_of(draw, 2))
+            yield _decided(definition.dpp_map.op.reference, draw_alike)[:2]
 
 
 # B, N, R, k
@@ -212,6 +247,10 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         weights = _eighths(batch, rows, device=device, most=3).to(dtype) if index % 2 else None
         quality = _eighths(batch, tokens, device=device).to(dtype) if index % 4 > 1 else None
         yield whole(batch, tokens, rows).to(dtype), k, weights, quality
+    for index, (sizes, kept) in enumerate(_ROWS):
+        weights = _eighths(len(sizes), 40, device=device, most=3).to(dtype) if index % 2 == 0 else None
+        quality = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
+        yield whole(1, sum(sizes), 40).to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
     yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 33
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
@@ -255,13 +294,15 @@ def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *mor
     return features.nbytes + 8 * batch * tokens**2 + (0 if quality is None else quality.nbytes) + 8 * batch * k
 
 
-def dpp_map_bytes(features: Tensor, k: int, relevance: Tensor | None = None) -> int:
+def dpp_map_bytes(features: Tensor, k: int, relevance: Tensor | None = None, *more: Any) -> int:
     """Count features in, and out the matrix of their products, of which the rows of chosen tokens are read again."""
     batch, tokens = features.shape[:2]
     return features.nbytes + 4 * batch * tokens * (tokens + 3 * k) + (0 if relevance is None else relevance.nbytes)
 
 
-def coverage_bytes(similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None) -> int:
+def coverage_bytes(
+    similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None, *more: Any
+) -> int:
     """Count all operands once: what is read again depends on them."""
     given = [x for x in (similarity, row_weights, quality) if x is not None]
     return sum(x.nbytes for x in given) + 8 * similarity.shape[0] * k
@@ -269,12 +310,32 @@ def coverage_bytes(similarity: Tensor, k: int, row_weights: Tensor | None = None
 
 # ---- the cases of each op ----
 
-_FEATURES, _QUALITY = torch.eye(5, 8).repeat(2, 1, 1), torch.ones(2, 5)
+_FEATURES, _QUALITY = torch.eye(5, 8)[None], torch.ones(1, 5)
+_ENDS, _KEPT = (torch.tensor(each, dtype=torch.int32) for each in ([0, 2, 5], [0, 0, 1]))
+_ROW = {"cu_seqlens": _ENDS, "cu_kept": _KEPT, "longest": 3}
 _BAD_K = (
     ("k", 6, ValueError, "k must be within 0 and 5, the tokens of a row, got 6"),
     ("k", -1, ValueError, "k must be within 0 and 5, the tokens of a row, got -1"),
     ("k", 1.0, TypeError, "k must be an int, got float"),
 )
+
+
+def _bad_images(name: str, rows: Tensor) -> tuple[BadCall, ...]:
+    both = "cu_seqlens and cu_kept must be given together"
+    return (
+        ("cu_seqlens", None, TypeError, both),
+        ("cu_kept", None, TypeError, both),
+        ("cu_seqlens", _ENDS.long(), TypeError, "cu_seqlens must be int32, got torch.int64"),
+        ("cu_seqlens", _ENDS[None], ValueError, r"cu_seqlens must have shape \(images \+ 1,\), got \(1, 3\)"),
+        ("cu_seqlens", _ENDS[:2], ValueError, rf"cu_seqlens must rise from 0 to 5, the tokens of {name}, got \[0, 2\]"),
+        ("cu_seqlens", _ENDS[[0, 1, 1, 2]], ValueError, r"cu_kept must have the shape of cu_seqlens, \(4,\), got"),
+        ("cu_seqlens", _ENDS[[0, 2, 2]], ValueError, "longest must be the most tokens of an image, 5, got 3"),
+        ("cu_kept", 2 * _KEPT, ValueError, r"cu_kept must rise from 0 to 1, which is k, got \[0, 0, 2\]"),
+        ("longest", 2, ValueError, "longest must be the most tokens of an image, 3, got 2"),
+        ("longest", 6, ValueError, "longest must be within 0 and 5, the tokens of a row, got 6"),
+        ("longest", 3.0, TypeError, "longest must be an int, got float"),
+        (name, rows.repeat(2, 1, 1), ValueError, f"{name} must have a batch of 1 with cu_seqlens.*, got 2"),
+    )
 
 
 def _bad_weights(name: str, good: Tensor) -> tuple[BadCall, ...]:
@@ -284,12 +345,12 @@ def _bad_weights(name: str, good: Tensor) -> tuple[BadCall, ...]:
 
 farthest = Cases(
     samples=farthest_samples,
-    good_call={"features": _FEATURES, "k": 1, "quality": _QUALITY, "first_by_quality": True},
+    good_call={"features": _FEATURES, "k": 1, "quality": _QUALITY, "first_by_quality": True, **_ROW},
     bad_calls=(
         ("features", _FEATURES[0], ValueError, r"features must have shape \(B, N, D\), got \(5, 8\)"),
         ("quality", _QUALITY[0], ValueError, r"quality must have shape \(B, N\), got \(5,\)"),
-        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of features, \(2, 5\)"),
-        *(*_BAD_K, *_bad_weights("quality", _QUALITY)),
+        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of features, \(1, 5\)"),
+        *(*_BAD_K, *_bad_weights("quality", _QUALITY), *_bad_images("features", _FEATURES)),
     ),
     workloads=farthest_workloads,
     bytes=farthest_bytes,
@@ -301,12 +362,12 @@ farthest = Cases(
 
 dpp_map = Cases(
     samples=dpp_map_samples,
-    good_call={"features": _FEATURES, "k": 1, "relevance": _QUALITY},
+    good_call={"features": _FEATURES, "k": 1, "relevance": _QUALITY, **_ROW},
     bad_calls=(
         ("features", _FEATURES[0], ValueError, r"features must have shape \(B, N, D\), got \(5, 8\)"),
         ("relevance", _QUALITY[0], ValueError, r"relevance must have shape \(B, N\), got \(5,\)"),
-        ("relevance", _QUALITY[:, :4], ValueError, r"relevance must have the first two sizes of features, \(2, 5\)"),
-        *(*_BAD_K, *_bad_weights("relevance", _QUALITY)),
+        ("relevance", _QUALITY[:, :4], ValueError, r"relevance must have the first two sizes of features, \(1, 5\)"),
+        *(*_BAD_K, *_bad_weights("relevance", _QUALITY), *_bad_images("features", _FEATURES)),
     ),
     workloads=dpp_map_workloads,
     bytes=dpp_map_bytes,
@@ -316,17 +377,18 @@ dpp_map = Cases(
     compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
 )
 
-_SIMILARITY, _WEIGHTS = torch.ones(2, 5, 7), torch.ones(2, 7)
+_SIMILARITY, _WEIGHTS = torch.ones(1, 5, 7), torch.ones(2, 7)
 
 coverage = Cases(
     samples=coverage_samples,
-    good_call={"similarity": _SIMILARITY, "k": 1, "row_weights": _WEIGHTS, "quality": _QUALITY},
+    good_call={"similarity": _SIMILARITY, "k": 1, "row_weights": _WEIGHTS, "quality": _QUALITY, **_ROW},
     bad_calls=(
         ("similarity", _SIMILARITY[0], ValueError, r"similarity must have shape \(B, N, R\), got \(5, 7\)"),
         ("row_weights", _WEIGHTS[0], ValueError, r"row_weights must have shape \(B, R\), got \(7,\)"),
         ("row_weights", _WEIGHTS[:, :4], ValueError, r"row_weights must have shape \(2, 7\), got \(2, 4\)"),
-        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of similarity, \(2, 5\)"),
+        ("quality", _QUALITY[:, :4], ValueError, r"quality must have the first two sizes of similarity, \(1, 5\)"),
         *(*_BAD_K, *_bad_weights("quality", _QUALITY), *_bad_weights("row_weights", _WEIGHTS)),
+        *_bad_images("similarity", _SIMILARITY),
     ),
     workloads=coverage_workloads,
     bytes=coverage_bytes,

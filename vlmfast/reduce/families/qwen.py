@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlmfast.functions import accepting
 from vlmfast.host import on_host, to_device
 from vlmfast.ops.attention_scores import received_attention
-from vlmfast.reduce.groups import by_group
+from vlmfast.reduce.groups import by_group, groups
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage, cut
 from vlmfast.reduce.text import Texts, unknown_texts
@@ -71,7 +71,7 @@ def reduce_encoded(
     kind: str = "image",
     texts: Texts = unknown_texts,
 ) -> list[ReducedImage]:
-    """Reduce the visual tokens of encoded images or videos, N in all; those of one size and method together.
+    """Reduce the visual tokens of encoded images or videos, N in all; those of one method by one choice.
 
     Args:
         levels: the features, then those of DeepStack, each (N, D), in raster order.
@@ -90,30 +90,37 @@ def reduce_encoded(
     scores, metric = functools.cache(attention.scores), functools.cache(attention.metric)
     text = texts(counts)
 
-    def reduce_alike(kind_of_image: tuple[Grid, Method], members: list[int]) -> list[ReducedImage]:
-        grid, method = kind_of_image
+    def stack(rows: Tensor, members: list[int]) -> Tensor:
+        """(N, ...) of all images -> (B, N, ...) of images of one size."""
+        parts = torch.split(rows, counts)
+        return torch.stack([parts[number] for number in members])
 
-        def stack(rows: Tensor) -> Tensor:
-            """(N, ...) of all images -> (B, N, ...) of the images of this size."""
-            parts = torch.split(rows, counts)
-            return torch.stack([parts[number] for number in members])
-
-        features = [stack(level) for level in levels]
-        tokens = VisualTokens(
-            hidden=features[0],
+    def tokens_of(grid: Grid, members: list[int]) -> VisualTokens:
+        hidden = stack(levels[0], members)
+        return VisualTokens(
+            hidden=hidden,
             grid=grid,
-            scores=lambda: stack(scores()),
-            metric=lambda: stack(metric()),
-            features=features[0].detach,
-            pixels=lambda: stack(pixels.reshape(-1, attention.group, pixels.shape[1])),
+            scores=lambda: stack(scores(), members),
+            metric=lambda: stack(metric(), members),
+            features=hidden.detach,
+            pixels=lambda: stack(pixels.reshape(-1, attention.group, pixels.shape[1]), members),
             text=lambda: text()[members],
             crops=grid[0] if kind == "video" else 1,
         )
-        selection = method.select_videos(tokens) if kind == "video" else method.select(tokens)
-        rows = [selection.apply(level) for level in features]
-        return cut(selection, rows, grid, tokens.count, kind=kind)
 
-    return by_group(list(zip(grids, methods, strict=True)), reduce_alike)
+    def reduce_by(method: Method, own: list[int]) -> list[ReducedImage]:
+        """Reduce the images of a method: one choice, and then those of each size together."""
+        sizes = [(grid, [own[member] for member in members]) for grid, members in groups([grids[n] for n in own])]
+        tokens = [tokens_of(grid, members) for grid, members in sizes]
+        found: dict[int, ReducedImage] = {}
+        for selection, (grid, members), shown in zip(
+            method.select_each(tokens, kind == "video"), sizes, tokens, strict=True
+        ):
+            rows = [selection.apply(level) for level in (shown.hidden, *(stack(x, members) for x in levels[1:]))]
+            found |= zip(members, cut(selection, rows, grid, shown.count, kind=kind), strict=True)
+        return [found[number] for number in own]
+
+    return by_group(methods, reduce_by)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import dpp_map
-from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.methods.greedy_method import Call, GreedyMethod
 from vlmfast.reduce.methods.relevance import scaled, unlikeness
 from vlmfast.reduce.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
-class CDPruner(PruningMethod, name="cdpruner"):
+class CDPruner(GreedyMethod, name="cdpruner"):
     """CDPruner (NeurIPS 2025): tokens that are relevant to the question and unlike each other.
 
     A token is the more relevant the less it is like the mean of the text's embeddings, from 0 to 1 in each image; the
@@ -34,13 +31,10 @@ class CDPruner(PruningMethod, name="cdpruner"):
         published code scales it over a whole batch.
     """
 
-    trusted: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 
-    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+    def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
         """Choose by the features and the text."""
         features = tokens.features()
-        if not tokens.count:
-            return accepting(dpp_map, features)(features, k)
         relevance = scaled(unlikeness(features, tokens.text().mean()[:, None])[..., 0])
-        return accepting(dpp_map, features)(features, k, relevance)
+        return dpp_map, {"features": features, "relevance": relevance}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import farthest
 from vlmfast.ops.greedy_selection.definition import SAME
-from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.methods.greedy_method import Call, GreedyMethod
 from vlmfast.reduce.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
-class DivPrune(PruningMethod, name="divprune"):
+class DivPrune(GreedyMethod, name="divprune"):
     """DivPrune (CVPR 2025): each time the token that is least like those chosen before; no attention is needed.
 
     Args:
@@ -34,21 +33,20 @@ class DivPrune(PruningMethod, name="divprune"):
     """
 
     centered: bool = False
-    trusted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.centered, bool):
             raise TypeError(f"centered must be a bool, got {self.centered!r}")
 
-    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+    def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
         """Choose by the features alone."""
         features = tokens.features()
         if not self.centered:
-            return accepting(farthest, features)(features, k)
+            return farthest, {"features": features}
         rows = features.to(torch.promote_types(features.dtype, torch.float32))
         centered = rows - rows.mean(1, keepdim=True)
-        return accepting(farthest, rows)(centered, k, distinctiveness(rows), False)
+        return farthest, {"features": centered, "quality": distinctiveness(rows), "first_by_quality": False}
 
 
 def distinctiveness(rows: Tensor) -> Tensor:
@@ -59,6 +57,6 @@ def distinctiveness(rows: Tensor) -> Tensor:
     """
     unit = F.normalize(rows, dim=2)
     alike = (unit * (unit.sum(1, keepdim=True) - unit)).sum(2) / max(rows.shape[1] - 1, 1)
-    least, most = alike.aminmax(dim=1, keepdim=True) if alike.shape[1] else (alike, alike)
+    least, most = alike.aminmax(dim=1, keepdim=True)
     spread = most - least
     return torch.where(spread > SAME, (most - alike) / spread.clamp(min=SAME), 1.0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import coverage
-from vlmfast.reduce.methods.method import PruningMethod, check_power
+from vlmfast.reduce.methods.greedy_method import Call, GreedyMethod
+from vlmfast.reduce.methods.method import check_power
 from vlmfast.reduce.methods.relevance import scaled, unlikeness
 from vlmfast.reduce.text import Text
 from vlmfast.reduce.tokens import Grid, VisualTokens
@@ -23,7 +23,7 @@ WARMTH = 0.01 + 1e-6  # of the softmax over these words
 
 
 @dataclass(frozen=True)
-class EADP(PruningMethod, name="eadp"):
+class EADP(GreedyMethod, name="eadp"):
     """EADP (ECCV 2026): tokens that cover all others, each as important as the words of the question say.
 
     The importance of a token is half by its cosine to the mean of the text, half by those to the fifth of the words
@@ -44,20 +44,18 @@ class EADP(PruningMethod, name="eadp"):
     """
 
     beta: float = 1.0
-    trusted: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_power("beta", self.beta)
 
-    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+    def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
         """Choose by the features and the text."""
         features = tokens.features()
         unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=2)
-        similarity = (1 + unit @ unit.mT) / 2
-        weights = importance(features, tokens.text(), tokens.grid) ** self.beta if tokens.count else None
-        return accepting(coverage, similarity)(similarity, k, weights)
+        weights = importance(features, tokens.text(), tokens.grid) ** self.beta
+        return coverage, {"similarity": (1 + unit @ unit.mT) / 2, "row_weights": weights}
 
 
 def importance(features: Tensor, text: Text, grid: Grid | None) -> Tensor:

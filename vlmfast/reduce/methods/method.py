@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,11 +117,8 @@ class Method(Named):
         Raises:
             ValueError: if the budget is below 0, or `score` or `choose` return something else than they have to.
         """
-        kept, contextual, keep_cls = self.counts(tokens.count, tokens.has_cls, tokens.total, tokens.crops)
-        chosen = self._chosen(tokens, kept)
-        metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
-        slots = accepting(merge_slots, metric)(metric, chosen, contextual)
-        return Selection(chosen, slots, contextual, keep_cls=keep_cls)
+        budget = self.counts(tokens.count, tokens.has_cls, tokens.total, tokens.crops)
+        return self._selection(tokens, self._chosen(tokens, budget[0]), budget)
 
     def select_videos(self, tokens: VisualTokens) -> Selection:
         """Decide for B videos at once: here frame by frame, each an image with a budget of its own.
@@ -129,6 +127,21 @@ class Method(Named):
             ValueError: as `select`.
         """
         return self.select(tokens.by_frame()).of_videos(tokens.crops)
+
+    def select_each(self, groups: Sequence[VisualTokens], videos: bool = False) -> list[Selection]:
+        """Decide for groups of images or videos, those of a group of one size: here group by group.
+
+        Raises:
+            ValueError: as `select`.
+        """
+        return [self.select_videos(tokens) if videos else self.select(tokens) for tokens in groups]
+
+    def _selection(self, tokens: VisualTokens, chosen: Tensor, budget: tuple[int, int, bool]) -> Selection:
+        """Return the selection of these tokens, by a budget as `counts` returns it."""
+        _, contextual, keep_cls = budget
+        metric = tokens.metric() if contextual else chosen.new_zeros(tokens.batch, tokens.count, 1).float()
+        slots = accepting(merge_slots, metric)(metric, chosen, contextual)
+        return Selection(chosen, slots, contextual, keep_cls=keep_cls)
 
     def _chosen(self, tokens: VisualTokens, k: int) -> Tensor:
         """Return the result of `choose` on the device of the tokens, and check it if the method overrides `choose`."""

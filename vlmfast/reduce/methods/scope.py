@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from vlmfast.functions import accepting
 from vlmfast.ops.greedy_selection import coverage
-from vlmfast.reduce.methods.method import PruningMethod, check_power
+from vlmfast.reduce.methods.greedy_method import Call, GreedyMethod
+from vlmfast.reduce.methods.method import check_power
 from vlmfast.reduce.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
-class SCOPE(PruningMethod, name="scope"):
+class SCOPE(GreedyMethod, name="scope"):
     """SCOPE (NeurIPS 2025): each time the token that adds most to how well all are covered, times its attention.
 
     Args:
@@ -31,17 +30,15 @@ class SCOPE(PruningMethod, name="scope"):
     """
 
     alpha: float = 1.0
-    trusted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_power("alpha", self.alpha)
 
-    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+    def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
         """Choose by the cosines of the tokens, and by their attention."""
         rows = tokens.hidden.detach()
         unit = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=2)
         scores = tokens.scores().detach() if self.alpha else None
         quality = scores if scores is None or self.alpha == 1 else scores.pow(self.alpha)
-        similarity = unit @ unit.transpose(1, 2)
-        return accepting(coverage, similarity)(similarity, k, None, quality)
+        return coverage, {"similarity": unit @ unit.transpose(1, 2), "quality": quality}
