@@ -209,6 +209,28 @@ def test_deepstack_adds_before_the_norm():
 
 
 @torch.no_grad()
+def test_a_layer_before_one_on_another_device_leaves_nothing():
+    """Where a model is placed on several devices, its loop or a hook moves the sum before the next norm reads it."""
+    model, inputs = tiny("llama")
+    sums: list[Tensor] = []
+    left: list[bool] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        sums.append(output)
+        left.append(hasattr(output, residual.LEFT))
+
+    text_layers(model)[0].register_forward_hook(note)
+    model(**inputs)
+    patch(model)
+    model(**inputs)
+    text_layers(model)[1].input_layernorm.to("meta")
+    with pytest.raises(ValueError, match="must be on the device of"):  # nothing moves the sum here
+        model(**inputs)
+    assert left == [False, True, False]
+    assert all(torch.equal(each, sums[0]) for each in sums)
+
+
+@torch.no_grad()
 def test_an_exception_in_the_middle_leaves_nothing():
     model, inputs = tiny("llama")
     want = run(model, inputs)
