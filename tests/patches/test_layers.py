@@ -199,6 +199,19 @@ def test_what_comes_between_counts(meddle: Callable[[nn.Module], None], early: b
 
 
 @torch.no_grad()
+def test_the_last_norm_reads_the_sum_of_an_early_exit():
+    """It differs from the norm that was to read it, the second layer's, in its epsilon alone."""
+    model, inputs = tiny("llama")
+    decoder = model.get_decoder()
+    decoder.norm.weight = decoder.layers[1].input_layernorm.weight
+    decoder.norm.variance_epsilon = 0.1
+    decoder.config.num_hidden_layers = 1
+    want = run(model, inputs)
+    with patch(model):
+        assert all(map(torch.equal, run(model, inputs), want))
+
+
+@torch.no_grad()
 def test_deepstack_adds_before_the_norm():
     model, inputs = tiny("qwen3_vl")
     plain = run(model, inputs)
