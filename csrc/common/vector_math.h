@@ -25,7 +25,18 @@ VLMFAST_INLINE Block operator/(const Block& a, float b) {
   return each_part([&](int i) { return a.part[i] / b; });
 }
 
+// The larger and the smaller of two numbers: b, if one of them is NaN. Where one is constant, GCC makes two instructions
+// of the conditional expression.
+#if defined(__AVX512F__)
+VLMFAST_INLINE Float larger(Float a, Float b) { return (Float)_mm512_maskz_max_ps(kAll, (__m512)a, (__m512)b); }
+VLMFAST_INLINE Float smaller(Float a, Float b) { return (Float)_mm512_maskz_min_ps(kAll, (__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+VLMFAST_INLINE Float larger(Float a, Float b) { return (Float)_mm256_max_ps((__m256)a, (__m256)b); }
+VLMFAST_INLINE Float smaller(Float a, Float b) { return (Float)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 VLMFAST_INLINE Float larger(Float a, Float b) { return a > b ? a : b; }
+VLMFAST_INLINE Float smaller(Float a, Float b) { return a < b ? a : b; }
+#endif
 
 // Adds the lanes from first to last.
 VLMFAST_INLINE float sum_of_lanes(Float value) {
@@ -66,7 +77,7 @@ constexpr float kLog2E = 0x1.715476p0f;
 VLMFAST_INLINE Float exp2(Float x) {
   constexpr float kLeast = -125;
   constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
-  x = x < kLeast ? Float{} + kLeast : x;
+  x = larger(Float{} + kLeast, x);
   const Float shifted = x + kShift, rest = x - (shifted - kShift);
   // The degree-6 minimax polynomial in relative error on [-0.5, 0.5]: 2e-9 before its coefficients are rounded.
   Float value = multiply_add(rest, Float{} + 0x1.41d334p-13f, Float{} + 0x1.5f456ap-10f);

@@ -13,13 +13,12 @@ namespace {
 
 constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi), as torch rounds it
 constexpr float kKappa = 0.044715f;
+constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
 
 // e^x to 1 ulp: infinity from 88.73 on, and clamped to at least e^-87. NaNs stay NaNs.
 VLMFAST_INLINE Float exponential(Float x) {
   constexpr float kLeast = -87, kMost = 89;
-  constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
-  x = x < kLeast ? Float{} + kLeast : x;
-  x = x > kMost ? Float{} + kMost : x;
+  x = smaller(Float{} + kMost, larger(Float{} + kLeast, x));
   const Float shifted = x * kLog2E + kShift, whole = shifted - kShift;
   Float rest = fused(whole, Float{} - 0.693145751953125f, x);  // ln(2) is subtracted in two parts
   rest = fused(whole, Float{} - 1.428606765330187e-06f, rest);
@@ -33,36 +32,44 @@ VLMFAST_INLINE Float exponential(Float x) {
   return half + half;
 }
 
-// e^x with a relative error of up to 1.5e-6, for results that are rounded to bfloat16. SiLU by it is bit-identical to
-// torch's for every bfloat16.
-VLMFAST_INLINE Float quick_exponential(Float x) {
-  constexpr float kLeast = -87, kMost = 89;
-  constexpr float kShift = 0x1.8p23f;
-  x = x < kLeast ? Float{} + kLeast : x;
-  x = x > kMost ? Float{} + kMost : x;
-  const Float shifted = fused(x, Float{} + kLog2E, Float{} + kShift), whole = shifted - kShift;
-  const Float rest = fused(x, Float{} + kLog2E, -whole);
-  // The degree-5 minimax polynomial in relative error on [-0.5, 0.5] among those that are 1 at 0.
-  Float value = fused(Float{} + 0x1.5bba12p-10f, rest, Float{} + 0x1.3cea88p-7f);
-  value = fused(value, rest, Float{} + 0x1.c6b752p-5f);
-  value = fused(value, rest, Float{} + 0x1.ebf9bcp-3f);
-  value = fused(value, rest, Float{} + 0x1.62e42ap-1f);
-  value = fused(value, rest, Float{} + 1.0f);
-  const Float half = value * (Float)(((Bits)shifted << 23) + 0x3f000000u);
-  return half + half;
+// x / (1 + e^-x), bit-identical to torch's SiLU for every bfloat16 once it is rounded to bfloat16. The coefficients are
+// the solution of a linear program: for each of these numbers, the quotient has to lie between the two ties around
+// torch's result, and stays further from both than float32 arithmetic errs. In steps of whole blocks, the latency of one
+// register hides behind the others.
+VLMFAST_INLINE Block quick_silu(const Block& x) {
+  constexpr float kLeast = -126, kMost = 128;
+  const Block power = each_part(
+      VLMFAST_LAMBDA(int i) { return smaller(Float{} + kMost, larger(Float{} + kLeast, x.part[i] * -kLog2E)); });
+  const Block shifted = kShift + power, rest = power - (-kShift + shifted);
+  Block value = each_part(VLMFAST_LAMBDA(int) { return Float{} + 0x1.27d3b0p-7f; });
+  VLMFAST_UNROLL
+  for (const float coefficient : {0x1.ca0568p-5f, 0x1.ec4098p-3f, 0x1.62de6ap-1f, 1.0f}) {
+    value = each_part(VLMFAST_LAMBDA(int i) { return fused(value.part[i], rest.part[i], Float{} + coefficient); });
+  }
+  return each_part(VLMFAST_LAMBDA(int i) {
+    // The integer is added to the exponent. 2^128 is infinity, because `rest` is zero there and the value exactly 1.
+    return x.part[i] / (1.0f + (Float)((Bits)value.part[i] + ((Bits)shifted.part[i] << 23)));
+  });
 }
 
 VLMFAST_INLINE Float gelu_inner(Float x) { return kBeta * (x + kKappa * (x * x * x)); }
 
-template <class T, Activation activation>
-VLMFAST_INLINE Float activate(Float x) {
-  if constexpr (activation == Activation::kSilu) {
-    return x / (1.0f + (std::is_same_v<T, BFloat16> ? quick_exponential(-x) : exponential(-x)));
-  }
+VLMFAST_INLINE Float gelu_tanh(Float x) {
   constexpr float kOne = 8.664339742f;  // from here on torch's tanh is 1
   const Float inner = gelu_inner(x), size = inner < 0.0f ? -inner : inner;
   const Float tanh = size > kOne ? Float{} + 1.0f : 1.0f - 2.0f / (exponential(size + size) + 1.0f);
   return 0.5f * x * (1.0f + (inner < 0.0f ? -tanh : tanh));
+}
+
+template <class T, Activation activation>
+VLMFAST_INLINE Block activate(const Block& x) {
+  if constexpr (activation == Activation::kGeluTanh) {
+    return each_part(VLMFAST_LAMBDA(int i) { return gelu_tanh(x.part[i]); });
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return quick_silu(x);
+  } else {
+    return each_part(VLMFAST_LAMBDA(int i) { return x.part[i] / (1.0f + exponential(-x.part[i])); });
+  }
 }
 
 template <class T, Activation activation>
@@ -73,8 +80,7 @@ void forward(const SiluMulForward& args, int64_t begin, int64_t end) {
     const T* up = static_cast<const T*>(args.up) + row * args.up_row_stride;
     T* y = static_cast<T*>(args.y) + row * hidden;
     each_block(hidden, VLMFAST_LAMBDA(int64_t offset, auto count) {
-      const Block x = load(gate + offset, count);
-      const Block activated = each_part([&](int i) { return activate<T, activation>(x.part[i]); });
+      const Block activated = activate<T, activation>(load(gate + offset, count));
       store(y + offset, round_to<T>(activated) * load(up + offset, count), count);
     });
   }

@@ -199,6 +199,19 @@ def test_what_comes_between_counts(meddle: Callable[[nn.Module], None], early: b
 
 
 @torch.no_grad()
+def test_the_last_norm_reads_the_sum_of_an_early_exit():
+    """It differs from the norm that was to read it, the second layer's, in its epsilon alone."""
+    model, inputs = tiny("llama")
+    decoder = model.get_decoder()
+    decoder.norm.weight = decoder.layers[1].input_layernorm.weight
+    decoder.norm.variance_epsilon = 0.1
+    decoder.config.num_hidden_layers = 1
+    want = run(model, inputs)
+    with patch(model):
+        assert all(map(torch.equal, run(model, inputs), want))
+
+
+@torch.no_grad()
 def test_deepstack_adds_before_the_norm():
     model, inputs = tiny("qwen3_vl")
     plain = run(model, inputs)
@@ -206,6 +219,28 @@ def test_deepstack_adds_before_the_norm():
         assert all(map(torch.equal, run(model, inputs), plain))
         type(model.get_decoder())._deepstack_process = lambda self, hidden_states, *_: hidden_states
         assert not torch.equal(run(model, inputs)[-1], plain[-1]), "it adds nothing"
+
+
+@torch.no_grad()
+def test_a_layer_before_one_on_another_device_leaves_nothing():
+    """Where a model is placed on several devices, its loop or a hook moves the sum before the next norm reads it."""
+    model, inputs = tiny("llama")
+    sums: list[Tensor] = []
+    left: list[bool] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        sums.append(output)
+        left.append(hasattr(output, residual.LEFT))
+
+    text_layers(model)[0].register_forward_hook(note)
+    model(**inputs)
+    patch(model)
+    model(**inputs)
+    text_layers(model)[1].input_layernorm.to("meta")
+    with pytest.raises(ValueError, match="must be on the device of"):  # nothing moves the sum here
+        model(**inputs)
+    assert left == [False, True, False]
+    assert all(torch.equal(each, sums[0]) for each in sums)
 
 
 @torch.no_grad()

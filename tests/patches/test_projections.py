@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vlmfast
-from tests.helpers.patches_models import tiny
+from tests.helpers.patches_models import patched, tiny
 from vlmfast.modules import project
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,3 +98,25 @@ def test_every_projection_of_a_layer_is_seen_by_its_hook():
         model(**inputs)
     assert len(seen) == len(PROJECTIONS) * model.config.num_hidden_layers
     assert set(seen.values()) == {1}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("order", ["quantised, then patched", "patched, then quantised"])
+def test_quantised_projections_are_called(order: str):
+    """torch's dynamic quantisation replaces each linear layer by a module that has a method in place of its weight."""
+    model, inputs = tiny("llama")
+    model.lm_head = nn.Identity()  # the weight of the last one is tied
+    quantise = functools.partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear})
+    want = quantise(model)(**inputs).logits
+    assert not torch.equal(model(**inputs).logits, want)
+    if order.startswith("patched"):
+        vlmfast.patch(model)
+        model = quantise(model)
+    else:
+        model = quantise(model)
+        vlmfast.patch(model)
+    kinds = {type(module) for name, module in model.named_modules() if name.endswith(PROJECTIONS)}
+    assert kinds == {torch.ao.nn.quantized.dynamic.Linear}
+    assert patched(model)
+    assert torch.equal(model(**inputs).logits, want)
