@@ -68,7 +68,7 @@ test_rms_norm = every_access("rms_norm", examine)
 
 
 def test_bytes_moved() -> None:
-    x, weight = torch.randn(7, 1032).bfloat16(), torch.randn(1032).bfloat16()
+    x, weight = torch.randn(7, 2056).bfloat16(), torch.randn(2056).bfloat16()
     assert_traffic(1, "rms_norm", x, weight)
     assert_traffic(1, "add_rms_norm", x, x.clone(), weight)
     assert_traffic(1, "rms_norm_backward", x, x.clone(), weight, 1e-6, "llama", None, False)
