@@ -60,6 +60,8 @@ struct RowAttentionPolicy {
 template <int kVec>
 using LongHeadRow = RowPolicy<kVec, 32, 2, 5, true>;
 
+// Limited (row_logits_kernel): each key is read once, and reduced over its few channels for each query of its head; of
+// one image there are fewer blocks than multiprocessors, each of which has four keys of 64 channels per group in flight
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
     row_logits_kernel(Input<scalar_t, 3> query,    // (batch, heads, head_dim)
@@ -131,6 +133,7 @@ __global__ void __launch_bounds__(RowAttentionPolicy::kThreads, 1)
   }
 }
 
+// Limited (row_scores_kernel): a thread adds up the heads of a key: of a few rows there are too few blocks
 inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
     row_scores_kernel(const float2* __restrict__ parts,  // (batch, heads, chunks * kParts)
                       const float* __restrict__ logits,  // (batch, heads, tokens)

@@ -24,25 +24,24 @@ __device__ __forceinline__ scalar_t from_float(float value) {
   if constexpr (std::is_same_v<scalar_t, float>) return value;
 }
 
+// Rounds two values, in half precision by one instruction.
 template <typename scalar_t>
-__device__ __forceinline__ float round_to(float value) {
-  return to_float(from_float<scalar_t>(value));
-}
-
-// ---- RMS norms ----
-
-// The variant is a run-time argument: a uniform branch is cheap, and a template argument would triple the kernels.
-__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
-  return variant == Variant::kGemma ? 1.f + weight : weight;
-}
-
-// Returns the normalised value as the weight multiplies it: rounded for "llama".
-template <typename scalar_t>
-__device__ __forceinline__ float weighted_value(Variant variant, float normed) {
-  return variant == Variant::kLlama ? round_to<scalar_t>(normed) : normed;
+__device__ __forceinline__ auto from_floats(float first, float second) {
+  if constexpr (std::is_same_v<scalar_t, __half>) return __floats2half2_rn(first, second);
+  if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) return __floats2bfloat162_rn(first, second);
+  if constexpr (std::is_same_v<scalar_t, float>) return make_float2(first, second);
 }
 
 // ---- vectors ----
+
+// kSize elements in float32, for those that are used more than once: each conversion takes an instruction.
+template <int kSize>
+struct Floats {
+  float values[kSize];
+
+  __device__ __forceinline__ float& operator[](int i) { return values[i]; }
+  __device__ __forceinline__ float operator[](int i) const { return values[i]; }
+};
 
 // kSize adjacent elements in their storage type, moved by one load or store.
 template <typename scalar_t, int kSize>
@@ -60,8 +59,57 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
     *reinterpret_cast<Raw*>(to) = raw;
   }
   __device__ __forceinline__ float operator[](int i) const { return to_float(values[i]); }
-  __device__ __forceinline__ void set(int i, float value) { values[i] = from_float<scalar_t>(value); }
+
+  // Returns the elements as they are, or converted to Floats.
+  template <typename Held>
+  __device__ __forceinline__ Held as() const {
+    if constexpr (std::is_same_v<Held, Vector>) {
+      return *this;
+    } else {
+      Held wide;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) wide[i] = to_float(values[i]);
+      return wide;
+    }
+  }
+
+  // Sets each element i to value(i).
+  template <typename Value>
+  __device__ __forceinline__ void fill(Value value) {
+    if constexpr (kSize == 1) {
+      values[0] = from_float<scalar_t>(value(0));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; i += 2) {
+        const auto pair = from_floats<scalar_t>(value(i), value(i + 1));
+        values[i] = pair.x;
+        values[i + 1] = pair.y;
+      }
+    }
+  }
 };
+
+// Rounds each of the values.
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ void round_all(float (&values)[kSize]) {
+  Vector<scalar_t, kSize> rounded;
+  rounded.fill([&](int i) { return values[i]; });
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) values[i] = rounded[i];
+}
+
+// ---- RMS norms ----
+
+// The variant is a run-time argument: a uniform branch is cheap, and a template argument would triple the kernels.
+__device__ __forceinline__ float weight_scale(Variant variant, float weight) {
+  return variant == Variant::kGemma ? 1.f + weight : weight;
+}
+
+// Rounds normalised values for "llama", as the weight multiplies them.
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ void round_normed(Variant variant, float (&normed)[kSize]) {
+  if (variant == Variant::kLlama) round_all<scalar_t>(normed);
+}
 
 // ---- searches, sums and counts ----
 

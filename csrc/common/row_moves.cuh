@@ -66,16 +66,12 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
           if (route.addend != nullptr) {
             for_vectors([&](int k, int64_t at) {
               const Vec addends = Vec::load(route.addend + at);
-#pragma unroll
-              for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] + addends[i]);
+              values[k].fill([&](int i) { return values[k][i] + addends[i]; });
             });
           }
         }
         if constexpr (Move::kArithmetic == Arithmetic::kMultiply) {
-          for_vectors([&](int k, int64_t) {
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) values[k].set(i, values[k][i] * move.factor);
-          });
+          for_vectors([&](int k, int64_t) { values[k].fill([&](int i) { return values[k][i] * move.factor; }); });
         }
         for_vectors([&](int k, int64_t at) { values[k].store(route.to + at); });
       }

@@ -22,6 +22,7 @@ struct RowPolicy {
   static constexpr bool kUnbounded = kUnbounded_;    // rows may be longer: the rest is read again for each use
   // For persistent grids: enough rows in flight to hide the latency of memory, without too many partial sums.
   static constexpr int kBlocksPerMultiprocessor = kBlocksPerMultiprocessor_;
+  static constexpr int kResident = kThreads < 512 ? 768 / kThreads : 1;  // for other grids: 48 KiB of loads in flight
 
   __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerRow; }  // of the row in the block
   __device__ __forceinline__ static int first() { return threadIdx.x % kThreadsPerRow * kVec; }
@@ -29,6 +30,14 @@ struct RowPolicy {
   // Returns the number of blocks for `rows` rows, at most `most`.
   static int64_t blocks(int64_t rows, int64_t most) {
     return std::min((rows + kRowsPerBlock - 1) / kRowsPerBlock, most);
+  }
+
+  // Returns the number of blocks of a persistent grid. Two rows for each group of threads are in flight at once, and make
+  // half as many partial sums as one; but no multiprocessor is left without a block.
+  static int64_t persistent_blocks(int64_t rows, int64_t multiprocessors) {
+    const int64_t all = blocks(rows, kMaxBlocks);
+    const int64_t wanted = std::max((all + 1) / 2, std::min(all, multiprocessors));
+    return std::min(wanted, multiprocessors * kBlocksPerMultiprocessor);
   }
 
   // Calls function(row, end) for the rows of the thread's group, whatever the size of the grid. The groups of a block
@@ -39,6 +48,30 @@ struct RowPolicy {
     for (int64_t block_row = int64_t{blockIdx.x} * kRowsPerBlock; block_row < rows; block_row += step) {
       const int64_t row = block_row + group();
       function(row, row < rows ? hidden : 0);
+    }
+  }
+
+  // Calls function(row, end, kept) as for_rows does, with kept = load(row, end) of the kept vectors. Those of the next
+  // row are loaded before the function is called, so that memory is not idle during its reductions; not if `kAhead` is
+  // false, for kernels that have no registers for them.
+  template <bool kAhead = true, typename Load, typename Function>
+  __device__ __forceinline__ static void for_rows_ahead(int64_t rows, int hidden, Load load, Function function) {
+    const int64_t step = int64_t{gridDim.x} * kRowsPerBlock;
+    const auto end_of = [&](int64_t row) { return row < rows ? hidden : 0; };
+    int64_t row = int64_t{blockIdx.x} * kRowsPerBlock + group();
+    auto kept = load(row, end_of(row));
+    while (row - group() < rows) {
+      const int64_t next_row = row + step;
+      const auto load_next = [&] { return load(next_row, end_of(next_row)); };
+      if constexpr (kAhead) {
+        const auto next = load_next();
+        function(row, end_of(row), kept);
+        kept = next;
+      } else {
+        function(row, end_of(row), kept);
+        kept = load_next();
+      }
+      row = next_row;
     }
   }
 
@@ -72,11 +105,13 @@ struct RowPolicy {
 
 // Policies for rows of hidden states. The comments give the longest row in elements of half precision.
 template <int kVec>
-using HeadRow = RowPolicy<kVec, 8, 2, 5>;  // 128
+using HeadRow = RowPolicy<kVec, 8, 2, 4>;  // 128
 template <int kVec>
-using NarrowRow = RowPolicy<kVec, 32, 2, 5>;  // 512
+using NarrowRow = RowPolicy<kVec, 32, 2, 4>;  // 512
 template <int kVec>
 using MiddleRow = RowPolicy<kVec, 64, 2, 8>;  // 1024
+template <int kVec>
+using WideRow = RowPolicy<kVec, 128, 2, 4>;  // 2048
 template <int kVec>
 using HiddenRow = RowPolicy<kVec, 256, 2, 2>;  // 4096
 template <int kVec>
@@ -101,6 +136,12 @@ void with_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& fu
     }
   };
   with_dtype(dtype, choose);
+}
+
+// Calls function(scalar_t(), policy) as above, for rows of hidden states.
+template <typename Function>
+void with_hidden_row_policy(Dtype dtype, int64_t hidden, bool in_vectors, Function&& function) {
+  with_row_policy<HeadRow, NarrowRow, MiddleRow, WideRow, HiddenRow, LongRow>(dtype, hidden, in_vectors, function);
 }
 
 }  // namespace vlmfast

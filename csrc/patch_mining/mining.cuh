@@ -232,8 +232,7 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
     };
     if (kBackward && !place.has_token) {
       Vec zeros;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) zeros.set(i, 0.f);
+      zeros.fill([](int) { return 0.f; });
       for (int64_t channel = group; channel < channels; channel += groups) {
         for (int vector = lane; vector < policy.vectors; vector += lanes) zeros.store(gradient(vector, channel));
       }
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
       float sum = 0.f;
       for (int vector = lane; vector < (channel < channels ? policy.vectors : 0); vector += lanes) {
         const Vec values = Vec::load(source(vector, channel));
-        Vec gradients;
+        float gradients[kVec];
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
           const int pixel = vector * kVec + i;
@@ -265,11 +264,15 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
           sum = fmaf(centred, factors[pixel], sum);
           if constexpr (kBackward) {
             const float along = fmaf(centred, rows.along[pixel], rows.constant[pixel]);
-            gradients.set(i, rows.weight[pixel] * to_float(grad_row[channel]) +
-                                 rows.slope[pixel] * to_float(query_row[channel]) - along);
+            gradients[i] = rows.weight[pixel] * to_float(grad_row[channel]) +
+                           rows.slope[pixel] * to_float(query_row[channel]) - along;
           }
         }
-        if constexpr (kBackward) gradients.store(gradient(vector, channel));
+        if constexpr (kBackward) {
+          Vec rounded;
+          rounded.fill([&](int i) { return gradients[i]; });
+          rounded.store(gradient(vector, channel));
+        }
       }
       sum = over_lanes(sum, lanes, Add());
       if (lane == 0 && channel < channels) to[channel] = from_float<scalar_t>(sum);

@@ -126,7 +126,7 @@ Tensor pixel_shuffle_norm(const Tensor& x, const Tensor& weight, const Tensor& b
   };
   // vectors_fit checks the patches of x, so no vector crosses a patch boundary, in y neither.
   const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, args.bias);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.norm_size, fit, run);
+  with_hidden_row_policy(args.dtype, args.norm_size, fit, run);
   return y;
 }
 
@@ -142,8 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& gra
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
-    const int64_t resident = int64_t{scope.multiprocessors()} * Policy::kBlocksPerMultiprocessor;
-    const int64_t blocks = Policy::blocks(rows.count, resident);
+    const int64_t blocks = Policy::persistent_blocks(rows.count, scope.multiprocessors());
     const Tensor partials = float_buffer(blocks * 2 * rows.hidden, x);
     float* const partials_data = scope.output<float>(partials);
     if (blocks > 0) {
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> pixel_shuffle_norm_backward(const Tensor& gra
                         scope.output<scalar_t>(grad_bias));
   };
   const bool fit = vectors_fit(kVectorBytes, args.x, args.weight, args.grad_output);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.norm_size, fit, run);
+  with_hidden_row_policy(args.dtype, args.norm_size, fit, run);
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 

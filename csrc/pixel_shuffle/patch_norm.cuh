@@ -48,13 +48,10 @@ struct NormRows {
   __device__ __forceinline__ unsigned first(int64_t row) const { return row * patches; }
 };
 
-template <typename scalar_t, int kVec>
-__device__ __forceinline__ Vector<scalar_t, kVec> load_scaled(const scalar_t* from, float input_scale) {
-  auto values = Vector<scalar_t, kVec>::load(from);
-  if (input_scale != 1.f) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values.set(i, values[i] * input_scale);
-  }
+template <typename Vec>
+__device__ __forceinline__ Vec scaled(Vec values, float input_scale) {
+  const Vec own = values;
+  if (input_scale != 1.f) values.fill([&](int i) { return own[i] * input_scale; });
   return values;
 }
 
@@ -69,6 +66,7 @@ struct Moments {
   __device__ __forceinline__ float normalise(float value) const { return (value - mean - shift) * inverse_deviation; }
 };
 
+// Limited (pixel_shuffle_norm_kernel): the mean is taken twice, to be exact where it is far from zero: three sums
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     pixel_shuffle_norm_kernel(Input<scalar_t, 3> x,                 // (batch, patches, channels)
@@ -85,14 +83,18 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   Policy::for_rows(rows.count, rows.hidden, [&](int64_t row, int end) {
     const auto [image, patch] = rows.map.place(rows.first(row));
     const scalar_t* const x_row = x.at(image, patch);
-    const auto load = [&](int column) {
-      return load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.strides[1]), rows.input_scale);
+    const auto load = [&](int column) { return Vec::load(x_row + rows.offset(column, x.strides[1])); };
+    const auto prepare = [&](const Vec& values) {
+      return scaled(values, rows.input_scale).template as<Floats<kVec>>();
     };
-    Vec kept[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) { kept[k] = load(column); });
+    Vec loaded[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int column) { loaded[k] = load(column); });
+    Floats<kVec> kept[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int) { kept[k] = prepare(loaded[k]); });
+    const auto load_rest = [&](int column) { return prepare(load(column)); };
 
     float sum[1] = {0.f};
-    Policy::for_all(end, kept, load, [&](const Vec& values, int) {
+    Policy::for_all(end, kept, load_rest, [&](const Floats<kVec>& values, int) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sum[0] += values[i];
     });
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
     const float mean = sum[0] / rows.hidden;
 
     float sums[2] = {0.f, 0.f};  // of centred values and of their squares
-    Policy::for_all(end, kept, load, [&](const Vec& values, int) {
+    Policy::for_all(end, kept, load_rest, [&](const Floats<kVec>& values, int) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const float centred = values[i] - mean;
@@ -111,11 +113,10 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
     centred_sums.add_up(sums, turn++);
     const Moments moments(mean, sums[0] / rows.hidden, sums[1] / rows.hidden, rows.eps);
 
-    Policy::for_all(end, kept, load, [&](const Vec& values, int column) {
+    Policy::for_all(end, kept, load_rest, [&](const Floats<kVec>& values, int column) {
       const Vec weights = Vec::load(weight + column), biases = Vec::load(bias + column);
       Vec output;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) output.set(i, moments.normalise(values[i]) * weights[i] + biases[i]);
+      output.fill([&](int i) { return moments.normalise(values[i]) * weights[i] + biases[i]; });
       output.store(y + row * rows.hidden + column);
     });
   });
@@ -175,6 +176,8 @@ struct NormGradient {
 };
 
 // A persistent grid: each block loops over rows and writes its part of the gradients of weight and bias to `partials`.
+// Limited (pixel_shuffle_norm_backward_kernel): five sums in two passes, and each element is converted nine times, as
+// registers hold it in half precision; of an image of 256 tokens, the two of a block are in flight at once
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     pixel_shuffle_norm_backward_kernel(Input<scalar_t, 2> grad_output,       // tokens
@@ -193,41 +196,64 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   clear_rest<Policy>(weight_partial, rows.hidden);
   clear_rest<Policy>(bias_partial, rows.hidden);
 
-  int turn = 0;
-  Policy::for_rows(rows.count, rows.hidden, [&](int64_t row, int end) {
+  // The places of a row in the three tensors.
+  struct Places {
+    const scalar_t *x, *grad;
+    scalar_t* grad_x;
+  };
+  const auto places_of = [&](int64_t row) {
     const unsigned first = rows.first(row), token = first / rows.map.per_token;
     const auto [image, patch] = rows.map.place(first);
-    const scalar_t* const x_row = x.at(image, patch);
-    const scalar_t* const grad_row =
-        grad_output.at(token) + int64_t{first - token * rows.map.per_token} * rows.channels;
-    scalar_t* const grad_x_row = grad_x + (int64_t{image} * rows.map.patches + patch) * rows.channels;
-    const auto load = [&](int column) {
-      return Operands{load_scaled<scalar_t, kVec>(x_row + rows.offset(column, x.strides[1]), rows.input_scale),
-                      Vec::load(grad_row + column)};
+    return Places{x.at(image, patch),
+                  grad_output.at(token) + int64_t{first - token * rows.map.per_token} * rows.channels,
+                  grad_x + (int64_t{image} * rows.map.patches + patch) * rows.channels};
+  };
+  struct Kept {
+    Operands values[Policy::kVectors];
+  };
+  const auto load = [&](const Places& places, int column) {
+    return Operands{Vec::load(places.x + rows.offset(column, x.strides[1])), Vec::load(places.grad + column)};
+  };
+  const auto load_kept = [&](int64_t row, int end) {
+    const Places places = places_of(row);
+    Kept kept;
+    Policy::for_kept(end, [&](int k, int column) { kept.values[k] = load(places, column); });
+    return kept;
+  };
+  int turn = 0;
+  constexpr bool kAhead = !Policy::kUnbounded;
+  Policy::template for_rows_ahead<kAhead>(rows.count, rows.hidden, load_kept,
+                                          [&](int64_t row, int end, const Kept& kept) {
+    const Places places = places_of(row);
+    const auto prepare = [&](const Operands& values) {
+      return Operands{scaled(values.x, rows.input_scale), values.grad};
     };
-    Operands kept[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) { kept[k] = load(column); });
-    const auto for_row = [&](auto function) { Policy::for_all(end, kept, load, function); };
+    Operands held[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int) { held[k] = prepare(kept.values[k]); });
+    const auto load_rest = [&](int column) { return prepare(load(places, column)); };
+    const auto for_row = [&](auto function) { Policy::for_all(end, held, load_rest, function); };
     const auto means = gradient.template means<Vec>(for_row, weight, rows, turn++);
 
     // Stores the gradient of x, and accumulates those of weight and bias.
     const auto finish = [&](const Operands& values, int column, float* weight_sums, float* bias_sums) {
       const Vec weights = Vec::load(weight + column);
-      Vec output;
+      float grads[kVec];
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const float normed = means.moments.normalise(values.x[i]);
-        const float grad =
-            means.moments.inverse_deviation * (values.grad[i] * weights[i] - means.grad - normed * means.projection);
-        output.set(i, grad * rows.input_scale);
+        const float projected = normed * means.projection;
+        grads[i] =
+            means.moments.inverse_deviation * (values.grad[i] * weights[i] - means.grad - projected) * rows.input_scale;
         weight_sums[i] += values.grad[i] * normed;
         bias_sums[i] += values.grad[i];
       }
-      output.store(grad_x_row + rows.offset(column, rows.channels));
+      Vec output;
+      output.fill([&](int i) { return grads[i]; });
+      output.store(places.grad_x + rows.offset(column, rows.channels));
     };
-    Policy::for_kept(end, [&](int k, int column) { finish(kept[k], column, grad_weight[k], grad_bias[k]); });
-    Policy::for_rest(end,
-                     [&](int column) { finish(load(column), column, weight_partial + column, bias_partial + column); });
+    Policy::for_kept(end, [&](int k, int column) { finish(held[k], column, grad_weight[k], grad_bias[k]); });
+    Policy::for_rest(
+        end, [&](int column) { finish(load_rest(column), column, weight_partial + column, bias_partial + column); });
   });
 
   store_partial<Policy>(grad_weight, weight_partial, rows.hidden);

@@ -19,7 +19,7 @@ __device__ __forceinline__ Vec load_weight(const scalar_t* weight, int column) {
 }
 
 template <typename scalar_t, typename Policy, bool kHasResidual>
-__global__ void __launch_bounds__(Policy::kThreads)
+__global__ void __launch_bounds__(Policy::kThreads, Policy::kResident)
     rms_norm_kernel(const scalar_t* __restrict__ x,         // (rows, hidden), x_stride from row to row
                     const scalar_t* __restrict__ residual,  // (rows, hidden), residual_stride from row to row
                     const scalar_t* __restrict__ weight,    // (hidden,), or null
@@ -28,25 +28,34 @@ __global__ void __launch_bounds__(Policy::kThreads)
                     int64_t rows, int hidden, int64_t x_stride, int64_t residual_stride, float eps, Variant variant) {
   constexpr int kVec = Policy::kVec;
   using Vec = Vector<scalar_t, kVec>;
+  using Held = std::conditional_t<kHasResidual, Vec, Floats<kVec>>;  // two vectors in float32 take too many registers
   __shared__ GroupSum<Policy::kThreadsPerRow, 1> group_sum;
 
   int turn = 0;
   Policy::for_rows(rows, hidden, [&](int64_t row, int end) {
-    const scalar_t* const x_row = x + row * x_stride;
-    const auto load = [&](int column) {
-      Vec values = Vec::load(x_row + column);
+    const auto load = [&](int column) { return Vec::load(x + row * x_stride + column); };
+    const auto load_addends = [&](int column) { return Vec::load(residual + row * residual_stride + column); };
+    // Adds the residual, and stores the sum.
+    const auto prepare = [&](Vec values, const Vec& addends, int column) {
       if constexpr (kHasResidual) {
-        const Vec addends = Vec::load(residual + row * residual_stride + column);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) values.set(i, addends[i] + values[i]);
+        const Vec own = values;
+        values.fill([&](int i) { return addends[i] + own[i]; });
+        values.store(new_residual + row * hidden + column);
       }
-      return values;
+      return values.template as<Held>();
     };
-    Vec kept[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) { kept[k] = load(column); });
+    Vec loaded[Policy::kVectors], addends[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int column) {
+      loaded[k] = load(column);
+      if constexpr (kHasResidual) addends[k] = load_addends(column);
+    });
+    Held kept[Policy::kVectors];
+    Policy::for_kept(end, [&](int k, int column) { kept[k] = prepare(loaded[k], addends[k], column); });
+    const auto load_rest = [&](int column) {
+      return prepare(load(column), kHasResidual ? load_addends(column) : Vec(), column);
+    };
     float sums[1] = {0.f};
-    Policy::for_all(end, kept, load, [&](const Vec& values, int column) {
-      if constexpr (kHasResidual) values.store(new_residual + row * hidden + column);
+    Policy::for_all(end, kept, load_rest, [&](const Held& values, int) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sums[0] += values[i] * values[i];
     });
@@ -54,19 +63,22 @@ __global__ void __launch_bounds__(Policy::kThreads)
     group_sum.add_up(sums, turn++);
     const float inverse_rms = rsqrtf(sums[0] / hidden + eps);
 
-    Policy::for_all(end, kept, load, [&](const Vec& values, int column) {
+    Policy::for_all(end, kept, load_rest, [&](const Held& values, int column) {
       const Vec weights = load_weight<Vec>(weight, column);
-      Vec output;
+      float normed[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        output.set(i, weight_scale(variant, weights[i]) * weighted_value<scalar_t>(variant, values[i] * inverse_rms));
-      }
+      for (int i = 0; i < kVec; ++i) normed[i] = values[i] * inverse_rms;
+      round_normed<scalar_t>(variant, normed);
+      Vec output;
+      output.fill([&](int i) { return weight_scale(variant, weights[i]) * normed[i]; });
       output.store(y + row * hidden + column);
     });
   });
 }
 
 // A persistent grid: each block loops over rows and writes its part of the weight's gradient to one row of `partials`.
+// Limited (rms_norm_backward_kernel): each element is converted eight times, as registers hold it in half precision; of
+// 600 rows of 2048, the two of a block are in flight at once
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
     rms_norm_backward_kernel(const scalar_t* __restrict__ grad_output,    // (rows, hidden)
@@ -85,54 +97,63 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
   if (partial != nullptr) clear_rest<Policy>(partial, hidden);
 
   int turn = 0;
-  Policy::for_rows(rows, hidden, [&](int64_t row, int end) {
+  struct Operands {
+    Vec x, grad;
+  };
+  struct Kept {
+    Operands values[Policy::kVectors];
+  };
+  const auto load = [&](int64_t row, int end) {
+    Kept kept;
+    Policy::for_kept(end, [&](int k, int column) {
+      kept.values[k].x = Vec::load(x + row * x_stride + column);
+      kept.values[k].grad = Vec::load(grad_output + row * grad_output_stride + column);
+    });
+    return kept;
+  };
+  Policy::for_rows_ahead(rows, hidden, load, [&](int64_t row, int end, const Kept& kept) {
     const scalar_t* const x_row = x + row * x_stride;
     const scalar_t* const grad_row = grad_output + row * grad_output_stride;
-    Vec kept[Policy::kVectors], kept_grads[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) {
-      kept[k] = Vec::load(x_row + column);
-      kept_grads[k] = Vec::load(grad_row + column);
-    });
 
+    const auto load_rest = [&](int column) {
+      return Operands{Vec::load(x_row + column), Vec::load(grad_row + column)};
+    };
     float sums[2] = {0.f, 0.f};  // of x * x, and of gradient * weight * x
-    const auto accumulate = [&](const Vec& values, const Vec& grads, int column) {
+    Policy::for_all(end, kept.values, load_rest, [&](const Operands& values, int column) {
       const Vec weights = load_weight<Vec>(weight, column);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        sums[0] += values[i] * values[i];
-        sums[1] += grads[i] * weight_scale(variant, weights[i]) * values[i];
+        const float value = values.x[i];
+        sums[0] += value * value;
+        sums[1] += values.grad[i] * weight_scale(variant, weights[i]) * value;
       }
-    };
-    Policy::for_kept(end, [&](int k, int column) { accumulate(kept[k], kept_grads[k], column); });
-    Policy::for_rest(end,
-                     [&](int column) { accumulate(Vec::load(x_row + column), Vec::load(grad_row + column), column); });
+    });
     group_sum.add_up(sums, turn++);
     const float inverse_rms = rsqrtf(sums[0] / hidden + eps);
     const float projection = sums[1] * inverse_rms / hidden;  // the mean of gradient * weight * normalised x
 
     // Stores the gradient of x, and accumulates that of the weight.
-    const auto finish = [&](const Vec& values, const Vec& grads, int column, float* weight_sums) {
+    const auto finish = [&](const Operands& values, int column, float* weight_sums) {
       const Vec weights = load_weight<Vec>(weight, column);
       Vec residuals, output;
       if (grad_residual != nullptr) residuals = Vec::load(grad_residual + row * grad_residual_stride + column);
+      float normed[kVec];
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float scaled = grads[i] * weight_scale(variant, weights[i]);
-        const float grad = inverse_rms * (scaled - values[i] * inverse_rms * projection);
-        output.set(i, grad_residual != nullptr ? grad + residuals[i] : grad);
-      }
+      for (int i = 0; i < kVec; ++i) normed[i] = values.x[i] * inverse_rms;
+      output.fill([&](int i) {
+        const float scaled = values.grad[i] * weight_scale(variant, weights[i]);
+        const float grad = inverse_rms * (scaled - normed[i] * projection);
+        return grad_residual != nullptr ? grad + residuals[i] : grad;
+      });
       output.store(grad_x + row * hidden + column);
       if (weight_sums == nullptr) return;
+      round_normed<scalar_t>(variant, normed);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        weight_sums[i] += grads[i] * weighted_value<scalar_t>(variant, values[i] * inverse_rms);
-      }
+      for (int i = 0; i < kVec; ++i) weight_sums[i] += values.grad[i] * normed[i];
     };
-    Policy::for_kept(end, [&](int k, int column) { finish(kept[k], kept_grads[k], column, grad_weight[k]); });
-    Policy::for_rest(end, [&](int column) {
-      finish(Vec::load(x_row + column), Vec::load(grad_row + column), column,
-             partial == nullptr ? nullptr : partial + column);
-    });
+    Policy::for_kept(end, [&](int k, int column) { finish(kept.values[k], column, grad_weight[k]); });
+    Policy::for_rest(
+        end, [&](int column) { finish(load_rest(column), column, partial == nullptr ? nullptr : partial + column); });
   });
 
   if (partial != nullptr) store_partial<Policy>(grad_weight, partial, hidden);
@@ -157,7 +178,7 @@ void launch_forward(const Tensor& x_tensor, const std::optional<Tensor>& residua
                   x_rows.strides[0], residual_rows.strides[0], eps, args.variant);
   };
   const bool fit = vectors_fit(kVectorBytes, args.x, args.residual, args.weight);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
+  with_hidden_row_policy(args.dtype, args.hidden, fit, run);
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, Variant variant) {
@@ -187,8 +208,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
   const auto run = [&](auto zero, auto policy) {
     using scalar_t = decltype(zero);
     using Policy = decltype(policy);
-    const int64_t resident = int64_t{scope.multiprocessors()} * Policy::kBlocksPerMultiprocessor;
-    const int64_t blocks = Policy::blocks(rows, resident);
+    const int64_t blocks = Policy::persistent_blocks(rows, scope.multiprocessors());
     std::optional<Tensor> partials;
     if (weight_grad) partials = float_buffer(blocks * hidden, x_tensor);
     float* const partials_data = weight_grad ? scope.output<float>(*partials) : nullptr;
@@ -205,7 +225,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
     }
   };
   const bool fit = vectors_fit(kVectorBytes, args.grad_output, args.x, args.weight, args.grad_residual);
-  with_row_policy<HeadRow, NarrowRow, MiddleRow, HiddenRow, LongRow>(args.dtype, args.hidden, fit, run);
+  with_hidden_row_policy(args.dtype, args.hidden, fit, run);
   return {grad_x, grad_weight};
 }
 

@@ -143,29 +143,45 @@ __global__ void __launch_bounds__(Policy::kThreads)
 #pragma unroll
         for (int k = 0; k < Policy::kPairs; ++k) {
 #pragma unroll
-          for (int i = 0; i < kVec; ++i) sums[0] += x.first[k][i] * x.first[k][i] + x.second[k][i] * x.second[k][i];
+          for (int i = 0; i < kVec; ++i) {
+            const float a = x.first[k][i], b = x.second[k][i];
+            sums[0] += a * a + b * b;
+          }
         }
         group_sum.add_up(sums, turn++);
         inverse_rms = rsqrtf(sums[0] / head_dim + eps);
       }
       if (head < 0) return;
-      const auto normed = [&](float value, float factor) {
-        if (part.weight == nullptr) return value;
-        const float scaled = weighted_value<scalar_t>(variant, value * inverse_rms);
-        return round_to<scalar_t>(weight_scale(variant, factor) * scaled);
+      // Writes the normalised elements of a vector.
+      const auto norm = [&](const typename Own::Vec& values, const typename Own::Vec& weights, float (&normed)[kVec]) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) normed[i] = values[i];
+        if (part.weight == nullptr) return;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) normed[i] *= inverse_rms;
+        round_normed<scalar_t>(variant, normed);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) normed[i] *= weight_scale(variant, weights[i]);
+        round_all<scalar_t>(normed);
+      };
+      // Multiplies the elements of a vector by those of another, and rounds the products.
+      const auto product = [&](const float (&values)[kVec], const typename Own::Vec& factors, float (&products)[kVec]) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) products[i] = values[i] * factors[i];
+        round_all<scalar_t>(products);
       };
       scalar_t* const to = part.y + (row * part.heads + head) * head_dim;
       Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int frequency) {
+        float a[kVec], b[kVec], with_cos[kVec], with_sin[kVec];
+        norm(x.first[k], weight.first[k], a);
+        norm(x.second[k], weight.second[k], b);
         typename Own::Vec first, second;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          const float a = normed(x.first[k][i], weight.first[k][i]), b = normed(x.second[k][i], weight.second[k][i]);
-          first.set(
-              i, frequency < 0 ? a : round_to<scalar_t>(a * cos.first[k][i]) - round_to<scalar_t>(b * sin.first[k][i]));
-          second.set(i, frequency < 0
-                            ? b
-                            : round_to<scalar_t>(b * cos.second[k][i]) + round_to<scalar_t>(a * sin.second[k][i]));
-        }
+        product(a, cos.first[k], with_cos);
+        product(b, sin.first[k], with_sin);
+        first.fill([&](int i) { return frequency < 0 ? a[i] : with_cos[i] - with_sin[i]; });
+        product(b, cos.second[k], with_cos);
+        product(a, sin.second[k], with_sin);
+        second.fill([&](int i) { return frequency < 0 ? b[i] : with_cos[i] + with_sin[i]; });
         first.store(to + left);
         second.store(to + right);
       });
@@ -247,23 +263,29 @@ __global__ void __launch_bounds__(Policy::kThreads)
         projection = sums[1] * inverse_rms / head_dim;
       }
       if (head < 0) return;
-      // Returns the gradient of an element of the head from that of the normalised one, and accumulates the weight's.
-      const auto finish = [&](float own, float value, float factor, float& weight_sum) {
-        if (part.weight == nullptr) return own;
-        const float normed = value * inverse_rms;
-        weight_sum += own * weighted_value<scalar_t>(variant, normed);
-        return inverse_rms * (own * weight_scale(variant, factor) - normed * projection);
+      // Stores the gradients of a vector of the head from those of the normalised one, and accumulates the weight's.
+      const auto finish = [&](float (&own)[kVec], const typename Own::Vec& values, const typename Own::Vec& weights,
+                              float (&weight_sums)[kVec], scalar_t* to) {
+        typename Own::Vec output;
+        if (part.weight == nullptr) {
+          output.fill([&](int i) { return own[i]; });
+        } else {
+          float normed[kVec];
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) normed[i] = values[i] * inverse_rms;
+          output.fill([&](int i) {
+            return inverse_rms * (own[i] * weight_scale(variant, weights[i]) - normed[i] * projection);
+          });
+          round_normed<scalar_t>(variant, normed);
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) weight_sums[i] += own[i] * normed[i];
+        }
+        output.store(to);
       };
       scalar_t* const to = part.y + (row * part.heads + head) * head_dim;
       Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {
-        typename Own::Vec left_output, right_output;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          left_output.set(i, finish(first[k][i], x.first[k][i], weight.first[k][i], weight_first[k][i]));
-          right_output.set(i, finish(second[k][i], x.second[k][i], weight.second[k][i], weight_second[k][i]));
-        }
-        left_output.store(to + left);
-        right_output.store(to + right);
+        finish(first[k], x.first[k], weight.first[k], weight_first[k], to + left);
+        finish(second[k], x.second[k], weight.second[k], weight_second[k], to + right);
       });
     });
   }

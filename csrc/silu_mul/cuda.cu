@@ -57,9 +57,12 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(Input<scalar_t, 2> g
   using Vec = Vector<scalar_t, kVec>;
   for_vectors<kVec>(rows, hidden, per_row, [&](int64_t row, int column) {
     const Vec gates = Vec::load(gate.at(row) + column), ups = Vec::load(up.at(row) + column);
-    Vec output;
+    float activated[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) output.set(i, round_to<scalar_t>(activate(kActivated, gates[i])) * ups[i]);
+    for (int i = 0; i < kVec; ++i) activated[i] = activate(kActivated, gates[i]);
+    round_all<scalar_t>(activated);
+    Vec output;
+    output.fill([&](int i) { return activated[i] * ups[i]; });
     output.store(y + row * hidden + column);
   });
 }
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   for_vectors<kVec>(rows, hidden, per_row, [&](int64_t row, int column) {
     const Vec grads = Vec::load(grad_output.at(row) + column);
     const Vec gates = Vec::load(gate.at(row) + column), ups = Vec::load(up.at(row) + column);
-    Vec for_gate, for_up;
+    float of_gate[kVec], of_up[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       const float x = gates[i];
@@ -87,9 +90,12 @@ __global__ void __launch_bounds__(kThreads)
       }
       const float power = expf(-z), share = 1.f / (1.f + power);
       const float rest = share == 0.f ? 1.f : power * share;  // 1 - share, without cancellation
-      for_gate.set(i, grads[i] * ups[i] * share * (1.f + x * z_slope * rest));
-      for_up.set(i, grads[i] * x * share);
+      of_gate[i] = grads[i] * ups[i] * share * (1.f + x * z_slope * rest);
+      of_up[i] = grads[i] * x * share;
     }
+    Vec for_gate, for_up;
+    for_gate.fill([&](int i) { return of_gate[i]; });
+    for_up.fill([&](int i) { return of_up[i]; });
     for_gate.store(grad_gate + row * hidden + column);
     for_up.store(grad_up + row * hidden + column);
   });

@@ -206,8 +206,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads)
         move_row<Vec>(has_row ? grad.at(batch, row) : nullptr,
                       grad_hidden + (batch * sizes.tokens + token) * sizes.hidden, sizes.hidden, [&](Vec& values) {
           if (divisor == 1.f) return;  // a copy
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) values.set(i, values[i] / divisor);
+          values.fill([&](int i) { return values[i] / divisor; });
         });
       }
     }

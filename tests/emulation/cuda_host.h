@@ -277,6 +277,16 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 
 // ---- the runtime API ----
 
@@ -284,7 +294,12 @@ const char* cudaGetErrorString(cudaError_t error);  // the emulator's own messag
 
 namespace vlmfast {
 
-constexpr int64_t kMaxBlocks = 5;  // small, so that kernels have to loop
+#ifdef VLMFAST_MULTIPROCESSORS  // launches are to be those of a GPU
+constexpr int64_t kMaxBlocks = 2147483647;
+#else  // small, so that kernels have to loop, persistent ones too
+#define VLMFAST_MULTIPROCESSORS 1
+constexpr int64_t kMaxBlocks = 5;
+#endif
 
 inline float fast_exp2(float x) { return exp2f(x); }
 

@@ -48,6 +48,10 @@ NORMS = [
     ((1, 56), (6, 6), 3, False),
     ((2, 264), (2, 4), 2, True),
     ((1, 200), (4, 4), 2, False),
+    ((1, 42), (4, 4), 2, False),
+    ((1, 264), (4, 4), 2, False),
+    ((1, 90), (2, 4), 2, False),
+    ((1, 520), (2, 4), 2, False),
     ((1, 258), (2, 8), 2, False),
     ((1, 2056), (4, 4), 2, False),
 ]
@@ -100,9 +104,16 @@ def test_bytes_moved() -> None:
     assert_traffic(1, "pixel_shuffle", x, grid)
     assert_traffic(1, "pixel_shuffle", x, grid, 2, "column", 0.3)
     assert_traffic(1, "pixel_unshuffle", tokens, grid)
-    for size in (1056, 264):
-        assert_traffic(1, "pixel_shuffle_norm", x, weight[:size], bias[:size], grid)
-        assert_traffic(2, "pixel_shuffle_norm_backward", tokens, x, weight[:size], grid)
+    assert_traffic(1, "pixel_shuffle_norm", x, weight[:264], bias[:264], grid)
+    assert_traffic(2, "pixel_shuffle_norm_backward", tokens, x, weight[:264], grid)
+    # Rows of tokens for which there are two blocks per multiprocessor, as the count of partial sums assumes.
+    x, tokens, weight = (
+        torch.randn(9, 16, 520).bfloat16(),
+        torch.randn(9, 4, 2080).bfloat16(),
+        torch.randn(2080).bfloat16(),
+    )
+    assert_traffic(1, "pixel_shuffle_norm", x, weight, weight.clone(), grid)
+    assert_traffic(2, "pixel_shuffle_norm_backward", tokens, x, weight, grid)
 
 
 def test_misfits_are_refused() -> None:

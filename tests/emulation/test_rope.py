@@ -97,13 +97,7 @@ FAULTS = [
         WRONG,
     ),
     Fault("rest of a head turned", "cuda.cu", "half + pair + rest_half, -1", "half + pair + rest_half, 0", WRONG),
-    Fault(
-        "rounding of products left out",
-        "cuda.cu",
-        "round_to<scalar_t>(a * cos.first[k][i])",
-        "(a * cos.first[k][i])",
-        WRONG,
-    ),
+    Fault("rounding of products left out", "cuda.cu", "round_all<scalar_t>(products);", "", WRONG),
     Fault("heads past the last", "cuda.cu", "head < heads ? head : -1", "head", f"{BOUNDS}|{RACE}"),
     Fault("alignment of halves unchecked", "cuda.cu", "half % vec == 0 &&", "", MISALIGNED),
     Fault(

@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python -m tests.ptx.saturation rms_norm_backward > saturation.json
 
-The calls are real shapes in bfloat16. `saturation` has a record for each launch on an H200:
+The calls are real shapes in bfloat16. `saturation` has a record for each launch on an H200, of Triton's kernels and of
+CUDA's as nvcc compiled them:
 
 * `in_flight`: bytes in flight per multiprocessor (`tests/helpers/in_flight.py`). 48 KiB are enough. So is an `at_once`
   of nearly 1, the share of all bytes that the kernel loads which is in flight: more there is not.
@@ -30,10 +31,8 @@ import torch
 
 from tests.helpers import in_flight, interpreter, traffic
 from tests.helpers.cases import PRIMITIVE
-from tests.ptx import backend
+from tests.ptx import backend, counts, nvcc, saturation_nvcc
 from tests.ptx.compile import OPTIONS, Compiled, compiled
-from tests.ptx.machine import Machine
-from tests.ptx.parse import Instruction
 from vlmfast import backends
 from vlmfast.architectures import GPUS as TARGETS
 from vlmfast.benchmarks import predicted
@@ -52,16 +51,6 @@ def measured_ops() -> list[Op]:
     """Return the ops that memory bounds, and the greedy selections, in which each choice waits for the one before."""
     greedy = [op for op in PRIMITIVE if op.family == "greedy_selection"]
     return [op for op in traffic.BOUND_BY_MEMORY if op in PRIMITIVE] + greedy
-
-
-def moves(ins: Instruction, kind: str) -> int:
-    """Return the bytes that one thread loads from ("ld") or stores to ("st") global memory by an instruction."""
-    if kind == "ld" and ins.name == "cp" and "global" in ins.flags and len(ins.args) > 2:
-        return int(ins.args[2], 0)
-    if ins.name != kind or "global" not in ins.flags:
-        return 0
-    count = next((int(flag[1:]) for flag in ins.flags if flag in ("v2", "v4", "v8")), 1)
-    return count * ins.types[-1].size
 
 
 def limits() -> dict[str, str]:
@@ -115,24 +104,8 @@ def run(module: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int,
     before = machine.ran.copy()
     backend.launch(module, name, arguments, grid)
     ran = machine.ran - before
-    instructions = sum(
-        int(number) for ins, number in zip(machine.kernel.instructions, ran, strict=True) if ins.name != "mov"
-    )
-    return (name, *_moved(machine, ran, arguments), instructions)
-
-
-def _moved(machine: Machine, ran: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-    """Return the bytes of rows that a launch reads, those of its widest loads up to a limit, and those that it stores.
-
-    The limit, the bytes of all tensors less those that are stored, counts bytes once that are loaded repeatedly.
-    """
-    moved = [(ins, int(number)) for ins, number in zip(machine.kernel.instructions, ran, strict=True)]
-    stores = sum(moves(ins, "st") * number for ins, number in moved)
-    sizes = [(moves(ins, "ld"), number) for ins, number in moved]
-    widest = max(size for size, _ in sizes)
-    loads = sum(size * number for size, number in sizes if size == widest)
     tensors = sum(value.nbytes for value in arguments.values() if isinstance(value, torch.Tensor))
-    return min(loads, tensors - stores), stores
+    return (name, *counts.moved(machine, ran, tensors), counts.issued(machine, ran))
 
 
 def shapes(op: Op) -> Iterator[tuple[str, tuple[Any, ...], int]]:
@@ -155,12 +128,13 @@ def on_all(op: Op, args: tuple[Any, ...]) -> dict[str, list[Launch]]:
     return {name: by_target[gpu.target] for name, gpu in GPUS.items()}
 
 
-def saturation(op: Op, label: str, launch: Launch, moved: int) -> dict[str, Any]:
-    """Make the record of a launch on an H200."""
+def saturation(op: Op, label: str, launch: Launch, moved: int, place: str = "triton") -> dict[str, Any]:
+    """Make the record of a launch on an H200; the place is "triton" or "cuda"."""
     facts = {"in_flight": launch.in_flight(H200), "at_once": round(launch.at_once(H200), 2)}
     facts["instructions"] = round(launch.instructions / moved, 2)
-    reason = {"limited": limits()[launch.kernel]} if launch.kernel in limits() else {}
-    told = {"op": op.name, "workload": label, "kernel": launch.kernel, "programs": launch.programs}
+    reasons = limits() if place == "triton" else saturation_nvcc.limits()
+    reason = {"limited": reasons[launch.kernel]} if launch.kernel in reasons else {}
+    told = {"op": op.name, "backend": place, "workload": label, "kernel": launch.kernel, "programs": launch.programs}
     return {**told, **facts, **reason}
 
 
@@ -189,6 +163,9 @@ def main(names: list[str]) -> None:
             of_gpus = on_all(op, args)
             found["saturation"] += [saturation(op, label, launch, moved) for launch in of_gpus["H200"]]
             found["predicted"] += bounds(op, label, args, of_gpus)
+            if nvcc.find_nvcc() is not None and traffic.has_kernels(op, "emulated"):
+                launches = saturation_nvcc.launches_on(op, args)
+                found["saturation"] += [saturation(op, label, launch, moved, "cuda") for launch in launches]
     json.dump(found, sys.stdout)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from tests.emulation import build
 from tests.helpers import in_flight
 from tests.helpers.cases import require
-from tests.ptx import saturation
+from tests.ptx import nvcc, saturation, saturation_nvcc
 from vlmfast.benchmarks.ops import STATIC_REPORT
 from vlmfast.benchmarks.predicted import GPUS
 from vlmfast.registry import OPS
@@ -59,6 +61,30 @@ def test_the_backward_of_a_norm_keeps_memory_busy(change: str, monkeypatch: pyte
     assert saturation.falls_short(record) == (change == "one stage")
     if change == "none":
         assert record["in_flight"] >= GPUS["H200"].needed
+
+
+@pytest.mark.ptx
+def test_cuda_kernels_are_launched_as_on_a_whole_gpu() -> None:
+    op = OPS["rms_norm"]
+    require(op, "ptx_nvcc")
+    args, moved = next((args, moved) for label, args, moved in saturation.shapes(op) if label == "600x2048")
+    (launch,) = saturation_nvcc.launches_on(op, args)
+    assert (launch.kernel, launch.programs) == ("rms_norm_kernel", 600)
+    assert moved - 4096 <= launch.read + launch.stored <= moved  # but for the weight, which is read again for each row
+    assert not saturation.falls_short(saturation.saturation(op, "600x2048", launch, moved, "cuda"))
+
+
+def test_the_name_of_a_cuda_kernel() -> None:
+    name = "_ZN7vlmfast9anonymous15rms_norm_kernelI13__nv_bfloat16NS_9RowPolicyILi8ELi64EEELb0EEEvPKT_"
+    assert saturation_nvcc.name_of(nvcc.unified(name)) == "rms_norm_kernel"
+
+
+def test_reasons_stand_beside_cuda_kernels() -> None:
+    sources = "".join(path.read_text() for path in build.CSRC.glob("*/*.cu*"))
+    kernels = {*re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", sources)}
+    assert saturation_nvcc.limits()
+    assert set(saturation_nvcc.limits()) <= kernels
+    assert saturation_nvcc.limits()["rms_norm_backward_kernel"].endswith("the two of a block are in flight at once")
 
 
 def test_report_says_why_a_kernel_falls_short() -> None:
