@@ -193,8 +193,10 @@ def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 def _qwen_processor(tokenizer: Any, release: str, patch: int) -> Any:
-    sizes = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    sizes: dict[str, Any] = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     area = (patch * 2) ** 2
+    if release == "Qwen3":  # as published, and as its videos: vLLM normalises both by the numbers of images
+        sizes |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": area, "longest_edge": area * 1280}, **sizes)
     videos = "Qwen3VLVideoProcessor" if release == "Qwen3" else "Qwen2VLVideoProcessor"
     return getattr(transformers, f"{release}VLProcessor" if release == "Qwen3" else f"{release}_VLProcessor")(
