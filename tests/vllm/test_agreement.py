@@ -84,27 +84,38 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 from pathlib import Path
 from tests.vllm.test_agreement import CASES, off
 if __name__ == "__main__":
-    name, models, ranks = sys.argv[1:]
+    name, models, ranks, *methods = sys.argv[1:]
     if int(ranks) > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(int(ranks))))
-    found = off(name, Path(models), *CASES[name], tensor_parallel_size=int(ranks), max_num_batched_tokens=40)
+    settings = {"tensor_parallel_size": int(ranks), "max_num_batched_tokens": 40}
+    found = off(name, Path(models), *(methods or CASES[name]), **settings)
     print("OFF", max(map(max, found)))
 """
 
 
+def off_in_processes(name: str, ranks: int, models: Path, folder: Path, *methods: str) -> float:
+    """Return how far the answers of an engine in processes of its own are off."""
+    written_models.write(name, models)
+    script = folder / "process.py"
+    script.write_text(PROCESS)
+    command = [sys.executable, str(script), name, str(models), str(ranks), *methods]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
+    assert "OFF" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    return float(done.stdout.split("OFF")[1])
+
+
 @pytest.mark.parametrize(("name", "ranks"), [("llava", 1), *((name, 2) for name in CASES)])
 def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, tmp_path: Path):
-    written_models.write(name, models)
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    command = [sys.executable, str(script), name, str(models), str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert "OFF" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-    assert float(done.stdout.split("OFF")[1]) < TOLERANCE, done.stdout
+    assert off_in_processes(name, ranks, models, tmp_path) < TOLERANCE
 
 
 # ---- faults that these tests are meant to catch ----
+
+
+def test_ranks_that_score_alone_are_noticed(models: Path, tmp_path: Path):
+    method = "tests.vllm.ranks_alone.Alone(dominant=14, contextual=4)"
+    assert off_in_processes("llava", 2, models, tmp_path, method) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl"])
