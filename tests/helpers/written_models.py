@@ -233,8 +233,8 @@ WIDE_TOWER = {"hidden_size": 256, "intermediate_size": 1024}
 wide_llava = functools.partial(
     _llava, text=WIDE | {"num_key_value_heads": 8}, side=336, patch=14, num_hidden_layers=7, **WIDE_TOWER
 )
-# Attention among 4080 patches does not shrink as fast as matrices: with two layers, the tower does a quarter of the work
-# for a prompt of 1020 tokens, as in Qwen3-VL-8B
+# Attention among 4080 patches does not shrink as fast as matrices: with two layers, the tower does a quarter of the
+# work for a prompt of 1020 tokens, as in Qwen3-VL-8B
 wide_qwen3_vl = functools.partial(
     _qwen3_vl,
     text={
