@@ -129,7 +129,7 @@ def test_other_scores_are_noticed(name: str, models: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5"])
 def test_places_that_are_lost_are_noticed(name: str, models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(positions, "places_of", lambda rows: torch.zeros(len(rows), 2, dtype=torch.int64))
+    monkeypatch.setattr(positions, "places_of", lambda rows: torch.zeros(len(rows), 3, dtype=torch.int64))
     found = off(name, models, SHARES)
     assert sum(value > TOLERANCE for value in found[0] + found[1]) >= 8, found
 
