@@ -135,7 +135,8 @@ class OnevisionProcessor(CropRows, LlavaOnevisionMultiModalProcessor):
     def frame_tokens(self, video: Any) -> int:
         """Return the tokens of a frame after pooling."""
         vision = self.info.get_hf_config().vision_config
-        return math.ceil(vision.image_size // vision.patch_size / 2) ** 2
+        side: int = math.ceil(vision.image_size // vision.patch_size / 2)
+        return side**2
 
 
 @MULTIMODAL_REGISTRY.register_processor(NextProcessor, info=NextInfo, dummy_inputs=LlavaDummyInputsBuilder)
