@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
+
+import pytest
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["*.py"]
@@ -16,3 +19,9 @@ else:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where the tests write their models."""
+    return tmp_path_factory.mktemp("models")

@@ -26,11 +26,6 @@ LLAVA, NEXT, ONEVISION, QWEN = (
 )
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
 def config(models: Path, name: str, method: str, **settings: Any) -> Any:
     folder = written_models.write(name, models)
     return EngineArgs(str(folder), **vlmfast.vllm.reduced(method, str(folder)) | settings).create_engine_config()
@@ -65,7 +60,9 @@ def test_arguments_are_the_same_for_a_server(models: Path):
         (CDPruner(8), LLAVA, "CDPruner.* chooses by the question"),
         ("pyramiddrop:8:0.5", QWEN, "PyramidDrop.* cuts between layers"),
         (PyramidDrop(2, 0.5), QWEN, "cuts between layers"),
-        (EVS(0.5), QWEN, "EVS.* reduces videos"),
+        (EVS(0.5), LLAVA, "EVS.* reduces videos, and Llava.* takes none"),
+        (EVS(0.5), QWEN, "EVS.* gives each frame of a video as many .* Qwen3VL.* writes text before each frame"),
+        ("vcast:0.5", "InternVLForConditionalGeneration", "VCAST.* gives each frame .* reduces frame by frame"),
         (DivPrune(64), NEXT, "DivPrune.*depends on the picture"),
         (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture.* packing='published' or 'whole'"),
         (VisionZip(27, 5), ONEVISION, "depends on the picture where LlavaOnevision.* packing='whole'"),
@@ -169,16 +166,16 @@ def test_a_method_that_vllm_no_longer_has_is_named():
 def test_placeholders_of_requests(models: Path):
     processor = MULTIMODAL_REGISTRY.create_processor(config(models, "llava", "visionzip:14+4").model_config)
     image = processor.info.get_tokenizer().convert_tokens_to_ids("<image>")
-    counts = {None: 18, "even:8": 8, "even:1.0": 64, "even:1000": 64, "visionzip:60+30": 64, "even:0": 0}
+    counts = {None: 18, "even:8": 8, "even:1.0": 64, "even:1000": 64, "visionzip:60+30": 64}
     prompt = "user : <image> what"
     for text, count in counts.items():
         options = {KEY: text} if text else {}
-        if count:
-            assert ids(processor, prompt, [picture(0, 90, 70)], **options).count(image) == count, text
+        assert ids(processor, prompt, [picture(0, 90, 70)], **options).count(image) == count, text
     for text, message in (
         ("fastv:2:0.5", "cuts between layers"),
         ("tests.vllm.own_methods.Last(keep=3)", "must name one of"),
         (3, "must be the text of a method"),
+        ("even:0", "leaves none of 64 tokens"),
         ("even:" + "0" * 200 + "8", "at most 128 bytes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -228,11 +225,18 @@ def test_a_users_method_comes_from_the_configuration(models: Path):
     assert processor.method == Last(3)
 
 
-def test_embeddings_are_refused(models: Path):
-    made = config(models, "llava", "even:8", enable_mm_embeds=True)
+@pytest.mark.parametrize(
+    ("name", "kind", "items"),
+    [
+        ("llava", "image", [torch.zeros(64, 128)]),
+        ("qwen2_5_vl", "video", {"video_embeds": torch.zeros(4, 128), "video_grid_thw": torch.tensor([[1, 4, 4]])}),
+    ],
+)
+def test_embeddings_are_refused(name: str, kind: str, items: Any, models: Path):
+    made = config(models, name, "even:8", enable_mm_embeds=True)
     processor = MULTIMODAL_REGISTRY.create_processor(made.model_config)
-    with pytest.raises(ValueError, match="embeddings of images cannot be reduced"):
-        ids(processor, "<image>", [torch.zeros(64, 128)])
+    with pytest.raises(ValueError, match=f"embeddings of {kind}s cannot be reduced"):
+        processor([5], processor.info.parse_mm_data({kind: items}), hf_processor_mm_kwargs={})
 
 
 # ---- calls of the encoder ----
@@ -250,10 +254,10 @@ def test_calls_of_the_encoder_are_as_large_as_without_reduction():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_places_beyond_256_are_exact(dtype: torch.dtype):
-    places = torch.tensor([[0, 1], [255, 256], [257, 511], [1023, 4097]])
+    places = torch.tensor([[0, 1, 2], [255, 256, 0], [257, 511, 1], [1023, 4097, 3]])
     wide = positions.with_places(torch.zeros(4, 8, dtype=dtype), places)
     assert wide.dtype == dtype
-    assert wide.shape == (4, 12)
+    assert wide.shape == (4, 14)
     assert positions.places_of(wide).equal(places)
 
 

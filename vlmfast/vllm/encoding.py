@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,16 +15,16 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.towers import EncodedImages, recorded
 from vlmfast.vllm.naming import KEY
-from vlmfast.vllm.processing import FIELD, decode_text, method_of
+from vlmfast.vllm.processing import FIELDS, decode_text, method_for, method_of
 from vlmfast.vllm.registration import replaces
 
 
 class ReducedEncoder:
-    """Mixin for vLLM's models. A family defines `reduce_images`, and passes the sizes of images to `pieces`."""
+    """Mixin for vLLM's models. A family passes the sizes of images, or videos, to `pieces`."""
 
     overridden: ClassVar[tuple[str, ...]] = ("embed_multimodal", "_process_image_input")  # of vLLM's model
     config: Any
-    _methods: Sequence[Method] = ()  # of the images of the current call
+    _methods: Mapping[str, Sequence[Method]] = MappingProxyType({})  # of the images, or videos, of the current call
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -39,20 +40,26 @@ class ReducedEncoder:
         self._most_tokens: int = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """Encode images, each with its own method."""
-        texts = kwargs.pop(FIELD, None)
-        self._methods = [method_of(self.config, decode_text(row)) for row in texts] if texts is not None else ()
+        """Encode images and videos, each with its own method."""
+        texts = {kind: kwargs.pop(field, ()) for kind, field in FIELDS.items()}
+        self._methods = {
+            kind: [method_of(self.config, decode_text(row)) for row in rows] for kind, rows in texts.items()
+        }
         try:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         finally:
-            self._methods = ()
+            del self._methods
 
-    def methods_of(self, images: int) -> Sequence[Method]:
-        """Return the methods of ``images`` images, those that `embed_multimodal` was given."""
-        return self._methods or [method_of(self.config, getattr(self.config, KEY))] * images
+    def methods_of(self, count: int, kind: str = "image") -> list[Method]:
+        """Return the methods of so many images or videos, those that `embed_multimodal` was given."""
+        given = self._methods.get(kind) or [method_of(self.config, getattr(self.config, KEY))] * count
+        return [method_for(kind, method) for method in given]
 
     def pieces(self, tokens: Sequence[int]) -> Iterator[slice]:
-        """Split images, given their numbers of tokens, into calls as large as those of the model without reduction."""
+        """Split images, given their numbers of tokens, into calls as large as those of the model without reduction.
+
+        The same for videos.
+        """
         start = held = 0
         for number, count in enumerate(tokens):
             if number > start and held + count > self._most_tokens:

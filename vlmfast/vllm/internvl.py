@@ -1,4 +1,7 @@
-"""InternVL in Hugging Face's format inside vLLM, which serves it by its class for InternS1. Videos stay as they are."""
+"""InternVL in Hugging Face's format inside vLLM, which serves it by its class for InternS1.
+
+The frames of a video are tiles.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,16 @@ class Info(FullBudget, InternS1ProcessingInfo):
 class Processor(ReducedProcessor, InternS1MultiModalProcessor):
     """A processor that makes fewer placeholders."""
 
+    reduces = ("image", "video")
+
     def rows(self, method: Method, count: int, size: Any) -> int:
         """Count what is left of each tile."""
         tile = tile_tokens(self.info.get_hf_config())
         return count // tile * sum(method.counts(tile, False, tile))
+
+    def frame_tokens(self, video: Any) -> int:
+        """Return the tokens of a tile."""
+        return tile_tokens(self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
@@ -56,11 +65,9 @@ class VlmfastInternVLForConditionalGeneration(ReducedEncoder, InternS1ForConditi
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _process_vision_input(self, image_input: Any) -> Any:
-        if image_input["type"] != "pixel_values":
-            return super()._process_vision_input(image_input)
         tiles = image_input["num_patches"].tolist()
         pixels = torch.split(image_input["pixel_values"], tiles)
-        methods = self.methods_of(len(tiles))
+        methods = self.methods_of(len(tiles), "image" if image_input["type"] == "pixel_values" else "video")
         pieces = self.pieces([count * tile_tokens(self.config) for count in tiles])
         return [rows for piece in pieces for rows in self.reduce_images(pixels[piece], methods[piece])]
 

@@ -1,11 +1,12 @@
 """LLaVA-NeXT and LLaVA-OneVision inside vLLM, in packings whose number of tokens depends on the size alone.
 
-Those are VisionZip's published packing, for LLaVA-NeXT, and "whole". Videos stay as they are.
+Those are VisionZip's published packing, for LLaVA-NeXT, and "whole". LLaVA-OneVision's videos have no crops to pack.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,10 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vlmfast.reduce.families.llava_next import Packing, pack_numbers, packer, reduce_packed
+from vlmfast.reduce.families.llava_videos import reduce_frames
+from vlmfast.reduce.groups import by_group
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.vllm.encoding import ReducedEncoder, check_tower, encode_crops
 from vlmfast.vllm.processing import FullBudget, ReducedProcessor
 
@@ -122,6 +126,18 @@ class NextProcessor(CropRows, LlavaNextMultiModalProcessor):
 class OnevisionProcessor(CropRows, LlavaOnevisionMultiModalProcessor):
     """A processor of LLaVA-OneVision that makes fewer placeholders."""
 
+    reduces = ("image", "video")
+
+    def video_rows(self, method: Method, count: int, video: Any) -> int:
+        """Count the newline at the end of a video."""
+        return super().video_rows(method, count - 1, video) + 1
+
+    def frame_tokens(self, video: Any) -> int:
+        """Return the tokens of a frame after pooling."""
+        vision = self.info.get_hf_config().vision_config
+        side: int = math.ceil(vision.image_size // vision.patch_size / 2)
+        return side**2
+
 
 @MULTIMODAL_REGISTRY.register_processor(NextProcessor, info=NextInfo, dummy_inputs=LlavaDummyInputsBuilder)
 class VlmfastLlavaNextForConditionalGeneration(ReducedCrops, LlavaNextForConditionalGeneration):
@@ -133,3 +149,26 @@ class VlmfastLlavaNextForConditionalGeneration(ReducedCrops, LlavaNextForConditi
 )
 class VlmfastLlavaOnevisionForConditionalGeneration(ReducedCrops, LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision with fewer visual tokens."""
+
+    overridden = (*ReducedCrops.overridden, "_process_video_pixels", "apply_pooling")
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        videos: Sequence[Tensor] = list(inputs["pixel_values_videos"])
+        methods = self.methods_of(len(videos), "video")
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        frames = [len(video) for video in videos]
+        pieces = self.pieces([count * side**2 for count in frames])
+        return [
+            video.features
+            for piece in pieces
+            for video in self.reduce_videos(videos[piece], list(zip(frames, methods, strict=True))[piece])
+        ]
+
+    def reduce_videos(self, videos: Sequence[Tensor], kinds: Sequence[tuple[int, Method]]) -> list[ReducedImage]:
+        """Encode and reduce videos; those with as many frames and the same method together."""
+
+        def reduce(kind: tuple[int, Method], members: list[int]) -> list[ReducedImage]:
+            pixels = torch.stack([videos[number] for number in members])
+            return reduce_frames(self, encode_crops(self.vision_tower, pixels.flatten(0, 1)), pixels, kind[1])
+
+        return by_group(kinds, reduce)

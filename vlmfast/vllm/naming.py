@@ -33,10 +33,20 @@ PACKINGS = {
     "LlavaNextForConditionalGeneration": ("published", "whole"),
     "LlavaOnevisionForConditionalGeneration": ("whole",),
 }
+# those whose videos are reduced -> whether the tokens of all frames stand together
+VIDEOS = {
+    "InternVLForConditionalGeneration": False,
+    "LlavaOnevisionForConditionalGeneration": True,
+    "Qwen2_5_VLForConditionalGeneration": True,
+    "Qwen3VLForConditionalGeneration": False,
+    "Qwen3VLMoeForConditionalGeneration": False,
+    "Qwen3_5ForConditionalGeneration": False,
+    "Qwen3_5MoeForConditionalGeneration": False,
+}
 
 
 def reduced(method: str | Method, model: str) -> dict[str, Any]:
-    """Return the arguments of ``vllm.LLM`` that reduce the visual tokens of each image.
+    """Return the arguments of ``vllm.LLM`` that reduce the visual tokens of each image, and of each video.
 
     Args:
         method: such as ``vlmfast.VisionZip(54, 10)``, or its text, see `vlmfast.reduce.spelling.parse`.
@@ -65,7 +75,7 @@ def configured_method(architecture: str, text: object) -> Method:
     """
     if not isinstance(text, str):
         raise ValueError(f'hf_overrides must have {KEY}, a method such as "visionzip:54+10", got {text!r}')
-    return fitting(architecture, parse(text, trusted=True))
+    return fitting(architecture, parse(text, kind=None, trusted=True))
 
 
 @functools.lru_cache(256)
@@ -75,19 +85,26 @@ def requested_method(architecture: str, text: str) -> Method:
     Raises:
         ValueError: for anything else, with what it may be.
     """
-    return fitting(architecture, parse(text))
+    return fitting(architecture, parse(text, kind=None))
 
 
 def fitting(architecture: str, method: object) -> Method:
-    """Return the method if it leaves a number of tokens that is known before an image is encoded.
+    """Return the method if it leaves a number of tokens that is known before an image, or a video, is encoded.
 
     Raises:
         TypeError or ValueError: if it does not.
     """
     found = checked(method)
     name = architecture.removeprefix(PREFIX)
+    if "image" not in found.takes and name not in VIDEOS:
+        raise ValueError(f"{found} reduces videos, and {name} takes none in vLLM: use a method for images")
+    if "video" in found.takes and not by_frame(found) and not VIDEOS.get(name, True):
+        raise ValueError(
+            f"{found} gives each frame of a video as many tokens as it finds worth it, and {name} writes text before "
+            f"each frame, so that vLLM must know their numbers before: use a method that reduces frame by frame"
+        )
     packings = PACKINGS.get(name)
-    if packings and getattr(found, "packing", "model") not in packings:
+    if packings and "image" in found.takes and getattr(found, "packing", "model") not in packings:
         raise ValueError(
             f"{found}: how many tokens are left depends on the picture where {name} packs crops that were reduced, as "
             f"chosen padding is left out, and vLLM must know before: use VisionZip, or a class of your own, with "
@@ -97,7 +114,7 @@ def fitting(architecture: str, method: object) -> Method:
 
 
 def checked(method: object) -> Method:
-    """Return the method if it is one for images before the language model.
+    """Return the method if it is one before the language model.
 
     Raises:
         TypeError or ValueError: if it is not.
@@ -106,8 +123,6 @@ def checked(method: object) -> Method:
         raise ValueError(f"{method} cuts between layers of the language model, whose paged cache holds all or none")
     if not isinstance(method, Method):
         raise TypeError(f"method must be a vlmfast.reduce.Method or its text, got {told(method)}")
-    if "image" not in method.takes:
-        raise ValueError(f"{method} reduces videos, and vLLM's videos stay as they are: use a method for images")
     if isinstance(method, SmallerImage):
         raise ValueError(f"{method} changes the picture, not its tokens: give vLLM's processor a smaller picture")
     if method.reads_text:
@@ -116,6 +131,11 @@ def checked(method: object) -> Method:
             f"method that does not read the text"
         )
     return method
+
+
+def by_frame(method: Method) -> bool:
+    """Tell whether a method reduces each frame of a video for itself, so that all have equally many tokens left."""
+    return type(method).select_videos is Method.select_videos
 
 
 def _architecture(model: str) -> str:

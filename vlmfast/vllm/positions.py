@@ -1,10 +1,10 @@
 """M-RoPE positions of kept tokens: those that they have in the full prompt, which depend on the picture.
 
-Which tokens are kept is known only once the image is encoded, so their rows and columns travel with the embeddings, as
-additional channels. All else about positions depends on the image's size alone: `get_mrope_input_positions` gives text
-its final positions, and each token of an image the position of the image's first token. `embed_input_ids` removes the
-channels, and `forward` adds them to the positions. So cached prefixes, chunks that end within images, preempted
-requests and both of vLLM's runners work without special code.
+Which tokens are kept is known only once the image is encoded, so their places travel with the embeddings, as additional
+channels. All else about positions depends on the image's size alone: `get_mrope_input_positions` gives text its final
+positions, and each token of an image, a video, or a frame that text stands before, the position of its first token.
+`embed_input_ids` removes the channels, and `forward` adds them to the positions. So cached prefixes, chunks that end
+within images, preempted requests and both of vLLM's runners work without special code.
 """
 
 from __future__ import annotations
@@ -18,26 +18,24 @@ from torch import Tensor
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 BASE = 256  # bfloat16 is exact for integers up to this one: a number is two digits, a channel each
-CHANNELS = 4
+CHANNELS = 6
 
 
 def with_places(rows: Tensor, places: Tensor) -> Tensor:
-    """(n, D) rows and (n, 2) rows and columns in the grid -> (n, D + CHANNELS)."""
+    """(n, D) rows and (n, 3) times, rows and columns in the grid -> (n, D + CHANNELS)."""
     digits = torch.stack([places // BASE, places % BASE], -1).flatten(1)
     return torch.cat([rows, digits.to(rows)], 1)
 
 
 def places_of(rows: Tensor) -> Tensor:
-    """(n, D + CHANNELS) -> (n, 2) int64, the places given to `with_places`."""
-    digits = rows[:, -CHANNELS:].round().long().view(len(rows), 2, 2)
+    """(n, D + CHANNELS) -> (n, 3) int64, the places given to `with_places`."""
+    digits = rows[:, -CHANNELS:].round().long().view(len(rows), 3, 2)
     return digits[..., 0] * BASE + digits[..., 1]
 
 
 def full_tokens(feature: Any, side: int) -> int:
-    """Return the number of tokens of an item in the full prompt: all of an image's grid, or those of a video here."""
-    if feature.modality != "image":
-        return int(feature.mm_position.length)
-    return int(feature.data["image_grid_thw"].data.prod()) // side**2
+    """Return the number of tokens of an image or a video in the full prompt: all of its grid."""
+    return int(feature.data[f"{feature.modality}_grid_thw"].data.prod()) // side**2
 
 
 class PlacedTokens:
@@ -60,7 +58,10 @@ class PlacedTokens:
         self._positions = torch.zeros(3, tokens, dtype=torch.int64, device=device)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Return the positions of the full prompt for the tokens that are left; in images, that of the first."""
+        """Return the positions of the full prompt for the tokens that are left; in images, that of the first.
+
+        A video is several runs of placeholders where text stands between its frames.
+        """
         side = self.config.vision_config.spatial_merge_size
         tokens: list[int] = []
         columns: list[int] = []
@@ -74,12 +75,17 @@ class PlacedTokens:
             place = feature.mm_position
             copy(place.offset)
             start, done = len(tokens), place.offset
-            count = full_tokens(feature, side)
-            features.append(replace(feature, mm_position=replace(place, offset=start, length=count)))
-            if feature.modality == "image":
-                columns += [start] * place.length
-                tokens += [input_tokens[place.offset]] * count
-                done += place.length
+            runs = place.extract_embeds_range()
+            for first, last in runs:
+                copy(first)
+                columns += [len(tokens)] * (last + 1 - first)
+                tokens += [input_tokens[first]] * (full_tokens(feature, side) // len(runs))
+                done = last + 1
+            end = place.offset + place.length
+            copy(end)
+            done = end
+            whole = replace(place, offset=start, length=len(tokens) - start, is_embed=None)
+            features.append(replace(feature, mm_position=whole))
         copy(len(input_tokens))
         positions, delta = super().get_mrope_input_positions(tokens, features)  # type: ignore[misc]
         return positions[:, columns], delta + len(tokens) - len(input_tokens)
@@ -100,7 +106,7 @@ class PlacedTokens:
         self._reserve(count, input_ids.device)
         mask = is_multimodal.to(input_ids.device, non_blocking=True)
         places = torch.cat([places_of(rows) for rows in embeddings])
-        self._offsets[1:, :count] = places.new_zeros(count, 2).masked_scatter(mask[:, None], places).T
+        self._offsets[:, :count] = places.new_zeros(count, 3).masked_scatter(mask[:, None], places).T
         return [copy_mm_embedding_modality(rows, rows[:, :-CHANNELS]) for rows in embeddings]
 
     def _reserve(self, tokens: int, device: torch.device) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,18 +19,24 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from vllm.multimodal.processing.processor import PromptUpdate
 
 from vlmfast.reduce.methods import Method
+from vlmfast.reduce.methods.even_tokens import EvenTokens
 from vlmfast.reduce.spelling import spell_call
-from vlmfast.vllm.naming import KEY, configured_method, requested_method
+from vlmfast.vllm.naming import KEY, by_frame, configured_method, requested_method
 from vlmfast.vllm.registration import replaces
 
-FIELD = "vlmfast_method"  # of each image: the text of its method, on its way to the model
+# of each image, and of each video: the text of its method, on its way to the model
+FIELDS = {"image": "vlmfast_method", "video": "vlmfast_video_method"}
 LONGEST = 128  # bytes of that text
 _asked: ContextVar[str] = ContextVar("method of the request in hand")
 
 
 class ReducedProcessor:
-    """Mixin for vLLM's multimodal processors. A family computes in `rows` how many tokens are left."""
+    """Mixin for vLLM's multimodal processors. A family computes in `rows` how many tokens are left.
 
+    One that reduces videos has them in ``reduces`` and computes in `frame_tokens` how many tokens a frame has.
+    """
+
+    reduces: ClassVar[tuple[str, ...]] = ("image",)
     info: Any
 
     def __init_subclass__(cls) -> None:
@@ -52,6 +60,24 @@ class ReducedProcessor:
         """
         return sum(method.counts(count, False, count))
 
+    def video_rows(self, method: Method, count: int, video: Any) -> int:
+        """Return how many tokens a method leaves of ``count`` in a row, those of a frame or of all frames.
+
+        Args:
+            method: the method of the request.
+            count: the number of tokens that the model itself makes of them.
+            video: what transformers' processor made of the video.
+        """
+        each = self.frame_tokens(video)
+        frames = count // each
+        if by_frame(method):
+            return frames * sum(method.counts(each, False, each))
+        return sum(method.counts(count, False, count, frames))
+
+    def frame_tokens(self, video: Any) -> int:
+        """Return the number of tokens that the model makes of a frame."""
+        raise NotImplementedError
+
     @property
     def method(self) -> Method:
         """The method of the current request."""
@@ -62,72 +88,90 @@ class ReducedProcessor:
         """Process a request with its method, which transformers' processors do not take.
 
         Raises:
-            ValueError: for a method that cannot be served, or an image that is encoded already.
+            ValueError: for a method that cannot be served, or an image or a video that is encoded already.
         """
         options = dict(inputs.hf_processor_mm_kwargs)
         text = options.pop(KEY, None)
         if text is not None and not isinstance(text, str):
             raise ValueError(f'{KEY} must be the text of a method, such as "visionzip:54+10", got {text!r}')
-        if isinstance(inputs.mm_data_items.get("image"), (EmbeddingItems, DictEmbeddingItems)):
-            raise ValueError(f"embeddings of images cannot be reduced: serve them by a model without {KEY}")
+        for kind in self.reduces:
+            if isinstance(inputs.mm_data_items.get(kind), (EmbeddingItems, DictEmbeddingItems)):
+                raise ValueError(f"embeddings of {kind}s cannot be reduced: serve them by a model without {KEY}")
         with _asking(text):
             self.method  # noqa: B018  # refuse it before any work
             return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Add the method to the identity of an image.
+        """Add the method to the identity of an image or a video.
 
         Identities are keys of the processor cache, the encoder cache, prefix-cache blocks, and of whatever engines
         share (KV connectors, disaggregated encoders).
         """
         spelled = spell_call(self.method)
         return {
-            modality: [_digest(value, spelled) for value in values] if modality == "image" else values
+            modality: [_digest(value, spelled) for value in values] if modality in self.reduces else values
             for modality, values in super()._get_mm_hashes(inputs).items()  # type: ignore[misc]
         }
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
         data = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
-        images = mm_items.get_all_counts().get("image", 0)
-        if images:
-            config = self.info.get_hf_config()
-            data[FIELD] = encode_text(_asked.get(getattr(config, KEY))).repeat(images, 1)
+        text = encode_text(_asked.get(getattr(self.info.get_hf_config(), KEY)))
+        for kind, count in mm_items.get_all_counts().items():
+            if count:
+                data[FIELDS[kind]] = text.repeat(count, 1)
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
-        return {**fields, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        own = {field: MultiModalFieldConfig.batched(kind, keep_on_cpu=True) for kind, field in FIELDS.items()}
+        return {**fields, **own}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        images, method = mm_items.get("image"), self.method
+        images, asked = mm_items.get("image"), self.method
 
         def shorter(update: Any) -> PromptReplacement:
+            method = method_for(update.modality, asked)
+
             def replacement(item: int) -> Any:
                 content = update.replacement(item) if callable(update.replacement) else update.replacement
-                size = images.get_image_size(item) if hasattr(images, "get_image_size") else None
-                return shortened(content, lambda count: self.rows(method, count, size))
 
-            return PromptReplacement("image", update.target, replacement)
+                def rows(count: int) -> int:
+                    if update.modality == "video":
+                        left = self.video_rows(method, count, out_mm_kwargs["video"][item])
+                    else:
+                        size = images.get_image_size(item) if hasattr(images, "get_image_size") else None
+                        left = self.rows(method, count, size)
+                    if not left:
+                        raise ValueError(f"{method} leaves none of {count} tokens, and vLLM needs one of each image")
+                    return left
 
-        return [shorter(update) if update.modality == "image" else update for update in updates]
+                return shortened(content, rows)
+
+            return PromptReplacement(update.modality, update.target, replacement)
+
+        return [shorter(update) if update.modality in self.reduces else update for update in updates]
 
 
 def shortened(content: Any, rows: Callable[[int], int]) -> Any:
-    """Leave out the last of an image's placeholders, which are all alike, so that ``rows`` of their number are left.
+    """Leave out the last placeholders of each run, which are all alike, so that ``rows`` of their number are left.
+
+    An image is one run, and so is a video, or each of its frames where text stands between them.
 
     Args:
-        content: what vLLM replaces an image by: ids, or `PromptUpdateDetails` that tell placeholders from text around.
-        rows: gives the number of placeholders that are left.
+        content: what vLLM replaces it by: ids, or `PromptUpdateDetails` that tell placeholders from text around.
+        rows: gives the number of placeholders of a run that are left.
     """
     if not isinstance(content, PromptUpdateDetails):
         return content[: rows(len(content))]
-    is_placeholder = content.is_embed(content.full)
-    number = is_placeholder.cumsum(0)
-    stays = ~is_placeholder | (number <= rows(int(number[-1])))
-    return replace(content, full=[token for token, kept in zip(content.full, stays.tolist(), strict=True) if kept])
+    left: list[int] = []
+    marked = zip(content.is_embed(content.full).tolist(), content.full, strict=True)
+    for is_placeholder, run in itertools.groupby(marked, key=operator.itemgetter(0)):
+        ids = [token for _, token in run]
+        left += ids[: rows(len(ids))] if is_placeholder else ids
+    return replace(content, full=left)
 
 
 class FullBudget:
@@ -148,8 +192,13 @@ def method_of(config: Any, text: str) -> Method:
     return configured_method(architecture, text) if own else requested_method(architecture, text)
 
 
+def method_for(kind: str, method: Method) -> Method:
+    """Return the method for images, or for videos: this one, or one that keeps all tokens."""
+    return method if kind in method.takes else EvenTokens(1.0)
+
+
 def encode_text(text: str) -> Tensor:
-    """(LONGEST,) uint8: text as vLLM carries it beside an image, in batches and between processes.
+    """(LONGEST,) uint8: text as vLLM carries it beside an image or a video, in batches and between processes.
 
     Raises:
         ValueError: if it is too long.

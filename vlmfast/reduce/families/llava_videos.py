@@ -36,17 +36,32 @@ def reduce_next(
 
     encoded = _encode(model, inputs)
     hidden = model.vision_resampler(encoded.patches)
-    return _reduce(inputs, method, texts, encoded, hidden, mean, model.multi_modal_projector)
+    pixels = inputs["pixel_values_videos"]
+    return _reduce(pixels, method, texts, encoded, hidden, mean, model.multi_modal_projector)
 
 
 def reduce_onevision(
     model: Any, inputs: Mapping[str, Any], method: Method, texts: Texts = unknown_texts
 ) -> list[ReducedImage]:
     """Reduce the videos of LLaVA-OneVision, which pools the projector's output. The newline at their end stays."""
-    encoded = _encode(model, inputs)
+    return reduce_frames(model, _encode(model, inputs), inputs["pixel_values_videos"], method, texts)
+
+
+def reduce_frames(
+    model: Any, encoded: EncodedImages, pixels: Tensor, method: Method, texts: Texts = unknown_texts
+) -> list[ReducedImage]:
+    """Reduce encoded videos of LLaVA-OneVision.
+
+    Args:
+        model: Hugging Face's model or vLLM's, whose pooling, projector and newline have the same names.
+        encoded: the frames of all videos, encoded.
+        pixels: (videos, frames, C, H, W), the input of the tower.
+        method: the method.
+        texts: a function that returns the text of videos.
+    """
     hidden = model.apply_pooling(model.multi_modal_projector(encoded.patches))
     with_newline: Texts = lambda totals: texts([total + 1 for total in totals])  # noqa: E731
-    videos = _reduce(inputs, method, with_newline, encoded, hidden, model.apply_pooling, nn.Identity())
+    videos = _reduce(pixels, method, with_newline, encoded, hidden, model.apply_pooling, nn.Identity())
     return [
         replace(
             video,
@@ -67,7 +82,7 @@ def _encode(model: Any, inputs: Mapping[str, Any]) -> EncodedImages:
 
 
 def _reduce(
-    inputs: Mapping[str, Any],
+    pixels: Tensor,
     method: Method,
     texts: Texts,
     encoded: EncodedImages,
@@ -78,7 +93,7 @@ def _reduce(
     """Reduce videos, which all have the same number of frames.
 
     Args:
-        inputs: the vision inputs.
+        pixels: (videos, frames, C, H, W), the input of the tower.
         method: the method.
         texts: a function that returns the text of videos.
         encoded: the frames, encoded.
@@ -86,7 +101,6 @@ def _reduce(
         pool: pools scores and metric.
         project: computes the features from the rows that are left.
     """
-    pixels: Tensor = inputs["pixel_values_videos"]
     videos, frames = pixels.shape[:2]
     side = math.isqrt(hidden.shape[1])
 
