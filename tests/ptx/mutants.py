@@ -24,7 +24,7 @@ import torch
 
 import vlmfast
 from tests.helpers import interpreter, traffic
-from tests.helpers.cases import PRIMITIVE, calls, is_tensor, outputs, widened
+from tests.helpers.cases import PRIMITIVE, calls, is_float, is_tensor, outputs, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx import backend
 from tests.ptx.known_bits import KnownBits, registers
@@ -119,7 +119,8 @@ def _changes(ins: Instruction, floats: set[str]) -> Iterator[Instruction]:
         yield _with(ins, name=OTHERS[ins.name], flags=flags)
     for place, flag in enumerate(ins.flags):
         if flag in OTHERS and ins.name in ("setp", "shfl", "redux"):
-            yield _with(ins, flags=(*ins.flags[:place], OTHERS[flag], *ins.flags[place + 1 :]))
+            other = "max" if ins.name == "redux" and flag == "add" else OTHERS[flag]
+            yield _with(ins, flags=(*ins.flags[:place], other, *ins.flags[place + 1 :]))
     for place, arg in enumerate(ins.args):
         if re.fullmatch(r"\d+", arg) and ins.name != "shfl":
             larger = "0f3F800000" if arg == "0" and ins.args[0] in floats else str(int(arg) + 1)
@@ -225,14 +226,19 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
 
 
 def of_family(ops: list[Op], place: str) -> Subject:
-    """Return all samples of some ops, in every layout, and a real shape of each op that is bound by memory."""
+    """Return the samples of some ops, in every layout, and a real shape of each op that is bound by memory.
+
+    Samples have the dtype of the real shape, so that they run the same kernels.
+    """
 
     def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
         for op in ops:
             torch.manual_seed(0)
-            yield from ((op, args, FEW) for args in calls(op, "cpu", torch.bfloat16))
+            real = traffic.workload(op)[1]
+            dtype = next((arg.dtype for arg in real if is_float(arg)), torch.bfloat16)
+            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
             if op in traffic.BOUND_BY_MEMORY:
-                yield op, traffic.workload(op)[1], backend.MULTIPROCESSORS
+                yield op, real, backend.MULTIPROCESSORS
 
     return Subject(place, every_call())
 

@@ -44,7 +44,7 @@ REASONS = (
     Reason(
         "same",
         r"^setp\.\w+\.[su]",
-        r"^for .* in .*range\(",
+        r"^for .* in .*range\(|= tl\.zeros\(",  # the compiler puts the test for no rounds before the loop
         "the loop runs at least once in each call of this specialisation, and no row ends one place further",
     ),
     Reason(
@@ -57,8 +57,20 @@ REASONS = (
     Reason(
         "same",
         r"^(add|sub|bfe|shr|and)\.",
-        r"[%/]|standard\.py",
+        r"[%/]",
         "what is divided is never negative, and the correction of a signed division always zero",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.eq\.\w+ -> setp\.ne\.",
+        r"^tl\.store\(\w+ \+ tl\.program_id\(0\), \w+\)",
+        "each thread of the block has the number, so others than the first may store it",
+    ),
+    Reason(
+        "same",
+        r"^selp\.b32 -> selp\.b32",
+        r"tl\.where\(both == 0, 1\.0, both\)",
+        "the real shape has no row of zeros, for which the quotient is not used either",
     ),
     Reason(
         "hidden",
@@ -115,11 +127,17 @@ REASONS = (
 
 @functools.cache
 def _line(kernel: str, line: str) -> str:
-    """Return the text of a source line "file:number"; the argument itself for Triton's own files or without a line."""
+    """Return the text of a source line "file:number", of Triton's own files with the name; itself without a number."""
+    from triton import language
+
     file, _, number = line.partition(":")
     home = next(path.parent for path in KERNELS.rglob("*.py") if f"def {kernel}(" in path.read_text())
-    found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file)) if path.exists()]
-    return found[0].read_text().splitlines()[int(number) - 1].strip() if found and int(number) else line
+    own = Path(language.__file__).parent / file
+    found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file), own) if path.exists()]
+    if not found or not int(number):
+        return line
+    text = found[0].read_text().splitlines()[int(number) - 1].strip()
+    return f"{file}: {text}" if found[0] == own else text
 
 
 def explain(kernel: str, was: Instruction, changed: Instruction, fate: str) -> str | None:

@@ -94,7 +94,7 @@ def top_samples(device: str, dtype: torch.dtype) -> Samples:
     yield torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0]], device=device, dtype=dtype), 3
     yield torch.randint(-2, 3, (3, 700), device=device).to(dtype), 300
     yield torch.tensor([[-torch.inf, torch.inf, -torch.inf, 0.0]], device=device, dtype=dtype), 3
-    yield torch.rand(1, 4500, device=device).to(dtype), 2000
+    yield torch.rand(1, 4500, device=device).bfloat16().to(dtype), 2000  # with ties in each dtype
     yield torch.rand(2, 800, device=device).to(dtype), 300
 
 
