@@ -63,9 +63,10 @@ REASONS = (
     Reason(
         "hidden",
         r"^setp\.eq\.\w+ -> setp\.ne\.",
-        r"^tl\.store\(\w+ \+ tl\.program_id\(0\), \w+\)",
-        "each thread of the block has the number, so others than the first may store it",
+        r"^tl\.store\(\w+ \+ tl\.program_id\(0\), \w+\)|^standard\.py: return core\.reduce\(",
+        "each thread of the block or warp has the number, so others than the first may store it",
     ),
+    Reason("same", "", r"^tl\.device_assert\(", "what is asserted holds in every sample: no sum of violations changes"),
     Reason(
         "same",
         r"^selp\.b32 -> selp\.b32",
@@ -90,6 +91,13 @@ REASONS = (
         r"_flags\(|tl\.arange",
         "a thread's places begin at multiples of a vector, where blocks and rows end too: one place further, a mask "
         "says the same",
+    ),
+    Reason(
+        "hidden",
+        r"^(mul|add|shl)\.",
+        r"^partial_ptr \+ row",
+        "only of more than 320 partial sums, which GPUs with more than 160 multiprocessors make, a fifth step is loaded",
+        "^sum_partials_kernel$",
     ),
     Reason("hidden", r"^mov\.", r"offset_of|tl\.load", "what a masked load gives instead is stored nowhere"),
     Reason(
