@@ -48,6 +48,12 @@ REASONS = (
         "the loop runs at least once in each call of this specialisation, and no row ends one place further",
     ),
     Reason(
+        "hidden",
+        r"^setp\.lt\.\w+ -> setp\.le\.",
+        r"^for first in range\(start, stop, BLOCK\)",
+        "a round more, behind the end, loads nothing and adds zeros",
+    ),
+    Reason(
         "same",
         r"^setp\.(lt|le|gt|ge)\.[su]\d+ -> setp\.(lt|le|gt|ge)\.[su]",
         r"<|>|centre|_flags|aligned",
@@ -96,7 +102,7 @@ REASONS = (
         "hidden",
         r"^(mul|add|shl)\.",
         r"^partial_ptr \+ row",
-        "only of more than 320 partial sums, which GPUs with more than 160 multiprocessors make, a fifth step is loaded",
+        "a fifth step has more than 320 partial sums, which only GPUs with more than 160 multiprocessors make",
         "^sum_partials_kernel$",
     ),
     Reason("hidden", r"^mov\.", r"offset_of|tl\.load", "what a masked load gives instead is stored nowhere"),
