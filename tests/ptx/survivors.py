@@ -42,6 +42,32 @@ REASONS = (
         "modulo 2^(k + 1)",
     ),
     Reason(
+        "hidden",
+        r"^add\.s64",
+        r"^entry = tl\.load\(ptr \+ last",
+        "where there are fewer than 2^k numbers, nothing is read at the address of step k",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.ge\.s32 -> setp\.gt",
+        r"^count = tl\.where\(\(last < size\)",
+        "these ranks only spare the metrics of kept tokens, whose slots come from ranks that other threads hold",
+        "^merge_slots_kernel$",
+    ),
+    Reason(
+        "same",
+        r"^shl\.b64",
+        r"^grad_ptr \+= batch \* grad_batch_stride",
+        "the calls of this specialisation have one image; those of others have two",
+        "^mine_backward_kernel$",
+    ),
+    Reason(
+        "same",
+        r"^add\.s32 -> sub\.s32",
+        r"^column = start \+ tl\.arange",
+        "a row is one block of columns, which begins at 0, in each call of this specialisation",
+    ),
+    Reason(
         "same",
         r"^setp\.\w+\.[su]",
         r"^for .* in .*range\(|= tl\.zeros\(",  # the compiler puts the test for no rounds before the loop
@@ -50,7 +76,7 @@ REASONS = (
     Reason(
         "hidden",
         r"^setp\.lt\.\w+ -> setp\.le\.",
-        r"^for first in range\(start, stop, BLOCK\)",
+        r"^for (first in range\(start, stop, BLOCK\)|start in tl\.range\(0, partials,)",
         "a round more, behind the end, loads nothing and adds zeros",
     ),
     Reason(
@@ -130,7 +156,7 @@ REASONS = (
     ),
     Reason(
         "hidden",
-        r"^(selp\.b32 -> selp|shfl\.sync\.bfly\.b32 -> shfl\.sync\.up)\.",
+        r"^(selp\.b32 -> selp|shfl\.sync\.bfly\.b32 -> shfl\.sync\.up|redux\.sync\.add\.s32 -> redux\.sync\.max)\.",
         r"standard\.py",
         "of the number of sums that are NaN it matters only whether it is zero: 0 times an infinite number makes those "
         "of all other targets NaN, and finite sums are the same row by row",
