@@ -83,9 +83,13 @@ class Mutant:
 
 
 def synchronises(ins: Instruction) -> bool:
-    """Tell whether an instruction only orders others: a barrier, a wait or a commit."""
-    groups = {"commit_group", "wait_group", "wait_all"}
-    return ins.name in ("bar", "barrier") or (ins.name in ("cp", "wgmma") and bool(groups & set(ins.flags)))
+    """Tell whether an instruction only orders others: a barrier, a wait or a commit.
+
+    Barriers of a warp are left out: the machine keeps its lanes in lockstep.
+    """
+    if ins.name in ("bar", "barrier"):
+        return "warp" not in ins.flags
+    return ins.name in ("cp", "wgmma") and bool({"commit_group", "wait_group", "wait_all"} & set(ins.flags))
 
 
 def dropped(kernel: Kernel) -> list[Mutant]:

@@ -27,7 +27,8 @@ IDLE = {
     "pixel_shuffle_norm_backward_kernel": (2, OWN),
     "rms_norm_kernel": (1, OWN),
     "rms_norm_backward_kernel": (1, OWN),
-    "sum_partials_kernel": (1, OWN),
+    "qk_norm_rope_backward_kernel": (8, f"{OWN}, or what is loaded after that barrier lies elsewhere"),
+    "sum_partials_kernel": (2, f"{OWN}; samples have partial sums for one step of its loop"),
 }
 
 
