@@ -17,7 +17,7 @@ OWN = "each warp stores where it alone has loaded since the barrier before"
 IDLE = {
     "row_logits_kernel": (1, "nothing has been stored before it"),
     "frame_mean_kernel": (1, OWN),
-    "row_scores_kernel": (2, f"nothing has been stored before the first; {OWN}"),
+    "row_scores_kernel": (2, OWN),
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
     "merge_slots_kernel": (1, "what is loaded after the barrier before it lies elsewhere"),
