@@ -1,10 +1,11 @@
 """Mutation tests: change one instruction of a kernel, and see whether a test of the op's samples fails.
 
-    TRITON_INTERPRET=1 python -m tests.ptx.mutants 300
+    TRITON_INTERPRET=1 python -m tests.ptx.mutants 12 merge_rows rms_norm
 
-draws that many changes of the kernels that a real shape of each op runs, and prints the survivors. A change is killed
-if a call, of the real shape or of the generated tests, does what no kernel may do or gives a wrong result.
-`received_attention` is left out, because each of its real shapes takes minutes.
+draws that many changes for each of the ops, or of all ops if none is named, and prints the survivors. They are drawn
+from the kernels that a real shape runs; for ops that are bound by compute, whose real shapes take minutes, from those
+of all samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel may do or
+gives a wrong result. An op's changes are the same in each run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 import vlmfast
 from tests.helpers import interpreter, traffic
-from tests.helpers.cases import calls, is_tensor, outputs, widened
+from tests.helpers.cases import PRIMITIVE, calls, is_float, is_tensor, outputs, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx import backend
 from tests.ptx.known_bits import KnownBits, registers
@@ -82,9 +83,13 @@ class Mutant:
 
 
 def synchronises(ins: Instruction) -> bool:
-    """Tell whether an instruction only orders others: a barrier, a wait or a commit."""
-    groups = {"commit_group", "wait_group", "wait_all"}
-    return ins.name in ("bar", "barrier") or (ins.name in ("cp", "wgmma") and bool(groups & set(ins.flags)))
+    """Tell whether an instruction only orders others: a barrier, a wait or a commit.
+
+    Barriers of a warp are left out: the machine keeps its lanes in lockstep.
+    """
+    if ins.name in ("bar", "barrier"):
+        return "warp" not in ins.flags
+    return ins.name in ("cp", "wgmma") and bool({"commit_group", "wait_group", "wait_all"} & set(ins.flags))
 
 
 def dropped(kernel: Kernel) -> list[Mutant]:
@@ -118,7 +123,8 @@ def _changes(ins: Instruction, floats: set[str]) -> Iterator[Instruction]:
         yield _with(ins, name=OTHERS[ins.name], flags=flags)
     for place, flag in enumerate(ins.flags):
         if flag in OTHERS and ins.name in ("setp", "shfl", "redux"):
-            yield _with(ins, flags=(*ins.flags[:place], OTHERS[flag], *ins.flags[place + 1 :]))
+            other = "max" if ins.name == "redux" and flag == "add" else OTHERS[flag]
+            yield _with(ins, flags=(*ins.flags[:place], other, *ins.flags[place + 1 :]))
     for place, arg in enumerate(ins.args):
         if re.fullmatch(r"\d+", arg) and ins.name != "shfl":
             larger = "0f3F800000" if arg == "0" and ins.args[0] in floats else str(int(arg) + 1)
@@ -224,13 +230,19 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
 
 
 def of_family(ops: list[Op], place: str) -> Subject:
-    """Return all samples of some ops, in every layout, and a real shape of each op."""
+    """Return the samples of some ops, in every layout, and a real shape of each op that is bound by memory.
+
+    Samples have the dtype of the real shape, so that they run the same kernels.
+    """
 
     def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
         for op in ops:
             torch.manual_seed(0)
-            yield from ((op, args, FEW) for args in calls(op, "cpu", torch.bfloat16))
-            yield op, traffic.workload(op)[1], backend.MULTIPROCESSORS
+            real = traffic.workload(op)[1]
+            dtype = next((arg.dtype for arg in real if is_float(arg)), torch.bfloat16)
+            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
+            if op in traffic.BOUND_BY_MEMORY:
+                yield op, real, backend.MULTIPROCESSORS
 
     return Subject(place, every_call())
 
@@ -240,16 +252,16 @@ def main(count: int, names: list[str], place: str = "ptx_sm_90") -> None:
     backends.LOADERS |= backend.LOADERS
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    ops = [op for op in traffic.BOUND_BY_MEMORY if op.compose is None and (not names or op.name in names)]
-    draw, fates = random.Random(0), Counter[str]()
+    ops = [op for op in PRIMITIVE if not names or op.name in names]
     for family in dict.fromkeys(op.family for op in ops):
         ops_of_family = [op for op in ops if op.family == family]
-        subject, drawn = of_family(ops_of_family, place), set()
+        subject = of_family(ops_of_family, place)
         for op in ops_of_family:
-            real = [call for call in subject.calls if call.op is op][-1]
-            every = [(key, one) for key in sorted(real.kernels - drawn) for one in changed(subject.kernels[key])]
-            drawn |= real.kernels
-            for key, mutant in draw.sample(every, min(len(every), count // len(ops))):
+            own = [call.kernels for call in subject.calls if call.op is op]
+            kernels = own[-1] if op in traffic.BOUND_BY_MEMORY else set().union(*own)
+            every = [(key, one) for key in sorted(kernels) for one in changed(subject.kernels[key])]
+            fates = Counter[str]()
+            for key, mutant in random.Random(op.name).sample(every, min(len(every), count)):
                 fate = "dead"
                 if subject.notices(key, mutant) is None:
                     fate = subject.fate(key, mutant)
@@ -257,7 +269,7 @@ def main(count: int, names: list[str], place: str = "ptx_sm_90") -> None:
                     print(f"{fate}  {mutant}\n    {why or 'not explained'}", flush=True)
                     fate += "" if why else ", not explained"
                 fates[fate] += 1
-            print(f"{op.name}: {dict(fates)} so far", flush=True)
+            print(f"{op.name}: {dict(fates)}", flush=True)
 
 
 if __name__ == "__main__":

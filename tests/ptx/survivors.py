@@ -42,23 +42,68 @@ REASONS = (
         "modulo 2^(k + 1)",
     ),
     Reason(
+        "hidden",
+        r"^add\.s64",
+        r"^entry = tl\.load\(ptr \+ last",
+        "where there are fewer than 2^k numbers, nothing is read at the address of step k",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.ge\.s32 -> setp\.gt",
+        r"^count = tl\.where\(\(last < size\)",
+        "these ranks only spare the metrics of kept tokens, whose slots come from ranks that other threads hold",
+        "^merge_slots_kernel$",
+    ),
+    Reason(
+        "same",
+        r"^shl\.b64",
+        r"^grad_ptr \+= batch \* grad_batch_stride",
+        "the calls of this specialisation have one image; those of others have two",
+        "^mine_backward_kernel$",
+    ),
+    Reason(
+        "same",
+        r"^add\.s32 -> sub\.s32",
+        r"^column = start \+ tl\.arange",
+        "a row is one block of columns, which begins at 0, in each call of this specialisation",
+    ),
+    Reason(
         "same",
         r"^setp\.\w+\.[su]",
-        r"^for .* in .*range\(",
+        r"^for .* in .*range\(|= tl\.zeros\(",  # the compiler puts the test for no rounds before the loop
         "the loop runs at least once in each call of this specialisation, and no row ends one place further",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.lt\.\w+ -> setp\.le\.",
+        r"^for (first in range\(start, stop, BLOCK\)|start in tl\.range\(0, partials,)",
+        "a round more, behind the end, loads nothing and adds zeros",
     ),
     Reason(
         "same",
         r"^setp\.(lt|le|gt|ge)\.[su]\d+ -> setp\.(lt|le|gt|ge)\.[su]",
-        r"<|>|centre|_flags|aligned",
+        r"<|>|centre|_flags|aligned|^peak = higher$",  # the last: comparisons behind the loop have the line of its end
         "a thread compares its own places of a block with the end: no call ends just there, and where a block is more "
         "than half full, or a program's first row, none can",
     ),
     Reason(
         "same",
         r"^(add|sub|bfe|shr|and)\.",
-        r"[%/]|standard\.py",
+        r"[%/]",
         "what is divided is never negative, and the correction of a signed division always zero",
+    ),
+    Reason(
+        "hidden",
+        r"^setp\.eq\.\w+ -> setp\.ne\.",
+        r"^tl\.store\(\w+ \+ tl\.program_id\(0\), \w+\)|^standard\.py: return core\.reduce\(",
+        "each thread of the block or warp has the number, so others than the first may store it",
+    ),
+    Reason("same", "", r"^tl\.device_assert\(", "what is asserted holds in every sample: no sum of violations changes"),
+    Reason(
+        "same",
+        r"^selp\.b32 -> selp\.b32",
+        r"tl\.where\(both == 0, 1\.0, both\)",
+        "the real shape has no row of zeros, for which the quotient is not used either",
     ),
     Reason(
         "hidden",
@@ -78,6 +123,26 @@ REASONS = (
         r"_flags\(|tl\.arange",
         "a thread's places begin at multiples of a vector, where blocks and rows end too: one place further, a mask "
         "says the same",
+    ),
+    Reason(
+        "hidden",
+        r"^(mul|add|shl)\.",
+        r"^partial_ptr \+ row",
+        "a fifth step has more than 320 partial sums, which only GPUs with more than 160 multiprocessors make",
+        "^sum_partials_kernel$",
+    ),
+    Reason(
+        "hidden",
+        r"^shfl\.sync\.up\.b32 -> shfl\.sync\.down",
+        r"^standard\.py: return core\.associative_scan",
+        "nothing reads what the last shuffle of the scan gives",
+        "^top_tokens_kernel$",
+    ),
+    Reason(
+        "same",
+        r"^and\.pred -> or\.pred",
+        r"^mask = \(row < rows\) & \(column < hidden\)",
+        "the first row of a program always exists, and so does the first half of a block of columns",
     ),
     Reason("hidden", r"^mov\.", r"offset_of|tl\.load", "what a masked load gives instead is stored nowhere"),
     Reason(
@@ -104,7 +169,7 @@ REASONS = (
     ),
     Reason(
         "hidden",
-        r"^(selp\.b32 -> selp|shfl\.sync\.bfly\.b32 -> shfl\.sync\.up)\.",
+        r"^(selp\.b32 -> selp|shfl\.sync\.bfly\.b32 -> shfl\.sync\.up|redux\.sync\.add\.s32 -> redux\.sync\.max)\.",
         r"standard\.py",
         "of the number of sums that are NaN it matters only whether it is zero: 0 times an infinite number makes those "
         "of all other targets NaN, and finite sums are the same row by row",
@@ -115,11 +180,17 @@ REASONS = (
 
 @functools.cache
 def _line(kernel: str, line: str) -> str:
-    """Return the text of a source line "file:number"; the argument itself for Triton's own files or without a line."""
+    """Return the text of a source line "file:number", of Triton's own files with the name; itself without a number."""
+    from triton import language
+
     file, _, number = line.partition(":")
     home = next(path.parent for path in KERNELS.rglob("*.py") if f"def {kernel}(" in path.read_text())
-    found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file)) if path.exists()]
-    return found[0].read_text().splitlines()[int(number) - 1].strip() if found and int(number) else line
+    own = Path(language.__file__).parent / file
+    found = [path for path in (home / file, KERNELS / "common" / file, *KERNELS.rglob(file), own) if path.exists()]
+    if not found or not int(number):
+        return line
+    text = found[0].read_text().splitlines()[int(number) - 1].strip()
+    return f"{file}: {text}" if found[0] == own else text
 
 
 def explain(kernel: str, was: Instruction, changed: Instruction, fate: str) -> str | None:

@@ -163,7 +163,8 @@ def _samples(device: str, dtype: torch.dtype) -> Samples:
             weight = None if variant is None else torch.randn(shape[-1], device=device, dtype=dtype)
             yield x, weight, (1e-6, 1e-5)[index % 2], variant or "gemma"
     yield (torch.randn(4, 64, device=device, dtype=dtype),)
-    yield torch.randn(4, 64, device=device, dtype=dtype), torch.randn(64, device=device, dtype=dtype)
+    # more rows than the backward's programs prefetch at first, when there are a few
+    yield torch.randn(17, 2000, device=device, dtype=dtype), torch.randn(2000, device=device, dtype=dtype)
     for variant in VARIANTS:  # float32 weights, as mixed-precision training keeps them
         x, weight = torch.randn(2, 3, 128, device=device, dtype=dtype), torch.randn(128, device=device)
         yield x, weight, 1e-6, variant

@@ -78,6 +78,7 @@ _SIZES = [
     (2, 300, 0, 16, 20, 7),
     (2, 368, 48, 80, 300, 34),  # this and the next but one compile to the same kernel as a real shape
     (2, 64, 48, 32, 6, 16),
+    (2, 48, 528, 20, 10, 11),
     (2, 48, 2064, 20, 10, 11),
     (1, 150, 264, 128, 10, 70),
 ]
@@ -92,7 +93,7 @@ def top_samples(device: str, dtype: torch.dtype) -> Samples:
         yield torch.randn(batch, tokens, device=device, dtype=dtype), kept
     yield torch.zeros(2, 33, device=device, dtype=dtype), 7  # ties
     yield torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0]], device=device, dtype=dtype), 3
-    yield torch.randint(-2, 3, (3, 700), device=device).to(dtype), 300
+    yield torch.randint(-2, 3, (3, 1000), device=device).to(dtype), 590  # ties in each part of a row
     yield torch.tensor([[-torch.inf, torch.inf, -torch.inf, 0.0]], device=device, dtype=dtype), 3
     yield torch.rand(1, 4500, device=device).to(dtype), 2000
     yield torch.rand(2, 800, device=device).to(dtype), 300
