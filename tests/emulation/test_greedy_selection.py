@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "quality unchecked",
         "farthest.cuh",
-        "read_weights(quality, batch, tokens, state.weight),",
-        "(read_weights(quality, batch, tokens, state.weight), true),",
+        "read_weights(quality, image.row, image.first, tokens, state.weight),",
+        "(read_weights(quality, image.row, image.first, tokens, state.weight), true),",
         UNNOTICED,
     ),
     Fault("a token is its own neighbour", "farthest.cuh", "if (other != token)", "if (true)", DIFFER),
