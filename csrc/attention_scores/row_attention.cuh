@@ -139,7 +139,7 @@ inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
                       const float* __restrict__ logits,  // (batch, heads, tokens)
                       float* __restrict__ scores,        // (batch, tokens), without the column left_out
                       RowSizes sizes) {
-  constexpr int kHeads = RowAttentionPolicy::kHeads, kWarps = RowAttentionPolicy::kThreads / kWarp;
+  constexpr int kHeads = RowAttentionPolicy::kHeads, kWarps = RowAttentionPolicy::kThreads / kWarp, kTogether = 4;
   __shared__ float2 normalisers[kHeads];  // the maximum and the inverse sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t parts_per_head = sizes.chunks * RowAttentionPolicy::kParts;
@@ -164,10 +164,15 @@ inline __global__ void __launch_bounds__(RowAttentionPolicy::kThreads)
       __syncthreads();
       if (!seen) continue;
       const float* const own = logits + (batch * sizes.heads + first) * sizes.tokens + token;
-#pragma unroll 4
-      for (int head = 0; head < count; ++head) {
-        const float2 normaliser = normalisers[head];
-        score += fast_exp2(fmaf(own[head * sizes.tokens], sizes.factor, -normaliser.x)) * normaliser.y;
+      for (int head = 0; head < count; head += kTogether) {
+        float sum = 0.f;  // of a few heads, because one sum of all would be rounded more often
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (head + i >= count) break;
+          const float2 normaliser = normalisers[head + i];
+          sum += fast_exp2(fmaf(own[(head + i) * sizes.tokens], sizes.factor, -normaliser.x)) * normaliser.y;
+        }
+        score += sum;
       }
     }
     const int64_t columns = sizes.tokens - (sizes.left_out < sizes.tokens);

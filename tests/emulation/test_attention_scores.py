@@ -69,7 +69,7 @@ def last_row_calls(dtype: torch.dtype) -> Iterator[Call]:
         ((2, 6, 3, 130, 64), None),
         ((1, 70, 2, 40, 16), -0.5),
         ((2, 4, 4, 300, 136), 0.3),
-        ((1, 3, 1, 9, 600), None),
+        ((1, 3, 1, 40, 600), None),  # in shorter rows the error of the definition may be next to nothing
     ]:
         query = torch.randn(batch, heads, head_dim).to(dtype)
         key = torch.randn(batch, key_heads, tokens + 5, head_dim).to(dtype)[:, :, :tokens]

@@ -130,8 +130,8 @@ def cls_samples(device: str, dtype: torch.dtype) -> Samples:
         (2, 1, 577, 32),
         (0, 2, 5, 16),
         (1, 2, 33, 128),
-        (2, 20, 60, 64),  # one block of tokens, and more heads than one of heads
         (1, 16, 1100, 64),  # more blocks of tokens than are added up at once
+        (2, 20, 60, 64),  # one block of tokens, and more heads than one of heads
     ]
     for index, (batch, heads, tokens, head_dim) in enumerate(shapes):
         query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)
@@ -151,8 +151,8 @@ def last_row_samples(device: str, dtype: torch.dtype) -> Samples:
         (2, 7, 1, 577, 32),
         (0, 2, 2, 5, 16),
         (1, 4, 4, 33, 128),
-        (2, 20, 4, 60, 64),  # see cls_samples
         (1, 16, 2, 1100, 64),  # more blocks of tokens than are added up at once
+        (2, 20, 4, 60, 64),  # see cls_samples
     ]
     for index, (batch, heads, key_heads, tokens, head_dim) in enumerate(shapes):
         query = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)

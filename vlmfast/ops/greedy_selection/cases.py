@@ -198,14 +198,14 @@ def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
             features[:, 3::7] = 0
         return features
 
-    for index, (sizes, kept) in enumerate(_ROWS):
-        relevance = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
-        features = one_of_each(1, sum(sizes), (9, 40)[index % 2])
-        yield features.to(dtype), sum(kept), relevance, *_bounds(sizes, kept, device)
     for index, (batch, tokens, size, k) in enumerate(_SIZES):
         features = one_of_each(batch, tokens, size)
         relevance = _eighths(batch, tokens, device=device)
         yield features.to(dtype), k, *((), (relevance.to(dtype),), (relevance,))[index % 3]
+    for index, (sizes, kept) in enumerate(_ROWS):
+        relevance = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
+        features = one_of_each(1, sum(sizes), (9, 40)[index % 2])
+        yield features.to(dtype), sum(kept), relevance, *_bounds(sizes, kept, device)
     for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8), ((1, 40, 8), 20), ((1, 300, 64), 50)):
 
         def draw(shape: tuple[int, ...] = shape, k: int = chosen) -> Args:
