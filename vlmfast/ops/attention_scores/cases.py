@@ -150,7 +150,7 @@ def last_row_samples(device: str, dtype: torch.dtype) -> Samples:
         (3, 2, 1, 5, 7),
         (2, 7, 1, 577, 32),
         (0, 2, 2, 5, 16),
-        (1, 4, 4, 33, 128),
+        (2, 4, 4, 33, 128),
         (1, 16, 2, 1100, 64),  # more blocks of tokens than are added up at once
         (2, 20, 4, 60, 64),  # see cls_samples
     ]
