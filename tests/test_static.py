@@ -134,20 +134,19 @@ def test_users_meet_no_assert():
     assert not [(name_of(path), n.lineno) for path, nodes in product for n in nodes if isinstance(n, ast.Assert)]
 
 
-# Compiling for one GPU takes a minute: `make test` takes the one that most users have, `make test-thorough` the others.
-ONE_TARGET = "sm_90"
-EACH_TARGET = [
-    pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name == ONE_TARGET else [pytest.mark.thorough])])
-    for name in TARGETS
+# Compiling takes minutes: `make test` compiles what workloads launch on one GPU, `make test-thorough` the rest.
+COMPILED = [pytest.param(["--workloads", "sm_90"], marks=pytest.mark.xdist_group("compiled"), id="workloads")]
+COMPILED += [
+    pytest.param([name], marks=[pytest.mark.xdist_group(name), pytest.mark.thorough], id=name) for name in TARGETS
 ]
 
 
-@pytest.fixture(scope="session", params=EACH_TARGET)
+@pytest.fixture(scope="session", params=COMPILED)
 def compiled_kernels(request: pytest.FixtureRequest) -> list[dict]:
     """The records of every Triton kernel as compiled for one GPU."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_kernels.py"), request.param]
+    script = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_kernels.py"), *request.param]
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     result = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

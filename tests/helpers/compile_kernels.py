@@ -1,10 +1,10 @@
 """Compile every Triton launch of every op for GPUs that this machine does not have, and count their registers.
 
-    python tests/helpers/compile_kernels.py [--all] sm_90 gfx942 > static.json
+    python tests/helpers/compile_kernels.py [--all | --workloads] sm_90 gfx942 > static.json
 
 Launches of workloads in bfloat16 are compiled for every target; those of workloads in float32 and of samples in
 bfloat16 for one target each; those of samples in float32 for none. With ``--all`` everything is compiled for every
-target, which takes five times as long.
+target, which takes five times as long, and with ``--workloads`` only the first of these.
 
 The output is a list with one record per kernel, target and specialisation: registers, spills, shared memory, the widths
 of its global accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and
@@ -129,11 +129,13 @@ def measure(kernel: JITFunction, source: ASTSource, options: dict, name: str) ->
     }
 
 
-def is_compiled(target: str, real: bool, dtype: torch.dtype, kernel: JITFunction, source: ASTSource) -> bool:
-    """Tell whether a specialisation is compiled for this target without ``--all``."""
-    if dtype == torch.bfloat16 and real:
+def is_compiled(
+    given: list[str], target: str, real: bool, dtype: torch.dtype, kernel: JITFunction, source: ASTSource
+) -> bool:
+    """Tell whether a specialisation is compiled for this target with the given options."""
+    if "--all" in given or (dtype == torch.bfloat16 and real):
         return True
-    if dtype == torch.float32 and not real:
+    if "--workloads" in given or (dtype == torch.float32 and not real):
         return False
     names = sorted(TARGETS)
     text = f"{kernel.__name__} {source.signature} {source.constants}"
@@ -141,7 +143,7 @@ def is_compiled(target: str, real: bool, dtype: torch.dtype, kernel: JITFunction
 
 
 def main(given: list[str]) -> None:
-    targets = [argument for argument in given if argument != "--all"] or list(TARGETS)
+    targets = [argument for argument in given if not argument.startswith("--")] or list(TARGETS)
     torch.manual_seed(0)  # gives the same specialisations in every run, so that Triton's cache has them
     records, done = [], set()
     for op in [*OPS.values(), *CANDIDATES.values()]:
@@ -153,7 +155,7 @@ def main(given: list[str]) -> None:
             source = source_of(kernel, arguments, target)
             facts = source.signature, source.constants, source.attrs, options
             key = (target, kernel.__name__, *map(str, facts))
-            if key in done or not ("--all" in given or is_compiled(target, real, dtype, kernel, source)):
+            if key in done or not is_compiled(given, target, real, dtype, kernel, source):
                 continue
             done.add(key)
             records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})
