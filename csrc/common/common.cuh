@@ -73,7 +73,7 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
     }
   }
 
-  // Sets each element i to value(i).
+  // Sets each element i to value(i), which may read element i.
   template <typename Value>
   __device__ __forceinline__ void fill(Value value) {
     if constexpr (kSize == 1) {
@@ -87,13 +87,18 @@ struct alignas(sizeof(scalar_t) * kSize) Vector {
       }
     }
   }
+
+  __device__ __forceinline__ static Vector rounded(const float (&values)[kSize]) {
+    Vector vector;
+    vector.fill([&](int i) { return values[i]; });
+    return vector;
+  }
 };
 
 // Rounds each of the values.
 template <typename scalar_t, int kSize>
 __device__ __forceinline__ void round_all(float (&values)[kSize]) {
-  Vector<scalar_t, kSize> rounded;
-  rounded.fill([&](int i) { return values[i]; });
+  const auto rounded = Vector<scalar_t, kSize>::rounded(values);
 #pragma unroll
   for (int i = 0; i < kSize; ++i) values[i] = rounded[i];
 }

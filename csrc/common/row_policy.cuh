@@ -22,7 +22,7 @@ struct RowPolicy {
   static constexpr bool kUnbounded = kUnbounded_;    // rows may be longer: the rest is read again for each use
   // For persistent grids: enough rows in flight to hide the latency of memory, without too many partial sums.
   static constexpr int kBlocksPerMultiprocessor = kBlocksPerMultiprocessor_;
-  static constexpr int kResident = kThreads < 512 ? 768 / kThreads : 1;  // for other grids: 48 KiB of loads in flight
+  static constexpr int kResident = 768 / kThreads;  // of rms_norm_kernel: 24 KiB in flight of each operand
 
   __device__ __forceinline__ static int group() { return threadIdx.x / kThreadsPerRow; }  // of the row in the block
   __device__ __forceinline__ static int first() { return threadIdx.x % kThreadsPerRow * kVec; }

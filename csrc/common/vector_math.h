@@ -72,11 +72,11 @@ VLMFAST_INLINE Float sums_of(Float (&rows)[kLanes]) {
 }
 
 constexpr float kLog2E = 0x1.715476p0f;
+constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
 
 // 2^x for x <= 0, to 1 ulp. Results are clamped to at least 2^-125, so that none is subnormal. NaNs stay NaNs.
 VLMFAST_INLINE Float exp2(Float x) {
   constexpr float kLeast = -125;
-  constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
   x = larger(Float{} + kLeast, x);
   const Float shifted = x + kShift, rest = x - (shifted - kShift);
   // The degree-6 minimax polynomial in relative error on [-0.5, 0.5]: 2e-9 before its coefficients are rounded.

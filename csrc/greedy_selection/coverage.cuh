@@ -69,7 +69,7 @@ __device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarit
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(GreedyPolicy::kThreads)
+__global__ void __launch_bounds__(GreedyPolicy::kThreads, 1)
     coverage_kernel(Input<scalar_t, 3> similarity,  // (batch, tokens, rows)
                     Weights row_weights,            // (images, rows), or none
                     Weights quality,                // (batch, tokens), or none

@@ -174,7 +174,7 @@ std::vector<Image> images_of(const ImageArguments& call, int64_t batch, int64_t 
 }
 
 // Calls choose(number, image, positions) for each image of which some tokens are chosen; positions count from its first
-// token. `work` is that of a row.
+// token. `work` is that of the longest image.
 template <class Choose>
 Tensor choose_each(const std::vector<Image>& images, const Tensor& rows, int64_t batch, int64_t k, int64_t work,
                    const Choose& choose) {

@@ -32,7 +32,7 @@ struct FarthestState {
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     farthest_kernel(const float* __restrict__ products,  // (batch, tokens, longest), the Gram matrices
                     Weights quality,                     // (batch, tokens), or none
-                    float* __restrict__ states,          // (batch, FarthestState::kRows, tokens)
+                    float* __restrict__ states,          // (FarthestState::kRows, batch * tokens), image by image
                     int64_t* __restrict__ chosen,        // (batch, k)
                     Images images, bool first_by_quality) {
   __shared__ BlockBest block_best;

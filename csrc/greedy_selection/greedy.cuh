@@ -34,12 +34,15 @@ struct Images {
   __device__ __forceinline__ Image at(int64_t image) const {
     if (cu_seqlens == nullptr) return {image, 0, tokens, k, image * tokens, image * k};
     const int first = cu_seqlens[image], place = cu_kept[image];
-    const Image found{0, first, cu_seqlens[image + 1] - first, cu_kept[image + 1] - place, first, place};
-    VLMFAST_DEVICE_ASSERT(first >= 0 && found.tokens >= 0 && found.tokens <= tokens - first && found.tokens <= longest,
-                          "cu_seqlens must rise to the tokens, by at most longest");
-    VLMFAST_DEVICE_ASSERT(place >= 0 && found.k >= 0 && found.k <= k - place && found.k <= found.tokens,
-                          "cu_kept must rise to k, no faster than cu_seqlens");
-    return found;
+    const int end = cu_seqlens[image + 1], end_place = cu_kept[image + 1];
+    const bool is_first = image == 0, is_last = image + 1 == count;
+    VLMFAST_DEVICE_ASSERT(first >= 0 && end >= first && end - first <= longest && (!is_first || first == 0) &&
+                              (is_last ? end == tokens : end <= tokens),
+                          "cu_seqlens must rise from 0 to the tokens, by at most longest");
+    VLMFAST_DEVICE_ASSERT(place >= 0 && end_place >= place && end_place - place <= end - first &&
+                              (!is_first || place == 0) && (is_last ? end_place == k : end_place <= k),
+                          "cu_kept must rise from 0 to k, no faster than cu_seqlens");
+    return {0, first, end - first, end_place - place, first, place};
   }
 };
 

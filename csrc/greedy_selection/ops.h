@@ -33,6 +33,9 @@ struct ImageArguments {
                     "cu_seqlens and cu_kept must be given together, got one of them");
     STD_TORCH_CHECK(!cu_seqlens_tensor.has_value() || batch == 1,
                     "with cu_seqlens the images must be in one row, got a batch of ", batch);
+    STD_TORCH_CHECK(!cu_seqlens_tensor.has_value() || longest * count >= tokens,
+                    "longest must be the most tokens of an image, of ", count, " with ", tokens, " tokens, got ",
+                    longest);
   }
 };
 

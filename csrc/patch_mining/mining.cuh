@@ -268,11 +268,7 @@ __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
                            rows.slope[pixel] * to_float(query_row[channel]) - along;
           }
         }
-        if constexpr (kBackward) {
-          Vec rounded;
-          rounded.fill([&](int i) { return gradients[i]; });
-          rounded.store(gradient(vector, channel));
-        }
+        if constexpr (kBackward) Vec::rounded(gradients).store(gradient(vector, channel));
       }
       sum = over_lanes(sum, lanes, Add());
       if (lane == 0 && channel < channels) to[channel] = from_float<scalar_t>(sum);

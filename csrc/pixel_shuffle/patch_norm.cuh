@@ -50,8 +50,7 @@ struct NormRows {
 
 template <typename Vec>
 __device__ __forceinline__ Vec scaled(Vec values, float input_scale) {
-  const Vec own = values;
-  if (input_scale != 1.f) values.fill([&](int i) { return own[i] * input_scale; });
+  if (input_scale != 1.f) values.fill([&](int i) { return values[i] * input_scale; });
   return values;
 }
 
@@ -247,9 +246,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiproce
         weight_sums[i] += values.grad[i] * normed;
         bias_sums[i] += values.grad[i];
       }
-      Vec output;
-      output.fill([&](int i) { return grads[i]; });
-      output.store(places.grad_x + rows.offset(column, rows.channels));
+      Vec::rounded(grads).store(places.grad_x + rows.offset(column, rows.channels));
     };
     Policy::for_kept(end, [&](int k, int column) { finish(held[k], column, grad_weight[k], grad_bias[k]); });
     Policy::for_rest(

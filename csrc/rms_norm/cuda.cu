@@ -35,13 +35,8 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kResident)
   Policy::for_rows(rows, hidden, [&](int64_t row, int end) {
     const auto load = [&](int column) { return Vec::load(x + row * x_stride + column); };
     const auto load_addends = [&](int column) { return Vec::load(residual + row * residual_stride + column); };
-    // Adds the residual, and stores the sum.
-    const auto prepare = [&](Vec values, const Vec& addends, int column) {
-      if constexpr (kHasResidual) {
-        const Vec own = values;
-        values.fill([&](int i) { return addends[i] + own[i]; });
-        values.store(new_residual + row * hidden + column);
-      }
+    const auto prepare = [&](Vec values, const Vec& addends) {
+      if constexpr (kHasResidual) values.fill([&](int i) { return addends[i] + values[i]; });
       return values.template as<Held>();
     };
     Vec loaded[Policy::kVectors], addends[Policy::kVectors];
@@ -50,12 +45,13 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kResident)
       if constexpr (kHasResidual) addends[k] = load_addends(column);
     });
     Held kept[Policy::kVectors];
-    Policy::for_kept(end, [&](int k, int column) { kept[k] = prepare(loaded[k], addends[k], column); });
+    Policy::for_kept(end, [&](int k, int) { kept[k] = prepare(loaded[k], addends[k]); });
     const auto load_rest = [&](int column) {
-      return prepare(load(column), kHasResidual ? load_addends(column) : Vec(), column);
+      return prepare(load(column), kHasResidual ? load_addends(column) : Vec());
     };
     float sums[1] = {0.f};
-    Policy::for_all(end, kept, load_rest, [&](const Held& values, int) {
+    Policy::for_all(end, kept, load_rest, [&](const Held& values, int column) {
+      if constexpr (kHasResidual) values.store(new_residual + row * hidden + column);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) sums[0] += values[i] * values[i];
     });

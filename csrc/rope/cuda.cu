@@ -266,21 +266,17 @@ __global__ void __launch_bounds__(Policy::kThreads)
       // Stores the gradients of a vector of the head from those of the normalised one, and accumulates the weight's.
       const auto finish = [&](float (&own)[kVec], const typename Own::Vec& values, const typename Own::Vec& weights,
                               float (&weight_sums)[kVec], scalar_t* to) {
+        if (part.weight == nullptr) return Own::Vec::rounded(own).store(to);
+        float normed[kVec];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) normed[i] = values[i] * inverse_rms;
         typename Own::Vec output;
-        if (part.weight == nullptr) {
-          output.fill([&](int i) { return own[i]; });
-        } else {
-          float normed[kVec];
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) normed[i] = values[i] * inverse_rms;
-          output.fill([&](int i) {
-            return inverse_rms * (own[i] * weight_scale(variant, weights[i]) - normed[i] * projection);
-          });
-          round_normed<scalar_t>(variant, normed);
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) weight_sums[i] += own[i] * normed[i];
-        }
+        output.fill(
+            [&](int i) { return inverse_rms * (own[i] * weight_scale(variant, weights[i]) - normed[i] * projection); });
         output.store(to);
+        round_normed<scalar_t>(variant, normed);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) weight_sums[i] += own[i] * normed[i];
       };
       scalar_t* const to = part.y + (row * part.heads + head) * head_dim;
       Policy::for_pairs(head_dim, half, [&](int k, int left, int right, int) {

@@ -1,9 +1,9 @@
 // The arithmetic of the gated activation on the CPU, compiled once per instruction set (see types.h). All give the same
 // bits.
 //
-// The activated gate is rounded where Hugging Face rounds it. SiLU is bit-identical to torch's: its exponential is that
-// of torch's vectorised code. The exception is the end of a float32 tensor that does not fill a vector, for which torch
-// calls another exponential.
+// The activated gate is rounded where Hugging Face rounds it. SiLU is bit-identical to torch's: in float32 and float16
+// its exponential is that of torch's vectorised code, and in bfloat16 see `quick_silu`. The exception is the end of a
+// float32 tensor that does not fill a vector, for which torch calls another exponential.
 #include "silu_mul/cpu_kernels.h"
 
 #include "common/vector_math.h"
@@ -13,7 +13,6 @@ namespace {
 
 constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi), as torch rounds it
 constexpr float kKappa = 0.044715f;
-constexpr float kShift = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits of the sum
 
 // e^x to 1 ulp: infinity from 88.73 on, and clamped to at least e^-87. NaNs stay NaNs.
 VLMFAST_INLINE Float exponential(Float x) {

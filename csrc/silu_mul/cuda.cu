@@ -93,11 +93,8 @@ __global__ void __launch_bounds__(kThreads)
       of_gate[i] = grads[i] * ups[i] * share * (1.f + x * z_slope * rest);
       of_up[i] = grads[i] * x * share;
     }
-    Vec for_gate, for_up;
-    for_gate.fill([&](int i) { return of_gate[i]; });
-    for_up.fill([&](int i) { return of_up[i]; });
-    for_gate.store(grad_gate + row * hidden + column);
-    for_up.store(grad_up + row * hidden + column);
+    Vec::rounded(of_gate).store(grad_gate + row * hidden + column);
+    Vec::rounded(of_up).store(grad_up + row * hidden + column);
   });
 }
 

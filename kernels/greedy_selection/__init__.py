@@ -74,6 +74,7 @@ def gram(features: Tensor, images: Images) -> Tensor:
         *(features, cu_seqlens, products, *features.stride()[:2], tokens, size, longest),
         ALIGNED=alignment(size, *features.stride()[:2]),
         **vars(config),
+        **ASSERTING,
     )
     return products
 

@@ -82,7 +82,9 @@ def coverage_kernel(
 ):
     """Store the k tokens of one image, ascending. How well each row is covered is kept in memory."""
     image = tl.program_id(0).to(tl.int64)
-    batch, first, count, place, k = image_of(tl.program_id(0), seqlens_ptr, kept_ptr, tokens, k, longest)
+    batch, first, count, place, k = image_of(
+        tl.program_id(0), tl.num_programs(0), seqlens_ptr, kept_ptr, tokens, k, longest
+    )
     similarity_ptr += batch * batch_stride + tl.cast(first, tl.int64) * token_stride
     covered_ptr += image * rows
     if weight_ptr is not None:

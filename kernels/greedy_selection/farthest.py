@@ -74,7 +74,9 @@ def farthest_kernel(
     STAGES: tl.constexpr,
 ):
     """Store the k tokens of one image, ascending."""
-    batch, first, count, place, k = image_of(tl.program_id(0), seqlens_ptr, kept_ptr, tokens, k, longest)
+    batch, first, count, place, k = image_of(
+        tl.program_id(0), tl.num_programs(0), seqlens_ptr, kept_ptr, tokens, k, longest
+    )
     position = tl.arange(0, BLOCK)
     there = position < count
     product_ptr += (batch * tokens + first) * longest

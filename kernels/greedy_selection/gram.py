@@ -55,7 +55,8 @@ def gram_kernel(
     blocks = tl.cdiv(longest, BLOCK)
     square = tl.program_id(0) % (blocks * blocks)
     image = tl.program_id(0) // (blocks * blocks)
-    batch, first, count, _, _ = image_of(image, seqlens_ptr, seqlens_ptr, tokens, tokens, longest)
+    images = tl.num_programs(0) // (blocks * blocks)
+    batch, first, count, _, _ = image_of(image, images, seqlens_ptr, seqlens_ptr, tokens, tokens, longest)
     row = square // blocks * BLOCK + tl.arange(0, BLOCK)
     other = square % blocks * BLOCK + tl.arange(0, BLOCK)
     x_ptr += batch * batch_stride + tl.cast(first, tl.int64) * token_stride

@@ -31,7 +31,7 @@ class GreedyConfig(Config):
 
 
 @triton.jit
-def image_of(number, seqlens_ptr, kept_ptr, tokens, k, longest):
+def image_of(number, images, seqlens_ptr, kept_ptr, tokens, k, longest):
     """Return where an image is: its row, its first token there, how many it has, the first one chosen, and how many.
 
     Without pointers, each row is an image.
@@ -39,12 +39,16 @@ def image_of(number, seqlens_ptr, kept_ptr, tokens, k, longest):
     if seqlens_ptr is None:
         row, first, count, place = number.to(tl.int64), 0, tokens, number.to(tl.int64) * k
     else:
-        first, place = tl.load(seqlens_ptr + number), tl.load(kept_ptr + number).to(tl.int64)
-        count, k = tl.load(seqlens_ptr + number + 1) - first, tl.load(kept_ptr + number + 1) - place.to(tl.int32)
-        is_within = (first >= 0) & (count >= 0) & (first + count <= tokens) & (count <= longest)
-        tl.device_assert(is_within, "cu_seqlens must rise to the tokens, by at most longest")
-        tl.device_assert((place >= 0) & (k >= 0) & (k <= count), "cu_kept must rise to k, no faster than cu_seqlens")
-        row = tl.full((), 0, tl.int64)
+        first, place = tl.load(seqlens_ptr + number), tl.load(kept_ptr + number)
+        end, end_place = tl.load(seqlens_ptr + number + 1), tl.load(kept_ptr + number + 1)
+        count, kept, is_later, goes_on = end - first, end_place - place, number > 0, number + 1 < images
+        is_within = (first >= 0) & (count >= 0) & (count <= longest) & (end <= tokens)
+        is_within &= ((first == 0) | is_later) & ((end == tokens) | goes_on)
+        tl.device_assert(is_within, "cu_seqlens must rise from 0 to the tokens, by at most longest")
+        is_within = (place >= 0) & (kept >= 0) & (kept <= count) & (end_place <= k)
+        is_within &= ((place == 0) | is_later) & ((end_place == k) | goes_on)
+        tl.device_assert(is_within, "cu_kept must rise from 0 to k, no faster than cu_seqlens")
+        row, place, k = tl.full((), 0, tl.int64), place.to(tl.int64), kept
     return row, first, count, place, k
 
 

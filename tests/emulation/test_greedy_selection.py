@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.emulation.harness import (
+    BOUNDS,
     DIFFER,
     PAIRS,
     UNNOTICED,
@@ -21,6 +22,7 @@ from tests.emulation.harness import (
     planted_faults,
     sample_calls,
 )
+from tests.helpers.bad_bounds import BAD_BOUNDS, CHOSEN, TOKENS
 from vlmfast.ops.greedy_selection import cases as greedy
 
 
@@ -57,6 +59,11 @@ def examine(kernels: Kernels, dtype: torch.dtype) -> None:
             kernels("coverage", torch.eye(40)[None].to(dtype), 0, None, quality)
         with pytest.raises(RuntimeError, match="row_weights must be finite and not negative"):
             kernels("coverage", torch.eye(40)[None].to(dtype), 0, quality)
+    rows = torch.eye(TOKENS)[None].to(dtype)
+    for message, bounds in BAD_BOUNDS:
+        for name, weights in (("farthest", (None, True)), ("dpp_map", (None,)), ("coverage", (None, None))):
+            with pytest.raises(RuntimeError, match=message):
+                kernels(name, rows, CHOSEN, *weights, *bounds)
     compare(kernels, sample_calls("greedy_selection", PAIRS, dtype), weighed_calls(dtype), far_calls())
 
 
@@ -116,6 +123,21 @@ FAULTS = [
         "",
         UNORDERED,
     ),
+    Fault(
+        "images unchecked",
+        "greedy.cuh",
+        "VLMFAST_DEVICE_ASSERT(first >= 0 && end >= first",
+        "VLMFAST_DEVICE_ASSERT(true || first >= 0 && end >= first",
+        f"{UNNOTICED}|{BOUNDS}",
+    ),
+    Fault(
+        "what is kept unchecked",
+        "greedy.cuh",
+        "VLMFAST_DEVICE_ASSERT(place >= 0",
+        "VLMFAST_DEVICE_ASSERT(true || place >= 0",
+        f"{UNNOTICED}|{BOUNDS}",
+    ),
+    Fault("positions from the image on", "greedy.cuh", "= image.first + token;", "= token;", DIFFER),
     Fault("what is not finite covers", "coverage.cuh", "fabsf(similarity) < INFINITY ?", "true ?", DIFFER),
     Fault(
         "a bound taken for what it adds", "coverage.cuh", "state.step[own] == step", "state.step[own] >= 0.f", DIFFER

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import vlmfast
+from tests.helpers.bad_bounds import BAD_BOUNDS, CHOSEN, TOKENS
 from tests.helpers.cases import DTYPES, family, require
 from vlmfast.ops.greedy_selection.cases import _signs
 from vlmfast.registry import OPS
@@ -238,6 +239,24 @@ def test_doubles_come_last_and_in_order(backend: str, name: str, dtype: torch.dt
         assert max(getattr(vlmfast, name)(features, k)[0].tolist()) < 5
     for k in range(5, 21):
         assert getattr(vlmfast, name)(features, k)[0].tolist() == list(range(k))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("farthest", (None, True)), ("dpp_map", (None,)), ("coverage", (None, None))]
+)
+def test_kernels_refuse_bounds_that_do_not_add_up(name: str, weights: tuple):
+    """On a GPU only they see the bounds."""
+    require(OPS[name], "triton")
+    for message, bounds in BAD_BOUNDS:
+        with pytest.raises(RuntimeError, match=message):
+            OPS[name].backend("triton").run(torch.eye(TOKENS)[None], CHOSEN, *weights, *bounds)
+
+
+def test_the_largest_image_is_not_forgotten():
+    """What is known of bounds on a device: images of ``longest`` tokens must hold all tokens."""
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match="longest must be the most tokens of an image, of 2 with 10, got 4"):
+        vlmfast.farthest(torch.empty(1, 10, 8, device="meta"), 3, None, True, bounds, bounds, 4)
 
 
 def native_calls() -> list[tuple[str, tuple[Tensor | int, ...]]]:

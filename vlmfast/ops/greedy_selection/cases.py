@@ -199,9 +199,8 @@ def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
         return features
 
     for index, (batch, tokens, size, k) in enumerate(_SIZES):
-        features = one_of_each(batch, tokens, size)
-        relevance = _eighths(batch, tokens, device=device)
-        yield features.to(dtype), k, *((), (relevance.to(dtype),), (relevance,))[index % 3]
+        features, worth = one_of_each(batch, tokens, size), _eighths(batch, tokens, device=device)
+        yield features.to(dtype), k, *((), (worth.to(dtype),), (worth,))[index % 3]
     for index, (sizes, kept) in enumerate(_ROWS):
         relevance = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
         features = one_of_each(1, sum(sizes), (9, 40)[index % 2])

@@ -74,6 +74,12 @@ class _Images:
         """Return the rows of each image, if there are any: (1, T, ...) -> (S, N, ...)."""
         return rows if rows is None or self.place is None else rows[0, self.place.clamp(max=self.row - 1)]
 
+    def steps(self, k: int) -> range:
+        """Return a range with a step for each token that is chosen of one image; on a device it may be longer."""
+        if self.place is not None and self.kept.numel() and checks.on_host(self.kept):
+            k = int(self.kept.max())
+        return range(min(k, self.there.shape[1]))
+
     def take(self, chosen: Tensor, worth: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Choose what is worth most, of the images that have not enough: (B or S, 1), and all that are chosen."""
         best = worth.masked_fill(chosen, -1.0).argmax(1, keepdim=True)
@@ -128,7 +134,10 @@ def _check_images(
             raise ValueError(
                 f"cu_kept must not rise faster than cu_seqlens, {cu_seqlens.tolist()}, got {cu_kept.tolist()}"
             )
-    return cu_seqlens.shape[0] - 1
+    images = cu_seqlens.shape[0] - 1
+    if longest * images < tokens:  # all that is known of bounds on a device without waiting for it
+        raise ValueError(f"longest must be the most tokens of an image, of {images} with {tokens}, got {longest}")
+    return images
 
 
 def _check_farthest(
@@ -211,19 +220,18 @@ def farthest(
         k: how many of each image, 0 to N; with ``cu_seqlens`` of all together.
         quality: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
         first_by_quality: whether the quality counts for the first token too.
-        cu_seqlens: (S + 1,) int32, where each of S images of different sizes begins in one row of them, and, last, N;
-            then B is 1. None for B images of one size.
-        cu_kept: (S + 1,) int32, where what is chosen of each begins in the result, and, last, ``k``.
-        longest: the most tokens of an image, with ``cu_seqlens``.
+        cu_seqlens: (S + 1,) int32, the first token of each of S images that stand in one row, and N at the end; B is
+            then 1. None for B images of one size.
+        cu_kept: (S + 1,) int32, the same for the chosen tokens, with ``k`` at the end.
+        longest: with ``cu_seqlens``, the number of tokens of the largest image.
 
     Returns:
         (B, k) int64, ascending. Those of k are among those of k + 1.
 
     Raises:
         TypeError: for a tensor of another dtype, or one of ``cu_seqlens`` and ``cu_kept`` alone. ValueError: for shapes
-            or devices that do not fit, a ``k`` out of range, or images that do not add up,
-            or on a CPU a quality that is negative or
-            not finite; on a GPU both trip a device-side assertion.
+            or devices that do not fit, or a ``k`` or ``longest`` out of range; on a CPU also for images that do not
+            add up, or a quality that is negative or not finite. On a GPU these two trip a device-side assertion.
 
     Source:
         The selection of DivPrune; with a quality that of Cen-Prune, and of FlashVID's attention and diversity.
@@ -236,7 +244,7 @@ def farthest(
         return images.positions(chosen, k)
     itself = torch.eye(tokens, dtype=torch.bool, device=features.device)
     nearest = distance.masked_fill(itself | chosen[:, None], 2.0).amin(2)  # 2: no distance is larger
-    for step in range(min(k, tokens)):
+    for step in images.steps(k):
         worth = nearest if weight is None or (step == 0 and not first_by_quality) else nearest * weight
         best, chosen = images.take(chosen, worth, step)
         row = distance.gather(1, best[..., None].expand(-1, -1, tokens))[:, 0]
@@ -268,19 +276,19 @@ def coverage(
         row_weights: (B, R), with ``cu_seqlens`` (S, R), float32, float16 or bfloat16, how much each row counts, 0 or
             more; all the same if it is None.
         quality: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
-        cu_seqlens: (S + 1,) int32, where each of S images of different sizes begins in one row of them, and, last, N;
-            then B is 1. None for B images of one size.
-        cu_kept: (S + 1,) int32, where what is chosen of each begins in the result, and, last, ``k``.
-        longest: the most tokens of an image, with ``cu_seqlens``.
+        cu_seqlens: (S + 1,) int32, the first token of each of S images that stand in one row, and N at the end; B is
+            then 1. None for B images of one size.
+        cu_kept: (S + 1,) int32, the same for the chosen tokens, with ``k`` at the end.
+        longest: with ``cu_seqlens``, the number of tokens of the largest image.
 
     Returns:
         (B, k) int64, ascending. Those of k are among those of k + 1.
 
     Raises:
         TypeError: for a tensor of another dtype, or one of ``cu_seqlens`` and ``cu_kept`` alone. ValueError: for shapes
-            or devices that do not fit, a ``k`` out of range, or images that do not add up,
-            or on a CPU a weight or quality that is negative or
-            not finite; on a GPU both trip a device-side assertion.
+            or devices that do not fit, or a ``k`` or ``longest`` out of range; on a CPU also for images that do not
+            add up, or a weight or quality that is negative or not finite. On a GPU these two trip a device-side
+            assertion.
 
     Source:
         The greedy rule of facility location, which SCOPE uses with the attention of tokens as their quality, EADP with
@@ -290,10 +298,10 @@ def coverage(
     wide = images.apart(similarity.to(torch.promote_types(similarity.dtype, torch.float32)))
     wide = wide.where(wide.isfinite(), 0.0)
     weight, importance = _weights("quality", images.apart(quality)), _weights("row_weights", row_weights)
-    count, tokens, rows = wide.shape
+    count, _, rows = wide.shape
     covered = wide.new_zeros(count, 1, rows)
     chosen = ~images.there
-    for step in range(min(k, tokens)):
+    for step in images.steps(k):
         gains = (wide - covered).clamp(min=0)
         gain = (gains if importance is None else gains * importance[:, None]).sum(2)
         gain = gain if weight is None else gain * weight
@@ -324,19 +332,18 @@ def dpp_map(
         features: (B, N, D) float32, float16 or bfloat16; any strides. Their lengths are of no account.
         k: how many of each image, 0 to N; with ``cu_seqlens`` of all together.
         relevance: (B, N) float32, float16 or bfloat16, what each token is worth, 0 or more; all the same if it is None.
-        cu_seqlens: (S + 1,) int32, where each of S images of different sizes begins in one row of them, and, last, N;
-            then B is 1. None for B images of one size.
-        cu_kept: (S + 1,) int32, where what is chosen of each begins in the result, and, last, ``k``.
-        longest: the most tokens of an image, with ``cu_seqlens``.
+        cu_seqlens: (S + 1,) int32, the first token of each of S images that stand in one row, and N at the end; B is
+            then 1. None for B images of one size.
+        cu_kept: (S + 1,) int32, the same for the chosen tokens, with ``k`` at the end.
+        longest: with ``cu_seqlens``, the number of tokens of the largest image.
 
     Returns:
         (B, k) int64, ascending. Those of k are among those of k + 1.
 
     Raises:
         TypeError: for a tensor of another dtype, or one of ``cu_seqlens`` and ``cu_kept`` alone. ValueError: for shapes
-            or devices that do not fit, a ``k`` out of range, or images that do not add up,
-            or on a CPU a relevance that is negative or
-            not finite; on a GPU both trip a device-side assertion.
+            or devices that do not fit, or a ``k`` or ``longest`` out of range; on a CPU also for images that do not
+            add up, or a relevance that is negative or not finite. On a GPU these two trip a device-side assertion.
 
     Source:
         The fast greedy inference of Chen, Zhang and Zhou (NeurIPS 2018), as CDPruner uses it. That chooses a token
@@ -349,7 +356,7 @@ def dpp_map(
     weight = torch.ones_like(left) if weight is None else weight.to(left.dtype)
     chosen = ~images.there
     shares = left.new_zeros(*left.shape[:1], 0, left.shape[1])  # of each token, with each that is chosen
-    for step in range(min(k, left.shape[1])):
+    for step in images.steps(k):
         worth = (weight * left * weight).masked_fill(chosen, 0.0)
         worth = torch.where(worth.amax(1, keepdim=True) > 0, worth, weight)
         best, chosen = images.take(chosen, worth, step)

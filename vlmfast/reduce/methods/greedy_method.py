@@ -16,6 +16,7 @@ from vlmfast.functions import accepting
 from vlmfast.host import to_device
 from vlmfast.reduce.methods.method import PruningMethod
 from vlmfast.reduce.tokens import Selection, VisualTokens
+from vlmfast.registry import Op
 
 Call = dict[str, Any]  # the arguments of an op by name, without the number of tokens
 
@@ -62,16 +63,27 @@ class GreedyMethod(PruningMethod):
 
 
 def _together(op: Any, calls: Sequence[Call], counts: Sequence[int]) -> list[Tensor]:
-    """Run an op once for groups of images, each (B, N, ...): return the (B, k) positions of each group."""
-    rows = [next(value for value in call.values() if isinstance(value, Tensor)) for call in calls]
-    run = accepting(op, rows[0])
-    if len(calls) == 1:
-        return [run(**calls[0], k=counts[0])]
+    """Choose from groups of images by an op: return the (B, k) positions of each group.
+
+    One call chooses from all. Only where it would be the definition's each group has its own, because the definition
+    pads all images to the size of the largest.
+
+    Args:
+        op: the op.
+        calls: its arguments, of which the first is the (B, N, ...) tokens.
+        counts: how many are chosen of each image of a group.
+    """
+    rows: list[Tensor] = [next(iter(call.values())) for call in calls]
+    entry: Op = op.op
+    run, each_k = accepting(op, rows[0]), [{**call, "k": k} for call, k in zip(calls, counts, strict=True)]
+    if len(calls) == 1 or run is not op or any(_is_defined(entry, arguments) for arguments in each_k):
+        return [run(**arguments) for arguments in each_k]
     each = [(shown.shape[1], k) for shown, k in zip(rows, counts, strict=True) for _ in range(len(shown))]
     ends, kept = ([0, *accumulate(numbers)] for numbers in zip(*each, strict=True))
     longest = max(tokens for tokens, _ in each)
     bounds = to_device(rows[0].device, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (ends, kept)))
-    joined = {name: _joined(name, [call[name] for call in calls], longest) for name in calls[0]}
+    del each_k  # so that each argument is freed when it is joined
+    joined = {name: _joined(name, [call.pop(name) for call in calls], longest) for name in list(calls[0])}
     chosen = run(**joined, k=kept[-1], cu_seqlens=bounds[0], cu_kept=bounds[1], longest=longest)[0]
     found, begin = [], 0
     for shown, own in zip(rows, chosen.split([len(x) * k for x, k in zip(rows, counts, strict=True)]), strict=True):
@@ -81,12 +93,21 @@ def _together(op: Any, calls: Sequence[Call], counts: Sequence[int]) -> list[Ten
     return found
 
 
+def _is_defined(entry: Op, arguments: Call) -> bool:
+    """Tell whether the definition would run a call."""
+    return entry.choose(entry.positional((), arguments)).name == "torch"
+
+
 def _joined(name: str, values: Sequence[Any], longest: int) -> Any:
     """Join an argument of several groups: tokens in one row, those with a column for each token padded by zeros."""
     if not isinstance(values[0], Tensor):
         return values[0]
-    if name in ("similarity", "row_weights"):
-        values = [F.pad(value, (0, longest - value.shape[-1])) for value in values]
     if name == "row_weights":  # (B, N): a row for each image
-        return torch.cat(list(values))
-    return torch.cat([value.flatten(0, 1) for value in values])[None]
+        return torch.cat([F.pad(value, (0, longest - value.shape[1])) for value in values])
+    flat = [value.flatten(0, 1) for value in values]
+    if name != "similarity":
+        return torch.cat(flat)[None]
+    joined = flat[0].new_zeros(1, sum(map(len, flat)), longest)
+    for place, own in zip(joined[0].split([len(own) for own in flat]), flat, strict=True):
+        place[:, : own.shape[1]] = own
+    return joined
