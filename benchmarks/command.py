@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     command.add_argument("--full", dest="size", action="store_const", const="full", help="the same as --size full")
     what = "how visual tokens are reduced, such as fastv:2:0.5; default: the method of each model"
     command.add_argument("--reduce", metavar="METHOD", type=parse_method, help=what)
-    what = "of the language model; default: those of the size"
+    what = "how many layers the language model has; default: as many as in --size"
     command.add_argument("--layers", metavar="N", type=positive, help=what)
     mode, what = _one_of("mode", modes.MODES), f"of {','.join(modes.MODES)}; default: all that the device has"
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)

@@ -116,7 +116,7 @@ def run(
         save: called with all records so far, after each model and mode.
         budget: seconds after which no further model is started.
         earlier: records of an earlier run; a model is not measured again in a mode in which it has some.
-        reduce: the text of how visual tokens are reduced; None for the method of each model.
+        reduce: the text of how visual tokens are reduced, where they can be; None for the method of each model.
         layers: of the language model; None for the number of the size.
 
     Returns:
@@ -124,13 +124,15 @@ def run(
     """
     start = time.monotonic()
     records: list[Record] = list(earlier)
-    asked = {key: value for key, value in (("reduce", reduce), ("layers", layers)) if value is not None}
+    settings = {"reduce": reduce, "layers": layers}
+    asked = {key: value for key, value in settings.items() if value is not None}
     for name in names or published.MODELS:
         if len(records) > len(earlier) and budget is not None and time.monotonic() - start > budget:
             console.print(f"the budget of {budget:g} s is spent: {name} and what follows it were not measured")
             break
         common: Record = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch."), **asked}
-        left = [mode for mode in modes if not any({**common, "mode": mode}.items() <= r.items() for r in earlier)]
+        alike = [r for r in earlier if all(r.get(key) == value for key, value in {**settings, **common}.items())]
+        left = [mode for mode in modes if mode not in [r.get("mode") for r in alike]]
         if not left:
             continue
         if not console.is_terminal:  # rich shows its status line on a terminal only
@@ -178,7 +180,8 @@ def _graphs(common: Record, device: str, threads: int) -> list[Record]:
 def _one_model(common: Record, modes: Sequence[str], device: str, console: Console) -> Iterator[list[Record]]:
     """Yield the records of one model, mode by mode, and free its memory afterwards."""
     recipe = published.MODELS[common["model"]]
-    recipe = dataclasses.replace(recipe, method=common.get("reduce", recipe.method))
+    if recipe.method is not None:
+        recipe = dataclasses.replace(recipe, method=common.get("reduce", recipe.method))
     try:
         dtype = getattr(torch, common["dtype"])
         model, inputs = recipe.build(common["size"], dtype, device, common.get("layers"))
@@ -221,12 +224,16 @@ def was_built(record: Record) -> bool:
 def failed(records: list[Record]) -> bool:
     """Return whether something of ours failed.
 
-    These do not count: an error that the original has too, in the same mode and words; what was not run; and a model
-    that could not be built, unless it is the only one.
+    These do not count: an error that the original has too, in the same mode, settings and words; what was not run; and
+    a model that could not be built, unless it is the only one.
     """
-    originals = {(r["model"], r.get("mode")): r.get("error") for r in records if r["variant"] == "original"}
+
+    def run_of(record: Record) -> tuple[Any, ...]:
+        return tuple(map(record.get, ("model", "mode", "reduce", "layers")))
+
+    originals = {run_of(r): r.get("error") for r in records if r["variant"] == "original"}
     errors = [r for r in records if "error" in r and r["error"] != NOT_RUN and was_built(r)]
-    return any(r["error"] != originals.get((r["model"], r["mode"])) for r in errors)
+    return any(r["error"] != originals.get(run_of(r)) for r in errors)
 
 
 def verdict(console: Console, records: list[Record]) -> int:

@@ -226,7 +226,9 @@ def show_models(console: Console, records: list[dict[str, Any]]) -> None:
     rows: list[tuple[str | None, list[str]]] = []
     errors = []
     for record in records:
-        named = [record["model"], record.get("mode", ""), record["variant"]]
+        layers = f"{record['layers']} layer{'s' * (record['layers'] != 1)}" if "layers" in record else None
+        model = ", ".join(filter(None, (record["model"], record.get("reduce"), layers)))
+        named = [model, record.get("mode", ""), record["variant"]]
         if "error" in record:
             errors.append(f"{' '.join(named)}: {record['error']}")
             rows.append(("red", [*named, "no time"]))

@@ -96,6 +96,35 @@ def test_models_of_an_earlier_run_are_not_measured_again(llava, monkeypatch):
     assert asked == [["eager"]]
 
 
+@pytest.mark.parametrize("settings", [{"reduce": "scope:8"}, {"layers": 6}, {"reduce": "scope:8", "layers": 6}])
+def test_another_method_or_depth_is_measured_for_itself(settings, llava, monkeypatch):
+    common = {"model": "llava-1.5-7b", "size": "small", "dtype": "float32", "mode": "eager", "variant": "original"}
+    asked = []
+    monkeypatch.setattr(models, "_all_modes", lambda common, left, *_: asked.append(left) or [])
+    for other in ({}, {"reduce": "scope:9"}, {"layers": 5}):
+        models.run([], QUIET, modes=["eager"], earlier=[{**common, **other}], **settings)
+        models.run([], QUIET, modes=["eager"], earlier=[{**common, **settings}], **other)
+    assert asked == [["eager"]] * 6
+    models.run([], QUIET, modes=["eager"], earlier=[{**common, **settings}], **settings)
+    assert len(asked) == 6
+
+
+def test_a_method_and_a_depth_are_taken(llava, capsys):
+    """They are in the records and in the table; the cache tells that they were used."""
+    rows = models.run([], QUIET, modes=["eager"], reduce="even:8", layers=1)
+    assert [(row["reduce"], row["layers"]) for row in rows] == [("even:8", 1)] * 3
+    assert rows[2]["cached_tokens"] == rows[0]["cached_tokens"] - 576 + 8
+    assert rows[0]["cache_bytes"] == 2 * 1 * 4 * 64 * rows[0]["cached_tokens"]
+    report.show_models(Console(width=200), rows)
+    assert "llava-1.5-7b, even:8, 1 layer " in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_reduced_is_not_by_a_method_of_the_command(monkeypatch):
+    monkeypatch.setattr(published, "MODELS", {"smolvlm-256m": little("smolvlm-256m")})
+    monkeypatch.setattr(models, "measure", lambda recipe, *_: [{"variant": str(recipe.method)}])
+    assert [row["variant"] for row in models.run([], QUIET, modes=["eager"], reduce="even:8")] == ["None"]
+
+
 def test_ratios_are_of_each_round(capsys):
     times = {
         "original": [(6.0, 1.0), (10.0, 1.0), (20.0, 1.0)],
@@ -198,6 +227,8 @@ def test_what_the_original_fails_at_is_not_ours():
     assert models.failed([row("original", "a"), {**row("patched", "a"), "mode": "eager"}])
     assert not models.failed([row("original", "a"), row("patched", modes.NOT_RUN)])
     assert models.failed([row("original", modes.NOT_RUN), row("patched", "a")])
+    for other in ({"reduce": "scope:8"}, {"layers": 6}):
+        assert models.failed([row("original", "a"), {**row("original"), **other}, {**row("patched", "a"), **other}])
 
 
 @pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])

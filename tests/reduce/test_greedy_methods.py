@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import vlmfast
+from tests.helpers.qwen_models import SMALL, WIDE, inputs_of, model_of
 from tests.helpers.reduce_models import EACH_TYPE, Talk
 from tests.ops.test_greedy_selection import coverage_by_rule, covers, farthest_by_rule
-from vlmfast.reduce import VisualTokens
-from vlmfast.reduce.families import REDUCERS
+from vlmfast.reduce import Selection, VisualTokens
+from vlmfast.reduce.families import REDUCERS, qwen
 from vlmfast.reduce.text import Text
 
 COUNT, KEEP = 18, 7
@@ -127,6 +129,62 @@ def test_images_of_all_sizes_are_one_choice(method: vlmfast.reduce.Method, op: s
     for selection, alone, tokens in zip(found, want, groups, strict=True):
         assert torch.equal(selection.kept, alone.kept)
         assert torch.equal(selection.apply(tokens.hidden), alone.apply(tokens.hidden))
+
+
+class First(vlmfast.DivPrune):
+    """Chooses the first tokens."""
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        return torch.arange(k).expand(tokens.batch, -1)
+
+
+class Selecting(vlmfast.SCOPE):
+    """Selects the first tokens."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return First(self.keep).select(tokens)
+
+
+class Twice(vlmfast.DivPrune):
+    """Chooses the first token again and again."""
+
+    def choose(self, tokens: VisualTokens, k: int) -> Tensor:
+        return torch.zeros(tokens.batch, k, dtype=torch.int64)
+
+
+def of_qwen(method: vlmfast.reduce.Method) -> list[list[int]]:
+    """Reduce images of two sizes."""
+    model = model_of("qwen2_5_vl")
+    with torch.no_grad():
+        return [image.kept[0].tolist() for image in qwen.reduce(model.model, inputs_of(model, (SMALL, WIDE)), method)]
+
+
+@pytest.mark.parametrize("cls", [First, Selecting])
+def test_a_subclass_decides_by_its_own_lines_in_qwen_too(cls: type[vlmfast.reduce.Method]):
+    assert of_qwen(cls(3)) == [[0, 1, 2]] * 2
+    tokens = dataclasses.replace(tokens_of(), grid=(2, 3, 3), crops=2)
+    (found,) = cls(3).select_each([tokens], videos=True)
+    assert found.kept.tolist() == [[0, 1, 2, 9, 10, 11]] * 2
+
+
+def test_a_subclass_may_select_from_videos_by_its_own_lines():
+    class OfVideos(vlmfast.DivPrune):
+        def select_videos(self, tokens: VisualTokens) -> Selection:
+            return First(3).select(tokens)
+
+    tokens = tokens_of()
+    assert OfVideos(3).select_each([tokens], videos=True)[0].kept.tolist() == [[0, 1, 2]] * 2
+
+
+def test_what_a_subclass_chooses_is_checked():
+    class Mixed(Twice):
+        pass
+
+    for cls in (Twice, Mixed):
+        with pytest.raises(ValueError, match="must return ascending positions within 0 and 17, each once"):
+            cls(3).select(tokens_of())
+        with pytest.raises(ValueError, match="must return ascending positions"):
+            of_qwen(cls(3))
 
 
 def test_arguments_are_checked():

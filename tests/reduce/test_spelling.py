@@ -78,4 +78,6 @@ def test_what_is_kept():
     assert noting == method
     assert seen[0][0] is tokens
     assert torch.equal(seen[0][1].kept, selection.kept)
+    (again,) = noting.select_each([tokens])
+    assert (len(seen), seen[1][1].kept.tolist()) == (2, again.kept.tolist())
     assert "select" not in vars(method)

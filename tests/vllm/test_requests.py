@@ -19,7 +19,7 @@ from tests.helpers import written_models
 from tests.helpers.written_models import picture, placeholder
 from tests.vllm.own_methods import Last
 from vlmfast.reduce import EVS, CDPruner, DivPrune, FastV, PyramidDrop, VisionZip
-from vlmfast.vllm import KEY, encoding, naming, positions, processing, registration
+from vlmfast.vllm import KEY, encoding, llava_next, naming, positions, processing, qwen, registration
 
 LLAVA, NEXT, ONEVISION, QWEN = (
     f"{name}ForConditionalGeneration" for name in ("Llava", "LlavaNext", "LlavaOnevision", "Qwen3VL")
@@ -61,8 +61,16 @@ def test_arguments_are_the_same_for_a_server(models: Path):
         ("pyramiddrop:8:0.5", QWEN, "PyramidDrop.* cuts between layers"),
         (PyramidDrop(2, 0.5), QWEN, "cuts between layers"),
         (EVS(0.5), LLAVA, "EVS.* reduces videos, and Llava.* takes none"),
-        (EVS(0.5), QWEN, "EVS.* gives each frame of a video as many .* Qwen3VL.* writes text before each frame"),
-        ("vcast:0.5", "InternVLForConditionalGeneration", "VCAST.* gives each frame .* reduces frame by frame"),
+        (
+            EVS(0.5),
+            QWEN,
+            "EVS.* chooses how many tokens each frame .* keeps, and Qwen3VL.* has text before each frame",
+        ),
+        (
+            "vcast:0.5",
+            "InternVLForConditionalGeneration",
+            "VCAST.* before the video is encoded: .* by frame",
+        ),
         (DivPrune(64), NEXT, "DivPrune.*depends on the picture"),
         (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture.* packing='published' or 'whole'"),
         (VisionZip(27, 5), ONEVISION, "depends on the picture where LlavaOnevision.* packing='whole'"),
@@ -175,7 +183,7 @@ def test_placeholders_of_requests(models: Path):
         ("fastv:2:0.5", "cuts between layers"),
         ("tests.vllm.own_methods.Last(keep=3)", "must name one of"),
         (3, "must be the text of a method"),
-        ("even:0", "leaves none of 64 tokens"),
+        ("even:0", "leaves none of the 64 tokens of an image, a video or a frame, and vLLM needs at least one"),
         ("even:" + "0" * 200 + "8", "at most 128 bytes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -249,16 +257,44 @@ def test_calls_of_the_encoder_are_as_large_as_without_reduction():
     assert [(piece.start, piece.stop) for piece in encoding.ReducedEncoder.pieces(encoder, [20])] == [(0, 1)]  # type: ignore[arg-type]
 
 
+def test_videos_of_llava_onevision_are_counted_by_pooled_tokens_and_a_newline():
+    counted: list[int] = []
+    vision = SimpleNamespace(image_size=384, patch_size=14)
+    model = SimpleNamespace(
+        config=SimpleNamespace(vision_config=vision),
+        methods_of=lambda count, kind: [None] * count,
+        pieces=lambda tokens: counted.extend(tokens) or [],
+    )
+    given = {"pixel_values_videos": [torch.zeros(2, 3, 1, 1), torch.zeros(5, 3, 1, 1)]}
+    cls = llava_next.VlmfastLlavaOnevisionForConditionalGeneration
+    assert cls._process_video_pixels(model, given) == []  # type: ignore[arg-type]
+    assert counted == [2 * 196 + 1, 5 * 196 + 1]
+
+
 # ---- positions ----
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_places_beyond_256_are_exact(dtype: torch.dtype):
-    places = torch.tensor([[0, 1, 2], [255, 256, 0], [257, 511, 1], [1023, 4097, 3]])
-    wide = positions.with_places(torch.zeros(4, 8, dtype=dtype), places)
+    most = positions.MOST
+    places = torch.tensor([[0, 1, 2], [255, 256, 0], [257, 511, 1], [1023, 4097, 3], [most, most - 1, most]])
+    wide = positions.with_places(torch.zeros(5, 8, dtype=dtype), places)
     assert wide.dtype == dtype
-    assert wide.shape == (4, 14)
+    assert wide.shape == (5, 14)
     assert positions.places_of(wide).equal(places)
+
+
+def test_times_of_long_videos_end_at_the_largest_place():
+    found = qwen.places_in((3, 2, 2), torch.tensor([1, 4, 11]), 65535.5)
+    assert found.tolist() == [[0, 0, 1], [65535, 0, 0], [65535, 1, 1]]
+    assert qwen.places_in((3, 2, 2), torch.tensor([11]), 0.0).tolist() == [[0, 1, 1]]
+
+
+def test_frames_without_a_time_are_a_second_apart():
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(tokens_per_second=2.0)))
+    for seconds, steps in ((None, [2.0, 2.0]), (torch.tensor([1.5, 0.5]), [3.0, 1.0])):
+        given = {"video_grid_thw": torch.ones(2, 3), "second_per_grid_ts": seconds}
+        assert qwen.VlmfastQwen2_5_VLForConditionalGeneration.time_steps(model, given) == steps  # type: ignore[arg-type]
 
 
 class Upstream:

@@ -83,7 +83,12 @@ def method_of_each(reducer: Reducer, method: Method, arguments: Mapping[str, Any
             f"{method} reduces {_names(method.takes)}, and the prompt has {_names([kind.name for kind in given])} "
             f"alone: patch with a method for these"
         )
-    return {kind: method if kind.name in method.takes else EvenTokens(1.0) for kind in given}
+    return {kind: method_for(kind.name, method) for kind in given}
+
+
+def method_for(kind: str, method: Method) -> Method:
+    """Return the method for "image" or "video": this one, or one that keeps all tokens."""
+    return method if kind in method.takes else EvenTokens(1.0)
 
 
 def is_placeholder(ids: Tensor, config: Any, kinds: Iterable[Kind] = KINDS) -> Tensor:

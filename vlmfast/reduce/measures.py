@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,5 +64,4 @@ def watched(method: Method) -> tuple[Method, list[tuple[VisualTokens, Selection]
 
     noting = copy.copy(method)
     object.__setattr__(noting, "select", select)  # methods are frozen
-    object.__setattr__(noting, "select_each", functools.partial(Method.select_each, noting))  # group by group
     return noting, seen

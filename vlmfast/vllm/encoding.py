@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
+from vlmfast.reduce.kinds import method_for
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.towers import EncodedImages, recorded
 from vlmfast.vllm.naming import KEY
-from vlmfast.vllm.processing import FIELDS, decode_text, method_for, method_of
+from vlmfast.vllm.processing import FIELDS, decode_text, method_of
 from vlmfast.vllm.registration import replaces
 
 

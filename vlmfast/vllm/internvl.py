@@ -36,8 +36,6 @@ class Info(FullBudget, InternS1ProcessingInfo):
 class Processor(ReducedProcessor, InternS1MultiModalProcessor):
     """A processor that makes fewer placeholders."""
 
-    reduces = ("image", "video")
-
     def rows(self, method: Method, count: int, size: Any) -> int:
         """Count what is left of each tile."""
         tile = tile_tokens(self.info.get_hf_config())

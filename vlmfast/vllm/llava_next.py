@@ -58,6 +58,13 @@ def packing_of(config: Any, height: int, width: int, newline: Tensor | None = No
     return Packing(pack, pack_numbers(pack, count, side**2), count, grid, side, newline)
 
 
+def frame_tokens(config: Any) -> int:
+    """Return the tokens that LLaVA-OneVision makes of a frame of a video, after pooling."""
+    vision = config.vision_config
+    side: int = math.ceil(vision.image_size // vision.patch_size / 2)
+    return side**2
+
+
 def has_cls(config: Any) -> bool:
     """Tell whether the tower of a configuration has a CLS token."""
     return bool(config.vision_config.model_type == "clip_vision_model")
@@ -126,17 +133,13 @@ class NextProcessor(CropRows, LlavaNextMultiModalProcessor):
 class OnevisionProcessor(CropRows, LlavaOnevisionMultiModalProcessor):
     """A processor of LLaVA-OneVision that makes fewer placeholders."""
 
-    reduces = ("image", "video")
-
     def video_rows(self, method: Method, count: int, video: Any) -> int:
         """Count the newline at the end of a video."""
         return super().video_rows(method, count - 1, video) + 1
 
     def frame_tokens(self, video: Any) -> int:
         """Return the tokens of a frame after pooling."""
-        vision = self.info.get_hf_config().vision_config
-        side: int = math.ceil(vision.image_size // vision.patch_size / 2)
-        return side**2
+        return frame_tokens(self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(NextProcessor, info=NextInfo, dummy_inputs=LlavaDummyInputsBuilder)
@@ -155,9 +158,8 @@ class VlmfastLlavaOnevisionForConditionalGeneration(ReducedCrops, LlavaOnevision
     def _process_video_pixels(self, inputs: Any) -> Any:
         videos: Sequence[Tensor] = list(inputs["pixel_values_videos"])
         methods = self.methods_of(len(videos), "video")
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         frames = [len(video) for video in videos]
-        pieces = self.pieces([count * side**2 for count in frames])
+        pieces = self.pieces([count * frame_tokens(self.config) + 1 for count in frames])  # and a newline
         return [
             video.features
             for piece in pieces

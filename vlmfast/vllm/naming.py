@@ -98,10 +98,10 @@ def fitting(architecture: str, method: object) -> Method:
     name = architecture.removeprefix(PREFIX)
     if "image" not in found.takes and name not in VIDEOS:
         raise ValueError(f"{found} reduces videos, and {name} takes none in vLLM: use a method for images")
-    if "video" in found.takes and not by_frame(found) and not VIDEOS.get(name, True):
+    if "video" in found.takes and not by_frame(found) and name in VIDEOS and not VIDEOS[name]:
         raise ValueError(
-            f"{found} gives each frame of a video as many tokens as it finds worth it, and {name} writes text before "
-            f"each frame, so that vLLM must know their numbers before: use a method that reduces frame by frame"
+            f"{found} chooses how many tokens each frame of a video keeps, and {name} has text before each frame, so "
+            f"that vLLM must know each number before the video is encoded: use a method that reduces frame by frame"
         )
     packings = PACKINGS.get(name)
     if packings and "image" in found.takes and getattr(found, "packing", "model") not in packings:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 BASE = 256  # bfloat16 is exact for integers up to this one: a number is two digits, a channel each
+MOST = BASE**2 - 1  # the largest number that they write
 CHANNELS = 6
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdateDetails
 from vllm.multimodal.processing.processor import PromptUpdate
 
+from vlmfast.reduce.kinds import method_for
 from vlmfast.reduce.methods import Method
-from vlmfast.reduce.methods.even_tokens import EvenTokens
 from vlmfast.reduce.spelling import spell_call
 from vlmfast.vllm.naming import KEY, by_frame, configured_method, requested_method
 from vlmfast.vllm.registration import replaces
@@ -33,10 +33,9 @@ _asked: ContextVar[str] = ContextVar("method of the request in hand")
 class ReducedProcessor:
     """Mixin for vLLM's multimodal processors. A family computes in `rows` how many tokens are left.
 
-    One that reduces videos has them in ``reduces`` and computes in `frame_tokens` how many tokens a frame has.
+    One that takes videos computes in `frame_tokens` how many tokens a frame has.
     """
 
-    reduces: ClassVar[tuple[str, ...]] = ("image",)
     info: Any
 
     def __init_subclass__(cls) -> None:
@@ -94,7 +93,7 @@ class ReducedProcessor:
         text = options.pop(KEY, None)
         if text is not None and not isinstance(text, str):
             raise ValueError(f'{KEY} must be the text of a method, such as "visionzip:54+10", got {text!r}')
-        for kind in self.reduces:
+        for kind in FIELDS:
             if isinstance(inputs.mm_data_items.get(kind), (EmbeddingItems, DictEmbeddingItems)):
                 raise ValueError(f"embeddings of {kind}s cannot be reduced: serve them by a model without {KEY}")
         with _asking(text):
@@ -109,7 +108,7 @@ class ReducedProcessor:
         """
         spelled = spell_call(self.method)
         return {
-            modality: [_digest(value, spelled) for value in values] if modality in self.reduces else values
+            modality: [_digest(value, spelled) for value in values] if modality in FIELDS else values
             for modality, values in super()._get_mm_hashes(inputs).items()  # type: ignore[misc]
         }
 
@@ -145,14 +144,17 @@ class ReducedProcessor:
                         size = images.get_image_size(item) if hasattr(images, "get_image_size") else None
                         left = self.rows(method, count, size)
                     if not left:
-                        raise ValueError(f"{method} leaves none of {count} tokens, and vLLM needs one of each image")
+                        raise ValueError(
+                            f"{method} leaves none of the {count} tokens of an image, a video or a frame, and vLLM "
+                            f"needs at least one"
+                        )
                     return left
 
                 return shortened(content, rows)
 
             return PromptReplacement(update.modality, update.target, replacement)
 
-        return [shorter(update) if update.modality in self.reduces else update for update in updates]
+        return [shorter(update) if update.modality in FIELDS else update for update in updates]
 
 
 def shortened(content: Any, rows: Callable[[int], int]) -> Any:
@@ -190,11 +192,6 @@ def method_of(config: Any, text: str) -> Method:
     (architecture,) = config.architectures
     own = text == getattr(config, KEY)
     return configured_method(architecture, text) if own else requested_method(architecture, text)
-
-
-def method_for(kind: str, method: Method) -> Method:
-    """Return the method for images, or for videos: this one, or one that keeps all tokens."""
-    return method if kind in method.takes else EvenTokens(1.0)
 
 
 def encode_text(text: str) -> Tensor:

@@ -40,7 +40,7 @@ from vlmfast.reduce.methods import Method
 from vlmfast.reduce.reduced_image import ReducedImage
 from vlmfast.reduce.tokens import Grid
 from vlmfast.vllm.encoding import ReducedEncoder, attention_inputs, mean_over_ranks
-from vlmfast.vllm.positions import PlacedTokens, with_places
+from vlmfast.vllm.positions import MOST, PlacedTokens, with_places
 from vlmfast.vllm.processing import ReducedProcessor
 
 IMAGE, VIDEO = KINDS
@@ -111,17 +111,18 @@ class ReducedQwen(ReducedEncoder, PlacedTokens):
 
 
 def places_in(grid: Grid, columns: Tensor, step: float) -> Tensor:
-    """(n,) numbers of tokens in a grid -> (n, 3): time, row and column, the time as vLLM rounds it."""
+    """(n,) numbers of tokens in a grid -> (n, 3): time, row and column.
+
+    The time is rounded as in vLLM, and at most the largest that `with_places` can write.
+    """
     _, rows, width = grid
     frame = columns // (rows * width)
-    time = (frame.double() * step).long() if step else torch.zeros_like(frame)
+    time = (frame.double() * step).long().clamp_(max=MOST)
     return torch.stack([time, columns // width % rows, columns % width], 1)
 
 
 class QwenProcessor(ReducedProcessor):
     """Mixin for the processors of all of them."""
-
-    reduces = ("image", "video")
 
     def frame_tokens(self, video: Any) -> int:
         """Divide the grid of patches."""
@@ -147,7 +148,9 @@ class VlmfastQwen2_5_VLForConditionalGeneration(ReducedQwen, Qwen2_5_VLForCondit
     def time_steps(self, video_input: Any) -> list[float]:
         """Return the seconds between the frames of each video, in positions."""
         rate = getattr(self.config.vision_config, "tokens_per_second", 1.0)
-        return [seconds.item() * rate for seconds in video_input["second_per_grid_ts"]]
+        given = video_input["second_per_grid_ts"]
+        seconds = [1.0] * len(video_input["video_grid_thw"]) if given is None else given.flatten().tolist()
+        return [each * rate for each in seconds]
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor3, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)

@@ -1,7 +1,7 @@
-"""vlmfast's RMSNorm as a provider of vLLM's IR ops, chosen by ``--ir-op-priority.rms_norm vlmfast,native``.
+"""vlmfast's RMSNorm as providers of vLLM's IR ops.
 
-And by ``--ir-op-priority.fused_add_rms_norm vlmfast,native`` after the residual. On CPUs vLLM has no kernels of its own
-for them.
+``--ir-op-priority.rms_norm vlmfast,native``, and ``--ir-op-priority.fused_add_rms_norm vlmfast,native`` for the norm
+after the residual. vLLM has no kernels of its own for them on CPUs.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def fused_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(..., D) twice -> (..., D) normalised and their sum, for a call that is `add_supported`.
 
-    vLLM normalises the sum before it is rounded, and `vlmfast.add_rms_norm`, like Hugging Face, after: float32 is not
-    rounded.
+    vLLM normalises the sum before it is rounded; `vlmfast.add_rms_norm`, like Hugging Face, rounds first. In float32
+    nothing is rounded, so that they agree.
     """
     if x.dtype == torch.float32:
         return vlmfast.add_rms_norm(x, x_residual, _given(weight), eps=epsilon)

@@ -34,7 +34,7 @@ class CDPruner(GreedyMethod, name="cdpruner"):
     reads_text: ClassVar[bool] = True
 
     def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
-        """Choose by the features and the text."""
+        """Return `dpp_map` on the features and their relevance for the text."""
         features = tokens.features()
         relevance = scaled(unlikeness(features, tokens.text().mean()[:, None])[..., 0])
         return dpp_map, {"features": features, "relevance": relevance}

@@ -40,7 +40,7 @@ class DivPrune(GreedyMethod, name="divprune"):
             raise TypeError(f"centered must be a bool, got {self.centered!r}")
 
     def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
-        """Choose by the features alone."""
+        """Return `farthest` on the features, for Cen-Prune on the centred ones with their distinctiveness."""
         features = tokens.features()
         if not self.centered:
             return farthest, {"features": features}

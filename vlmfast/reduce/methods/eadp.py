@@ -51,7 +51,7 @@ class EADP(GreedyMethod, name="eadp"):
         check_power("beta", self.beta)
 
     def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
-        """Choose by the features and the text."""
+        """Return `coverage` of the features, weighed by their importance for the text."""
         features = tokens.features()
         unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=2)
         weights = importance(features, tokens.text(), tokens.grid) ** self.beta

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmfast.functions import accepting
 from vlmfast.host import to_device
-from vlmfast.reduce.methods.method import PruningMethod
+from vlmfast.reduce.methods.method import Method, PruningMethod
 from vlmfast.reduce.tokens import Selection, VisualTokens
 from vlmfast.registry import Op
 
@@ -54,7 +54,14 @@ class GreedyMethod(PruningMethod):
         return chosen
 
     def select_each(self, groups: Sequence[VisualTokens], videos: bool = False) -> list[Selection]:
-        """Decide for groups of images or videos, those of a group of one size, by one choice."""
+        """Decide for groups of images or videos, those of a group of one size, by one choice.
+
+        One that decides otherwise, by a `choose`, `select` or `select_videos` of its own, does so group by group.
+        """
+        used = self.choose, self.select, self.select_videos
+        plain = GreedyMethod.choose, Method.select, Method.select_videos
+        if any(getattr(one, "__func__", one) is not other for one, other in zip(used, plain, strict=True)):
+            return super().select_each(groups, videos)
         images = [tokens.by_frame() if videos else tokens for tokens in groups]
         budgets = [self.counts(tokens.count, tokens.has_cls, tokens.total, tokens.crops) for tokens in images]
         chosen = self.choose_each(images, [kept for kept, *_ in budgets])

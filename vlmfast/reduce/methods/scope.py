@@ -36,7 +36,7 @@ class SCOPE(GreedyMethod, name="scope"):
         check_power("alpha", self.alpha)
 
     def call(self, tokens: VisualTokens) -> tuple[Any, Call]:
-        """Choose by the cosines of the tokens, and by their attention."""
+        """Return `coverage` on the cosines of the tokens, weighed by their attention."""
         rows = tokens.hidden.detach()
         unit = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=2)
         scores = tokens.scores().detach() if self.alpha else None
