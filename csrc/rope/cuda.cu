@@ -117,6 +117,9 @@ __device__ __forceinline__ void for_heads(int heads, Function function) {
 }
 
 // Blocks with blockIdx.y = 0 take the queries, those with 1 the keys.
+//
+// Limited (qk_norm_rope_kernel): each element is rounded up to four times, where Hugging Face rounds it; the angles of a
+// token stay in registers for all of its heads, which leaves room for few blocks
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads)
     qk_norm_rope_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles, int64_t rows, int head_dim,
@@ -212,6 +215,9 @@ __device__ __forceinline__ void store_sums(const float (&first)[Policy::kPairs][
 }
 
 // A persistent grid: each block writes its part of the weight gradients to one row of `partials`.
+//
+// Limited (qk_norm_rope_backward_kernel): each element takes part in two sums, a rotation and the weight's gradient, of
+// which all operands stay in registers
 template <typename scalar_t, typename Policy>
 __global__ void __launch_bounds__(Policy::kThreads)
     qk_norm_rope_backward_kernel(Heads<scalar_t> query, Heads<scalar_t> key, Angles<scalar_t> angles,
