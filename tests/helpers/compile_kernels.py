@@ -143,7 +143,9 @@ def is_compiled(
 
 
 def main(given: list[str]) -> None:
-    targets = [argument for argument in given if not argument.startswith("--")] or list(TARGETS)
+    targets = [argument for argument in given if argument not in ("--all", "--workloads")] or list(TARGETS)
+    if unknown := set(targets) - set(TARGETS):
+        sys.exit(f"targets are {', '.join(TARGETS)}, and options --all and --workloads; got {', '.join(unknown)}")
     torch.manual_seed(0)  # gives the same specialisations in every run, so that Triton's cache has them
     records, done = [], set()
     for op in [*OPS.values(), *CANDIDATES.values()]:
