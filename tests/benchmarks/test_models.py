@@ -228,7 +228,7 @@ def test_what_the_original_fails_at_is_not_ours():
     assert not models.failed([row("original", "a"), row("patched", modes.NOT_RUN)])
     assert models.failed([row("original", modes.NOT_RUN), row("patched", "a")])
     for other in ({"reduce": "scope:8"}, {"layers": 6}):
-        assert models.failed([row("original", "a"), {**row("original"), **other}, {**row("patched", "a"), **other}])
+        assert models.failed([{**row("original"), **other}, row("original", "a"), {**row("patched", "a"), **other}])
 
 
 @pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x * 1.00001], ids=["gross", "fine"])
