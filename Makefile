@@ -108,14 +108,14 @@ PYTHONS ?= $(PYTHON)
 test-wheel: $(VENV)/installed $(VENV)/tools ## sdist, pure and native wheel, each tried in a fresh environment under PYTHONS
 	$(BIN)/python scripts/test_wheel.py --python $(PYTHONS) $(if $(INSTALLED),--installed,--torch "$(TORCH)")
 
-check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CUDA sources through nvcc for sm_90
+check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CUDA kernels in bfloat16 through nvcc for sm_90
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --no-cache .  # its cache does not know that a file of one of our packages came or went
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
 	$(BIN)/python scripts/make_docs.py --check
 	$(SITE)
-	$(BIN)/python scripts/compile_cuda.py sm_90
+	$(BIN)/python scripts/compile_cuda.py --bfloat16-alone sm_90
 
 check-cuda: $(VENV)/built $(VENV)/tools    ## CUDA sources through nvcc for every GPU: after a change to them
 	$(BIN)/python scripts/compile_cuda.py

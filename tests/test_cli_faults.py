@@ -47,12 +47,10 @@ def test_a_pipe_that_nobody_reads(command):
 
 def test_a_backend_of_another_name_in_the_environment():
     environment = {**os.environ, "VLMFAST_BACKEND": "nonsense"}
-    for command in ([], ["info"], ["explain", "rms_norm"]):
-        ran = subprocess.run(
-            [sys.executable, "-m", "vlmfast", *command], env=environment, capture_output=True, text=True, check=False
-        )
-        message = "VLMFAST_BACKEND must be one of native, triton, torch, got 'nonsense'"
-        assert (ran.returncode, one_error(ran.stderr), ran.stdout) == (2, message, "")
+    command = [sys.executable, "-m", "vlmfast", "info"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    message = "VLMFAST_BACKEND must be one of native, triton, torch, got 'nonsense'"
+    assert (ran.returncode, one_error(ran.stderr), ran.stdout) == (2, message, "")
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def memory() -> tuple[int, int]:
     return len(gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_five_hundred_calls_leave_nothing_behind():
     """Prompts of several pictures and answers; every tenth call is of a new patch."""

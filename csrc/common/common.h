@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <string>
@@ -57,12 +58,14 @@ struct WordArgument {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(owner.handle, &data));
     STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(owner.handle, &length));
     const std::string_view given(data, length);
-    for (size_t i = 1; i < std::size(words); ++i) {
-      if (words[i] == given) return static_cast<Word>(i - 1);
+    const auto first = std::next(std::begin(words)), found = std::find(first, std::end(words), given);
+    if (found == std::end(words)) {
+      std::string known;
+      for (auto word = first; word != std::end(words); ++word)
+        known.append(word > first ? ", '" : "'").append(*word).append("'");
+      STD_TORCH_CHECK(false, words[0], " must be one of ", known, ", got '", given, "'");
     }
-    std::string known;
-    for (size_t i = 1; i < std::size(words); ++i) known.append(i > 1 ? ", '" : "'").append(words[i]).append("'");
-    STD_TORCH_CHECK(false, words[0], " must be one of ", known, ", got '", given, "'");
+    return static_cast<Word>(found - first);
   }
 };
 

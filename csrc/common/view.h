@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 
@@ -264,8 +265,7 @@ class View {
   const T* at(Index... index) const {
     static_assert(sizeof...(index) <= rank);
     const int64_t indices[] = {index..., 0};
-    int64_t elements = 0;
-    for (size_t i = 0; i < sizeof...(index); ++i) elements += indices[i] * strides_[i];
+    const int64_t elements = std::inner_product(indices, indices + sizeof...(index), strides_, int64_t{0});
     return reinterpret_cast<const T*>(static_cast<const char*>(data_) + elements * width());
   }
 

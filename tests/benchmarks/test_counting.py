@@ -14,6 +14,7 @@ from tests.conftest import shortens_prompts
 from tests.helpers import traffic
 from tests.helpers.cases import each, launches_of, outputs
 from tests.helpers.published_models import little
+from tests.helpers.thorough import first_of
 from vlmfast.benchmarks import counting, launches
 from vlmfast.benchmarks.forwards import STEPS, Decoding, patches_of, twin
 from vlmfast.benchmarks.published import MODELS
@@ -173,7 +174,7 @@ def test_the_width_changes_no_count():
     assert list(launches.count(narrow)) == list(launches.count(wide, "small"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", first_of(MODELS))
 def test_a_step_can_be_captured(name: str, monkeypatch):
     """In every variant, a step with a static cache never makes the host wait; nor does a patched LLaVA's prefill."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -14,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 import vlmfast
 from tests.benchmarks.conftest import MACHINE
 from tests.helpers.cases import EACH_OP, with_cases
+from tests.helpers.thorough import first_of
 from vlmfast import cli
 from vlmfast.backends import LOADERS, Backend
 from vlmfast.benchmarks import graphs, ops, peers, timing
@@ -274,7 +275,7 @@ def test_layers_that_say_something_else_have_no_time(small, monkeypatch):
     assert all("no speed" in row["error"] for row in found["contenders"])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float32]), ids=str)
 def test_layers_of_a_norm_become_the_code_of_upstream(dtype: torch.dtype):
     """Patching does not change the speed of a compiled model, because the graph has the same code."""
     args = torch.randn(3, 64, dtype=dtype), torch.randn(64, dtype=dtype)

@@ -1,4 +1,7 @@
-"""The CUDA kernels, compiled for the CPU, as backends of the registry: "emulated" and, in check mode, "checked"."""
+"""The CUDA kernels, compiled for the CPU, as backends of the registry: "emulated" and, in check mode, "checked".
+
+Check mode takes long to compile, so it compiles one family, and for a call in bfloat16 no kernels of other types.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,25 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
+def checked_name(bfloat16_alone: bool) -> str:
+    """Name the backend in check mode, which is part of the namespaces of its ops."""
+    return "checked_bfloat16" if bfloat16_alone else "checked"
+
+
 @functools.cache
-def check_library(family: str) -> ctypes.CDLL:
-    """Load the kernels of one family in check mode, as torch.ops.vlmfast_checked_<family>."""
-    path = build.build("check", library=f"vlmfast_checked_{family}", sources=[build.CSRC / family / "cuda.cu"])
+def check_library(family: str, bfloat16_alone: bool) -> ctypes.CDLL:
+    """Load the kernels of one family in check mode, as torch.ops.vlmfast_<name>_<family>."""
+    library, sources = f"vlmfast_{checked_name(bfloat16_alone)}_{family}", [build.CSRC / family / "cuda.cu"]
+    path = build.build("check", bfloat16_alone=bfloat16_alone, library=library, sources=sources)
     torch.ops.load_library(str(path))
     return open_library(path)
 
 
-def check_loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
-    """Load only the family of an op, because check mode takes long to compile."""
+def check_loader(
+    op: str, family: str, reference: Callable[..., Any], *, bfloat16_alone: bool
+) -> backends.Backend | str:
     if reason := build.missing():
         return reason
-    check_library(family)
-    return backends.compiled_backend("checked", f"vlmfast_checked_{family}", op, reference)
+    check_library(family, bfloat16_alone)
+    name = checked_name(bfloat16_alone)
+    return backends.compiled_backend(name, f"vlmfast_{name}_{family}", op, reference)

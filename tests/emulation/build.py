@@ -77,6 +77,7 @@ def _in_any_order(sources: Iterable[Path]) -> list[Path]:
 def build(
     mode: str = "plain",
     *,
+    bfloat16_alone: bool = False,
     library: str = "vlmfast_emulated",
     csrc: Path = CSRC,
     sources: Iterable[Path] | None = None,
@@ -86,6 +87,7 @@ def build(
 
     Args:
         mode: "plain" is fast; "check" checks every access; "whole" launches what a whole GPU would get.
+        bfloat16_alone: whether kernels for other dtypes are left out, which halves the time.
         library: the namespace of the ops under ``torch.ops``; a process may load several libraries.
         csrc: the folder of sources and headers.
         sources: the .cu files; by default all of ``csrc``.
@@ -104,7 +106,7 @@ def build(
     own_headers = list(HERE.glob("*.h"))
     headers = [*own_headers, *csrc.glob("*/*.h"), *csrc.glob("*/*.cuh")]
     flags = [*MODES[mode], f"-I{HERE}", f"-I{csrc}", "-isystem", str(TORCH / "include")]
-    flags += [f"-DVLMFAST_CUDA_LIBRARY={library}"]
+    flags += [f"-DVLMFAST_CUDA_LIBRARY={library}", *["-DVLMFAST_BFLOAT16_ALONE"] * bfloat16_alone]
     cache, sources = cache or _cache(), list(sources or csrc.glob("*/*.cu"))
     objects = [compile_source(HERE / name, ["-O2"], own_headers, _cache()) for name in RUNTIME]
     by_source = {source: compile_source(source, flags, headers, cache) for source in _in_any_order(sources)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.emulation import build
-from tests.emulation.backend import check_library, open_library
+from tests.emulation.backend import check_library, checked_name, open_library
 from tests.helpers import cases, traffic
 from tests.helpers.rounding import assert_within
 from vlmfast.registry import OPS
@@ -92,9 +92,10 @@ class Kernels:
         self.library.vlmfast_emulation_schedule(schedule)
 
 
-def checked(family: str) -> Kernels:
+def checked(family: str, bfloat16_alone: bool = True) -> Kernels:
     """Return the kernels of csrc/<family>, built once."""
-    return Kernels(getattr(torch.ops, f"vlmfast_checked_{family}"), check_library(family))
+    ops = getattr(torch.ops, f"vlmfast_{checked_name(bfloat16_alone)}_{family}")
+    return Kernels(ops, check_library(family, bfloat16_alone))
 
 
 def compare(kernels: Kernels, *calls: Iterable[Call], same_order: bool = False, like: Any = None) -> None:
@@ -133,14 +134,14 @@ Examine = Callable[[Kernels, torch.dtype], None]
 def every_access(family: str, examine: Examine) -> Callable[..., None]:
     """Make the test that examines a family's kernels in each dtype and in each order of threads."""
 
-    thorough = {torch.float16: [pytest.mark.thorough]}  # bfloat16 runs the same templates
-    pairs = zip(cases.DTYPES, SCHEDULES, strict=True)
+    pairs = [
+        pytest.param(dtype, schedule, marks=[] if dtype == torch.bfloat16 else [pytest.mark.thorough])  # same templates
+        for dtype, schedule in zip(cases.DTYPES, SCHEDULES, strict=True)
+    ]
 
-    @pytest.mark.parametrize(
-        ("dtype", "schedule"), [pytest.param(*p, marks=thorough.get(p[0], [])) for p in pairs], ids=str
-    )
+    @pytest.mark.parametrize(("dtype", "schedule"), pairs, ids=str)
     def test(dtype: torch.dtype, schedule: int) -> None:
-        kernels = checked(family)
+        kernels = checked(family, bfloat16_alone=dtype == torch.bfloat16)
         kernels.schedule(schedule)
         examine(kernels, dtype)
 
@@ -169,7 +170,8 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
     @pytest.mark.parametrize("fault", faults, ids=[fault.name.replace(" ", "-") for fault in faults])
     def test(fault: Fault, tmp_path: Path) -> None:
         library = f"vlmfast_{family}_{re.sub(r'[^a-z0-9]+', '_', fault.name.lower())}"
-        path = build.build("check", library=library, csrc=plant(fault, family, tmp_path), cache=tmp_path)
+        csrc = plant(fault, family, tmp_path)
+        path = build.build("check", bfloat16_alone=True, library=library, csrc=csrc, cache=tmp_path)
         torch.ops.load_library(str(path))
         with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception), match=fault.notice):
             examine(Kernels(getattr(torch.ops, library), open_library(path)), torch.bfloat16)
@@ -179,14 +181,13 @@ def planted_faults(family: str, examine: Examine, faults: Sequence[Fault]) -> Ca
 
 
 def plant(fault: Fault, family: str, into: Path) -> Path:
-    """Copy one family with the fault in it and only its bfloat16 kernels, which compile in a third of the time."""
+    """Copy one family with the fault in it."""
     places = places_of(fault, family)
     assert places, f"{fault.file} has changed: nowhere to plant the fault"
     for source in _sources(family):
         text = source.read_text()
         if source in places:
             text = text.replace(fault.old, fault.new)
-        text = re.sub(r"if \(dtype == Dtype::kFloat(32|16)\) .*;\n", "", text)
         copy = into / source.relative_to(build.CSRC)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(text)

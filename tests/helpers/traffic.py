@@ -31,7 +31,7 @@ from torch import Tensor
 
 import vlmfast
 from tests.emulation import build
-from tests.emulation.backend import check_library, check_loader
+from tests.emulation.backend import check_library, check_loader, checked_name
 from vlmfast import backends
 from vlmfast.benchmarks.candidates import CANDIDATES
 from vlmfast.registry import OPS, Op
@@ -80,9 +80,11 @@ def count(op: Op, backend: str, args: tuple[Any, ...]) -> Traffic:
 
 
 def _emulated(op: Op, args: tuple[Any, ...]) -> Traffic:
-    library = check_library(op.family)
+    alone = all(a.dtype == torch.bfloat16 for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    library, name = check_library(op.family, alone), checked_name(alone)
     library.vlmfast_emulation_schedule(0)
-    with mock.patch.dict(backends.LOADERS, {"checked": check_loader}), vlmfast.use("checked"):
+    loader = functools.partial(check_loader, bfloat16_alone=alone)
+    with mock.patch.dict(backends.LOADERS, {name: loader}), vlmfast.use(name):
         before = _counters(library)
         op.function(*args)
         launches, _, loaded, stored, *distinct = (a - b for a, b in zip(_counters(library), before, strict=True))

@@ -81,7 +81,7 @@ def test_planted_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     require(OPS["top_tokens"], "ptx_nvcc")
     family = "attention_scores" if fault.file == "cuda_compat.h" else "token_merge"
     csrc, namespace = plant(fault, family, tmp_path), f"vlmfast_nvcc_{fault.name.replace(' ', '_')}"
-    library = build.build("plain", library=namespace, csrc=csrc, cache=tmp_path)
+    library = build.build("plain", bfloat16_alone=True, library=namespace, csrc=csrc, cache=tmp_path)
     kernels = Family(library, namespace, compiled(csrc / family / "cuda.cu", csrc, tmp_path))
     with pytest.raises((AssertionError, PtxError), match=fault.notice):
         compare(kernels, sample_calls(family, PAIRS, torch.bfloat16))

@@ -12,6 +12,7 @@ from torch import Tensor
 import vlmfast
 from tests.helpers.cut_models import Masked
 from tests.helpers.reduce_models import EACH_TYPE, WORD, Talk
+from tests.helpers.thorough import first_of
 from tests.helpers.tiny_models import IMAGE
 from vlmfast.reduce import EvenTokens, FastV, PyramidDrop
 
@@ -177,7 +178,7 @@ def test_behind_a_method_before_the_language_model(model_type: str):
     assert (alone[1:, -1] - got[1:, -1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", first_of([torch.float32, torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_keeping_everything_changes_no_bit(model_type: str, dtype: torch.dtype):
     talk = Talk.of(model_type, dtype, LAYERS)

@@ -15,6 +15,7 @@ from torch import nn
 import vlmfast
 from tests.helpers.patches_models import cast, patched, state, tiny
 from tests.helpers.reduce_models import EACH_TYPE, METHODS, Talk
+from tests.helpers.thorough import first_of
 from vlmfast.reduce import EvenTokens, Method, Selection, VisualTokens, generation
 
 METHOD = METHODS[0]
@@ -68,7 +69,7 @@ def test_undo_and_copy(model_type: str):
 
 
 @pytest.mark.parametrize("model_type", EACH_DOUBLE)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first_of(METHODS))
 def test_float64_is_reduced_alike(model_type: str, method: Method):
     """No op takes float64, so definitions run, whether the model is float64 before the patch or cast afterwards."""
     talk, later = Talk.of(model_type), Talk.of(model_type)

@@ -11,6 +11,7 @@ import torch
 import vlmfast
 from tests.helpers import qwen_models, video_models
 from tests.helpers.patches_models import tiny
+from tests.helpers.thorough import first_of
 from vlmfast.benchmarks import counting
 
 EVEN, ZIP = vlmfast.EvenTokens(0.5), vlmfast.VisionZip(dominant=2, contextual=1)
@@ -39,7 +40,7 @@ def built(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.* is not patched")
-@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
+@pytest.mark.parametrize("masked", first_of([True, False]), ids=["mask", "no mask"])
 @pytest.mark.parametrize(("name", "method"), [*EACH, ("llava_next", ZIP)])  # other methods leave crops of several sizes
 def test_reduction_waits_twice(name: str, method: vlmfast.reduce.Method, masked: bool):
     found: dict[str, Counter[str]] = {}
