@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     command.add_argument("--modes", type=lambda text: [*map(mode, text.split(","))], default=[], help=what)
     command.add_argument("--budget", metavar="SECONDS", type=seconds, help="begin no other model after so many seconds")
 
-    text = "steps of training with fewer visual tokens: time, memory, and how far losses come apart"
+    text = "steps of training with fewer visual tokens, or patched alone: time, memory, losses, error of gradients"
     command = _add(benches, "training", training.run, text)
     which = _one_of("model", training.REDUCIBLE)
     command.add_argument("models", metavar="MODEL", nargs="*", type=which, help="default: all that can be reduced")
@@ -59,6 +59,8 @@ def add(commands: Any) -> None:
     command.add_argument("--threads", metavar="N", type=positive, default=1, help=f"of the CPU; {DEFAULT}")
     command.add_argument("--size", choices=published.SIZES, help="default: small on a CPU, full on a GPU")
     command.add_argument("--steps", metavar="N", type=positive, default=32, help=f"of each variant; {DEFAULT}")
+    what = "a patched model with all visual tokens, in place of one with fewer"
+    command.add_argument("--all-tokens", action="store_true", help=what)
     command.add_argument("--json", metavar="FILE", type=Path, help="the records")
 
     text = "kernel launches and host synchronisations of whole models, counted without a GPU"

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmfast.backends import PLAIN
+from vlmfast.torch_internals import forward_mode, in_function_transform
+
 # On these torch multiplies half precision element by element. Widening to float32 first takes (256, 4096) x (4096, 896)
 # in bfloat16 from 243 ms to 28 ms on one thread of an EPYC with AVX2, and 16 rows from 10.9 ms to 3.7 ms. With 4 rows,
 # widening the weight takes as long as it saves.
@@ -31,10 +34,26 @@ SLOW = _slow()  # at import, because the call would break a graph of torch.compi
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``F.linear`` with torch's accuracy: accumulated in float32 and rounded once."""
-    if not x.is_cpu or x.dtype not in SLOW or x.numel() < FEWEST_ROWS * x.shape[-1] or torch.is_autocast_enabled("cpu"):
+    if (
+        not x.is_cpu
+        or x.dtype not in SLOW
+        or x.numel() < FEWEST_ROWS * x.shape[-1]
+        or not _is_ordinary(x, weight, bias)
+    ):
         return F.linear(x, weight, bias)
     result: Tensor = _Widened.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_ordinary(*tensors: Tensor | None) -> bool:
+    """Return whether all are plain tensors of one dtype, in a call that nothing else transforms or casts."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(type(tensor) in PLAIN and tensor.dtype == found[0].dtype for tensor in found)
+        and not torch.is_autocast_enabled("cpu")
+        and not in_function_transform()
+        and forward_mode._current_level < 0
+    )
 
 
 class _Widened(torch.autograd.Function):

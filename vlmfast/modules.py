@@ -140,17 +140,18 @@ def child(owner: nn.Module, name: str) -> Any:
     return getattr(owner, name) if module is None else module
 
 
-def project(owner: nn.Module, name: str, x: Tensor) -> Tensor:
+def project(owner: nn.Module, name: str, x: Tensor, linear: Callable[..., Tensor] | None = None) -> Tensor:
     """Return ``owner.<name>(x)`` of a projection.
 
-    If that is only a `torch.nn.functional.linear`, it is called directly: calling the module costs the host 5 us, as
-    much as the launch, and a decoder layer has seven projections. What torch.compile traces must call the module.
+    If that is only a `torch.nn.functional.linear`, it is called directly, or ``linear`` in its place: calling the
+    module costs the host 5 us, as much as the launch, and a decoder layer has seven projections. What torch.compile
+    traces must call the module.
     """
     parameters = _linear(owner, name)
     if parameters is None:
         projected: Tensor = getattr(owner, name)(x)
         return projected
-    return F.linear(x, *parameters)
+    return (linear or F.linear)(x, *parameters)  # torch's is looked up now, because other code may replace it
 
 
 def project_all(owner: nn.Module, names: Sequence[str], x: Tensor) -> list[Tensor]:

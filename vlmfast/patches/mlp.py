@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,24 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmfast.linear import linear
 from vlmfast.modules import child, is_bare, project
 from vlmfast.ops.silu_mul import silu_mul
 
 
 def gated_mlp(self: Any, x: Tensor) -> Tensor:
     """Replace LlamaMLP.forward and its copies."""
+    return _gated_mlp(self, x)
+
+
+def _gated_mlp(self: Any, x: Tensor, linear: Callable[..., Tensor] | None = None) -> Tensor:
     act_fn = child(self, "act_fn")
     activation = activation_of(act_fn)
     if activation is None:
-        product = act_fn(project(self, "gate_proj", x)) * project(self, "up_proj", x)
+        product = act_fn(project(self, "gate_proj", x, linear)) * project(self, "up_proj", x, linear)
     else:
-        product = _gated(activation, project(self, "gate_proj", x), project(self, "up_proj", x))
-    return project(self, "down_proj", product)
+        product = _gated(activation, project(self, "gate_proj", x, linear), project(self, "up_proj", x, linear))
+    return project(self, "down_proj", product, linear)
 
 
 def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
-    """Replace Qwen2_5_VLMLP.forward: as Llama's, with another name of its parameter."""
-    return gated_mlp(self, hidden_state)
+    """Replace Qwen2_5_VLMLP.forward: as Llama's, with linear layers that no processor makes slow."""
+    return _gated_mlp(self, hidden_state, linear)
 
 
 def fused_gated_mlp(self: Any, hidden_states: Tensor) -> Tensor:

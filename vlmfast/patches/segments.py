@@ -18,6 +18,8 @@ from torch import Tensor
 
 from vlmfast.checks import DTYPES
 from vlmfast.host import is_traced, keep, kept, to_device
+from vlmfast.linear import linear
+from vlmfast.modules import project
 from vlmfast.ops.rope import qk_norm_rope
 from vlmfast.ops.rope.definition import MAX_HEAD_DIM
 from vlmfast.patches.upstream import names_of
@@ -130,7 +132,7 @@ def _attended(
     tokens = hidden_states.shape[0]
     if not segments.cover(tokens):
         return None
-    qkv, (cos, sin) = self.qkv(hidden_states), position_embeddings
+    qkv, (cos, sin) = project(self, "qkv", hidden_states, linear), position_embeddings
     varlen = _varlen(self, qkv, cu_seqlens, segments, attention, kwargs)
     if varlen is None and segments.order is not None:
         qkv, cos, sin = (tensor.index_select(0, segments.order) for tensor in (qkv, cos, sin))
@@ -143,8 +145,7 @@ def _attended(
         output = _in_groups(self, attention, (query, key, value), segments, kwargs).reshape(tokens, -1)
         if segments.back is not None:
             output = output.index_select(0, segments.back)
-    projected: Tensor = self.proj(output.contiguous())
-    return projected
+    return project(self, "proj", output.contiguous(), linear)
 
 
 def _turned(upstream: Callable[..., Any], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
