@@ -17,7 +17,7 @@ from vlmfast.ops.greedy_selection import definition
 def apart(op: Any, *args: Any) -> list[tuple[int, Args]]:
     """Return where each image in a row begins, and a call for it alone; images of one size are one call."""
     names, defaults = op.op.parameters
-    *common, cu_seqlens, cu_kept, _ = (*args, *defaults[len(args) :])
+    *common, cu_seqlens, cu_kept, _ = args + tuple(defaults[len(args) :])
     if cu_seqlens is None:
         return [(0, tuple(common))]
     found: list[tuple[int, Args]] = []
