@@ -102,8 +102,8 @@ struct Bound {
   bool operator<(const Bound& other) const { return worth != other.worth ? worth < other.worth : token > other.token; }
 };
 
-// Takes the best of a heap off it. What tokens are worth only falls, in float32 too, so only the few are looked at whose
-// bounds are above all others. look_at(bound, rival) lowers a bound; if it is still above the rival, to its worth now.
+// Takes the best of a heap off it. What tokens are worth only falls, in float32 too, so only those few are looked at
+// whose bounds are highest. look_at(bound, rival) lowers a bound; if it stays above the rival, to what it is worth now.
 template <class LookAt>
 int32_t take_best(std::vector<Bound>& heap, int64_t step, const LookAt& look_at) {
   std::pop_heap(heap.begin(), heap.end());

@@ -10,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmfast.cases import Args, Preparation
 from vlmfast.ops.greedy_selection import definition
 
+Call = tuple[Any, ...]
+Preparation = Callable[..., Callable[[], Tensor]]  # takes the arguments of an op, and returns the call
 
-def apart(op: Any, *args: Any) -> list[tuple[int, Args]]:
+
+def apart(op: Any, *args: Any) -> list[tuple[int, Call]]:
     """Return where each image in a row begins, and a call for it alone; images of one size are one call."""
     names, defaults = op.op.parameters
     *common, cu_seqlens, cu_kept, _ = args + tuple(defaults[len(args) :])
     if cu_seqlens is None:
         return [(0, tuple(common))]
-    found: list[tuple[int, Args]] = []
+    found: list[tuple[int, Call]] = []
     for (begin, kept), (end, kept_end) in pairwise(zip(cu_seqlens.tolist(), cu_kept.tolist(), strict=True)):
         own = {"k": kept_end - kept}
         for name, value in zip(names, common, strict=False):
@@ -36,8 +38,11 @@ def _image_by_image(op: Any) -> Callable[[Preparation], Preparation]:
 
     def extend(loop: Preparation) -> Preparation:
         def prepare(*args: Any) -> Callable[[], Tensor]:
-            runs = [(begin, loop(*call)) for begin, call in apart(op, *args) if call[1]]
-            return runs[0][1] if len(runs) == 1 else lambda: torch.cat([begin + run() for begin, run in runs], 1)
+            images = apart(op, *args)
+            if len(images) == 1:
+                return loop(*images[0][1])
+            runs = [(begin, loop(*call)) for begin, call in images if call[1]]
+            return lambda: torch.cat([begin + run() for begin, run in runs], 1)
 
         return prepare
 
