@@ -13,7 +13,8 @@
 namespace vlmfast {
 namespace {
 
-constexpr float kTaken = -1.0f;  // less than anything is worth
+constexpr float kTaken = -1.0f;   // less than anything is worth
+constexpr float kLargest = 2.0f;  // no distance is larger
 
 // Returns the index of the largest number, the first of equal ones.
 int64_t first_largest(const std::vector<float>& worth) {
@@ -31,14 +32,11 @@ std::vector<float> weights_of(const View<2>& view, int64_t batch, int64_t tokens
   return weights;
 }
 
-enum class Told { kCosines, kDistances };
-
-// The cosines, or distances, of one image's tokens. A choice needs the rows of few tokens, so rows are computed when
-// they are first needed, a tile of them at a time.
-class Likeness {
+// The cosines of one image's tokens. A choice needs the rows of few tokens, so rows are computed when they are first
+// needed, a tile of them at a time.
+class Cosines {
  public:
-  Likeness(const TokenRows& rows, Dtype dtype, Told told)
-      : rows_(rows), dtype_(dtype), told_(told), row_of_(rows.tokens) {
+  Cosines(const TokenRows& rows, Dtype dtype) : rows_(rows), dtype_(dtype), row_of_(rows.tokens) {
     panels_.columns = table_.panel_columns;
     panels_.count = (rows.tokens + panels_.columns - 1) / panels_.columns;
     columns_ = panels_.count * panels_.columns;
@@ -72,13 +70,6 @@ class Likeness {
     table_.pack_tile[dtype_](rows_, order_.data(), count, tile_.get());
     on_panels(count, [&](int64_t begin, int64_t end) {
       table_.cosines(panels_, rows_.size, tile_.get(), order_.data(), count, begin, end, to.data());
-      if (told_ == Told::kCosines) return;
-      for (float* row : to) {
-        for (int64_t column = begin * panels_.columns; column < end * panels_.columns; ++column) {
-          const float distance = 1.0f - row[column];
-          row[column] = distance < kSame ? 0.0f : distance;
-        }
-      }
     });
     return order_;
   }
@@ -93,7 +84,6 @@ class Likeness {
   const GreedySelectionKernels& table_ = kernels<GreedySelectionKernels>();
   const TokenRows rows_;
   const Dtype dtype_;
-  const Told told_;
   int64_t columns_;
   TokenPanels panels_;
   std::unique_ptr<float[]> elements_, inverse_, tile_;
@@ -102,48 +92,144 @@ class Likeness {
   std::vector<int32_t> order_;
 };
 
-// Finds the token whose nearest other token is farthest. The least distance to some of the others is an upper bound, so
-// the token with the highest bound is the one once it has been compared with all others.
-int64_t first_farthest(Likeness& distances, const float* weights, int64_t tokens) {
-  constexpr float kLargest = 2.0f;
+// What a token was worth in an earlier step: an upper bound of what it is worth now.
+struct Bound {
+  float worth;
+  int32_t token;
+  int32_t step;  // the step that computed it
+
+  // The order of a heap: what is worth most is on top, the first of equal ones.
+  bool operator<(const Bound& other) const { return worth != other.worth ? worth < other.worth : token > other.token; }
+};
+
+// Takes the best of a heap off it. What tokens are worth only falls, in float32 too, so only those few are looked at
+// whose bounds are highest. look_at(bound, rival) lowers a bound; if it stays above the rival, to what it is worth now.
+template <class LookAt>
+int32_t take_best(std::vector<Bound>& heap, int64_t step, const LookAt& look_at) {
+  std::pop_heap(heap.begin(), heap.end());
+  while (heap.back().step < step) {
+    const Bound none{kTaken, 0, 0};
+    heap.back() = look_at(heap.back(), heap.size() > 1 ? heap.front() : none);
+    std::push_heap(heap.begin(), heap.end());
+    std::pop_heap(heap.begin(), heap.end());
+  }
+  const int32_t best = heap.back().token;
+  heap.pop_back();
+  return best;
+}
+
+// The distances of one image's tokens, and guesses which tokens are near each other. A distance costs as much as ten
+// guesses. Nothing is chosen by a guess: a good one spares distances.
+class Distances {
+ public:
+  Distances(const TokenRows& rows, Dtype dtype) : rows_(rows), dot_(table_.dot[dtype]) {
+    const auto up = [](int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; };
+    const int64_t padded = up(rows.tokens, table_.sketch_tokens);
+    const int64_t words = up(rows.size, table_.sketch_elements) / 4;
+    sketch_rows_.reset(new int32_t[padded * words]);
+    sketch_panels_.reset(new int32_t[padded * words]);
+    sums_.resize(padded);
+    inverse_.resize(padded);
+    likeliest_.resize(padded);
+    guesses_.reset(new int32_t[padded * padded]);
+    sketches_ = {rows.tokens, padded, words, sketch_rows_.get(), sketch_panels_.get(), sums_.data(), inverse_.data()};
+    const int64_t panels = padded / table_.panel_columns, work = table_.panel_columns * rows.size;
+    parallel_rows(panels, row_ranges(panels, work),
+                  [&](int64_t begin, int64_t end, int64_t) { table_.sketch[dtype](rows_, sketches_, begin, end); });
+    parallel_rows(panels, row_ranges(panels, work * 8), [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t i = begin; i < end; ++i) {  // in turn a short panel and a long one
+        table_.guess(sketches_, i % 2 ? panels - 1 - i / 2 : i / 2, guesses_.get());
+      }
+    });
+    table_.likeliest(sketches_, guesses_.get(), likeliest_.data());
+  }
+
+  float operator()(int64_t token, int64_t other) const {
+    const float both = inverse_[token] * inverse_[other];
+    const float cosine = both != 0 ? dot_(rows_.at(token), rows_.at(other), rows_.size) * both : 0.0f;
+    const float distance = 1.0f - cosine;
+    return distance < kSame ? 0.0f : distance;
+  }
+
+  // Returns the token that seems to be nearest to one, or -1 if there is no other.
+  int32_t likeliest(int64_t token) const { return likeliest_[token]; }
+
+  // Returns a number that is the higher the nearer two different tokens seem to be.
+  int32_t guess(int64_t token, int64_t other) const {
+    return guesses_[std::min(token, other) * sketches_.padded + std::max(token, other)];
+  }
+
+ private:
+  const GreedySelectionKernels& table_ = kernels<GreedySelectionKernels>();
+  const TokenRows rows_;
+  float (*const dot_)(const char*, const char*, int64_t);
+  std::unique_ptr<int32_t[]> sketch_rows_, sketch_panels_, guesses_;
+  std::vector<int32_t> sums_, likeliest_;
+  std::vector<float> inverse_;
+  TokenSketches sketches_;
+};
+
+// Finds the token whose nearest other token is farthest: of the distances to some others the least is an upper bound,
+// and the token with the highest bound is the one once it has been compared with all others.
+int32_t first_farthest(const Distances& distances, const float* weights, int64_t tokens) {
   std::vector<float> nearest(tokens, kLargest), worth(tokens);
+  const auto compare = [&](int64_t token, int64_t other) {
+    const float distance = distances(token, other);
+    for (const int64_t one : {token, other}) nearest[one] = std::min(nearest[one], distance);
+  };
+  for (int64_t token = 0; token < tokens; ++token) {
+    if (distances.likeliest(token) >= 0) compare(token, distances.likeliest(token));
+  }
+  float known = kTaken;  // what a token that has been compared with all others is worth
+  std::vector<bool> is_known(tokens);
   while (true) {
     for (int64_t token = 0; token < tokens; ++token) worth[token] = nearest[token] * weights[token];
     const int64_t best = first_largest(worth);
-    if (distances.row(best) != nullptr) return best;
-    for (const int32_t compared : distances.compute(worth, tokens)) {
-      const float* const row = distances.row(compared);
-      const float own = nearest[compared];
-      float least = kLargest;
-      for (int64_t token = 0; token < compared; ++token) least = std::min(least, row[token]);
-      for (int64_t token = compared + 1; token < tokens; ++token) least = std::min(least, row[token]);
-      for (int64_t token = 0; token < tokens; ++token) nearest[token] = std::min(nearest[token], row[token]);
-      nearest[compared] = std::min(own, least);
+    if (is_known[best]) return best;
+    for (int64_t other = 0; other < tokens && worth[best] >= known; ++other) {
+      if (other == best) continue;
+      compare(best, other);
+      worth[best] = nearest[best] * weights[best];
     }
+    is_known[best] = worth[best] >= known;
+    known = std::max(known, worth[best]);
   }
 }
 
 void choose_farthest(const TokenRows& rows, Dtype dtype, int64_t k, const float* weights, bool first_by_quality,
                      int64_t* positions) {
-  const int64_t tokens = rows.tokens;
-  Likeness distances(rows, dtype, Told::kDistances);
-  const std::vector<float> alike(first_by_quality ? 0 : tokens, 1.0f);
-  int64_t best = first_farthest(distances, first_by_quality ? weights : alike.data(), tokens);
-  std::vector<float> nearest(distances.row(best), distances.row(best) + tokens), worth(tokens);
-  std::vector<bool> taken(tokens);
-  for (int64_t left = k - 1;; --left) {
-    taken[best] = true;
-    if (left == 0) break;
-    for (int64_t token = 0; token < tokens; ++token) worth[token] = nearest[token] * weights[token];
-    for (int64_t token = 0; token < tokens; ++token) worth[token] = taken[token] ? kTaken : worth[token];
-    best = first_largest(worth);
-    if (distances.row(best) == nullptr) distances.compute(worth, left);
-    const float* const row = distances.row(best);
-    for (int64_t token = 0; token < tokens; ++token) nearest[token] = std::min(nearest[token], row[token]);
+  const Distances distances(rows, dtype);
+  const std::vector<float> alike(first_by_quality ? 0 : rows.tokens, 1.0f);
+  std::vector<int32_t> chosen = {first_farthest(distances, first_by_quality ? weights : alike.data(), rows.tokens)};
+  std::vector<float> nearest(rows.tokens);
+  std::vector<Bound> heap;
+  for (int32_t token = 0; token < rows.tokens && k > 1; ++token) {
+    if (token == chosen[0]) continue;
+    nearest[token] = distances(token, chosen[0]);
+    heap.push_back({nearest[token] * weights[token], token, 1});
   }
-  for (int64_t token = 0; token < tokens; ++token) {
-    if (taken[token]) *positions++ = token;
-  }
+  std::make_heap(heap.begin(), heap.end());
+  // Compares first with the token that seems nearest: mostly no other is needed.
+  const auto look_at = [&](Bound bound, const Bound& rival) {
+    const auto compare = [&](int32_t other) {
+      nearest[bound.token] = std::min(nearest[bound.token], distances(bound.token, other));
+      bound.worth = nearest[bound.token] * weights[bound.token];
+    };
+    const auto begin = chosen.begin() + bound.step, end = chosen.end();
+    const auto nearer = [&](int32_t a, int32_t b) {
+      return distances.guess(bound.token, a) < distances.guess(bound.token, b);
+    };
+    const auto first = std::max_element(begin, end, nearer);
+    compare(*first);
+    for (auto other = begin; other != end && !(bound < rival); ++other) {
+      if (other != first) compare(*other);
+    }
+    if (!(bound < rival)) bound.step = static_cast<int32_t>(chosen.size());
+    return bound;
+  };
+  while (static_cast<int64_t>(chosen.size()) < k) chosen.push_back(take_best(heap, chosen.size(), look_at));
+  std::copy(chosen.begin(), chosen.end(), positions);
+  std::sort(positions, positions + k);
 }
 
 // Where an image is, and how many of its tokens are chosen.
@@ -225,7 +311,7 @@ constexpr int64_t kAhead = 12;  // rows of cosines that are computed together; m
 void choose_diverse(const TokenRows& rows, Dtype dtype, int64_t k, const float* relevance, int64_t* positions) {
   const int64_t tokens = rows.tokens;
   const auto& table = kernels<GreedySelectionKernels>();
-  Likeness cosines(rows, dtype, Told::kCosines);
+  Cosines cosines(rows, dtype);
   std::vector<float> left(tokens), worth(tokens);
   const std::unique_ptr<float[]> shares(new float[k * tokens]);
   for (int64_t token = 0; token < tokens; ++token) left[token] = cosines.has_direction(token) ? 1.0f : 0.0f;
@@ -260,18 +346,6 @@ Tensor dpp_map(const Tensor& features_tensor, int64_t k, const std::optional<Ten
 
 // ---- coverage ----
 
-// The gain of a token, how much it adds to the cover, in an earlier step: an upper bound of its gain now.
-struct Bound {
-  float gain;
-  int32_t token;
-  int32_t step;  // the step that computed the gain
-
-  // The order of a heap: the highest gain is on top, the first of equal ones.
-  bool operator<(const Bound& other) const { return gain != other.gain ? gain < other.gain : token > other.token; }
-};
-
-// Chooses for one image. Gains only shrink, in float32 too, so a step recomputes only the few gains whose bounds are
-// above all others.
 void choose_covering(const View<3>& similarity, const Image& image, const float* weights, const float* quality,
                      int64_t* positions) {
   const int64_t tokens = image.tokens, rows = similarity.size(2);
@@ -289,15 +363,10 @@ void choose_covering(const View<3>& similarity, const Image& image, const float*
   });
   std::make_heap(heap.begin(), heap.end());
   for (int64_t step = 0; step < image.k; ++step) {
-    while (heap.front().step < step) {
-      std::pop_heap(heap.begin(), heap.end());
-      heap.back() = look_at(heap.back().token, step);
-      std::push_heap(heap.begin(), heap.end());
-    }
-    std::pop_heap(heap.begin(), heap.end());
-    positions[step] = heap.back().token;
-    table.cover[similarity.dtype()](similarity.at(image.row, image.first + heap.back().token), rows, covered.data());
-    heap.pop_back();
+    const int32_t best =
+        take_best(heap, step, [&](const Bound& bound, const Bound&) { return look_at(bound.token, step); });
+    positions[step] = best;
+    table.cover[similarity.dtype()](similarity.at(image.row, image.first + best), rows, covered.data());
   }
   std::sort(positions, positions + image.k);
 }

@@ -11,6 +11,19 @@ constexpr int kTogether = 24;    // rows that are multiplied with a part of a pa
 constexpr int64_t kDepth = 512;  // elements of a part: a multiple of kChain
 static_assert(kTogether % kTileRows == 0);
 
+// Of sketches: an element is at most kMost, and the square of a token is that of kTypical for each of its elements. A
+// few elements may be much larger than all others: scaled by the largest, these others would be 0.
+constexpr int kMost = 15, kOffset = kMost + 1;
+constexpr float kTypical = 5;
+constexpr int64_t kSketchChain = 32;  // words whose sums fit into 16 bits
+static_assert(kSketchChain * 2 * (kMost + kOffset) * kMost < 1 << 15);
+constexpr int kSketchTokens = 3 * kPanel, kSketchElements = 4 * kLanes;
+static_assert(kSketchTokens % kTileRows == 0);
+
+typedef int8_t Bytes __attribute__((vector_size(kRegisterBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t Ints __attribute__((vector_size(kRegisterBytes)));
+
 // Reads rows of weights.
 template <class T>
 bool widen(const void* weights, int64_t count, float* to) {
@@ -92,6 +105,150 @@ void cosines(const TokenPanels& panels, int64_t size, const float* tile, const i
   }
 }
 
+// Adds to each sum two products of elements, the first without a sign.
+VLMFAST_INLINE Shorts add_pairs(Bytes plain, Bytes with_sign, Shorts sums) {
+#if defined(__AVX512BW__)
+  return sums + (Shorts)_mm512_maddubs_epi16((__m512i)plain, (__m512i)with_sign);
+#elif defined(__AVX2__)
+  return sums + (Shorts)_mm256_maddubs_epi16((__m256i)plain, (__m256i)with_sign);
+#else
+  const Shorts a = (Shorts)plain, b = (Shorts)with_sign;
+  return sums + (a & 0xff) * ((b << 8) >> 8) + (a >> 8) * (b >> 8);
+#endif
+}
+
+// Sketches four registers of elements, one byte of each word from each of them: every token has the same order.
+template <class T>
+VLMFAST_INLINE Ints sketch_elements(const T* from, float factor, Ints& sums) {
+  Ints words = {};
+  VLMFAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Float scaled = load_in_order(from + i * kLanes) * factor;
+    const Float within = larger(smaller(scaled, Float{} + kMost), Float{} - kMost);
+    const Ints nearest = (Ints)(within + kShift) - (Ints)(Float{} + kShift);
+    sums += nearest;
+    words |= (nearest & 0xff) << (8 * i);
+  }
+  return words;
+}
+
+template <class T>
+void sketch_row(const T* row, int64_t size, const TokenSketches& sketches, int64_t token) {
+  int32_t* to = sketches.rows + token * sketches.words;
+  const float inverse = row == nullptr ? 0.0f : inverse_length(row, size);
+  sketches.inverse[token] = inverse;
+  sketches.sums[token] = 0;
+  if (inverse == 0) {
+    std::memset(to, 0, sketches.words * sizeof(int32_t));
+    return;
+  }
+  const float factor = inverse * kTypical * __builtin_sqrtf(static_cast<float>(size));
+  Ints sums = {};
+  for (int64_t at = 0; at < size; at += kSketchElements, to += kLanes) {
+    T rest[kSketchElements] = {};
+    const bool is_whole = at + kSketchElements <= size;
+    if (!is_whole) std::memcpy(rest, row + at, (size - at) * sizeof(T));
+    const Ints words = sketch_elements(is_whole ? row + at : rest, factor, sums);
+    std::memcpy(to, &words, sizeof(words));
+  }
+  for (int lane = 0; lane < kLanes; ++lane) sketches.sums[token] += sums[lane];
+}
+
+template <class T>
+void sketch(const TokenRows& rows, const TokenSketches& sketches, int64_t begin, int64_t end) {
+  for (int64_t token = begin * kPanel; token < end * kPanel; ++token) {
+    const T* const row = token < rows.tokens ? reinterpret_cast<const T*>(rows.at(token)) : nullptr;
+    sketch_row(row, rows.size, sketches, token);
+    const int32_t* const from = sketches.rows + token * sketches.words;
+    int32_t* const to = sketches.panels + token / kPanel * kPanel * sketches.words + token % kPanel;
+    for (int64_t word = 0; word < sketches.words; ++word) to[word * kPanel] = from[word] + kOffset * 0x01010101;
+  }
+}
+
+VLMFAST_INLINE Ints sums_of_pairs(Shorts pairs) { return ((Ints)pairs >> 16) + (((Ints)pairs << 16) >> 16); }
+
+void guess(const TokenSketches& sketches, int64_t panel, int32_t* guesses) {
+  const int64_t words = sketches.words, first = panel * kPanel;
+  for (int64_t row = 0; row < first + kPanel; row += kTileRows) {
+    const int32_t *rows = sketches.rows + row * words, *columns = sketches.panels + first * words;
+    Ints dots[kTileRows][kTileVectors] = {};
+    for (int64_t word = 0; word < words;) {
+      const int64_t stop = words - word < kSketchChain ? words : word + kSketchChain;
+      Shorts sums[kTileRows][kTileVectors] = {};
+#pragma GCC unroll 1
+      for (; word < stop; ++word, columns += kPanel) {
+        Bytes column[kTileVectors];
+        VLMFAST_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) column[v] = load_unaligned<Bytes>(columns + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r) {
+          const Bytes own = (Bytes)(rows[r * words + word] - Ints{});
+          VLMFAST_UNROLL
+          for (int v = 0; v < kTileVectors; ++v) sums[r][v] = add_pairs(column[v], own, sums[r][v]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        VLMFAST_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) dots[r][v] += sums_of_pairs(sums[r][v]);
+      }
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < kTileVectors; ++v) dots[r][v] -= kOffset * sketches.sums[row + r];
+      std::memcpy(guesses + (row + r) * sketches.padded + first, dots[r], sizeof(dots[r]));
+    }
+  }
+}
+
+void likeliest(const TokenSketches& sketches, int32_t* guesses, int32_t* likeliest) {
+  constexpr int32_t kLeast = -__INT32_MAX__ - 1;
+  const int64_t tokens = sketches.tokens, padded = sketches.padded;
+  int32_t* const most = sketches.sums;  // which are not needed any more
+  for (int64_t token = 0; token < padded; ++token) most[token] = kLeast, likeliest[token] = -1;
+  Ints lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  for (int32_t token = 0; token < tokens; ++token) {
+    int32_t* const row = guesses + token * padded;
+    for (int64_t other = tokens; other < padded; ++other) row[other] = kLeast;
+    row[token] = kLeast;
+    Ints own = Ints{} + kLeast, which = Ints{} - 1;
+    for (int32_t other = token / kLanes * kLanes; other < padded; other += kLanes) {
+      const Ints now = load_unaligned<Ints>(row + other);
+      which = now > own ? lanes + other : which;
+      own = now > own ? now : own;
+      const Ints theirs = load_unaligned<Ints>(most + other), before = load_unaligned<Ints>(likeliest + other);
+      const Ints more = now > theirs ? now : theirs, best = now > theirs ? Ints{} + token : before;
+      std::memcpy(most + other, &more, sizeof(more));
+      std::memcpy(likeliest + other, &best, sizeof(best));
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (own[lane] <= most[token]) continue;
+      most[token] = own[lane];
+      likeliest[token] = which[lane];
+    }
+  }
+}
+
+template <class T>
+float dot(const char* row, const char* other, int64_t size) {
+  const T *const a = reinterpret_cast<const T*>(row), *const b = reinterpret_cast<const T*>(other);
+  Block sums[2] = {};
+  const auto add = VLMFAST_LAMBDA(Block & sum, int64_t offset, auto count) {
+    const Block x = load(a + offset, count), y = load(b + offset, count);
+    sum = each_part([&](int i) { return multiply_add(x.part[i], y.part[i], sum.part[i]); });
+  };
+  int64_t at = 0;
+  for (; at + 2 * kBlock <= size; at += 2 * kBlock) {
+    add(sums[0], at, Whole{});
+    add(sums[1], at + kBlock, Whole{});
+  }
+  each_block(size - at, VLMFAST_LAMBDA(int64_t offset, auto count) { add(sums[0], at + offset, count); });
+  const Block both = sums[0] + sums[1];
+  Float sum = both.part[0];
+  for (int i = 1; i < kParts; ++i) sum += both.part[i];
+  return sum_of_lanes(sum);
+}
+
 void take_off(const float* cosines, int64_t best, int64_t step, int64_t tokens, float least, float* shares,
               float* left) {
   const float inverse = 1 / __builtin_sqrtf(left[best]);
@@ -142,8 +299,21 @@ void cover(const void* similarity, int64_t rows, float* covered) {
 
 template <>
 GreedySelectionKernels kernels_at<GreedySelectionKernels, CpuLevel::VLMFAST_ISA>() {
-  return {kPanel,  kTogether, VLMFAST_BY_DTYPE(widen), VLMFAST_BY_DTYPE(pack_panels), VLMFAST_BY_DTYPE(pack_tile),
-          cosines, take_off,  VLMFAST_BY_DTYPE(gain),  VLMFAST_BY_DTYPE(cover)};
+  return {kPanel,
+          kTogether,
+          VLMFAST_BY_DTYPE(widen),
+          VLMFAST_BY_DTYPE(pack_panels),
+          VLMFAST_BY_DTYPE(pack_tile),
+          cosines,
+          kSketchTokens,
+          kSketchElements,
+          VLMFAST_BY_DTYPE(sketch),
+          guess,
+          likeliest,
+          VLMFAST_BY_DTYPE(dot),
+          take_off,
+          VLMFAST_BY_DTYPE(gain),
+          VLMFAST_BY_DTYPE(cover)};
 }
 
 }  // namespace vlmfast

@@ -12,7 +12,7 @@ from torch import Tensor
 import vlmfast
 from tests.helpers.bad_bounds import BAD_BOUNDS, CHOSEN, TOKENS
 from tests.helpers.cases import DTYPES, family, require
-from vlmfast.ops.greedy_selection.cases import _signs
+from vlmfast.ops.greedy_selection.cases import _decided, _signs
 from vlmfast.registry import OPS
 
 FAMILY = family("greedy_selection")
@@ -74,6 +74,22 @@ def test_many_tokens(backend: str):
     """More than one step of the loops of a block."""
     features = _signs(1, 1030, 5, "cpu")
     assert torch.equal(vlmfast.farthest(features, 3), OPS["farthest"].reference(features, 3))
+
+
+def test_tokens_that_a_few_bits_do_not_tell_apart(backend: str):
+    """On a CPU guesses from few bits say which distances are computed. Here they say little, or what is wrong."""
+
+    def draw() -> tuple[Tensor, int]:
+        tokens = torch.randn(1, 50, 40)
+        tokens[..., 3] += 60
+        tokens[:, ::7, 5] -= 90
+        return tokens, 20
+
+    reference = OPS["farthest"].reference
+    features, k = _decided(reference, draw)
+    doubles = features[:, :15].repeat(1, 3, 1)
+    assert torch.equal(vlmfast.farthest(features, k), reference(features, k))
+    assert torch.equal(vlmfast.farthest(doubles, 40), reference(doubles, 40))
 
 
 # ---- coverage ----

@@ -55,6 +55,16 @@ def test_an_index_given_spares_a_launch() -> None:
     assert (moved.launches, moved.distinct) == (1, op.cases.bytes(*args))
 
 
+@pytest.mark.parametrize("name", ["farthest", "dpp_map"])
+def test_images_in_a_row_are_compared_apart(name: str) -> None:
+    """A greedy selection compares the tokens of an image with each other, not with those of the next."""
+    require("triton")
+    ends, kept = (torch.tensor(each, dtype=torch.int32) for each in ([0, 40, 170, 234], [0, 5, 25, 35]))
+    args = torch.randn(1, 234, 64), 35, *((None, True) if name == "farthest" else (None,))
+    moved = traffic.count(OPS[name], "triton", (*args, ends, kept, 130))
+    assert moved.distinct == pytest.approx(OPS[name].cases.bytes(*args, ends, kept, 130), rel=0.01)
+
+
 def test_counts_of_triton() -> None:
     """Counts are right for masked lanes, repeated loads, loads of two launches, bools and atomics."""
     require("triton")

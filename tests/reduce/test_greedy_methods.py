@@ -131,6 +131,17 @@ def test_images_of_all_sizes_are_one_choice(method: vlmfast.reduce.Method, op: s
         assert torch.equal(selection.apply(tokens.hidden), alone.apply(tokens.hidden))
 
 
+def test_slots_of_a_video_number_the_tokens_that_are_kept():
+    """By these numbers a Triton kernel moves rows, and the backward pass their gradients."""
+    shape = 4, 36, 5
+    tokens = tokens_of(scores=torch.rand(shape[:2]), hidden=torch.randn(shape), features=torch.randn(shape))
+    found = vlmfast.DivPrune(0.4).select_videos(dataclasses.replace(tokens, grid=(3, 3, 4), crops=3))
+    count = found.kept.shape[1]
+    assert torch.equal(found.slots.gather(1, found.kept), torch.arange(-count, 0).expand(4, -1).int())
+    dropped = found.slots.scatter(1, found.kept, -count - 1)
+    assert (dropped == -count - 1).all()
+
+
 class First(vlmfast.DivPrune):
     """Chooses the first tokens."""
 

@@ -145,14 +145,15 @@ class Selection:
 
     def of_videos(self, frames: int) -> Selection:
         """Return this selection of B * T frames of n tokens as one of B videos of T * n tokens."""
-        tokens, contextual = self.slots.shape[1], self.contextual
+        tokens, contextual, each = self.slots.shape[1], self.contextual, self.kept.shape[1]
         frame = torch.arange(len(self.kept), device=self.kept.device)[:, None] % frames
         # the slots of all targets come first, then those of the tokens assigned to them
         moved = self.slots + torch.where(self.slots < contextual, frame, frame + frames - 1) * contextual
+        kept = torch.where(self.slots < -each, -frames * each - 1, self.slots + (1 + frame - frames) * each)
         return replace(
             self,
-            kept=(self.kept + frame * tokens).view(len(self.kept) // frames, frames * self.kept.shape[1]),
-            slots=torch.where(self.slots < 0, self.slots, moved).int().view(len(self.kept) // frames, frames * tokens),
+            kept=(self.kept + frame * tokens).view(len(self.kept) // frames, frames * each),
+            slots=torch.where(self.slots < 0, kept, moved).int().view(len(self.kept) // frames, frames * tokens),
             contextual=frames * contextual,
             weights=None if self.weights is None else self.weights.view(-1, frames * tokens),
         )

@@ -12,87 +12,7 @@ from torch import Tensor
 
 from vlmfast.cases import Args, BadCall, Cases, Samples, Workloads
 from vlmfast.ops.greedy_selection import definition
-
-# ---- other ways to compute the same ----
-
-
-def farthest_loop(
-    features: Tensor, k: int, quality: Tensor | None = None, first_by_quality: bool = True
-) -> Callable[[], Tensor]:
-    """Choose for a whole batch at once, in float32: a matmul and four operations a step."""
-    images = torch.arange(len(features), device=features.device)
-
-    def run() -> Tensor:
-        unit = F.normalize(features.float(), dim=2)
-        distance = 1 - unit @ unit.transpose(1, 2)
-        distance.diagonal(dim1=1, dim2=2).fill_(2)
-        first = distance.amin(1)
-        if quality is not None:
-            distance = distance * quality[:, None]
-            first = first * quality if first_by_quality else first
-        best = first.argmax(1)
-        chosen, nearest = [best], distance[images, best]
-        nearest[images, best] = -1
-        for _ in range(k - 1):
-            best = nearest.argmax(1)
-            chosen.append(best)
-            nearest = torch.minimum(nearest, distance[images, best])
-            nearest[images, best] = -1
-        return torch.stack(chosen, 1).sort(1).values
-
-    return run
-
-
-def coverage_loop(
-    similarity: Tensor, k: int, row_weights: Tensor | None = None, quality: Tensor | None = None
-) -> Callable[[], Tensor]:
-    """Choose for a whole batch at once, in float32: six operations a step, half of them small."""
-    images = torch.arange(len(similarity), device=similarity.device)
-
-    def run() -> Tensor:
-        wide = similarity.float()
-        covered = wide.new_zeros(len(wide), 1, wide.shape[2])
-        gains = torch.empty_like(wide)
-        chosen: list[Tensor] = []
-        ones = torch.ones_like(covered[:, 0]) if row_weights is None else row_weights.float()
-        for _ in range(k):
-            torch.sub(wide, covered, out=gains).clamp_(min=0)
-            gain = torch.bmm(gains, ones[..., None])[..., 0]
-            gain = gain if quality is None else gain.mul_(quality)
-            if chosen:
-                gain.scatter_(1, torch.stack(chosen, 1), -1.0)
-            chosen.append(gain.argmax(1))
-            covered = torch.maximum(covered, wide[images, chosen[-1]][:, None])
-        return torch.stack(chosen, 1).sort(1).values
-
-    return run
-
-
-def dpp_map_loop(features: Tensor, k: int, relevance: Tensor | None = None) -> Callable[[], Tensor]:
-    """Choose for a whole batch at once, in float32: a matmul, then one of few rows and six operations a step."""
-    images = torch.arange(len(features), device=features.device)
-
-    def run() -> Tensor:
-        unit = F.normalize(features.float(), dim=2)
-        kernel = unit @ unit.transpose(1, 2)
-        if relevance is not None:
-            kernel = kernel * (relevance[:, :, None] * relevance[:, None]).float()
-        left = kernel.diagonal(dim1=1, dim2=2).clone()
-        shares = kernel.new_zeros(len(kernel), k, kernel.shape[1])
-        chosen: list[Tensor] = []
-        for step in range(k):
-            best = left.argmax(1)
-            chosen.append(best)
-            row = kernel[images, best]
-            if step:
-                row = row - torch.bmm(shares[images, :step, best][:, None], shares[:, :step])[:, 0]
-            share = torch.div(row, left[images, best].sqrt()[:, None], out=shares[:, step])
-            left = torch.addcmul(left, share, share, value=-1).clamp_(min=1e-8)
-            left.scatter_(1, torch.stack(chosen, 1), -1.0)
-        return torch.stack(chosen, 1).sort(1).values
-
-    return run
-
+from vlmfast.ops.greedy_selection.loops import apart, coverage_loop, dpp_map_loop, farthest_loop
 
 # ---- numbers for which every order of the sums gives the same choice ----
 
@@ -266,27 +186,45 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
 
 # The crops of LLaVA-NeXT, an image of LLaVA-1.5 and one in Qwen2.5-VL: B, N, D, k
 _WORKLOADS = [(5, 576, 1024, 64), (1, 576, 4096, 64), (1, 1296, 3584, 130)]
+# Three images of one prompt in Qwen2.5-VL, of which a tenth is kept
+_PROMPT, _PROMPT_KEPT = [256, 600, 432], [26, 60, 43]
+_PROMPT_LABEL = "+".join(map(str, _PROMPT))
 
 
 def farthest_workloads(device: str, dtype: torch.dtype) -> Workloads:
     for batch, tokens, size, k in _WORKLOADS:
         yield f"{batch}x{tokens}x{size}", (torch.randn(batch, tokens, size, device=device, dtype=dtype), k)
+    features = torch.randn(1, sum(_PROMPT), 3584, device=device, dtype=dtype)
+    yield f"{_PROMPT_LABEL}x3584", (features, sum(_PROMPT_KEPT), None, True, *_bounds(_PROMPT, _PROMPT_KEPT, device))
 
 
 def dpp_map_workloads(device: str, dtype: torch.dtype) -> Workloads:
-    for label, (features, k) in farthest_workloads(device, dtype):
-        yield label, (features, k, torch.rand(features.shape[:2], device=device))
+    for label, (features, k, *more) in farthest_workloads(device, dtype):
+        yield label, (features, k, torch.rand(features.shape[:2], device=device), *more[2:])
 
 
 def coverage_workloads(device: str, dtype: torch.dtype) -> Workloads:
     """Yield cosines as SCOPE takes them, in float32 whatever the model's dtype: each token is like some others."""
-    for batch, tokens, _, k in _WORKLOADS:
+
+    def cosines(batch: int, tokens: int) -> Tensor:
         near = torch.randn(batch, tokens // 24 + 1, 64, device=device).repeat_interleave(24, 1)[:, :tokens]
         unit = F.normalize(torch.randn(batch, tokens, 64, device=device) + near + 1, dim=2)
-        yield f"{batch}x{tokens}", (unit @ unit.transpose(1, 2), k, None, torch.rand(batch, tokens, device=device))
+        return unit @ unit.transpose(1, 2)
+
+    for batch, tokens, _, k in _WORKLOADS:
+        yield f"{batch}x{tokens}", (cosines(batch, tokens), k, None, torch.rand(batch, tokens, device=device))
+    each = [F.pad(cosines(1, tokens), (0, max(_PROMPT) - tokens)) for tokens in _PROMPT]
+    quality = torch.rand(1, sum(_PROMPT), device=device)
+    bounds = _bounds(_PROMPT, _PROMPT_KEPT, device)
+    yield _PROMPT_LABEL, (torch.cat(each, 1), sum(_PROMPT_KEPT), None, quality, *bounds)
 
 
 # ---- the bytes of calls ----
+
+
+def _of_images(op: Any, count: Callable[..., int]) -> Callable[..., int]:
+    """Add up what the images of a call take: their tokens are compared with those of the same image."""
+    return lambda *args: sum(count(*call) for _, call in apart(op, *args))
 
 
 def farthest_bytes(features: Tensor, k: int, quality: Tensor | None = None, *more: Any) -> int:
@@ -354,8 +292,8 @@ farthest = Cases(
         *(*_BAD_K, *_bad_weights("quality", _QUALITY), *_bad_images("features", _FEATURES)),
     ),
     workloads=farthest_workloads,
-    bytes=farthest_bytes,
-    flops=lambda features, k, *_: 2 * features.numel() * features.shape[1],
+    bytes=_of_images(definition.farthest, farthest_bytes),
+    flops=_of_images(definition.farthest, lambda features, k, *_: 2 * features.numel() * features.shape[1]),
     peers={"loop": farthest_loop},
     launches=2,
     compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
@@ -371,8 +309,11 @@ dpp_map = Cases(
         *(*_BAD_K, *_bad_weights("relevance", _QUALITY), *_bad_images("features", _FEATURES)),
     ),
     workloads=dpp_map_workloads,
-    bytes=dpp_map_bytes,
-    flops=lambda features, k, *_: 2 * features.numel() * features.shape[1] + features[..., 0].numel() * k * k,
+    bytes=_of_images(definition.dpp_map, dpp_map_bytes),
+    flops=_of_images(
+        definition.dpp_map,
+        lambda features, k, *_: 2 * features.numel() * features.shape[1] + features[..., 0].numel() * k * k,
+    ),
     peers={"loop": dpp_map_loop},
     launches=2,
     compute_bound="all tokens are compared with all others, and then a choice waits for the one before it",
