@@ -4,8 +4,8 @@
 
 draws that many changes for each of the ops, or of all ops if none is named, and prints the survivors. They are drawn
 from the kernels that a real shape runs; for ops that are bound by compute, whose real shapes take minutes, from those
-of the smaller samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel may do or
-gives a wrong result. An op's changes are the same in each run.
+of the smaller samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel
+may do or gives a wrong result. An op's changes are the same in each run.
 """
 
 from __future__ import annotations
