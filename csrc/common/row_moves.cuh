@@ -64,10 +64,9 @@ __global__ void __launch_bounds__(MovePolicy::kThreads, MovePolicy::kBlocksPerMu
         if (route.from != nullptr) for_vectors([&](int k, int64_t at) { values[k] = Vec::load(route.from + at); });
         if constexpr (Move::kArithmetic == Arithmetic::kAdd) {
           if (route.addend != nullptr) {
-            for_vectors([&](int k, int64_t at) {
-              const Vec addends = Vec::load(route.addend + at);
-              values[k].fill([&](int i) { return values[k][i] + addends[i]; });
-            });
+            Vec addends[MovePolicy::kVectors] = {};
+            for_vectors([&](int k, int64_t at) { addends[k] = Vec::load(route.addend + at); });
+            for_vectors([&](int k, int64_t) { values[k].fill([&](int i) { return values[k][i] + addends[k][i]; }); });
           }
         }
         if constexpr (Move::kArithmetic == Arithmetic::kMultiply) {

@@ -25,6 +25,7 @@ struct Sizes {
 
 // ---- means ----
 
+// Limited (frame_mean_kernel): a block adds up some columns of a whole frame: of a few small frames there are too few
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(kThreads)
     frame_mean_kernel(Input<scalar_t, 4> rows,   // (batch, frames, tokens, hidden)
@@ -133,6 +134,7 @@ __device__ __forceinline__ void for_works(int64_t works, Function function) {
   for (int64_t work = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; work < works; work += step) function(work);
 }
 
+// Limited (frame_novelty_kernel): a warp takes four tokens at once: of a few small frames there are too few warps
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(kThreads, 1)
     frame_novelty_kernel(Input<scalar_t, 4> rows,         // (batch, frames, tokens, hidden)
@@ -157,6 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
+// Limited (frame_change_kernel): a warp compares one token: of a few small frames there are too few warps
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(kThreads)
     frame_change_kernel(Input<scalar_t, 4> rows,     // (batch, frames, tokens, hidden)

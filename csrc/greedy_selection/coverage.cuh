@@ -68,6 +68,7 @@ __device__ __forceinline__ Best best_of_warp(const Input<scalar_t, 3>& similarit
   }
 }
 
+// Limited (coverage_kernel): a block has an image, and each choice waits for the one before
 template <typename scalar_t>
 __global__ void __launch_bounds__(GreedyPolicy::kThreads, 1)
     coverage_kernel(Input<scalar_t, 3> similarity,  // (batch, tokens, rows)

@@ -28,6 +28,7 @@ struct DppState {
   }
 };
 
+// Limited (dpp_map_kernel): a block has an image, and each choice waits for the one before
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     dpp_map_kernel(const float* __restrict__ products,  // (batch, tokens, longest), the Gram matrices
                    Weights relevance,                   // (batch, tokens), or none

@@ -29,6 +29,7 @@ struct FarthestState {
       : inverse(rows), weight(rows + tokens), nearest(rows + 2 * tokens) {}
 };
 
+// Limited (farthest_kernel): a block has an image, and each choice waits for the one before
 static __global__ void __launch_bounds__(GreedyPolicy::kThreads)
     farthest_kernel(const float* __restrict__ products,  // (batch, tokens, longest), the Gram matrices
                     Weights quality,                     // (batch, tokens), or none

@@ -79,6 +79,7 @@ struct GramTile<float> {
   __device__ __forceinline__ static int column_of(int, int c) { return c * 16 + threadIdx.x % 16; }
 };
 
+// Limited (gram_kernel): multiplies all tokens with all others: of one image there are too few blocks
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(GramPolicy::kThreads)
     gram_kernel(Input<scalar_t, 3> features,   // (batch, tokens, size)

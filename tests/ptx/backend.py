@@ -113,8 +113,11 @@ def loader(target: str, op: str, family: str, reference: Callable[..., Any]) -> 
 def executed(target: str, op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
     """Load an op as `loader` does, also one in `TENSOR_MEMORY`."""
     found = backends.LOADERS["triton"](op, family, reference)
-    if isinstance(found, str):
-        return found
+    return found if isinstance(found, str) else executing(found, target)
+
+
+def executing(found: backends.Backend, target: str) -> backends.Backend:
+    """Make a backend that executes the kernels which a Triton backend launches."""
     interpreted = importlib.import_module("triton.runtime.interpreter").InterpretedFunction
 
     @functools.wraps(found.run)

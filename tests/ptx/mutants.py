@@ -4,8 +4,8 @@
 
 draws that many changes for each of the ops, or of all ops if none is named, and prints the survivors. They are drawn
 from the kernels that a real shape runs; for ops that are bound by compute, whose real shapes take minutes, from those
-of all samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel may do or
-gives a wrong result. An op's changes are the same in each run.
+of the smaller samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel
+may do or gives a wrong result. An op's changes are the same in each run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 
 import vlmfast
 from tests.helpers import interpreter, traffic
-from tests.helpers.cases import PRIMITIVE, calls, is_float, is_tensor, outputs, widened
+from tests.helpers.cases import AWKWARD, PRIMITIVE, calls, is_float, is_tensor, outputs, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx import backend
+from tests.ptx.gram import gram
 from tests.ptx.known_bits import KnownBits, registers
 from tests.ptx.machine import Machine
 from tests.ptx.parse import Instruction, Kernel
@@ -35,6 +36,7 @@ from vlmfast import backends
 from vlmfast.registry import Op
 
 FEW = 2  # multiprocessors, as in the interpreter, so that persistent loops take several rounds
+MOST_TOKENS = 128  # of a sample of an op that is bound by compute; larger ones take minutes
 STEPS = 100_000  # more than any sample takes; a mutant that takes more counts as endless
 NOTHING = Instruction("fence", (), (), [], text="nothing")
 # Operation or comparison -> the one that replaces it.
@@ -146,7 +148,7 @@ class Call:
     bytes: list[tuple[torch.Tensor, torch.Tensor]]  # its tensors as bytes, each with a copy
     defined: tuple[torch.Tensor, ...]
     exact: tuple[torch.Tensor, ...]
-    kernels: set[tuple[str, str]] = field(default_factory=set)
+    kernels: dict[tuple[str, str], int] = field(default_factory=dict)  # and how many instructions of each
 
 
 class Subject:
@@ -164,8 +166,8 @@ class Subject:
                 )
                 already = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
                 self.check(call)
-                ran = backend.machines.items()
-                call.kernels = {key for key, machine in ran if int(machine.ran.sum()) > already.get(key, 0)}
+                ran = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
+                call.kernels = {k: count - already.get(k, 0) for k, count in ran.items() if count > already.get(k, 0)}
                 self.calls.append(call)
         self.kernels = {key: machine.kernel for key, machine in backend.machines.items()}
 
@@ -196,8 +198,9 @@ class Subject:
 
     def notices(self, key: tuple[str, str], mutant: Mutant) -> str | None:
         """Return the error by which a change was noticed, or None."""
+        calls_of_kernel = [call for call in self.calls if key in call.kernels]
         with self._in_place(key, mutant.of(self.kernels[key])):
-            for call in (call for call in self.calls if key in call.kernels):
+            for call in sorted(calls_of_kernel, key=lambda call: call.kernels[key]):  # most are killed by a short one
                 try:
                     self.check(call)
                 except Exception as error:  # any error kills the mutant
@@ -232,7 +235,8 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
 def of_family(ops: list[Op], place: str) -> Subject:
     """Return the samples of some ops, in every layout, and a real shape of each op that is bound by memory.
 
-    Samples have the dtype of the real shape, so that they run the same kernels.
+    Samples have the dtype of the real shape, so that they run the same kernels. Of ops that are bound by compute there
+    are the smaller ones, and of the greedy selections that begin with Gram matrices samples of these as well.
     """
 
     def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
@@ -240,9 +244,13 @@ def of_family(ops: list[Op], place: str) -> Subject:
             torch.manual_seed(0)
             real = traffic.workload(op)[1]
             dtype = next((arg.dtype for arg in real if is_float(arg)), torch.bfloat16)
-            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
             if op in traffic.BOUND_BY_MEMORY:
+                yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
                 yield op, real, backend.MULTIPROCESSORS
+                continue
+            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype) if args[0].shape[-2] <= MOST_TOKENS)
+            if op.name in ("farthest", "dpp_map"):
+                yield from ((gram(), args, FEW) for args in calls(gram(), "cpu", dtype, range(len(AWKWARD))))
 
     return Subject(place, every_call())
 

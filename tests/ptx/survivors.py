@@ -27,6 +27,9 @@ class Reason:
     kernel: str = ""
 
 
+CHOOSING = "^(farthest|dpp_map)_kernel$"
+BEHIND = "a thread has every 256th position, and this one is behind the tokens of all calls of this specialisation"
+
 REASONS = (
     Reason(
         "same",
@@ -98,7 +101,12 @@ REASONS = (
         r"^tl\.store\(\w+ \+ tl\.program_id\(0\), \w+\)|^standard\.py: return core\.reduce\(",
         "each thread of the block or warp has the number, so others than the first may store it",
     ),
-    Reason("same", "", r"^tl\.device_assert\(", "what is asserted holds in every sample: no sum of violations changes"),
+    Reason(
+        "same",
+        "",
+        r"^(tl\.device_assert\(|is_within )",
+        "what is asserted holds in every sample: no sum of violations changes",
+    ),
     Reason(
         "same",
         r"^selp\.b32 -> selp\.b32",
@@ -159,6 +167,21 @@ REASONS = (
         "the mean of some channels, which is subtracted before the sums and added after them, need not be exact: in "
         "bfloat16 no rounding of float32 shows",
         "^mine_kernel$",
+    ),
+    Reason(
+        "hidden",
+        r"^((mul|min)\.f32|add\.s64)",
+        r"^(both = inverse|nearest = tl\.minimum|tl\.store\(new_ptr)",
+        BEHIND,
+        CHOOSING,
+    ),
+    Reason("same", r"^add\.s32 -> sub\.s32", r"^standard\.py: return core\.associative_scan", BEHIND, CHOOSING),
+    Reason(
+        "hidden",
+        r"^mov\.b64",
+        r"^for start in tl\.range\(0, step",
+        "rows are counted in the upper half of the number; the lower one is shifted out",
+        "^dpp_map_kernel$",
     ),
     Reason(
         "never ran",

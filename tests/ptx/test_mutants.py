@@ -13,7 +13,8 @@ from vlmfast.registry import Op
 
 PLACES = ("ptx_sm_90", "ptx_sm_80")
 OWN = "each warp stores where it alone has loaded since the barrier before"
-# Kernel -> (number of barriers that no sample needs, why).
+# Kernel -> (the most barriers that the samples of an op do not need, for either target, and why). Most, because each op
+# has other specialisations of a kernel, and the compiler makes other barriers for each target.
 IDLE = {
     "row_logits_kernel": (1, "nothing has been stored before it"),
     "frame_mean_kernel": (1, OWN),

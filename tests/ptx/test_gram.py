@@ -1,0 +1,23 @@
+"""Every number of the Gram matrices that the greedy selections choose by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.cases import DTYPES, calls, outputs, require, widened
+from tests.helpers.rounding import assert_within
+from tests.ptx.gram import gram
+from vlmfast.registry import OPS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "place", ["triton", *(pytest.param(f"ptx_{x}", marks=pytest.mark.ptx) for x in ("sm_90", "sm_80"))]
+)
+def test_every_product_of_two_tokens(place: str, dtype: torch.dtype) -> None:
+    require(OPS["farthest"], place)
+    op = gram()
+    for args in calls(op, "cpu", dtype, [DTYPES.index(dtype)]):
+        want = op.reference(*args), op.reference(*widened(args))
+        assert_within(outputs(op.backend(place).run(*args)), *([one] for one in want), composed=True)
