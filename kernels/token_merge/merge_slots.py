@@ -29,6 +29,7 @@ class MergeSlotsConfig(Config):
         Float32 tiles are smaller, because they are multiplied by FMAs out of registers. 16-bit dtypes have one stage:
         if a tile that a wgmma reads has a second use, the pipeline of Triton 3.9 has one buffer too few, and copies the
         next targets over those that are still being multiplied.
+        Triton 3.6 spills 16 bytes in bfloat16; with 8 warps it would not, but two thirds as much would be in flight.
         """
         small = wide or contextual <= 16
         return MergeSlotsConfig(

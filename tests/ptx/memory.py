@@ -200,22 +200,24 @@ def _mark(flags: np.ndarray, offsets: np.ndarray, width: int) -> None:
 
 
 class SharedMemory:
-    """The shared memory of a batch of blocks, and which warps accessed each unit of it since the last barrier.
+    """The shared memory of a batch of blocks, and which warps accessed each unit of it last.
 
     A unit is as wide as the narrowest access of the kernel. Between two barriers a warp must not access what another
     warp writes, and a unit must be written before it is read.
+
+    `writes` and `reads` have a stamp per unit: the number of barriers that its block had passed, times `BARRIER`, plus
+    the warp. So an access is of the current interval between barriers if its stamp is not below the interval's.
     """
 
-    NOBODY, SEVERAL, IN_FLIGHT, ATOMIC = -1, -2, -3, 2**14  # values besides the numbers of warps
+    BARRIER, ATOMIC, SEVERAL = 2**16, 2**14, 2**15  # the latter two in the place of a warp
+    NOBODY, IN_FLIGHT = -1, -2  # in the place of a stamp
 
     def __init__(self, blocks: int, size: int, unit: int) -> None:
         self.size, self.unit = size, unit
         self.stride = -(-size // 1024) * 1024 + 1024  # all blocks have the same alignment, on which swizzles depend
         content = np.full(blocks * self.stride, 0xFF, np.uint8)
         self.content = {n: content.view(raw) for n, raw in UNSIGNED.items()}
-        units = len(content) // unit
-        self.writer, self.reader = (np.full(units, self.NOBODY, np.int16) for _ in range(2))
-        self.written_in, self.read_in = (np.full(units, -1, np.int32) for _ in range(2))
+        self.writes, self.reads = (np.full(len(content) // unit, self.NOBODY, np.int64) for _ in range(2))
         self.interval = np.zeros(blocks, np.int32)  # number of barriers that each block has passed
 
     def offsets(self, addresses: np.ndarray, blocks: np.ndarray, width: int, aligned: int) -> np.ndarray:
@@ -227,85 +229,86 @@ class SharedMemory:
             raise PtxError(f"a misaligned access of {width} bytes of shared memory at {int(addresses.max())}")
         return addresses + blocks * self.stride
 
-    def _units(self, offsets: np.ndarray, width: int, *each: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return the units of accesses, and repeat per-access values for each unit."""
-        count = width // self.unit
-        first = offsets // self.unit
-        if count == 1:
-            return first, *each
-        return (first[:, None] + np.arange(count)).reshape(-1), *(np.repeat(value, count) for value in each)
+    def _units(self, offsets: np.ndarray, width: int) -> np.ndarray:
+        """Return the units of each access, (accesses, units)."""
+        first = offsets[:, None] >> (self.unit.bit_length() - 1)
+        return first if width == self.unit else first + np.arange(width // self.unit)
+
+    def _stamps(self, blocks: np.ndarray, warps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first stamp of the current interval and the stamp of each access, (accesses, 1)."""
+        now = self.interval[blocks, None] * np.int64(self.BARRIER)
+        return now, now + warps[:, None]
 
     def _place(self, units: np.ndarray) -> str:
-        return f"at {int(units[0]) * self.unit % self.stride} of shared memory"
+        return f"at {int(units.flat[0]) * self.unit % self.stride} of shared memory"
 
     def note_load(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Check that the bytes were written, by this warp or before a barrier, and record the read."""
-        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
-        writer = self.writer[units]
-        if (writer < 0).any():
-            flying = writer == self.IN_FLIGHT
+        units, (now, own) = self._units(offsets, width), self._stamps(blocks, warps)
+        writes = self.writes[units]
+        if writes.min() < 0:
+            flying = writes == self.IN_FLIGHT
             if flying.any():
                 raise PtxError(f"a load of what an asynchronous copy has not delivered, {self._place(units[flying])}")
-            raise PtxError(f"a load of what nobody has written, {self._place(units[writer < 0])}")
-        race = (self.written_in[units] == now) & (writer != warp)
+            raise PtxError(f"a load of what nobody has written, {self._place(units[writes < 0])}")
+        race = (writes >= now) & (writes != own)
         if race.any():
             raise PtxError(f"a race: a load of what another warp stores, {self._place(units[race])}")
-        others = (self.read_in[units] == now) & (self.reader[units] != warp)
-        reader = np.where(others, np.int16(self.SEVERAL), warp)
-        self.reader[units] = reader
-        self.reader[units[self.reader[units] != reader]] = self.SEVERAL  # several warps read in this instruction
-        self.read_in[units] = now
+        reads = self.reads[units]
+        stamps = np.where((reads >= now) & (reads != own), now + self.SEVERAL, own)
+        self.reads[units] = stamps
+        together = self.reads[units] != stamps  # several warps read in this instruction
+        if together.any():
+            self.reads[units[together]] = (stamps | self.SEVERAL)[together]
 
     def note_store(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Check that no other warp accesses the bytes, and record the write."""
-        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
-        flying = self.writer[units] == self.IN_FLIGHT
+        units, (now, own) = self._units(offsets, width), self._stamps(blocks, warps)
+        writes, reads = self.writes[units], self.reads[units]
+        flying = writes == self.IN_FLIGHT
         if flying.any():
             raise PtxError(f"a store to what an asynchronous copy has not delivered, {self._place(units[flying])}")
-        written = (self.written_in[units] == now) & (self.writer[units] != warp)
+        written = (writes >= now) & (writes != own)
         if written.any():
             raise PtxError(f"a race: two warps store, {self._place(units[written])}")
-        read = (self.read_in[units] == now) & (self.reader[units] != warp)
+        read = (reads >= now) & (reads != own)
         if read.any():
             raise PtxError(f"a race: a store to what another warp loads, {self._place(units[read])}")
-        self._written(units, warp, now)
+        self.writes[units] = own
 
     def note_atomic(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Check atomics, which may meet atomics of other warps, but not their loads and stores."""
-        units, warp, now = self._units(offsets, width, warps, self.interval[blocks])
-        writer = self.writer[units]
-        if (writer < 0).any():
-            raise PtxError(f"an atomic on what nobody has written, {self._place(units[writer < 0])}")
-        race = (self.written_in[units] == now) & (writer != warp) & (writer != self.ATOMIC)
-        race |= (self.read_in[units] == now) & (self.reader[units] != warp)
+        units, (now, own) = self._units(offsets, width), self._stamps(blocks, warps)
+        writes, reads = self.writes[units], self.reads[units]
+        if writes.min() < 0:
+            raise PtxError(f"an atomic on what nobody has written, {self._place(units[writes < 0])}")
+        race = (writes >= now) & (writes != own) & (writes != now + self.ATOMIC)
+        race |= (reads >= now) & (reads != own)
         if race.any():
             raise PtxError(f"a race: an atomic on what another warp loads or stores, {self._place(units[race])}")
-        self.writer[units], self.written_in[units] = self.ATOMIC, now
+        self.writes[units] = now + self.ATOMIC
 
     def note_tile(self, offsets: np.ndarray, block: int) -> None:
         """Check that a tile, which all warps of a warpgroup read, was written before the last barrier."""
-        units = np.unique(offsets // self.unit)
-        if (self.writer[units] == self.IN_FLIGHT).any():
+        units, now = np.unique(offsets // self.unit), int(self.interval[block]) * self.BARRIER
+        writes = self.writes[units]
+        if (writes == self.IN_FLIGHT).any():
             raise PtxError(f"a race: a wgmma reads what an asynchronous copy writes, {self._place(units)}")
-        if (self.writer[units] < 0).any():
-            raise PtxError(f"a wgmma reads what nobody has written, {self._place(units[self.writer[units] < 0])}")
-        race = self.written_in[units] == self.interval[block]
-        if race.any():
-            raise PtxError(f"a race: a wgmma reads what is stored since the last barrier, {self._place(units[race])}")
-        self.reader[units], self.read_in[units] = self.SEVERAL, self.interval[block]
+        if (writes < 0).any():
+            raise PtxError(f"a wgmma reads what nobody has written, {self._place(units[writes < 0])}")
+        if (writes >= now).any():
+            units = units[writes >= now]
+            raise PtxError(f"a race: a wgmma reads what is stored since the last barrier, {self._place(units)}")
+        self.reads[units] = now + self.SEVERAL
 
     def note_start(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Start a copy that may arrive at any time: until it is waited for, no warp may access its bytes."""
         self.note_store(offsets, width, blocks, warps)
-        (units,) = self._units(offsets, width)
-        self.writer[units] = self.IN_FLIGHT
+        self.writes[self._units(offsets, width)] = self.IN_FLIGHT
 
     def note_arrival(self, offsets: np.ndarray, width: int, blocks: np.ndarray, warps: np.ndarray) -> None:
         """Finish a copy that was waited for: its own warp may read it now, other warps after the next barrier."""
-        self._written(*self._units(offsets, width, warps, self.interval[blocks]))
-
-    def _written(self, units: np.ndarray, warp: np.ndarray, now: np.ndarray) -> None:
-        self.writer[units], self.written_in[units] = warp, now
+        self.writes[self._units(offsets, width)] = self._stamps(blocks, warps)[1]
 
     def store(self, offsets: np.ndarray, columns: Sequence[np.ndarray], warps: np.ndarray) -> None:
         """Store neighbours at each offset; the store must have been recorded by `note_store`.
@@ -316,6 +319,9 @@ class SharedMemory:
         size = columns[0].dtype.itemsize
         for at, column in zip(places(offsets, size, len(columns)), columns, strict=True):
             self.content[size][at] = column
-            lost = (self.content[size][at] != column) & (self.writer[at * size // self.unit] != warps)
+            lost = self.content[size][at] != column
             if lost.any():
-                raise PtxError(f"a race: two warps store at once, {self._place(at[lost] * size // self.unit)}")
+                units = at[lost] * size // self.unit
+                others = self.writes[units] % self.BARRIER != warps[lost]
+                if others.any():
+                    raise PtxError(f"a race: two warps store at once, {self._place(units[others])}")

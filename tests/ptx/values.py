@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +43,11 @@ class Type:
     size: int  # bytes
     half: str | None = None  # of packed types: the type of each half
 
-    @property
+    @functools.cached_property
     def raw(self) -> np.dtype:
         return BOOL if self.kind == "p" else UNSIGNED[self.size]
 
-    @property
+    @functools.cached_property
     def number(self) -> np.dtype:
         """Return the dtype of unpacked numbers; for packed types, that of each half."""
         if self.half:

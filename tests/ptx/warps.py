@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 
 from tests.ptx.instructions import Action, instruction, only_type, unknown
@@ -22,10 +25,10 @@ def taking_part(machine) -> np.ndarray:
 
 def members(machine, read: Reader) -> np.ndarray:
     """Return the lanes that an instruction's member mask names, (warps, 32); all of them must run it."""
-    names = read()
-    if machine.mask is None and names.size == 1 and names[0] == ALL:
-        return taking_part(machine)
-    here, named = taking_part(machine), machine.whole(names).reshape(-1, 32)
+    names, here = read(), taking_part(machine)
+    if names.size == 1 and names[0] == ALL and (machine.mask is None or (here.any(1) == here.all(1)).all()):
+        return here
+    named = machine.whole(names).reshape(-1, 32)
     mask = np.where(here, named, 0).max(1, keepdims=True)
     if ((named != mask) & here).any():
         raise PtxError("the lanes of a warp name different members")
@@ -62,7 +65,7 @@ def shuffle(machine, ins: Instruction) -> Action:
     writes = [machine.target(name) for name in ins.args[0].split("|")]
     value, distance, limits, names = (machine.source(arg, u32) for arg in ins.args[1:5])
 
-    def others(by: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def others(by: Any, limit: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return the lane that each lane reads, and whether it is within its segment."""
         by, clamp, segment = by & 31, limit & 31, limit >> 8 & 31
         last = (LANE & segment) | (clamp & ~segment)
@@ -73,17 +76,19 @@ def shuffle(machine, ins: Instruction) -> Action:
         inside = other >= last if mode == "up" else other <= last
         return np.where(inside, other, LANE), inside
 
+    same_others = functools.cache(others)
+
     def run() -> None:
         here, values = members(machine, names), by_warp(machine, value)
-        by, limit = (read().astype(np.int64) for read in (distance, limits))
+        by, limit = distance(), limits()
         if by.size == limit.size == 1:  # the same for all lanes
-            other, inside = others(by, limit)
-            missing, found = here & ~here.take(other, 1), values.take(other, 1)
+            other, inside = same_others(int(by[0]), int(limit[0]))
+            there, found = here.take(other, 1), values.take(other, 1)
             inside = np.broadcast_to(inside, here.shape)
         else:
-            other, inside = others(*(machine.whole(x).reshape(-1, 32) for x in (by, limit)))
-            missing, found = here & ~np.take_along_axis(here, other, 1), np.take_along_axis(values, other, 1)
-        if missing.any():
+            other, inside = others(*(machine.whole(x).astype(np.int64).reshape(-1, 32) for x in (by, limit)))
+            there, found = np.take_along_axis(here, other, 1), np.take_along_axis(values, other, 1)
+        if (here & ~there).any():
             raise PtxError("a shuffle reads a lane that does not take part")
         for write, result in zip(writes, (found, inside), strict=False):
             write(result.reshape(-1))

@@ -51,10 +51,10 @@ def _decided(reference: Callable[..., Tensor], draw: Callable[[], Args]) -> Args
 
 # images of different sizes in a row, and how many tokens are chosen of each
 _ROWS = [
-    ([5, 70, 0, 1, 33], [2, 9, 0, 1, 33]),
+    ([5, 70, 0, 1, 13], [2, 9, 0, 1, 13]),
     ([12, 3], [0, 2]),
     ([], []),
-    ([130, 64, 258], [20, 0, 11]),
+    ([130, 64, 258], [7, 0, 5]),
 ]
 
 
@@ -68,15 +68,15 @@ def _bounds(sizes: list[int], kept: list[int], device: str) -> Args:
 _SIZES = [
     (1, 1, 8, 1),
     (2, 17, 64, 5),
-    (3, 40, 7, 40),
+    (3, 20, 7, 20),
     (2, 64, 96, 10),
     (1, 12, 32, 0),
     (0, 9, 16, 4),
     (2, 0, 16, 0),
-    (1, 257, 40, 27),
-    (2, 100, 0, 20),
+    (1, 257, 40, 9),
+    (2, 100, 0, 6),
     (1, 530, 4, 3),
-    (1, 70, 1032, 30),
+    (1, 70, 1032, 12),
 ]
 
 
@@ -94,8 +94,8 @@ def farthest_samples(device: str, dtype: torch.dtype) -> Samples:
         features = _signs(1, sum(sizes), (16, 64)[index % 2], device).to(dtype)
         yield features, sum(kept), weights, index % 2 == 0, *_bounds(sizes, kept, device)
     doubles = _signs(1, 15, 64, device).repeat(1, 4, 1).to(dtype)
-    yield doubles, 33
-    yield doubles, 33, torch.zeros(1, 60, device=device, dtype=dtype)
+    yield doubles, 20
+    yield doubles, 20, torch.zeros(1, 60, device=device, dtype=dtype)
     for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8)):
 
         def draw(shape: tuple[int, ...] = shape, k: int = chosen) -> Args:
@@ -125,7 +125,7 @@ def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
         relevance = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
         features = one_of_each(1, sum(sizes), (9, 40)[index % 2])
         yield features.to(dtype), sum(kept), relevance, *_bounds(sizes, kept, device)
-    for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8), ((1, 40, 8), 20), ((1, 300, 64), 50)):
+    for shape, chosen in (((1, 50, 24), 12), ((2, 33, 130), 8), ((1, 40, 8), 20), ((1, 300, 64), 24)):
 
         def draw(shape: tuple[int, ...] = shape, k: int = chosen) -> Args:
             features = torch.randn(shape, device=device, dtype=dtype)
@@ -148,13 +148,13 @@ def dpp_map_samples(device: str, dtype: torch.dtype) -> Samples:
 _COVERAGES = [
     (1, 1, 1, 1),
     (2, 17, 64, 5),
-    (3, 40, 7, 40),
-    (2, 70, 130, 12),
+    (3, 20, 7, 20),
+    (2, 70, 130, 5),
     (1, 12, 32, 0),
     (0, 9, 16, 4),
     (2, 0, 16, 0),
     (2, 30, 0, 6),
-    (1, 257, 96, 27),
+    (1, 257, 96, 9),
     (1, 530, 5, 3),
     (1, 20, 530, 7),
 ]
@@ -172,7 +172,7 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         weights = _eighths(len(sizes), 40, device=device, most=3).to(dtype) if index % 2 == 0 else None
         quality = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
         yield whole(1, sum(sizes), 40).to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
-    yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 33
+    yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 20
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
     def draw() -> Args:
