@@ -97,7 +97,7 @@ def run(cluster: str, model: Path, pictures: Path, answers: Path) -> str:
         [*command, str(pictures), str(answers), *options, "--cpu"],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         env=ENVIRONMENT | {"RAY_ADDRESS": cluster},
     )
     assert "answered now" in done.stdout, done.stdout[-3000:] + done.stderr[-5000:]
