@@ -27,7 +27,8 @@ TILES = {  # the names by which InternVL's processor asks its tokenizer
     "video_token": "<video>",
 }
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *QWEN]
-WORDS = [*re.findall(r"\S+", "user assistant what is in this image the and : ?"), *(f"w{i}" for i in range(360))]
+WORDS = [*re.findall(r"\S+", "user assistant what is in this image the and : ?"), *(f"w{i}" for i in range(346))]
+WORDS += ["<", ">", ".", "seconds", *"0123456789"]  # times of frames, which Qwen3-VL is told
 HIDDEN = 128  # channels of the language models
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 CHAT = (

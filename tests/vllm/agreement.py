@@ -36,13 +36,14 @@ class Request:
     images: tuple[Image.Image, ...] = ()
     method: str | None = None
     videos: tuple[np.ndarray, ...] = ()
+    fps: float = 2.0
 
     @property
     def prompt(self) -> dict[str, Any]:
         """As `vllm.LLM` takes it."""
         prompt: dict[str, Any] = {"prompt": self.text}
         frames = {"do_sample_frames": False, "video_backend": "opencv"}
-        videos = [(video, details(video) | frames) for video in self.videos]
+        videos = [(video, details(video, self.fps) | frames) for video in self.videos]
         shown = {"image": list(self.images), "video": videos}
         if any(shown.values()):
             prompt["multi_modal_data"] = {kind: items for kind, items in shown.items() if items}
@@ -108,7 +109,7 @@ def hugging_face(folder: Path, method: str, requests: Sequence[Request]) -> list
 def _clips(request: Request) -> dict[str, Any]:
     if not request.videos:
         return {}
-    metadata = [VideoMetadata(**details(video)) for video in request.videos]
+    metadata = [VideoMetadata(**details(video, request.fps)) for video in request.videos]
     return {"videos": list(request.videos), "video_metadata": metadata, "do_sample_frames": False}
 
 
@@ -117,10 +118,10 @@ def clip(seed: int, frames: int, width: int, height: int) -> np.ndarray:
     return np.stack([np.asarray(picture(seed + number // 3, width, height)) for number in range(frames)])
 
 
-def details(video: np.ndarray) -> dict[str, Any]:
-    """Describe a video of two frames a second."""
+def details(video: np.ndarray, fps: float) -> dict[str, Any]:
+    """Describe a video of so many frames a second."""
     count = len(video)
-    return {"fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count))}
+    return {"fps": fps, "duration": count / fps, "total_num_frames": count, "frames_indices": list(range(count))}
 
 
 def answered(model: Any, inputs: Mapping[str, Any]) -> Answer:

@@ -82,22 +82,22 @@ import os, sys
 import tests.vllm.conftest
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 from pathlib import Path
-from tests.vllm.test_agreement import CASES, off
+from tests.vllm import {module}
 if __name__ == "__main__":
     name, models, ranks, *methods = sys.argv[1:]
     if int(ranks) > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(int(ranks))))
     settings = {"tensor_parallel_size": int(ranks), "max_num_batched_tokens": 40}
-    found = off(name, Path(models), *(methods or CASES[name]), **settings)
+    found = {module}.off(name, Path(models), *methods, **settings)
     print("OFF", max(map(max, found)))
 """
 
 
-def off_in_processes(name: str, ranks: int, models: Path, folder: Path, *methods: str) -> float:
-    """Return how far the answers of an engine in processes of its own are off."""
+def off_in_processes(module: str, name: str, ranks: int, models: Path, folder: Path, *methods: str) -> float:
+    """Return how far the answers of an engine in processes of its own are off, those that a module of tests asks."""
     written_models.write(name, models)
     script = folder / "process.py"
-    script.write_text(PROCESS)
+    script.write_text(PROCESS.replace("{module}", module))
     command = [sys.executable, str(script), name, str(models), str(ranks), *methods]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
@@ -107,7 +107,7 @@ def off_in_processes(name: str, ranks: int, models: Path, folder: Path, *methods
 
 @pytest.mark.parametrize(("name", "ranks"), [("llava", 1), *((name, 2) for name in CASES)])
 def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, tmp_path: Path):
-    assert off_in_processes(name, ranks, models, tmp_path) < TOLERANCE
+    assert off_in_processes("test_agreement", name, ranks, models, tmp_path, *CASES[name]) < TOLERANCE
 
 
 # ---- faults that these tests are meant to catch ----
@@ -115,7 +115,7 @@ def test_engines_in_processes_of_their_own(name: str, ranks: int, models: Path, 
 
 def test_ranks_that_score_alone_are_noticed(models: Path, tmp_path: Path):
     method = "tests.vllm.ranks_alone.Alone(dominant=14, contextual=4)"
-    assert off_in_processes("llava", 2, models, tmp_path, method) > TOLERANCE
+    assert off_in_processes("test_agreement", "llava", 2, models, tmp_path, method) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl"])

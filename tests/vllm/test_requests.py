@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from vllm.multimodal.inputs import PlaceholderRange
 import vlmfast.vllm
 from tests.helpers import written_models
 from tests.helpers.written_models import picture, placeholder
+from tests.vllm.agreement import clip, details
 from tests.vllm.own_methods import Last
+from tests.vllm.test_videos import VIDEOS
 from vlmfast.reduce import EVS, CDPruner, DivPrune, FastV, PyramidDrop, VisionZip
 from vlmfast.vllm import KEY, encoding, llava_next, naming, positions, processing, qwen, registration
 
@@ -69,7 +72,7 @@ def test_arguments_are_the_same_for_a_server(models: Path):
         (
             "vcast:0.5",
             "InternVLForConditionalGeneration",
-            "VCAST.* before the video is encoded: .* by frame",
+            "VCAST.* reduces videos, and InternVL.* takes frames as tiles of images: use a method for images",
         ),
         (DivPrune(64), NEXT, "DivPrune.*depends on the picture"),
         (VisionZip(27, 5, packing="model"), NEXT, "depends on the picture.* packing='published' or 'whole'"),
@@ -211,6 +214,30 @@ def test_placeholders_of_crops(name: str, method: str, counts: list[int], models
         assert found[-2:] == around
         if name == "internvl":
             assert tokenizer.convert_ids_to_tokens([found[0], found[-3]]) == ["<img>", "</img>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "count"),  # that leaves this share of each frame, and the placeholders of one token for each
+    [
+        ("qwen2_5_vl", "even:{}", 2),
+        ("qwen3_vl", "even:{}", 2),
+        ("internvl", "even:{}", 4),
+        ("llava_onevision", "VisionZip(dominant={}, contextual=0, packing='whole')", 4 + 1),  # and the end of the video
+    ],
+)
+def test_placeholders_of_frames_that_keep_one_token_or_none(name: str, method: str, count: int, models: Path):
+    """The smallest share is a token of each frame."""
+    processor = MULTIMODAL_REGISTRY.create_processor(config(models, name, method.format(1.0)).model_config)
+    tokenizer = processor.info.get_tokenizer()
+    video = VIDEOS.get(name, placeholder(name).replace("image", "video"))
+    tokens = tokenizer.encode(f"user : {video} what", add_special_tokens=False)
+    shown = clip(1, 4, 112, 56)
+    given = (shown, details(shown, 2.0) | {"do_sample_frames": False, "video_backend": "opencv"})
+    items = processor.info.parse_mm_data({"video": [given]})
+    found = processor(tokens, items, hf_processor_mm_kwargs={KEY: method.format(0.01)})["prompt_token_ids"]
+    assert tokenizer.convert_ids_to_tokens(found).count(re.search(r"<(video|.video_pad.)>", video)[0]) == count
+    with pytest.raises(ValueError, match=r"leaves none of the \d+ tokens of an image, a video or a frame"):
+        processor(tokens, items, hf_processor_mm_kwargs={KEY: method.format(0)})
 
 
 def test_identities_say_the_method(models: Path):

@@ -16,7 +16,7 @@ from vlmfast.reduce.kinds import method_for
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.towers import EncodedImages, recorded
 from vlmfast.vllm.naming import KEY
-from vlmfast.vllm.processing import FIELDS, decode_text, method_of
+from vlmfast.vllm.processing import FIELDS, decode_text, method_of, reduced_as
 from vlmfast.vllm.registration import replaces
 
 
@@ -54,7 +54,7 @@ class ReducedEncoder:
     def methods_of(self, count: int, kind: str = "image") -> list[Method]:
         """Return the methods of so many images or videos, those that `embed_multimodal` was given."""
         given = self._methods.get(kind) or [method_of(self.config, getattr(self.config, KEY))] * count
-        return [method_for(kind, method) for method in given]
+        return [method_for(reduced_as(self.config, kind), method) for method in given]
 
     def pieces(self, tokens: Sequence[int]) -> Iterator[slice]:
         """Split images, given their numbers of tokens, into calls as large as those of the model without reduction.

@@ -37,13 +37,9 @@ class Processor(ReducedProcessor, InternS1MultiModalProcessor):
     """A processor that makes fewer placeholders."""
 
     def rows(self, method: Method, count: int, size: Any) -> int:
-        """Count what is left of each tile."""
+        """Count what is left of each tile, also where it is the frame of a video."""
         tile = tile_tokens(self.info.get_hf_config())
         return count // tile * sum(method.counts(tile, False, tile))
-
-    def frame_tokens(self, video: Any) -> int:
-        """Return the tokens of a tile."""
-        return tile_tokens(self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)

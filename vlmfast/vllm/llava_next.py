@@ -134,8 +134,9 @@ class OnevisionProcessor(CropRows, LlavaOnevisionMultiModalProcessor):
     """A processor of LLaVA-OneVision that makes fewer placeholders."""
 
     def video_rows(self, method: Method, count: int, video: Any) -> int:
-        """Count the newline at the end of a video."""
-        return super().video_rows(method, count - 1, video) + 1
+        """Count the newline at the end of a video of which something is left."""
+        left = super().video_rows(method, count - 1, video)
+        return left and left + 1
 
     def frame_tokens(self, video: Any) -> int:
         """Return the tokens of a frame after pooling."""

@@ -33,15 +33,16 @@ PACKINGS = {
     "LlavaNextForConditionalGeneration": ("published", "whole"),
     "LlavaOnevisionForConditionalGeneration": ("whole",),
 }
-# those whose videos are reduced -> whether the tokens of all frames stand together
+# those whose videos are reduced -> how the tokens of their frames stand: together, or apart, with text between them, or
+# as tiles, which are reduced as those of images are, and which Hugging Face's model does not tell from these
 VIDEOS = {
-    "InternVLForConditionalGeneration": False,
-    "LlavaOnevisionForConditionalGeneration": True,
-    "Qwen2_5_VLForConditionalGeneration": True,
-    "Qwen3VLForConditionalGeneration": False,
-    "Qwen3VLMoeForConditionalGeneration": False,
-    "Qwen3_5ForConditionalGeneration": False,
-    "Qwen3_5MoeForConditionalGeneration": False,
+    "InternVLForConditionalGeneration": "tiles",
+    "LlavaOnevisionForConditionalGeneration": "together",
+    "Qwen2_5_VLForConditionalGeneration": "together",
+    "Qwen3VLForConditionalGeneration": "apart",
+    "Qwen3VLMoeForConditionalGeneration": "apart",
+    "Qwen3_5ForConditionalGeneration": "apart",
+    "Qwen3_5MoeForConditionalGeneration": "apart",
 }
 
 
@@ -96,9 +97,11 @@ def fitting(architecture: str, method: object) -> Method:
     """
     found = checked(method)
     name = architecture.removeprefix(PREFIX)
-    if "image" not in found.takes and name not in VIDEOS:
-        raise ValueError(f"{found} reduces videos, and {name} takes none in vLLM: use a method for images")
-    if "video" in found.takes and not by_frame(found) and name in VIDEOS and not VIDEOS[name]:
+    videos = VIDEOS.get(name)
+    if "image" not in found.takes and videos in (None, "tiles"):
+        taken = "takes frames as tiles of images" if videos else "takes none in vLLM"
+        raise ValueError(f"{found} reduces videos, and {name} {taken}: use a method for images")
+    if "video" in found.takes and not by_frame(found) and videos == "apart":
         raise ValueError(
             f"{found} chooses how many tokens each frame of a video keeps, and {name} has text before each frame, so "
             f"that vLLM must know each number before the video is encoded: use a method that reduces frame by frame"

@@ -21,7 +21,7 @@ from vllm.multimodal.processing.processor import PromptUpdate
 from vlmfast.reduce.kinds import method_for
 from vlmfast.reduce.methods import Method
 from vlmfast.reduce.spelling import spell_call
-from vlmfast.vllm.naming import KEY, by_frame, configured_method, requested_method
+from vlmfast.vllm.naming import KEY, PREFIX, VIDEOS, by_frame, configured_method, requested_method
 from vlmfast.vllm.registration import replaces
 
 # of each image, and of each video: the text of its method, on its way to the model
@@ -132,17 +132,18 @@ class ReducedProcessor:
         images, asked = mm_items.get("image"), self.method
 
         def shorter(update: Any) -> PromptReplacement:
-            method = method_for(update.modality, asked)
+            kind = reduced_as(self.info.get_hf_config(), update.modality)
+            method = method_for(kind, asked)
 
             def replacement(item: int) -> Any:
                 content = update.replacement(item) if callable(update.replacement) else update.replacement
 
                 def rows(count: int) -> int:
-                    if update.modality == "video":
+                    if kind == "video":
                         left = self.video_rows(method, count, out_mm_kwargs["video"][item])
                     else:
-                        size = images.get_image_size(item) if hasattr(images, "get_image_size") else None
-                        left = self.rows(method, count, size)
+                        given = update.modality == "image" and hasattr(images, "get_image_size")
+                        left = self.rows(method, count, images.get_image_size(item) if given else None)
                     if not left:
                         raise ValueError(
                             f"{method} leaves none of the {count} tokens of an image, a video or a frame, and vLLM "
@@ -192,6 +193,12 @@ def method_of(config: Any, text: str) -> Method:
     (architecture,) = config.architectures
     own = text == getattr(config, KEY)
     return configured_method(architecture, text) if own else requested_method(architecture, text)
+
+
+def reduced_as(config: Any, kind: str) -> str:
+    """Return "image" or "video": what a model's images, or videos, are reduced as."""
+    (architecture,) = config.architectures
+    return "image" if VIDEOS.get(architecture.removeprefix(PREFIX)) == "tiles" else kind
 
 
 def encode_text(text: str) -> Tensor:
