@@ -11,9 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 import vlmfast
 from tests.helpers.patches_models import patched, tiny
+from tests.helpers.segments_of_towers import LENGTHS, WIDTH, attention_of, inputs_of
+from vlmfast import linear as linear_layers
 from vlmfast.modules import project
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -120,3 +124,23 @@ def test_quantised_projections_are_called(order: str):
     assert kinds == {torch.ao.nn.quantized.dynamic.Linear}
     assert patched(model)
     assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("change", ["slow", "fast", "hook"])
+def test_those_of_a_tower_are_widened_where_half_precision_is_slow(change: str, monkeypatch: pytest.MonkeyPatch):
+    """What was done to a linear layer is called as before."""
+    monkeypatch.setattr(linear_layers, "SLOW", frozenset({torch.bfloat16} if change != "fast" else ()))
+    monkeypatch.setattr(linear_layers, "FEWEST_ROWS", 1)
+    attention, inputs = attention_of().bfloat16(), inputs_of(LENGTHS["windows"], torch.bfloat16)
+    config = Qwen2_5_VLConfig(vision_config={"hidden_size": WIDTH, "intermediate_size": 24}).vision_config
+    mlp: nn.Module = Qwen2_5_VLMLP(config).bfloat16()
+    model = nn.ModuleDict({"attention": attention, "mlp": mlp})
+    seen, original = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(x.dtype) or original(x, *rest))
+    if change == "hook":
+        for layer in (attention.qkv, attention.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            layer.register_forward_hook(lambda *_: None)
+    with vlmfast.patch(model):
+        attention(**inputs)
+        mlp(inputs["hidden_states"])
+    assert seen == [torch.float32 if change == "slow" else torch.bfloat16] * 5

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 import vlmfast
 from tests.helpers.segments_of_towers import (
@@ -26,7 +24,6 @@ from tests.helpers.segments_of_towers import (
     inputs_of,
     results,
 )
-from vlmfast import linear as linear_layers
 from vlmfast.benchmarks import counting
 from vlmfast.patches import segments
 from vlmfast.patches.plan import find_sites
@@ -81,26 +78,6 @@ def test_error_is_that_of_upstream(lengths: list[int], dtype: torch.dtype, imple
         assert mine.dtype == theirs.dtype
         rounding = torch.finfo(dtype).eps / 2 * true.norm()
         assert (mine - true).norm() <= 1.05 * (theirs - true).norm() + rounding
-
-
-@pytest.mark.parametrize("change", ["slow", "fast", "hook"])
-def test_linear_layers_are_widened_where_half_precision_is_slow(change: str, monkeypatch: pytest.MonkeyPatch):
-    """What was done to a linear layer is called as before."""
-    monkeypatch.setattr(linear_layers, "SLOW", frozenset({torch.bfloat16} if change != "fast" else ()))
-    monkeypatch.setattr(linear_layers, "FEWEST_ROWS", 1)
-    attention, inputs = attention_of().bfloat16(), inputs_of(LENGTHS["windows"], torch.bfloat16)
-    config = Qwen2_5_VLConfig(vision_config={"hidden_size": WIDTH, "intermediate_size": 24}).vision_config
-    mlp: nn.Module = Qwen2_5_VLMLP(config).bfloat16()
-    model = nn.ModuleDict({"attention": attention, "mlp": mlp})
-    seen, original = [], torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(x.dtype) or original(x, *rest))
-    if change == "hook":
-        for layer in (attention.qkv, attention.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            layer.register_forward_hook(lambda *_: None)
-    with vlmfast.patch(model):
-        attention(**inputs)
-        mlp(inputs["hidden_states"])
-    assert seen == [torch.float32 if change == "slow" else torch.bfloat16] * 5
 
 
 def test_windows_cannot_be_exchanged():
