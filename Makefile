@@ -19,13 +19,13 @@ demo: $(VENV)/built          ## a Qwen3-VL with random weights on a photograph: 
 # JOBS tests at a time, each on one thread
 PYTEST = VLMFAST_TEST_REQUIRE=native,triton,emulated,torch,ptx_sm_90,ptx_sm_80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-test: $(VENV)/built $(VENV)/tools          ## what a change must pass, in a few minutes; no GPU is needed
+test: $(VENV)/built $(VENV)/tools          ## what a change must pass, in ten minutes on two cores; no GPU is needed
 	$(PYTEST) -m "not thorough and not planted and not ptx"
 
 test-thorough: $(VENV)/built $(VENV)/tools ## the tests that take long for what they add to these
 	$(PYTEST) -m "thorough and not planted and not ptx"
 
-test-ptx: $(VENV)/built $(VENV)/tools      ## kernels as Triton and nvcc compiled them, run on the CPU in every dtype and layout
+test-ptx: $(VENV)/built $(VENV)/tools      ## kernels as Triton and nvcc compiled them, run on the CPU in every dtype
 	$(PYTEST) -k ptx -m "not planted" tests/ptx tests/ops
 
 test-faults: $(VENV)/built $(VENV)/tools   ## do the tests notice faults in CUDA kernels, and barriers that are left out of Triton's? hours

@@ -69,7 +69,7 @@ class Trained:
     """A copy of the model in training, with its losses, the seconds of its steps and the bytes that a step saves.
 
     Attributes:
-        gradients: of the first step, by the names of their parameters, in the memory of the host; only if ``keep``.
+        gradients: of the first step, by the names of their parameters, in the memory of the host; only if ``rounded``.
         error: of the first step's gradients, relative to the norm of those of ``exact``; None without them.
         saved_bytes: of all tensors that the first forward has kept for its backward, without the parameters.
     """
@@ -81,11 +81,10 @@ class Trained:
         compress: Any = None,
         patch: dict[str, Any] | None = None,
         rounded: torch.dtype | None = None,
-        keep: bool = False,
         exact: dict[str, Tensor] | None = None,
     ) -> None:
         self.model: Any = twin(copy.deepcopy(model), patch).train()
-        self.batches, self.compress, self.rounded, self.keep, self.exact = batches, compress, rounded, keep, exact
+        self.batches, self.compress, self.rounded, self.exact = batches, compress, rounded, exact
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.gradients: dict[str, Tensor] = {}
@@ -133,7 +132,7 @@ class Trained:
 
     def _compare_gradients(self) -> None:
         found = {name: value.grad for name, value in self.model.named_parameters() if value.grad is not None}
-        if self.keep:
+        if self.rounded is not None:
             self.gradients = {name: grad.to("cpu", copy=True) for name, grad in found.items()}
         if self.exact is not None:
             far = sum(torch.dist(found[name].cpu().float(), grad).item() ** 2 for name, grad in self.exact.items())
@@ -146,10 +145,11 @@ def permuted(model: nn.Module) -> nn.Module:
     for module in result.modules():
         layers = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
         if all(isinstance(layer, nn.Linear) for layer in layers):
-            gate, up, down = (cast("nn.Linear", layer).weight for layer in layers)
-            order = torch.randperm(gate.shape[0], generator=generator).to(gate.device)
-            for weight, dim in ((gate, 0), (up, 0), (down, 1)):
-                weight.data = weight.data.index_select(dim, order)
+            gate, up, down = (cast("nn.Linear", layer) for layer in layers)
+            order = torch.randperm(gate.out_features, generator=generator).to(gate.weight.device)
+            for values, dim in ((gate.weight, 0), (gate.bias, 0), (up.weight, 0), (up.bias, 0), (down.weight, 1)):
+                if values is not None:
+                    values.data = values.data.index_select(dim, order)
     return result
 
 
@@ -162,11 +162,11 @@ def measure(
     method = None if all_tokens else recipe.method
     base, ours = ("unpatched", "patched") if method is None else ("compressed", "reduced")
     same: dict[str, Any] = {"compress": method}
-    if dtype == torch.float32:
+    if dtype == torch.float32 or method is not None:  # in float32 a method may choose other tokens
         exact = None
     else:
         wide = {name: _widened(value) for name, value in batch.items()}
-        reference = Trained(copy.deepcopy(model).float(), wide, rounded=dtype, keep=True, **same)
+        reference = Trained(copy.deepcopy(model).float(), wide, rounded=dtype, **same)
         _train({"float32": reference}, steps, out)
         exact = same["exact"] = reference.gradients
     timed = {} if method is None else {"full": Trained(model, batch)}
@@ -216,7 +216,7 @@ def _times(trained: Trained, against: Trained) -> Record:
     return {
         "step_ms": 1e3 * median(seconds),
         "range": (max(seconds) - min(seconds)) / median(seconds),
-        "time_over_unpatched": median(b / a for a, b in zip(seconds, others, strict=True)),
+        "speedup": median(b / a for a, b in zip(seconds, others, strict=True)),
         "saved_mb": trained.saved_bytes / 1e6,
     }
 
@@ -258,7 +258,7 @@ def show(console: Console, records: list[Record]) -> None:
     columns = {
         "step_ms": ("step, ms", "{:.0f}"),
         "range": ("range", "{:.0%}"),
-        "time_over_unpatched": ("x unpatched", "{:.2f}"),
+        "speedup": ("speed-up", "{:.2f}"),
         "saved_mb": ("saved, MB", "{:.1f}"),
         "first_loss": ("first loss", "{:.4f}"),
         "last_loss": ("last loss", "{:.4f}"),

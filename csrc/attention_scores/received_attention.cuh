@@ -184,19 +184,18 @@ struct Type {
 // Calls function(Type<Tiles>): tensor cores for heads of up to 128 elements in half precision, else FMAs.
 template <typename Function>
 void with_tiles(Dtype dtype, int64_t head_dim, bool in_vectors, Function&& function) {
-  const auto choose = [&](auto zero) {
+  with_dtype(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    constexpr int kVec = kVectorBytes / sizeof(scalar_t), kMostSteps = 8;
-    const int64_t steps = (head_dim + 15) / 16;
-    if (in_vectors && steps <= 4) return function(Type<TensorTiles<scalar_t, 4, kVec>>());
-    if (in_vectors && steps <= 5) return function(Type<TensorTiles<scalar_t, 5, kVec>>());
-    if (in_vectors && steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, kVec>>());
-    if (steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, 1>>());
+    if constexpr (!std::is_same_v<scalar_t, float>) {
+      constexpr int kVec = kVectorBytes / sizeof(scalar_t), kMostSteps = 8;
+      const int64_t steps = (head_dim + 15) / 16;
+      if (in_vectors && steps <= 4) return function(Type<TensorTiles<scalar_t, 4, kVec>>());
+      if (in_vectors && steps <= 5) return function(Type<TensorTiles<scalar_t, 5, kVec>>());
+      if (in_vectors && steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, kVec>>());
+      if (steps <= kMostSteps) return function(Type<TensorTiles<scalar_t, kMostSteps, 1>>());
+    }
     function(Type<PlainTiles<scalar_t>>());
-  };
-  if (dtype == Dtype::kFloat32) function(Type<PlainTiles<float>>());
-  if (dtype == Dtype::kFloat16) choose(__half());
-  if (dtype == Dtype::kBFloat16) choose(__nv_bfloat16());
+  });
 }
 
 }  // namespace vlmfast

@@ -128,8 +128,8 @@ void launch_blocks(const DeviceScope& scope, void (*kernel)(Params...), int64_t 
   check_cuda(launch(kernel, dim3(std::min(blocks, kMaxBlocks)), threads, shared_bytes, scope.stream(), args...));
 }
 
-// Calls function(scalar_t()) for the storage type of a dtype. With VLMFAST_BFLOAT16_ALONE, tests that need no other type
-// compile in half the time.
+// Calls function(scalar_t()) for the storage type of a dtype. Tests that need no type but bfloat16 are compiled with
+// VLMFAST_BFLOAT16_ALONE, in half the time.
 template <typename Function>
 void with_dtype(Dtype dtype, Function&& function) {
 #ifdef VLMFAST_BFLOAT16_ALONE

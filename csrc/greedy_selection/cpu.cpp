@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -53,9 +52,9 @@ class Cosines {
 
   bool has_direction(int64_t token) const { return inverse_[token] != 0; }
 
-  // Computes the rows of the tokens that are worth most, up to `most` of those that are not taken, and returns these
-  // tokens. Rows are cheaper together, and the next best tokens are usually needed next.
-  const std::vector<int32_t>& compute(const std::vector<float>& worth, int64_t most) {
+  // Computes the rows of the tokens that are worth most, up to `most` of those that are not taken. Rows are cheaper
+  // together, and the next best tokens are usually needed next.
+  void compute(const std::vector<float>& worth, int64_t most) {
     order_.clear();
     for (int32_t token = 0; token < rows_.tokens; ++token) {
       if (row_of_[token] == nullptr && worth[token] != kTaken) order_.push_back(token);
@@ -71,7 +70,6 @@ class Cosines {
     on_panels(count, [&](int64_t begin, int64_t end) {
       table_.cosines(panels_, rows_.size, tile_.get(), order_.data(), count, begin, end, to.data());
     });
-    return order_;
   }
 
  private:

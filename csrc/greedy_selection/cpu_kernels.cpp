@@ -232,20 +232,26 @@ void likeliest(const TokenSketches& sketches, int32_t* guesses, int32_t* likelie
 template <class T>
 float dot(const char* row, const char* other, int64_t size) {
   const T *const a = reinterpret_cast<const T*>(row), *const b = reinterpret_cast<const T*>(other);
-  Block sums[2] = {};
   const auto add = VLMFAST_LAMBDA(Block & sum, int64_t offset, auto count) {
     const Block x = load(a + offset, count), y = load(b + offset, count);
     sum = each_part([&](int i) { return multiply_add(x.part[i], y.part[i], sum.part[i]); });
   };
+  // Longer chains would round equal terms alike, and tell doubles apart by more than kSame.
+  constexpr int64_t kStep = 2 * kBlock, kLongest = 16 * kStep;
+  Block total = {};
   int64_t at = 0;
-  for (; at + 2 * kBlock <= size; at += 2 * kBlock) {
-    add(sums[0], at, Whole{});
-    add(sums[1], at + kBlock, Whole{});
+  while (at + kStep <= size) {
+    const int64_t stop = at + (size - at < kLongest ? size - at : kLongest);
+    Block sums[2] = {};
+    for (; at + kStep <= stop; at += kStep) {
+      add(sums[0], at, Whole{});
+      add(sums[1], at + kBlock, Whole{});
+    }
+    total = total + (sums[0] + sums[1]);
   }
-  each_block(size - at, VLMFAST_LAMBDA(int64_t offset, auto count) { add(sums[0], at + offset, count); });
-  const Block both = sums[0] + sums[1];
-  Float sum = both.part[0];
-  for (int i = 1; i < kParts; ++i) sum += both.part[i];
+  each_block(size - at, VLMFAST_LAMBDA(int64_t offset, auto count) { add(total, at + offset, count); });
+  Float sum = total.part[0];
+  for (int i = 1; i < kParts; ++i) sum += total.part[i];
   return sum_of_lanes(sum);
 }
 

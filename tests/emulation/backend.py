@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU, as backends of the registry: "emulated" and, in check mode, "checked".
+"""The CUDA kernels, compiled for the CPU, as backends of the registry: "emulated" and those of check mode.
 
 Check mode takes long to compile, so it compiles one family, and for a call in bfloat16 no kernels of other types.
 """

@@ -135,7 +135,9 @@ def every_access(family: str, examine: Examine) -> Callable[..., None]:
     """Make the test that examines a family's kernels in each dtype and in each order of threads."""
 
     pairs = [
-        pytest.param(dtype, schedule, marks=[] if dtype == torch.bfloat16 else [pytest.mark.thorough])  # same templates
+        pytest.param(
+            dtype, schedule, marks=[] if dtype == torch.bfloat16 else [pytest.mark.thorough]
+        )  # most templates are the same
         for dtype, schedule in zip(cases.DTYPES, SCHEDULES, strict=True)
     ]
 

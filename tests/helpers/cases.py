@@ -223,6 +223,18 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
             yield tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))
 
 
+def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
+    """Yield the calls of a place where one takes a second: each sample as it is and in a layout, another in each dtype.
+
+    At `COMPILED` places, where most calls compile a kernel, a sample is called in one of both ways, which sm_90 and
+    sm_80 have in turns. In float32 and bfloat16 together every place meets all layouts.
+    """
+    turn = DTYPES.index(dtype)
+    for number, args in enumerate(calls(op, place[0], dtype, [turn])):
+        if place not in COMPILED or number % 2 == (number // 4 + turn + COMPILED.index(place)) % 2:
+            yield args
+
+
 class Recorder(TorchDispatchMode):
     """Records the names of the operators that run."""
 

@@ -25,18 +25,19 @@ from tests.helpers.cases import (
     each_as_compiled,
     each_place,
     each_traced,
+    few_calls,
     is_float,
     is_tensor,
     outputs,
     run,
     runnable,
     widened,
+    with_cases,
 )
 from tests.helpers.rounding import Tensors, assert_within
+from tests.helpers.thorough import INTERPRETED
 from vlmfast.linear import SLOW
 from vlmfast.registry import OPS, Op
-
-INTERPRETED = ("triton", "emulated")
 
 
 def replaced(op: Op):
@@ -57,15 +58,10 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     same_sums &= op.compose is None or backend == "torch" or dtype not in SLOW  # see vlmfast/linear.py
     same_sums &= op.cases.same_bits or backend == "torch"
     differ = total = 0
-    candidates = calls(op, device, dtype)
-    if place == ("cpu", "triton") or place in COMPILED:  # a call takes a second, so each dtype runs another layout
-        turn = DTYPES.index(dtype)
-        candidates = calls(op, device, dtype, [turn])
-        if place in COMPILED:  # most calls compile a kernel, so each is made for one of two GPUs, in turns
-            turn += COMPILED.index(place)
-            candidates = (args for at, args in enumerate(candidates) if at % 2 == (at // 2 + turn) % 2)
-        if op.compose is not None:  # the tests of its parts run their kernels
-            candidates = itertools.islice(op.cases.samples(device, dtype), 6)
+    few = place == ("cpu", "triton") or place in COMPILED
+    candidates = few_calls(op, place, dtype) if few else calls(op, device, dtype)
+    if few and op.compose is not None:  # the tests of its parts run their kernels
+        candidates = itertools.islice(op.cases.samples(device, dtype), 6)
     for args in runnable(op, backend, candidates):
         before = [a.clone() for a in args if is_tensor(a)]
         got = run(op, backend, args)
@@ -84,6 +80,19 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     elif dtype != torch.float32:  # in float32 another order of a sum changes many last bits
         share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so another order shows more often
         assert differ <= total // share, f"{differ} of {total} elements differ"
+
+
+@pytest.mark.parametrize("place", COMPILED, ids=str)
+def test_each_compiled_place_meets_every_layout(place: tuple[str, str]):
+    def samples(*_):
+        return [(torch.zeros(2, 6, 8), torch.zeros(2, 6, 8))] * 16
+
+    def layouts(found):
+        return {tuple((a.stride(), a.storage_offset()) for a in args) for args in found}
+
+    op = with_cases(OPS["rms_norm"], samples=samples)
+    met = layouts(args for dtype in (torch.float32, torch.bfloat16) for args in few_calls(op, place, dtype))
+    assert met == layouts(calls(op, "cpu", None))
 
 
 def spoiled(args, backend: str):

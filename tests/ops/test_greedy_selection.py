@@ -257,6 +257,15 @@ def test_doubles_come_last_and_in_order(backend: str, name: str, dtype: torch.dt
         assert getattr(vlmfast, name)(features, k)[0].tolist() == list(range(k))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_long_doubles_of_one_size_are_the_same(dtype: torch.dtype):
+    """Products of equal terms round alike: added one by one, their error would tell doubles apart."""
+    for scale in torch.rand(16):
+        rows = scale * (2.0 * torch.randint(0, 2, (5, 8192)) - 1)
+        features = torch.cat([rows, rows])[None].to(dtype)
+        assert vlmfast.farthest(features, 7)[0].tolist() == list(range(7))
+
+
 @pytest.mark.parametrize(
     ("name", "weights"), [("farthest", (None, True)), ("dpp_map", (None,)), ("coverage", (None, None))]
 )

@@ -50,6 +50,32 @@ def test_no_wide_copy_is_kept(processor: bool):
     assert set(kept) == {torch.bfloat16}
 
 
+def test_a_frozen_layer_keeps_no_input(processor: bool):
+    x, weight = torch.randn(16, 64).bfloat16().requires_grad_(), torch.randn(32, 64).bfloat16()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_layers.linear(x, weight)
+    assert kept == [weight.numel()]
+
+
+def test_several_gradients_at_a_time(processor: bool):
+    leaves = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((2, 8, 64), (32, 64), (32,))]
+    output = linear_layers.linear(*leaves)
+    directions = torch.randn(3, *output.shape).bfloat16()
+    together = torch.autograd.grad(output, leaves, directions, retain_graph=True, is_grads_batched=True)
+    for index, direction in enumerate(directions):
+        each = torch.autograd.grad(output, leaves, direction, retain_graph=True)
+        for got, want in zip(together, each, strict=True):
+            torch.testing.assert_close(got[index], want, rtol=0.02, atol=0.2)
+
+
+def test_a_traced_graph_runs_elsewhere(processor: bool):
+    leaves = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((16, 64), (32, 64))]
+    graph = torch.jit.trace(linear_layers.linear, tuple(leaves), check_trace=False).inlined_graph
+    assert "PythonOp" not in str(graph)
+    assert "aten::linear" in str(graph)
+
+
 @pytest.mark.parametrize("needed", range(3))
 def test_gradient_of_one_argument(processor: bool, needed: int):
     values = [torch.randn(shape).bfloat16() for shape in ((16, 64), (32, 64), (32,))]

@@ -30,7 +30,7 @@ PLACE = "ptx_sm_90"
 
 
 def execute(op: Op, dtype: torch.dtype) -> None:
-    """Run all calls of the generated tests; `backend.machines` records what ran."""
+    """Run the samples in all layouts, of which `make test-ptx` has a part; `backend.machines` records what ran."""
     found = op.backend(PLACE)
     torch.manual_seed(0)
     with vlmfast.use(PLACE):

@@ -13,11 +13,11 @@ from vlmfast.registry import OPS
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "place", ["triton", *(pytest.param(f"ptx_{x}", marks=pytest.mark.ptx) for x in ("sm_90", "sm_80"))]
+    "backend", ["triton", *(pytest.param(f"ptx_{x}", marks=pytest.mark.ptx) for x in ("sm_90", "sm_80"))]
 )
-def test_every_product_of_two_tokens(place: str, dtype: torch.dtype) -> None:
-    require(OPS["farthest"], place)
+def test_every_product_of_two_tokens(backend: str, dtype: torch.dtype) -> None:
+    require(OPS["farthest"], backend)
     op = gram()
     for args in calls(op, "cpu", dtype, [DTYPES.index(dtype)]):
         want = op.reference(*args), op.reference(*widened(args))
-        assert_within(outputs(op.backend(place).run(*args)), *([one] for one in want), composed=True)
+        assert_within(outputs(op.backend(backend).run(*args)), *([one] for one in want), composed=True)

@@ -40,8 +40,10 @@ def cluster(tmp_path: Path) -> Iterator[str]:
             env=ENVIRONMENT | {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": NODE},
         )
         try:
+            deadline = time.monotonic() + 300
             while "Ray runtime started" not in log.read_text():
                 assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
                 for session in Path(sessions).glob("session_2*"):
                     for name in NO_PORTS:
                         (session / f"{name}_{NODE}").write_text("-1")

@@ -177,7 +177,7 @@ BODIES = (
     Body(PACK_TILES, "23382ecd8a5d4bfb", tiles.pack_tiles, "with newlines and without padding: LLaVA-NeXT"),
     # Gated MLPs
     Body("forward", "53cf8d209a685e47", mlp.gated_mlp, "three projections: Llama and most others"),
-    Body("forward", "e623c7e14c4101df", mlp.vision_gated_mlp, "three projections: Qwen2.5-VL's tower"),
+    Body("forward", "e623c7e14c4101df", mlp.vision_gated_mlp, "three projections: towers of Qwen2.5-VL and GLM-4V"),
     Body("forward", "b28c02621ea13681", mlp.fused_gated_mlp, "one projection for gate and up: Phi-3, GLM"),
     # Decoder layers
     Body("forward", "4ac1461b49a26d73", layers.llama_layer, "two norms: Llama, Qwen2-VL and most others"),

@@ -20,14 +20,14 @@ def gated_mlp(self: Any, x: Tensor) -> Tensor:
     return _gated_mlp(self, x)
 
 
-def _gated_mlp(self: Any, x: Tensor, linear: Callable[..., Tensor] | None = None) -> Tensor:
+def _gated_mlp(self: Any, x: Tensor, multiply: Callable[..., Tensor] | None = None) -> Tensor:
     act_fn = child(self, "act_fn")
     activation = activation_of(act_fn)
     if activation is None:
-        product = act_fn(project(self, "gate_proj", x, linear)) * project(self, "up_proj", x, linear)
+        product = act_fn(project(self, "gate_proj", x, multiply)) * project(self, "up_proj", x, multiply)
     else:
-        product = _gated(activation, project(self, "gate_proj", x, linear), project(self, "up_proj", x, linear))
-    return project(self, "down_proj", product, linear)
+        product = _gated(activation, project(self, "gate_proj", x, multiply), project(self, "up_proj", x, multiply))
+    return project(self, "down_proj", product, multiply)
 
 
 def vision_gated_mlp(self: Any, hidden_state: Tensor) -> Tensor:
