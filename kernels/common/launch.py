@@ -26,7 +26,8 @@ class Config:
 
     num_warps: int
     # Fixed because Triton 3.10 changes the default. An FMA drops the rounding between a multiplication and an addition,
-    # and Hugging Face rounds to the dtype at none of these places.
+    # also one to the dtype, because LLVM multiplies in bfloat16 what is rounded to it: kernels that add such products
+    # turn it off.
     enable_fp_fusion: bool = True
 
 

@@ -26,6 +26,7 @@ from vlmfast.kernels.rope.forward import qk_norm_rope_kernel
 class RopeConfig(Config):
     """The tile of a program: heads x (the two rotated halves and the rest), whose sizes are fixed by the model."""
 
+    enable_fp_fusion: bool = False  # products with cos and sin are rounded before they are added
     HALF: int
     REST: int
     BLOCK_HEADS: int
