@@ -13,7 +13,7 @@ do these, which are not timed:
 - ``prompts swapped``, ``prompts one by one`` and ``neurons permuted``: as the unpatched one, summed in other orders. In
   half precision a step moves weights by roundings, so that any two orders soon come apart: how far these do is how far
   the patched one may;
-- ``float32``: the arithmetic of 16-bit models in float32, with weights that are rounded to 16 bits after each step.
+- ``float32``, of 16-bit models with all tokens: their arithmetic in float32, with weights rounded to 16 bits each step.
   From it come the errors of each copy's first gradients; those of copies that compute the same differ by a fifth.
 """
 
