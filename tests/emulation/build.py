@@ -25,8 +25,7 @@ COMMON += ["-DVLMFAST_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 UNDEFINED = "alignment,bounds,float-cast-overflow,integer-divide-by-zero,return,shift,signed-integer-overflow"
 CHECK = ["-O0", "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]  # a hook for every access
 CHECK += [f"-fsanitize={UNDEFINED}", "-ftrivial-auto-var-init=pattern"]  # variables start as garbage, not as zero
-MULTIPROCESSORS = 132  # of an H200
-MODES = {"plain": ["-O1"], "check": CHECK, "whole": ["-O1", f"-DVLMFAST_MULTIPROCESSORS={MULTIPROCESSORS}"]}
+MODES = {"plain": ["-O1"], "check": CHECK}
 RUNTIME = ("scheduler.cpp", "warp.cpp", "memory.cpp")
 
 
@@ -86,7 +85,7 @@ def build(
     """Compile the kernels for the CPU.
 
     Args:
-        mode: "plain" is fast; "check" checks every access; "whole" launches what a whole GPU would get.
+        mode: "plain" is fast; "check" checks every access.
         bfloat16_alone: whether kernels for other dtypes are left out, which halves the time.
         library: the namespace of the ops under ``torch.ops``; a process may load several libraries.
         csrc: the folder of sources and headers.

@@ -129,6 +129,13 @@ inline unsigned vote(unsigned mask, bool predicate, Site site) {
   return static_cast<unsigned>(warp_op(WarpOp::kOr, mask, uint64_t{predicate} << lane, 0, 32, site));
 }
 
+// What launches may count on; see vlmfast_emulation_gpu.
+struct Gpu {
+  int multiprocessors;
+  int64_t most_blocks;
+};
+extern Gpu gpu;
+
 }  // namespace vlmfast::emulation
 
 #define threadIdx (vlmfast::emulation::coordinates.thread)
@@ -294,12 +301,7 @@ const char* cudaGetErrorString(cudaError_t error);  // the emulator's own messag
 
 namespace vlmfast {
 
-#ifdef VLMFAST_MULTIPROCESSORS  // launches are to be those of a GPU
-constexpr int64_t kMaxBlocks = 2147483647;
-#else  // small, so that kernels have to loop, persistent ones too
-#define VLMFAST_MULTIPROCESSORS 1
-constexpr int64_t kMaxBlocks = 5;
-#endif
+inline const int64_t& kMaxBlocks = emulation::gpu.most_blocks;
 
 inline float fast_exp2(float x) { return exp2f(x); }
 

@@ -59,6 +59,7 @@ static void make_context(Context& context, char* stack, void (*entry)()) {
 Coordinates coordinates;
 dim3 block_shape, grid_shape;
 bool running;
+Gpu gpu = {1, 5};  // small, so that kernels have to loop, persistent ones too
 int current_thread;
 uint32_t barrier_epoch, block_serial, launch_serial, fenced_serial;
 Span fibre_stacks, static_shared, dynamic_shared, library;
@@ -370,6 +371,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 // ---- for the tests, through ctypes ----
 
 EMULATION_API void vlmfast_emulation_schedule(int value) { schedule = value; }
+EMULATION_API void vlmfast_emulation_gpu(int multiprocessors, int64_t most_blocks) {
+  gpu = {multiprocessors, most_blocks};
+}
 // Names a function that executes the launches in place of the fibres, and returns 0 unless it fails; null for none.
 EMULATION_API void vlmfast_emulation_execute_by(decltype(executor) function) { executor = function; }
 EMULATION_API const char* vlmfast_emulation_error() { return error_text.c_str(); }

@@ -17,7 +17,7 @@ class DeviceScope {
   ~DeviceScope() { vlmfast_emulation_forbid_all(); }
 
   cudaStream_t stream() const { return nullptr; }
-  int multiprocessors() const { return VLMFAST_MULTIPROCESSORS; }
+  int multiprocessors() const { return emulation::gpu.multiprocessors; }
 
   // Allows a kernel to read the rows of a view, one by one.
   template <typename scalar_t, int rank>

@@ -24,6 +24,7 @@ PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Backends that execute, on the CPU, kernels as compiled for a GPU: Triton's, and CUDA's where nvcc is. See tests/ptx/.
 # `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_sm_100"), ("cpu", "ptx_nvcc")]
+WHOLE = {("ptx_sm_90", torch.bfloat16), ("ptx_nvcc", torch.bfloat16)}  # where every sample is called
 # Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
 # has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
@@ -214,25 +215,34 @@ LAYOUTS = (contiguous, offset, padded, oddly_padded, transposed, every_other, ex
 AWKWARD = [*((first, 0) for first in range(1, len(LAYOUTS))), (1, 1), (2, 1)]
 
 
+def laid_out(sample: tuple[Any, ...], first: int, step: int) -> tuple[Any, ...]:
+    """Return a sample in a layout of `AWKWARD`; (0, 0) is as it is."""
+    layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
+    return tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))
+
+
 def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(3)) -> Samples:
     """Yield every sample of the op as it is, and in the next of the awkward layouts for each of ``turns``."""
     for position, sample in enumerate(op.cases.samples(device, dtype)):
-        chosen = [AWKWARD[(3 * position + turn) % len(AWKWARD)] for turn in turns]
-        for first, step in [(0, 0), *chosen]:
-            layouts = (LAYOUTS[(first + step * index) % len(LAYOUTS)] for index in range(len(sample)))
-            yield tuple(layout(a) if is_tensor(a) else a for a, layout in zip(sample, layouts, strict=True))
+        yield laid_out(sample, 0, 0)
+        yield from (laid_out(sample, *AWKWARD[(3 * position + turn) % len(AWKWARD)]) for turn in turns)
 
 
 def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
     """Yield the calls of a place where one takes a second: each sample as it is and in a layout, another in each dtype.
 
-    At `COMPILED` places, where most calls compile a kernel, a sample is called in one of both ways, which sm_90 and
-    sm_80 have in turns. In float32 and bfloat16 together every place meets all layouts.
+    At `COMPILED` places, where most calls compile a kernel of their own, each call is of another sample: every second
+    one in a layout. There `WHOLE` has all samples; otherwise float32 has the first of each two, another dtype the
+    second. All of a place's calls together meet all layouts.
     """
     turn = DTYPES.index(dtype)
-    for number, args in enumerate(calls(op, place[0], dtype, [turn])):
-        if place not in COMPILED or number % 2 == (number // 4 + turn + COMPILED.index(place)) % 2:
-            yield args
+    if place not in COMPILED:
+        yield from calls(op, place[0], dtype, [turn])
+        return
+    begin, step = (0, 1) if (place[1], dtype) in WHOLE else (int(dtype != torch.float32), 2)
+    for number, sample in enumerate(itertools.islice(op.cases.samples(place[0], dtype), begin, None, step)):
+        plain = (number + turn + COMPILED.index(place)) % 2 == 0
+        yield laid_out(sample, *((0, 0) if plain else AWKWARD[(number // 2 * 3 + turn) % len(AWKWARD)]))
 
 
 class Recorder(TorchDispatchMode):

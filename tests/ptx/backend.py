@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tests.ptx.compile import OPTIONS, Compiled, compiled
-from tests.ptx.machine import Machine
+from tests.ptx.machine import Machine, assembled
 from tests.ptx.memory import READ, WRITE, GlobalMemory
-from tests.ptx.parse import Kernel, PtxError, parse
+from tests.ptx.parse import Kernel, PtxError
 from vlmfast import backends
 from vlmfast.registry import Op
 
@@ -62,7 +62,7 @@ machines: dict[tuple[str, str], Machine] = {}
 def machine_for(ptx: str, name: str) -> Machine:
     """Return the machine of a module's kernel, assembling it on first use."""
     if (ptx, name) not in machines:
-        machines[ptx, name] = Machine(parse(ptx, name))
+        machines[ptx, name] = assembled(ptx, name)
     return machines[ptx, name]
 
 

@@ -7,6 +7,7 @@ another process, `python -m tests.ptx.compile`, which answers each line of input
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -191,6 +192,7 @@ def _code(cubin: bytes) -> dict[str, Any]:
 
 
 def main() -> None:
+    gc.disable()  # there is little garbage, and much that the collector would look at again and again
     for line in sys.stdin:
         try:
             answer = _answer(json.loads(line))

@@ -46,8 +46,8 @@ def assemble(machine: Machine, ins: Instruction) -> Action:
     if ins.name not in HANDLERS:
         raise unknown(ins)
     flags, handler = HANDLERS[ins.name]
-    if strange := set(ins.flags) - flags:
-        raise unknown(ins, "." + ", .".join(sorted(strange)))
+    if not flags.issuperset(ins.flags):
+        raise unknown(ins, "." + ", .".join(sorted(set(ins.flags) - flags)))
     return handler(machine, ins)
 
 

@@ -7,6 +7,7 @@ the checks of shared memory ensure that another order would give the same result
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tests.ptx.copies import Groups
 from tests.ptx.instructions import Action, assemble, unknown
 from tests.ptx.memory import Constant, GlobalMemory, SharedMemory
 from tests.ptx.order import Who
-from tests.ptx.parse import Instruction, Kernel, PtxError, Variable, names_of
+from tests.ptx.parse import Instruction, Kernel, PtxError, Variable, names_of, parse
 from tests.ptx.registers import Reader, Registers
 from tests.ptx.values import TYPES, UNSIGNED
 from tests.ptx.warps import BIT, members, to_all
@@ -45,6 +46,7 @@ class Step:
 # Instructions for the lanes of a warp that their last operand names, and for all lanes of a warp.
 OF_MEMBERS = {"shfl", "vote", "redux", "match", "elect"}
 OF_WARPS = {"mma", "ldmatrix", "stmatrix", "wgmma"}
+TOGETHER = OF_MEMBERS | OF_WARPS
 
 # Where the generic addresses of shared and local memory begin, above all global addresses.
 WINDOWS = {"shared": 1 << 60, "local": 1 << 61}
@@ -83,7 +85,7 @@ class Machine(Registers):
             if ins.name in ("bar", "barrier"):
                 return self._barrier(ins, predicate)
             members_of = None
-            if ins.name in OF_MEMBERS | OF_WARPS:
+            if ins.name in TOGETHER:
                 members_of = self.source(ins.args[-1] if ins.name in OF_MEMBERS else "-1", TYPES["u32"])
             return Step(assemble(self, ins), None, "", predicate, ins.negated, members_of)
         except PtxError as error:
@@ -280,6 +282,18 @@ class Machine(Registers):
         arrived = (self.waiting.reshape(-1, self.per_block) | self.absent).all(1)
         self.shared.interval[arrived] += 1
         self.waiting[np.repeat(arrived, self.per_block)] = False
+
+
+def assembled(ptx: str, name: str) -> Machine:
+    """Parse and assemble a kernel of a module.
+
+    Meanwhile the garbage collector is off: it would take more time than this does, and none of the objects is garbage.
+    """
+    gc.disable()
+    try:
+        return Machine(parse(ptx, name))
+    finally:
+        gc.enable()
 
 
 def _unit(ins: Instruction) -> int:

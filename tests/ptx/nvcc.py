@@ -23,9 +23,9 @@ from tests.emulation import backend as emulation
 from tests.emulation import build
 from tests.helpers.cases import outputs
 from tests.ptx.compile import ROOT, cache
-from tests.ptx.machine import Machine
+from tests.ptx.machine import Machine, assembled
 from tests.ptx.memory import READ, WRITE, GlobalMemory
-from tests.ptx.parse import PtxError, parse
+from tests.ptx.parse import PtxError
 from vlmfast import backends
 from vlmfast.architectures import NVCC_FLAGS
 
@@ -123,7 +123,7 @@ class Family:
             if name not in self.entries:
                 raise PtxError(f"nvcc has compiled no kernel {name}")
             own, text = self.entries[name]
-            self.machines[name] = Machine(parse(f"{self.head}\n{text}", own))
+            self.machines[name] = assembled(f"{self.head}\n{text}", own)
         return self.machines[name]
 
     def memory(self) -> GlobalMemory:
@@ -174,10 +174,14 @@ class Family:
             self.library.vlmfast_emulation_execute_by(None)
 
 
+def parts(name: str) -> tuple[Path, str, str]:
+    """Compile csrc/<name>/cuda.cu, or find it compiled; return what `Family` is made of."""
+    return build.build("plain"), "vlmfast_emulated", compiled(build.CSRC / name / "cuda.cu")
+
+
 @functools.cache
 def family(name: str) -> Family:
-    """Compile csrc/<name>/cuda.cu, or find it compiled."""
-    return Family(build.build("plain"), "vlmfast_emulated", compiled(build.CSRC / name / "cuda.cu"))
+    return Family(*parts(name))
 
 
 def loader(op: str, family_name: str, reference: Callable[..., Any]) -> backends.Backend | str:

@@ -68,6 +68,8 @@ class Kernel:
 
 def split(text: str) -> list[str]:
     """Split at commas outside brackets."""
+    if not re.search(r"[{\[(]", text):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, begin = [], 0, 0
     for at, character in enumerate(text):
         if character in "{[(":
@@ -134,28 +136,32 @@ def _statements(body: str) -> Iterator[str]:
         raise PtxError(f"a statement without an end: {text.strip()}")
 
 
-def _instruction(statement: str, line: str, renamed: list[dict[str, str]]) -> Instruction:
-    def rename(found: re.Match[str]) -> str:
-        return next((scope[found[0]] for scope in reversed(renamed) if found[0] in scope), found[0])
-
-    found = re.match(r"(?:@(!?)\s*([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", statement, re.S)
-    if found is None:
-        raise PtxError(f"not an instruction: {statement}")
-    negated, predicate, opcode, operands = found.groups()
-    parts = opcode.replace("::cta", "").split(".")
+@functools.cache
+def _opcode(text: str) -> tuple[str, tuple[str, ...], tuple[Type, ...]]:
+    """Split an opcode into its name, flags and types."""
+    parts = text.replace("::cta", "").split(".")
     first = len(parts)
     while first > 1 and parts[first - 1] in TYPES:
         first -= 1
-    return Instruction(
-        name=parts[0],
-        flags=tuple(parts[1:first]),
-        types=tuple(TYPES[name] for name in parts[first:]),
-        args=[re.sub(r"[%$A-Za-z_][\w$@]*", rename, operand) for operand in split(operands)],
-        predicate=re.sub(r".+", rename, predicate) if predicate else None,
-        negated=negated == "!",
-        text=" ".join(statement.split()),
-        line=line,
-    )
+    return parts[0], tuple(parts[1:first]), tuple(TYPES[name] for name in parts[first:])
+
+
+_INSTRUCTION = re.compile(r"(?:@(!?)\s*([%$\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+_NAME = re.compile(r"[%$A-Za-z_][\w$@]*")
+
+
+def _instruction(statement: str, line: str, renamed: list[dict[str, str]]) -> Instruction:
+    """Parse an instruction; ``renamed`` has the unique names of registers of each scope around it."""
+    found = _INSTRUCTION.match(statement)
+    if found is None:
+        raise PtxError(f"not an instruction: {statement}")
+    negated, predicate, opcode, operands = found.groups()
+    if any(renamed):
+        unique = {name: other for scope in renamed for name, other in scope.items()}
+        predicate = unique.get(predicate, predicate)
+        operands = _NAME.sub(lambda found: unique.get(found[0], found[0]), operands)
+    text = " ".join(statement.split())
+    return Instruction(*_opcode(opcode), split(operands), predicate, negated == "!", text, line)
 
 
 def _registers(statement: str, kernel: Kernel, scopes: list[dict[str, str]]) -> None:
@@ -216,7 +222,6 @@ def _check(text: str) -> None:
         raise PtxError(f"the target {target[1]} is not known here, only {', '.join(sorted(TARGETS))}")
 
 
-@functools.cache
 def parse(text: str, name: str) -> Kernel:
     """Read one kernel of a module.
 

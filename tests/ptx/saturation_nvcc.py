@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import re
 import runpy
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from tests.emulation import build
 from tests.helpers import in_flight
 from tests.ptx import counts, nvcc
 from tests.ptx.compile import ROOT, cache
-from vlmfast import backends
 from vlmfast.benchmarks.predicted import Launch
-from vlmfast.registry import OPS, Op
+from vlmfast.registry import Op
 
 LIMITED = re.compile(r"// Limited \((\w+)\): (.*(?:\n *// .*)*)")
+# Multiprocessors and the most blocks of a launch: of an H200, and of the GPU that is emulated otherwise.
+WHOLE, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:\d+ SHARED:(\d+)")
 
 
@@ -78,11 +80,17 @@ class Counting(nvcc.Family):
     """Runs the launches of a family as on an H200, and counts what they do."""
 
     def __init__(self, family: str) -> None:
-        source = build.CSRC / family / "cuda.cu"
-        namespace = f"vlmfast_whole_{family}"
-        library = build.build("whole", library=namespace, sources=[source])
-        super().__init__(library, namespace, nvcc.compiled(source))
-        self.namespace, self.facts, self.launches = namespace, facts(family), []
+        super().__init__(*nvcc.parts(family))
+        self.facts, self.launches = facts(family), []
+
+    @contextlib.contextmanager
+    def executing(self) -> Iterator[None]:
+        self.library.vlmfast_emulation_gpu(*WHOLE)
+        try:
+            with super().executing():
+                yield
+        finally:
+            self.library.vlmfast_emulation_gpu(*TINY)
 
     def _execute(self, kernel: int, arguments: Any, count: int, shape: Any, shared: int) -> int:
         name = self.names[kernel]
@@ -113,17 +121,10 @@ def counting(family: str) -> Counting:
     return Counting(family)
 
 
-@functools.cache
-def takes(name: str) -> Callable[..., bool]:
-    """Return a function that tells whether the CUDA kernels of an op take a call."""
-    found = backends.compiled_backend("whole", counting(OPS[name].family).namespace, name, OPS[name].reference)
-    return lambda *args: found.unsupported(*args) is None
-
-
 def launches_on(op: Op, args: tuple[Any, ...]) -> list[Launch]:
     """Run a call, and return its launches; none of a call that the CUDA kernels do not take."""
     family = counting(op.family)
     family.launches = []
-    if takes(op.name)(*args):
+    if op.backend("emulated").unsupported(*args) is None:
         family(op.name, *args)
     return family.launches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.cases import DTYPES, calls, outputs, require, widened
+from tests.helpers.cases import DTYPES, few_calls, outputs, require, widened
 from tests.helpers.rounding import assert_within
 from tests.ptx.gram import gram
 from vlmfast.registry import OPS
@@ -18,6 +18,6 @@ from vlmfast.registry import OPS
 def test_every_product_of_two_tokens(backend: str, dtype: torch.dtype) -> None:
     require(OPS["farthest"], backend)
     op = gram()
-    for args in calls(op, "cpu", dtype, [DTYPES.index(dtype)]):
+    for args in few_calls(op, ("cpu", backend), dtype):
         want = op.reference(*args), op.reference(*widened(args))
         assert_within(outputs(op.backend(backend).run(*args)), *([one] for one in want), composed=True)
