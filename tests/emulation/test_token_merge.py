@@ -172,8 +172,8 @@ FAULTS = [
     Fault(
         "vector too many",
         "merge_rows.cuh",
-        "k * kStep < loaded",
-        "k * kStep <= loaded",
+        "k * kStep < left",
+        "k * kStep <= left",
         f"{RACE}|{BOUNDS}",
     ),
     Fault(
