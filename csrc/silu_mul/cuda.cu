@@ -50,6 +50,8 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   return activation == Activation::kSilu ? x / (1.f + expf(-x)) : 0.5f * x * (1.f + tanhf(gelu_inner(x)));
 }
 
+// Limited (silu_mul_kernel): GELU takes a tanh, because far below zero its rounding decides the last bits of the result;
+// tanhf has two branches for each element, and so many registers that four blocks remain
 template <typename scalar_t, int kVec, Activation kActivated>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(Input<scalar_t, 2> gate,   // (rows, hidden)
                                                             Input<scalar_t, 2> up,     // (rows, hidden)
@@ -68,6 +70,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(Input<scalar_t, 2> g
   });
 }
 
+// Limited (silu_mul_backward_kernel): GELU has a polynomial in the exponential and its slope for each element
 template <typename scalar_t, int kVec, Activation kActivated>
 __global__ void __launch_bounds__(kThreads)
     silu_mul_backward_kernel(Input<scalar_t, 2> grad_output,    // (rows, hidden)
