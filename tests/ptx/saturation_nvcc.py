@@ -20,6 +20,7 @@ from vlmfast import backends
 from vlmfast.benchmarks.predicted import Launch
 from vlmfast.registry import OPS, Op
 
+MOST_STEPS = 10_000_000  # of a batch of blocks: to choose from an image of 1296 tokens takes more than a million
 LIMITED = re.compile(r"// Limited \((\w+)\): (.*(?:\n *// .*)*)")
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:\d+ SHARED:(\d+)")
 
@@ -87,6 +88,7 @@ class Counting(nvcc.Family):
     def _execute(self, kernel: int, arguments: Any, count: int, shape: Any, shared: int) -> int:
         name = self.names[kernel]
         machine, before = self.machine(name), self.machine(name).ran.copy()
+        machine.most_steps = MOST_STEPS
         if failed := super()._execute(kernel, arguments, count, shape, shared):
             return failed
         ran, known = machine.ran - before, self.facts[name]
