@@ -1,8 +1,10 @@
 """Write benchmarks/results/static.json: facts about every kernel that need no GPU.
 
     python scripts/static_report.py [traffic] [executed] [saturation] [predicted] [triton] [cuda]
+    python scripts/static_report.py saturation:silu_mul,merge_rows executed:coverage
 
-regenerates the named sections, or all of them:
+The first regenerates the named sections, or all of them; the second the records of some ops in these sections, and
+keeps those of the others. `traffic` and `cuda`, whose kernels belong to several ops, are regenerated as a whole:
 
 * `triton` and `cuda`: registers, spills or stack, shared memory and widths of global accesses in the generated code. A
   record stands for all specialisations of a kernel with the same dtypes: the largest numbers, and all widths. Triton's
@@ -30,10 +32,13 @@ from typing import Any
 
 import compile_cuda
 
+from vlmfast.registry import OPS
+
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks" / "results" / "static.json"
 MOST_BYTES = 250_000
 TOGETHER = {"saturation", "predicted"}
+BY_OP = {*TOGETHER, "executed", "triton"}  # sections of which the records of some ops can be regenerated
 
 
 def run(*command: str, interpret: bool) -> Any:
@@ -62,11 +67,11 @@ def summarised(records: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
     return list(found.values())
 
 
-def of_triton() -> list[dict[str, Any]]:
-    """Compile the launches of all workloads by Triton, and summarise their records."""
+def of_triton(*ops: str) -> list[dict[str, Any]]:
+    """Compile the launches of the workloads of some ops, or of all, by Triton, and summarise their records."""
     numbers = ("registers", "spills", "shared", "loads", "stores")
     keys = ("op", "kernel", "target", "types")
-    records = run("tests/helpers/compile_kernels.py", "--all", interpret=False)
+    records = run("tests/helpers/compile_kernels.py", "--real", *ops, interpret=False)
     if spilling := [record for record in records if record["spills"]]:
         raise SystemExit(f"static_report: registers are spilled: {spilling}")
     return summarised([{k: r[k] for k in (*keys, *numbers)} for r in records if r["real"]], keys)
@@ -85,9 +90,9 @@ def of_cuda(nvcc: str) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def saturation() -> dict[str, list[dict[str, Any]]]:
-    """Run the real shapes of all ops, and return both sections that come of it."""
-    found: dict[str, list[dict[str, Any]]] = run("-m", "tests.ptx.saturation", interpret=True)
+def saturation(*ops: str) -> dict[str, list[dict[str, Any]]]:
+    """Run the real shapes of some ops, or of all, and return both sections that come of it."""
+    found: dict[str, list[dict[str, Any]]] = run("-m", "tests.ptx.saturation", *ops, interpret=True)
     return found
 
 
@@ -98,16 +103,41 @@ def nvcc_version(nvcc: str) -> str:
     return found[1] if found else said.strip()
 
 
-def make() -> dict[str, Callable[[], list[dict[str, Any]]]]:
-    """Map each section to the function that makes it."""
+def make() -> dict[str, Callable[..., list[dict[str, Any]]]]:
+    """Map each section to the function that makes it, of the ops `BY_OP` that it is given, or of all."""
     return {
         "traffic": lambda: run("-m", "tests.helpers.traffic", interpret=True),
-        "executed": lambda: run("-m", "tests.ptx.coverage", interpret=True),
-        "saturation": lambda: saturation()["saturation"],
-        "predicted": lambda: saturation()["predicted"],
+        "executed": lambda *ops: run("-m", "tests.ptx.coverage", *ops, interpret=True),
+        "saturation": lambda *ops: saturation(*ops)["saturation"],
+        "predicted": lambda *ops: saturation(*ops)["predicted"],
         "triton": of_triton,
         "cuda": lambda: of_cuda(found_nvcc()),
     }
+
+
+def requested(names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Map each section that is asked for to the ops whose records are; to none for all of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        section, _, ops = name.partition(":")
+        found[section] = tuple(ops.split(",")) if ops else ()
+        if ops and section not in BY_OP:
+            raise SystemExit(f"static_report: {section} is regenerated as a whole, got {name}")
+        if unknown := set(found[section]) - set(OPS):
+            raise SystemExit(f"static_report: there is no op {', '.join(sorted(unknown))}")
+    together = [found[section] for section in sorted(TOGETHER) if section in found]
+    if len({*together}) > 1:
+        raise SystemExit(f"static_report: {' and '.join(sorted(TOGETHER))} are regenerated together, of the same ops")
+    return found | dict.fromkeys(TOGETHER if together else (), *together[:1])
+
+
+def replaced(before: list[dict[str, Any]], found: list[dict[str, Any]], ops: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Replace the records of some ops in their place, or all records where no op is named."""
+    if not ops:
+        return found
+    order = list(dict.fromkeys(record["op"] for record in [*before, *found]))
+    kept = [record for record in before if record["op"] not in ops]
+    return sorted([*kept, *found], key=lambda record: order.index(record["op"]))
 
 
 def found_nvcc() -> str:
@@ -120,12 +150,15 @@ def found_nvcc() -> str:
 
 def main(names: list[str]) -> None:
     makers = make()
-    if unknown := set(names) - set(makers):
+    wanted = requested(names) or dict.fromkeys(makers, ())
+    if unknown := set(wanted) - set(makers):
         raise SystemExit(f"static_report: a section is one of {', '.join(makers)}, got {', '.join(sorted(unknown))}")
-    names = [*names, *(TOGETHER if TOGETHER & {*names} else ())]
     versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(found_nvcc())}
     before = json.loads(REPORT.read_text()) if names else {}
-    sections = {name: before[name] if names and name not in names else one() for name, one in makers.items()}
+    sections = {
+        name: replaced(before.get(name, []), one(*wanted[name]), wanted[name]) if name in wanted else before[name]
+        for name, one in makers.items()
+    }
     units = "bytes, but registers; widths are of single loads and stores of global memory"
     head = {"date": datetime.date.today().isoformat(), "versions": versions, "units": units}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]

@@ -195,6 +195,22 @@ def test_a_record_of_the_report_keeps_its_order(monkeypatch):
     assert list(found) == ["kernel", "specialisations", *names, "loads"]
 
 
+def test_records_of_some_ops_are_replaced_in_their_place(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(str(ROOT / "scripts" / "static_report.py"))
+    before = [{"op": name, "run": 1} for name in ("rms_norm", "coverage", "coverage", "silu_mul")]
+    found = [{"op": name, "run": 2} for name in ("silu_mul", "silu_mul", "coverage")]
+    now = script["replaced"](before, found, ("coverage", "silu_mul"))
+    assert [(r["op"], r["run"]) for r in now] == [("rms_norm", 1), ("coverage", 2), ("silu_mul", 2), ("silu_mul", 2)]
+    assert script["replaced"](before, found, ()) == found
+    ops = ("coverage", "silu_mul")
+    wanted = script["requested"](["saturation:coverage,silu_mul", "cuda"])
+    assert wanted == {"saturation": ops, "predicted": ops, "cuda": ()}
+    for names in (["executed:coverage,nothing"], ["traffic:coverage"], ["saturation", "predicted:coverage"]):
+        with pytest.raises(SystemExit, match="static_report: "):
+            script["requested"](names)
+
+
 def test_faults_of_cuda_kernels_are_named():
     """scripts/compile_cuda.py finds the faults in the output of ptxas and cuobjdump for two kernels."""
     script = runpy.run_path(str(ROOT / "scripts" / "compile_cuda.py"))

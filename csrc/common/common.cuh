@@ -182,16 +182,12 @@ struct BlockCount {
   // `turn` counts the calls: alternating between two buffers saves a barrier, as in GroupSum.
   __device__ __forceinline__ Sums add_up(int warp_count, int turn) {
     int (&buffer)[kWarps] = warp_counts[turn % 2];
-    const int own_warp = threadIdx.x / kWarp;
-    if (threadIdx.x % kWarp == 0) buffer[own_warp] = warp_count;
+    static_assert(kWarps <= kWarp, "each lane takes the count of one warp");
+    const int own_warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (lane == 0) buffer[own_warp] = warp_count;
     __syncthreads();
-    Sums sums{0, 0};
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      if (warp < own_warp) sums.earlier_warps += buffer[warp];
-      sums.block += buffer[warp];
-    }
-    return sums;
+    const int count = lane < kWarps ? buffer[lane] : 0;
+    return {__reduce_add_sync(kAllLanes, lane < own_warp ? count : 0), __reduce_add_sync(kAllLanes, count)};
   }
 };
 

@@ -44,6 +44,8 @@ constexpr int kSumWarps = 32;
 
 // Adds up the rows of partial sums. A block takes kWarp columns of one sum; each of its warps takes every kSumWarps-th
 // row.
+//
+// Limited (sum_partials_kernel): of the two weights of heads of 128 there are eight blocks
 template <typename scalar_t>
 __global__ void __launch_bounds__(kWarp* kSumWarps)
     sum_partials_kernel(const float* __restrict__ partials,  // (blocks, gridDim.y, hidden)

@@ -200,7 +200,8 @@ __device__ __forceinline__ void finish(const PixelRows& rows, const float (&tota
   }
 }
 
-// Limited (mining_kernel): each element takes part in two moments, a product with the query and the sum of its block
+// Limited (mining_kernel): a block has a token: of a few there are too few; each element takes part in two moments, a
+// product with the query and the sum of its block
 template <typename scalar_t, int kVec, bool kBackward>
 __global__ void __launch_bounds__(MiningPolicy::kThreads, 1)
     mining_kernel(Input<scalar_t, 3> query,        // (batch, tokens, channels)

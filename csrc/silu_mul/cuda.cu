@@ -19,29 +19,30 @@ constexpr int kThreads = 256;
 // A block takes several short rows, or a part of a long one, so that the single row of a decoded token is spread over
 // many blocks.
 struct Tiles {
-  int64_t along, rows;  // threads along each row, and rows of a block
-  int64_t per_row;      // blocks along a row
+  unsigned per_row, blocks;  // blocks along a row, and all of them
+  dim3 shape;                // threads along each row, and rows of a block
 
-  explicit Tiles(int64_t vectors) {
+  Tiles(int64_t count, int64_t vectors) {
     constexpr int64_t kSegment = 8;  // threads that cover one 128-byte line
-    along = std::clamp<int64_t>((vectors + kSegment - 1) / kSegment * kSegment, kSegment, kThreads);
-    rows = kThreads / along;
+    const int64_t along = std::clamp<int64_t>((vectors + kSegment - 1) / kSegment * kSegment, kSegment, kThreads);
+    const int64_t rows = kThreads / along;
     per_row = (vectors + along - 1) / along;
+    const int64_t all = (count + rows - 1) / rows * per_row;
+    STD_TORCH_CHECK(all <= kMostInt, "gate must have fewer parts than 2^31");  // counted in 32 bits
+    blocks = all;
+    shape = dim3(along, rows);
   }
-  int64_t blocks(int64_t count) const { return (count + rows - 1) / rows * per_row; }
-  dim3 shape() const { return dim3(along, rows); }
-};
 
-// Calls function(row, column) for the vectors of a thread, in a loop over the grid.
-template <int kVec, typename Function>
-__device__ __forceinline__ void for_vectors(int64_t rows, int hidden, int64_t per_row, Function function) {
-  const int64_t blocks = (rows + blockDim.y - 1) / blockDim.y * per_row;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const int64_t row = block / per_row * blockDim.y + threadIdx.y;
-    const int64_t column = (block % per_row * blockDim.x + threadIdx.x) * kVec;
-    if (row < rows && column < hidden) function(row, static_cast<int>(column));
+  // Calls function(row, column) for the vectors of a thread, in a loop over the grid.
+  template <int kVec, typename Function>
+  __device__ __forceinline__ void for_vectors(int64_t rows, int hidden, Function function) const {
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+      const int64_t row = int64_t{block / per_row} * blockDim.y + threadIdx.y;
+      const int column = static_cast<int>((block % per_row * blockDim.x + threadIdx.x) * kVec);
+      if (row < rows && column < hidden) function(row, column);
+    }
   }
-}
+};
 
 __device__ __forceinline__ float gelu_inner(float x) { return kBeta * (x + kKappa * (x * x * x)); }
 
@@ -49,13 +50,15 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   return activation == Activation::kSilu ? x / (1.f + expf(-x)) : 0.5f * x * (1.f + tanhf(gelu_inner(x)));
 }
 
+// Limited (silu_mul_kernel): GELU takes a tanh, because far below zero its rounding decides the last bits of the result;
+// tanhf has two branches for each element, and so many registers that four blocks remain
 template <typename scalar_t, int kVec, Activation kActivated>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(Input<scalar_t, 2> gate,   // (rows, hidden)
                                                             Input<scalar_t, 2> up,     // (rows, hidden)
                                                             scalar_t* __restrict__ y,  // (rows, hidden)
-                                                            int64_t rows, int hidden, int64_t per_row) {
+                                                            int64_t rows, int hidden, Tiles tiles) {
   using Vec = Vector<scalar_t, kVec>;
-  for_vectors<kVec>(rows, hidden, per_row, [&](int64_t row, int column) {
+  tiles.for_vectors<kVec>(rows, hidden, [&](int64_t row, int column) {
     const Vec gates = Vec::load(gate.at(row) + column), ups = Vec::load(up.at(row) + column);
     float activated[kVec];
 #pragma unroll
@@ -67,6 +70,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(Input<scalar_t, 2> g
   });
 }
 
+// Limited (silu_mul_backward_kernel): GELU has a polynomial in the exponential and its slope for each element
 template <typename scalar_t, int kVec, Activation kActivated>
 __global__ void __launch_bounds__(kThreads)
     silu_mul_backward_kernel(Input<scalar_t, 2> grad_output,    // (rows, hidden)
@@ -74,9 +78,9 @@ __global__ void __launch_bounds__(kThreads)
                              Input<scalar_t, 2> up,             // (rows, hidden)
                              scalar_t* __restrict__ grad_gate,  // (rows, hidden)
                              scalar_t* __restrict__ grad_up,    // (rows, hidden)
-                             int64_t rows, int hidden, int64_t per_row) {
+                             int64_t rows, int hidden, Tiles tiles) {
   using Vec = Vector<scalar_t, kVec>;
-  for_vectors<kVec>(rows, hidden, per_row, [&](int64_t row, int column) {
+  tiles.for_vectors<kVec>(rows, hidden, [&](int64_t row, int column) {
     const Vec grads = Vec::load(grad_output.at(row) + column);
     const Vec gates = Vec::load(gate.at(row) + column), ups = Vec::load(up.at(row) + column);
     float of_gate[kVec], of_up[kVec];
@@ -127,10 +131,10 @@ Tensor silu_mul(const Tensor& gate, const Tensor& up, Activation activation) {
   with_types(args, activation, [&](auto zero, auto width, auto activated) {
     using scalar_t = decltype(zero);
     constexpr int kVec = decltype(width)::value;
-    const Tiles tiles(args.hidden / kVec);
-    launch_blocks(scope, silu_mul_kernel<scalar_t, kVec, decltype(activated)::value>, tiles.blocks(args.rows),
-                  tiles.shape(), 0, scope.input<scalar_t>(args.gate), scope.input<scalar_t>(args.up),
-                  scope.output<scalar_t>(y), int64_t{args.rows}, args.hidden, tiles.per_row);
+    const Tiles tiles(args.rows, args.hidden / kVec);
+    launch_blocks(scope, silu_mul_kernel<scalar_t, kVec, decltype(activated)::value>, tiles.blocks, tiles.shape, 0,
+                  scope.input<scalar_t>(args.gate), scope.input<scalar_t>(args.up), scope.output<scalar_t>(y),
+                  int64_t{args.rows}, args.hidden, tiles);
   });
   return y;
 }
@@ -143,11 +147,11 @@ std::tuple<Tensor, Tensor> silu_mul_backward(const Tensor& grad_output, const Te
   with_types(args, activation, [&](auto zero, auto width, auto activated) {
     using scalar_t = decltype(zero);
     constexpr int kVec = decltype(width)::value;
-    const Tiles tiles(args.hidden / kVec);
-    launch_blocks(scope, silu_mul_backward_kernel<scalar_t, kVec, decltype(activated)::value>, tiles.blocks(args.rows),
-                  tiles.shape(), 0, scope.input<scalar_t>(args.grad_output), scope.input<scalar_t>(args.gate),
+    const Tiles tiles(args.rows, args.hidden / kVec);
+    launch_blocks(scope, silu_mul_backward_kernel<scalar_t, kVec, decltype(activated)::value>, tiles.blocks,
+                  tiles.shape, 0, scope.input<scalar_t>(args.grad_output), scope.input<scalar_t>(args.gate),
                   scope.input<scalar_t>(args.up), scope.output<scalar_t>(grad_gate), scope.output<scalar_t>(grad_up),
-                  int64_t{args.rows}, args.hidden, tiles.per_row);
+                  int64_t{args.rows}, args.hidden, tiles);
   });
   return {grad_gate, grad_up};
 }

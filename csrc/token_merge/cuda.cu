@@ -78,7 +78,7 @@ Tensor merge_rows_backward(const Tensor& grad_tensor, const Tensor& slots_tensor
   const MergeBackwardPolicy policy(sizes, scope.multiprocessors());
   with_row_policy<WarpRow>(args.dtype, args.hidden, vectors_fit(kVectorBytes, args.grad), [&](auto zero, auto row) {
     using scalar_t = decltype(zero);
-    launch_blocks(scope, merge_rows_backward_kernel<scalar_t, decltype(row)::kVec>, args.batch * policy.chunks,
+    launch_blocks(scope, merge_rows_backward_kernel<scalar_t, decltype(row)::kVec>, policy.blocks,
                   MergePolicy::kThreads, policy.shared_bytes, scope.input<scalar_t>(args.grad),
                   scope.input<int32_t>(args.slots), scope.output<scalar_t>(grad_hidden), sizes, merge, policy);
   });

@@ -22,7 +22,7 @@ __device__ __forceinline__ float divisor_of(Merge merge, int count) {
 // for each warp.
 struct MergePolicy {
   static constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-  static constexpr int kVectors = 4;     // in flight for each lane while a row is moved
+  static constexpr int kVectors = 8;     // in flight for each lane while a row is moved
   static constexpr int kRows = 8;        // in flight for each warp while rows are summed
   static constexpr int kMembers = 2048;  // tokens whose slots are scanned at a time
   unsigned slices, sums, blocks;         // slices per contextual row; blocks of the first kind; blocks of both kinds
@@ -38,18 +38,21 @@ struct MergePolicy {
 
 // Moves a row of `hidden` elements with one warp, after change(vector) on each vector. `from` is null for zeros.
 template <typename Vec, typename scalar_t, typename Change>
-__device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int64_t hidden, Change change) {
+__device__ __forceinline__ void move_row(const scalar_t* from, scalar_t* to, int hidden, Change change) {
   constexpr int kVec = sizeof(Vec) / sizeof(scalar_t), kStep = kWarp * kVec, kVectors = MergePolicy::kVectors;
-  for (int64_t column = threadIdx.x % kWarp * kVec; column < hidden; column += kStep * kVectors) {
+  for (int column = threadIdx.x % kWarp * kVec; column < hidden; column += kStep * kVectors) {
+    const int left = hidden - column, loaded = from != nullptr ? left : 0;
     Vec values[kVectors] = {};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      if (from != nullptr && k * kStep < hidden - column) values[k] = Vec::load(from + column + k * kStep);
+      if (k * kStep < loaded) values[k] = Vec::load(from + column + k * kStep);
     }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      change(values[k]);
-      if (k * kStep < hidden - column) values[k].store(to + column + k * kStep);
+      if (k * kStep < left) {
+        change(values[k]);
+        values[k].store(to + column + k * kStep);
+      }
     }
   }
 }
@@ -83,6 +86,8 @@ struct Members {
   }
 };
 
+// Limited (merge_rows_kernel): each block looks in all slots of a sequence for the tokens that join its row, of which it
+// adds up 512 bytes each
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
     merge_rows_kernel(Input<scalar_t, 3> hidden,      // (batch, tokens, hidden)
@@ -130,6 +135,7 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
         }
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
+          if (member + k * kWarps >= listed) break;  // a warp often has one member
 #pragma unroll
           for (int i = 0; i < kVec; ++i) sums[i] += values[k][i];
         }
@@ -156,14 +162,18 @@ __global__ void __launch_bounds__(MergePolicy::kThreads, 1)
 struct MergeBackwardPolicy {
   static constexpr int kBlocksPerMultiprocessor = 4;
   static constexpr int kCounts = 2048;  // contextual tokens whose members are counted at a time
-  int64_t chunk, chunks, shared_bytes;  // chunk: tokens of a block; chunks: blocks of a sequence
+  int chunk, chunks;                    // tokens of a block, and blocks of a sequence
+  unsigned blocks;                      // of all sequences
+  size_t shared_bytes;
 
   MergeBackwardPolicy(const MergeSizes& sizes, int64_t multiprocessors) {
     constexpr int64_t kWarps = MergePolicy::kWarps;
     const int64_t most = multiprocessors * kBlocksPerMultiprocessor;
-    const int64_t wanted = (sizes.batch * sizes.tokens + most - 1) / most;
-    chunk = std::max((wanted + kWarps - 1) / kWarps * kWarps, kWarps);
+    const int64_t wanted = std::clamp<int64_t>((sizes.batch * sizes.tokens + most - 1) / most, 1, sizes.tokens);
+    chunk = static_cast<int>((wanted + kWarps - 1) / kWarps * kWarps);
     chunks = (sizes.tokens + chunk - 1) / chunk;
+    STD_TORCH_CHECK(sizes.batch * chunks <= kMostInt, "the sequences must have fewer parts than 2^31");
+    blocks = sizes.batch * chunks;
     shared_bytes = std::clamp(sizes.contextual, 1, kCounts) * sizeof(int);
   }
 };
@@ -177,33 +187,33 @@ __global__ void __launch_bounds__(MergePolicy::kThreads)
   using Vec = Vector<scalar_t, kVec>;
   constexpr int kCounts = MergeBackwardPolicy::kCounts, kThreads = MergePolicy::kThreads;
   VLMFAST_DYNAMIC_SHARED(int, counts);  // the number of tokens merged into each contextual token
-  const int contextual = sizes.contextual;
-  for (int64_t work = blockIdx.x; work < sizes.batch * policy.chunks; work += gridDim.x) {
-    const int64_t batch = work / policy.chunks, first = work % policy.chunks * policy.chunk;
-    const int64_t end = min(first + policy.chunk, int64_t{sizes.tokens});
+  const int contextual = sizes.contextual, lane = threadIdx.x % kWarp;
+  for (unsigned work = blockIdx.x; work < policy.blocks; work += gridDim.x) {
+    const int64_t batch = work / policy.chunks;
+    const int first = work % policy.chunks * policy.chunk, end = min(first + policy.chunk, sizes.tokens);
     const int32_t* const own_slots = slots.at(batch);
     for (int first_number = 0; first_number == 0 || first_number < contextual; first_number += kCounts) {
       const int numbers = min(kCounts, contextual - first_number);
       __syncthreads();  // all threads are done with the previous counts
       for (int i = threadIdx.x; i < numbers; i += kThreads) counts[i] = 0;
       __syncthreads();
-      for (int begin = 0; begin < sizes.tokens; begin += kThreads) {
-        const int position = begin + threadIdx.x;
+      // Warps without a token are done, and all lanes of the others take part in the ballot.
+      for (int position = threadIdx.x; position - lane < sizes.tokens; position += kThreads) {
         const unsigned slot = position < sizes.tokens ? own_slots[position] : -1;
         const unsigned number = slot - static_cast<unsigned>(contextual + first_number);
         count_one(counts, number, position < sizes.tokens && number < static_cast<unsigned>(numbers));
       }
       __syncthreads();
-      for (int64_t token = first + threadIdx.x / kWarp; token < end; token += MergePolicy::kWarps) {
-        const int64_t slot = own_slots[token];
-        const bool is_contextual = slot >= 0 && slot < 2 * int64_t{contextual}, joined = slot >= contextual;
-        const int64_t number = joined ? slot - contextual : slot;
-        if (is_contextual ? number < first_number || number >= first_number + numbers : first_number > 0) continue;
-        const int64_t row = number + sizes.kept_count;
-        const bool has_row = is_contextual || (slot < 0 && row >= 0);
+      for (int token = first + threadIdx.x / kWarp; token < end; token += MergePolicy::kWarps) {
+        const int slot = own_slots[token];
+        const bool is_contextual = slot >= 0 && slot < 2 * contextual, joined = slot >= contextual;
+        const int number = joined ? slot - contextual : slot;
+        const unsigned index = static_cast<unsigned>(number) - static_cast<unsigned>(first_number);
+        if (is_contextual ? index >= static_cast<unsigned>(numbers) : first_number > 0) continue;
+        const bool has_row = is_contextual || (slot < 0 && slot + sizes.kept_count >= 0);
         const bool shares = is_contextual && (joined || merge == Merge::kMean);
-        const float divisor = shares ? divisor_of(merge, counts[number - first_number]) : 1.f;
-        move_row<Vec>(has_row ? grad.at(batch, row) : nullptr,
+        const float divisor = shares ? divisor_of(merge, counts[index]) : 1.f;
+        move_row<Vec>(has_row ? grad.at(batch, int64_t{number} + sizes.kept_count) : nullptr,
                       grad_hidden + (batch * sizes.tokens + token) * sizes.hidden, sizes.hidden, [&](Vec& values) {
           if (divisor == 1.f) return;  // a copy
           values.fill([&](int i) { return values[i] / divisor; });

@@ -49,8 +49,8 @@ struct MergeRowsArguments : MergeArguments {
 };
 
 struct MergeGradientArguments {
-  Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kHalfInt), hidden{"hidden"};
-  Size tokens = Size("tokens").at_most(kHalfInt);
+  Size batch{"batch"}, merged_count = Size("kept_count + contextual").at_most(kHalfInt);
+  Size tokens = Size("tokens").at_most(kHalfInt), hidden = Size("hidden").at_most(kHalfInt);
   FloatDtype dtype;
   View<3> grad;
   View<2> slots;

@@ -168,12 +168,12 @@ FAULTS = [
         UNORDERED,
     ),
     Fault("mean without its target", "merge_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
-    Fault("slot followed anywhere", "merge_rows.cuh", "slot < 2 * int64_t{contextual}", "true", WRONG),
+    Fault("slot followed anywhere", "merge_rows.cuh", "slot < 2 * contextual", "true", WRONG),
     Fault(
         "vector too many",
         "merge_rows.cuh",
-        "k * kStep < hidden - column",
-        "k * kStep <= hidden - column",
+        "k * kStep < left",
+        "k * kStep <= left",
         f"{RACE}|{BOUNDS}",
     ),
     Fault(

@@ -1,10 +1,11 @@
 """Compile every Triton launch of every op for GPUs that this machine does not have, and count their registers.
 
-    python tests/helpers/compile_kernels.py [--all | --workloads] sm_90 gfx942 > static.json
+    python tests/helpers/compile_kernels.py [--real | --workloads] sm_90 gfx942 rms_norm > static.json
 
 Launches of workloads in bfloat16 are compiled for every target; those of workloads in float32 and of samples in
-bfloat16 for one target each; those of samples in float32 for none. With ``--all`` everything is compiled for every
-target, which takes five times as long, and with ``--workloads`` only the first of these.
+bfloat16 for one target each; those of samples in float32 for none. With ``--workloads`` only the first of these are
+compiled, and with ``--real`` workloads in both types for every target. Named ops are compiled alone; a kernel that an
+op before them launches alike belongs to that.
 
 The output is a list with one record per kernel, target and specialisation: registers, spills, shared memory, the widths
 of its global accesses in bytes, the dtypes of the tiles that it multiplies, whether it does so on tensor cores, and
@@ -133,9 +134,9 @@ def is_compiled(
     given: list[str], target: str, real: bool, dtype: torch.dtype, kernel: JITFunction, source: ASTSource
 ) -> bool:
     """Tell whether a specialisation is compiled for this target with the given options."""
-    if "--all" in given or (dtype == torch.bfloat16 and real):
+    if real and (dtype == torch.bfloat16 or "--real" in given):
         return True
-    if "--workloads" in given or (dtype == torch.float32 and not real):
+    if {"--real", "--workloads"} & {*given} or (dtype == torch.float32 and not real):
         return False
     names = sorted(TARGETS)
     text = f"{kernel.__name__} {source.signature} {source.constants}"
@@ -143,12 +144,14 @@ def is_compiled(
 
 
 def main(given: list[str]) -> None:
-    targets = [argument for argument in given if argument not in ("--all", "--workloads")] or list(TARGETS)
-    if unknown := set(targets) - set(TARGETS):
-        sys.exit(f"targets are {', '.join(TARGETS)}, and options --all and --workloads; got {', '.join(unknown)}")
+    ops = {op.name: op for op in [*OPS.values(), *CANDIDATES.values()]}
+    if unknown := {*given} - {*TARGETS, *ops, "--real", "--workloads"}:
+        sys.exit(f"targets are {', '.join(TARGETS)}, and options --real and --workloads; got {', '.join(unknown)}")
+    targets = [argument for argument in given if argument in TARGETS] or list(TARGETS)
+    named = {*given} & {*ops} or {*ops}
     torch.manual_seed(0)  # gives the same specialisations in every run, so that Triton's cache has them
     records, done = [], set()
-    for op in [*OPS.values(), *CANDIDATES.values()]:
+    for op in ops.values():
         if op.compose is not None or op.backend("triton").absent:
             continue
         calls = calls_of(op)
@@ -160,7 +163,8 @@ def main(given: list[str]) -> None:
             if key in done or not is_compiled(given, target, real, dtype, kernel, source):
                 continue
             done.add(key)
-            records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})
+            if op.name in named:
+                records.append({"op": op.name, "real": real, **measure(kernel, source, options, target)})
     json.dump(records, sys.stdout, indent=1)
 
 

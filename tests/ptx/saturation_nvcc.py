@@ -20,6 +20,7 @@ from tests.ptx.compile import ROOT, cache
 from vlmfast.benchmarks.predicted import Launch
 from vlmfast.registry import Op
 
+MOST_STEPS = 10_000_000  # of a batch of blocks: to choose from an image of 1296 tokens takes more than a million
 LIMITED = re.compile(r"// Limited \((\w+)\): (.*(?:\n *// .*)*)")
 # Multiprocessors and the most blocks of a launch: of an H200, and of the GPU that is emulated otherwise.
 WHOLE, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
@@ -95,6 +96,7 @@ class Counting(nvcc.Family):
     def _execute(self, kernel: int, arguments: Any, count: int, shape: Any, shared: int) -> int:
         name = self.names[kernel]
         machine, before = self.machine(name), self.machine(name).ran.copy()
+        machine.most_steps = MOST_STEPS
         if failed := super()._execute(kernel, arguments, count, shape, shared):
             return failed
         ran, known = machine.ran - before, self.facts[name]

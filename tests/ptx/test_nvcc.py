@@ -52,15 +52,15 @@ FAULTS = [
     Fault(
         "vector too many loaded",
         "merge_rows.cuh",
-        "< hidden - column) values[k] =",
-        "<= hidden - column) values[k] =",
+        "k * kStep < loaded",
+        "k * kStep <= loaded",
         BOUNDS,
     ),
     Fault(
         "vector too many stored",
         "merge_rows.cuh",
-        "< hidden - column) values[k].",
-        "<= hidden - column) values[k].",
+        "< left) {",
+        "<= left) {",
         f"a race: two warps store, |{BOUNDS}",
     ),
     Fault(
