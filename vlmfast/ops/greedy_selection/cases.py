@@ -162,7 +162,9 @@ _COVERAGES = [
 
 def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
     def whole(*shape: int) -> Tensor:
-        return torch.randint(-8, 33, shape, device=device) / 16
+        """Draw sixteenths, whose sums are exact, and a few infinities, which cover nothing."""
+        sixteenths = torch.randint(-8, 33, shape, device=device) / 16
+        return sixteenths.masked_fill(torch.rand(shape, device=device) < 0.03, torch.inf)
 
     for index, (batch, tokens, rows, k) in enumerate(_COVERAGES):
         weights = _eighths(batch, rows, device=device, most=3).to(dtype) if index % 2 else None
