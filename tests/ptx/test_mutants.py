@@ -42,4 +42,4 @@ def test_nothing_that_synchronises_can_be_left_out(op: Op, place: str) -> None:
     assert not [str(mutant) for mutant in alive if mutant.was.name != "bar" and not mutant.excuse]
     for kernel, count in Counter(mutant.kernel for mutant in alive if mutant.was.name == "bar").items():
         most, _ = IDLE.get(kernel, (0, ""))
-        assert count <= most, [str(mutant) for mutant in alive if mutant.kernel == kernel]
+        assert count <= most, "\n".join(str(mutant) for mutant in alive if mutant.kernel == kernel)
