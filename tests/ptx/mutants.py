@@ -37,7 +37,7 @@ from vlmfast import backends
 from vlmfast.registry import Op
 
 FEW = 2  # multiprocessors, as in the interpreter, so that persistent loops take several rounds
-STEPS = 100_000  # no call takes more; a mutant that does counts as endless
+STEPS = 300_000  # no call takes more; a mutant that does counts as endless
 NOTHING = Instruction("fence", (), (), [], text="nothing")
 # Operation or comparison -> the one that replaces it.
 OTHERS = {"add": "sub", "sub": "add", "max": "min", "min": "max", "and": "or", "or": "and", "shl": "shr", "mul": "add"}
