@@ -149,7 +149,7 @@ _COVERAGES = [
     (1, 1, 1, 1),
     (2, 17, 64, 5),
     (3, 20, 7, 20),
-    (2, 70, 130, 24),
+    (2, 70, 130, 12),
     (1, 12, 32, 0),
     (0, 9, 16, 4),
     (2, 0, 16, 0),
@@ -158,12 +158,13 @@ _COVERAGES = [
     (1, 530, 5, 3),
     (1, 20, 530, 7),
 ]
-# As `_ROWS`, but a program has tokens in all positions, and so many are chosen that it shows if one gain is wrong
+# As `_ROWS`, but an image has tokens in all positions of a program, and of another so many are chosen that a wrong gain
+# shows
 _COVERED_ROWS = [
-    ([5, 70, 0, 1, 13], [2, 40, 0, 1, 13]),
-    ([12, 800], [0, 30]),
+    ([5, 70, 0, 1, 13], [2, 24, 0, 1, 13]),
+    ([12, 800], [0, 2]),
     ([], []),
-    ([130, 64, 258], [40, 0, 30]),
+    ([130, 64, 258], [7, 0, 5]),
 ]
 
 
