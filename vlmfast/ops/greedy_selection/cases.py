@@ -149,7 +149,7 @@ _COVERAGES = [
     (1, 1, 1, 1),
     (2, 17, 64, 5),
     (3, 20, 7, 20),
-    (2, 70, 130, 12),
+    (2, 70, 130, 24),
     (1, 12, 32, 0),
     (0, 9, 16, 4),
     (2, 0, 16, 0),
@@ -162,7 +162,7 @@ _COVERAGES = [
 # shows
 _COVERED_ROWS = [
     ([5, 70, 0, 1, 13], [2, 24, 0, 1, 13]),
-    ([12, 800], [0, 2]),
+    ([12, 800], [0, 4]),
     ([], []),
     ([130, 64, 258], [7, 0, 5]),
 ]
@@ -181,7 +181,9 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
     for index, (sizes, kept) in enumerate(_COVERED_ROWS):
         weights = _eighths(len(sizes), 250, device=device, most=3).to(dtype) if index % 2 == 0 else None
         quality = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
-        yield whole(1, sum(sizes), 250).to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
+        similarity = whole(1, sum(sizes), 250)
+        similarity[:, 112:803:230] *= 64  # they are the first ones chosen of 800, with few others looked at
+        yield similarity.to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
     yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 20
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
