@@ -87,14 +87,16 @@ def _measure(
             reached += centred * grad
             grad_sum += grad
     rest = tl.sum(sums, 0, keep_dims=True) / channels
-    inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares, 0, keep_dims=True) / channels - rest * rest, 0.0) + eps)
+    deviation = tl.sqrt(tl.maximum(tl.sum(squares, 0, keep_dims=True) / channels - rest * rest, 0.0) + eps)
+    inverse = 1.0 / deviation
     of_query, of_grad = tl.sum(query_sum, 0, keep_dims=True), tl.sum(grad_sum, 0, keep_dims=True)
     logit = (tl.sum(logits, 0, keep_dims=True) - rest * of_query) * inverse
     return (
         shift + rest,
         inverse,
         logit,
-        (tl.sum(reached, 0, keep_dims=True) - rest * of_grad) * inverse,
+        # divided, because an FMA of a product and the average would keep its unrounded tail: no 0 for a single pixel
+        (tl.sum(reached, 0, keep_dims=True) - rest * of_grad) / deviation,
         of_query,
         of_grad,
     )

@@ -4,7 +4,7 @@
 
 draws that many changes for each of the ops, or of all ops if none is named, and prints the survivors. They are drawn
 from the kernels that a real shape runs; for ops that are bound by compute, whose real shapes take minutes, from those
-of the smaller samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel
+of the samples. A change is killed if a call, of the real shape or of the generated tests, does what no kernel
 may do or gives a wrong result. An op's changes are the same in each run.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,8 +37,7 @@ from vlmfast import backends
 from vlmfast.registry import Op
 
 FEW = 2  # multiprocessors, as in the interpreter, so that persistent loops take several rounds
-MOST_TOKENS = 128  # of a sample of an op that is bound by compute; larger ones take minutes
-STEPS = 100_000  # more than any sample takes; a mutant that takes more counts as endless
+STEPS = 300_000  # no call takes more; a mutant that does counts as endless
 NOTHING = Instruction("fence", (), (), [], text="nothing")
 # Operation or comparison -> the one that replaces it.
 OTHERS = {"add": "sub", "sub": "add", "max": "min", "min": "max", "and": "or", "or": "and", "shl": "shr", "mul": "add"}
@@ -155,21 +155,25 @@ class Subject:
     """Calls of some ops on one backend and the kernels that they run; with unchanged kernels, each call passes."""
 
     def __init__(self, place: str, every_call: Iterable[tuple[Op, tuple[Any, ...], int]]) -> None:
-        self.place, self.calls = place, []
+        self.place, self.calls, self.refused = place, [], dict[str, str]()
         backend.machines.clear()
-        for op, args, count in every_call:
-            if op.backend(place).unsupported(*args) is None:
-                every = [torch.empty(0, dtype=torch.uint8).set_(a.untyped_storage()) for a in args if is_tensor(a)]
-                copied = [(one, one.clone()) for one in every]
-                call = Call(
-                    op, args, count, copied, outputs(op.reference(*args)), outputs(op.reference(*widened(args)))
-                )
-                already = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
-                self.check(call)
-                ran = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
-                call.kernels = {k: count - already.get(k, 0) for k, count in ran.items() if count > already.get(k, 0)}
-                self.calls.append(call)
+        with mock.patch("tests.ptx.machine.MOST_STEPS", STEPS):
+            self._run(every_call)
         self.kernels = {key: machine.kernel for key, machine in backend.machines.items()}
+
+    def _run(self, every_call: Iterable[tuple[Op, tuple[Any, ...], int]]) -> None:
+        for op, args, count in every_call:
+            if reason := op.backend(self.place).unsupported(*args):
+                self.refused[op.name] = reason
+                continue
+            every = [torch.empty(0, dtype=torch.uint8).set_(a.untyped_storage()) for a in args if is_tensor(a)]
+            copied = [(one, one.clone()) for one in every]
+            call = Call(op, args, count, copied, outputs(op.reference(*args)), outputs(op.reference(*widened(args))))
+            already = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
+            self.check(call)
+            ran = {key: int(machine.ran.sum()) for key, machine in backend.machines.items()}
+            call.kernels = {k: count - already.get(k, 0) for k, count in ran.items() if count > already.get(k, 0)}
+            self.calls.append(call)
 
     def check(self, call: Call) -> None:
         """Run a call and check what the generated tests check."""
@@ -235,8 +239,8 @@ def survivors_of_drops(op: Op, place: str, dtype: torch.dtype) -> list[Mutant]:
 def of_family(ops: list[Op], place: str) -> Subject:
     """Return the samples of some ops, in every layout, and a real shape of each op that is bound by memory.
 
-    Samples have the dtype of the real shape, so that they run the same kernels. Of ops that are bound by compute there
-    are the smaller ones, and of the greedy selections that begin with Gram matrices samples of these as well.
+    Samples have the dtype of the real shape, so that they run the same kernels. Of the greedy selections that begin
+    with Gram matrices there are samples of these as well.
     """
 
     def every_call() -> Iterator[tuple[Op, tuple[Any, ...], int]]:
@@ -244,11 +248,9 @@ def of_family(ops: list[Op], place: str) -> Subject:
             torch.manual_seed(0)
             real = traffic.workload(op)[1]
             dtype = next((arg.dtype for arg in real if is_float(arg)), torch.bfloat16)
+            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
             if op in traffic.BOUND_BY_MEMORY:
-                yield from ((op, args, FEW) for args in calls(op, "cpu", dtype))
                 yield op, real, backend.MULTIPROCESSORS
-                continue
-            yield from ((op, args, FEW) for args in calls(op, "cpu", dtype) if args[0].shape[-2] <= MOST_TOKENS)
             if op.name in ("farthest", "dpp_map"):
                 yield from ((gram(), args, FEW) for args in calls(gram(), "cpu", dtype, range(len(AWKWARD))))
 
@@ -260,12 +262,16 @@ def main(count: int, names: list[str], place: str = "ptx_sm_90") -> None:
     backends.LOADERS |= backend.LOADERS
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if unknown := set(names) - {op.name for op in PRIMITIVE}:
+        sys.exit(f"not ops with kernels of their own: {', '.join(sorted(unknown))}")
     ops = [op for op in PRIMITIVE if not names or op.name in names]
     for family in dict.fromkeys(op.family for op in ops):
         ops_of_family = [op for op in ops if op.family == family]
         subject = of_family(ops_of_family, place)
         for op in ops_of_family:
             own = [call.kernels for call in subject.calls if call.op is op]
+            if not own:
+                sys.exit(f"{op.name}: no call runs on {place}: {subject.refused[op.name]}")
             kernels = own[-1] if op in traffic.BOUND_BY_MEMORY else set().union(*own)
             every = [(key, one) for key in sorted(kernels) for one in changed(subject.kernels[key])]
             fates = Counter[str]()

@@ -39,7 +39,7 @@ REASONS = (
     ),
     Reason(
         "hidden",
-        r"^add\.s32 -> add\.s32",
+        r"^(add\.s32 -> add\.s32|or\.b32 -> or\.b32)",
         r"^last = count \+ \(1 << ",
         "the address is computed apart from it; step k then leaves out the last number only where their count is 2^k "
         "modulo 2^(k + 1)",
@@ -176,6 +176,13 @@ REASONS = (
         CHOOSING,
     ),
     Reason("same", r"^add\.s32 -> sub\.s32", r"^standard\.py: return core\.associative_scan", BEHIND, CHOOSING),
+    Reason(
+        "hidden",
+        r"^selp\.b32 -> selp\.b32",
+        r"^best = .*tl\.where\(bound == most, position, ",
+        "some token has the highest bound, so the position that stands for the others is never the smallest",
+        "^coverage_kernel$",
+    ),
     Reason(
         "hidden",
         r"^mov\.b64",

@@ -27,7 +27,7 @@ IDLE = {
     "pixel_shuffle_norm_kernel": (1, OWN),
     "pixel_shuffle_norm_backward_kernel": (2, OWN),
     "rms_norm_kernel": (1, OWN),
-    "rms_norm_backward_kernel": (1, OWN),
+    "rms_norm_backward_kernel": (4, f"{OWN}, or each loads what it has copied itself; on sm_90 one is needed"),
     "qk_norm_rope_backward_kernel": (8, f"{OWN}, or what is loaded after that barrier lies elsewhere"),
     "sum_partials_kernel": (2, f"{OWN}; samples have partial sums for one step of its loop"),
 }
@@ -42,4 +42,4 @@ def test_nothing_that_synchronises_can_be_left_out(op: Op, place: str) -> None:
     assert not [str(mutant) for mutant in alive if mutant.was.name != "bar" and not mutant.excuse]
     for kernel, count in Counter(mutant.kernel for mutant in alive if mutant.was.name == "bar").items():
         most, _ = IDLE.get(kernel, (0, ""))
-        assert count <= most, [str(mutant) for mutant in alive if mutant.kernel == kernel]
+        assert count <= most, "\n".join(str(mutant) for mutant in alive if mutant.kernel == kernel)

@@ -170,13 +170,13 @@ def last_row_samples(device: str, dtype: torch.dtype) -> Samples:
 def received_samples(device: str, dtype: torch.dtype) -> Samples:
     shapes = [  # all but the smallest have a segment that fills a block of 64 tokens, which then needs no mask
         ((1, 1, 8), None, 1),
-        ((2, 88, 64), [0, 8, 88], 4),
+        ((2, 200, 64), [0, 8, 200], 4),  # as many blocks as are copied ahead, and one more
         ((3, 70, 80), None, 1),
-        ((1, 129, 72), [0, 1, 1, 65, 129], 1),
+        ((2, 129, 72), [0, 1, 1, 65, 129], 1),
         ((2, 0, 16), None, 1),
         ((2, 66, 7), [0, 66], 2),
         ((2, 200, 32), [0, 63, 128, 200], 4),
-        ((1, 100, 128), [0, 4, 8, 12, 16, 20, 24, 28, 32, 100], 4),
+        ((2, 100, 128), [0, 4, 8, 12, 16, 20, 24, 28, 32, 100], 4),
     ]
     for index, (shape, bounds, group) in enumerate(shapes):
         query, key = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))

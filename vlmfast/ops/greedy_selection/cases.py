@@ -149,7 +149,7 @@ _COVERAGES = [
     (1, 1, 1, 1),
     (2, 17, 64, 5),
     (3, 20, 7, 20),
-    (2, 70, 130, 5),
+    (2, 70, 130, 24),
     (1, 12, 32, 0),
     (0, 9, 16, 4),
     (2, 0, 16, 0),
@@ -158,20 +158,32 @@ _COVERAGES = [
     (1, 530, 5, 3),
     (1, 20, 530, 7),
 ]
+# As `_ROWS`, but an image has tokens in all positions of a program, and of another so many are chosen that a wrong gain
+# shows
+_COVERED_ROWS = [
+    ([5, 70, 0, 1, 13], [2, 24, 0, 1, 13]),
+    ([12, 800], [0, 4]),
+    ([], []),
+    ([130, 64, 258], [7, 0, 5]),
+]
 
 
 def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
     def whole(*shape: int) -> Tensor:
-        return torch.randint(-8, 33, shape, device=device) / 16
+        """Draw sixteenths, whose sums are exact, and a few infinities, which cover nothing."""
+        sixteenths = torch.randint(-8, 33, shape, device=device) / 16
+        return sixteenths.masked_fill(torch.rand(shape, device=device) < 0.03, torch.inf)
 
     for index, (batch, tokens, rows, k) in enumerate(_COVERAGES):
         weights = _eighths(batch, rows, device=device, most=3).to(dtype) if index % 2 else None
         quality = _eighths(batch, tokens, device=device).to(dtype) if index % 4 > 1 else None
         yield whole(batch, tokens, rows).to(dtype), k, weights, quality
-    for index, (sizes, kept) in enumerate(_ROWS):
-        weights = _eighths(len(sizes), 40, device=device, most=3).to(dtype) if index % 2 == 0 else None
+    for index, (sizes, kept) in enumerate(_COVERED_ROWS):
+        weights = _eighths(len(sizes), 250, device=device, most=3).to(dtype) if index % 2 == 0 else None
         quality = _eighths(1, sum(sizes), device=device).to(dtype) if index % 3 == 0 else None
-        yield whole(1, sum(sizes), 40).to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
+        similarity = whole(1, sum(sizes), 250)
+        similarity[:, 112:803:230] *= 64  # they are the first ones chosen of 800, with few others looked at
+        yield similarity.to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
     yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 20
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
