@@ -32,10 +32,10 @@ test-faults: $(VENV)/built $(VENV)/tools   ## do the tests notice faults in CUDA
 	$(PYTEST) -m planted
 
 test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or MATRIX; all of them, or TESTS
-	$(BIN)/nox --session $(call under,matrix) $(if $(TESTS),-- $(TESTS))
+	$(BIN)/python -m nox --session $(call under,matrix) $(if $(TESTS),-- $(TESTS))
 
 install-matrix: $(VENV)/tools              ## the releases of transformers that `make test-matrix` needs, or MATRIX
-	$(BIN)/nox --session $(call under,install)
+	$(BIN)/python -m nox --session $(call under,install)
 
 under = $(if $(MATRIX),$(foreach release,$(MATRIX),"$(1)($(release))"),$(1))
 

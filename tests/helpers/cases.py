@@ -224,14 +224,20 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
 
 
 def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
-    """Yield the calls of a place where one takes a second: each sample as it is and in a layout, another in each dtype.
+    """Yield the calls of a place where one takes a second: each sample either as it is or in a layout.
 
-    At `COMPILED` places, where most calls compile a kernel, a sample is called in one of both ways, which sm_90 and
-    sm_80 have in turns. In float32 and bfloat16 together every place meets all layouts.
+    At `COMPILED` places, where most calls compile a kernel, sm_90 and sm_80 have the two ways in turns, and float32 and
+    bfloat16 together meet all layouts. Triton's interpreter has the two ways in turns in these two dtypes, and meets
+    all layouts in each of them, where an op has 16 samples.
     """
     turn = DTYPES.index(dtype)
     for number, args in enumerate(calls(op, place[0], dtype, [turn])):
-        if place not in COMPILED or number % 2 == (number // 4 + turn + COMPILED.index(place)) % 2:
+        position, in_layout = divmod(number, 2)
+        if place in COMPILED:
+            chosen = position // 2 + turn + COMPILED.index(place)
+        else:
+            chosen = position + position // len(AWKWARD) + turn // 2
+        if in_layout == chosen % 2:
             yield args
 
 
