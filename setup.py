@@ -251,8 +251,9 @@ class BuildLibrary(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         if not self.inplace:
             output.unlink(missing_ok=True)  # of an earlier build: a wheel must not have it if this one fails
+        stays = bool(self.editable_mode or self.inplace)
         try:
-            build(output, Path(self.build_temp).absolute(), for_this_machine=bool(self.inplace))
+            build(output, Path(self.build_temp).absolute(), for_this_machine=stays)
         except BuildError as error:
             leave_out("the compiled kernels", error)
 
