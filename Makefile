@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-wheel test-matrix \
+.PHONY: demo test test-thorough test-faults test-ptx test-vllm test-lmms-eval test-training test-wheel test-matrix install-matrix \
 	hub-kernel check check-cuda bench static gpu-report docs docs-serve clean
 .DELETE_ON_ERROR:
 
@@ -32,7 +32,12 @@ test-faults: $(VENV)/built $(VENV)/tools   ## do the tests notice faults in CUDA
 	$(PYTEST) -m planted
 
 test-matrix: $(VENV)/built $(VENV)/tools   ## the patches under every supported transformers, or MATRIX; all of them, or TESTS
-	$(BIN)/nox $(if $(MATRIX),--session $(foreach release,$(MATRIX),"matrix($(release))")) $(if $(TESTS),-- $(TESTS))
+	$(BIN)/python -m nox --session $(call under,matrix) $(if $(TESTS),-- $(TESTS))
+
+install-matrix: $(VENV)/tools              ## the releases of transformers that `make test-matrix` needs, or MATRIX
+	$(BIN)/python -m nox --session $(call under,install)
+
+under = $(if $(MATRIX),$(foreach release,$(MATRIX),"$(1)($(release))"),$(1))
 
 # vLLM for CPUs pins a torch +cpu of its own and has its own environment; beside that, PyPI's torchaudio and torchcodec
 # do not load, and torchvision needs two ops declared
@@ -108,11 +113,12 @@ PYTHONS ?= $(PYTHON)
 test-wheel: $(VENV)/installed $(VENV)/tools ## sdist, pure and native wheel, each tried in a fresh environment under PYTHONS
 	$(BIN)/python scripts/test_wheel.py --python $(PYTHONS) $(if $(INSTALLED),--installed,--torch "$(TORCH)")
 
-check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CUDA kernels in bfloat16 through nvcc for sm_90
+check: $(VENV)/built $(VENV)/tools         ## formatting, types, stale docs and their site, CPU kernels for other processors, CUDA kernels in bfloat16 for sm_90
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check --no-cache .  # its cache does not know that a file of one of our packages came or went
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*)
+	$(BIN)/python scripts/check_levels.py
 	$(BIN)/python scripts/make_docs.py --check
 	$(SITE)
 	$(BIN)/python scripts/compile_cuda.py --bfloat16-alone sm_90
@@ -139,16 +145,19 @@ docs: $(VENV)/built $(VENV)/tools          ## regenerate pages, and build the si
 docs-serve: $(VENV)/tools                  ## show the site on this machine while pages are written
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+# pip would make the bytecode of 13,000 files, one at a time; Python makes it where a file is imported
+INSTALL = $(BIN)/pip install --quiet --no-compile
+
 $(VENV)/installed: pyproject.toml
 	@echo "Installing torch and transformers into $(VENV): about 1 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet $(TRANSFORMERS) triton numpy pillow rich
+	$(INSTALL) --upgrade pip "setuptools>=77" wheel
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) $(TRANSFORMERS) triton numpy pillow rich
 	touch $@
 
 $(VENV)/tools: $(VENV)/installed
-	$(BIN)/pip install --quiet "pytest<9.2" pytest-xdist accelerate peft onnx onnxscript matplotlib ruff mypy clang-format==20.1.8 nox "mkdocs-material>=9.6" build
+	$(INSTALL) "pytest<9.2" pytest-xdist accelerate peft onnx onnxscript matplotlib ruff mypy clang-format==20.1.8 nox "mkdocs-material>=9.6" build
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

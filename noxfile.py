@@ -12,20 +12,39 @@ from vlmfast.releases import KNOWN
 nox.options.default_venv_backend = "none"  # use the environment that runs nox, with its torch and the extension
 
 
-@nox.session
-@nox.parametrize("transformers", [nox.param(release, id=release) for release in KNOWN])
-def matrix(session: nox.Session, transformers: str) -> None:
-    """Test patches, command line and references, or what is given, under one release of transformers.
+releases = nox.parametrize("transformers", [nox.param(release, id=release) for release in KNOWN])
 
-    The release is put in front on PYTHONPATH.
+
+def installed(session: nox.Session, transformers: str) -> Path:
+    """Return the folder of one release and what it depends on, after installing it there if it is not yet.
+
+    pip makes no bytecode: Python makes that of the modules that the tests import, which are few.
     """
     release = Path(".nox", f"transformers-{transformers}").resolve()
     if not release.exists():
         partial = release.with_name(f"{release.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial))
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(partial))
         session.run(*install, f"transformers=={transformers}")
         partial.rename(release)
+    return release
+
+
+@nox.session(default=False)
+@releases
+def install(session: nox.Session, transformers: str) -> None:
+    """Install one release for `matrix`."""
+    installed(session, transformers)
+
+
+@nox.session
+@releases
+def matrix(session: nox.Session, transformers: str) -> None:
+    """Test patches, command line and references, or what is given, under one release of transformers.
+
+    The release is put in front on PYTHONPATH.
+    """
+    release = installed(session, transformers)
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(release)}
     found = session.run(
         sys.executable, "-c", "import transformers; print(transformers.__version__)", env=environment, silent=True

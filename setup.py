@@ -4,6 +4,10 @@ The library does not use Python's API and needs only torch's stable ABI, so one 
 2.10, on one platform. If it cannot be built, the package installs without it and runs on its Triton and PyTorch
 backends, from a wheel for every platform; with VLMFAST_REQUIRE_EXTENSION=1 that is an error instead.
 
+A wheel has the CPU kernels for every instruction set. An editable installation has those that the machine it is made on
+can run, and so is slower on a newer one than it could be. VLMFAST_HIGHEST_LEVEL, such as v4_bf16, names the highest
+that is compiled instead.
+
 The environment variables CXX, NVCC or CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
@@ -38,7 +42,7 @@ CUDA_FLAGS = [*COMPILED["NVCC_FLAGS"], f"-I{CSRC}"]
 CUDA_ARCHITECTURES = COMPILED["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time. Only families
+# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/levels.h chooses one at run time. Only families
 # whose header says `kHasBf16Level` have code for the last level.
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
@@ -46,6 +50,7 @@ CPU_LEVELS = {
     "v4": "-march=x86-64-v4",
     "v4_bf16": "-march=x86-64-v4 -mavx512bf16",
 }
+HIGHEST_LEVEL = "v4_bf16"
 
 
 class BuildError(Exception):
@@ -72,6 +77,10 @@ def find_program(variable: str, names: list[str]) -> list[str]:
     return command
 
 
+def find_compiler() -> list[str]:
+    return find_program("CXX", ["c++", "g++", "clang++"])
+
+
 def architecture_flags(architectures: str) -> list[str]:
     """Translate a list like "8.0;9.0+PTX" into nvcc's flags."""
     flags = []
@@ -95,12 +104,35 @@ def include_flags(torch: ModuleType) -> list[str]:
     return [f"-I{path}" for path in torch.utils.cpp_extension.include_paths("cpu")]
 
 
-def cpu_commands(torch: ModuleType, compiler: list[str]) -> list[list[str]]:
-    """Make the command that compiles each object file of the CPU part."""
-    levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+def has_levels() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def level_of_this_machine(compiler: list[str]) -> str:
+    """Return the highest level that this machine can run, by the compiler's macros for instruction sets."""
+
+    def macros(flags: str) -> set[str]:
+        listed = output_of([*compiler, *flags.split(), "-dM", "-E", "-x", "c++", os.devnull])
+        return set(re.findall(r"^#define (\w+)", listed, re.M))
+
+    baseline, own = macros(CPU_LEVELS["baseline"]), macros("-march=native")
+    return [level for level, flags in CPU_LEVELS.items() if macros(flags) - baseline <= own][-1]
+
+
+def levels_up_to(highest: str) -> dict[str, str]:
+    """Return the levels to compile, the lowest first, and their flags."""
+    if highest not in CPU_LEVELS:
+        raise BuildError(f"VLMFAST_HIGHEST_LEVEL must be one of {', '.join(CPU_LEVELS)}, got {highest}")
+    names = list(CPU_LEVELS)
+    return {name: CPU_LEVELS[name] for name in names[: names.index(highest) + 1]}
+
+
+def cpu_commands(torch: ModuleType, compiler: list[str], highest: str = HIGHEST_LEVEL) -> list[list[str]]:
+    """Make the command that compiles each object file of the CPU part, for the levels up to the highest."""
+    levels = levels_up_to(highest) if has_levels() else {"baseline": ""}
     commands = []
     for source in sorted(CSRC.glob("*/*.cpp")):
-        variants = [include_flags(torch)]
+        variants = [[*include_flags(torch), f"-DVLMFAST_HIGHEST_LEVEL={list(levels)[-1]}"]]
         if source.stem.endswith("_kernels"):
             variants = [
                 [*KERNEL_FLAGS, *flags.split(), f"-DVLMFAST_ISA={level}"]
@@ -176,10 +208,12 @@ def start_cuda(torch: ModuleType, objects: Path, pool: Executor) -> tuple[list[s
     return nvcc, compile_all(cuda_commands(torch, nvcc), objects, pool)
 
 
-def build(output: Path, objects: Path) -> None:
+def build(output: Path, objects: Path, for_this_machine: bool = False) -> None:
     """Compile and link the extension; leave the CUDA kernels out if they cannot be built."""
     torch = import_torch()
-    compiler = find_program("CXX", ["c++", "g++", "clang++"])
+    compiler = find_compiler()
+    highest = level_of_this_machine(compiler) if for_this_machine and has_levels() else HIGHEST_LEVEL
+    commands = cpu_commands(torch, compiler, os.environ.get("VLMFAST_HIGHEST_LEVEL") or highest)
     objects.mkdir(parents=True, exist_ok=True)
     cuda = None
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
@@ -188,7 +222,7 @@ def build(output: Path, objects: Path) -> None:
                 cuda = start_cuda(torch, objects, pool)  # first, because these take longest
         except BuildError as error:
             leave_out("the CUDA kernels", error)
-        cpu = list(compile_all(cpu_commands(torch, compiler), objects, pool))
+        cpu = list(compile_all(commands, objects, pool))
         try:
             if cuda is not None:  # linked with the CUDA runtime that torch brings
                 nvcc, of_cuda = cuda
@@ -217,8 +251,9 @@ class BuildLibrary(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).absolute()
         if not self.inplace:
             output.unlink(missing_ok=True)  # of an earlier build: a wheel must not have it if this one fails
+        stays = bool(self.editable_mode or self.inplace)
         try:
-            build(output, Path(self.build_temp).absolute())
+            build(output, Path(self.build_temp).absolute(), for_this_machine=stays)
         except BuildError as error:
             leave_out("the compiled kernels", error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -72,10 +73,14 @@ def contiguous(output: Any) -> Any:
     return output.contiguous()
 
 
+def _libraries() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("_C*.so"))
+
+
 @functools.cache
 def load_extension() -> str | None:
     """Load the compiled extension, and return the reason why it is not usable, or None."""
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    found = _libraries()
     if not found:
         return "the extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
     try:
@@ -83,6 +88,19 @@ def load_extension() -> str | None:
     except OSError as error:
         return f"the extension {found[0].name} does not load: {error}"
     return None
+
+
+def cpu_level() -> str | None:
+    """Return the instruction set of the compiled CPU kernels: "v3", or "v3 of v4" where the processor has more."""
+    if load_extension() is not None:
+        return None
+    library = ctypes.CDLL(str(_libraries()[0]))
+    names = []
+    for function in (library.vlmfast_cpu_level, library.vlmfast_supported_cpu_level):
+        function.restype = ctypes.c_char_p
+        names.append(function().decode())
+    used, supported = names
+    return used if used == supported else f"{used} of {supported}"
 
 
 def compiled_backend(

@@ -5,42 +5,27 @@
 #include <cstdint>
 #include <cstdlib>
 #include <iterator>
-#include <string_view>
-#include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "common/common.h"
+#include "common/levels.h"
 
 namespace vlmfast {
 
-inline CpuLevel supported_cpu_level() {
-#if defined(__x86_64__)
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
-  if (v4 && __builtin_cpu_supports("avx512bf16")) return CpuLevel::v4_bf16;
-  return v4 ? CpuLevel::v4 : v3 ? CpuLevel::v3 : CpuLevel::baseline;
-#else
-  return CpuLevel::baseline;
-#endif
-}
-
-// Returns the highest level that this processor supports, or the lower one named by VLMFAST_CPU_LEVEL, which tests set.
+// Returns the highest level that was compiled and that this processor supports, or the lower one named by
+// VLMFAST_CPU_LEVEL, which tests set.
 inline CpuLevel choose_cpu_level() {
   const CpuLevel supported = supported_cpu_level();
   const char* value = std::getenv("VLMFAST_CPU_LEVEL");
-  if (value == nullptr || *value == '\0') return supported;
-  const std::string_view name = value;
-  constexpr std::pair<std::string_view, CpuLevel> kLevels[] = {
-      {"baseline", CpuLevel::baseline}, {"v3", CpuLevel::v3}, {"v4", CpuLevel::v4}, {"v4_bf16", CpuLevel::v4_bf16}};
-  const auto found = std::find_if(std::begin(kLevels), std::end(kLevels), [&](auto& it) { return it.first == name; });
-  STD_TORCH_CHECK(found != std::end(kLevels), "VLMFAST_CPU_LEVEL must be one of baseline, v3, v4, v4_bf16, got ", name);
-  const CpuLevel level = found->second;
-  STD_TORCH_CHECK(level <= supported, "VLMFAST_CPU_LEVEL is ", name, ", which this processor does not have");
+  if (value == nullptr || *value == '\0') return std::min(supported, kHighestLevel);
+  const auto found = std::find(std::begin(kLevelNames), std::end(kLevelNames), value);
+  STD_TORCH_CHECK(found != std::end(kLevelNames), "VLMFAST_CPU_LEVEL must be one of baseline, v3, v4, v4_bf16, got ",
+                  value);
+  const auto level = static_cast<CpuLevel>(found - kLevelNames);
+  STD_TORCH_CHECK(level <= supported, "VLMFAST_CPU_LEVEL is ", value, ", which this processor does not have");
+  STD_TORCH_CHECK(level <= kHighestLevel, "VLMFAST_CPU_LEVEL is ", value, ", which this build does not have");
   return level;
 }
 
@@ -49,13 +34,15 @@ template <class Kernels>
 const Kernels& kernels() {
   static const Kernels table = [] {
     [[maybe_unused]] const CpuLevel level = choose_cpu_level();
-#if defined(__x86_64__)
-    if constexpr (kHasBf16Level<Kernels>) {
-      if (level == CpuLevel::v4_bf16) return kernels_at<Kernels, CpuLevel::v4_bf16>();
+    if constexpr (kHighestLevel >= CpuLevel::v4_bf16 && kHasBf16Level<Kernels>) {
+      if (level >= CpuLevel::v4_bf16) return kernels_at<Kernels, CpuLevel::v4_bf16>();
     }
-    if (level >= CpuLevel::v4) return kernels_at<Kernels, CpuLevel::v4>();
-    if (level == CpuLevel::v3) return kernels_at<Kernels, CpuLevel::v3>();
-#endif
+    if constexpr (kHighestLevel >= CpuLevel::v4) {
+      if (level >= CpuLevel::v4) return kernels_at<Kernels, CpuLevel::v4>();
+    }
+    if constexpr (kHighestLevel >= CpuLevel::v3) {
+      if (level >= CpuLevel::v3) return kernels_at<Kernels, CpuLevel::v3>();
+    }
     return kernels_at<Kernels, CpuLevel::baseline>();
   }();
   return table;

@@ -57,7 +57,8 @@ constexpr int64_t partial_size(int64_t size) { return padded(size) * kSumLevels;
 using SumPartials = void(int64_t size, const float* partials, int64_t count, void* sums);
 
 // The instruction sets that each csrc/*/*_kernels.cpp is compiled for: the x86-64 microarchitecture levels, and v4 with
-// AVX512-BF16 if its header says `kHasBf16Level`, which setup.py reads. Other architectures have only the baseline.
+// AVX512-BF16 if its header says `kHasBf16Level`, which setup.py reads. It compiles levels up to VLMFAST_HIGHEST_LEVEL;
+// other architectures have only the baseline.
 enum class CpuLevel { baseline, v3, v4, v4_bf16 };
 template <class Kernels>
 constexpr bool kHasBf16Level = false;

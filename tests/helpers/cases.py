@@ -229,19 +229,16 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
 
 
 def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
-    """Yield the calls of a place where one takes a second: each sample as it is and in a layout, another in each dtype.
+    """Yield the calls of a place where one takes a second: each sample once, every second one in a layout.
 
-    At `COMPILED` places, where most calls compile a kernel of their own, each call is of another sample: every second
-    one in a layout. There `WHOLE` has all samples; otherwise float32 has the first of each two, another dtype the
-    second. All of a place's calls together meet all layouts.
+    At `COMPILED` places, where most calls compile a kernel of their own, only `WHOLE` has every sample: otherwise
+    float32 has the first of each two, another dtype the second. All calls of a place together meet all layouts.
     """
-    turn = DTYPES.index(dtype)
-    if place not in COMPILED:
-        yield from calls(op, place[0], dtype, [turn])
-        return
-    begin, step = (0, 1) if (place[1], dtype) in WHOLE else (int(dtype != torch.float32), 2)
+    turn, at = DTYPES.index(dtype), COMPILED.index(place) if place in COMPILED else 0
+    halved = place in COMPILED and (place[1], dtype) not in WHOLE
+    begin, step = (int(dtype != torch.float32), 2) if halved else (0, 1)
     for number, sample in enumerate(itertools.islice(op.cases.samples(place[0], dtype), begin, None, step)):
-        plain = (number + turn + COMPILED.index(place)) % 2 == 0
+        plain = (number + turn // 2 + at) % 2 == 0
         yield laid_out(sample, *((0, 0) if plain else AWKWARD[(number // 2 * 3 + turn) % len(AWKWARD)]))
 
 

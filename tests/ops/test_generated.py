@@ -82,8 +82,11 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
         assert differ <= total // share, f"{differ} of {total} elements differ"
 
 
-@pytest.mark.parametrize("place", COMPILED, ids=str)
-def test_each_compiled_place_meets_every_layout(place: tuple[str, str]):
+IN_TWO_DTYPES = [(place, (torch.float32, torch.bfloat16)) for place in COMPILED]
+
+
+@pytest.mark.parametrize(("place", "dtypes"), [*IN_TWO_DTYPES, (("cpu", "triton"), (torch.bfloat16,))], ids=str)
+def test_each_place_of_few_calls_meets_every_layout(place: tuple[str, str], dtypes: tuple[torch.dtype, ...]):
     def samples(*_):
         return [(torch.zeros(2, 6, 8), torch.zeros(2, 6, 8))] * 32
 
@@ -91,7 +94,7 @@ def test_each_compiled_place_meets_every_layout(place: tuple[str, str]):
         return {tuple((a.stride(), a.storage_offset()) for a in args) for args in found}
 
     op = with_cases(OPS["rms_norm"], samples=samples)
-    met = layouts(args for dtype in (torch.float32, torch.bfloat16) for args in few_calls(op, place, dtype))
+    met = layouts(args for dtype in dtypes for args in few_calls(op, place, dtype))
     assert met == layouts(calls(op, "cpu", None))
 
 

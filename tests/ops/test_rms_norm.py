@@ -195,6 +195,8 @@ def test_every_cpu_level_gives_the_same_bits(level: str):
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if "which this processor does not have" in ran.stdout:
         pytest.skip(f"this processor is older than {level}")
+    if "which this build does not have" in ran.stdout:
+        pytest.skip(f"{level} was not compiled: VLMFAST_HIGHEST_LEVEL")
     assert ran.returncode == 0, ran.stdout[-3000:]
     assert " passed" in ran.stdout
 
