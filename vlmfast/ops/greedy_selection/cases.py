@@ -159,13 +159,26 @@ _COVERAGES = [
     (1, 20, 530, 7),
 ]
 # As `_ROWS`, but an image has tokens in all positions of a program, and of another so many are chosen that a wrong gain
-# shows
+# shows.
 _COVERED_ROWS = [
     ([5, 70, 0, 1, 13], [2, 24, 0, 1, 13]),
     ([12, 800], [0, 4]),
     ([], []),
     ([130, 64, 258], [7, 0, 5]),
 ]
+_EQUALS = 32
+
+
+def _equals(rows: int, device: str) -> Tensor:
+    """Make images whose tokens cover the rows equally well, but for one that is better by a sixteenth, in each another.
+
+    So each gain decides a choice.
+    """
+    order = torch.rand(_EQUALS, _EQUALS, rows, device=device).argsort(-1)
+    similarity = (torch.randint(0, 33, (_EQUALS, 1, rows), device=device) / 16).expand_as(order).gather(-1, order)
+    best = torch.arange(_EQUALS, device=device)
+    similarity[best, best, torch.randint(0, rows, (_EQUALS,), device=device)] += 1 / 16
+    return similarity.flatten(0, 1)[None]
 
 
 def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
@@ -184,6 +197,11 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         similarity = whole(1, sum(sizes), 250)
         similarity[:, 112:803:230] *= 64  # they are the first ones chosen of 800, with few others looked at
         yield similarity.to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
+    for size in (12, 34) if dtype == torch.float32 else ():  # whose gains the other dtypes have as well
+        similarity = torch.cat([whole(1, size, 250), _equals(250, device)], 1).to(dtype)
+        quality = similarity.new_ones(similarity.shape[:2]) if size == 34 else None
+        bounds = _bounds([size, *[_EQUALS] * _EQUALS], [2, *[1] * _EQUALS], device)
+        yield similarity, 2 + _EQUALS, None, quality, *bounds
     yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 20
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
