@@ -21,6 +21,7 @@ IDLE = {
     "row_scores_kernel": (2, OWN),
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
+    "farthest_kernel": (2, "as in dpp_map_kernel"),
     "dpp_map_kernel": (3, "others stand between what it separates"),
     "merge_slots_kernel": (1, "what is loaded after the barrier before it lies elsewhere"),
     "merge_rows_kernel": (1, OWN),
