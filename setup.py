@@ -42,7 +42,7 @@ CUDA_FLAGS = [*COMPILED["NVCC_FLAGS"], f"-I{CSRC}"]
 CUDA_ARCHITECTURES = COMPILED["CUDA"]
 TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 
-# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/levels.h chooses one at run time. Only families
+# csrc/*/*_kernels.cpp is compiled once per level; csrc/common/cpu.h chooses one at run time. Only families
 # whose header says `kHasBf16Level` have code for the last level.
 CPU_LEVELS = {
     "baseline": "-march=x86-64",
@@ -212,8 +212,10 @@ def build(output: Path, objects: Path, for_this_machine: bool = False) -> None:
     """Compile and link the extension; leave the CUDA kernels out if they cannot be built."""
     torch = import_torch()
     compiler = find_compiler()
-    highest = level_of_this_machine(compiler) if for_this_machine and has_levels() else HIGHEST_LEVEL
-    commands = cpu_commands(torch, compiler, os.environ.get("VLMFAST_HIGHEST_LEVEL") or highest)
+    highest = HIGHEST_LEVEL  # a wheel has all
+    if for_this_machine and has_levels():
+        highest = os.environ.get("VLMFAST_HIGHEST_LEVEL") or level_of_this_machine(compiler)
+    commands = cpu_commands(torch, compiler, highest)
     objects.mkdir(parents=True, exist_ok=True)
     cuda = None
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

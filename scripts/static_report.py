@@ -120,6 +120,10 @@ def requested(names: list[str]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
         section, _, ops = name.partition(":")
+        if section not in make():
+            raise SystemExit(f"static_report: a section is one of {', '.join(make())}, got {section}")
+        if section in found:
+            raise SystemExit(f"static_report: {section} is named twice; its ops are separated by commas")
         found[section] = tuple(ops.split(",")) if ops else ()
         if ops and section not in BY_OP:
             raise SystemExit(f"static_report: {section} is regenerated as a whole, got {name}")
@@ -151,8 +155,6 @@ def found_nvcc() -> str:
 def main(names: list[str]) -> None:
     makers = make()
     wanted = requested(names) or dict.fromkeys(makers, ())
-    if unknown := set(wanted) - set(makers):
-        raise SystemExit(f"static_report: a section is one of {', '.join(makers)}, got {', '.join(sorted(unknown))}")
     versions = {name: metadata.version(name) for name in ("torch", "triton")} | {"nvcc": nvcc_version(found_nvcc())}
     before = json.loads(REPORT.read_text()) if names else {}
     sections = {

@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect no garbage while modules are imported, of which there is little: it took a fifth of that time."""
+    """Look for no garbage while modules are imported: there is little, and to look for it took a fifth of the time."""
     gc.disable()
 
 
@@ -62,6 +62,10 @@ def pytest_collection_finish() -> None:
     """Freeze the objects of torch, transformers and the tests, so that the garbage collector skips them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     gc.enable()
 
 

@@ -206,7 +206,8 @@ def test_records_of_some_ops_are_replaced_in_their_place(monkeypatch):
     ops = ("coverage", "silu_mul")
     wanted = script["requested"](["saturation:coverage,silu_mul", "cuda"])
     assert wanted == {"saturation": ops, "predicted": ops, "cuda": ()}
-    for names in (["executed:coverage,nothing"], ["traffic:coverage"], ["saturation", "predicted:coverage"]):
+    wrong = ["executed:coverage,nothing"], ["traffic:coverage"], ["saturation", "predicted:coverage"], ["sums:coverage"]
+    for names in (*wrong, ["executed:coverage", "executed:farthest"]):
         with pytest.raises(SystemExit, match="static_report: "):
             script["requested"](names)
 

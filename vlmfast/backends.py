@@ -95,6 +95,8 @@ def cpu_level() -> str | None:
     if load_extension() is not None:
         return None
     library = ctypes.CDLL(str(_libraries()[0]))
+    if not hasattr(library, "vlmfast_cpu_level"):  # compiled before there was this function
+        return None
     names = []
     for function in (library.vlmfast_cpu_level, library.vlmfast_supported_cpu_level):
         function.restype = ctypes.c_char_p

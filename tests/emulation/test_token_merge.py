@@ -169,8 +169,9 @@ FAULTS = [
     ),
     Fault("mean without its target", "merge_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
     Fault("slot followed anywhere", "merge_rows.cuh", "slot < 2 * contextual", "true", WRONG),
+    Fault("vector too many loaded", "merge_rows.cuh", "k * kStep < loaded", "k * kStep <= loaded", BOUNDS),
     Fault(
-        "vector too many",
+        "vector too many stored",
         "merge_rows.cuh",
         "k * kStep < left",
         "k * kStep <= left",

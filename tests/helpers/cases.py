@@ -24,7 +24,7 @@ PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # Backends that execute, on the CPU, kernels as compiled for a GPU: Triton's, and CUDA's where nvcc is. See tests/ptx/.
 # `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_sm_100"), ("cpu", "ptx_nvcc")]
-WHOLE = {("ptx_sm_90", torch.bfloat16), ("ptx_nvcc", torch.bfloat16)}  # where every sample is called
+EVERY_SAMPLE = {("ptx_sm_90", torch.bfloat16), ("ptx_nvcc", torch.bfloat16)}  # what calls all; see `few_calls`
 # Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
 # has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
@@ -231,12 +231,13 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
 def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
     """Yield the calls of a place where one takes a second: each sample once, every second one in a layout.
 
-    At `COMPILED` places, where most calls compile a kernel of their own, only `WHOLE` has every sample: otherwise
-    float32 has the first of each two, another dtype the second. All calls of a place together meet all layouts.
+    At `COMPILED` places, where most calls compile a kernel of their own, only `EVERY_SAMPLE` has all: otherwise float32
+    has one of each two and another dtype the other, in turns from place to place. The calls of all ops together meet
+    every layout at each place.
     """
     turn, at = DTYPES.index(dtype), COMPILED.index(place) if place in COMPILED else 0
-    halved = place in COMPILED and (place[1], dtype) not in WHOLE
-    begin, step = (int(dtype != torch.float32), 2) if halved else (0, 1)
+    halved = place in COMPILED and (place[1], dtype) not in EVERY_SAMPLE
+    begin, step = ((at + (dtype != torch.float32)) % 2, 2) if halved else (0, 1)
     for number, sample in enumerate(itertools.islice(op.cases.samples(place[0], dtype), begin, None, step)):
         plain = (number + turn // 2 + at) % 2 == 0
         yield laid_out(sample, *((0, 0) if plain else AWKWARD[(number // 2 * 3 + turn) % len(AWKWARD)]))

@@ -146,7 +146,7 @@ def is_compiled(
 def main(given: list[str]) -> None:
     ops = {op.name: op for op in [*OPS.values(), *CANDIDATES.values()]}
     if unknown := {*given} - {*TARGETS, *ops, "--real", "--workloads"}:
-        sys.exit(f"targets are {', '.join(TARGETS)}, and options --real and --workloads; got {', '.join(unknown)}")
+        sys.exit(f"give names of ops, targets ({', '.join(TARGETS)}), --real or --workloads; got {', '.join(unknown)}")
     targets = [argument for argument in given if argument in TARGETS] or list(TARGETS)
     named = {*given} & {*ops} or {*ops}
     torch.manual_seed(0)  # gives the same specialisations in every run, so that Triton's cache has them

@@ -289,11 +289,13 @@ def assembled(ptx: str, name: str) -> Machine:
 
     Meanwhile the garbage collector is off: it would take more time than this does, and none of the objects is garbage.
     """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         return Machine(parse(ptx, name))
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def _unit(ins: Instruction) -> int:

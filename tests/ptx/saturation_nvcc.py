@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.emulation import backend as emulation
 from tests.emulation import build
 from tests.helpers import in_flight
 from tests.ptx import counts, nvcc
@@ -23,7 +24,7 @@ from vlmfast.registry import Op
 MOST_STEPS = 10_000_000  # of a batch of blocks: to choose from an image of 1296 tokens takes more than a million
 LIMITED = re.compile(r"// Limited \((\w+)\): (.*(?:\n *// .*)*)")
 # Multiprocessors and the most blocks of a launch: of an H200, and of the GPU that is emulated otherwise.
-WHOLE, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
+H200, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:\d+ SHARED:(\d+)")
 
 
@@ -86,7 +87,7 @@ class Counting(nvcc.Family):
 
     @contextlib.contextmanager
     def executing(self) -> Iterator[None]:
-        self.library.vlmfast_emulation_gpu(*WHOLE)
+        self.library.vlmfast_emulation_gpu(*H200)
         try:
             with super().executing():
                 yield
@@ -127,6 +128,6 @@ def launches_on(op: Op, args: tuple[Any, ...]) -> list[Launch]:
     """Run a call, and return its launches; none of a call that the CUDA kernels do not take."""
     family = counting(op.family)
     family.launches = []
-    if op.backend("emulated").unsupported(*args) is None:
+    if emulation.loader(op.name, op.family, op.reference).unsupported(*args) is None:
         family(op.name, *args)
     return family.launches

@@ -187,7 +187,7 @@ REASONS = (
         "hidden",
         r"^shl\.b16 -> shr\.b16",
         r"tl\.where\(tl\.abs\(wide\) < ",
-        "a flag of all ones has its bit after either shift; the lowest of these packed bits, which changes, is not read",
+        "all ones have the bit after either shift; the lowest of these packed flags, which changes, is not read",
         "^coverage_kernel$",
     ),
     Reason(

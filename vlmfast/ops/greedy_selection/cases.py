@@ -197,7 +197,7 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         similarity = whole(1, sum(sizes), 250)
         similarity[:, 112:803:230] *= 64  # they are the first ones chosen of 800, with few others looked at
         yield similarity.to(dtype), sum(kept), weights, quality, *_bounds(sizes, kept, device)
-    for size in (12, 34) if dtype == torch.float32 else ():  # whose gains the other dtypes have as well
+    for size in (12, 34) if dtype == torch.float32 else ():  # gains are in float32 for every dtype
         similarity = torch.cat([whole(1, size, 250), _equals(250, device)], 1).to(dtype)
         quality = similarity.new_ones(similarity.shape[:2]) if size == 34 else None
         bounds = _bounds([size, *[_EQUALS] * _EQUALS], [2, *[1] * _EQUALS], device)
