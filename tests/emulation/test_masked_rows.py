@@ -114,7 +114,11 @@ def test_mask_of_any_bytes() -> None:
 
 FAULTS = [
     Fault(
-        "barrier missing in the scan", "common.cuh", "    __syncthreads();\n    Sums", "    Sums", "nobody has written"
+        "barrier missing in the scan",
+        "common.cuh",
+        "    __syncthreads();\n    const int count",
+        "    const int count",
+        "nobody has written",
     ),
     Fault("one buffer for two barriers", "common.cuh", "warp_counts[turn % 2]", "warp_counts[0]", RACE),
     Fault("chunk begins late", "mask_ranks.cuh", "first = begin; first", "first = begin + 1; first", MISCOUNTED),

@@ -169,9 +169,8 @@ FAULTS = [
     ),
     Fault("mean without its target", "merge_rows.cuh", "1.f + count :", "0.f + max(count, 1) :", WRONG),
     Fault("slot followed anywhere", "merge_rows.cuh", "slot < 2 * contextual", "true", WRONG),
-    Fault("vector too many loaded", "merge_rows.cuh", "k * kStep < loaded", "k * kStep <= loaded", BOUNDS),
     Fault(
-        "vector too many stored",
+        "vector too many",
         "merge_rows.cuh",
         "k * kStep < left",
         "k * kStep <= left",
