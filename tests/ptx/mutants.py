@@ -97,10 +97,15 @@ def synchronises(ins: Instruction) -> bool:
 def dropped(kernel: Kernel) -> list[Mutant]:
     """Make the mutants of a kernel without one of its barriers, waits and commits."""
     found = [(at, ins) for at, ins in enumerate(kernel.instructions) if synchronises(ins)]
-    groups = [(at, "commit_group" in ins.flags) for at, ins in found if ins.name == "cp"]
-    joining = {at for (at, commit), (_, another) in pairwise(groups) if commit and another}
-    excuse = "its copies join the next group, which is waited for no later"
-    return [Mutant(kernel.name, at, ins, NOTHING, excuse if at in joining else "") for at, ins in found]
+    excuses = {}
+    for (first, ins), (second, other) in pairwise((at, ins) for at, ins in found if ins.name == "cp"):
+        if ins.text == other.text and "commit_group" in ins.flags:
+            excuses[first] = "its copies join the next group, which is waited for no later"
+        elif ins.text == other.text:
+            excuses[second] = "as many groups have been waited for, and none was committed since"
+            if second == first + 1:
+                excuses[first] = "the next instruction waits for as many groups"
+    return [Mutant(kernel.name, at, ins, NOTHING, excuses.get(at, "")) for at, ins in found]
 
 
 def changed(kernel: Kernel) -> list[Mutant]:
