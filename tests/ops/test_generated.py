@@ -78,8 +78,9 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     if op.exact or same_sums:
         assert differ == 0, f"{differ} of {total} elements differ"
     elif dtype != torch.float32:  # in float32 another order of a sum changes many last bits
-        share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so another order shows more often
-        assert differ <= total // share, f"{differ} of {total} elements differ"
+        usual = total / (500 if dtype == torch.bfloat16 else 300)  # float16 is finer, so another order shows more often
+        # Such a count varies by its root; a missing rounding changes an eighth of all elements.
+        assert differ <= usual + 2 * usual**0.5, f"{differ} of {total} elements differ"
 
 
 IN_TWO_DTYPES = [(place, (torch.float32, torch.bfloat16)) for place in COMPILED]
