@@ -78,9 +78,10 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
     if op.exact or same_sums:
         assert differ == 0, f"{differ} of {total} elements differ"
     elif dtype != torch.float32:  # in float32 another order of a sum changes many last bits
-        usual = total / (500 if dtype == torch.bfloat16 else 300)  # float16 is finer, so another order shows more often
-        # Such a count varies by its root; a missing rounding changes an eighth of all elements.
-        assert differ <= usual + 2 * usual**0.5, f"{differ} of {total} elements differ"
+        share = 500 if dtype == torch.bfloat16 else 300  # float16 is finer, so another order shows more often
+        # Compiled places have half of the samples, in which such a count varies more: by its root.
+        spread = 2 * math.isqrt(total // share) if place in COMPILED else 0
+        assert differ <= total // share + spread, f"{differ} of {total} elements differ"
 
 
 IN_TWO_DTYPES = [(place, (torch.float32, torch.bfloat16)) for place in COMPILED]
