@@ -30,6 +30,9 @@ VLMFAST_INLINE Float weight_of(Float dot, Float largest, float exponent_scale) {
 
 // ---- the row of one token ----
 
+// How many products are added one after another: with registers of four floats, a chain of eight rounds too often.
+constexpr int kPartsInChain = kParts < 4 ? kParts : 4;
+
 // Computes the dots of queries and keys for the heads from `begin` to `end`, in tiles of kLanes tokens: all heads of a
 // tile come before the next tile.
 template <class T>
@@ -51,12 +54,15 @@ VLMFAST_INLINE void row_dots(const RowAttention& args, int64_t begin, int64_t en
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const Block k_block = load(keys[i] + offset, count);
-          Float chain = q_block.part[0] * k_block.part[0];
           VLMFAST_UNROLL
-          for (int part = 1; part < kParts; ++part) {
-            chain = multiply_add(q_block.part[part], k_block.part[part], chain);
+          for (int first_part = 0; first_part < kParts; first_part += kPartsInChain) {
+            Float chain = q_block.part[first_part] * k_block.part[first_part];
+            VLMFAST_UNROLL
+            for (int part = first_part + 1; part < first_part + kPartsInChain; ++part) {
+              chain = multiply_add(q_block.part[part], k_block.part[part], chain);
+            }
+            sums[i] = sums[i] + chain;
           }
-          sums[i] = sums[i] + chain;
         }
       });
       const Float dots = sums_of(sums);
