@@ -30,12 +30,14 @@ EVERY_SAMPLE = {("ptx_sm_90", torch.bfloat16), ("ptx_nvcc", torch.bfloat16)}  # 
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
 
 
-def _marks(device: str, backend: str) -> list:
+def _marks(device: str, backend: str, op: Op) -> list:
     if device == "cuda":
         return [pytest.mark.gpu]
     if (device, backend) not in COMPILED:
         return []
-    return [pytest.mark.ptx]
+    # nvcc compiles a family at once: other processes would wait for it
+    together = [pytest.mark.xdist_group(f"nvcc-{op.family}")] if backend == "ptx_nvcc" else []
+    return [pytest.mark.ptx, *together]
 
 
 def _parameters(*axes: Any) -> list:
@@ -52,10 +54,11 @@ def _parameters(*axes: Any) -> list:
         if ("cpu", "ptx_sm_100") in values and (torch.float16 in values or torch.float32 in values):
             continue
         device, backend = next(v for v in values if isinstance(v, tuple))
+        op = next(v for v in values if isinstance(v, Op))
         names = [
             v.name if isinstance(v, Op) else str(v).removeprefix("torch.") for v in values if not isinstance(v, tuple)
         ]
-        marks = _marks(device, backend)
+        marks = _marks(device, backend, op)
         found.append(pytest.param(*values, marks=marks, id="-".join([*names, device, backend])))
     return found
 

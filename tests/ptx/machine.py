@@ -174,7 +174,7 @@ class Machine(Registers):
         self.steps = 0
         while not self.exited.all():
             ready = ~(self.exited | self.waiting)
-            if not ready.any():
+            if not np.count_nonzero(ready):
                 raise PtxError("a barrier that some threads of a block never reach")
             at, active = self._next(ready)
             self._advance(at, active, bool((active == ready).all()))
@@ -187,7 +187,7 @@ class Machine(Registers):
         If nobody can go on, those least far do: the instruction then says which members are missing.
         """
         left, first = ready, None
-        while left.any():
+        while np.count_nonzero(left):
             at = int(self.place[left].min())
             here = self.place == at
             active = left & here
@@ -196,7 +196,7 @@ class Machine(Registers):
                 return at, active
             arrived = to_all(np.where(active.reshape(-1, 32), BIT, 0).sum(1, dtype=np.uint32))
             complete = active & ((self.whole(names()) & ~arrived) == 0)
-            if complete.any():
+            if np.count_nonzero(complete):
                 return at, complete
             first = first or (at, active)
             left = left & ~here

@@ -81,17 +81,20 @@ def shuffle(machine, ins: Instruction) -> Action:
     def run() -> None:
         here, values = members(machine, names), by_warp(machine, value)
         by, limit = distance(), limits()
-        if by.size == limit.size == 1:  # the same for all lanes
+        same = by.size == limit.size == 1  # for all lanes
+        if same:
             other, inside = same_others(int(by[0]), int(limit[0]))
-            there, found = here.take(other, 1), values.take(other, 1)
-            inside = np.broadcast_to(inside, here.shape)
+            found = values.take(other, 1)
         else:
             other, inside = others(*(machine.whole(x).astype(np.int64).reshape(-1, 32) for x in (by, limit)))
-            there, found = np.take_along_axis(here, other, 1), np.take_along_axis(values, other, 1)
-        if (here & ~there).any():
-            raise PtxError("a shuffle reads a lane that does not take part")
-        for write, result in zip(writes, (found, inside), strict=False):
-            write(result.reshape(-1))
+            found = np.take_along_axis(values, other, 1)
+        if machine.mask is not None:
+            there = here.take(other, 1) if same else np.take_along_axis(here, other, 1)
+            if np.count_nonzero(here & ~there):
+                raise PtxError("a shuffle reads a lane that does not take part")
+        writes[0](found.reshape(-1))
+        for write in writes[1:]:
+            write(np.broadcast_to(inside, here.shape).reshape(-1))
 
     return run
 

@@ -157,11 +157,13 @@ _SHAPES = [
 
 
 def _samples(device: str, dtype: torch.dtype) -> Samples:
+    variants = ("llama", None, "gemma", "olmo")  # None: without a weight
     for index, shape in enumerate(_SHAPES):
-        for variant in (("llama", None), ("gemma", "olmo"))[index // 2 % 2]:
-            x = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.1)
-            weight = None if variant is None else torch.randn(shape[-1], device=device, dtype=dtype)
-            yield x, weight, (1e-6, 1e-5)[index % 2], variant or "gemma"
+        # each shape with one variant; every four shapes it moves on, so that each meets large and small numbers
+        variant = variants[(index + index // 4) % 4]
+        x = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.1)
+        weight = None if variant is None else torch.randn(shape[-1], device=device, dtype=dtype)
+        yield x, weight, (1e-6, 1e-5)[index % 2], variant or "gemma"
     yield (torch.randn(4, 64, device=device, dtype=dtype),)
     # more rows than the backward's programs prefetch at first, when there are a few
     yield torch.randn(17, 2000, device=device, dtype=dtype), torch.randn(2000, device=device, dtype=dtype)
