@@ -288,12 +288,14 @@ def assembled(ptx: str, name: str) -> Machine:
     """Parse and assemble a kernel of a module.
 
     Meanwhile the garbage collector is off: it would take more time than this does, and none of the objects is garbage.
+    Nor does it look at them later: whoever asks for a machine keeps it.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         return Machine(parse(ptx, name))
     finally:
+        gc.freeze()
         if enabled:
             gc.enable()
 
