@@ -110,7 +110,8 @@ def compiled_backend(
 ) -> Backend | str:
     """Make a backend of the compiled op in one torch library namespace.
 
-    ``mixed`` tells whether the CPU kernels take a call with tensors of several dtypes; by default they take none.
+    ``mixed`` gets a device's type and the arguments, and tells whether the kernels for it take a call with tensors of
+    several dtypes; by default they take none.
     """
     packet = getattr(getattr(torch.ops, namespace), op, None)
     if packet is None:
@@ -131,7 +132,7 @@ def compiled_backend(
             if found is dtype:
                 continue
             if found.is_floating_point:
-                if dtype is not None and not (mixed is not None and value.is_cpu and mixed(*args)):
+                if dtype is not None and not (mixed is not None and mixed(value.device.type, *args)):
                     return f"the tensors are of several dtypes ({dtype} and {found})"
                 dtype = found
             # value.device.type would cost 0.4 us
@@ -142,9 +143,13 @@ def compiled_backend(
     return Backend(name, function_of(overload), unsupported, unsupported, takes_cpu=on_cpu)
 
 
+def mixed_of(op: str, reference: Callable[..., Any]) -> Callable[..., bool] | None:
+    """Return the function beside an op's definition that `compiled_backend` takes as ``mixed``, if there is one."""
+    return getattr(importlib.import_module(reference.__module__), f"{op}_mixed", None)
+
+
 def _native(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:
-    mixed = getattr(importlib.import_module(reference.__module__), f"{op}_mixed", None)
-    return load_extension() or compiled_backend("native", "vlmfast_native", op, reference, mixed)
+    return load_extension() or compiled_backend("native", "vlmfast_native", op, reference, mixed_of(op, reference))
 
 
 def _triton(op: str, family: str, reference: Callable[..., Any]) -> Backend | str:

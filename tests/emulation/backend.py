@@ -27,7 +27,14 @@ def _load() -> str | None:
 
 def loader(op: str, family: str, reference: Callable[..., Any]) -> backends.Backend | str:
     """Load the emulated kernels of an op; a loader for `backends.LOADERS`."""
-    return _load() or backends.compiled_backend("emulated", "vlmfast_emulated", op, reference)
+    return _load() or _backend("emulated", "vlmfast_emulated", op, reference)
+
+
+def _backend(name: str, namespace: str, op: str, reference: Callable[..., Any]) -> backends.Backend | str:
+    """Make a backend that takes what the kernels for GPUs take, on CPU tensors."""
+    mixed = backends.mixed_of(op, reference)
+    as_on_gpu = None if mixed is None else lambda device, *args: mixed("cuda", *args)
+    return backends.compiled_backend(name, namespace, op, reference, as_on_gpu)
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -59,4 +66,4 @@ def check_loader(
         return reason
     check_library(family, bfloat16_alone)
     name = checked_name(bfloat16_alone)
-    return backends.compiled_backend(name, f"vlmfast_{name}_{family}", op, reference)
+    return _backend(name, f"vlmfast_{name}_{family}", op, reference)

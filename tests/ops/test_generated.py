@@ -29,6 +29,7 @@ from tests.helpers.cases import (
     is_float,
     is_tensor,
     outputs,
+    require,
     run,
     runnable,
     widened,
@@ -98,6 +99,15 @@ def test_each_place_of_few_calls_meets_every_layout(place: tuple[str, str], dtyp
     op = with_cases(OPS["rms_norm"], samples=samples)
     met = layouts(args for dtype in dtypes for args in few_calls(op, place, dtype))
     assert met == layouts(calls(op, "cpu", None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", each(PRIMITIVE))
+def test_the_native_kernels_take_real_shapes(op: Op, dtype: torch.dtype):
+    """Without a GPU there is only PyTorch behind them, and other tests accept that a backend refuses some calls."""
+    require(op, "native")
+    reasons = {label: op.backend("native").unsupported(*args) for label, args in op.cases.workloads("cpu", dtype)}
+    assert not {label: reason for label, reason in reasons.items() if reason}
 
 
 def spoiled(args, backend: str):

@@ -20,6 +20,11 @@ IDLE = {
     "frame_mean_kernel": (1, OWN),
     "row_scores_kernel": (2, OWN),
     "normaliser_kernel": (1, "others stand between the loads of its loop and the copies behind it"),
+    "coverage_kernel": (
+        8,
+        f"{OWN}, or nobody reads what is stored before it; two order accesses of global memory, where no races of "
+        "Triton's kernels are looked for",
+    ),
     "received_kernel": (3, f"as in normaliser_kernel; {OWN}"),
     "farthest_kernel": (2, "as in dpp_map_kernel"),
     "dpp_map_kernel": (3, "others stand between what it separates"),

@@ -367,3 +367,14 @@ def dpp_map(
         left = torch.where(left < NOTHING_NEW, 0.0, left)
         shares = torch.cat([shares, share[:, None]], 1)
     return images.positions(chosen, k)
+
+
+# ---- calls with several dtypes ----
+
+
+def _mixed(device: str, *_: Any) -> bool:
+    """Return whether the compiled kernels take a call with several dtypes; only those of weights differ."""
+    return True
+
+
+farthest_mixed = dpp_map_mixed = coverage_mixed = _mixed

@@ -107,22 +107,28 @@ def _check_backward(
 # ---- calls with several dtypes: the native CPU kernels take a float32 weight with 16-bit rows ----
 
 
-def rms_norm_mixed(x: Tensor, weight: Tensor, *_: Any) -> bool:
-    """Return whether the native CPU kernels take a call with tensors of several dtypes."""
-    return weight.dtype == torch.float32
+def rms_norm_mixed(device: str, x: Tensor, weight: Tensor, *_: Any) -> bool:
+    """Return whether the kernels for a type of device take a call with tensors of several dtypes."""
+    return device == "cpu" and weight.dtype == torch.float32
 
 
-def add_rms_norm_mixed(x: Tensor, residual: Tensor, *norm: Any) -> bool:
+def add_rms_norm_mixed(device: str, x: Tensor, residual: Tensor, *norm: Any) -> bool:
     """Return the same for `add_rms_norm`, whose residual must have the dtype of ``x``."""
-    return rms_norm_mixed(x, *norm)
+    return rms_norm_mixed(device, x, *norm)
 
 
 def rms_norm_backward_mixed(
-    grad_output: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, variant: str = "llama", *_: Any
+    device: str,
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    variant: str = "llama",
+    *_: Any,
 ) -> bool:
     """Return the same for `rms_norm_backward`, whose gradient must have the dtype of the output."""
     dtype = torch.float32 if variant == "llama" else x.dtype
-    return weight is not None and rms_norm_mixed(x, weight) and grad_output.dtype == dtype
+    return weight is not None and rms_norm_mixed(device, x, weight) and grad_output.dtype == dtype
 
 
 # ---- gradients ----

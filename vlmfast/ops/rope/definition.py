@@ -205,14 +205,12 @@ def _check_backward(
 # ---- calls with several dtypes: the native CPU kernels take float32 angles with 16-bit heads ----
 
 
-def qk_norm_rope_mixed(query: Tensor, *rest: Any) -> bool:
-    """Return whether the native CPU kernels take a call with several dtypes; only those of angles can differ."""
-    return True
+def qk_norm_rope_mixed(device: str, *_: Any) -> bool:
+    """Return whether the kernels for a type of device take a call with several dtypes; only those of angles differ."""
+    return device == "cpu"
 
 
-def qk_norm_rope_backward_mixed(grad_query: Tensor, *rest: Any) -> bool:
-    """Return the same for `qk_norm_rope_backward`."""
-    return True
+qk_norm_rope_backward_mixed = qk_norm_rope_mixed
 
 
 # ---- gradients ----
