@@ -16,7 +16,7 @@ import vlmfast
 from tests.conftest import shortens_prompts
 from tests.helpers.tiny_types import build
 from vlmfast import demo_answers
-from vlmfast.backends import LOADERS, Backend
+from vlmfast.backends import LOADERS, Backend, cpu_level
 from vlmfast.cli import main
 from vlmfast.demo_model import PHOTOGRAPH
 from vlmfast.patches.bodies import BODIES
@@ -331,6 +331,15 @@ def test_info(capsys):
         assert [name for name in names if name not in output] == []
         assert "broken" not in output
         assert arguments or len(output.splitlines()) < 25
+
+
+def test_info_says_for_which_processors_the_kernels_are(capsys):
+    level = {"AVX2": "v3", "AVX512": "v4"}.get(torch.backends.cpu.get_cpu_capability())
+    if (own := cpu_level()) is None or level is None:
+        pytest.skip("the extension is missing, or has kernels for one kind of processor")
+    assert own.split(" of ")[-1].removesuffix("_bf16") == level
+    assert main(["info"]) == 0
+    assert f"native: {own}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_info_says_what_is_broken(capsys, monkeypatch, override):

@@ -88,7 +88,8 @@ def _cpu() -> str:
     capabilities = cpu_capabilities()
     sets = [name for name in INSTRUCTION_SETS if capabilities.get(name)]
     known = f"{capabilities['cpu_name']}, {', '.join(sets)}; " if capabilities else ""
-    native = "".join(f"native: {level}, " for level in (backends.cpu_level(),) if level)
+    level = backends.cpu_level()
+    native = f"native: {level}, " if level else ""
     return f"{known}torch: {torch.backends.cpu.get_cpu_capability()}, {native}threads: {torch.get_num_threads()}"
 
 

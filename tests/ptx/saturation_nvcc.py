@@ -23,8 +23,8 @@ from vlmfast.registry import Op
 
 MOST_STEPS = 10_000_000  # of a batch of blocks: to choose from an image of 1296 tokens takes more than a million
 LIMITED = re.compile(r"// Limited \((\w+)\): (.*(?:\n *// .*)*)")
-# Multiprocessors and the most blocks of a launch: of an H200, and of the GPU that is emulated otherwise.
-H200, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
+# Multiprocessors and the most blocks of a launch: of a whole H200, and of the GPU that is emulated otherwise.
+WHOLE, TINY = (132, ctypes.c_int64(2**31 - 1)), (1, ctypes.c_int64(5))
 USAGE = re.compile(r"Function (\w+):\n\s*REG:(\d+) STACK:\d+ SHARED:(\d+)")
 
 
@@ -87,7 +87,7 @@ class Counting(nvcc.Family):
 
     @contextlib.contextmanager
     def executing(self) -> Iterator[None]:
-        self.library.vlmfast_emulation_gpu(*H200)
+        self.library.vlmfast_emulation_gpu(*WHOLE)
         try:
             with super().executing():
                 yield
