@@ -20,7 +20,7 @@ from tests.emulation.backend import loader as emulated  # noqa: E402
 from tests.helpers import interpreter  # noqa: E402
 from tests.helpers.thorough import is_thorough  # noqa: E402
 from tests.ptx.backend import LOADERS as AS_COMPILED  # noqa: E402
-from tests.ptx.backend import machines  # noqa: E402
+from tests.ptx.backend import forget  # noqa: E402
 from tests.ptx.nvcc import loader as as_compiled_by_nvcc  # noqa: E402
 from vlmfast import backends, registry  # noqa: E402
 
@@ -71,8 +71,7 @@ def pytest_runtestloop() -> None:
 
 
 def pytest_unconfigure() -> None:
-    machines.clear()  # millions of objects, at which the collections to come would look
-    gc.unfreeze()  # otherwise libraries that count objects at exit report leaks
+    forget()  # otherwise libraries that count objects at exit report leaks
 
 
 @pytest.fixture(autouse=True)

@@ -241,7 +241,7 @@ def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
     turn, at = DTYPES.index(dtype), COMPILED.index(place) if place in COMPILED else 0
     samples = op.cases.samples(place[0], dtype)
     if place in COMPILED and (place[1], dtype) not in EVERY_SAMPLE:
-        # not the even or the odd ones: samples alternate between activations, for example
+        # not the even or the odd ones: samples alternate between small and large numbers, for example
         own = (at + (dtype != torch.float32)) % 2
         samples = (sample for index, sample in enumerate(samples) if (index + index // 2) % 2 == own)
     for number, sample in enumerate(samples):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import struct
@@ -64,6 +65,13 @@ def machine_for(ptx: str, name: str) -> Machine:
     if (ptx, name) not in machines:
         machines[ptx, name] = assembled(ptx, name)
     return machines[ptx, name]
+
+
+def forget() -> None:
+    """Free all machines, of which the garbage collector knows nothing so far."""
+    machines.clear()
+    gc.unfreeze()
+    gc.collect()
 
 
 def launch(found: Compiled, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:

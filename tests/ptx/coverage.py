@@ -70,7 +70,7 @@ def never_ran() -> list[tuple[str, Instruction]]:
 
 def records(op: Op) -> list[dict[str, Any]]:
     """Count, over all specialisations of each kernel, the instructions and those that ran."""
-    backend.machines.clear()
+    backend.forget()
     for dtype in DTYPES:
         execute(op, dtype)
     count: dict[str, Counter[str]] = {}

@@ -288,14 +288,15 @@ def assembled(ptx: str, name: str) -> Machine:
     """Parse and assemble a kernel of a module.
 
     Meanwhile the garbage collector is off: it would take more time than this does, and none of the objects is garbage.
-    Nor does it look at them later: whoever asks for a machine keeps it.
+    Nor does it look at them later, until `backend.forget`.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return Machine(parse(ptx, name))
-    finally:
+        machine = Machine(parse(ptx, name))
         gc.freeze()
+        return machine
+    finally:
         if enabled:
             gc.enable()
 

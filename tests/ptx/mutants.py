@@ -161,7 +161,7 @@ class Subject:
 
     def __init__(self, place: str, every_call: Iterable[tuple[Op, tuple[Any, ...], int]]) -> None:
         self.place, self.calls, self.refused = place, [], dict[str, str]()
-        backend.machines.clear()
+        backend.forget()
         with mock.patch("tests.ptx.machine.MOST_STEPS", STEPS):
             self._run(every_call)
         self.kernels = {key: machine.kernel for key, machine in backend.machines.items()}

@@ -188,8 +188,10 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         return sixteenths.masked_fill(torch.rand(shape, device=device) < 0.03, torch.inf)
 
     for index, (batch, tokens, rows, k) in enumerate(_COVERAGES):
-        weights = _eighths(batch, rows, device=device, most=3).to(dtype) if index % 2 else None
-        quality = _eighths(batch, tokens, device=device).to(dtype) if index % 4 > 1 else None
+        # both may have another dtype than the similarity, narrower or wider
+        narrow, wide = torch.bfloat16 if index == 3 else dtype, torch.float32 if index % 4 == 3 else dtype
+        weights = _eighths(batch, rows, device=device, most=3).to(narrow) if index % 2 else None
+        quality = _eighths(batch, tokens, device=device).to(wide) if index % 4 > 1 else None
         yield whole(batch, tokens, rows).to(dtype), k, weights, quality
     for index, (sizes, kept) in enumerate(_COVERED_ROWS):
         weights = _eighths(len(sizes), 250, device=device, most=3).to(dtype) if index % 2 == 0 else None

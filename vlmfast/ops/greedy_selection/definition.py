@@ -372,9 +372,9 @@ def dpp_map(
 # ---- calls with several dtypes ----
 
 
-def _mixed(device: str, *_: Any) -> bool:
+def _weights_may_differ(device: str, *_: Any) -> bool:
     """Return whether the compiled kernels take a call with several dtypes; only those of weights differ."""
     return True
 
 
-farthest_mixed = dpp_map_mixed = coverage_mixed = _mixed
+farthest_mixed = dpp_map_mixed = coverage_mixed = _weights_may_differ
