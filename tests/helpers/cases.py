@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterable
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ PLACES += [("cuda", name) for name in ("native", "triton", "torch")]
 # `make test-ptx` runs them.
 COMPILED = [("cpu", "ptx_sm_90"), ("cpu", "ptx_sm_80"), ("cpu", "ptx_sm_100"), ("cpu", "ptx_nvcc")]
 EVERY_SAMPLE = {("ptx_sm_90", torch.bfloat16), ("ptx_nvcc", torch.bfloat16)}  # what calls all; see `few_calls`
+# How many samples share one call elsewhere. But for matrix products these targets repeat much of what sm_90 has.
+SHARING = {"ptx_sm_90": 2, "ptx_nvcc": 2, "ptx_sm_80": 3, "ptx_sm_100": 4}
 # Backends whose absence is a failure, not a skip. On a machine with a GPU Triton's interpreter is off, so that the CPU
 # has no Triton backend; nothing is required there.
 REQUIRED = os.environ.get("VLMFAST_TEST_REQUIRE", "").split(",") if not torch.cuda.is_available() else []
@@ -44,8 +47,8 @@ def _parameters(*axes: Any) -> list:
     """Make one pytest parameter per combination, marked ``gpu`` on a GPU and ``ptx`` for kernels as compiled for one.
 
     Triton's interpreter takes a minute per dtype, and in float16 would run the same code as in bfloat16. Nor is there
-    float16 for sm_80: for sm_90 it has the calls that in bfloat16 are left to sm_80. For sm_100 Triton compiles what it
-    does for sm_90, but for matrix products, so there bfloat16 is enough.
+    float16 for sm_80; sm_90 has it. For sm_100 Triton compiles what it does for sm_90 but for matrix products, so there
+    bfloat16 is enough.
     """
     found = []
     for values in itertools.product(*axes):
@@ -234,19 +237,21 @@ def calls(op: Op, device: str, dtype: torch.dtype, turns: Iterable[int] = range(
 def few_calls(op: Op, place: tuple[str, str], dtype: torch.dtype) -> Samples:
     """Yield the calls of a place where one takes a second: each sample once, every second one in a layout.
 
-    At `COMPILED` places, where most calls compile a kernel of their own, only `EVERY_SAMPLE` has all: otherwise float32
-    has one of each two and another dtype the other, in turns from place to place. The calls of all ops together meet
-    every layout at each place.
+    At `COMPILED` places, where most calls compile a kernel of their own, only `EVERY_SAMPLE` has all: otherwise one of
+    two to four, in `SHARING`, and another dtype has another one. The calls of all ops together meet every layout at
+    each place.
     """
     turn, at = DTYPES.index(dtype), COMPILED.index(place) if place in COMPILED else 0
+    layout = turn + crc32(op.name.encode())  # another first one for each op
     samples = op.cases.samples(place[0], dtype)
     if place in COMPILED and (place[1], dtype) not in EVERY_SAMPLE:
         # not the even or the odd ones: samples alternate between small and large numbers, for example
-        own = (at + (dtype != torch.float32)) % 2
-        samples = (sample for index, sample in enumerate(samples) if (index + index // 2) % 2 == own)
+        step = SHARING[place[1]]
+        own = (at + (dtype != torch.float32)) % step
+        samples = (sample for index, sample in enumerate(samples) if (index + index // step) % step == own)
     for number, sample in enumerate(samples):
         plain = (number + turn // 2 + at) % 2 == 0
-        yield laid_out(sample, *((0, 0) if plain else AWKWARD[(number // 2 * 3 + turn) % len(AWKWARD)]))
+        yield laid_out(sample, *((0, 0) if plain else AWKWARD[(number // 2 * 3 + layout) % len(AWKWARD)]))
 
 
 class Recorder(TorchDispatchMode):

@@ -85,20 +85,17 @@ def test_errors_and_roundings_are_those_of_hugging_face(op: Op, place: tuple[str
         assert differ <= total // share + spread, f"{differ} of {total} elements differ"
 
 
-IN_TWO_DTYPES = [(place, (torch.float32, torch.bfloat16)) for place in COMPILED]
-
-
-@pytest.mark.parametrize(("place", "dtypes"), [*IN_TWO_DTYPES, (("cpu", "triton"), (torch.bfloat16,))], ids=str)
-def test_each_place_of_few_calls_meets_every_layout(place: tuple[str, str], dtypes: tuple[torch.dtype, ...]):
-    def samples(*_):
-        return [(torch.zeros(2, 6, 8), torch.zeros(2, 6, 8))] * 32
-
-    def layouts(found):
-        return {tuple((a.stride(), a.storage_offset()) for a in args) for args in found}
-
-    op = with_cases(OPS["rms_norm"], samples=samples)
-    met = layouts(args for dtype in dtypes for args in few_calls(op, place, dtype))
-    assert met == layouts(calls(op, "cpu", None))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [*COMPILED, ("cpu", "triton")], ids=str)
+def test_each_place_of_few_calls_meets_every_layout(place: tuple[str, str], dtype: torch.dtype):
+    """Over all ops, with as many calls as each has."""
+    met, every = set(), set()
+    for op in PRIMITIVE:
+        rows = [(torch.zeros(2, 6, 8), torch.zeros(2, 6, 8)) for _ in op.cases.samples("cpu", dtype)]
+        alike = with_cases(op, samples=lambda *_, rows=rows: rows)
+        for found, several in ((few_calls(alike, place, dtype), met), (calls(alike, "cpu", dtype), every)):
+            several |= {tuple((a.stride(), a.storage_offset()) for a in args) for args in found}
+    assert met == every
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
