@@ -196,7 +196,9 @@ def run(options: Namespace) -> int:
     """Run every step within ``options.limit`` seconds, with results in ``options.out``; return 0 if all succeed."""
     device, slower = ("cpu", SLOWER) if options.rehearse else ("cuda", 1)
     if device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("bench gpu needs a GPU, and torch sees none; --rehearse runs its steps on the CPU")
+        raise CommandError(
+            "bench gpu needs a GPU, and torch sees none; its steps run on a CPU by `vlmfast bench gpu --rehearse`"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     where, planned = report.environment(device) | {"sources": sources()}, steps(options.out.resolve(), device)
     done = _earlier(options.out, where, options.again)

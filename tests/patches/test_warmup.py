@@ -99,6 +99,18 @@ def test_on_a_cpu_nothing_is_compiled_and_it_says_so():
     assert "\n  rms_norm: torch\n" in str(told)
 
 
+@torch.no_grad()
+def test_of_a_dtype_that_no_op_takes_nothing_is_run():
+    model, inputs = build("qwen3_vl")
+    model.double()
+    with pytest.warns(UserWarning, match="float64"):
+        patched = vlmfast.patch(model)
+    with patched:
+        for prompts in ((), ({**inputs, "pixel_values": inputs["pixel_values"].double()},)):
+            told = vlmfast.warmup(model, *prompts)
+            assert (told.ops, told.compiled) == ({}, ())
+
+
 def test_compilations_are_counted(monkeypatch: pytest.MonkeyPatch):
     """They are counted by Triton's hook; a hook that was already there is still called, and stays afterwards."""
     runtime = pytest.importorskip("triton").knobs.runtime

@@ -149,7 +149,7 @@ REASONS = (
     Reason(
         "same",
         r"^and\.pred -> or\.pred",
-        r"^mask = \(row < rows\) & \(column < hidden\)",
+        r"^(mask =|return row, column,) \(row < rows\) & \(column < hidden\)",
         "the first row of a program always exists, and so does the first half of a block of columns",
     ),
     Reason("hidden", r"^mov\.", r"offset_of|tl\.load", "what a masked load gives instead is stored nowhere"),

@@ -100,6 +100,8 @@ def _run(model: nn.Module, module: nn.Module, function: Callable[..., Any]) -> b
     table = _embeddings(module, model)
     if function.__module__ != masked_rows.__name__ or table is None:
         return False
+    if table.dtype not in DTYPES:
+        return _runs_no_op(table)
     x = table.new_zeros(1, 4, table.shape[1])
     mask = torch.tensor([[False, True, True, False]], device=x.device)
     op = deepstack_add if "deepstack" in function.__name__ else place_embeddings
@@ -123,14 +125,21 @@ def _run_norm(model: nn.Module, module: nn.Module, function: Callable[..., Any])
 def _run_rotation(module: Any) -> bool:
     """Apply RoPE to the queries and keys of two patches, as the attention of a vision tower does."""
     weight = getattr(module.qkv, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         return False
+    if weight.dtype not in DTYPES:
+        return _runs_no_op(weight)
     with at_hand(module.qkv):
         size = module.qkv.weight.shape[0] // (3 * module.num_heads)
         query, key, _ = module.qkv.weight.new_zeros(2, 3, module.num_heads, size).unbind(1)
     angles = torch.zeros(2, size, device=query.device)
     qk_norm_rope(query, key, None, None, angles, angles)
     return True
+
+
+def _runs_no_op(weight: Tensor) -> bool:
+    """Tell whether a weight has the dtype of the inputs, which no op takes; those of a quantised weight are unknown."""
+    return weight.dtype == torch.float64
 
 
 def _embeddings(*modules: nn.Module) -> Tensor | None:

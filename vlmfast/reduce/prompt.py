@@ -324,7 +324,7 @@ def _positions(
             rows[0] = without_gaps(given[0], columns)
         return rows, deltas
     if "mm_token_type_ids" in names and arguments.get("mm_token_type_ids") is None:
-        raise ValueError("mm_token_type_ids must be given beside images: they tell the positions")
+        raise ValueError("mm_token_type_ids must be given beside images, as the processor does: they tell positions")
     found, deltas = base.get_rope_index(**{**named(arguments, names), "attention_mask": full_mask})
     # the next position is further away from the end of the short prompt
     deltas = deltas + full_mask.sum(1, keepdim=True) - mask.sum(1, keepdim=True)

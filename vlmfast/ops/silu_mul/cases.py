@@ -48,7 +48,7 @@ def _samples(device: str, dtype: torch.dtype) -> Samples:
         gate = torch.randn(shape, device=device, dtype=dtype) * (3.0 if index % 2 else 0.5)
         yield gate, torch.randn(shape, device=device, dtype=dtype), ACTIVATIONS[index // 2 % 2]
     # from where the exponential underflows to where it overflows
-    yield torch.linspace(-110, 110, 4096, device=device).to(dtype).view(2, -1), torch.ones(2, 2048).to(device, dtype)
+    yield torch.linspace(-110, 110, 6144, device=device).to(dtype).view(3, -1), torch.ones(3, 2048).to(device, dtype)
     fused = torch.randn(3, 2, 192, device=device, dtype=dtype)
     yield fused.chunk(2, dim=-1)
 
