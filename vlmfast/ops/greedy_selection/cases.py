@@ -183,8 +183,9 @@ def _equals(rows: int, device: str) -> Tensor:
 
 def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
     def whole(*shape: int) -> Tensor:
-        """Draw sixteenths, whose sums are exact, and a few infinities, which cover nothing."""
+        """Draw sixteenths, whose sums are exact, and a few infinities, which cover nothing. Row 0 decides first."""
         sixteenths = torch.randint(-8, 33, shape, device=device) / 16
+        sixteenths[..., :1] *= 8
         return sixteenths.masked_fill(torch.rand(shape, device=device) < 0.03, torch.inf)
 
     for index, (batch, tokens, rows, k) in enumerate(_COVERAGES):
@@ -204,6 +205,9 @@ def coverage_samples(device: str, dtype: torch.dtype) -> Samples:
         quality = similarity.new_ones(similarity.shape[:2]) if size == 34 else None
         bounds = _bounds([size, *[_EQUALS] * _EQUALS], [2, *[1] * _EQUALS], device)
         yield similarity, 2 + _EQUALS, None, quality, *bounds
+    for kind in (torch.bfloat16, torch.float32) if dtype == torch.float32 else ():
+        similarity = _equals(112, device).view(_EQUALS, _EQUALS, -1)
+        yield similarity, 1, torch.ones(_EQUALS, 112).to(device, kind), torch.ones(_EQUALS, _EQUALS, device=device)
     yield whole(1, 15, 40).repeat(1, 4, 1).to(dtype), 20
     yield whole(1, 15, 40).to(dtype), 9, None, torch.zeros(1, 15, device=device, dtype=dtype)
 
